@@ -1,0 +1,50 @@
+"""Errors a user can act on: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+
+class EcotoneError(Exception):
+    """Any failure that Ecotone explains in words instead of a traceback.
+
+    Args:
+        message: What is wrong, naming the field or file, what was expected and what was found.
+        remedy: What the user can do about it (one sentence), or an empty string.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        self.message = message
+        self.remedy = remedy
+        super().__init__(f"{message} {remedy}".strip())
+
+    def __reduce__(self) -> tuple[type[EcotoneError], tuple[str, str]]:
+        return type(self), (self.message, self.remedy)
+
+
+class InputError(EcotoneError):
+    """The user's recipe, arguments or data do not fit."""
+
+
+class CheckpointError(EcotoneError):
+    """A checkpoint cannot be used: missing, unsafe, corrupt or of another shape."""
+
+
+class JournalError(EcotoneError):
+    """The run directory's journal cannot be read or written."""
+
+
+class PoolError(EcotoneError):
+    """Workers cannot be started or placed."""
+
+
+class SearchError(EcotoneError):
+    """The search cannot go on."""
+
+
+def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """``" Did you mean 'x'?"`` for the known word closest to ``word``, or the list of known words."""
+    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return "Known: " + ", ".join(sorted(known)) + "."

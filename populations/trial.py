@@ -1,0 +1,117 @@
+"""A candidate and what was measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from populations.genome import Floats, Genome
+
+Direction: TypeAlias = Literal["maximize", "minimize"]
+Subset: TypeAlias = Literal["search", "held_out"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The name of an objective and which way is better."""
+
+    name: str
+    direction: Direction = "maximize"
+
+    @property
+    def sign(self) -> float:
+        """+1.0 when larger is better, -1.0 when smaller is."""
+        return 1.0 if self.direction == "maximize" else -1.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A genome to be scored.
+
+    Args:
+        number: Position in the search, from 0; its randomness comes from ``SeedSequence(seed, (number,))``.
+        genome: The merge.
+        parents: Numbers of the trials it was bred from.
+        subset: Which objectives score it: those that guide the search, or those held out from it.
+    """
+
+    number: int
+    genome: Genome
+    parents: tuple[int, ...] = ()
+    subset: Subset = "search"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a candidate has no scores.
+
+    Args:
+        kind: ``exception``, ``not finite``, ``out of memory`` or ``worker died``.
+        message: One line for the user.
+        details: The traceback or log, possibly empty.
+    """
+
+    kind: str
+    message: str
+    details: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a candidate. A bad candidate is a result: then ``failure`` says why.
+
+    Args:
+        scores: By objective name, as the objective reports them (not sign-flipped); empty on failure.
+        per_example: By objective name, (N,) one score an example (bool for right or wrong), where given.
+        failure: None when all objectives gave finite scores.
+        seconds: Worker time spent on this candidate.
+        items: Examples scored.
+        details: Small facts worth keeping (attempts, worker name); never part of the result.
+    """
+
+    scores: Mapping[str, float]
+    per_example: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    failure: Failure | None = None
+    seconds: float = 0.0
+    items: int = 0
+    details: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """True when the candidate has scores."""
+        return self.failure is None
+
+    @classmethod
+    def failed(cls, kind: str, message: str, details: str = "", seconds: float = 0.0) -> Evaluation:
+        """An evaluation that says why there are no scores."""
+        return cls({}, failure=Failure(kind, message, details), seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an evaluation in the population.
+
+    Args:
+        accepted: The candidate is a member now.
+        evicted: Numbers of the members that left for it.
+    """
+
+    accepted: bool
+    evicted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Member:
+    """A trial of the population with its evaluation."""
+
+    trial: Trial
+    evaluation: Evaluation
+
+
+def oriented(scores: Mapping[str, float], goals: Sequence[Goal]) -> Floats:
+    """(M,) the scores in the order of ``goals``, with the sign of minimised ones flipped: larger is better."""
+    return np.array([goal.sign * scores[goal.name] for goal in goals])
