@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -179,7 +180,9 @@ class Genome:
             coefficients = np.asarray(record["coefficients"], np.float64)
             return cls(boundaries, coefficients, record["parameters"], residual)
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
-            raise InputError(f"genome: expected JSON written by Genome.to_json, found {text[:80]!r} ({error}).") from error
+            raise InputError(
+                f"genome: expected JSON written by Genome.to_json, found {text[:80]!r} ({error})."
+            ) from error
 
 
 def combine(genomes: Sequence[Genome], weights: ArrayLike, borders: ArrayLike | None = None) -> Genome:
@@ -213,7 +216,7 @@ def _combined_residual(genomes: Sequence[Genome], table: Floats, edges: Integers
     for column, genome in enumerate(genomes):
         if genome.residual is None:
             continue
-        for row, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for row, (start, stop) in enumerate(pairwise(edges)):
             total[start:stop] += np.float32(table[row, column]) * genome.residual[start:stop]
     return total
 

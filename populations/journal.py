@@ -1,0 +1,446 @@
+"""The journal: every question a search asked and every answer it got, in one SQLite file.
+
+The journal is the checkpoint. A resumed search is rebuilt by replaying it, so nothing else has to be saved,
+and nothing in it is a pickle. Tables:
+
+- ``facts``: text by key (recipe, state, versions, elapsed seconds).
+- ``events``: the order of things: ``ask`` (a batch of trials was proposed) and ``tell`` (a batch was learned).
+- ``trials``: number, batch, genome, digest, parents.
+- ``evaluations``: what came back for a trial, committed on arrival, before it is told.
+- ``residuals``: dense parts of genomes evolved from scratch, kept for members and the front only.
+- ``measurements``: scores outside the search (held-out data, reference merges), by genome digest.
+- ``reference_merges``: the seed models and their average.
+
+Commits use SQLite's write-ahead log with ``synchronous=NORMAL``: a killed process loses nothing that was
+committed; a power cut may lose the last moments, never consistency. One process writes (a lock file says so),
+any number read meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import struct
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from populations.errors import JournalError
+from populations.genome import Genome
+from populations.trial import Evaluation, Failure, Subset, Trial
+
+FORMAT = 1
+
+_SCHEMA = """
+CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER);
+CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
+    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL);
+CREATE INDEX trials_by_batch ON trials (batch);
+CREATE TABLE evaluations (number INTEGER PRIMARY KEY, scores TEXT, shapes TEXT, per_example BLOB, failure TEXT,
+    seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, time REAL NOT NULL);
+CREATE TABLE residuals (number INTEGER PRIMARY KEY, residual BLOB NOT NULL);
+CREATE TABLE measurements (digest TEXT NOT NULL, subset TEXT NOT NULL, scores TEXT, shapes TEXT, per_example BLOB,
+    failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, time REAL NOT NULL,
+    PRIMARY KEY (digest, subset)) WITHOUT ROWID;
+CREATE TABLE reference_merges (name TEXT PRIMARY KEY, position INTEGER NOT NULL, genome TEXT NOT NULL,
+    digest TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of the search: ``ask`` for ``requested`` trials that became batch ``batch``, or ``tell`` of it."""
+
+    kind: Literal["ask", "tell"]
+    batch: int
+    requested: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial as the journal's overview shows it: without genome and per-example scores."""
+
+    number: int
+    digest: str
+    parents: tuple[int, ...]
+    scores: dict[str, float] | None
+    failure: Failure | None
+    seconds: float
+    time: float
+
+
+class Journal:
+    """The journal of one run, at ``path``.
+
+    Use ``Journal.create`` for a new run and ``Journal.open`` for an existing one; both are context managers.
+
+    Raises:
+        JournalError: The file is missing, not a journal, in use by another writer, or cannot be written.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: IO[str] | None) -> None:
+        self.path = path
+        self._connection = connection
+        self._lock = lock
+        self._depth = 0
+
+    @classmethod
+    def create(cls, path: str | Path, facts: Mapping[str, str]) -> Journal:
+        """A new journal that holds ``facts``; the file must not exist."""
+        file = Path(path)
+        if file.exists():
+            raise JournalError(
+                f"{file}: a run is there already.", f"Use `ecotone resume {file.parent}`, or another --out."
+            )
+        with _explained(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = _locked(file)
+            connection = _connected(file, write=True)
+            journal = cls(file, connection, lock)
+            with journal.transaction():
+                for statement in _SCHEMA.split(";")[:-1]:
+                    connection.execute(statement)
+                for key, value in {"format": str(FORMAT), "created": str(time.time()), **facts}.items():
+                    journal.note(key, value)
+        return journal
+
+    @classmethod
+    def open(cls, path: str | Path, write: bool = False) -> Journal:
+        """An existing journal, for reading or as its one writer."""
+        file = Path(path)
+        if not file.is_file():
+            raise JournalError(f"{file}: no journal there.", "Give a run directory made by `ecotone run`.")
+        with _explained(file):
+            lock = _locked(file) if write else None
+            journal = cls(file, _connected(file, write), lock)
+            version = journal.fact("format")
+        if version != str(FORMAT):
+            raise JournalError(
+                f"{file}: expected journal format {FORMAT}, found {version}.", "Use the Ecotone version that wrote it."
+            )
+        return journal
+
+    def close(self) -> None:
+        """Close the file and let the next writer in."""
+        self._connection.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- writing -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that is written inside is committed together at the end, or not at all."""
+        with _explained(self.path):
+            if self._depth:
+                yield
+                return
+            self._depth += 1
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+                raise
+            finally:
+                self._depth -= 1
+
+    def note(self, key: str, value: str) -> None:
+        """Set a fact."""
+        with _explained(self.path):
+            self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
+
+    def asked(self, batch: int, requested: int, trials: Sequence[Trial]) -> None:
+        """Record that ``ask(requested)`` proposed ``trials``, which make up batch number ``batch``."""
+        with self.transaction():
+            self._connection.execute("INSERT INTO events VALUES (NULL, 'ask', ?, ?)", (batch, requested))
+            self._connection.executemany(
+                "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?)", [_trial_row(trial, batch) for trial in trials]
+            )
+
+    def arrived(self, results: Iterable[tuple[Trial, Evaluation]]) -> None:
+        """Record what came back for trials, in the order of arrival."""
+        now = time.time()
+        with self.transaction():
+            self._connection.executemany(
+                "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [(trial.number, *_evaluation_row(evaluation, now)) for trial, evaluation in results],
+            )
+
+    def told(self, batch: int) -> None:
+        """Record that batch ``batch`` was learned."""
+        with self.transaction():
+            self._connection.execute("INSERT INTO events VALUES (NULL, 'tell', ?, NULL)", (batch,))
+
+    def keep(self, trials: Iterable[Trial], dropped: Iterable[int]) -> None:
+        """Store the residuals of ``trials`` that have one, and forget those of the numbers ``dropped``."""
+        with self.transaction():
+            self._connection.executemany("DELETE FROM residuals WHERE number = ?", [(n,) for n in dropped])
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO residuals VALUES (?, ?)",
+                [
+                    (t.number, t.genome.residual.astype("<f4").tobytes())
+                    for t in trials
+                    if t.genome.residual is not None
+                ],
+            )
+
+    def measured(self, genome: Genome, subset: Subset, evaluation: Evaluation) -> None:
+        """Record the scores of a genome outside the search."""
+        with self.transaction():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (genome.digest, subset, *_evaluation_row(evaluation, time.time())),
+            )
+
+    def refer(self, name: str, genome: Genome) -> None:
+        """Record a merge to compare with: a seed model, the average."""
+        with self.transaction():
+            (position,) = self._connection.execute("SELECT count(*) FROM reference_merges").fetchone()
+            self._connection.execute(
+                "INSERT OR IGNORE INTO reference_merges VALUES (?, ?, ?, ?)",
+                (name, position, genome.to_json(), genome.digest),
+            )
+
+    # -- reading -----------------------------------------------------------------------------------------
+
+    def fact(self, key: str) -> str | None:
+        """The fact noted under ``key``, or None."""
+        row = self._rows("SELECT value FROM facts WHERE key = ?", (key,))
+        found = next(iter(row), None)
+        return None if found is None else str(found[0])
+
+    def events(self) -> list[Event]:
+        """All events, in order."""
+        rows = self._rows("SELECT kind, batch, requested FROM events ORDER BY seq")
+        return [Event(kind, batch, requested or 0) for kind, batch, requested in rows]
+
+    def batch(self, number: int) -> list[tuple[int, str]]:
+        """Numbers and genome digests of the trials of a batch."""
+        return list(self._rows("SELECT number, digest FROM trials WHERE batch = ? ORDER BY number", (number,)))
+
+    def rows(self, after: int = -1) -> Iterator[Row]:
+        """The trials numbered above ``after`` that have been evaluated, in order of number."""
+        for number, digest, parents, scores, failure, seconds, when in self._rows(
+            "SELECT t.number, t.digest, t.parents, e.scores, e.failure, e.seconds, e.time "
+            "FROM trials t JOIN evaluations e USING (number) WHERE number > ? ORDER BY number",
+            (after,),
+        ):
+            yield Row(
+                number, digest, tuple(json.loads(parents)), _parsed(scores), _failure(failure), float(seconds), when
+            )
+
+    def trial(self, number: int) -> Trial:
+        """The trial with its genome, residual included.
+
+        Raises:
+            JournalError: There is no such trial, or its dense weights were not kept.
+        """
+        row = next(iter(self._rows("SELECT genome, parents, dense FROM trials WHERE number = ?", (number,))), None)
+        if row is None:
+            (count,) = next(iter(self._rows("SELECT count(*) FROM trials")))
+            raise JournalError(f"trial {number}: not in {self.path} (it has 0 to {count - 1}).", "See `ecotone front`.")
+        genome = Genome.from_json(row[0])
+        if row[2]:
+            genome = Genome(genome.boundaries, genome.coefficients, genome.parameters, self._residual(number))
+        return Trial(number, genome, tuple(json.loads(row[1])))
+
+    def evaluation(self, number: int) -> Evaluation | None:
+        """What came back for a trial, or None when nothing has yet."""
+        return next(
+            (_evaluation(row) for row in self._rows(f"SELECT {_COLUMNS} FROM evaluations WHERE number = ?", (number,))),
+            None,
+        )
+
+    def evaluations(self) -> Iterator[tuple[int, Evaluation]]:
+        """All trial numbers with what came back, in order of number."""
+        for number, *row in self._rows(f"SELECT number, {_COLUMNS} FROM evaluations ORDER BY number"):
+            yield number, _evaluation(row)
+
+    def measurement(self, digest: str, subset: Subset) -> Evaluation | None:
+        """The scores of a genome outside the search, or None."""
+        query = f"SELECT {_COLUMNS} FROM measurements WHERE digest = ? AND subset = ?"
+        return next((_evaluation(row) for row in self._rows(query, (digest, subset))), None)
+
+    def references(self) -> list[tuple[str, Genome]]:
+        """Names and genomes of the merges to compare with, in the order they were recorded."""
+        rows = self._rows("SELECT name, genome FROM reference_merges ORDER BY position")
+        return [(name, Genome.from_json(text)) for name, text in rows]
+
+    def kept(self) -> set[int]:
+        """Numbers of the trials whose residual is stored."""
+        return {number for (number,) in self._rows("SELECT number FROM residuals")}
+
+    def digest(self) -> str:
+        """A hash over every evaluated trial's number, genome digest and scores: equal searches have equal digests."""
+        hasher = hashlib.blake2b(digest_size=16)
+        for row in self.rows():
+            hasher.update(f"{row.number}:{row.digest}:".encode())
+            if row.failure is not None:
+                hasher.update(f"failed {row.failure.kind}".encode())
+            for name, value in sorted((row.scores or {}).items()):
+                hasher.update(name.encode() + struct.pack("<d", value))
+        return hasher.hexdigest()
+
+    @property
+    def in_use(self) -> bool:
+        """True while some process writes this journal."""
+        if self._lock is not None:
+            return True
+        with contextlib.suppress(OSError), _lock_file(self.path).open("r") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[Any]:
+        with _explained(self.path):
+            yield from self._connection.execute(query, values)
+
+    def _residual(self, number: int) -> NDArray[np.float32]:
+        row = next(iter(self._rows("SELECT residual FROM residuals WHERE number = ?", (number,))), None)
+        if row is None:
+            raise JournalError(
+                f"trial {number}: its weights were not kept (evolving from scratch keeps the archive's and the front's).",
+                "Choose a member that `ecotone front` lists.",
+            )
+        return np.frombuffer(row[0], "<f4").astype(np.float32)
+
+
+# -- rows ------------------------------------------------------------------------------------------------
+
+_COLUMNS = "scores, shapes, per_example, failure, seconds, items, details"
+
+
+def _trial_row(trial: Trial, batch: int) -> tuple[Any, ...]:
+    genome = trial.genome
+    text = genome.to_json(residual=False)
+    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), int(genome.residual is not None)
+
+
+def _evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
+    shapes, blobs = [], []
+    for name, values in evaluation.per_example.items():
+        kind, blob = _packed(np.asarray(values))
+        shapes.append([name, kind, int(np.size(values)), len(blob)])
+        blobs.append(blob)
+    failure = evaluation.failure
+    return (
+        json.dumps({name: float(value) for name, value in evaluation.scores.items()}),
+        json.dumps(shapes) if shapes else None,
+        b"".join(blobs) if blobs else None,
+        None if failure is None else json.dumps([failure.kind, failure.message, failure.details]),
+        float(evaluation.seconds),
+        int(evaluation.items),
+        json.dumps(dict(evaluation.details)) if evaluation.details else None,
+        now,
+    )
+
+
+def _evaluation(row: Sequence[Any]) -> Evaluation:
+    scores, shapes, blob, failure, seconds, items, details = row[:7]
+    per_example, start = {}, 0
+    for name, kind, size, length in json.loads(shapes) if shapes else ():
+        per_example[name] = _unpacked(kind, size, blob[start : start + length])
+        start += length
+    return Evaluation(
+        _parsed(scores) or {}, per_example, _failure(failure), seconds, items, json.loads(details) if details else {}
+    )
+
+
+def _packed(values: NDArray[Any]) -> tuple[str, bytes]:
+    if values.dtype == np.bool_:
+        return "bit", np.packbits(values).tobytes()
+    kind = values.dtype.newbyteorder("<").str
+    return kind, zlib.compress(values.astype(kind).tobytes(), 1)
+
+
+def _unpacked(kind: str, size: int, blob: bytes) -> NDArray[Any]:
+    if kind == "bit":
+        return np.unpackbits(np.frombuffer(blob, np.uint8), count=size).astype(np.bool_)
+    return np.frombuffer(zlib.decompress(blob), kind)
+
+
+def _parsed(scores: str | None) -> dict[str, float] | None:
+    return None if scores is None else json.loads(scores)
+
+
+def _failure(text: str | None) -> Failure | None:
+    return None if text is None else Failure(*json.loads(text))
+
+
+# -- files -----------------------------------------------------------------------------------------------
+
+
+def _connected(file: Path, write: bool) -> sqlite3.Connection:
+    if write:
+        connection = sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        return connection
+    connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=30)
+    connection.execute("PRAGMA query_only=ON")
+    return connection
+
+
+def _lock_file(file: Path) -> Path:
+    return file.with_suffix(".lock")
+
+
+def _locked(file: Path) -> IO[str]:
+    handle = _lock_file(file).open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.seek(0)
+        owner = handle.read().strip() or "another process"
+        handle.close()
+        raise JournalError(
+            f"{file.parent}: the run is being written by {owner}.", "Wait for it, or stop it, then resume."
+        ) from error
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()}")
+    handle.flush()
+    return handle
+
+
+@contextlib.contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    """Turn SQLite's and the file system's errors into words."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        text = str(error)
+        if "full" in text or "disk I/O" in text:
+            raise JournalError(
+                f"{file}: the journal cannot be written ({text}).",
+                f"Free some space, then `ecotone resume {file.parent}`: what was recorded before is safe.",
+            ) from error
+        if "not a database" in text or "malformed" in text or "no such table" in text:
+            raise JournalError(f"{file}: not a journal of Ecotone, or damaged ({text}).") from error
+        raise JournalError(f"{file}: {text}.", "Check that the directory is writable and the file is whole.") from error
+    except OSError as error:
+        raise JournalError(
+            f"{file}: {error.strerror or error}.", "Check the path, the permissions and the space."
+        ) from error

@@ -1,0 +1,138 @@
+"""M2N2's archive: natural niches by competition for examples ("Competition and Attraction Improve Model Fusion").
+
+Each example is a resource of limited capacity, shared by the members that score on it. A member that solves
+what few others solve stays alive although its mean score is low.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from populations.errors import InputError, SearchError
+from populations.genome import Floats
+from populations.trial import Evaluation, Goal, Member, Outcome, Trial
+
+
+class NicheArchive:
+    """Members compete for examples; the one with the lowest shared fitness leaves when a child comes.
+
+    With S (P, N) the members' per-example scores and ``z_j = sum_i S_ij`` the demand for example j::
+
+        fitness_i      = sum_j S_ij * c_j / z_j^alpha
+        attraction_i|A = sum_j max(0, S_ij - S_Aj) * c_j / z_j^alpha
+
+    An example nobody scores on counts nothing. For right-or-wrong scores ``c_j`` is 1 either way.
+
+    Args:
+        goals: The objectives; each must be maximised and give per-example scores that are not negative.
+            The examples of all objectives are resources side by side.
+        capacity: P, the most members.
+        alpha: Strength of competition: 1 shares a resource evenly, 0 is a plain genetic algorithm.
+        resource: ``max`` gives example j the capacity ``max_i S_ij`` (the paper's choice for continuous
+            scores), ``one`` gives every example the capacity 1.
+
+    Raises:
+        InputError: A goal is minimised, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        goals: Sequence[Goal],
+        capacity: int = 20,
+        alpha: float = 1.0,
+        resource: Literal["max", "one"] = "max",
+    ) -> None:
+        if capacity < 2:
+            raise InputError(f"archive: expected at least 2 members, found {capacity}.")
+        if not alpha >= 0:
+            raise InputError(f"alpha: expected a number of at least 0, found {alpha}.")
+        for goal in goals:
+            if goal.direction == "minimize":
+                raise InputError(
+                    f"objective {goal.name!r}: the niche archive shares out non-negative scores to maximise, "
+                    "found direction minimize.",
+                    "Give a score in which more is better (accuracy, exp(-loss)), or use another algorithm.",
+                )
+        self.goals = tuple(goals)
+        self.capacity = capacity
+        self.alpha = alpha
+        self.resource = resource
+        self._members: list[Member] = []
+        self._slots: list[int] = []  # row of each member in _scores, oldest first
+        self._scores: Floats = np.zeros((0, 0))
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """Members, oldest first."""
+        return tuple(self._members)
+
+    def add(self, trial: Trial, evaluation: Evaluation) -> Outcome:
+        """Append the candidate, then let the member of lowest fitness leave (the oldest of equals); maybe itself."""
+        if not evaluation.ok:
+            return Outcome(accepted=False)
+        row = self._row(trial, evaluation)
+        if not self._members:
+            self._scores = np.zeros((self.capacity + 1, row.size))
+        slot = next(i for i in range(self.capacity + 1) if i not in self._slots)
+        self._scores[slot] = row
+        self._members.append(Member(trial, evaluation))
+        self._slots.append(slot)
+        if len(self._members) <= self.capacity:
+            return Outcome(accepted=True)
+        worst = int(np.argmin(self.fitness()))
+        gone = self._members.pop(worst).trial.number
+        self._scores[self._slots.pop(worst)] = 0.0
+        return Outcome(gone != trial.number, () if gone == trial.number else (gone,))
+
+    def fitness(self) -> Floats:
+        """(P,) shared fitness of the members, oldest first. At alpha 1 it sums to what the members solve together."""
+        return np.einsum("ij,j->i", self._scores, self._worth())[self._slots]
+
+    def attraction(self, index: int) -> Floats:
+        """(P,) how much each member adds where member ``index`` is weak; 0 for itself."""
+        gain = np.maximum(self._scores - self._scores[self._slots[index]], 0.0)
+        return np.einsum("ij,j->i", gain, self._worth())[self._slots]
+
+    def state(self) -> dict[str, Any]:
+        """The members."""
+        return {"members": list(self._members)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self._members, self._slots, self._scores = list(state["members"]), [], np.zeros((0, 0))
+        rows = [self._row(m.trial, m.evaluation) for m in self._members]
+        if rows:
+            self._scores = np.zeros((self.capacity + 1, rows[0].size))
+            self._scores[: len(rows)] = rows
+            self._slots = list(range(len(rows)))
+
+    def _worth(self) -> Floats:
+        """(N,) ``c_j / z_j^alpha``, 0 where nobody scores."""
+        demand = self._scores.sum(axis=0)
+        share = demand if self.alpha == 1.0 else demand**self.alpha
+        worth = np.divide(1.0, share, out=np.zeros_like(demand), where=demand > 0)
+        if self.resource == "max":
+            worth *= self._scores.max(axis=0)
+        return worth
+
+    def _row(self, trial: Trial, evaluation: Evaluation) -> Floats:
+        parts = [self._resources(goal, evaluation) for goal in self.goals]
+        row = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self._members and row.size != (width := self._scores.shape[1] or row.size):
+            raise SearchError(f"trial {trial.number}: expected {width} per-example scores, found {row.size}.")
+        return row
+
+    @staticmethod
+    def _resources(goal: Goal, evaluation: Evaluation) -> Floats:
+        given = evaluation.per_example.get(goal.name)
+        values = np.asarray([evaluation.scores[goal.name]] if given is None else given)
+        if values.dtype != np.bool_ and (values < 0).any():
+            raise SearchError(
+                f"objective {goal.name!r}: the niche archive expects per-example scores of at least 0, "
+                f"found {values.min():.6g}.",
+                "Shift or transform the score, or use another algorithm.",
+            )
+        return values.astype(np.float64)

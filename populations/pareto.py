@@ -1,0 +1,48 @@
+"""The Pareto front of everything scored so far, kept up to date one candidate at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from populations.genome import Floats
+from populations.trial import Goal
+
+
+class ParetoFront:
+    """Numbers and scores of the candidates that no other candidate dominates.
+
+    A candidate dominates another when it is at least as good in every objective and better in one. Of
+    candidates with equal scores the first stays. With one objective the front is the best candidate.
+
+    Args:
+        goals: The objectives, M of them.
+    """
+
+    def __init__(self, goals: Sequence[Goal]) -> None:
+        self.goals = tuple(goals)
+        self.numbers: list[int] = []
+        self._points: Floats = np.zeros((0, len(self.goals)))
+
+    @property
+    def points(self) -> Floats:
+        """(F, M) oriented scores of the front's candidates: larger is better."""
+        return self._points
+
+    def add(self, number: int, point: Floats) -> bool:
+        """Take the oriented scores ``point`` (M,) of a candidate; True when it is on the front now."""
+        if (self._points >= point).all(axis=1).any():
+            return False
+        keep: list[int] = np.flatnonzero(~(point >= self._points).all(axis=1)).tolist()
+        self.numbers = [*(self.numbers[i] for i in keep), number]
+        self._points = np.concatenate([self._points[keep], point[None]])
+        return True
+
+
+def non_dominated(points: Iterable[Floats], goals: Sequence[Goal]) -> list[int]:
+    """Indices of the oriented ``points`` that no other point dominates, first of equals, in ascending order."""
+    front = ParetoFront(goals)
+    for index, point in enumerate(points):
+        front.add(index, np.asarray(point, np.float64))
+    return sorted(front.numbers)

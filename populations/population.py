@@ -1,0 +1,81 @@
+"""The protocol of populations, and the elitist archive that keeps the best scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from populations.trial import Evaluation, Goal, Member, Outcome, Trial, oriented
+
+
+class Population(Protocol):
+    """What a search has kept. It takes an evaluation first and says what became of it; then the search learns.
+
+    ``state()`` is a value (arrays, numbers and text) that ``restore()`` of a population built with the same
+    arguments takes back exactly.
+    """
+
+    @property
+    def capacity(self) -> int:
+        """The most members it holds."""
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """Its members, oldest first."""
+
+    def add(self, trial: Trial, evaluation: Evaluation) -> Outcome:
+        """Take an evaluation; a failed one is never accepted."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that later calls depend on."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+
+
+def quality(evaluation: Evaluation, goals: Sequence[Goal]) -> float:
+    """The mean of the oriented scores: the single number by which members are ranked (larger is better)."""
+    return float(oriented(evaluation.scores, goals).mean())
+
+
+class ElitistArchive:
+    """Keeps the ``capacity`` candidates of highest mean score; the older of two equals stays.
+
+    Args:
+        goals: The objectives, for their directions.
+        capacity: The most members it holds.
+    """
+
+    def __init__(self, goals: Sequence[Goal], capacity: int = 20) -> None:
+        self.capacity = capacity
+        self.goals = tuple(goals)
+        self._members: list[Member] = []
+        self._quality: list[float] = []
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """Members, oldest first."""
+        return tuple(self._members)
+
+    def add(self, trial: Trial, evaluation: Evaluation) -> Outcome:
+        """Accept while there is room or when better than the worst member, which then leaves."""
+        if not evaluation.ok:
+            return Outcome(accepted=False)
+        self._members.append(Member(trial, evaluation))
+        self._quality.append(quality(evaluation, self.goals))
+        if len(self._members) <= self.capacity:
+            return Outcome(accepted=True)
+        # Among equals the youngest leaves.
+        worst = min(range(len(self._quality)), key=lambda i: (self._quality[i], -i))
+        gone = self._members.pop(worst).trial.number
+        del self._quality[worst]
+        return Outcome(gone != trial.number, () if gone == trial.number else (gone,))
+
+    def state(self) -> dict[str, Any]:
+        """The members."""
+        return {"members": list(self._members)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self._members = list(state["members"])
+        self._quality = [quality(m.evaluation, self.goals) for m in self._members]
