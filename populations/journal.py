@@ -322,7 +322,7 @@ class Journal:
         row = next(iter(self._rows("SELECT residual FROM residuals WHERE number = ?", (number,))), None)
         if row is None:
             raise JournalError(
-                f"trial {number}: its weights were not kept (evolving from scratch keeps the archive's and the front's).",
+                f"trial {number}: its weights were not kept (from scratch, only the archive's and the front's are).",
                 "Choose a member that `ecotone front` lists.",
             )
         return np.frombuffer(row[0], "<f4").astype(np.float32)

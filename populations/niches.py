@@ -89,12 +89,14 @@ class NicheArchive:
 
     def fitness(self) -> Floats:
         """(P,) shared fitness of the members, oldest first. At alpha 1 it sums to what the members solve together."""
-        return np.einsum("ij,j->i", self._scores, self._worth())[self._slots]
+        shared: Floats = np.einsum("ij,j->i", self._scores, self._worth())
+        return shared[self._slots]
 
     def attraction(self, index: int) -> Floats:
         """(P,) how much each member adds where member ``index`` is weak; 0 for itself."""
         gain = np.maximum(self._scores - self._scores[self._slots[index]], 0.0)
-        return np.einsum("ij,j->i", gain, self._worth())[self._slots]
+        shared: Floats = np.einsum("ij,j->i", gain, self._worth())
+        return shared[self._slots]
 
     def state(self) -> dict[str, Any]:
         """The members."""
@@ -113,7 +115,7 @@ class NicheArchive:
         """(N,) ``c_j / z_j^alpha``, 0 where nobody scores."""
         demand = self._scores.sum(axis=0)
         share = demand if self.alpha == 1.0 else demand**self.alpha
-        worth = np.divide(1.0, share, out=np.zeros_like(demand), where=demand > 0)
+        worth: Floats = np.divide(1.0, share, out=np.zeros_like(demand), where=demand > 0)
         if self.resource == "max":
             worth *= self._scores.max(axis=0)
         return worth
