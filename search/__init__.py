@@ -1,0 +1,1 @@
+"""How the next candidate is chosen: the population manager's loop, and one file an algorithm."""

@@ -1,0 +1,248 @@
+"""M2N2: evolution of merges with natural niches, attraction and a moving split point.
+
+"Competition and Attraction Improve Model Fusion" (Abrantes, Lange, Tang; 2025). One child a step:
+
+1. Parent A is drawn in proportion to shared fitness (``populations.niches``).
+2. Parent B is drawn in proportion to its attraction for A: what it scores where A is weak.
+3. A split point and one mixing weight join them: the weight holds before the split, its complement after.
+   The join is spherical (SLERP) with the one angle between the two whole parents, or linear.
+4. Evolving from scratch, every parameter then gets Gaussian noise.
+5. The archive takes the child and lets its least fit member go.
+
+The parents' angle comes from the Gram table of the sources, so children are composed without touching a
+weight; only children with noise are dense vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from populations.errors import InputError
+from populations.genome import Floats, Genome, combine
+from populations.niches import NicheArchive
+from populations.space import Space
+from populations.trial import Evaluation, Outcome, Trial
+from search.protocol import trial_rng
+
+
+@dataclass(frozen=True)
+class M2N2Settings:
+    """The switches of M2N2; turning one off gives the paper's ablations.
+
+    Args:
+        attraction: Choose parent B by attraction; otherwise by fitness, like A.
+        split: Draw a split point; otherwise one weight mixes the whole vector.
+        crossover: Join two parents; otherwise the child is a copy of A (then ``mutation`` must be above 0).
+        interpolation: ``slerp`` or ``linear``.
+        granularity: Where split points may fall: ``element``, ``tensor`` or ``block`` borders.
+        mutation: Standard deviation of the noise added to every parameter; 0 when the seeds are trained.
+        max_segments: A genome of more segments is simplified (``Genome.simplified``) to so many.
+    """
+
+    attraction: bool = True
+    split: bool = True
+    crossover: bool = True
+    interpolation: Literal["slerp", "linear"] = "slerp"
+    granularity: Literal["element", "tensor", "block"] = "element"
+    mutation: float = 0.0
+    max_segments: int = 1024
+
+
+class M2N2:
+    """M2N2 over the merges that ``space`` spans, with its members in ``archive``.
+
+    The first trials are the original models themselves. Breeding begins when they have all been told.
+
+    Args:
+        space: Layout, Gram table and seeds; its ``vectors`` are needed when ``settings.mutation`` is above 0.
+        archive: The population to breed from; the manager adds to it before ``tell``.
+        settings: The switches.
+        seed: The recipe's seed.
+
+    Raises:
+        InputError: The settings leave nothing that could change, or mutation lacks the dense vectors.
+
+    Example::
+
+        archive = NicheArchive(goals, capacity=20)
+        search = M2N2(space, archive, M2N2Settings(), seed=0)
+        for _ in range(1000):
+            for trial in search.ask(1):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
+    """
+
+    def __init__(self, space: Space, archive: NicheArchive, settings: M2N2Settings, seed: int) -> None:
+        if not settings.crossover and settings.mutation <= 0:
+            raise InputError(
+                "search.crossover: without crossover and with mutation 0 every child is a copy.",
+                "Set search.mutation above 0, or search.crossover: true.",
+            )
+        if settings.mutation > 0 and space.vectors is None:
+            raise InputError("search.mutation: breeding with noise needs the dense vectors of the sources.")
+        self.space = space
+        self.archive = archive
+        self.settings = settings
+        self.seed = seed
+        self._borders = space.borders(settings.granularity)
+        self._next = 0
+        self._told = 0
+        self._norms: dict[int, float] = {}
+
+    @property
+    def done(self) -> bool:
+        """Never: evolution goes on until the budget is spent."""
+        return False
+
+    def ask(self, n: int) -> list[Trial]:
+        """The seed models first; then, once these are told, children of the archive."""
+        seeds = len(self.space.seeds)
+        if self._next < seeds:
+            numbers = range(self._next, min(self._next + n, seeds))
+            trials = [Trial(number, self._seed_genome(number)) for number in numbers]
+        elif self._told < seeds or not self.archive.members:
+            return []
+        else:
+            trials = self._breed(range(self._next, self._next + n))
+        self._next += len(trials)
+        return trials
+
+    def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
+        """The archive has learned already; only count, and forget the norms of those that left."""
+        self._told += 1
+        for number in outcome.evicted:
+            self._norms.pop(number, None)
+
+    def state(self) -> dict[str, Any]:
+        """The two counters."""
+        return {"next": self._next, "told": self._told}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self._next, self._told = state["next"], state["told"]
+        self._norms.clear()
+
+    # -- one child ---------------------------------------------------------------------------------------
+
+    def _seed_genome(self, number: int) -> Genome:
+        row = self.space.seeds[number]
+        if self.settings.mutation > 0:
+            assert self.space.vectors is not None
+            return Genome.dense(row.astype(np.float32) @ self.space.vectors, self.space.dimension)
+        return Genome.uniform(self.space.size, row)
+
+    def _breed(self, numbers: range) -> list[Trial]:
+        fitness = self.archive.fitness()
+        attraction: dict[int, Floats] = {}
+        trials = []
+        for number in numbers:
+            rng = trial_rng(self.seed, number)
+            a = _draw(rng, fitness)
+            if not self.settings.crossover:
+                parents: tuple[int, ...] = (a,)
+                child = self._genome(a)
+            else:
+                b = self._mate(rng, a, fitness, attraction)
+                parents = (a, b)
+                child = self._child(rng, a, b)
+            if self.settings.mutation > 0:
+                child = self._mutated(rng, child)
+            trials.append(Trial(number, child, tuple(self.archive.members[i].trial.number for i in parents)))
+        return trials
+
+    def _mate(self, rng: np.random.Generator, a: int, fitness: Floats, attraction: dict[int, Floats]) -> int:
+        if not self.settings.attraction:
+            return _draw(rng, fitness)
+        if a not in attraction:
+            attraction[a] = self.archive.attraction(a)
+        # Nobody beats A anywhere: the published code samples from NaN there; fitness is what is left to go by.
+        return _draw(rng, attraction[a] if attraction[a].any() else fitness)
+
+    def _child(self, rng: np.random.Generator, a: int, b: int) -> Genome:
+        weight = float(rng.random())
+        position = int(rng.integers(0, self.space.size))
+        angle = self._angle(a, b) if self.settings.interpolation == "slerp" else 0.0
+        before, after = slerp_weights(weight, angle), slerp_weights(1.0 - weight, angle)
+        split = int(self._borders[np.searchsorted(self._borders, position, side="right") - 1])
+        if not self.settings.split:
+            split = self.space.size
+        genomes = [self._genome(a), self._genome(b)]
+        if self.settings.mutation > 0:
+            return Genome.dense(_joined(genomes, before, after, split), self.space.dimension)
+        rows, borders = _intervals(before, after, split, self.space.size)
+        return combine(genomes, rows, borders).simplified(self.settings.max_segments)
+
+    def _mutated(self, rng: np.random.Generator, genome: Genome) -> Genome:
+        assert genome.residual is not None
+        noise = rng.standard_normal(self.space.size, np.float32)
+        noise *= np.float32(self.settings.mutation)
+        noise += genome.residual
+        return Genome.dense(noise, self.space.dimension)
+
+    def _genome(self, index: int) -> Genome:
+        return self.archive.members[index].trial.genome
+
+    def _angle(self, a: int, b: int) -> float:
+        """The angle between the two whole parents; 0 when one of them is zero."""
+        norms = self._norm(a) * self._norm(b)
+        if a == b or norms == 0:
+            return 0.0
+        return math.acos(min(1.0, max(-1.0, self._inner(self._genome(a), self._genome(b)) / norms)))
+
+    def _norm(self, index: int) -> float:
+        trial = self.archive.members[index].trial
+        if trial.number not in self._norms:
+            self._norms[trial.number] = math.sqrt(max(0.0, self._inner(trial.genome, trial.genome)))
+        return self._norms[trial.number]
+
+    def _inner(self, a: Genome, b: Genome) -> float:
+        if a.residual is not None and b.residual is not None:
+            return float(np.einsum("i,i->", a.residual, b.residual, dtype=np.float64))
+        return self.space.gram.inner(a, b)
+
+
+def slerp_weights(t: float, angle: float) -> tuple[float, float]:
+    """Weights of A and B at ``t`` (0 gives A) on the arc between two vectors at ``angle``; linear when parallel."""
+    sine = math.sin(angle)
+    if sine <= 1e-6:
+        return 1.0 - t, t
+    return math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine
+
+
+def _intervals(
+    before: tuple[float, float], after: tuple[float, float], split: int, size: int
+) -> tuple[list[tuple[float, float]], list[int]]:
+    """Weights and borders of the non-empty intervals on both sides of the split."""
+    if split <= 0:
+        return [after], [0, size]
+    if split >= size:
+        return [before], [0, size]
+    return [before, after], [0, split, size]
+
+
+def _joined(
+    genomes: Sequence[Genome], before: tuple[float, float], after: tuple[float, float], split: int
+) -> NDArray[np.float32]:
+    """The dense child of two dense parents."""
+    a, b = genomes[0].residual, genomes[1].residual
+    assert a is not None
+    assert b is not None
+    child = np.empty_like(a)
+    for part, (left, right) in ((slice(0, split), before), (slice(split, None), after)):
+        np.multiply(a[part], np.float32(left), out=child[part])
+        child[part] += np.float32(right) * b[part]
+    return child
+
+
+def _draw(rng: np.random.Generator, weights: Floats) -> int:
+    """An index drawn in proportion to ``weights``, or evenly when all are 0."""
+    total = np.cumsum(weights)
+    if total[-1] <= 0:
+        return int(rng.integers(len(weights)))
+    return min(int(np.searchsorted(total, rng.random() * total[-1], side="right")), len(weights) - 1)
