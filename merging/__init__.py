@@ -1,0 +1,1 @@
+"""How a genome becomes weights: checkpoints in, layout, Gram table, operators, materialise, checkpoints out."""

@@ -1,0 +1,22 @@
+"""Linear merging: a weighted sum of the experts themselves (model soups, Wortsman et al. 2022)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from populations.genome import Floats
+
+
+class Linear:
+    """``theta = sum_k c_k theta_k``; coefficients need not sum to one."""
+
+    name = "linear"
+    needs_base = False
+
+    def seeds(self, sources: int) -> Floats:
+        """(K, K) one-hot rows: each is an expert, bit for bit."""
+        return np.eye(sources)
+
+    def weights(self, coefficients: Floats) -> Floats:
+        """(S, K): the coefficients."""
+        return np.asarray(coefficients, np.float64)

@@ -1,0 +1,27 @@
+"""Task arithmetic: the base plus weighted task vectors (Ilharco et al. 2023, arXiv:2212.04089)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from populations.genome import Floats
+
+
+class TaskArithmetic:
+    """``theta = base + sum_k c_k (theta_k - base)``; a source is a task vector ``theta_k - base``.
+
+    Written over the checkpoints the weights are ``[1 - sum_k c_k, c_1, ..., c_K]``: zero coefficients give the
+    base bit for bit, a one-hot row the expert.
+    """
+
+    name = "task_arithmetic"
+    needs_base = True
+
+    def seeds(self, sources: int) -> Floats:
+        """(K, K) one-hot rows: base plus one whole task vector is the expert."""
+        return np.eye(sources)
+
+    def weights(self, coefficients: Floats) -> Floats:
+        """(S, K+1): the base's weight, then the coefficients."""
+        table = np.asarray(coefficients, np.float64)
+        return np.column_stack([1.0 - table.sum(axis=1), table])

@@ -1,0 +1,251 @@
+"""The models of a merge, opened together: what a worker holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merging import operators, preflight
+from merging.checkpoint import Checkpoint
+from merging.gram import gram_table
+from merging.layout import Layout
+from merging.materialise import Mixture, mix
+from merging.operators.base import Operator
+from populations.errors import InputError
+from populations.genome import Genome
+from populations.space import Space
+
+RESIDENT_BYTES = 256 * 2**20  # models whose sources fit in this are kept in memory for ``stack``
+
+
+class Sources:
+    """The checkpoints of a merge, memory-mapped, with the operator that gives genomes their meaning.
+
+    Use ``Sources.open``. Nothing is kept in memory except, for models small enough, what ``stack`` reads.
+
+    Args:
+        layout: The flat vector that the models share.
+        operator: The merge operator.
+        experts: K models.
+        base: The base model, if there is one. Operators that need no base take from it only integer buffers and,
+            on export, the configuration and tokenizer.
+    """
+
+    def __init__(
+        self, layout: Layout, operator: Operator, experts: Sequence[Checkpoint], base: Checkpoint | None = None
+    ) -> None:
+        self.layout = layout
+        self.operator = operator
+        self.experts = tuple(experts)
+        self.base = base
+        self.loads = 0
+        """Tensors read so far, each checkpoint's counted."""
+
+    @classmethod
+    def open(
+        cls,
+        experts: Sequence[str | Path],
+        base: str | Path | None = None,
+        operator: str = "linear",
+        names: Sequence[str] | None = None,
+    ) -> Sources:
+        """Open the models of a merge and check from their headers that they fit together.
+
+        Args:
+            experts: Paths of the K models to merge: safetensors files or directories.
+            base: Path of the model they were fine-tuned from; needed by operators on task vectors.
+            operator: Name of the merge operator.
+            names: K distinct names; by default those of the files or directories, made distinct.
+
+        Raises:
+            InputError: No expert, no such operator, a base is lacking, or the names do not fit.
+            CheckpointError: A model cannot be read, or two of them differ.
+        """
+        chosen = operators.get(operator)
+        if not experts:
+            raise InputError("experts: expected at least one model, found none.")
+        if chosen.needs_base and base is None:
+            raise InputError(f"base: the operator {operator!r} needs the model the experts were fine-tuned from.")
+        if names is not None and (len(names) != len(experts) or len(set(names)) != len(names)):
+            raise InputError(f"names: expected {len(experts)} distinct names, found {list(names)}.")
+        opened = [Checkpoint.open(path) for path in experts]
+        labels = _distinct([checkpoint.name for checkpoint in opened]) if names is None else list(names)
+        named = [
+            Checkpoint(c.path, label, c.shards, c.config, c._home) for c, label in zip(opened, labels, strict=True)
+        ]
+        root = None if base is None else Checkpoint.open(base)
+        layout = preflight.check(([root] if root else []) + named)
+        return cls(layout, chosen, named, root)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """K names of the experts."""
+        return tuple(expert.name for expert in self.experts)
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The J models that are mixed: the experts, after the base when the operator needs it."""
+        if self.operator.needs_base and self.base is not None:
+            return (self.base, *self.experts)
+        return self.experts
+
+    @property
+    def origin(self) -> Checkpoint:
+        """Where buffers, configuration and tokenizer come from: the base, or else the first expert."""
+        return self.base or self.experts[0]
+
+    def read(self, name: str) -> list[Tensor]:
+        """J flat tensors, memory-mapped: ``name`` in every model that is mixed."""
+        self.loads += len(self.checkpoints)
+        return [checkpoint.tensor(name).reshape(-1) for checkpoint in self.checkpoints]
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Integer, bool and empty tensors of the base (or the first expert), by name."""
+        return {name: self.origin.tensor(name) for name in self.layout.buffers}
+
+    def space(self, dense: bool = False) -> Space:
+        """What a search may know of these models; streams the weights once for the Gram table.
+
+        Args:
+            dense: Also give the (K, n) sources themselves, for evolving small models from scratch.
+        """
+        gram = gram_table(self.layout, self.read, self.operator.needs_base, torch.get_num_threads())
+        return Space(
+            sources=self.names,
+            tensors=self.layout.tensors,
+            tensor_borders=self.layout.tensor_borders,
+            blocks=self.layout.blocks,
+            block_borders=self.layout.block_borders,
+            gram=gram,
+            seeds=self.operator.seeds(len(self.experts)),
+            seed_names=self.names,
+            vectors=self._vectors() if dense else None,
+        )
+
+    def mixture(self, genome: Genome) -> Mixture:
+        """The genome as weights over the J checkpoints.
+
+        Raises:
+            InputError: The genome is of another size, another number of sources, or another operator's settings.
+        """
+        if genome.size != self.layout.size:
+            raise InputError(f"genome: expected {self.layout.size} parameters, found {genome.size}.")
+        if genome.sources != len(self.experts):
+            raise InputError(
+                f"genome: expected {len(self.experts)} coefficients a segment ({', '.join(self.names)}), "
+                f"found {genome.sources}."
+            )
+        return Mixture(genome.boundaries, self.operator.weights(genome.coefficients), genome.residual)
+
+    def materialise(self, genomes: Sequence[Genome], out: Sequence[Mapping[str, Tensor]]) -> None:
+        """Write the merged weights into existing tensors, all genomes in one pass over the sources.
+
+        Accumulates in float32 and rounds once to the type of each output tensor. A genome's result does not depend
+        on the other genomes, the number of threads or the chunks.
+
+        Args:
+            genomes: B genomes.
+            out: B mappings from tensor names to tensors of any floating-point type, all on one device, such as
+                ``dict(model.named_parameters())``. Other names in it are left alone. They must be distinct and must
+                not share memory with the sources.
+
+        Raises:
+            InputError: A genome does not fit, or a tensor is missing or of another shape.
+        """
+        mixtures = [self.mixture(genome) for genome in genomes]
+        if len(out) != len(mixtures):
+            raise InputError(f"out: expected one mapping for each of {len(mixtures)} genomes, found {len(out)}.")
+        targets = [self._targets(tensors) for tensors in out]
+        if not mixtures:
+            return
+        borders = self.layout.tensor_borders
+        with torch.no_grad():
+            for index, name in enumerate(self.layout.tensors):
+                views = [target[index] for target in targets]
+                flat = [view.view(-1) if view.is_contiguous() else torch.empty_like(view).view(-1) for view in views]
+                mix(self.read(name), int(borders[index]), mixtures, flat)
+                for view, values in zip(views, flat, strict=True):
+                    if not view.is_contiguous():
+                        view.copy_(values.view(view.shape))
+
+    def stack(
+        self, genomes: Sequence[Genome], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Merge B genomes of a small model at once.
+
+        Args:
+            genomes: B genomes.
+            dtype: Type of the result; the models' own by default (float32 when they mix types).
+            device: Where the result goes.
+
+        Returns:
+            By tensor name, (B, *shape) views of one new (B, n) buffer.
+
+        Raises:
+            InputError: A genome does not fit.
+        """
+        mixtures = [self.mixture(genome) for genome in genomes]
+        buffer = torch.empty(len(mixtures), self.layout.size, dtype=dtype or self.layout.dtype)
+        if self._matrix is not None and mixtures:
+            mix(self._matrix, 0, mixtures, list(buffer))
+        elif mixtures:
+            self.materialise(genomes, [self._views(row) for row in buffer])
+        return self._views(buffer.to(device))
+
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """By tensor name, views of a (..., n) buffer."""
+        borders, lead = self.layout.tensor_borders.tolist(), buffer.shape[:-1]
+        return {
+            name: buffer[..., borders[i] : borders[i + 1]].view(*lead, *shape)
+            for i, (name, shape) in enumerate(zip(self.layout.tensors, self.layout.shapes, strict=True))
+        }
+
+    def _targets(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        twins = {kept: alias for alias, kept in self.layout.aliases.items()}
+        found = []
+        for name, shape in zip(self.layout.tensors, self.layout.shapes, strict=True):
+            target = tensors.get(name, tensors.get(twins.get(name, name)))
+            if target is None:
+                raise InputError(
+                    f"out: expected a tensor {name!r}, found none among {len(tensors)} names.",
+                    "Does the architecture's state dict have the names of the checkpoints?",
+                )
+            if tuple(target.shape) != shape:
+                raise InputError(f"out: tensor {name!r} should have shape {shape}, found {tuple(target.shape)}.")
+            found.append(target.detach())
+        return found
+
+    @cached_property
+    def _matrix(self) -> list[Tensor] | None:
+        """J float32 vectors (n,) of a model small enough to keep, or None."""
+        small = len(self.checkpoints) * self.layout.size * 4 <= RESIDENT_BYTES
+        if not small or torch.float64 in self.layout.dtypes:
+            return None
+        columns = [self.read(name) for name in self.layout.tensors]
+        return [torch.cat([c[j].to(torch.float32) for c in columns]) for j in range(len(self.checkpoints))]
+
+    def _vectors(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+        columns = []
+        for name in self.layout.tensors:
+            table = torch.stack([tensor.to(torch.float64) for tensor in self.read(name)])
+            columns.append((table[1:] - table[:1] if self.operator.needs_base else table).to(torch.float32))
+        return np.ascontiguousarray(torch.cat(columns, dim=1).numpy())
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with -2, -3, ... added to those seen before."""
+    seen: Counter[str] = Counter()
+    distinct: list[str] = []
+    for name in names:
+        candidate = name
+        while candidate in distinct:
+            seen[name] += 1
+            candidate = f"{name}-{seen[name] + 1}"
+        distinct.append(candidate)
+    return distinct
