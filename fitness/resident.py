@@ -1,0 +1,152 @@
+"""The one model a worker keeps in memory, and how candidates' weights get into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fitness.architectures import make
+from fitness.specs import CallSpec
+from merging.sources import Sources
+from populations.errors import InputError, nearest
+from populations.genome import Genome
+
+STACK_BYTES = 64 * 1024**2
+
+
+class Resident:
+    """A model whose floating-point tensors are replaced by those of one candidate after the other.
+
+    Small models are merged in stacks: one pass over the sources makes many candidates, and showing one is
+    a change of pointers. Large ones are merged in place, one candidate at a time.
+
+    Args:
+        sources: What genomes mix.
+        architecture: A function that returns the module, ``auto`` for the Hugging Face directory the checkpoints
+            come from, or None for a dict of tensors.
+        device: Where the model lives.
+        dtype: Its floating-point type; None keeps the architecture's own (for a dict: the checkpoints').
+        stack_bytes: Memory for candidates merged in one pass.
+
+    Raises:
+        InputError: The architecture cannot be made, or its tensors are not the checkpoints'.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        architecture: CallSpec | Literal["auto"] | None,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        stack_bytes: int = STACK_BYTES,
+    ) -> None:
+        self.model: nn.Module | dict[str, Tensor]
+        self._sources = sources
+        self._device = device
+        if architecture is None:
+            self.model = _allocated(sources, device, dtype)
+            state = self.model
+        else:
+            self.model = make(architecture, sources, dtype).to(device).eval().requires_grad_(False)
+            state = self.model.state_dict(keep_vars=True)
+            state = _with_kept_names(state, sources)
+            _check_state(state, sources)
+        self._tensors = [state[name] for name in sources.layout.tensors]
+        self._tied = [
+            (state[alias], state[name])
+            for alias, name in sources.layout.aliases.items()
+            if alias in state and state[alias] is not state[name]
+        ]
+        self._tie()
+        kinds = {tensor.dtype for tensor in self._tensors}
+        self.dtype = kinds.pop() if len(kinds) == 1 else None
+        """The model's floating-point type; None when it mixes several."""
+        self._buffers = [(state[name], value.to(device)) for name, value in sources.buffers().items() if name in state]
+        bytes_each = sources.layout.size * (self.dtype.itemsize if self.dtype else 0)
+        self.group = max(1, stack_bytes // bytes_each) if bytes_each else 1
+        """How many candidates are merged in one pass."""
+        self._stacked = 0 < bytes_each <= stack_bytes
+
+    def show(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
+        """The model with the weights of one genome after the other (at most ``group``); all are the same object.
+
+        Raises:
+            InputError: A genome does not fit the sources; nothing has been shown then.
+        """
+        if not self._stacked:
+            return self._show_in_place(genomes)
+        return self._show_stack(self._sources.stack(genomes, self.dtype, self._device), len(genomes))
+
+    def _show_stack(self, stack: Mapping[str, Tensor], count: int) -> Iterator[nn.Module | dict[str, Tensor]]:
+        columns = [stack[name].unbind(0) for name in self._sources.layout.tensors]
+        for index in range(count):
+            for tensor, column in zip(self._tensors, columns, strict=True):
+                tensor.data = column[index]
+            self._tie()
+            yield self._restored()
+
+    def _show_in_place(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
+        tensors = dict(zip(self._sources.layout.tensors, self._tensors, strict=True))
+        for genome in genomes:
+            self._sources.materialise([genome], [tensors])
+            yield self._restored()
+
+    def _restored(self) -> nn.Module | dict[str, Tensor]:
+        """The model, with its integer buffers as the checkpoint has them."""
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        return self.model
+
+    def _tie(self) -> None:
+        """Have tied weights share memory even where the architecture does not."""
+        for alias, kept in self._tied:
+            alias.data = kept.data
+
+    def not_finite(self) -> str:
+        """Name of the first tensor that holds NaN or infinity now, or an empty string."""
+        names = self._sources.layout.tensors
+        broken = (n for n, t in zip(names, self._tensors, strict=True) if not bool(torch.isfinite(t).all()))
+        return next(broken, "")
+
+
+def _allocated(sources: Sources, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A dict with a tensor for each name of the checkpoints; tied names share one."""
+    layout = sources.layout
+    kinds = layout.dtypes if dtype is None else [dtype] * len(layout.tensors)
+    tensors = {
+        name: torch.zeros(shape, dtype=kind, device=device)
+        for name, shape, kind in zip(layout.tensors, layout.shapes, kinds, strict=True)
+    }
+    tensors |= {name: value.to(device, copy=True) for name, value in sources.buffers().items()}
+    return tensors | {alias: tensors[name] for alias, name in layout.aliases.items()}
+
+
+def _with_kept_names(state: Mapping[str, Tensor], sources: Sources) -> dict[str, Tensor]:
+    """``state`` with an entry for each kept name of a tied pair, whichever of the two the architecture uses."""
+    pairs = {name: alias for alias, name in sources.layout.aliases.items()}
+    extra = {name: state[alias] for name, alias in pairs.items() if name not in state and alias in state}
+    return {**state, **extra}
+
+
+def _check_state(state: Mapping[str, Tensor], sources: Sources) -> None:
+    """Raise ``InputError`` unless the architecture has a place for each merged tensor, and no place stays empty."""
+    layout = sources.layout
+    for name, shape in zip(layout.tensors, layout.shapes, strict=True):
+        if name not in state:
+            raise InputError(
+                f"architecture: expected a tensor {name!r} of shape {shape}, as the checkpoints have, found none.",
+                nearest(name, list(state)),
+            )
+        if tuple(state[name].shape) != shape:
+            found = tuple(state[name].shape)
+            raise InputError(f"architecture: {name}: expected shape {shape}, as the checkpoints have, found {found}.")
+    filled = {id(state[name]) for name in layout.tensors}
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and name not in layout.aliases and id(tensor) not in filled:
+            raise InputError(
+                f"architecture: its tensor {name!r} of shape {tuple(tensor.shape)} is in no checkpoint.",
+                nearest(name, layout.tensors),
+            )

@@ -1,0 +1,75 @@
+"""What a worker needs to know to measure candidates: frozen, picklable, made once and sent to every worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from populations.trial import Goal
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """A function and its keyword arguments.
+
+    Args:
+        call: ``package.module:function``.
+        arguments: Keyword arguments, plain values.
+    """
+
+    call: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """An objective in a recipe's words.
+
+    Args:
+        goal: Its name and direction.
+        type: ``accuracy`` of a classifier over ``data``, or ``call`` for a Python function.
+        data: For ``accuracy``: the function that returns (inputs, labels).
+        call: For ``call``: the function that scores a model.
+        batch: Examples in one forward pass; bounds the memory for activations.
+    """
+
+    goal: Goal
+    type: Literal["accuracy", "call"] = "accuracy"
+    data: CallSpec | None = None
+    call: CallSpec | None = None
+    batch: int = 512
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker is made of.
+
+    Args:
+        experts: Checkpoint paths of the fine-tuned models.
+        base: Checkpoint path of the model they were tuned from, where the operator needs it.
+        operator: Name of the merge operator.
+        names: Names of the experts; None takes them from their files.
+        architecture: A function that returns the ``torch.nn.Module`` to fill; ``auto`` for a Hugging Face
+            directory; None when objectives take a dict of tensors.
+        search: Objectives that guide the search.
+        held_out: Objectives kept from it.
+        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
+        dtype: Name of the resident model's dtype (``bfloat16``); None keeps the architecture's own.
+        threads: CPU threads of one worker. Results may depend on it in the last bit, so it belongs to the recipe.
+        dense: Put the sources themselves into the space, for evolution from scratch.
+        sys_path: Folders put on the worker's Python path, for the user's own modules.
+    """
+
+    experts: tuple[str, ...]
+    base: str | None = None
+    operator: str = "linear"
+    names: tuple[str, ...] | None = None
+    architecture: CallSpec | Literal["auto"] | None = None
+    search: tuple[ObjectiveSpec, ...] = ()
+    held_out: tuple[ObjectiveSpec, ...] = ()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: str | None = None
+    threads: int = 1
+    dense: bool = False
+    sys_path: tuple[str, ...] = ()
