@@ -141,6 +141,8 @@ class Sources:
                 f"genome: expected {len(self.experts)} coefficients a segment ({', '.join(self.names)}), "
                 f"found {genome.sources}."
             )
+        for parameter in genome.parameters:
+            raise InputError(f"genome: the operator {self.operator.name!r} takes no parameters, found {parameter!r}.")
         return Mixture(genome.boundaries, self.operator.weights(genome.coefficients), genome.residual)
 
     def materialise(self, genomes: Sequence[Genome], out: Sequence[Mapping[str, Tensor]]) -> None:
@@ -202,12 +204,12 @@ class Sources:
         """By tensor name, views of a (..., n) buffer."""
         borders, lead = self.layout.tensor_borders.tolist(), buffer.shape[:-1]
         return {
-            name: buffer[..., borders[i] : borders[i + 1]].view(*lead, *shape)
+            name: buffer[..., borders[i] : borders[i + 1]].view((*lead, *shape))
             for i, (name, shape) in enumerate(zip(self.layout.tensors, self.layout.shapes, strict=True))
         }
 
     def _targets(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        twins = {kept: alias for alias, kept in self.layout.aliases.items()}
+        twins = {kept: alias for alias, kept in self.layout.aliases.items() if alias in tensors}
         found = []
         for name, shape in zip(self.layout.tensors, self.layout.shapes, strict=True):
             target = tensors.get(name, tensors.get(twins.get(name, name)))

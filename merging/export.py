@@ -1,0 +1,257 @@
+"""Checkpoints out: any genome as a Hugging Face directory or a plain safetensors file.
+
+The merged weights are computed and written a few megabytes at a time, so a model of any size can be exported in
+little memory. Everything is written under a temporary name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from merging.checkpoint import DTYPES, INDEX, SINGLE, TensorInfo
+from merging.layout import MERGEABLE
+from merging.materialise import Mixture, mix
+from merging.sources import Sources
+from populations.errors import EcotoneError, InputError
+from populations.genome import Genome
+
+BUFFER_BYTES = 8 * 2**20
+CARD = "README.md"
+RECORD = "ecotone.json"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab")
+_COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_LEFT_OUT = (CARD, RECORD, "config.json", "adapter_config.json", "trainer_state.json", "all_results.json")
+
+
+def export_directory(
+    sources: Sources,
+    genome: Genome,
+    directory: str | Path,
+    card: str,
+    record: Mapping[str, Any],
+    dtype: torch.dtype | str | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write a merged model that ``from_pretrained`` loads.
+
+    The configuration, tokenizer and licence files are copied from the base (or from the first expert); code and
+    weights in other formats are not.
+
+    Args:
+        sources: The models of the merge; the one the files come from must be a Hugging Face directory.
+        genome: The merge.
+        directory: Where to write; it must not exist or be empty.
+        card: The model card, written to ``README.md``.
+        record: How the model came about (lineage, scores), written to ``ecotone.json``.
+        dtype: Type of the weights (``"bfloat16"``, ...); by default each tensor keeps its own.
+        shard_bytes: Largest size of one weights file; a larger tensor has a file of its own.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: The genome does not fit, the target is not empty, there is no configuration, the type is not a
+            floating-point type, or the disk is too full.
+    """
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: expected a new or empty directory to export to.", "Choose another, or remove it.")
+    if not sources.origin.is_hugging_face:
+        raise InputError(
+            f"{sources.origin.path}: expected a Hugging Face directory with a config.json to take the configuration "
+            "from, found plain weights.",
+            "Export to a .safetensors file instead.",
+        )
+    writer = _Writer(sources, sources.mixture(genome), _dtype(dtype))
+    with _renamed(target, writer.nbytes) as partial:
+        partial.mkdir()
+        _copy_files(sources.origin.path, partial)
+        _write_json(partial / "config.json", _config(sources.origin.config or {}, writer.dtype))
+        writer.write_shards(partial, shard_bytes)
+        (partial / CARD).write_text(card, "utf-8")
+        _write_json(partial / RECORD, record)
+    return target
+
+
+def export_file(
+    sources: Sources,
+    genome: Genome,
+    path: str | Path,
+    record: Mapping[str, Any],
+    dtype: torch.dtype | str | None = None,
+) -> Path:
+    """Write a merged state dict to one safetensors file.
+
+    Args:
+        sources: The models of the merge.
+        genome: The merge.
+        path: The file to write; it must not exist, and its directory must.
+        record: How the model came about, stored as JSON under ``ecotone`` in the file's metadata.
+        dtype: Type of the weights; by default each tensor keeps its own.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: The genome does not fit, the file exists, the type is not a floating-point type, or the disk is
+            too full.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise InputError(f"{target}: expected a path that ends in .safetensors.")
+    if target.exists():
+        raise InputError(f"{target}: the file exists.", "Choose another name, or remove it.")
+    writer = _Writer(sources, sources.mixture(genome), _dtype(dtype))
+    with _renamed(target, writer.nbytes) as partial:
+        writer.write(partial, list(writer.entries), {"ecotone": json.dumps(record), **sources.layout.aliases})
+    return target
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the tensors of one merge.
+
+    Args:
+        sources: The models.
+        mixture: The merge.
+        dtype: Type of the merged tensors, None for their own.
+    """
+
+    sources: Sources
+    mixture: Mixture
+    dtype: torch.dtype | None
+
+    @property
+    def entries(self) -> dict[str, TensorInfo]:
+        """By name, what is written: merged tensors, then buffers; wide types first, so that all are aligned."""
+        layout = self.sources.layout
+        merged = {name: TensorInfo(info.shape, self.dtype or info.dtype) for name, info in layout.parameters.items()}
+        return dict(sorted((merged | dict(layout.buffers)).items(), key=lambda item: -item[1].dtype.itemsize))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.entries.values())
+
+    def write_shards(self, directory: Path, shard_bytes: int) -> None:
+        """Write ``model.safetensors``, or several shards and their index."""
+        shards = _shards(self.entries, shard_bytes)
+        if len(shards) == 1:
+            self.write(directory / SINGLE, shards[0], {})
+            return
+        weight_map = {}
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self.write(directory / file, names, {})
+            weight_map.update(dict.fromkeys(names, file))
+        _write_json(directory / INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
+
+    def write(self, path: Path, names: Sequence[str], metadata: Mapping[str, str]) -> None:
+        """Write one safetensors file of some of the tensors."""
+        entries = self.entries
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+        end = 0
+        for name in names:
+            info, start = entries[name], end
+            end += info.nbytes
+            header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for name in names:
+                self._write_tensor(file, name, entries[name])
+
+    def _write_tensor(self, file: BinaryIO, name: str, info: TensorInfo) -> None:
+        layout = self.sources.layout
+        if name in layout.buffers:
+            if info.size:
+                file.write(self.sources.origin.tensor(name).reshape(-1).view(torch.uint8).numpy().data)
+            return
+        start = int(layout.tensor_borders[layout.tensors.index(name)])
+        sources = self.sources.read(name)
+        length = BUFFER_BYTES // info.dtype.itemsize
+        buffer = torch.empty(min(length, info.size), dtype=info.dtype)
+        for low in range(0, info.size, length):
+            part = buffer[: min(length, info.size - low)]
+            mix([s[low : low + part.numel()] for s in sources], start + low, [self.mixture], [part])
+            file.write(part.view(torch.uint8).numpy().data)
+
+
+def _shards(entries: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, info in entries.items():
+        if shards[-1] and filled + info.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += info.nbytes
+    return shards
+
+
+@contextmanager
+def _renamed(target: Path, nbytes: int) -> Iterator[Path]:
+    """A temporary path beside ``target``, renamed to it on success and removed otherwise."""
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: its directory {target.parent} does not exist.", "Create it first.")
+    free = shutil.disk_usage(target.parent).free
+    if nbytes > free:
+        raise InputError(
+            f"{target}: expected {nbytes / 1e9:.2f} GB of free disk, found {free / 1e9:.2f} GB.",
+            "Free some space or export to another disk.",
+        )
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(target)
+    except OSError as error:
+        raise EcotoneError(
+            f"{target}: the export could not be written ({error}).", "Nothing was left behind."
+        ) from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def _copy_files(origin: Path, target: Path) -> None:
+    for file in sorted(origin.iterdir()):
+        wanted = file.suffix in _COPIED_SUFFIXES or file.name.upper().startswith(_COPIED_NAMES)
+        if file.is_file() and wanted and file.name not in _LEFT_OUT and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, target / file.name)
+
+
+def _config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The configuration with the type of the weights set (``dtype``; ``torch_dtype`` before transformers 4.56)."""
+    updated = dict(config)
+    if dtype is not None:
+        key = "dtype" if "dtype" in updated else "torch_dtype"
+        updated[key] = str(dtype).removeprefix("torch.")
+    return updated
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    known = {str(kind).removeprefix("torch."): kind for kind in MERGEABLE}
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise InputError(f"dtype: expected one of {', '.join(known)}, found {name!r}.")
+    return known[name]
