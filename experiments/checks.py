@@ -1,0 +1,102 @@
+"""``ecotone validate``: what can be known about a recipe before a weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import compose
+from experiments.recipe import Accuracy, Call, M2N2Search, Recipe
+from fitness.callables import resolve
+from merging.gram import region_borders
+from merging.layout import Layout
+from merging.sources import Sources
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked and what was found."""
+
+    subject: str
+    text: str
+
+
+def validate(recipe: Recipe) -> list[Finding]:
+    """Check a recipe against its functions and its checkpoints' headers; no weight is read, nothing is trained.
+
+    Raises:
+        EcotoneError: The first thing that does not fit.
+    """
+    return list(_findings(recipe))
+
+
+def _findings(recipe: Recipe) -> Iterator[Finding]:
+    yield Finding("recipe", f"{recipe.name}, signature {recipe.signature}")
+    yield from _functions(recipe)
+    prepared = compose.prepared_folder(recipe)
+    if prepared is not None and not prepared.is_dir():
+        yield Finding("models", "not written yet: the preparation step makes them when the recipe is run")
+        return
+    spec = compose.worker_spec(recipe, prepared)
+    sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names)
+    yield from _models(sources)
+    yield from _needs(recipe, sources)
+
+
+def _functions(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.prepare is not None:
+        resolve(recipe.prepare.call, "prepare.call")
+        yield Finding("prepare", recipe.prepare.call)
+    if isinstance(recipe.models.architecture, Call):
+        resolve(recipe.models.architecture.call, "models.architecture.call")
+        yield Finding("architecture", recipe.models.architecture.call)
+    for group, objectives in (("search", recipe.objectives.search), ("held_out", recipe.objectives.held_out)):
+        for objective in objectives:
+            field = f"objectives.{group}.{objective.name}"
+            target = objective.data.call if isinstance(objective, Accuracy) else objective.call
+            resolve(target, field)
+            yield Finding(field, f"{objective.type} {target}, {objective.direction}")
+    if not recipe.objectives.held_out:
+        yield Finding("objectives.held_out", "none: results will be known on the data they were searched on only")
+
+
+def _models(sources: Sources) -> Iterator[Finding]:
+    layout = sources.layout
+    tensors, blocks = len(layout.tensors), len(layout.blocks)
+    yield Finding("models", f"{', '.join(sources.names)}: same names, shapes and types")
+    yield Finding("layout", f"{layout.size:,} parameters, {tensors} tensors, {blocks} blocks, {_kinds(layout)}")
+    if layout.aliases:
+        yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
+
+
+def _needs(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
+    layout, count = sources.layout, len(sources.experts)
+    stored = sum(checkpoint.nbytes for checkpoint in sources.checkpoints)
+    resident = sources.origin.nbytes
+    regions = len(region_borders(layout, count)) - 1
+    yield Finding("split points", f"{regions:,} regions of about {max(1, layout.size // regions):,} parameters")
+    workers = recipe.runtime.workers if recipe.runtime.pool == "ray" else 1
+    yield Finding(
+        "memory",
+        f"{_bytes(resident)} a worker ({workers}) and activations; {_bytes(stored)} of sources mapped from disk",
+    )
+    if isinstance(recipe.search, M2N2Search) and recipe.search.mutation > 0:
+        dense = 4 * layout.size * (recipe.search.archive + recipe.scoring.window)
+        yield Finding("dense archive", f"{_bytes(dense)} in the manager: mutation breeds whole vectors")
+    free = shutil.disk_usage(Path.cwd()).free
+    yield Finding("export", f"{_bytes(resident)} of disk; {_bytes(free)} are free here")
+
+
+def _kinds(layout: Layout) -> str:
+    return "/".join(sorted({str(dtype).removeprefix("torch.") for dtype in layout.dtypes}))
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,310 @@
+"""The command line. Heavy imports are made inside the commands, so that ``--help`` and ``status`` answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+# The manager's small matrix products gain nothing from threads; workers set torch's own number.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import typer
+
+from populations.errors import EcotoneError
+
+if TYPE_CHECKING:
+    from experiments.recipe import Recipe
+    from experiments.runs import Run
+
+app = typer.Typer(
+    name="ecotone",
+    help="Search for the best merges of fine-tuned models: evolutionary, on Ray, tracked in MLflow, resumable.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or an MLflow run id.")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a field, e.g. seed=3 or search.alpha=0. Repeatable."),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=0, help="Ray workers; 0 evaluates in this process. Overrides runtime.workers.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Address of a Ray cluster to run on. Overrides runtime.address.")
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    out: Annotated[Path | None, typer.Option(help="The run directory; by default a new one under runs/.")] = None,
+    settings: SetOption = None,
+    workers: WorkersOption = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe: prepare, search, score the front on held-out data, and print what was found.
+
+    Ctrl-C stops cleanly; `ecotone resume` goes on from there.
+    """
+    from experiments.launch import launch
+
+    chosen = _recipe(recipe, settings, workers, address)
+    folders = (str(recipe.parent.resolve()),)
+    _drive(chosen, lambda line: launch(chosen, out, observe=line, notify=line.say, folders=folders), as_json)
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    settings: SetOption = None,
+    workers: WorkersOption = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on with a run that was stopped or killed; nothing that was evaluated is paid for again.
+
+    Fields of runtime, tracking and budget may be set anew, e.g. --set budget.evaluations=5000 to search longer.
+    """
+    from experiments.launch import resume as resume_run
+    from experiments.recipe import Recipe, apply_settings
+
+    found = _run(run)
+    changes = _changes(settings, workers, address)
+    with found.journal() as journal:
+        recorded = json.loads(journal.fact("recipe") or "{}")
+    chosen = Recipe.from_record(apply_settings(recorded, changes))
+    _drive(chosen, lambda line: resume_run(found, changes, observe=line, notify=line.say), as_json)
+
+
+@app.command()
+def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
+    """Check a recipe against its functions and its checkpoints' headers, without reading a weight."""
+    from experiments import report
+    from experiments.checks import validate as check
+    from experiments.compose import python_paths
+
+    chosen = _recipe(recipe, settings)
+    python_paths((str(recipe.parent.resolve()),))
+    findings = [(finding.subject, finding.text) for finding in check(chosen)]
+    if as_json:
+        _print_json({"valid": True, "signature": chosen.signature, "findings": dict(findings)})
+        return
+    out = report.console()
+    out.print(report.lines(findings))
+    out.print("The recipe is valid.")
+
+
+@app.command()
+def status(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Say where a run stands; also while it is running."""
+    from experiments import report, tracking
+
+    found = _run(run)
+    known = found.status()
+    mirrored = tracking.status(found.directory)
+    known["tracking"] = {key: mirrored[key] for key in ("uri", "run_id", "mirrored", "error") if key in mirrored}
+    if as_json:
+        _print_json(known)
+    else:
+        report.console().print(report.status_table(known))
+
+
+@app.command()
+def front(run: RunArgument, as_json: JsonOption = False) -> None:
+    """List the Pareto front, best mean first, with scores on search and held-out data."""
+    from experiments import report
+
+    found = _run(run)
+    members = found.front()
+    if as_json:
+        objectives = [{"name": goal.name, "direction": goal.direction} for goal in found.goals]
+        _print_json({"objectives": objectives, "members": [member.record() for member in members]})
+    else:
+        report.console().print(report.front_table(found, members))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="A new directory, or a path that ends in .safetensors.")],
+    member: Annotated[str, typer.Option(help="The number of a trial, as `front` lists them, or 'best'.")] = "best",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a member's weights as a checkpoint, with a model card and the record that `verify` needs."""
+    found = _run(run)
+    trial = found.trial(member)
+    path = found.export(trial.number, to)
+    if as_json:
+        _print_json({"member": trial.number, "path": str(path)})
+    else:
+        typer.echo(f"Member {trial.number} is in {path}. Check it with: ecotone verify {path}")
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="What `ecotone export` wrote.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Largest difference that passes; raise it on another kind of device.")
+    ] = 1e-6,
+    as_json: JsonOption = False,
+) -> None:
+    """Score an exported checkpoint again and compare with what the journal recorded."""
+    from experiments import report
+    from experiments.exports import verify as check
+
+    compared = check(path)
+    equal = all(one.difference <= tolerance for one in compared)
+    if as_json:
+        _print_json({"equal": equal, "scores": [vars(one) for one in compared]})
+    else:
+        rows = [
+            (f"{one.subset} {one.objective}", f"recorded {one.recorded:.6f}, found {one.found:.6f}") for one in compared
+        ]
+        out = report.console()
+        out.print(report.lines(rows))
+        out.print("The checkpoint scores what was recorded." if equal else "The scores differ.")
+    if not equal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(
+    run: RunArgument,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port for an embedded store; 0 takes a free one.")] = 5000,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the run in MLflow: print the tracking server's page, or serve the embedded store until Ctrl-C."""
+    from experiments import tracking
+
+    found = _run(run)
+    if as_json:
+        _print_json({**tracking.status(found.directory), "address": tracking.ui_address(found.directory)})
+        return
+    tracking.serve(found.directory, port, open_browser, typer.echo)
+
+
+@app.command()
+def sync(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Send to MLflow what a run's journal has and MLflow lacks, as after a server was down."""
+    from experiments import tracking
+
+    report = tracking.mirror(_run(run).directory)
+    if as_json:
+        _print_json(vars(report))
+    elif report.error is None:
+        typer.echo(f"MLflow has {report.evaluations} evaluations (run {report.run_id} in {report.uri}).")
+    if report.error is not None:
+        raise EcotoneError(f"MLflow at {report.uri}: {report.error}.", "Nothing is lost: try again when it is back.")
+
+
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Search for the best merges of fine-tuned models: evolutionary, on Ray, tracked in MLflow, resumable."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"ecotone {installed('ecotone')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script: errors become one clear message, and stopping says how to go on."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        app(standalone_mode=False)
+    except EcotoneError as error:
+        _fail(f"error: {error.message}", error.remedy, 1)
+    except KeyboardInterrupt:
+        _fail("stopped.", "", 130)
+    except Exception as error:
+        if type(error).__module__.startswith("click") or hasattr(error, "show"):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(getattr(error, "exit_code", 2))
+        raise
+
+
+def _as_interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, remedy: str, code: int) -> None:
+    typer.echo(message, err=True)
+    if remedy:
+        typer.echo(remedy, err=True)
+    sys.exit(code)
+
+
+def _drive(recipe: Recipe, work: Any, as_json: bool) -> None:
+    """Run ``work`` under a progress line, then print the closing table or its JSON."""
+    from experiments import report
+
+    with report.ProgressLine(report.console(to_stderr=True), recipe.budget.evaluations, recipe.budget.seconds) as line:
+        finished: Run = work(line)
+    if as_json:
+        _print_json(finished.status())
+        return
+    out = report.console()
+    out.print(report.closing_table(finished))
+    out.print(f"\nThe run is in {finished.directory}. What next:")
+    for command, text in (
+        ("front", "all members of the front"),
+        ("ui", "the run in MLflow"),
+        ("export --to merged --member best", "the best merge as a checkpoint"),
+    ):
+        name, _, options = command.partition(" ")
+        out.print(f"  ecotone {name} {finished.directory} {options}".rstrip() + f"   # {text}")
+
+
+def _recipe(path: Path, settings: list[str] | None, workers: int | None = None, address: str | None = None) -> Recipe:
+    from experiments.recipe import Recipe
+
+    return Recipe.from_yaml(path, _changes(settings, workers, address))
+
+
+def _changes(settings: list[str] | None, workers: int | None, address: str | None) -> dict[str, Any]:
+    from experiments.recipe import parse_settings
+
+    changes = parse_settings(settings or [])
+    if workers == 0:
+        changes["runtime.pool"] = "serial"
+    elif workers is not None:
+        changes |= {"runtime.pool": "ray", "runtime.workers": workers}
+    if address is not None:
+        changes |= {"runtime.pool": "ray", "runtime.address": address}
+    return changes
+
+
+def _run(named: str) -> Run:
+    """The run of a directory, or of an MLflow run id."""
+    from experiments.runs import Run
+
+    if Path(named).exists() or not _looks_like_id(named):
+        return Run(named)
+    from experiments import tracking
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri("runs")
+    return Run(tracking.find_run_dir(named, uri))
+
+
+def _looks_like_id(text: str) -> bool:
+    return len(text) == 32 and all(c in "0123456789abcdef" for c in text)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, default=float))
+
+
+if __name__ == "__main__":
+    main()

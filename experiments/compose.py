@@ -1,0 +1,242 @@
+"""From a recipe to the objects that run it: worker spec, pool, population and search."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from experiments.recipe import (
+    PREPARED,
+    Accuracy,
+    Call,
+    CmaEsBox,
+    M2N2Search,
+    Objective,
+    RandomBox,
+    Recipe,
+)
+from fitness.callables import resolve
+from fitness.pools import Pool, SerialPool
+from fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from populations.errors import InputError, PoolError
+from populations.niches import NicheArchive
+from populations.population import ElitistArchive, Population
+from populations.space import Space
+from populations.trial import Goal
+from search.cma_es import CmaEs
+from search.m2n2 import M2N2, M2N2Settings
+from search.manager import Schedule
+from search.protocol import Search
+from search.random_search import RandomSearch
+
+
+def goals_of(objectives: Sequence[Objective]) -> tuple[Goal, ...]:
+    """Names and directions of a recipe's objectives."""
+    return tuple(Goal(objective.name, objective.direction) for objective in objectives)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("ecotone", "numpy", "torch", "cmaes", "ray", "mlflow", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def python_paths(folders: tuple[str, ...]) -> tuple[str, ...]:
+    """Put the working directory and ``folders`` on the Python path; returns them."""
+    paths = tuple(dict.fromkeys([*folders, str(Path.cwd())]))
+    sys.path.extend(path for path in paths if path not in sys.path)
+    return paths
+
+
+# -- preparation -----------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where preparation steps leave their files: ``$ECOTONE_CACHE``, or ``ecotone`` in the user's cache folder."""
+    named = os.environ.get("ECOTONE_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ecotone"
+
+
+def prepared_folder(recipe: Recipe) -> Path | None:
+    """The folder of the recipe's preparation step, named by what it is called with; None without a step."""
+    if recipe.prepare is None:
+        return None
+    text = json.dumps([recipe.prepare.call, _preparation_arguments(recipe)], sort_keys=True)
+    return cache_folder() / "prepared" / f"{recipe.name}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def prepare(recipe: Recipe) -> Path | None:
+    """Run the preparation step unless its folder is there; the folder appears whole or not at all.
+
+    Raises:
+        InputError: The function cannot be found, refuses its arguments, or fails.
+    """
+    folder = prepared_folder(recipe)
+    if folder is None or folder.is_dir():
+        return folder
+    assert recipe.prepare is not None
+    function = resolve(recipe.prepare.call, "prepare.call")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder.with_suffix(".lock")):
+        if folder.is_dir():
+            return folder
+        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            function(str(work), **_preparation_arguments(recipe))
+            work.rename(folder)
+        except Exception as error:
+            raise InputError(
+                f"prepare: {recipe.prepare.call} failed: {type(error).__name__}: {error}", "Check prepare.arguments."
+            ) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _preparation_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The step's arguments; the recipe's seed is added when the function takes a seed and none is given."""
+    assert recipe.prepare is not None
+    arguments = dict(recipe.prepare.arguments)
+    function = resolve(recipe.prepare.call, "prepare.call")
+    if "seed" in inspect.signature(function).parameters:
+        arguments.setdefault("seed", recipe.seed)
+    return arguments
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+# -- worker and pool -------------------------------------------------------------------------------------
+
+
+def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] = ()) -> WorkerSpec:
+    """What a worker of this recipe is made of."""
+    models = recipe.models
+    architecture = models.architecture
+    return WorkerSpec(
+        experts=tuple(_located(path, prepared) for path in models.experts),
+        base=None if models.base is None else _located(models.base, prepared),
+        operator=recipe.merge.operator,
+        names=models.names,
+        architecture=_call(architecture) if isinstance(architecture, Call) else architecture,
+        search=tuple(_objective(objective) for objective in recipe.objectives.search),
+        held_out=tuple(_objective(objective) for objective in recipe.objectives.held_out),
+        device=recipe.scoring.device,
+        dtype=recipe.merge.dtype,
+        threads=recipe.scoring.threads,
+        dense=isinstance(recipe.search, M2N2Search) and recipe.search.mutation > 0,
+        sys_path=tuple(sys_path),
+    )
+
+
+def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
+    """The pool that ``runtime`` asks for."""
+    runtime = recipe.runtime
+    if runtime.pool == "serial":
+        return SerialPool(spec)
+    try:
+        from fitness.ray_pool import RayPool
+    except ImportError as error:
+        raise PoolError(
+            f"runtime.pool: Ray is not installed ({error}).",
+            "`pip install 'ecotone[ray]'`, or --set runtime.pool=serial.",
+        ) from error
+    return RayPool(
+        spec,
+        workers=runtime.workers,
+        address=runtime.address,
+        cpus_per_worker=runtime.cpus_per_worker,
+        gpus_per_worker=runtime.gpus_per_worker,
+        resources=dict(runtime.resources),
+        start_timeout=runtime.start_timeout,
+        attempts=runtime.attempts,
+    )
+
+
+def _located(path: str, prepared: Path | None) -> str:
+    if not path.startswith(PREPARED):
+        return path
+    assert prepared is not None
+    return str(prepared / path.removeprefix(PREPARED))
+
+
+def _call(call: Call) -> CallSpec:
+    return CallSpec(call.call, dict(call.arguments))
+
+
+def _objective(objective: Objective) -> ObjectiveSpec:
+    goal = Goal(objective.name, objective.direction)
+    if isinstance(objective, Accuracy):
+        spec = ObjectiveSpec(goal, "accuracy", data=_call(objective.data))
+        return spec if objective.batch is None else replace(spec, batch=objective.batch)
+    return ObjectiveSpec(goal, "call", call=CallSpec(objective.call, dict(objective.arguments)))
+
+
+# -- search ----------------------------------------------------------------------------------------------
+
+
+def make_search(recipe: Recipe, space: Space) -> tuple[Search, Population]:
+    """The algorithm and the population that ``search`` asks for."""
+    part, goals, seed = recipe.search, goals_of(recipe.objectives.search), recipe.seed
+    if isinstance(part, M2N2Search):
+        archive = NicheArchive(goals, part.archive, part.alpha, part.resource)
+        switches = M2N2Settings(
+            attraction=part.attraction,
+            split=part.split,
+            crossover=part.crossover,
+            interpolation=part.interpolation,
+            granularity=part.granularity,
+            mutation=part.mutation,
+            max_segments=part.max_segments,
+        )
+        return M2N2(space, archive, switches, seed), archive
+    borders = space.borders(part.granularity)
+    population = ElitistArchive(goals, part.archive)
+    if isinstance(part, RandomBox):
+        return RandomSearch(space, borders, part.low, part.high, seed), population
+    assert isinstance(part, CmaEsBox)
+    search = CmaEs(
+        space,
+        borders,
+        goals,
+        seed,
+        start=part.start,
+        sigma=part.sigma,
+        low=part.low,
+        high=part.high,
+        population_size=part.population_size,
+        separable=part.algorithm == "sep_cma_es",
+    )
+    return search, population
+
+
+def make_schedule(recipe: Recipe) -> Schedule:
+    """Budget, batches and order."""
+    return Schedule(
+        evaluations=recipe.budget.evaluations,
+        seconds=recipe.budget.seconds,
+        batch=recipe.scoring.batch,
+        in_flight=recipe.scoring.window,
+        order=recipe.scoring.order,
+    )

@@ -1,0 +1,103 @@
+"""Real data and models for the digits recipes: scikit-learn's 8x8 handwritten digits, 1,797 images, on disk after
+``pip install scikit-learn``.
+
+``sequential`` is the split of M2N2's public code: the first 80 % to score the search, the last 20 % held out, raw
+pixel values 0 to 16. ``shuffled`` is for searches over trained models: half of the images train the
+specialists, a quarter scores the search, a quarter is held out, pixels scaled to 0 to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import nn
+
+from populations.errors import InputError
+
+Split: TypeAlias = Literal["train", "search", "test"]
+
+
+def mlp(inputs: int = 64, hidden: int = 256, classes: int = 10) -> nn.Sequential:
+    """A perceptron with one hidden ReLU layer; 19,210 parameters by default."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+
+def sequential(part: Literal["search", "test"]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Images (N, 64) with pixels 0 to 16 and labels (N,): the first 1,437 (``search``) or the last 360 (``test``)."""
+    images, labels = _digits()
+    cut = int(len(labels) * 0.8)
+    part_of = {"search": slice(0, cut), "test": slice(cut, None)}
+    if part not in part_of:
+        raise InputError(f"part: expected search or test, found {part!r}.")
+    return images[part_of[part]], labels[part_of[part]]
+
+
+def shuffled(part: Split, digits: Sequence[int] | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Images (N, 64) with pixels 0 to 1 and labels (N,) of one part of a fixed shuffle; of some ``digits`` only."""
+    images, labels = _digits()
+    order = np.random.default_rng(0).permutation(len(labels))
+    half, three_quarters = len(order) // 2, len(order) * 3 // 4
+    part_of = {"train": order[:half], "search": order[half:three_quarters], "test": order[three_quarters:]}
+    if part not in part_of:
+        raise InputError(f"part: expected train, search or test, found {part!r}.")
+    rows = part_of[part]
+    if digits is not None:
+        rows = rows[np.isin(labels[rows], list(digits))]
+    return images[rows] / np.float32(16), labels[rows]
+
+
+def random_models(directory: str, seed: int = 0, count: int = 2, scale: float = 0.01, hidden: int = 256) -> None:
+    """Preparation step: ``model-I.safetensors``, untrained, every parameter drawn from ``scale * N(0, 1)``."""
+    generator = torch.Generator().manual_seed(seed)
+    for index in range(count):
+        state = mlp(hidden=hidden).state_dict()
+        drawn = {name: scale * torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+        save_file(drawn, Path(directory) / f"model-{index}.safetensors")
+
+
+def specialists(
+    directory: str, groups: dict[str, Sequence[int]], seed: int = 0, epochs: int = 60, hidden: int = 256
+) -> None:
+    """Preparation step: a base and, for each group of digits, ``NAME.safetensors`` trained on that group only.
+
+    All start from the same random ``base.safetensors``. Adam 1e-3, batches of 32.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = mlp(hidden=hidden)
+        save_file(base.state_dict(), Path(directory) / "base.safetensors")
+        for name, digits in groups.items():
+            model = mlp(hidden=hidden)
+            model.load_state_dict(base.state_dict())
+            _train(model, *shuffled("train", digits), epochs=epochs)
+            save_file(model.state_dict(), Path(directory) / f"{name}.safetensors")
+
+
+def _train(model: nn.Module, images: NDArray[np.float32], labels: NDArray[np.int64], epochs: int) -> None:
+    inputs, targets = torch.from_numpy(images), torch.from_numpy(labels)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(epochs):
+        order = torch.randperm(len(targets))
+        for start in range(0, len(order), 32):
+            rows = order[start : start + 32]
+            optimiser.zero_grad()
+            loss: torch.Tensor = nn.functional.cross_entropy(model(inputs[rows]), targets[rows])
+            torch.autograd.backward(loss)
+            optimiser.step()
+
+
+def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise InputError(
+            "the digits data: scikit-learn is not installed.", "`pip install 'ecotone[digits]'`."
+        ) from error
+    images, labels = load_digits(return_X_y=True)
+    return images.astype(np.float32), labels.astype(np.int64)

@@ -1,0 +1,232 @@
+"""Members of a run as checkpoints, and the proof that a checkpoint scores what the journal says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments import compose
+from experiments.recipe import Recipe
+from experiments.runs import Run, Scored
+from fitness.pools import Batch, SerialPool
+from merging.checkpoint import Checkpoint
+from merging.export import CARD, RECORD, export_directory, export_file
+from merging.sources import Sources
+from populations.errors import CheckpointError, InputError, SearchError
+from populations.genome import Genome
+from populations.trial import Subset, Trial
+
+WEIGHTS = "model.safetensors"
+ANCESTORS = 200
+
+
+def export(run: Run, member: int | str, to: str | Path) -> Path:
+    """Write a member's weights, exactly as they were scored.
+
+    Args:
+        run: The run.
+        member: A trial's number, or ``best``.
+        to: A path that ends in ``.safetensors`` for one plain file; otherwise a new directory with the weights, a
+            model card (``README.md``) and the record ``ecotone.json``. From Hugging Face models it gets their
+            configuration and tokenizer and loads with ``from_pretrained``.
+
+    Returns:
+        ``to`` as a path.
+
+    Raises:
+        EcotoneError: There is no such member, the models are gone, or the target is in the way.
+    """
+    trial = run.trial(member)
+    scored = run.scored(trial.number)
+    recipe = _recipe(run)
+    spec = compose.worker_spec(recipe, compose.prepare(recipe))
+    sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names)
+    record = _record(run, recipe, trial, scored)
+    target = Path(to)
+    if target.suffix == ".safetensors":
+        return export_file(sources, trial.genome, target, record, recipe.merge.dtype)
+    card = model_card(record, scored, sources)
+    if sources.origin.is_hugging_face:
+        return export_directory(sources, trial.genome, target, card, record, recipe.merge.dtype)
+    return _plain_directory(sources, trial.genome, target, card, record, recipe.merge.dtype)
+
+
+def _plain_directory(
+    sources: Sources, genome: Genome, target: Path, card: str, record: Mapping[str, Any], dtype: str | None
+) -> Path:
+    """A directory around one weights file, for models that are no Hugging Face directories."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: expected a new or empty directory to export to.", "Choose another, or remove it.")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        export_file(sources, genome, partial / WEIGHTS, {"record": RECORD}, dtype)
+        (partial / CARD).write_text(card, "utf-8")
+        (partial / RECORD).write_text(json.dumps(record, indent=1), "utf-8")
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _recipe(run: Run) -> Recipe:
+    with run.journal() as journal:
+        return Recipe.from_record(json.loads(journal.fact("recipe") or "{}"))
+
+
+def _record(run: Run, recipe: Recipe, trial: Trial, scored: Scored) -> dict[str, Any]:
+    with run.journal() as journal:
+        parents = {row.number: row.parents for row in journal.rows()}
+        sys_path = json.loads(journal.fact("sys_path") or "[]")
+    return {
+        "format": 1,
+        "run": run.name,
+        "member": trial.number,
+        "digest": trial.genome.digest,
+        "genome": json.loads(trial.genome.to_json(residual=False)),
+        "dense": trial.genome.residual is not None,
+        "scores": {"search": scored.scores, "held_out": scored.held_out},
+        "lineage": _lineage(trial.number, parents),
+        "signature": recipe.signature,
+        "recipe": recipe.record(),
+        "sys_path": sys_path,
+        "versions": compose.versions(),
+    }
+
+
+def _lineage(number: int, parents: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
+    """The nearest ancestors of a trial, each with its parents, nearest generation first."""
+    lineage: dict[str, list[int]] = {}
+    generation = [number]
+    while generation and len(lineage) < ANCESTORS:
+        for one in generation:
+            lineage[str(one)] = list(parents.get(one, ()))
+        found = {p for one in generation for p in parents.get(one, ()) if str(p) not in lineage}
+        generation = sorted(found)[: ANCESTORS - len(lineage)]
+    return lineage
+
+
+def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> str:
+    """The card of an exported member: what it is made of, what it scored, how to check it."""
+    genome = Genome.from_json(json.dumps(record["genome"]))
+    widths = (genome.boundaries[1:] - genome.boundaries[:-1]) / genome.size
+    shares = widths @ genome.coefficients
+    made = [f"| {name} | {share:.4f} |" for name, share in zip(sources.names, shares, strict=True)]
+    base = [] if sources.base is None else [f"Base model: {sources.base.name}.", ""]
+    library = ["library_name: transformers"] if sources.origin.is_hugging_face else []
+    dense = ["Its parameters were evolved from scratch; the coefficients describe no part of it.", ""]
+    return "\n".join(
+        [
+            "---",
+            *library,
+            "tags: [merge, ecotone]",
+            "---",
+            "",
+            f"# {record['run']}, member {record['member']}",
+            "",
+            f"A merge found by Ecotone: search `{record['recipe']['search']['algorithm']}`, operator "
+            f"`{sources.operator.name}`, {genome.segments} segment(s).",
+            "",
+            *base,
+            *(dense if record["dense"] else ["| source | mean coefficient |", "| --- | --- |", *made, ""]),
+            *_score_lines(scored),
+            "`ecotone.json` holds the genome, the lineage and the recipe. Check it with `ecotone verify DIR`.",
+            "",
+        ]
+    )
+
+
+def _score_lines(scored: Scored) -> list[str]:
+    lines = ["| objective | search data | held-out data |", "| --- | --- | --- |"]
+    held_out = scored.held_out or {}
+    for name in dict.fromkeys([*(scored.scores or {}), *held_out]):
+        cells = [_cell((scored.scores or {}).get(name)), _cell(held_out.get(name))]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    return [*lines, ""]
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+# -- verification ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score of an export, recorded and measured again."""
+
+    subset: Subset
+    objective: str
+    recorded: float
+    found: float
+
+    @property
+    def difference(self) -> float:
+        """Absolute difference."""
+        return abs(self.recorded - self.found)
+
+
+def verify(path: str | Path) -> list[Comparison]:
+    """Load an exported checkpoint and score it again on every objective that was recorded.
+
+    Args:
+        path: What ``export`` wrote: a directory, or a ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: It was not written by Ecotone, or its weights cannot be read.
+        SearchError: It cannot be scored.
+    """
+    target = Path(path)
+    record = read_record(target)
+    recipe = Recipe.from_record(record["recipe"])
+    paths = compose.python_paths(tuple(record.get("sys_path", ())))
+    spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
+    spec = replace(spec, experts=(str(target),), base=None, operator="linear", names=("export",), dense=False)
+    with SerialPool(spec) as pool:
+        space = pool.start()
+        genome = Genome.uniform(space.size, [1.0])
+        return [
+            comparison
+            for subset in ("search", "held_out")
+            if record["scores"][subset]
+            for comparison in _compared(pool, genome, subset, record["scores"][subset])
+        ]
+
+
+def _compared(pool: SerialPool, genome: Genome, subset: Subset, recorded: Mapping[str, float]) -> list[Comparison]:
+    pool.submit(Batch(0, (Trial(0, genome, subset=subset),)))
+    ((_, (evaluation,)),) = pool.completed()
+    if evaluation.failure is not None:
+        raise SearchError(f"the export cannot be scored: {evaluation.failure.message}\n{evaluation.failure.details}")
+    return [Comparison(subset, name, value, evaluation.scores[name]) for name, value in recorded.items()]
+
+
+def read_record(target: Path) -> dict[str, Any]:
+    """The record that ``export`` left with a checkpoint.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    text: str | None = None
+    if target.is_dir() and (target / RECORD).is_file():
+        text = (target / RECORD).read_text("utf-8")
+    elif target.is_file():
+        text = Checkpoint.open(target).metadata.get("ecotone")
+    try:
+        record = json.loads(text) if text else None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "recipe" not in record:
+        raise CheckpointError(
+            f"{target}: expected a checkpoint written by `ecotone export`, found no record of one.",
+            "Give the directory or .safetensors file that `ecotone export` wrote.",
+        )
+    return record

@@ -1,0 +1,236 @@
+"""Running a recipe from start to end, and resuming what was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from experiments import compose, tracking
+from experiments.recipe import Recipe, apply_settings
+from experiments.runs import JOURNAL, Run, front_rows
+from fitness.pools import Pool
+from populations.errors import EcotoneError, InputError
+from populations.genome import Genome
+from populations.journal import Journal
+from populations.space import Space
+from search.manager import Manager, Observer, measure
+
+Notify = Callable[[str], None]
+
+# Fields that a resumed run may be given anew: none of them changes what the recorded trials are.
+RESUMABLE = ("runtime", "tracking", "budget")
+
+
+def launch(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    observe: Observer = lambda progress: None,
+    notify: Notify = lambda text: None,
+    folders: tuple[str, ...] = (),
+) -> Run:
+    """Run a recipe to its budget and return the finished run.
+
+    Args:
+        recipe: What to run.
+        out: The run directory, which must not hold a run; None makes ``runs/NAME-TIME``.
+        observe: Called with the progress after every step.
+        notify: Called with a sentence when something takes a while.
+        folders: Folders to find the recipe's own Python functions in, besides the working directory.
+
+    Raises:
+        EcotoneError: The recipe cannot be run, or the search cannot go on; what was recorded is safe.
+        KeyboardInterrupt: Stopped; the run can be resumed.
+    """
+    directory = Path(out) if out is not None else _new_directory(recipe.name)
+    if (directory / JOURNAL).exists():
+        raise InputError(f"{directory}: a run is there already.", f"`ecotone resume {directory}`, or another --out.")
+    paths = compose.python_paths(folders)
+    notify("Preparing the models ..." if _must_prepare(recipe) else "Starting the workers ...")
+    spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
+    with compose.make_pool(recipe, spec) as pool:
+        space = pool.start()
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe.record(), sort_keys=False))
+        with Journal.create(directory / JOURNAL, _facts(recipe, space, paths)) as journal:
+            _carry_out(recipe, directory, journal, pool, space, observe, notify)
+    return Run(directory)
+
+
+def resume(
+    run: str | Path | Run,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    observe: Observer = lambda progress: None,
+    notify: Notify = lambda text: None,
+) -> Run:
+    """Go on with a run that was stopped, killed, or whose budget is raised; finishes what a finished run lacks.
+
+    Args:
+        run: The run, or its directory.
+        settings: Fields of ``runtime``, ``tracking`` and ``budget`` to replace, by dotted name.
+        observe: As for ``launch``.
+        notify: As for ``launch``.
+
+    Raises:
+        EcotoneError: The run cannot go on; what was recorded is safe.
+        KeyboardInterrupt: Stopped again.
+    """
+    directory = run.directory if isinstance(run, Run) else Path(run)
+    with Journal.open(directory / JOURNAL, write=True) as journal:
+        recipe = _resumed_recipe(journal, settings or {})
+        paths = compose.python_paths(tuple(json.loads(journal.fact("sys_path") or "[]")))
+        notify("Starting the workers ...")
+        spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
+        with compose.make_pool(recipe, spec) as pool:
+            space = pool.start()
+            _same_models(journal, space)
+            journal.note("recipe", json.dumps(recipe.record()))
+            journal.note("budget", recipe.budget.model_dump_json())
+            journal.note("tracking", _tracking_fact(recipe))
+            _carry_out(recipe, directory, journal, pool, space, observe, notify)
+    return Run(directory)
+
+
+def _carry_out(
+    recipe: Recipe,
+    directory: Path,
+    journal: Journal,
+    pool: Pool,
+    space: Space,
+    observe: Observer,
+    notify: Notify,
+) -> None:
+    search, population = compose.make_search(recipe, space)
+    goals = compose.goals_of(recipe.objectives.search)
+    schedule = compose.make_schedule(recipe)
+    with _recorded(journal), _tracked(recipe, directory, notify):
+        manager = Manager(search, population, goals, pool, journal, schedule, observe)
+        journal.note("stop_reason", manager.run())
+        notify("Scoring the front on held-out data ...")
+        _judge(recipe, journal, pool, space)
+        journal.note("state", "finished")
+
+
+def _judge(recipe: Recipe, journal: Journal, pool: Pool, space: Space) -> None:
+    """Score front, best and reference merges on held-out data, and the references on search data too."""
+    batch = recipe.scoring.batch
+    for name, genome in _references(recipe, space):
+        journal.refer(name, genome)
+    references = [genome for _, genome in journal.references()]
+    measure(pool, journal, references, "search", batch)
+    if recipe.objectives.held_out:
+        goals = compose.goals_of(recipe.objectives.search)
+        rows = front_rows(list(journal.rows()), goals)
+        genomes = [journal.trial(row.number).genome for row in rows]
+        measure(pool, journal, [*references, *genomes], "held_out", batch)
+
+
+def _references(recipe: Recipe, space: Space) -> Iterator[tuple[str, Genome]]:
+    """The models themselves (the base too, where there are task vectors) and the average of the experts."""
+    if recipe.models.base is not None and recipe.merge.operator != "linear":
+        yield "base", Genome.uniform(space.size, np.zeros(space.dimension))
+    yield from (
+        (name, Genome.uniform(space.size, row)) for name, row in zip(space.seed_names, space.seeds, strict=True)
+    )
+    yield "average", Genome.uniform(space.size, space.seeds.mean(axis=0))
+
+
+@contextlib.contextmanager
+def _recorded(journal: Journal) -> Iterator[None]:
+    """Keep the journal's ``state`` true whatever happens."""
+    journal.note("state", "running")
+    journal.note("error", "")
+    try:
+        yield
+    except KeyboardInterrupt:
+        journal.note("state", "interrupted")
+        raise
+    except BaseException as error:
+        with contextlib.suppress(EcotoneError):  # the journal itself may be what failed
+            journal.note("state", "failed")
+            journal.note("error", str(error))
+        raise
+
+
+@contextlib.contextmanager
+def _tracked(recipe: Recipe, directory: Path, notify: Notify) -> Iterator[None]:
+    """Have a process of its own mirror the journal into MLflow meanwhile."""
+    if not recipe.tracking.mlflow:
+        yield
+        return
+    process = tracking.start(directory, os.getpid())
+    try:
+        yield
+    finally:
+        if sys.exc_info()[0] is None:
+            notify("Waiting for MLflow to have everything ...")
+            if not tracking.wait(process, 60):
+                notify(f"MLflow does not have everything yet; `ecotone resume {directory}` sends the rest.")
+
+
+def _facts(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> dict[str, str]:
+    return {
+        "name": recipe.name,
+        "recipe": json.dumps(recipe.record()),
+        "signature": recipe.signature,
+        "algorithm": recipe.search.algorithm,
+        "seed": str(recipe.seed),
+        "goals": _goals_fact(recipe, "search"),
+        "held_out_goals": _goals_fact(recipe, "held_out"),
+        "budget": recipe.budget.model_dump_json(),
+        "tracking": _tracking_fact(recipe),
+        "versions": json.dumps(compose.versions()),
+        "models": json.dumps(list(space.seed_names)),
+        "sys_path": json.dumps(paths),
+        "geometry": json.dumps(space.gram.prefix[-1].tolist()),
+        "state": "running",
+    }
+
+
+def _goals_fact(recipe: Recipe, group: str) -> str:
+    return json.dumps([[goal.name, goal.direction] for goal in compose.goals_of(getattr(recipe.objectives, group))])
+
+
+def _tracking_fact(recipe: Recipe) -> str:
+    return json.dumps({"uri": recipe.tracking.uri, "experiment": recipe.tracking.experiment})
+
+
+def _resumed_recipe(journal: Journal, settings: Mapping[str, Any]) -> Recipe:
+    wrong = [key for key in settings if key.split(".")[0] not in RESUMABLE]
+    if wrong:
+        raise InputError(
+            f"--set {wrong[0]}: a resumed run keeps what its recorded trials depend on.",
+            f"Only fields of {', '.join(RESUMABLE)} may change; start a new run for anything else.",
+        )
+    return Recipe.from_record(apply_settings(json.loads(journal.fact("recipe") or "{}"), settings))
+
+
+def _same_models(journal: Journal, space: Space) -> None:
+    """Refuse to go on with other weights than the run began with: their inner products tell."""
+    recorded = np.asarray(json.loads(journal.fact("geometry") or "[]"))
+    if recorded.shape != space.gram.prefix[-1].shape or not np.allclose(recorded, space.gram.prefix[-1], rtol=1e-6):
+        raise InputError(
+            "models: their weights are not those that the run began with (their inner products differ).",
+            "Restore the files, or start a new run.",
+        )
+
+
+def _must_prepare(recipe: Recipe) -> bool:
+    folder = compose.prepared_folder(recipe)
+    return folder is not None and not folder.is_dir()
+
+
+def _new_directory(name: str) -> Path:
+    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())

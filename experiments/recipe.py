@@ -1,0 +1,437 @@
+"""The recipe: everything a search is made of, in one YAML file or in Python.
+
+Unknown keys are refused with the nearest known one. The recipe's ``signature`` covers what changes results;
+where and with how many workers it runs, how long, and how it is tracked do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from populations.errors import InputError, nearest
+
+PREPARED = "prepared:"
+
+
+class Part(BaseModel):
+    """A part of a recipe: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Call(Part):
+    """A Python function, ``package.module:function``, and its keyword arguments."""
+
+    call: str = Field(description="package.module:function")
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class Models(Part):
+    """The models to merge.
+
+    Attributes:
+        experts: safetensors files or Hugging Face directories, relative to the recipe's folder; a path that
+            begins with ``prepared:`` is relative to what the preparation step wrote.
+        base: The model they were fine-tuned from; needed by operators that work on task vectors.
+        names: What to call the experts; by default their file names.
+        architecture: ``auto`` for Hugging Face directories, a call that returns a ``torch.nn.Module`` whose
+            state-dict names match the files, or nothing when objectives take plain tensors.
+    """
+
+    experts: tuple[str, ...] = Field(min_length=1)
+    base: str | None = None
+    names: tuple[str, ...] | None = None
+    architecture: Call | Literal["auto"] | None = None
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Models:
+        if self.names is not None and len(self.names) != len(self.experts):
+            raise ValueError(f"names: expected {len(self.experts)}, one an expert, found {len(self.names)}")
+        return self
+
+
+class Merge(Part):
+    """How sources are made of the models.
+
+    Attributes:
+        operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to the base.
+        dtype: What merged weights are rounded to; by default what the experts are stored in.
+    """
+
+    operator: str = "linear"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class Accuracy(Part):
+    """The share of examples whose highest output is the label; ``data`` returns ``(inputs, labels)``."""
+
+    name: str
+    type: Literal["accuracy"] = "accuracy"
+    direction: Literal["maximize"] = "maximize"
+    data: Call
+    batch: int | None = Field(default=None, ge=1, description="examples a forward pass; None lets Ecotone choose")
+
+
+class PythonObjective(Part):
+    """A function of the merged model that returns a number, or a number and per-example scores."""
+
+    name: str
+    type: Literal["call"]
+    direction: Literal["maximize", "minimize"] = "maximize"
+    call: str = Field(description="package.module:function")
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+Objective: TypeAlias = Annotated[Accuracy | PythonObjective, Field(discriminator="type")]
+
+
+class Objectives(Part):
+    """What guides the search, and what its results are judged by: data the search has not seen."""
+
+    search: tuple[Objective, ...] = Field(min_length=1)
+    held_out: tuple[Objective, ...] = ()
+
+    @model_validator(mode="after")
+    def _unique(self) -> Objectives:
+        for group, objectives in (("search", self.search), ("held_out", self.held_out)):
+            names = [objective.name for objective in objectives]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{group}: expected objectives of different names, found {names}")
+        return self
+
+
+class M2N2Search(Part):
+    """M2N2: evolution with niches, attraction and split points (``search.m2n2``)."""
+
+    algorithm: Literal["m2n2"] = "m2n2"
+    archive: int = Field(default=20, ge=2)
+    alpha: float = Field(default=1.0, ge=0)
+    resource: Literal["max", "one"] = "max"
+    attraction: bool = True
+    split: bool = True
+    crossover: bool = True
+    interpolation: Literal["slerp", "linear"] = "slerp"
+    granularity: Literal["element", "tensor", "block"] = "element"
+    mutation: float = Field(default=0.0, ge=0)
+    max_segments: int = Field(default=1024, ge=2)
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> M2N2Search:
+        if not self.crossover and self.mutation == 0:
+            raise ValueError("crossover: without it and with mutation 0 every child is a copy; set mutation above 0")
+        return self
+
+
+class Box(Part):
+    """Coefficients between two bounds, one set a model, block or tensor."""
+
+    granularity: Literal["model", "block", "tensor"] = "block"
+    low: float = 0.0
+    high: float = 1.0
+    archive: int = Field(default=20, ge=1)
+
+    @model_validator(mode="after")
+    def _box_is_open(self) -> Box:
+        if not self.low < self.high:
+            raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
+        return self
+
+
+class RandomBox(Box):
+    """Random search: coefficients drawn evenly (``search.random_search``)."""
+
+    algorithm: Literal["random"]
+
+
+class CmaEsBox(Box):
+    """CMA-ES, or its separable form, on the mean of the objectives (``search.cma_es``)."""
+
+    algorithm: Literal["cma_es", "sep_cma_es"]
+    start: float | None = None
+    sigma: float = Field(default=0.2, gt=0)
+    population_size: int | None = Field(default=None, ge=2)
+
+    @model_validator(mode="after")
+    def _start_inside(self) -> CmaEsBox:
+        if self.start is not None and not self.low <= self.start <= self.high:
+            raise ValueError(f"start: expected between {self.low} and {self.high}, found {self.start}")
+        return self
+
+
+SearchPart: TypeAlias = Annotated[M2N2Search | RandomBox | CmaEsBox, Field(discriminator="algorithm")]
+
+
+class Scoring(Part):
+    """How candidates are scored; floating-point results depend on it, so it is part of the signature.
+
+    Attributes:
+        batch: Candidates asked for and scored together.
+        in_flight: The most candidates asked for and not yet learned from, in all.
+        order: ``strict`` learns in the order of asking, so that results depend on the recipe alone;
+            ``arrival`` learns at once, for the highest use of workers.
+        threads: CPU threads a worker computes with.
+        device: ``auto`` takes a GPU when the worker has one.
+    """
+
+    batch: int = Field(default=8, ge=1)
+    in_flight: int | None = Field(default=None, ge=1)
+    order: Literal["strict", "arrival"] = "strict"
+    threads: int = Field(default=1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _room(self) -> Scoring:
+        if self.in_flight is not None and self.in_flight < self.batch:
+            raise ValueError(f"in_flight: expected at least batch ({self.batch}), found {self.in_flight}")
+        return self
+
+    @property
+    def window(self) -> int:
+        """The most candidates in flight: two batches unless said otherwise."""
+        return 2 * self.batch if self.in_flight is None else self.in_flight
+
+
+class Budget(Part):
+    """When to stop: after so many evaluations, so many seconds, or whichever comes first."""
+
+    evaluations: int | None = Field(default=None, ge=1)
+    seconds: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _some(self) -> Budget:
+        if self.evaluations is None and self.seconds is None:
+            raise ValueError("expected evaluations, seconds or both, found neither")
+        return self
+
+
+class Runtime(Part):
+    """Where it runs. Nothing here changes results under ``order: strict``.
+
+    Attributes:
+        pool: ``ray`` for worker processes here or on a cluster, ``serial`` for this process.
+        workers: Ray workers.
+        address: A Ray cluster's address; None starts a local one.
+        cpus_per_worker: Logical CPUs Ray reserves for each worker.
+        gpus_per_worker: Logical GPUs, fractions allowed.
+        resources: Custom Ray resources of each worker.
+        start_timeout: Seconds to wait for the first worker.
+        attempts: How often a batch that killed its worker is tried again before its candidates are tried alone.
+    """
+
+    pool: Literal["serial", "ray"] = "ray"
+    workers: int = Field(default=1, ge=1)
+    address: str | None = None
+    cpus_per_worker: float = Field(default=1.0, ge=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    start_timeout: float = Field(default=120.0, gt=0)
+    attempts: int = Field(default=3, ge=1)
+
+
+class Tracking(Part):
+    """Where the run is mirrored to.
+
+    Attributes:
+        mlflow: Mirror the journal into MLflow.
+        uri: A tracking server or store; None is an SQLite file beside the runs.
+        experiment: MLflow experiment.
+    """
+
+    mlflow: bool = True
+    uri: str | None = None
+    experiment: str = "ecotone"
+
+
+class Recipe(Part):
+    """A search, whole: models, merge operator, objectives, algorithm, scoring, budget, seed, runtime, tracking."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    models: Models
+    objectives: Objectives
+    budget: Budget
+    prepare: Call | None = None
+    merge: Merge = Merge()
+    search: SearchPart = M2N2Search()
+    scoring: Scoring = Scoring()
+    seed: int = Field(default=0, ge=0)
+    runtime: Runtime = Runtime()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        minimised = [o.name for o in self.objectives.search if o.direction == "minimize"]
+        if self.search.algorithm == "m2n2" and minimised:
+            raise ValueError(
+                f"objectives.search: m2n2 shares out scores to maximise, found direction minimize for {minimised}; "
+                "give a score in which more is better, such as exp(-loss)"
+            )
+        uses_prepared = any(p.startswith(PREPARED) for p in (*self.models.experts, self.models.base or ""))
+        if uses_prepared and self.prepare is None:
+            raise ValueError(f"models: paths begin with {PREPARED!r} but the recipe has no `prepare` step")
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a recipe file; ``settings`` replaces fields by dotted name, as ``--set`` does.
+
+        Paths of models are made absolute: they are relative to the file's folder.
+
+        Raises:
+            InputError: The file is missing or not YAML, a key is unknown, or a value does not fit.
+        """
+        file = Path(path)
+        try:
+            record = yaml.safe_load(file.read_text())
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: no such recipe.", "Ready ones are in experiments/recipes/.") from error
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise InputError(f"{file}: cannot be read as YAML: {error}") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{file}: expected a mapping of recipe fields, found {type(record).__name__}.")
+        return cls.from_record(apply_settings(record, settings or {}), file.parent.resolve())
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], folder: Path | None = None) -> Recipe:
+        """Check a nested mapping; model paths are relative to ``folder`` when it is given."""
+        try:
+            recipe = cls.model_validate(record)
+        except ValidationError as error:
+            raise InputError(_explained(error)) from error
+        return recipe if folder is None else recipe._absolute(folder)
+
+    def record(self) -> dict[str, Any]:
+        """The whole recipe as nested plain values; ``from_record`` takes it back."""
+        return self.model_dump(mode="json")
+
+    @property
+    def signature(self) -> str:
+        """16 hexadecimal digits of all that changes results: not name, budget, runtime and tracking."""
+        kept = self.model_dump(mode="json", exclude={"name", "budget", "runtime", "tracking"})
+        return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def _absolute(self, folder: Path) -> Recipe:
+        def resolved(path: str) -> str:
+            return path if path.startswith(PREPARED) else str(folder / Path(path).expanduser())
+
+        models = self.models.model_copy(
+            update={
+                "experts": tuple(resolved(path) for path in self.models.experts),
+                "base": None if self.models.base is None else resolved(self.models.base),
+            }
+        )
+        return self.model_copy(update={"models": models})
+
+
+def apply_settings(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy of ``record`` with fields replaced: ``{"search.alpha": 0, "objectives.search.0.name": "a"}``."""
+    copy: dict[str, Any] = json.loads(json.dumps(record))
+    for key, value in settings.items():
+        steps = key.split(".")
+        place: Any = copy
+        for step in steps[:-1]:
+            place = _entered(place, step, key)
+        if isinstance(place, list):
+            place[_index(place, steps[-1], key)] = value
+        else:
+            place[steps[-1]] = value
+    return copy
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """``["seed=3", "budget.evaluations=100"]`` as a mapping; values are read as YAML.
+
+    Raises:
+        InputError: A pair has no ``=``, or its value is not YAML.
+    """
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set: expected key=value, found {pair!r}.", "For example: --set seed=3")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {key}: cannot be read as a YAML value: {value!r}.") from error
+    return settings
+
+
+def _entered(place: Any, step: str, key: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, step, key)]
+    if place.get(step) is None:
+        place[step] = {}
+    if not isinstance(place[step], dict | list):
+        raise InputError(f"--set {key}: {step!r} is {place[step]!r}, it has no fields.")
+    return place[step]
+
+
+def _index(place: list[Any], step: str, key: str) -> int:
+    if not step.isdigit() or int(step) >= len(place):
+        raise InputError(f"--set {key}: expected a position from 0 to {len(place) - 1}, found {step!r}.")
+    return int(step)
+
+
+def _explained(error: ValidationError) -> str:
+    lines = [_line(dict(entry)) for entry in error.errors()[:5]]
+    more = error.error_count() - len(lines)
+    return "\n".join(lines + ([f"... and {more} more."] if more > 0 else []))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """One validation error as: field, what was expected, what was found, what to do."""
+    place = [step for step in entry["loc"] if not isinstance(step, str) or step not in _TAGS]
+    field = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in place).lstrip(".") or "recipe"
+    kind, message = entry["type"], entry["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"{field}: unknown key. {nearest(str(place[-1]), _fields(entry['loc'][:-1]))}"
+    if kind == "missing":
+        return f"{field}: missing; {_article(field)}."
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        given = (
+            entry["input"].get(entry["ctx"]["discriminator"].strip("'")) if isinstance(entry["input"], dict) else None
+        )
+        name = entry["ctx"]["discriminator"].strip("'")
+        known = [tag.strip(" '") for tag in entry["ctx"].get("expected_tags", ", ".join(_TAGS)).split(",")]
+        return f"{field}.{name}: expected one of {', '.join(known)}, found {given!r}. " + (
+            nearest(str(given), known) if given else ""
+        )
+    if kind == "value_error":
+        return f"{field}: {message}." if not message.startswith("objectives") else f"{message}."
+    return f"{field}: {message[0].lower()}{message[1:]}, found {entry['input']!r}."
+
+
+_TAGS = ("accuracy", "call", "m2n2", "random", "cma_es", "sep_cma_es")
+
+
+def _article(field: str) -> str:
+    return f"a recipe needs `{field}`"
+
+
+def _fields(place: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields that the part of the recipe at ``place`` knows."""
+    by_tag: dict[str, type[Part]] = {
+        "accuracy": Accuracy,
+        "call": PythonObjective,
+        "m2n2": M2N2Search,
+        "random": RandomBox,
+        "cma_es": CmaEsBox,
+        "sep_cma_es": CmaEsBox,
+    }
+    part: type[Part] = Recipe
+    for step in place:
+        if step in by_tag and (step != "call" or part is Recipe):
+            part = by_tag[str(step)]
+        elif step == "Call" or step in ("data", "prepare"):
+            part = Call
+        elif isinstance(step, str) and step in part.model_fields:
+            annotation = part.model_fields[step].annotation
+            if isinstance(annotation, type) and issubclass(annotation, Part):
+                part = annotation
+    return list(part.model_fields)
