@@ -170,7 +170,7 @@ class Sources:
         with torch.no_grad():
             for index, name in enumerate(self.layout.tensors):
                 views = [target[index] for target in targets]
-                flat = [view.view(-1) if view.is_contiguous() else torch.empty_like(view).view(-1) for view in views]
+                flat = [v.view(-1) if v.is_contiguous() else v.new_empty(v.numel()) for v in views]
                 mix(self.read(name), int(borders[index]), mixtures, flat)
                 for view, values in zip(views, flat, strict=True):
                     if not view.is_contiguous():

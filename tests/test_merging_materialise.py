@@ -132,7 +132,7 @@ def two(tmp_path_factory):
     return Sources.open(models(tmp_path_factory.mktemp("two"), 2))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_every_element_has_its_segments_weights(two, data):
     cuts = data.draw(st.sets(st.integers(1, SIZE - 1), max_size=30))
