@@ -1,0 +1,751 @@
+"""MLflow tracking: what is mirrored, that it is exact, and that nothing the server or a kill does changes it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import tracking
+from populations.errors import JournalError
+from populations.genome import Genome
+from populations.journal import Journal
+from populations.trial import Evaluation, Goal, Trial
+
+pytest.importorskip("mlflow")
+
+GOALS = [["acc", "maximize"], ["loss", "minimize"]]
+History = dict[str, list[tuple[int, float, int]]]
+
+
+# -- helpers -------------------------------------------------------------------------------------------------
+
+
+def genome(number: int) -> Genome:
+    return Genome.uniform(10, [number / 7, 1.0])
+
+
+def scores(number: int) -> dict[str, float] | None:
+    """What trial ``number`` scored: every seventh fails."""
+    if number % 7 == 3:
+        return None
+    return {"acc": (number * 37 % 101) / 101, "loss": 1.0 + (number * 53 % 89) / 89}
+
+
+def evaluation(number: int) -> Evaluation:
+    found = scores(number)
+    return Evaluation.failed("not finite", "acc: NaN") if found is None else Evaluation(found, seconds=0.5)
+
+
+def facts(budget: int | None, **others: str) -> dict[str, str]:
+    recipe = {
+        "seed": 3,
+        "models": ["a", "b"],
+        "search": {"type": "m2n2", "options": {"archive": 20}},
+        "note": "x" * 9000,
+    }
+    return {
+        "recipe": json.dumps(recipe),
+        "name": "digits",
+        "algorithm": "m2n2",
+        "signature": "5ca1ab1e",
+        "seed": "3",
+        "goals": json.dumps(GOALS),
+        "held_out_goals": json.dumps([["test acc", "maximize"]]),
+        "budget": json.dumps({"evaluations": budget, "seconds": None}),
+        "state": "running",
+        "tracking": json.dumps({"uri": None, "experiment": "merges"}),
+        "models": json.dumps(["a", "b"]),
+        **others,
+    }
+
+
+def tell(journal: Journal, begin: int, end: int, batch: int = 5) -> None:
+    """Trials ``begin`` to ``end - 1``, in batches."""
+    for first in range(begin, end, batch):
+        numbers = range(first, min(first + batch, end))
+        trials = [Trial(n, genome(n), (n - 1,) if n else ()) for n in numbers]
+        journal.asked(first, len(trials), trials)
+        journal.arrived([(t, evaluation(t.number)) for t in trials])
+        journal.told(first)
+
+
+def finish(journal: Journal, held_out: Sequence[int] = (), state: str = "finished") -> None:
+    for name, number in (("a", 0), ("b", 1000)):
+        journal.refer(name, genome(number))
+    journal.measured(genome(1000), "search", Evaluation({"acc": 0.25, "loss": 2.5}))
+    for number in (0, 1000, *held_out):
+        journal.measured(genome(number), "held_out", Evaluation({"test acc": 0.5 + number / 4000}))
+    journal.note("state", state)
+
+
+def a_run(runs: Path, count: int, budget: int | None, name: str = "one", **others: str) -> Path:
+    """A finished run of ``count`` evaluations."""
+    directory = runs / name
+    directory.mkdir(parents=True)
+    (directory / "recipe.yaml").write_text("seed: 3\n")
+    with Journal.create(directory / "journal.sqlite", facts(budget, **others)) as journal:
+        tell(journal, 0, count)
+        finish(journal, held_out=[best(count)])
+    return directory
+
+
+def best(count: int) -> int:
+    """The trial of best mean of oriented scores, the first of equals."""
+    means = {n: (s["acc"] - s["loss"]) / 2 for n in range(count) if (s := scores(n))}
+    return max(means, key=lambda n: (means[n], -n))
+
+
+def front(count: int) -> list[int]:
+    """Trials that no other dominates, by accuracy."""
+    ok = {n: s for n in range(count) if (s := scores(n))}
+    kept = [
+        n
+        for n, s in ok.items()
+        if not any(
+            o["acc"] >= s["acc"] and o["loss"] <= s["loss"] and (o != s or m < n) for m, o in ok.items() if m != n
+        )
+    ]
+    return sorted(kept, key=lambda n: (ok[n]["acc"], n))
+
+
+def expected(count: int, borders: Sequence[int]) -> dict[str, list[tuple[int, float]]]:
+    """The history that the scores imply, computed the slow way; rates are left out."""
+    history: dict[str, list[tuple[int, float]]] = {}
+    for before, step in zip([0, *borders], borders, strict=False):
+        window = [s for n in range(before, step) if (s := scores(n))]
+        ok = [s for n in range(step) if (s := scores(n))]
+        values = {
+            "evaluations": step,
+            "failures": step - len(ok),
+            "front_size": len(front(step)),
+            "best/acc": max(s["acc"] for s in ok),
+            "best/loss": min(s["loss"] for s in ok),
+            "best/mean": max((s["acc"] - s["loss"]) / 2 for s in ok),
+        }
+        if window:
+            values["acc"] = math.fsum(s["acc"] for s in window) / len(window)
+            values["loss"] = math.fsum(s["loss"] for s in window) / len(window)
+        for key, value in values.items():
+            history.setdefault(key, []).append((step, value))
+    ended = {
+        "held_out/test acc": 0.5 + best(count) / 4000,
+        "references/a/acc": scores(0)["acc"],  # type: ignore[index]
+        "references/a/loss": scores(0)["loss"],  # type: ignore[index]
+        "references/a/held_out/test acc": 0.5,
+        "references/b/acc": 0.25,
+        "references/b/loss": 2.5,
+        "references/b/held_out/test acc": 0.75,
+    }
+    history.update({key: [(count, value)] for key, value in ended.items()})
+    for name in ("acc", "loss"):
+        history[f"front/{name}"] = [(k, scores(n)[name]) for k, n in enumerate(front(count))]  # type: ignore[index]
+    return history
+
+
+def client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def history_of(uri: str, run_id: str) -> History:
+    there = client(uri)
+    return {
+        key: [(m.step, m.value, m.timestamp) for m in there.get_metric_history(run_id, key)]
+        for key in there.get_run(run_id).data.metrics
+    }
+
+
+def without_times(history: History) -> dict[str, list[tuple[int, float]]]:
+    return {
+        key: [(step, value) for step, value, _ in rows]
+        for key, rows in history.items()
+        if key != "evaluations_per_second"
+    }
+
+
+def rows_in(uri: str) -> int:
+    with sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=30) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM metrics").fetchone()
+        return int(count)
+
+
+def eventually(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: making one takes seconds, so tests copy it."""
+    directory = tmp_path_factory.mktemp("store")
+    tracking._opened(tracking.default_uri(directory))
+    return directory / "mlflow.db"
+
+
+@pytest.fixture
+def runs(tmp_path: Path, empty_store: Path) -> Path:
+    """A directory of runs with its embedded store."""
+    directory = tmp_path / "my runs"
+    directory.mkdir()
+    shutil.copyfile(empty_store, directory / "mlflow.db")
+    return directory
+
+
+# -- what is logged ------------------------------------------------------------------------------------------
+
+
+def test_the_history_is_what_the_scores_imply(runs: Path) -> None:
+    report = tracking.mirror(a_run(runs, 43, budget=100))
+    assert report.error is None
+    assert (report.complete, report.evaluations) == (True, 43)
+    assert report.uri == tracking.default_uri(runs) == f"sqlite:///{runs}/mlflow.db"
+    history = history_of(report.uri, report.run_id or "")
+    assert without_times(history) == expected(43, range(1, 44))
+    assert report.logged == sum(map(len, history.values()))
+
+
+def test_long_searches_are_logged_in_strides(runs: Path) -> None:
+    directory = a_run(runs, 38, budget=7000)
+    report = tracking.mirror(directory)
+    history = without_times(history_of(report.uri, report.run_id or ""))
+    wanted = expected(38, [7, 14, 21, 28, 35])
+    for key, value in expected(38, [35, 38]).items():  # the unfinished last window
+        wanted[key] = (
+            value if key.partition("/")[0] in ("front", "held_out", "references") else [*wanted[key], value[-1]]
+        )
+    assert history == wanted
+
+
+def test_without_a_number_of_evaluations_the_stride_grows() -> None:
+    board = tracking.Scoreboard([Goal("acc")], None, 0.0)
+    steps = [line.step for row in _rows(9000) if (line := board.add(row))]
+    assert steps[:1023] == list(range(1, 1024))
+    assert steps[1023:1026] == [1024, 1026, 1028]
+    assert len(steps) < 3000
+
+
+def _rows(count: int) -> Iterator[tracking.Row]:
+    return (tracking.Row(n, "d", (), {"acc": 0.5}, None, 0.0, float(n)) for n in range(count))
+
+
+def test_rate_is_over_the_recent_past() -> None:
+    """1,000 evaluations at 1 a second, then 1,000 at 50 a second in batches of 50."""
+    board = tracking.Scoreboard([Goal("acc")], 1, 0.0)
+    for n in range(1000):
+        board.add(tracking.Row(n, "d", (), {"acc": 0.5}, None, 0.0, n + 1.0))
+    for n in range(1000):
+        line = board.add(tracking.Row(1000 + n, "d", (), {"acc": 0.5}, None, 0.0, 1000.0 + n // 50 + 1))
+    assert line is not None
+    assert line.values["evaluations_per_second"] == pytest.approx(50, rel=0.35)
+
+
+def test_mirroring_again_logs_nothing(runs: Path) -> None:
+    directory = a_run(runs, 20, budget=20)
+    first = tracking.mirror(directory)
+    before = rows_in(first.uri)
+    again = tracking.mirror(directory)
+    assert (again.logged, again.complete, again.run_id) == (0, True, first.run_id)
+    assert rows_in(first.uri) == before
+
+
+def test_growing_journal_is_mirrored_piece_by_piece(runs: Path) -> None:
+    directory = runs / "one"
+    with Journal.create(directory / "journal.sqlite", facts(30)) as journal:
+        for begin, end in ((0, 10), (10, 11), (11, 30)):
+            tell(journal, begin, end)
+            report = tracking.mirror(directory)
+            assert (report.error, report.evaluations, report.complete) == (None, end, False)
+            assert client(report.uri).get_run(report.run_id).info.status == "RUNNING"
+        finish(journal, [best(30)])
+    report = tracking.mirror(directory)
+    history = history_of(report.uri, report.run_id or "")
+    assert without_times(history) == expected(30, range(1, 31))
+    assert client(report.uri).get_run(report.run_id).info.status == "FINISHED"
+
+
+def test_a_trial_in_flight_holds_up_those_behind_it(runs: Path) -> None:
+    directory = runs / "one"
+    with Journal.create(directory / "journal.sqlite", facts(30)) as journal:
+        trials = [Trial(n, genome(n)) for n in range(6)]
+        journal.asked(0, 6, trials)
+        journal.arrived([(t, evaluation(t.number)) for t in trials if t.number not in (2, 5)])
+        assert tracking.mirror(directory).evaluations == 2
+        journal.arrived([(trials[2], evaluation(2))])
+        assert tracking.mirror(directory).evaluations == 5
+        journal.arrived([(trials[5], evaluation(5))])
+        finish(journal, [best(6)])
+    report = tracking.mirror(directory)
+    history = history_of(report.uri, report.run_id or "")
+    assert without_times(history) == expected(6, range(1, 7))
+
+
+def test_parameters_and_tags(runs: Path) -> None:
+    directory = a_run(runs, 8, budget=8)
+    report = tracking.mirror(directory)
+    run = client(report.uri).get_run(report.run_id)
+    assert run.info.run_name == "digits"
+    assert {k: v for k, v in run.data.params.items() if k != "note"} == {
+        "seed": "3",
+        "models": '["a", "b"]',
+        "search.type": "m2n2",
+        "search.options.archive": "20",
+    }
+    assert run.data.params["note"] == "x" * 6000
+    tags = run.data.tags
+    assert tags["ecotone.run_dir"] == str(directory)
+    assert (tags["algorithm"], tags["models"], tags["objectives"]) == ("m2n2", "a, b", "acc, loss")
+    assert (tags["ecotone.signature"], tags["ecotone.state"]) == ("5ca1ab1e", "finished")
+    assert client(report.uri).get_experiment(report.experiment_id).name == "merges"
+
+
+def test_artifacts(runs: Path, tmp_path: Path) -> None:
+    report = tracking.mirror(a_run(runs, 30, budget=30))
+    there = client(report.uri)
+    assert {file.path for file in there.list_artifacts(report.run_id)} == {
+        "front.json",
+        "candidates.csv",
+        "recipe.yaml",
+    }
+    assert next((runs / "mlartifacts").rglob("recipe.yaml")).read_text() == "seed: 3\n"
+    front_file = json.loads(Path(there.download_artifacts(report.run_id, "front.json", str(tmp_path))).read_text())
+    assert front_file["columns"] == ["number", "digest", "parents", "acc", "loss", "held_out/test acc"]
+    assert [row[0] for row in front_file["data"]] == front(30)
+    with Path(there.download_artifacts(report.run_id, "candidates.csv", str(tmp_path))).open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 30
+    assert table[10]["failure"] == "not finite: acc: NaN"
+    assert table[10]["acc"] == ""
+    assert {k: table[11][k] for k in ("number", "parents", "digest")} == {
+        "number": "11",
+        "parents": "10",
+        "digest": genome(11).digest,
+    }
+    assert float(table[11]["loss"]) == (scores(11) or {})["loss"]
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [("failed", "FAILED"), ("interrupted", "KILLED"), ("running", "KILLED"), ("finished", "FINISHED")],
+)
+def test_status_of_the_run(runs: Path, state: str, status: str) -> None:
+    """A journal that says running while nobody writes it was killed."""
+    directory = runs / "one"
+    with Journal.create(directory / "journal.sqlite", facts(10)) as journal:
+        tell(journal, 0, 5)
+        journal.note("state", state)
+    report = tracking.mirror(directory)
+    run = client(report.uri).get_run(report.run_id)
+    assert (report.complete, run.info.status) == (True, status)
+    assert run.data.tags["ecotone.state"] == ("killed" if state == "running" else state)
+
+
+def test_a_resumed_run_runs_again_and_ends_like_an_uninterrupted_one(runs: Path) -> None:
+    directory = runs / "one"
+    with Journal.create(directory / "journal.sqlite", facts(7000)) as journal:
+        tell(journal, 0, 10)
+        journal.note("state", "interrupted")
+    first = tracking.mirror(directory)
+    with Journal.open(directory / "journal.sqlite", write=True) as journal:
+        journal.note("state", "running")
+        report = tracking.mirror(directory)
+        assert client(report.uri).get_run(report.run_id).info.status == "RUNNING"
+        tell(journal, 10, 35)
+        finish(journal, [best(35)])
+    report = tracking.mirror(directory)
+    assert report.run_id == first.run_id
+    assert client(report.uri).get_run(report.run_id).info.status == "FINISHED"
+    history = without_times(history_of(report.uri, report.run_id or ""))
+    assert history == expected(35, [7, 14, 21, 28, 35])
+
+
+def test_an_extended_search_keeps_its_steps_and_its_first_front(runs: Path) -> None:
+    directory = a_run(runs, 20, budget=7000)
+    tracking.mirror(directory)
+    with Journal.open(directory / "journal.sqlite", write=True) as journal:
+        journal.note("budget", json.dumps({"evaluations": 14000, "seconds": None}))
+        tell(journal, 20, 42)
+        journal.note("state", "finished")
+    report = tracking.mirror(directory)
+    history = without_times(history_of(report.uri, report.run_id or ""))
+    assert [step for step, _ in history["evaluations"]] == [7, 14, 20, 21, 28, 35, 42]
+    assert [value for _, value in history["front/acc"]] == [(scores(n) or {})["acc"] for n in front(20)]
+    assert [value for _, value in history["front_42/acc"]] == [(scores(n) or {})["acc"] for n in front(42)]
+
+
+def test_names_that_mlflow_refuses(runs: Path) -> None:
+    goals = [["acc@1 (%)", "maximize"], ["evaluations", "maximize"], ["../x//y", "maximize"], ["best/mean", "maximize"]]
+    directory = runs / "one"
+    recipe = {"a b": {"c@d": 1, "": None}, "flag": True, "empty": {}}
+    with Journal.create(
+        directory / "journal.sqlite", facts(5, goals=json.dumps(goals), recipe=json.dumps(recipe))
+    ) as journal:
+        for n in range(5):
+            trial = Trial(n, genome(n))
+            journal.asked(n, 1, [trial])
+            journal.arrived([(trial, Evaluation({name: float(n + 1) for name, _ in goals}))])
+        journal.note("state", "finished")
+    report = tracking.mirror(directory)
+    assert (report.error, report.evaluations) == (None, 5)
+    run = client(report.uri).get_run(report.run_id)
+    assert run.data.metrics["evaluations"] == 5
+    for key in ("acc_1 ___", "objective/evaluations", "x/y", "objective/best/mean"):
+        assert run.data.metrics[key] == 5.0
+    assert run.data.params == {"a b.c_d": "1", "a b.": "null", "flag": "true", "empty": "{}"}
+
+
+def test_names_stay_apart() -> None:
+    names = tracking.metric_names(["a(b)", "a[b]", "a_b_"])
+    assert names == {"a(b)": "a_b_", "a[b]": "a_b__", "a_b_": "a_b___"}
+    assert tracking.acceptable("///") == "unnamed"
+    assert len(tracking.acceptable("x" * 999)) == 200
+
+
+def test_more_objectives_than_one_batch_takes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "ROWS_PER_BATCH", 3)  # a line has up to nine rows
+    report = tracking.mirror(a_run(runs, 12, budget=12))
+    history = history_of(report.uri, report.run_id or "")
+    assert without_times(history) == expected(12, range(1, 13))
+
+
+# -- finding and being found ---------------------------------------------------------------------------------
+
+
+def test_lost_notes_do_not_double_the_run(runs: Path) -> None:
+    directory = a_run(runs, 12, budget=12)
+    first = tracking.mirror(directory)
+    (directory / "tracking.json").unlink()
+    again = tracking.mirror(directory)
+    assert (again.run_id, again.logged) == (first.run_id, 0)
+    (directory / "tracking.json").write_text("{ damaged")
+    assert tracking.mirror(directory).run_id == first.run_id
+
+
+def test_a_run_deleted_in_mlflow_is_written_anew(runs: Path) -> None:
+    directory = a_run(runs, 12, budget=12)
+    first = tracking.mirror(directory)
+    client(first.uri).delete_run(first.run_id)
+    again = tracking.mirror(directory)
+    assert again.run_id != first.run_id
+    assert history_of(again.uri, again.run_id or "") == _all_history(first)
+
+
+def _all_history(report: tracking.MirrorReport) -> History:
+    return history_of(report.uri, report.run_id or "")
+
+
+def test_a_moved_run_directory_is_found_where_it_is(runs: Path) -> None:
+    first = tracking.mirror(a_run(runs, 5, budget=5))
+    assert tracking.find_run_dir(first.run_id or "", first.uri) == runs / "one"
+    (runs / "one").rename(runs / "other")
+    with pytest.raises(tracking.TrackingError, match="is not there"):
+        tracking.find_run_dir(first.run_id or "", first.uri)
+    assert tracking.mirror(runs / "other").run_id == first.run_id
+    assert tracking.find_run_dir(first.run_id or "", first.uri) == runs / "other"
+
+
+def test_find_run_dir_explains(runs: Path) -> None:
+    uri = tracking.default_uri(runs)
+    with pytest.raises(tracking.TrackingError, match="not found"):
+        tracking.find_run_dir("0" * 32, uri)
+    with pytest.raises(tracking.TrackingError, match="is not there"):
+        tracking.find_run_dir("0" * 32, tracking.default_uri(runs / "nowhere"))
+    foreign = client(uri).create_run("0").info.run_id
+    with pytest.raises(tracking.TrackingError, match="not made by Ecotone"):
+        tracking.find_run_dir(foreign, uri)
+
+
+def test_status_needs_no_mlflow(runs: Path) -> None:
+    directory = a_run(runs, 6, budget=6)
+    nothing = tracking.status(directory)
+    assert (nothing["run_id"], nothing["mirrored"], nothing["mirroring"]) == (None, 0, False)
+    report = tracking.mirror(directory)
+    code = (
+        "import json, sys\nfrom experiments import tracking\n"
+        f"print(json.dumps(tracking.status({str(directory)!r})))\n"
+        "assert not {'mlflow', 'torch', 'ray'} & set(sys.modules), 'too much imported'"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert json.loads(output) == {
+        "uri": report.uri,
+        "experiment": "merges",
+        "experiment_id": report.experiment_id,
+        "run_id": report.run_id,
+        "mirrored": 6,
+        "complete": True,
+        "error": None,
+        "mirroring": False,
+    }
+    assert tracking.ui_address(directory) is None
+
+
+def test_no_journal(tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="no journal"):
+        tracking.mirror(tmp_path)
+
+
+# -- faults --------------------------------------------------------------------------------------------------
+
+
+def test_server_down_is_a_report_and_harms_nothing(tmp_path: Path) -> None:
+    uri = f"http://user:secret@127.0.0.1:{free_port()}"
+    directory = a_run(tmp_path, 12, budget=12, tracking=json.dumps({"uri": uri, "experiment": "merges"}))
+    before = (directory / "journal.sqlite").read_bytes()
+    began = time.monotonic()
+    report = tracking.mirror(directory)
+    assert time.monotonic() - began < 10
+    assert (report.complete, report.run_id) == (False, None)
+    assert report.error == "the tracking server at 127.0.0.1 does not answer"
+    assert (directory / "journal.sqlite").read_bytes() == before
+    assert tracking.status(directory)["error"] == report.error
+    assert "secret" not in (directory / "tracking.json").read_text()
+
+
+def mirroring(directory: Path, rows: int = 30) -> subprocess.Popen[bytes]:
+    """A process that mirrors in many small batches."""
+    code = f"from experiments import tracking\ntracking.ROWS_PER_BATCH = {rows}\ntracking.mirror({str(directory)!r})"
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_killed_in_the_middle_then_mirrored_again(runs: Path, empty_store: Path, tmp_path: Path) -> None:
+    directory = a_run(runs, 600, budget=600)
+    undisturbed = tracking.mirror(directory, uri=_another_store(tmp_path, empty_store))
+    (directory / "tracking.json").unlink()
+    uri = tracking.default_uri(runs)
+    seen = []
+    for wanted in (300, 1500):
+        process = mirroring(directory)
+        eventually(lambda enough=wanted: rows_in(uri) >= enough)
+        process.kill()
+        process.wait()
+        seen.append(rows_in(uri))
+    assert seen[0] < seen[1] < undisturbed.logged, "the kills came too late to test anything"
+    report = tracking.mirror(directory)
+    assert report.logged == undisturbed.logged - seen[1]
+    assert history_of(uri, report.run_id or "") == _all_history(undisturbed)
+    assert len(client(uri).search_runs([report.experiment_id])) == 1
+
+
+def _another_store(tmp_path: Path, empty_store: Path) -> str:
+    (tmp_path / "undisturbed").mkdir()
+    shutil.copyfile(empty_store, tmp_path / "undisturbed" / "mlflow.db")
+    return tracking.default_uri(tmp_path / "undisturbed")
+
+
+def test_two_processes_make_the_store_at_once(tmp_path: Path) -> None:
+    directories = [a_run(tmp_path, 10, budget=10, name=name) for name in ("one", "two")]
+    processes = [mirroring(directory) for directory in directories]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    states = [tracking.status(directory) for directory in directories]
+    assert [state["error"] for state in states] == [None, None]
+    assert [state["complete"] for state in states] == [True, True]
+    assert states[0]["experiment_id"] == states[1]["experiment_id"]
+    assert states[0]["run_id"] != states[1]["run_id"]
+
+
+def test_a_half_made_store_is_made_anew(tmp_path: Path) -> None:
+    """What a process killed while making the store leaves behind does not count."""
+    directory = a_run(tmp_path, 5, budget=5)
+    (tmp_path / "mlflow.db.new").write_bytes(b"half a database")
+    assert tracking.mirror(directory).complete
+    assert not (tmp_path / "mlflow.db.new").exists()
+
+
+# -- the process ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[[Path, int], subprocess.Popen[bytes]]]:
+    """``tracking.start``, whose processes are gone after the test."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def begin(directory: Path, pid: int) -> subprocess.Popen[bytes]:
+        processes.append(tracking.start(directory, pid))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_following_a_search(runs: Path, started: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Followed from the start to the end; a second mirror of the same run goes away quietly."""
+    decoy = runs / "cwd" / "experiments"
+    decoy.mkdir(parents=True)
+    (decoy / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(decoy.parent)
+    directory = runs / "one"
+    with Journal.create(directory / "journal.sqlite", facts(40)) as journal:
+        first = started(directory, os.getpid())
+        tell(journal, 0, 25)
+        eventually(lambda: tracking.status(directory)["mirrored"] == 25)
+        assert tracking.status(directory)["mirroring"]
+        assert os.getsid(first.pid) == first.pid
+        assert not tracking.wait(first, 0)
+        second = started(directory, os.getpid())
+        tell(journal, 25, 40)
+        eventually(lambda: tracking.status(directory)["mirrored"] == 40)
+        assert tracking.mirror(directory, patience=0).error == "another process is mirroring this run"
+        assert tracking.wait(second, 30)
+        finish(journal, [best(40)])
+        assert tracking.wait(first, 30), "it ends with the search although the search's process goes on"
+    assert (first.returncode, second.returncode) == (0, 0)
+    known = tracking.status(directory)
+    assert known["complete"]
+    history = history_of(known["uri"], known["run_id"])
+    assert without_times(history) == expected(40, range(1, 41))
+    assert "complete: 40 evaluations" in (directory / "tracking.log").read_text()
+
+
+def test_the_followed_process_is_killed(runs: Path, started: Callable[..., Any]) -> None:
+    directory = runs / "one"
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    try:
+        with Journal.create(directory / "journal.sqlite", facts(40)) as journal:
+            tell(journal, 0, 10)
+        process = started(directory, sleeper.pid)
+        eventually(lambda: tracking.status(directory)["mirrored"] == 10)
+        assert (
+            client(tracking.status(directory)["uri"]).get_run(tracking.status(directory)["run_id"]).info.status
+            == "RUNNING"
+        )
+    finally:
+        sleeper.kill()  # and not reaped: a zombie is gone, too
+    assert tracking.wait(process, 30)
+    sleeper.wait()
+    known = tracking.status(directory)
+    assert client(known["uri"]).get_run(known["run_id"]).info.status == "KILLED"
+
+
+def test_sigterm_ends_a_mirror_and_loses_nothing(runs: Path, started: Callable[..., Any]) -> None:
+    directory = runs / "one"
+    with Journal.create(directory / "journal.sqlite", facts(40)) as journal:
+        tell(journal, 0, 10)
+        process = started(directory, os.getpid())
+        eventually(lambda: tracking.status(directory)["mirrored"] == 10)
+        process.send_signal(signal.SIGTERM)
+        assert tracking.wait(process, 5)
+        tell(journal, 10, 40)
+        finish(journal, [best(40)])
+    report = tracking.mirror(directory)
+    history = history_of(report.uri, report.run_id or "")
+    assert without_times(history) == expected(40, range(1, 41))
+
+
+def test_patience_is_bounded_when_the_server_stays_down(tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    directory = a_run(tmp_path, 5, budget=5, tracking=json.dumps({"uri": uri, "experiment": "x"}))
+    began = time.monotonic()
+    report = tracking.follow(directory, os.getpid(), poll=0.1, patience=2.0)
+    assert time.monotonic() - began < 10
+    assert report is not None
+    assert report.error is not None
+
+
+# -- servers -------------------------------------------------------------------------------------------------
+
+
+def answers(port: int) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/health", timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def test_port_in_use(runs: Path) -> None:
+    directory = a_run(runs, 3, budget=3)
+    with pytest.raises(tracking.TrackingError, match="nothing of it is in MLflow"):
+        tracking.serve(directory)
+    tracking.mirror(directory)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(tracking.TrackingError, match=f"port {port} .* in use.*--port"):
+            tracking.serve(directory, port)
+
+
+@pytest.mark.slow
+def test_serving_the_embedded_store(runs: Path) -> None:
+    """The address that is printed answers, on the loopback interface, until SIGINT; then no server is left."""
+    report = tracking.mirror(a_run(runs, 3, budget=3))
+    port = free_port()
+    code = f"from experiments import tracking\ntracking.serve({str(runs / 'one')!r}, {port})"
+    process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert address == f"http://127.0.0.1:{port}/#/experiments/{report.experiment_id}/runs/{report.run_id}"
+        assert answers(port)
+        assert client(f"http://127.0.0.1:{port}").get_run(report.run_id).info.status == "FINISHED"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert not answers(port)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_back_gets_everything(
+    tmp_path: Path, empty_store: Path, started: Callable[..., Any]
+) -> None:
+    """Down at the start, killed in the middle: the history is the one an embedded store has."""
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    store = tracking._sqlite_file(_another_store(tmp_path, empty_store))
+    assert store is not None
+    directory = tmp_path / "runs" / "one"
+    with Journal.create(
+        directory / "journal.sqlite", facts(60, tracking=json.dumps({"uri": uri, "experiment": "merges"}))
+    ) as journal:
+        mirror = started(directory, os.getpid())
+        tell(journal, 0, 20)
+        eventually(lambda: tracking.status(directory)["error"])
+        server = tracking._serving(f"sqlite:///{store}", directory, port)
+        try:
+            eventually(lambda: tracking.status(directory)["mirrored"] == 20, 120)
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            tell(journal, 20, 45)
+            eventually(lambda: tracking.status(directory)["error"])
+            server = tracking._serving(f"sqlite:///{store}", directory, port)
+            tell(journal, 45, 60)
+            finish(journal, [best(60)])
+            assert tracking.wait(mirror, 120)
+            assert mirror.returncode == 0
+            known = tracking.status(directory)
+            assert (
+                tracking.ui_address(directory) == f"{uri}/#/experiments/{known['experiment_id']}/runs/{known['run_id']}"
+            )
+            assert tracking.find_run_dir(known["run_id"], uri) == directory
+        finally:
+            tracking._stop(server)
+    history = history_of(f"sqlite:///{store}", known["run_id"])
+    assert without_times(history) == expected(60, range(1, 61))
