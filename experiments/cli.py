@@ -223,19 +223,20 @@ def main() -> None:
     """The console script: errors become one clear message, and stopping says how to go on."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except EcotoneError as error:
         _fail(f"error: {error.message}", error.remedy, 1)
     except KeyboardInterrupt:
         _fail("stopped.", "", 130)
     except Exception as error:
-        if type(error).__module__.startswith("click") or hasattr(error, "show"):
-            error.show()  # type: ignore[attr-defined]
-            sys.exit(getattr(error, "exit_code", 2))
-        raise
+        if not hasattr(error, "show"):  # only the parser's own errors about the command line have it
+            raise
+        error.show()
+        sys.exit(getattr(error, "exit_code", 2))
 
 
-def _as_interrupt(number: int, frame: object) -> None:
+def _as_interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
