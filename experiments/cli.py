@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 # The manager's small matrix products gain nothing from threads; workers set torch's own number.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -18,6 +19,7 @@ from populations.errors import EcotoneError
 
 if TYPE_CHECKING:
     from experiments.recipe import Recipe
+    from experiments.report import ProgressLine
     from experiments.runs import Run
 
 app = typer.Typer(
@@ -57,11 +59,12 @@ def run(
 
     Ctrl-C stops cleanly; `ecotone resume` goes on from there.
     """
-    from experiments.launch import launch
+    from experiments.launch import launch, new_directory
 
     chosen = _recipe(recipe, settings, workers, address)
     folders = (str(recipe.parent.resolve()),)
-    _drive(chosen, lambda line: launch(chosen, out, observe=line, notify=line.say, folders=folders), as_json)
+    target = out or new_directory(chosen.name)
+    _drive(chosen, target, lambda line: launch(chosen, target, observe=line, notify=line.say, folders=folders), as_json)
 
 
 @app.command()
@@ -84,7 +87,7 @@ def resume(
     with found.journal() as journal:
         recorded = json.loads(journal.fact("recipe") or "{}")
     chosen = Recipe.from_record(apply_settings(recorded, changes))
-    _drive(chosen, lambda line: resume_run(found, changes, observe=line, notify=line.say), as_json)
+    _drive(chosen, found.directory, lambda line: resume_run(found, changes, observe=line, notify=line.say), as_json)
 
 
 @app.command()
@@ -240,7 +243,7 @@ def _as_interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(message: str, remedy: str, code: int) -> None:
+def _fail(message: str, remedy: str, code: int) -> NoReturn:
     typer.echo(message, err=True)
     if remedy:
         typer.echo(remedy, err=True)

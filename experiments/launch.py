@@ -51,7 +51,7 @@ def launch(
         EcotoneError: The recipe cannot be run, or the search cannot go on; what was recorded is safe.
         KeyboardInterrupt: Stopped; the run can be resumed.
     """
-    directory = Path(out) if out is not None else _new_directory(recipe.name)
+    directory = Path(out) if out is not None else new_directory(recipe.name)
     if (directory / JOURNAL).exists():
         raise InputError(f"{directory}: a run is there already.", f"`ecotone resume {directory}`, or another --out.")
     paths = compose.python_paths(folders)
@@ -230,7 +230,8 @@ def _must_prepare(recipe: Recipe) -> bool:
     return folder is not None and not folder.is_dir()
 
 
-def _new_directory(name: str) -> Path:
+def new_directory(name: str) -> Path:
+    """``runs/NAME-TIME``, numbered on if it exists."""
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidates = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 1000))]
     return next(path for path in candidates if not path.exists())
