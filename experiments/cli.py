@@ -250,12 +250,18 @@ def _fail(message: str, remedy: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _drive(recipe: Recipe, work: Any, as_json: bool) -> None:
+def _drive(recipe: Recipe, directory: Path, work: Callable[[ProgressLine], Run], as_json: bool) -> None:
     """Run ``work`` under a progress line, then print the closing table or its JSON."""
     from experiments import report
+    from experiments.runs import JOURNAL
 
-    with report.ProgressLine(report.console(to_stderr=True), recipe.budget.evaluations, recipe.budget.seconds) as line:
-        finished: Run = work(line)
+    budget = recipe.budget
+    try:
+        with report.ProgressLine(report.console(to_stderr=True), budget.evaluations, budget.seconds) as line:
+            finished = work(line)
+    except KeyboardInterrupt:
+        begun = (directory / JOURNAL).exists()
+        _fail("Stopped.", f"Go on with: ecotone resume {directory}" if begun else "Nothing was recorded yet.", 130)
     if as_json:
         _print_json(finished.status())
         return

@@ -49,6 +49,7 @@ import webbrowser
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -60,6 +61,7 @@ from populations.trial import Evaluation, Goal, oriented
 
 STEPS = 1000  # of a metric, at most about
 ROWS_PER_BATCH = 1000  # MLflow's limit
+_PORTION = 2000  # rows of the journal read at a time
 FINAL_STATES = ("finished", "failed", "interrupted")
 
 _CURSOR = "evaluations"
@@ -246,6 +248,7 @@ def serve(
     _require_mlflow()
     chosen = _free_port(port)
     with _terminable():
+        say("Starting MLflow, which takes some seconds ...")
         process = _serving(_store(directory, known), directory, chosen)
         try:
             _await_answer(process, chosen)
@@ -505,13 +508,15 @@ class _Mirror:
 
     def _lines(self, journal: Journal, finished: bool) -> Iterator[Line]:
         """The lines after the cursor. Trials in flight hold up those behind them until the search is finished."""
-        for row in journal.rows(self._after):
-            if row.number != self._after + 1 and not finished:
-                return
-            self._after = row.number
-            line = self.board.add(row)
-            if line is not None and line.step > self.cursor:
-                yield line
+        # Read in portions: a reader that lingers keeps the journal's write-ahead log from being folded in.
+        while rows := list(islice(journal.rows(self._after), _PORTION)):
+            for row in rows:
+                if row.number != self._after + 1 and not finished:
+                    return
+                self._after = row.number
+                line = self.board.add(row)
+                if line is not None and line.step > self.cursor:
+                    yield line
         if finished and self.board.count > self.cursor and not self.board.on_border:
             yield self.board.line()
 

@@ -104,13 +104,13 @@ class Genome:
     def digest(self) -> str:
         """32 hexadecimal digits that are equal for genomes that describe the same merge."""
         plain = self.simplified()
-        hasher = hashlib.blake2b(digest_size=16)
+        hasher = hashlib.sha256()
         hasher.update(plain.boundaries.astype("<i8").tobytes())
         hasher.update((plain.coefficients + 0.0).astype("<f8").tobytes())  # + 0.0 turns -0.0 into 0.0
         hasher.update(json.dumps(dict(plain.parameters), sort_keys=True).encode())
         if plain.residual is not None:
-            hasher.update(plain.residual.astype("<f4").tobytes())
-        return hasher.hexdigest()
+            hasher.update(np.ascontiguousarray(plain.residual, "<f4"))
+        return hasher.hexdigest()[:32]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Genome) and self.digest == other.digest

@@ -16,7 +16,6 @@ weight; only children with noise are dense vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,22 +137,18 @@ class M2N2:
         return Genome.uniform(self.space.size, row)
 
     def _breed(self, numbers: range) -> list[Trial]:
-        fitness = self.archive.fitness()
+        members, fitness = self.archive.members, self.archive.fitness()
         attraction: dict[int, Floats] = {}
         trials = []
         for number in numbers:
             rng = trial_rng(self.seed, number)
             a = _draw(rng, fitness)
-            if not self.settings.crossover:
-                parents: tuple[int, ...] = (a,)
-                child = self._genome(a)
-            else:
+            if self.settings.crossover:
                 b = self._mate(rng, a, fitness, attraction)
-                parents = (a, b)
-                child = self._child(rng, a, b)
-            if self.settings.mutation > 0:
-                child = self._mutated(rng, child)
-            trials.append(Trial(number, child, tuple(self.archive.members[i].trial.number for i in parents)))
+                child, parents = self._child(rng, a, b), (members[a].trial.number, members[b].trial.number)
+            else:
+                child, parents = self._mutated(rng, _residual(self._genome(a))), (members[a].trial.number,)
+            trials.append(Trial(number, child, parents))
         return trials
 
     def _mate(self, rng: np.random.Generator, a: int, fitness: Floats, attraction: dict[int, Floats]) -> int:
@@ -166,23 +161,29 @@ class M2N2:
 
     def _child(self, rng: np.random.Generator, a: int, b: int) -> Genome:
         weight = float(rng.random())
-        position = int(rng.integers(0, self.space.size))
+        split = self._split(rng)
         angle = self._angle(a, b) if self.settings.interpolation == "slerp" else 0.0
         before, after = slerp_weights(weight, angle), slerp_weights(1.0 - weight, angle)
-        split = int(self._borders[np.searchsorted(self._borders, position, side="right") - 1])
-        if not self.settings.split:
-            split = self.space.size
         genomes = [self._genome(a), self._genome(b)]
         if self.settings.mutation > 0:
-            return Genome.dense(_joined(genomes, before, after, split), self.space.dimension)
+            return self._mutated(rng, _joined(*map(_residual, genomes), before, after, split))
         rows, borders = _intervals(before, after, split, self.space.size)
         return combine(genomes, rows, borders).simplified(self.settings.max_segments)
 
-    def _mutated(self, rng: np.random.Generator, genome: Genome) -> Genome:
-        assert genome.residual is not None
+    def _split(self, rng: np.random.Generator) -> int:
+        """A position drawn evenly from the flat vector, moved down to the nearest border; n without splits."""
+        position = int(rng.integers(0, self.space.size))
+        if not self.settings.split:
+            return self.space.size
+        if len(self._borders) == self.space.size + 1:
+            return position
+        return int(self._borders[np.searchsorted(self._borders, position, side="right") - 1])
+
+    def _mutated(self, rng: np.random.Generator, vector: NDArray[np.float32]) -> Genome:
         noise = rng.standard_normal(self.space.size, np.float32)
         noise *= np.float32(self.settings.mutation)
-        noise += genome.residual
+        noise += vector
+        noise.flags.writeable = False  # the genome takes it as it is instead of a copy
         return Genome.dense(noise, self.space.dimension)
 
     def _genome(self, index: int) -> Genome:
@@ -226,13 +227,19 @@ def _intervals(
     return [before, after], [0, split, size]
 
 
+def _residual(genome: Genome) -> NDArray[np.float32]:
+    assert genome.residual is not None
+    return genome.residual
+
+
 def _joined(
-    genomes: Sequence[Genome], before: tuple[float, float], after: tuple[float, float], split: int
+    a: NDArray[np.float32],
+    b: NDArray[np.float32],
+    before: tuple[float, float],
+    after: tuple[float, float],
+    split: int,
 ) -> NDArray[np.float32]:
     """The dense child of two dense parents."""
-    a, b = genomes[0].residual, genomes[1].residual
-    assert a is not None
-    assert b is not None
     child = np.empty_like(a)
     for part, (left, right) in ((slice(0, split), before), (slice(split, None), after)):
         np.multiply(a[part], np.float32(left), out=child[part])
