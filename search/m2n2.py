@@ -142,13 +142,13 @@ class M2N2:
         trials = []
         for number in numbers:
             rng = trial_rng(self.seed, number)
-            a = _draw(rng, fitness)
+            parents = [a := _draw(rng, fitness)]
             if self.settings.crossover:
-                b = self._mate(rng, a, fitness, attraction)
-                child, parents = self._child(rng, a, b), (members[a].trial.number, members[b].trial.number)
+                parents.append(b := self._mate(rng, a, fitness, attraction))
+                child = self._child(rng, a, b)
             else:
-                child, parents = self._mutated(rng, _residual(self._genome(a))), (members[a].trial.number,)
-            trials.append(Trial(number, child, parents))
+                child = self._mutated(rng, _residual(self._genome(a)))
+            trials.append(Trial(number, child, tuple(members[i].trial.number for i in parents)))
         return trials
 
     def _mate(self, rng: np.random.Generator, a: int, fitness: Floats, attraction: dict[int, Floats]) -> int:
@@ -166,7 +166,7 @@ class M2N2:
         before, after = slerp_weights(weight, angle), slerp_weights(1.0 - weight, angle)
         genomes = [self._genome(a), self._genome(b)]
         if self.settings.mutation > 0:
-            return self._mutated(rng, _joined(*map(_residual, genomes), before, after, split))
+            return self._mutated(rng, _joined(_residual(genomes[0]), _residual(genomes[1]), before, after, split))
         rows, borders = _intervals(before, after, split, self.space.size)
         return combine(genomes, rows, borders).simplified(self.settings.max_segments)
 
