@@ -1,0 +1,445 @@
+"""Workers on a Ray cluster, or on this machine's cores. The only file that imports Ray.
+
+Workers are plain ``Worker`` objects, one an actor. An actor that dies is retired and a new one asked for; Ray's own
+restarts are not used, because a restart that finds no place fails every call in between. A batch whose worker died
+is tried again, and nothing of it depends on who scores it. Readiness is a result that is waited for like any other,
+so a worker that cannot be placed holds nobody up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import pickle
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from fitness.pools import Batch, Completed
+from fitness.specs import WorkerSpec
+from fitness.worker import Worker
+from populations.errors import EcotoneError, InputError, PoolError
+from populations.space import Space
+from populations.trial import Evaluation, Trial
+
+QUEUED = 2  # batches at one worker: the one it scores, and the next so that it never waits for the manager
+_OBJECT_STORE_BYTES = 256 * 1024**2  # of a local cluster; genomes are small
+
+_log = logging.getLogger("ecotone")
+
+
+class RemoteWorker:
+    """A ``Worker`` in an actor. Opening is a call of its own, so that its errors arrive as they were raised."""
+
+    def open(self, spec: WorkerSpec) -> int:
+        """Make the worker; returns its process id."""
+        self._worker = Worker(spec)
+        return os.getpid()
+
+    def space(self) -> bytes:
+        """The pickled ``Space``: arrays that lived in Ray's shared memory would not outlive the cluster."""
+        return pickle.dumps(self._worker.space(), protocol=5)
+
+    def measure(self, trials: Sequence[Trial]) -> bytes:
+        """The pickled evaluations of ``trials``."""
+        return pickle.dumps(self._worker.measure(trials), protocol=5)
+
+
+@dataclass
+class _Job:
+    """Trials of one batch that are scored together, and how many workers died of them."""
+
+    ticket: int
+    places: range
+    trials: tuple[Trial, ...]
+    deaths: int = 0
+
+
+@dataclass
+class _Open:
+    """A batch that is not finished, and the evaluations there are."""
+
+    batch: Batch
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+
+
+@dataclass
+class _Hand:
+    """An actor: its process id once it is ready, and its queue, oldest first."""
+
+    actor: Any
+    ready: Any
+    pid: int | None = None
+    queue: deque[tuple[Any, _Job]] = field(default_factory=deque)
+
+
+class RayPool:
+    """Workers as Ray actors.
+
+    The pool works with as many workers as the cluster can place, from the first that is ready on; it keeps asking for
+    the others, so an autoscaler may add nodes and a node may leave.
+
+    Args:
+        spec: What each worker is made of. A worker without a GPU of its own uses none: ``auto`` means the CPU then.
+        workers: How many workers to ask for.
+        address: Of a running cluster (``auto``, ``host:port`` or ``ray://...``); None starts one on this machine,
+            or uses the one this process is connected to. Only a cluster that the pool started is shut down by it.
+        cpus_per_worker: Logical CPUs a worker holds.
+        gpus_per_worker: Logical GPUs a worker holds; a fraction lets workers share one.
+        resources: Custom resources a worker holds, by name.
+        start_timeout: Seconds to wait for a worker when there is none.
+        attempts: How many workers may die of a batch before its candidates are tried alone, and how many of
+            a candidate alone before it is given up as failed.
+
+    Raises:
+        InputError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        workers: int,
+        address: str | None = None,
+        cpus_per_worker: float = 1.0,
+        gpus_per_worker: float = 0.0,
+        resources: Mapping[str, float] | None = None,
+        start_timeout: float = 120.0,
+        attempts: int = 3,
+    ) -> None:
+        _check(spec, workers, cpus_per_worker, gpus_per_worker, attempts)
+        self.slots = workers
+        no_gpu = gpus_per_worker == 0 and spec.device == "auto"
+        self._spec = dataclasses.replace(spec, device="cpu") if no_gpu else spec
+        self._address = address
+        self._asked = {"CPU": cpus_per_worker, "GPU": gpus_per_worker, **(resources or {})}
+        self._resources = dict(resources or {})
+        self._start_timeout = start_timeout
+        self._attempts = attempts
+        self._ray: Any = None
+        self._owned = False
+        self._started = False
+        self._closed = False
+        self._hands: list[_Hand] = []
+        self._backlog: deque[_Job] = deque()
+        self._open: dict[int, _Open] = {}
+        self._finished: Completed = []
+        self._tickets = 0
+        self._failed_starts = 0
+        self._alone_since = time.monotonic()
+
+    # -- the pool's protocol -----------------------------------------------------------------------------
+
+    def start(self) -> Space:
+        """Connect, ask for the workers, and wait for the first.
+
+        Raises:
+            EcotoneError: A checkpoint, objective or data set cannot be used; raised by the worker.
+            PoolError: The cluster cannot be reached, or has no place for a worker.
+        """
+        if self._started or self._closed:
+            raise PoolError("pool: expected to be started once, found it started before.", "Make a new pool.")
+        self._started = True
+        try:
+            self._connect()
+            self._check_place()
+            self._spec_ref = self._ray.put(self._spec)
+            self._actor = self._ray.remote(RemoteWorker)
+            self._alone_since = time.monotonic()
+            for _ in range(self.slots):
+                self._spawn()
+            return self._first_space()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, batch: Batch) -> None:
+        """Queue a batch; returns at once."""
+        if not self._started or self._closed:
+            raise PoolError("pool: expected to be started before a batch is submitted.", "Call start() first.")
+        ticket = self._tickets = self._tickets + 1
+        self._open[ticket] = _Open(batch)
+        self._backlog.append(_Job(ticket, range(len(batch.trials)), batch.trials))
+        self._dispatch()
+
+    def completed(self, timeout: float | None = None) -> Completed:
+        """Finished batches; blocks until there is one or ``timeout`` seconds have passed.
+
+        Raises:
+            PoolError: There has been no worker for ``start_timeout`` seconds, or new ones keep dying.
+        """
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while self._open and not self._finished:
+            left = until - time.monotonic()
+            self._step(max(0.0, min(left, 1.0)))
+            if left <= 0:
+                break
+        finished, self._finished = self._finished, []
+        return finished
+
+    def close(self) -> None:
+        """Stop the workers, and the cluster if the pool started it."""
+        if self._closed:
+            return
+        self._closed = True
+        self._open.clear()
+        self._backlog.clear()
+        try:
+            for hand in self._hands:
+                self._kill(hand)
+        finally:
+            self._hands.clear()
+            if self._owned:
+                self._ray.shutdown()
+
+    def pids(self) -> list[int]:
+        """Process ids of the workers that are ready."""
+        return [hand.pid for hand in self._hands if hand.pid is not None]
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # -- the cluster -------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        self._ray = ray = _ray(local=self._address is None)
+        if ray.is_initialized():
+            return
+        options: dict[str, Any] = {"address": self._address, "log_to_driver": False, "logging_level": logging.ERROR}
+        if self._address is None:
+            options |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            where = "a local Ray cluster cannot be started" if self._address is None else f"no cluster: {self._address}"
+            raise PoolError(f"pool: {where} ({error}).", "Check the address and RAY_AUTH_MODE (token).") from error
+        self._owned = True
+
+    def _check_place(self) -> None:
+        """Refuse at once what a cluster of our own, which cannot grow, has no place for."""
+        if self._owned and self._address is None and not any(self._fits(node) for node in self._nodes()):
+            raise PoolError(self._no_place("no worker can be placed"), "Ask for less, or name a larger cluster.")
+
+    def _nodes(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def _fits(self, node: Mapping[str, float]) -> bool:
+        return all(node.get(name, 0.0) >= amount for name, amount in self._asked.items())
+
+    def _no_place(self, what: str) -> str:
+        asked = ", ".join(f"{amount:g} {name}" for name, amount in self._asked.items() if amount)
+        nodes = [", ".join(f"{n.get(name, 0.0):g} {name}" for name in self._asked) for n in self._nodes()]
+        return f"pool: {what}: each asks for {asked or 'nothing'}, and the cluster's nodes have {'; '.join(nodes)}."
+
+    # -- workers -----------------------------------------------------------------------------------------
+
+    def _spawn(self) -> None:
+        actor = self._actor.options(
+            num_cpus=self._asked["CPU"],
+            num_gpus=self._asked["GPU"],
+            resources=self._resources or None,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+        ).remote()
+        self._hands.append(_Hand(actor, actor.open.remote(self._spec_ref)))
+
+    def _first_space(self) -> Space:
+        while True:
+            for hand in self._hands:
+                if hand.pid is not None:
+                    try:
+                        space = pickle.loads(self._ray.get(hand.actor.space.remote()))  # noqa: S301 - our own worker's
+                        assert isinstance(space, Space)
+                        return space
+                    except self._ray.exceptions.RayActorError as error:
+                        self._failed_starts += 1
+                        self._replace(hand, error)
+                        break
+                    except self._ray.exceptions.RayTaskError as error:
+                        raise _cause(error) from error
+            else:
+                self._step(1.0)
+
+    def _replace(self, hand: _Hand, error: Exception) -> None:
+        """Retire a worker and ask for another; its oldest batch is the suspect, the others only go back in line."""
+        lost = [job for ref, job in list(hand.queue) if not self._collect(ref, job)]
+        self._hands.remove(hand)
+        self._kill(hand)
+        _log.warning("A worker died (%s); asking for another.", _first_line(error))
+        self._backlog.extendleft(reversed(lost[1:]))
+        if lost:
+            self._suspect(lost[0], error)
+        if not self.pids():
+            self._alone_since = time.monotonic()
+        self._spawn()
+
+    def _kill(self, hand: _Hand) -> None:
+        try:
+            self._ray.kill(hand.actor, no_restart=True)
+        except Exception as error:  # the cluster may be gone already
+            _log.debug("killing a worker: %s", error)
+
+    # -- the loop ----------------------------------------------------------------------------------------
+
+    def _step(self, timeout: float) -> None:
+        """Hand out work, wait for any news, and take in all there is."""
+        self._dispatch()
+        refs = [hand.ready for hand in self._hands if hand.pid is None]
+        refs += [ref for hand in self._hands for ref, _ in hand.queue]
+        news, _ = self._ray.wait(refs, num_returns=1, timeout=timeout, fetch_local=False)
+        if news:
+            for hand in list(self._hands):
+                self._attend(hand)
+            self._dispatch()
+        elif not self.pids():
+            self._check_alone()
+
+    def _dispatch(self) -> None:
+        """Give the oldest jobs to the workers with the shortest queues."""
+        ready = [hand for hand in self._hands if hand.pid is not None]
+        while self._backlog and ready:
+            hand = min(ready, key=lambda hand: len(hand.queue))
+            if len(hand.queue) >= QUEUED:
+                return
+            job = self._backlog.popleft()
+            hand.queue.append((hand.actor.measure.remote(job.trials), job))
+
+    def _attend(self, hand: _Hand) -> None:
+        """Take in what a worker has finished, or replace it if it died."""
+        try:
+            if hand.pid is None and self._here(hand.ready):
+                hand.pid = self._ray.get(hand.ready)
+                self._failed_starts = 0
+            while hand.queue and self._here(hand.queue[0][0]):
+                ref, job = hand.queue[0]
+                self._take(job, self._ray.get(ref))
+                hand.queue.popleft()
+        except self._ray.exceptions.RayTaskError as error:
+            if hand.pid is None:
+                raise _cause(error) from error
+            self._raised(hand.queue.popleft()[1], error)
+            self._attend(hand)
+        except self._ray.exceptions.RayError as error:
+            self._died(hand, error)
+
+    def _here(self, ref: Any) -> bool:
+        return bool(self._ray.wait([ref], num_returns=1, timeout=0, fetch_local=False)[0])
+
+    def _died(self, hand: _Hand, error: Exception) -> None:
+        if hand.pid is None:
+            self._failed_starts += 1
+            if self._failed_starts >= self._attempts * self.slots:
+                raise PoolError(
+                    f"pool: {self._failed_starts} workers in a row died while they opened the models "
+                    f"({_first_line(error)}).",
+                    "Check the memory a worker needs against what it has.",
+                ) from error
+        self._replace(hand, error)
+
+    def _check_alone(self) -> None:
+        if time.monotonic() - self._alone_since > self._start_timeout:
+            raise PoolError(
+                self._no_place(f"no worker was ready within {self._start_timeout:g} s"),
+                "Ask for less, add nodes, or raise the start timeout.",
+            )
+
+    # -- jobs --------------------------------------------------------------------------------------------
+
+    def _collect(self, ref: Any, job: _Job) -> bool:
+        """Take in the result of a worker that died later, if it is there."""
+        try:
+            if self._here(ref):
+                self._take(job, self._ray.get(ref, timeout=1.0))
+                return True
+        except self._ray.exceptions.RayError:
+            return False
+        return False
+
+    def _take(self, job: _Job, packed: bytes) -> None:
+        evaluations: list[Evaluation] = pickle.loads(packed)  # noqa: S301 - our own worker's
+        self._settle(job, evaluations)
+
+    def _settle(self, job: _Job, evaluations: Sequence[Evaluation]) -> None:
+        there = self._open[job.ticket]
+        there.evaluations |= dict(zip(job.places, evaluations, strict=True))
+        if len(there.evaluations) == len(there.batch.trials):
+            del self._open[job.ticket]
+            ordered = [there.evaluations[place] for place in range(len(there.batch.trials))]
+            self._finished.append((there.batch, ordered))
+
+    def _suspect(self, job: _Job, error: Exception) -> None:
+        """A worker died of this job, it seems: try it again, then its candidates alone, then give up."""
+        job.deaths += 1
+        if job.deaths < self._attempts:
+            self._backlog.appendleft(job)
+        elif len(job.trials) > 1:
+            self._split(job)
+        else:
+            message = f"the worker process died each of {job.deaths} times it scored this candidate"
+            self._settle(job, [Evaluation.failed("worker died", f"{message} ({_first_line(error)}).", str(error))])
+
+    def _raised(self, job: _Job, error: Exception) -> None:
+        """The call itself failed, which no objective can cause: find the candidate that does."""
+        if len(job.trials) > 1:
+            self._split(job)
+        else:
+            cause = _cause(error)
+            message = f"worker: {type(cause).__name__}: {_first_line(cause)}"
+            self._settle(job, [Evaluation.failed("exception", message, str(error))])
+
+    def _split(self, job: _Job) -> None:
+        alone = [
+            _Job(job.ticket, range(place, place + 1), (trial,))
+            for place, trial in zip(job.places, job.trials, strict=True)
+        ]
+        self._backlog.extendleft(reversed(alone))
+
+
+def _ray(local: bool) -> Any:
+    """Ray, imported with the settings it reads at import: no usage reports, tokens, and loopback where it is ours."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if local:
+        # Despite its name it holds on every system: without clusters, Ray listens on the loopback address only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise PoolError("pool: Ray is not installed.", "pip install 'ecotone[ray]'") from error
+    return ray
+
+
+def _cause(error: Exception) -> Exception:
+    """What a worker raised, without Ray's wrapping."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, EcotoneError) else PoolError(f"pool: a worker raised {_last_line(error)}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _check(spec: WorkerSpec, workers: int, cpus: float, gpus: float, attempts: int) -> None:
+    for name, value, least in (
+        ("workers", workers, 1),
+        ("cpus_per_worker", cpus, 0),
+        ("gpus_per_worker", gpus, 0),
+        ("attempts", attempts, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name}: expected at least {least}, found {value}.")
+    if spec.device == "cuda" and gpus == 0:
+        raise InputError("gpus_per_worker: expected more than 0 for device cuda, found 0.", "Give each worker a GPU.")
