@@ -62,6 +62,7 @@ from populations.trial import Evaluation, Goal, oriented
 STEPS = 1000  # of a metric, at most about
 ROWS_PER_BATCH = 1000  # MLflow's limit
 _PORTION = 2000  # rows of the journal read at a time
+_HANDOVER = 5.0  # seconds that a mirror waits for another one of the same run to end
 FINAL_STATES = ("finished", "failed", "interrupted")
 
 _CURSOR = "evaluations"
@@ -121,6 +122,15 @@ def default_uri(runs_dir: str | Path) -> str:
     return f"sqlite:///{Path(runs_dir).resolve() / 'mlflow.db'}"
 
 
+def absolute_uri(uri: str) -> str:
+    """``uri`` with a relative file made absolute, so that it means the same in every working directory."""
+    path = _sqlite_file(uri)
+    if path is not None:
+        _, mark, query = uri.partition("?")
+        return f"sqlite:///{path.absolute()}{mark}{query}"
+    return uri if ":" in uri else str(Path(uri).absolute())
+
+
 def mirror(
     run_dir: str | Path, uri: str | None = None, experiment: str | None = None, patience: float = 5.0
 ) -> MirrorReport:
@@ -171,11 +181,18 @@ def start(run_dir: str | Path, pid: int) -> subprocess.Popen[bytes]:
         )
 
 
-def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Wait at most ``seconds`` for a mirror made by ``start``; True when it has ended. It is left running otherwise."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(max(seconds, 0.0))
-    return process.returncode is not None
+def wait(process: subprocess.Popen[bytes], seconds: float, run_dir: str | Path | None = None) -> bool:
+    """Wait at most ``seconds`` for a mirror made by ``start``; True when it has ended. It is left running otherwise.
+
+    With ``run_dir``, waiting ends as soon as the mirror says that MLflow fails: a server that is down delays nothing.
+    """
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        if run_dir is not None and status(run_dir)["error"] is not None:
+            break
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(0.2, seconds))
+    return process.poll() is not None
 
 
 def status(run_dir: str | Path) -> dict[str, Any]:
@@ -197,7 +214,7 @@ def find_run_dir(run_id: str, uri: str) -> Path:
         TrackingError: MLflow does not answer or has no such run, or it is not one of Ecotone's, or its directory
             is gone.
     """
-    store = _absolute(uri)
+    store = absolute_uri(uri)
     try:
         tags = _client(store).get_run(run_id).data.tags
     except Exception as error:
@@ -427,7 +444,7 @@ class _Target:
         budget = _json_fact(journal, "budget", {}).get("evaluations")
         goals = tuple(Goal(*goal) for goal in _json_fact(journal, "goals", []))
         return cls(
-            uri=_absolute(uri or wanted.get("uri") or default_uri(directory.parent)),
+            uri=absolute_uri(uri or wanted.get("uri") or default_uri(directory.parent)),
             experiment=experiment or wanted.get("experiment") or "ecotone",
             name=name,
             identity=hashlib.blake2b("\n".join((created, name, signature)).encode(), digest_size=16).hexdigest(),
@@ -593,6 +610,8 @@ class _Mirror:
         if state == "finished":
             self._tag({"ecotone.front": summary.front_mark})
         self._set_status(state, _last_written(journal.path))
+        reasons = {f"ecotone.{key}": journal.fact(key) or "" for key in ("stop_reason", "error")}
+        self._tag({key: reason for key, reason in reasons.items() if reason or key in self.tags})
         self._artifacts(journal, summary)
         self._tag({"ecotone.end": mark})
 
@@ -707,15 +726,6 @@ def _known_run(client: Any, run_id: str | None) -> Any:
             return None
         raise
     return run if run.info.lifecycle_stage == "active" else None
-
-
-def _absolute(uri: str) -> str:
-    """``uri`` with a relative file made absolute, so that it means the same in every working directory."""
-    path = _sqlite_file(uri)
-    if path is not None:
-        _, mark, query = uri.partition("?")
-        return f"sqlite:///{path.absolute()}{mark}{query}"
-    return uri if ":" in uri else str(Path(uri).absolute())
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -891,12 +901,10 @@ def follow(
     directory = Path(run_dir).resolve()
     stop = stop or threading.Event()
     birth = _birth(pid)
-    with _sole_mirror(directory, patience=5.0) as alone:
-        return (
-            _followed(_Attempts(directory), lambda: _birth(pid) == birth is not None, poll, patience, stop)
-            if alone
-            else None
-        )
+    with _sole_mirror(directory, _HANDOVER) as alone:
+        if not alone:
+            return None
+        return _followed(_Attempts(directory), lambda: _birth(pid) == birth is not None, poll, patience, stop)
 
 
 def _followed(

@@ -109,7 +109,7 @@ class Genome:
         hasher.update((plain.coefficients + 0.0).astype("<f8").tobytes())  # + 0.0 turns -0.0 into 0.0
         hasher.update(json.dumps(dict(plain.parameters), sort_keys=True).encode())
         if plain.residual is not None:
-            hasher.update(np.ascontiguousarray(plain.residual, "<f4"))
+            hasher.update(np.ascontiguousarray(plain.residual, "<f4").data)
         return hasher.hexdigest()[:32]
 
     def __eq__(self, other: object) -> bool:

@@ -12,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -40,10 +41,10 @@ def genome(number: int) -> Genome:
 
 
 def scores(number: int) -> dict[str, float] | None:
-    """What trial ``number`` scored: every seventh fails."""
+    """What trial ``number`` scored: accuracy costs loss, and every seventh fails."""
     if number % 7 == 3:
         return None
-    return {"acc": (number * 37 % 101) / 101, "loss": 1.0 + (number * 53 % 89) / 89}
+    return {"acc": (number * 37 % 101) / 101, "loss": 1.0 + (number * 37 % 101 * 0.6 + number * 53 % 29) / 89}
 
 
 def evaluation(number: int) -> Evaluation:
@@ -101,6 +102,7 @@ def a_run(runs: Path, count: int, budget: int | None, name: str = "one", **other
     with Journal.create(directory / "journal.sqlite", facts(budget, **others)) as journal:
         tell(journal, 0, count)
         finish(journal, held_out=[best(count)])
+        journal.note("stop_reason", "the budget is spent")
     return directory
 
 
@@ -319,6 +321,8 @@ def test_parameters_and_tags(runs: Path) -> None:
     assert tags["ecotone.run_dir"] == str(directory)
     assert (tags["algorithm"], tags["models"], tags["objectives"]) == ("m2n2", "a, b", "acc, loss")
     assert (tags["ecotone.signature"], tags["ecotone.state"]) == ("5ca1ab1e", "finished")
+    assert tags["ecotone.stop_reason"] == "the budget is spent"
+    assert "ecotone.error" not in tags
     assert client(report.uri).get_experiment(report.experiment_id).name == "merges"
 
 
@@ -415,6 +419,15 @@ def test_names_that_mlflow_refuses(runs: Path) -> None:
     for key in ("acc_1 ___", "objective/evaluations", "x/y", "objective/best/mean"):
         assert run.data.metrics[key] == 5.0
     assert run.data.params == {"a b.c_d": "1", "a b.": "null", "flag": "true", "empty": "{}"}
+
+
+def test_a_relative_store_means_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        tracking.absolute_uri("sqlite:///runs/mlflow.db?timeout=9") == f"sqlite:///{tmp_path}/runs/mlflow.db?timeout=9"
+    )
+    for uri in (tracking.default_uri("runs"), "http://127.0.0.1:5000", "databricks://profile"):
+        assert tracking.absolute_uri(uri) == uri
 
 
 def test_names_stay_apart() -> None:
@@ -556,7 +569,9 @@ def _another_store(tmp_path: Path, empty_store: Path) -> str:
 
 
 def test_two_processes_make_the_store_at_once(tmp_path: Path) -> None:
+    """And what a process killed while making it left behind does not count."""
     directories = [a_run(tmp_path, 10, budget=10, name=name) for name in ("one", "two")]
+    (tmp_path / "mlflow.db.new").write_bytes(b"half a database")
     processes = [mirroring(directory) for directory in directories]
     assert [process.wait(60) for process in processes] == [0, 0]
     states = [tracking.status(directory) for directory in directories]
@@ -564,13 +579,6 @@ def test_two_processes_make_the_store_at_once(tmp_path: Path) -> None:
     assert [state["complete"] for state in states] == [True, True]
     assert states[0]["experiment_id"] == states[1]["experiment_id"]
     assert states[0]["run_id"] != states[1]["run_id"]
-
-
-def test_a_half_made_store_is_made_anew(tmp_path: Path) -> None:
-    """What a process killed while making the store leaves behind does not count."""
-    directory = a_run(tmp_path, 5, budget=5)
-    (tmp_path / "mlflow.db.new").write_bytes(b"half a database")
-    assert tracking.mirror(directory).complete
     assert not (tmp_path / "mlflow.db.new").exists()
 
 
@@ -593,26 +601,30 @@ def started() -> Iterator[Callable[[Path, int], subprocess.Popen[bytes]]]:
 
 
 def test_following_a_search(runs: Path, started: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Followed from the start to the end; a second mirror of the same run goes away quietly."""
+    """A real process: detached, deaf to the user's folders, alone, ended by SIGTERM without loss, then by the end."""
     decoy = runs / "cwd" / "experiments"
     decoy.mkdir(parents=True)
     (decoy / "__init__.py").write_text("raise SystemExit('the wrong package')")
     monkeypatch.chdir(decoy.parent)
     directory = runs / "one"
     with Journal.create(directory / "journal.sqlite", facts(40)) as journal:
+        tell(journal, 0, 10)
         first = started(directory, os.getpid())
-        tell(journal, 0, 25)
-        eventually(lambda: tracking.status(directory)["mirrored"] == 25)
+        eventually(lambda: tracking.status(directory)["mirrored"] == 10)
         assert tracking.status(directory)["mirroring"]
         assert os.getsid(first.pid) == first.pid
         assert not tracking.wait(first, 0)
-        second = started(directory, os.getpid())
-        tell(journal, 25, 40)
-        eventually(lambda: tracking.status(directory)["mirrored"] == 40)
         assert tracking.mirror(directory, patience=0).error == "another process is mirroring this run"
-        assert tracking.wait(second, 30)
+        monkeypatch.setattr(tracking, "_HANDOVER", 0.1)
+        assert tracking.follow(directory, os.getpid()) is None
+        first.send_signal(signal.SIGTERM)
+        assert tracking.wait(first, 5)
+        tell(journal, 10, 25)
+        second = started(directory, os.getpid())
+        eventually(lambda: tracking.status(directory)["mirrored"] == 25)
+        tell(journal, 25, 40)
         finish(journal, [best(40)])
-        assert tracking.wait(first, 30), "it ends with the search although the search's process goes on"
+        assert tracking.wait(second, 30), "it ends with the search although the search's process goes on"
     assert (first.returncode, second.returncode) == (0, 0)
     known = tracking.status(directory)
     assert known["complete"]
@@ -621,39 +633,51 @@ def test_following_a_search(runs: Path, started: Callable[..., Any], monkeypatch
     assert "complete: 40 evaluations" in (directory / "tracking.log").read_text()
 
 
-def test_the_followed_process_is_killed(runs: Path, started: Callable[..., Any]) -> None:
-    directory = runs / "one"
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
-    try:
-        with Journal.create(directory / "journal.sqlite", facts(40)) as journal:
-            tell(journal, 0, 10)
-        process = started(directory, sleeper.pid)
-        eventually(lambda: tracking.status(directory)["mirrored"] == 10)
-        assert (
-            client(tracking.status(directory)["uri"]).get_run(tracking.status(directory)["run_id"]).info.status
-            == "RUNNING"
-        )
-    finally:
-        sleeper.kill()  # and not reaped: a zombie is gone, too
-    assert tracking.wait(process, 30)
-    sleeper.wait()
-    known = tracking.status(directory)
-    assert client(known["uri"]).get_run(known["run_id"]).info.status == "KILLED"
-
-
-def test_sigterm_ends_a_mirror_and_loses_nothing(runs: Path, started: Callable[..., Any]) -> None:
+def test_the_followed_process_is_killed(runs: Path) -> None:
     directory = runs / "one"
     with Journal.create(directory / "journal.sqlite", facts(40)) as journal:
         tell(journal, 0, 10)
-        process = started(directory, os.getpid())
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    follower = threading.Thread(target=tracking.follow, args=(directory, sleeper.pid, 0.1))
+    try:
+        follower.start()
         eventually(lambda: tracking.status(directory)["mirrored"] == 10)
-        process.send_signal(signal.SIGTERM)
-        assert tracking.wait(process, 5)
-        tell(journal, 10, 40)
-        finish(journal, [best(40)])
-    report = tracking.mirror(directory)
-    history = history_of(report.uri, report.run_id or "")
-    assert without_times(history) == expected(40, range(1, 41))
+        known = tracking.status(directory)
+        assert client(known["uri"]).get_run(known["run_id"]).info.status == "RUNNING"
+    finally:
+        sleeper.kill()  # and not reaped: a zombie is gone, too
+    follower.join(30)
+    sleeper.wait()
+    assert client(known["uri"]).get_run(known["run_id"]).info.status == "KILLED"
+
+
+def test_a_run_resumed_while_its_mirror_still_waits_is_followed(tmp_path: Path) -> None:
+    """The server is down, the search ends, another process resumes it: the first mirror does not leave at its end."""
+    uri = f"http://127.0.0.1:{free_port()}"
+    directory = a_run(tmp_path, 5, budget=5, tracking=json.dumps({"uri": uri, "experiment": "x"}))
+    stop = threading.Event()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    follower = threading.Thread(target=tracking.follow, args=(directory, gone.pid, 0.05, 1.5, stop))
+    with Journal.open(directory / "journal.sqlite", write=True) as journal:
+        follower.start()
+        eventually(lambda: tracking.status(directory)["error"])
+        journal.note("state", "running")
+        follower.join(3)
+        assert follower.is_alive()
+        journal.note("state", "finished")
+        follower.join(10)
+        assert not follower.is_alive()
+
+
+def test_waiting_ends_when_the_server_is_down(tmp_path: Path, started: Callable[..., Any]) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    directory = a_run(tmp_path, 5, budget=5, tracking=json.dumps({"uri": uri, "experiment": "x"}))
+    process = started(directory, os.getpid())
+    began = time.monotonic()
+    assert not tracking.wait(process, 60, directory)
+    assert time.monotonic() - began < 25, "not the mirror's whole patience"
+    assert process.poll() is None
 
 
 def test_patience_is_bounded_when_the_server_stays_down(tmp_path: Path) -> None:
@@ -700,6 +724,7 @@ def test_serving_the_embedded_store(runs: Path) -> None:
     process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
+        assert process.stdout.readline().startswith("Starting MLflow")
         address = process.stdout.readline().strip()
         assert address == f"http://127.0.0.1:{port}/#/experiments/{report.experiment_id}/runs/{report.run_id}"
         assert answers(port)
