@@ -568,6 +568,7 @@ def _another_store(tmp_path: Path, empty_store: Path) -> str:
     return tracking.default_uri(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_store_at_once(tmp_path: Path) -> None:
     """And what a process killed while making it left behind does not count."""
     directories = [a_run(tmp_path, 10, budget=10, name=name) for name in ("one", "two")]
