@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from experiments.launch import launch, resume
+    from experiments.running import launch, resume
     from experiments.recipe import Recipe
     from experiments.runs import Run
 
@@ -24,8 +24,8 @@ __all__ = ["Recipe", "Run", "launch", "resume"]
 _HOMES = {
     "Recipe": "experiments.recipe",
     "Run": "experiments.runs",
-    "launch": "experiments.launch",
-    "resume": "experiments.launch",
+    "launch": "experiments.running",
+    "resume": "experiments.running",
 }
 
 

@@ -59,7 +59,7 @@ def run(
 
     Ctrl-C stops cleanly; `ecotone resume` goes on from there.
     """
-    from experiments.launch import launch, new_directory
+    from experiments.running import launch, new_directory
 
     chosen = _recipe(recipe, settings, workers, address)
     folders = (str(recipe.parent.resolve()),)
@@ -79,7 +79,7 @@ def resume(
 
     Fields of runtime, tracking and budget may be set anew, e.g. --set budget.evaluations=5000 to search longer.
     """
-    from experiments.launch import resume as resume_run
+    from experiments.running import resume as resume_run
     from experiments.recipe import Recipe, apply_settings
 
     found = _run(run)
