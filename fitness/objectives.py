@@ -97,9 +97,7 @@ class Accuracy:
             InputError: The model is no module, or its outputs are not (N, classes) with a column for each label.
         """
         if not isinstance(model, nn.Module):
-            raise InputError(
-                "accuracy: expected an architecture in the recipe, found none.", "Name one, or use a call."
-            )
+            raise InputError("expected a torch module to score, found a dict of tensors.", "Name an architecture.")
         with torch.inference_mode():
             best = [self._checked(model(chunk)).max(-1) for chunk in self._chunks]
             predicted = torch.cat([indices for _, indices in best])

@@ -1,0 +1,300 @@
+"""Objectives: known accuracies, refusals in words, and functions that give the same score wherever they run."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fitness.callables import call, resolve
+from fitness.data import labelled
+from fitness.objectives import Accuracy, CallableObjective, Objective, build
+from fitness.specs import CallSpec, ObjectiveSpec
+from populations.errors import InputError
+from populations.trial import Goal
+
+MODULE = """
+import numpy as np, torch
+def inputs_and_labels(n=6): return np.eye(3, dtype="float32")[np.arange(n) % 3], np.arange(n) % 3
+def one(): return torch.zeros(3, 2)
+def short_labels(): return torch.zeros(3, 2), torch.zeros(2, dtype=torch.long)
+def float_labels(): return torch.zeros(3, 2), torch.zeros(3)
+def negative_labels(): return torch.zeros(3, 2), torch.tensor([0, -1, 0])
+def infinite(): return torch.full((3, 2), float("inf")), torch.zeros(3, dtype=torch.long)
+def ragged(): return [[1.0], [1.0, 2.0]], [0, 1]
+def raises(): raise ZeroDivisionError("no data today")
+def score(model, times=1): return 2.0 * times
+number = 3
+class Box:
+    @staticmethod
+    def score(model): return 5.0
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "objectives_tested.py").write_text(MODULE)
+    (tmp_path / "needs_more.py").write_text("import surely_not_installed\n")
+    (tmp_path / "broken_module.py").write_text("raise KeyError('at import')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(__import__("sys").modules, "objectives_tested", raising=False)
+    return "objectives_tested"
+
+
+def identity() -> nn.Module:
+    return nn.Identity()
+
+
+class Table(nn.Module):
+    """Row i of a table of outputs for input i: any outputs at all, NaN too."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x):
+        return self.rows[x]
+
+
+# -- accuracy ------------------------------------------------------------------------------------------------
+
+
+def accuracy(inputs, labels, batch=512):
+    return Accuracy(Goal("acc"), torch.as_tensor(inputs), torch.as_tensor(labels), batch)
+
+
+def test_accuracy_of_known_outputs():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [0.0, 1.0, 2.0], [5.0, 1.0, 2.0]])
+    score = accuracy(logits, [0, 1, 2, 2]).score(identity())
+    assert score.value == 0.75
+    assert score.items == 4
+    assert score.per_example is not None
+    assert score.per_example.dtype == bool
+    assert score.per_example.tolist() == [True, True, True, False]
+    assert isinstance(score.value, float)
+
+
+def test_accuracy_takes_the_first_of_equal_outputs():
+    """A collapsed model (all outputs equal) must not be right everywhere."""
+    score = accuracy(torch.zeros(10, 10), torch.arange(10)).score(identity())
+    assert score.value == 0.1
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 100])
+def test_batches_do_not_change_what_is_right(batch):
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(20, 5, generator=generator), torch.randint(0, 5, (20,), generator=generator)
+    module = nn.Linear(5, 5).eval()
+    whole = accuracy(inputs, labels).score(module)
+    cut = accuracy(inputs, labels, batch).score(module)
+    assert cut.value == whole.value
+    assert np.array_equal(cut.per_example, whole.per_example)
+
+
+def test_no_pass_is_larger_than_the_batch():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x
+
+    accuracy(torch.zeros(10, 2), torch.zeros(10, dtype=torch.long), 4).score(Spy())
+    assert max(seen) <= 4
+    assert sum(seen) == 10
+
+
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_one_nan_output_makes_the_score_nan(column):
+    logits = torch.ones(9, 3)
+    logits[4, column] = float("nan")
+    objective = accuracy(torch.arange(9), torch.zeros(9, dtype=torch.long), 2)
+    assert np.isnan(objective.score(Table(logits)).value)
+    assert objective.score(Table(torch.ones(9, 3))).value == 1.0
+
+
+def test_masked_outputs_of_minus_infinity_are_fine():
+    logits = torch.tensor([[1.0, float("-inf")], [2.0, float("-inf")]])
+    assert accuracy([0, 1], [0, 1]).score(Table(logits)).value == 0.5
+
+
+def test_outputs_with_logits_as_hugging_face_gives_them():
+    class Wrapped(nn.Module):
+        def forward(self, x):
+            return type("Output", (), {"logits": x})
+
+    assert accuracy(torch.eye(3), [0, 1, 2]).score(Wrapped()).value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "words"),
+    [
+        (torch.zeros(4, 3, 2), [0, 1, 2, 0], "shape \\(examples, classes\\), found \\(4, 3, 2\\)"),
+        (torch.zeros(4, 3), [0, 1, 2, 3], "an output for each label from 0 to 3, found 3"),
+    ],
+)
+def test_outputs_that_do_not_fit(inputs, labels, words):
+    with pytest.raises(InputError, match=words):
+        accuracy(inputs, labels).score(identity())
+
+
+def test_accuracy_needs_a_module():
+    with pytest.raises(InputError, match="expected a torch module"):
+        accuracy(torch.zeros(1, 2), [0]).score({"w": torch.zeros(1)})
+
+
+def test_accuracy_refuses_a_batch_of_none():
+    with pytest.raises(InputError, match="objective 'acc': batch: expected at least 1, found 0"):
+        accuracy(torch.zeros(1, 2), [0], 0)
+
+
+# -- Python functions ----------------------------------------------------------------------------------------
+
+
+def scored(function, **arguments):
+    return CallableObjective(Goal("f", "minimize"), function, arguments).score({"w": torch.ones(2)})
+
+
+@pytest.mark.parametrize("returned", [1.5, np.float32(1.5), torch.tensor(1.5), torch.tensor([1.5])])
+def test_a_function_may_return_any_number(returned):
+    score = scored(lambda model: returned)
+    assert (score.value, score.per_example, score.items) == (1.5, None, 0)
+
+
+@pytest.mark.parametrize("examples", [[0.0, 1.0], np.array([False, True]), torch.tensor([0, 1], dtype=torch.bfloat16)])
+def test_a_function_may_return_scores_by_example(examples):
+    score = scored(lambda model: (0.5, examples))
+    assert score.items == 2
+    assert np.asarray(score.per_example, float).tolist() == [0.0, 1.0]
+
+
+def test_a_function_gets_its_arguments_and_the_model():
+    assert scored(lambda model, times: float(model["w"].sum()) * times, times=3).value == 6.0
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (None, "found NoneType"),
+        ("high", "found str"),
+        ({"acc": 1.0}, "found dict"),
+        ((1.0, 2.0, 3.0), "found tuple"),
+        ((1.0, [[1.0], [2.0]]), "found \\(2, 1\\)"),
+        ((1.0, ["a", "b"]), "numbers or bools"),
+    ],
+)
+def test_what_a_function_may_not_return(returned, words):
+    with pytest.raises(InputError, match=words):
+        scored(lambda model: returned)
+
+
+def test_one_example_that_is_not_finite_makes_the_score_nan():
+    assert np.isnan(scored(lambda model: (1.0, [1.0, float("nan")])).value)
+
+
+def test_a_function_that_draws_gives_the_same_score_each_time_and_leaves_the_generators_alone():
+    def draws(model):
+        return random.random() + float(np.random.rand()) + float(torch.rand(()))
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = states()
+    first = scored(draws).value
+    assert states() == before
+    random.random(), np.random.rand(), torch.rand(3)
+    assert scored(draws).value == first
+
+
+def test_generators_are_restored_after_a_function_that_raises():
+    before = random.getstate()
+    with pytest.raises(ZeroDivisionError):
+        scored(lambda model: random.random() / 0)
+    assert random.getstate() == before
+
+
+def test_both_kinds_are_objectives():
+    assert isinstance(accuracy(torch.zeros(1, 2), [0]), Objective)
+    assert isinstance(CallableObjective(Goal("f"), len), Objective)
+
+
+# -- names of functions --------------------------------------------------------------------------------------
+
+
+def test_resolve(module):
+    assert resolve("math:hypot")(3, 4) == 5
+    assert resolve(f"{module}:Box.score")(None) == 5.0
+    assert call(CallSpec(f"{module}:score", {"model": None, "times": 2})) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("math.hypot", "f: expected 'package.module:function', found 'math.hypot'"),
+        ("math:", "expected 'package.module:function'"),
+        (":f", "expected 'package.module:function'"),
+        ("no_such_module_here:f", "no module named 'no_such_module_here'"),
+        ("objectives_tested.sub:f", "no module named 'objectives_tested.sub'"),
+        ("objectives_tested:scor", "has no 'scor'.*Did you mean 'score'"),
+        ("objectives_tested:number", "expected a function at 'objectives_tested:number', found int"),
+        ("needs_more:f", "importing 'needs_more'.*needs the module 'surely_not_installed'"),
+        ("broken_module:f", "importing 'broken_module'.*raised KeyError: 'at import'"),
+    ],
+)
+def test_names_that_do_not_resolve(module, path, words):
+    with pytest.raises(InputError, match=words):
+        resolve(path, "f")
+
+
+def test_what_a_function_raises_is_named(module):
+    with pytest.raises(InputError, match=r"data: objectives_tested:raises\(\) raised ZeroDivisionError: no data today"):
+        call(CallSpec(f"{module}:raises"), "data")
+
+
+# -- data and specs ------------------------------------------------------------------------------------------
+
+
+def test_labelled_takes_arrays(module):
+    inputs, labels = labelled(CallSpec(f"{module}:inputs_and_labels", {"n": 6}), "data")
+    assert inputs.shape == (6, 3)
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("one", "expected .*:one to return \\(inputs, labels\\), found Tensor"),
+        ("short_labels", "labels: expected shape \\(3,\\), one an input, found \\(2,\\)"),
+        ("float_labels", "labels: expected integers, found torch.float32"),
+        ("negative_labels", "labels: expected class numbers from 0, found -1"),
+        ("infinite", "inputs: expected finite numbers"),
+        ("ragged", "inputs: expected a tensor or an array, found list of 2"),
+    ],
+)
+def test_data_that_does_not_fit(module, function, words):
+    with pytest.raises(InputError, match=f"objective 'acc': data: {words}"):
+        build(ObjectiveSpec(Goal("acc"), data=CallSpec(f"{module}:{function}")), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "data: expected 'package.module:function' for type accuracy, found nothing"),
+        ({"type": "call"}, "call: expected 'package.module:function' for type call, found nothing"),
+        ({"type": "recall"}, "type: expected accuracy or call, found 'recall'"),
+        ({"type": "call", "call": CallSpec("m:f"), "data": CallSpec("m:d")}, "data: expected nothing for type call"),
+    ],
+)
+def test_specs_with_fields_that_do_not_belong(fields, words):
+    with pytest.raises(InputError, match=f"objective 'o': {words}"):
+        build(ObjectiveSpec(Goal("o"), **fields), torch.device("cpu"))
+
+
+def test_inputs_take_the_models_dtype_and_token_ids_do_not(module):
+    spec = ObjectiveSpec(Goal("acc"), data=CallSpec(f"{module}:inputs_and_labels"))
+    objective = build(spec, torch.device("cpu"), torch.bfloat16)
+    assert isinstance(objective, Accuracy)
+    assert objective.inputs.dtype == torch.bfloat16
+    assert objective.labels.dtype == torch.int64
