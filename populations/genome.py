@@ -195,8 +195,17 @@ def combine(genomes: Sequence[Genome], weights: ArrayLike, borders: ArrayLike | 
 
     Returns:
         The genome whose mixture and residual are ``sum_p weights[w, p] * genomes[p]`` in each interval w.
+
+    Raises:
+        InputError: The genomes are not of the same sources, or the weights do not fit.
     """
     first = genomes[0]
+    for genome in genomes:
+        if (genome.size, genome.sources) != (first.size, first.sources):
+            raise InputError(
+                f"genomes: expected size {first.size} and {first.sources} sources, as the first has, "
+                f"found {genome.size} and {genome.sources}."
+            )
     table = np.atleast_2d(np.asarray(weights, np.float64))
     edges = np.array([0, first.size]) if borders is None else np.asarray(borders, np.int64)
     if table.shape != (len(edges) - 1, len(genomes)):
