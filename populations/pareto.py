@@ -14,7 +14,8 @@ class ParetoFront:
     """Numbers and scores of the candidates that no other candidate dominates.
 
     A candidate dominates another when it is at least as good in every objective and better in one. Of
-    candidates with equal scores the first stays. With one objective the front is the best candidate.
+    candidates with equal scores the one of lowest number stays, in whatever order they come. With one
+    objective the front is the best candidate.
 
     Args:
         goals: The objectives, M of them.
@@ -32,7 +33,8 @@ class ParetoFront:
 
     def add(self, number: int, point: Floats) -> bool:
         """Take the oriented scores ``point`` (M,) of a candidate; True when it is on the front now."""
-        if (self._points >= point).all(axis=1).any():
+        above = np.flatnonzero((self._points >= point).all(axis=1))
+        if any(self.numbers[i] < number or (self._points[i] > point).any() for i in above):
             return False
         keep: list[int] = np.flatnonzero(~(point >= self._points).all(axis=1)).tolist()
         self.numbers = [*(self.numbers[i] for i in keep), number]
