@@ -99,8 +99,8 @@ class NicheArchive:
         return shared[self._slots]
 
     def state(self) -> dict[str, Any]:
-        """The members."""
-        return {"members": list(self._members)}
+        """The members, and their rows in the score matrix: sums of real numbers depend on the order of rows."""
+        return {"members": list(self._members), "slots": list(self._slots)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
@@ -108,14 +108,14 @@ class NicheArchive:
         rows = [self._row(m.trial, m.evaluation) for m in self._members]
         if rows:
             self._scores = np.zeros((self.capacity + 1, rows[0].size))
-            self._scores[: len(rows)] = rows
-            self._slots = list(range(len(rows)))
+            self._slots = list(state["slots"])
+            self._scores[self._slots] = rows
 
     def _worth(self) -> Floats:
-        """(N,) ``c_j / z_j^alpha``, 0 where nobody scores."""
+        """(N,) ``c_j / z_j^alpha``, 0 where nobody scores, or so little that the quotient would overflow."""
         demand = self._scores.sum(axis=0)
         share = demand if self.alpha == 1.0 else demand**self.alpha
-        worth: Floats = np.divide(1.0, share, out=np.zeros_like(demand), where=demand > 0)
+        worth: Floats = np.divide(1.0, share, out=np.zeros_like(demand), where=share > 1e-150)
         if self.resource == "max":
             worth *= self._scores.max(axis=0)
         return worth
