@@ -410,19 +410,31 @@ def _lock_file(file: Path) -> Path:
 
 def _locked(file: Path) -> IO[str]:
     handle = _lock_file(file).open("a+")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not _taken(handle):
         handle.seek(0)
         owner = handle.read().strip() or "another process"
         handle.close()
         raise JournalError(
             f"{file.parent}: the run is being written by {owner}.", "Wait for it, or stop it, then resume."
-        ) from error
+        )
     handle.truncate(0)
     handle.write(f"process {os.getpid()}")
     handle.flush()
     return handle
+
+
+def _taken(handle: IO[str], patience: float = 0.5) -> bool:
+    """Take the lock; waits a moment, because readers that look whether there is a writer hold it for an instant."""
+    give_up = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= give_up:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
 
 
 @contextlib.contextmanager
