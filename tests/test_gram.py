@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def crossed(gram: GramTable, a: Genome, b: Genome, weight: float, split: int) ->
 
 def coarse_borders(tensors: list[int], pieces: int) -> NDArray[np.int64]:
     """Region borders that cut each tensor evenly."""
-    cuts = [np.linspace(a, b, pieces + 1).astype(int) for a, b in zip(tensors, tensors[1:], strict=False)]
+    cuts = [np.linspace(a, b, pieces + 1).astype(int) for a, b in pairwise(tensors)]
     return np.unique(np.concatenate(cuts))
 
 

@@ -1,0 +1,391 @@
+"""The journal: what goes in comes out, all or nothing, one writer and any number of readers, and real faults."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from populations.errors import JournalError
+from populations.genome import Genome
+from populations.journal import Event, Journal
+from populations.trial import Evaluation, Failure, Trial
+
+
+def genome(number: int) -> Genome:
+    return Genome(np.array([0, 3, 10]), np.array([[number / 7, 1.0], [0.1, -number]]), {"density": 0.5})
+
+
+def dense(number: int, size: int = 10) -> Trial:
+    return Trial(number, Genome.dense(np.random.default_rng(number).standard_normal(size), sources=2), (0, 1))
+
+
+def scored(value: float) -> Evaluation:
+    return Evaluation({"acc": value})
+
+
+def written(path: Path, trials: int = 6, batch: int = 2) -> Path:
+    """A journal of ``trials`` scored and told trials."""
+    with Journal.create(path, {"name": "test"}) as journal:
+        for number in range(0, trials, batch):
+            some = [Trial(i, genome(i)) for i in range(number, number + batch)]
+            journal.asked(number // batch, batch, some)
+            journal.arrived([(trial, scored(trial.number / 10)) for trial in some])
+            journal.told(number // batch)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "journal.sqlite"
+
+
+# -- round trips ---------------------------------------------------------------------------------------------
+
+
+def test_facts_and_events(path: Path) -> None:
+    with Journal.create(path, {"name": "a", "text": "ünï\n'\"%"}) as journal:
+        journal.asked(0, 4, [Trial(0, genome(0)), Trial(1, genome(1))])
+        journal.asked(1, 3, [Trial(2, genome(2))])
+        journal.told(1)
+        journal.told(0)
+        journal.note("name", "b")
+    with Journal.open(path) as journal:
+        assert journal.fact("name") == "b"
+        assert journal.fact("text") == "ünï\n'\"%"
+        assert journal.fact("nothing") is None
+        assert float(journal.fact("created") or 0) == pytest.approx(time.time(), abs=60)
+        assert journal.events() == [Event("ask", 0, 4), Event("ask", 1, 3), Event("tell", 1), Event("tell", 0)]
+        assert journal.batch(0) == [(0, genome(0).digest), (1, genome(1).digest)]
+        assert journal.batch(9) == []
+
+
+def test_trials_come_back_exactly(path: Path) -> None:
+    trial = Trial(0, genome(3), (4, 5))
+    with Journal.create(path, {}) as journal:
+        journal.asked(0, 1, [trial])
+    with Journal.open(path) as journal:
+        back = journal.trial(0)
+        assert back == trial
+        assert back.genome.coefficients.tobytes() == trial.genome.coefficients.tobytes()
+        assert back.genome.parameters == {"density": 0.5}
+        with pytest.raises(JournalError, match=r"trial 7: not in .* \(it has 0 to 0\)"):
+            journal.trial(7)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([True, False, True, True, False, False, True, False, True]),
+        np.array([], np.bool_),
+        np.array([0.1, 1 / 3, 5e-324, -0.0]),
+        np.array([0.1, 2.5], np.float32),
+        np.arange(300),
+        np.array([1.5, 2.5], ">f8"),
+    ],
+    ids=["bool", "empty", "float64", "float32", "integers", "big endian"],
+)
+def test_per_example_scores_come_back_exactly(path: Path, values: np.ndarray) -> None:
+    other = np.array([False, True])
+    evaluation = Evaluation({"acc": 0.1 + 0.2}, {"acc": values, "other": other}, seconds=1.5, items=9)
+    with Journal.create(path, {}) as journal:
+        journal.asked(0, 1, [Trial(0, genome(0))])
+        journal.arrived([(Trial(0, genome(0)), evaluation)])
+    with Journal.open(path) as journal:
+        back = journal.evaluation(0)
+        assert back is not None
+        assert back.scores == {"acc": 0.1 + 0.2}
+        assert list(back.per_example) == ["acc", "other"]
+        assert back.per_example["acc"].dtype == values.dtype.newbyteorder("=")
+        assert back.per_example["acc"].astype(values.dtype).tobytes() == values.tobytes()
+        assert back.per_example["other"].tolist() == [False, True]
+        assert (back.seconds, back.items, back.ok) == (1.5, 9, True)
+        assert [number for number, _ in journal.evaluations()] == [0]
+
+
+def test_failures_and_details_come_back(path: Path) -> None:
+    failed = Evaluation.failed("worker died", "exit 137", "a\nlog", seconds=3.0)
+    told = Evaluation({"acc": 1.0}, details={"worker": "w1", "attempts": 2})
+    with Journal.create(path, {}) as journal:
+        trials = [Trial(i, genome(i), (i,)) for i in range(3)]
+        journal.asked(0, 3, trials)
+        journal.arrived([(trials[0], failed), (trials[1], told)])
+    with Journal.open(path) as journal:
+        back = journal.evaluation(0)
+        assert back is not None
+        assert back.failure == Failure("worker died", "exit 137", "a\nlog")
+        assert back.seconds == 3.0
+        assert dict(journal.evaluations())[1].details == {"worker": "w1", "attempts": 2}
+        assert journal.evaluation(2) is None
+        rows = list(journal.rows())
+        assert [(row.number, row.parents, row.failure is None) for row in rows] == [(0, (0,), False), (1, (1,), True)]
+        assert rows[1].scores == {"acc": 1.0}
+        assert [row.number for row in journal.rows(after=0)] == [1]
+
+
+def test_residuals_are_kept_for_whom_they_are_kept(path: Path) -> None:
+    trials = [dense(i) for i in range(3)]
+    with Journal.create(path, {}) as journal:
+        journal.asked(0, 3, trials)
+        journal.keep(trials[:2], [])
+        journal.keep([trials[0]], [])  # again: no harm
+        journal.keep([trials[2]], [0])
+        assert journal.kept() == {1, 2}
+    with Journal.open(path) as journal:
+        for number in (1, 2):
+            back = journal.trial(number).genome
+            assert back == trials[number].genome
+            assert back.residual is not None
+            assert trials[number].genome.residual is not None
+            assert back.residual.tobytes() == trials[number].genome.residual.tobytes()
+        with pytest.raises(JournalError, match="trial 0: its weights were not kept"):
+            journal.trial(0)
+
+
+def test_measurements_and_references(path: Path) -> None:
+    with Journal.create(path, {}) as journal:
+        journal.refer("low", genome(0))
+        journal.refer("high", genome(1))
+        journal.refer("low", genome(2))  # the first stays
+        journal.measured(genome(0), "held_out", scored(0.5))
+        journal.measured(genome(0), "search", scored(0.75))
+        journal.measured(genome(0), "search", scored(0.8))  # the last stays
+    with Journal.open(path) as journal:
+        assert journal.references() == [("low", genome(0)), ("high", genome(1))]
+        found = journal.measurement(genome(0).split(5).digest, "held_out")
+        assert found is not None
+        assert found.scores == {"acc": 0.5}
+        again = journal.measurement(genome(0).digest, "search")
+        assert again is not None
+        assert again.scores == {"acc": 0.8}
+        assert journal.measurement(genome(1).digest, "search") is None
+
+
+# -- the digest ----------------------------------------------------------------------------------------------
+
+
+def digest_of(path: Path, *results: tuple[int, Genome, Evaluation]) -> str:
+    with Journal.create(path, {"name": path.stem}) as journal:
+        for batch, (number, one, evaluation) in enumerate(results):
+            journal.asked(batch, 1, [Trial(number, one)])
+            journal.arrived([(Trial(number, one), evaluation)])
+        return journal.digest()
+
+
+def test_the_digest_depends_on_numbers_genomes_and_scores_alone(tmp_path: Path) -> None:
+    a, b = (0, genome(0), scored(0.5)), (1, genome(1), scored(0.25))
+    same = [
+        [a, b],
+        [b, a],
+        [(0, genome(0).split(1), Evaluation({"acc": 0.5}, {"acc": np.ones(3)}, seconds=9.0, items=4)), b],
+    ]
+    others = [
+        [a],
+        [a, (2, genome(1), scored(0.25))],
+        [a, (1, genome(2), scored(0.25))],
+        [a, (1, genome(1), scored(np.nextafter(0.25, 1)))],
+        [a, (1, genome(1), Evaluation({"loss": 0.25}))],
+        [a, (1, genome(1), Evaluation.failed("exception", "no"))],
+        [a, (1, genome(1), Evaluation.failed("not finite", "no"))],
+        [],
+    ]
+    first = {digest_of(tmp_path / f"same-{i}" / "j.sqlite", *results) for i, results in enumerate(same)}
+    rest = {digest_of(tmp_path / f"other-{i}" / "j.sqlite", *results) for i, results in enumerate(others)}
+    assert len(first) == 1
+    assert len(rest) == len(others)
+    assert not first & rest
+
+
+# -- all or nothing ------------------------------------------------------------------------------------------
+
+
+def test_a_transaction_that_raises_leaves_nothing(path: Path) -> None:
+    written(path)
+    with Journal.open(path, write=True) as journal:
+        before = journal.digest()
+        with pytest.raises(RuntimeError, match="half way"), journal.transaction():
+            journal.asked(3, 1, [Trial(6, genome(6))])
+            journal.arrived([(Trial(6, genome(6)), scored(1.0))])
+            raise RuntimeError("half way")
+        assert journal.digest() == before
+        assert len(journal.events()) == 6
+        journal.asked(3, 1, [Trial(6, genome(6))])  # and it can go on
+        assert journal.batch(3) == [(6, genome(6).digest)]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import numpy as np
+from populations.genome import Genome
+from populations.journal import Journal
+from populations.trial import Evaluation, Trial
+journal = Journal.open({path!r}, write=True)
+for number in range(6, 10):
+    trial = Trial(number, Genome.uniform(10, [1.0, number]))
+    with journal.transaction():
+        journal.asked(number, 1, [trial])
+        journal.arrived([(trial, Evaluation({{"acc": 0.5}}))])
+        if number == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        journal.told(number)
+"""
+
+
+def test_kill_9_inside_a_transaction(path: Path) -> None:
+    written(path)
+    root = str(Path(__file__).parent.parent)
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(tests=root, path=str(path))], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with Journal.open(path) as journal:
+        assert [row.number for row in journal.rows()] == list(range(8))
+        assert journal.events()[-2:] == [Event("ask", 7, 1), Event("tell", 7)]
+        assert journal.fact("name") == "test"
+        assert not journal.in_use
+    with Journal.open(path, write=True) as journal:  # the lock died with its owner
+        journal.told(99)
+
+
+# -- writers and readers -------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_by_name(path: Path) -> None:
+    written(path)
+    with Journal.open(path, write=True), Journal.open(path) as reader:
+        assert reader.in_use
+        with pytest.raises(JournalError, match=rf"being written by process {os.getpid()}.*then resume"):
+            Journal.open(path, write=True)
+    with Journal.open(path, write=True) as journal:
+        assert journal.in_use
+    with Journal.open(path) as reader:
+        assert not reader.in_use
+
+
+def test_a_reader_that_looks_whether_someone_writes_does_not_keep_the_writer_out(path: Path) -> None:
+    """``status`` and the MLflow mirror look often, by taking the lock for a moment."""
+    written(path)
+    with path.with_suffix(".lock").open("r") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.3, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        with Journal.open(path, write=True) as journal:
+            assert journal.fact("name") == "test"
+
+
+def test_create_does_not_overwrite(path: Path) -> None:
+    written(path)
+    with pytest.raises(JournalError, match="a run is there already"):
+        Journal.create(path, {})
+
+
+def test_readers_see_whole_transactions_while_the_writer_works(path: Path) -> None:
+    written(path, trials=0)
+    stop, seen = threading.Event(), []
+
+    def read() -> None:
+        with Journal.open(path) as journal:
+            while not stop.is_set():
+                rows, events = list(journal.rows()), journal.events()
+                seen.append((len(rows), len(events)))
+                journal.digest()
+
+    thread = threading.Thread(target=read)
+    with Journal.open(path, write=True) as journal:
+        thread.start()
+        for number in range(0, 400, 4):
+            some = [Trial(i, genome(i)) for i in range(number, number + 4)]
+            with journal.transaction():
+                journal.asked(number // 4, 4, some)
+                journal.arrived([(trial, scored(0.5)) for trial in some])
+        stop.set()
+        thread.join()
+    assert len(seen) > 1
+    assert all(rows % 4 == 0 for rows, _ in seen)
+    assert [rows for rows, _ in seen] == sorted(rows for rows, _ in seen)
+
+
+def test_a_reader_cannot_write(path: Path) -> None:
+    written(path)
+    with Journal.open(path) as journal, pytest.raises(JournalError, match="journal"):
+        journal.note("name", "other")
+
+
+# -- what is no journal --------------------------------------------------------------------------------------
+
+
+def test_a_missing_journal(path: Path) -> None:
+    with pytest.raises(JournalError, match=r"no journal there\. Give a run directory"):
+        Journal.open(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is no database at all" * 50])
+def test_a_file_that_is_no_journal(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    for write in (False, True):
+        with pytest.raises(JournalError, match="not a journal of Ecotone, or damaged"):
+            Journal.open(path, write=write)
+
+
+def test_another_database(path: Path) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE other (a)")
+    connection.close()
+    with pytest.raises(JournalError, match="not a journal of Ecotone"):
+        Journal.open(path)
+
+
+def test_a_journal_of_a_later_format(path: Path) -> None:
+    written(path)
+    with Journal.open(path, write=True) as journal:
+        journal.note("format", "2")
+    with pytest.raises(JournalError, match=r"expected journal format 1, found 2.*version that wrote it"):
+        Journal.open(path)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "overwritten"])
+def test_a_damaged_journal_is_named(path: Path, harm: str) -> None:
+    written(path, trials=400)
+    whole = path.read_bytes()
+    if harm == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    else:
+        path.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
+    with (
+        pytest.raises(JournalError, match="journal.sqlite: not a journal of Ecotone, or damaged"),
+        Journal.open(path) as journal,
+    ):
+        list(journal.evaluations())
+        journal.digest()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(JournalError, match="Not a directory|File exists"):
+        Journal.create(tmp_path / "file" / "run" / "journal.sqlite", {})
+
+
+def test_a_full_disk_in_words_and_nothing_lost(path: Path) -> None:
+    """SQLite is told to stop growing: the error is the one that a full file system gives."""
+    written(path)
+    with Journal.open(path, write=True) as journal:
+        before = journal.digest()
+        pages = journal._connection.execute("PRAGMA page_count").fetchone()[0]
+        journal._connection.execute(f"PRAGMA max_page_count={pages + 1}")
+        trials = [dense(i, size=20_000) for i in range(6, 9)]
+        with pytest.raises(JournalError, match=r"cannot be written \(database or disk is full\).*ecotone resume"):
+            journal.keep(trials, [])
+        assert journal.digest() == before
+        assert journal.kept() == set()
+        journal._connection.execute("PRAGMA max_page_count=100000")
+        journal.keep(trials, [])
+        assert journal.kept() == {6, 7, 8}
