@@ -429,7 +429,7 @@ def _taken(handle: IO[str], patience: float = 0.5) -> bool:
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BlockingIOError:  # noqa: PERF203 - a loop of attempts
             if time.monotonic() >= give_up:
                 return False
             time.sleep(0.01)
