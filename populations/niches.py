@@ -63,6 +63,7 @@ class NicheArchive:
         self._members: list[Member] = []
         self._slots: list[int] = []  # row of each member in _scores, oldest first
         self._scores: Floats = np.zeros((0, 0))
+        self._known_worth: Floats | None = None  # of the scores as they are
 
     @property
     def members(self) -> Sequence[Member]:
@@ -78,6 +79,7 @@ class NicheArchive:
             self._scores = np.zeros((self.capacity + 1, row.size))
         slot = next(i for i in range(self.capacity + 1) if i not in self._slots)
         self._scores[slot] = row
+        self._known_worth = None
         self._members.append(Member(trial, evaluation))
         self._slots.append(slot)
         if len(self._members) <= self.capacity:
@@ -85,6 +87,7 @@ class NicheArchive:
         worst = int(np.argmin(self.fitness()))
         gone = self._members.pop(worst).trial.number
         self._scores[self._slots.pop(worst)] = 0.0
+        self._known_worth = None
         return Outcome(gone != trial.number, () if gone == trial.number else (gone,))
 
     def fitness(self) -> Floats:
@@ -94,7 +97,8 @@ class NicheArchive:
 
     def attraction(self, index: int) -> Floats:
         """(P,) how much each member adds where member ``index`` is weak; 0 for itself."""
-        gain = np.maximum(self._scores - self._scores[self._slots[index]], 0.0)
+        gain = self._scores - self._scores[self._slots[index]]
+        np.maximum(gain, 0.0, out=gain)
         shared: Floats = np.einsum("ij,j->i", gain, self._worth())
         return shared[self._slots]
 
@@ -105,6 +109,7 @@ class NicheArchive:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
         self._members, self._slots, self._scores = list(state["members"]), [], np.zeros((0, 0))
+        self._known_worth = None
         rows = [self._row(m.trial, m.evaluation) for m in self._members]
         if rows:
             self._scores = np.zeros((self.capacity + 1, rows[0].size))
@@ -113,11 +118,14 @@ class NicheArchive:
 
     def _worth(self) -> Floats:
         """(N,) ``c_j / z_j^alpha``, 0 where nobody scores, or so little that the quotient would overflow."""
+        if self._known_worth is not None:
+            return self._known_worth
         demand = self._scores.sum(axis=0)
         share = demand if self.alpha == 1.0 else demand**self.alpha
         worth: Floats = np.divide(1.0, share, out=np.zeros_like(demand), where=share > 1e-150)
         if self.resource == "max":
             worth *= self._scores.max(axis=0)
+        self._known_worth = worth
         return worth
 
     def _row(self, trial: Trial, evaluation: Evaluation) -> Floats:
