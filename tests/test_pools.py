@@ -1,0 +1,490 @@
+"""Every pool keeps the same promises, and says the same of the same candidates. Then real faults, on Ray."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fitness.pools import Batch, SerialPool
+from fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from populations.errors import CheckpointError, InputError, PoolError
+from populations.genome import Genome
+from populations.trial import Evaluation, Goal, Trial
+
+HERE = str(Path(__file__).parent)
+MODULE = """
+import os, time, torch
+from torch import nn
+
+def net(): return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+def data(n=200):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(n, 8, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+def value(model):
+    value = float(model["w"][0])
+    if value == -1: raise ValueError("minus one")
+    if value == -2: return float("nan")
+    return value, [value, 2 * value]
+def slow(model, seconds=0.2):
+    time.sleep(seconds)
+    return float(model["w"][0])
+def broken(model): raise RuntimeError("always")
+def poison(model):
+    value = float(model["w"][0])
+    if value == 13: os._exit(1)
+    time.sleep(0.01)
+    return value
+def dies(): os._exit(1)
+def refuses(): raise ValueError("no data today")
+def gpus(model):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    time.sleep(0.05)
+    return float(visible) if visible else -1.0
+def threads(model): return float(torch.get_num_threads())
+def draws(model): return float(torch.rand(()))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two small nets, two vectors, and the module of architectures and objectives."""
+    folder = tmp_path_factory.mktemp("pools")
+    (folder / "pools_tested.py").write_text(MODULE)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        save_file(net.state_dict(), folder / f"{name}.safetensors")
+        w = torch.zeros(6)
+        w[seed] = 1.0
+        save_file({"w": w}, folder / f"v{name}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One Ray for all tests of this file, with logical GPUs; pools find it initialised and must leave it so."""
+    ray = pytest.importorskip("ray")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=2,
+        include_dashboard=False,
+        object_store_memory=100 * 1024**2,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield ray
+    ray.shutdown()
+
+
+def ray_pool(spec, workers, **options):
+    from fitness.ray_pool import RayPool
+
+    return RayPool(spec, workers, start_timeout=options.pop("start_timeout", 60), **options)
+
+
+@pytest.fixture(params=["serial", "ray"])
+def make_pool(request):
+    """Makes a pool of a spec, and closes it afterwards."""
+    made = []
+    if request.param == "ray":
+        request.getfixturevalue("cluster")
+
+    def make(spec):
+        made.append(SerialPool(spec) if request.param == "serial" else ray_pool(spec, 1))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+def vectors(folder, call, **arguments):
+    paths = (str(folder / "va.safetensors"), str(folder / "vb.safetensors"))
+    objective = ObjectiveSpec(Goal("f"), "call", call=CallSpec(f"pools_tested:{call}", arguments))
+    return WorkerSpec(paths, search=(objective,), device="cpu", sys_path=(str(folder),))
+
+
+def nets(folder, **fields):
+    paths = (str(folder / "a.safetensors"), str(folder / "b.safetensors"))
+    fields.setdefault("search", (ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:data")),))
+    return WorkerSpec(paths, architecture=CallSpec("pools_tested:net"), device="cpu", sys_path=(str(folder),), **fields)
+
+
+def batch(number, *firsts):
+    return Batch(number, tuple(Trial(10 * number + i, Genome.uniform(6, [f, 0.0])) for i, f in enumerate(firsts)))
+
+
+def collect(pool, count, within=60.0):
+    """By batch number, the evaluations of ``count`` batches."""
+    found, until = {}, time.monotonic() + within
+    while len(found) < count:
+        assert time.monotonic() < until, f"{len(found)} of {count} batches after {within} s"
+        for done, evaluations in pool.completed(timeout=1.0):
+            assert done.number not in found
+            assert len(evaluations) == len(done.trials)
+            assert all(isinstance(e, Evaluation) for e in evaluations)
+            found[done.number] = evaluations
+    return found
+
+
+# -- what every pool promises --------------------------------------------------------------------------------
+
+
+def test_each_batch_comes_back_once_with_an_evaluation_a_trial_in_order(folder, make_pool):
+    with make_pool(vectors(folder, "value")) as pool:
+        space = pool.start()
+        assert (space.size, space.sources) == (6, ("va", "vb"))
+        assert pool.slots >= 1
+        batches = [batch(n, *range(n, n + 1 + n % 3)) for n in range(9)]
+        for each in batches:
+            pool.submit(each)
+        found = collect(pool, 9)
+        for each in batches:
+            assert [e.scores["f"] for e in found[each.number]] == [t.genome.coefficients[0, 0] for t in each.trials]
+            assert [e.per_example["f"].tolist() for e in found[each.number]] == [
+                [v, 2 * v] for v in (t.genome.coefficients[0, 0] for t in each.trials)
+            ]
+        assert pool.completed(timeout=None) == []
+
+
+def test_nothing_in_flight_returns_at_once_and_a_timeout_returns_nothing(folder, make_pool):
+    pool = make_pool(vectors(folder, "slow", seconds=0.6))
+    pool.start()
+    began = time.monotonic()
+    assert pool.completed() == []
+    assert pool.completed(timeout=5.0) == []
+    assert time.monotonic() - began < 1.0
+    pool.submit(batch(0, 3.0))
+    assert pool.completed(timeout=0.05) == []
+    assert pool.completed(timeout=0.0) == []
+    [(done, [evaluation])] = pool.completed()
+    assert (done.number, evaluation.scores) == (0, {"f": 3.0})
+
+
+def test_failed_candidates_say_why_and_harm_no_other(folder, make_pool):
+    pool = make_pool(vectors(folder, "value"))
+    pool.start()
+    pool.submit(batch(0, 1, -1, 2, -2, 3))
+    pool.submit(batch(1, 4))
+    found = collect(pool, 2)
+    assert [e.scores.get("f") for e in found[0]] == [1, None, 2, None, 3]
+    assert found[0][1].failure.kind == "exception"
+    assert found[0][1].failure.message == "objective 'f': ValueError: minus one"
+    assert found[0][3].failure.kind == "not finite"
+    assert found[1][0].ok
+
+
+def test_an_objective_that_always_raises_fails_every_candidate_and_not_the_pool(folder, make_pool):
+    pool = make_pool(vectors(folder, "broken"))
+    pool.start()
+    pool.submit(batch(0, 1, 2, 3))
+    assert {e.failure.message for e in collect(pool, 1)[0]} == {"objective 'f': RuntimeError: always"}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"experts": ("missing.safetensors",)}, CheckpointError, "missing.safetensors"),
+        (
+            {"search": (ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:refuses")),)},
+            InputError,
+            "objective 'acc': data: pools_tested:refuses\\(\\) raised ValueError: no data today",
+        ),
+    ],
+)
+def test_what_the_worker_refuses_is_raised_by_start(folder, make_pool, change, error, words):
+    pool = make_pool(replace(nets(folder), **change))
+    with pytest.raises(error, match=words):
+        pool.start()
+    pool.close()
+
+
+def test_a_pool_is_started_once_used_then_and_closed_twice(folder, make_pool):
+    pool = make_pool(vectors(folder, "value"))
+    with pytest.raises(PoolError, match="start"):
+        pool.submit(batch(0, 1))
+    pool.start()
+    with pytest.raises(PoolError, match="started once"):
+        pool.start()
+    pool.submit(batch(0, 1))
+    pool.close()
+    pool.close()
+    with pytest.raises(PoolError):
+        pool.submit(batch(1, 1))
+    assert pool.completed() == []
+
+
+def test_closing_does_not_wait_for_what_is_queued(folder, make_pool):
+    pool = make_pool(vectors(folder, "slow", seconds=0.3))
+    pool.start()
+    for number in range(10):
+        pool.submit(batch(number, 1, 2, 3))
+    began = time.monotonic()
+    pool.close()
+    assert time.monotonic() - began < 3.0
+
+
+def test_results_and_space_outlive_the_pool(folder, make_pool):
+    with make_pool(nets(folder, dense=True)) as pool:
+        space = pool.start()
+        pool.submit(Batch(0, tuple(Trial(i, g) for i, g in enumerate(genomes(300)))))
+        found = collect(pool, 1)[0]
+    assert np.isfinite(space.vectors).all()
+    assert space.gram.prefix[-1].shape == (2, 2)
+    assert sum(int(e.per_example["acc"].sum()) for e in found) > 0
+
+
+# -- the same results everywhere -----------------------------------------------------------------------------
+
+
+def genomes(count):
+    rng = np.random.default_rng(5)
+    mixed = [Genome(np.array([0, 50, 195]), rng.normal(size=(2, 2))) for _ in range(count)]
+    return [Genome.dense(rng.normal(size=195), 2) if i % 2 else g for i, g in enumerate(mixed)]
+
+
+def results(pool, size=8):
+    """What the pool says of 48 candidates, in trial order, to the bit."""
+    trials = [Trial(i, genome) for i, genome in enumerate(genomes(48))]
+    with pool:
+        pool.start()
+        for number, start in enumerate(range(0, 48, size)):
+            pool.submit(Batch(number, tuple(trials[start : start + size])))
+        found = collect(pool, 48 // size)
+    return [
+        (e.scores["acc"].hex(), e.per_example["acc"].tobytes().hex(), e.scores["draws"])
+        for number in sorted(found)
+        for e in found[number]
+    ]
+
+
+def determined(folder):
+    return nets(
+        folder,
+        search=(
+            ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:data")),
+            ObjectiveSpec(Goal("draws"), "call", call=CallSpec("pools_tested:draws")),
+        ),
+    )
+
+
+def test_one_worker_two_workers_and_none_say_the_same(folder, cluster):
+    spec = determined(folder)
+    expected = results(SerialPool(spec))
+    assert len({score for score, _, _ in expected}) > 5
+    assert results(ray_pool(spec, 1)) == expected
+    assert results(ray_pool(spec, 2), size=3) == expected
+
+
+def test_another_process_says_the_same(folder):
+    expected = results(SerialPool(determined(folder)))
+    script = f"""
+        import sys
+        sys.path.insert(0, {HERE!r})
+        from pathlib import Path
+        import test_pools as t
+        print(t.results(t.SerialPool(t.determined(Path({str(folder)!r})))))
+    """
+    said = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(expected)
+
+
+# -- the serial pool -----------------------------------------------------------------------------------------
+
+
+def test_the_serial_pool_has_its_own_number_of_threads(folder):
+    before = torch.get_num_threads()
+    with SerialPool(replace(vectors(folder, "threads"), threads=before + 1)) as pool:
+        pool.start()
+        pool.submit(batch(0, 1))
+        assert collect(pool, 1)[0][0].scores == {"f": before + 1}
+    assert torch.get_num_threads() == before
+
+
+def interrupted(tmp_path, folder, pool, seconds):
+    """Exit code and output of a process that waits on a slow batch and gets Ctrl-C."""
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {HERE!r})
+        from pathlib import Path
+        import test_pools as t
+        spec = t.vectors(Path({str(folder)!r}), "slow", seconds={seconds})
+        with {pool} as pool:
+            pool.start()
+            pool.submit(t.batch(0, *range(100)))
+            print("waiting", flush=True)
+            try:
+                pool.completed()
+            finally:
+                print("leaving", flush=True)
+        """)
+    )
+    child = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert child.stdout.readline() == "waiting\n"
+    family = psutil.Process(child.pid).children(recursive=True)
+    time.sleep(0.3)
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not left
+    return child.returncode, out, err
+
+
+def test_the_serial_pool_can_be_interrupted(tmp_path, folder):
+    code, out, err = interrupted(tmp_path, folder, "t.SerialPool(spec)", 0.2)
+    assert out == "leaving\n"
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    assert code != 0
+
+
+# -- Ray: faults ---------------------------------------------------------------------------------------------
+
+
+def test_killed_workers_change_nothing(folder, cluster):
+    pool = ray_pool(vectors(folder, "slow", seconds=0.02), 2)
+    with pool:
+        pool.start()
+        for number in range(20):
+            pool.submit(batch(number, number, number + 0.5, number + 0.25))
+        found = {b.number: e for b, e in pool.completed()}
+        victims = pool.pids()
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        found |= collect(pool, 20 - len(found))
+        assert len(set(pool.pids()) - set(victims)) >= 1
+    for number in range(20):
+        assert [e.scores["f"] for e in found[number]] == [number, number + 0.5, number + 0.25]
+
+
+@pytest.mark.parametrize("attempts", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_only_the_poison_candidate_fails(folder, cluster, attempts):
+    pool = ray_pool(vectors(folder, "poison"), 2, attempts=attempts)
+    with pool:
+        pool.start()
+        pool.submit(batch(0, 1, 2))
+        pool.submit(batch(1, 3, 13, 4, 5))
+        for number in range(2, 8):
+            pool.submit(batch(number, number, number))
+        found = collect(pool, 8)
+    assert [e.scores.get("f") for e in found[1]] == [3, None, 4, 5]
+    assert found[1][1].failure.kind == "worker died"
+    assert f"died each of {attempts} times" in found[1][1].failure.message
+    assert found[1][1].failure.details
+    others = [e for number, evaluations in found.items() if number != 1 for e in evaluations]
+    assert all(e.ok for e in others)
+    assert [e.scores["f"] for e in found[7]] == [7, 7]
+
+
+def test_a_pool_leaves_a_ray_alone_that_it_did_not_start(folder, cluster):
+    with ray_pool(vectors(folder, "value"), 1) as pool:
+        pool.start()
+        [pid] = pool.pids()
+    assert cluster.is_initialized()
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_worker_that_has_no_place_is_refused_in_words(folder, cluster):
+    pool = ray_pool(vectors(folder, "value"), 1, resources={"unicorn": 1.0}, gpus_per_worker=0.5, start_timeout=2)
+    with pytest.raises(PoolError, match="no worker was ready within 2 s") as refused:
+        pool.start()
+    assert "asks for 1 CPU, 0.5 GPU, 1 unicorn" in str(refused.value)
+    assert "nodes have 4 CPU, 2 GPU, 0 unicorn" in str(refused.value)
+
+
+def test_a_pool_works_with_the_workers_that_have_a_place(folder, cluster):
+    with ray_pool(vectors(folder, "value"), 3, cpus_per_worker=2.0) as pool:
+        pool.start()
+        for number in range(6):
+            pool.submit(batch(number, number))
+        assert len(collect(pool, 6)) == 6
+        assert 1 <= len(pool.pids()) <= 2
+
+
+def test_workers_that_die_while_they_open_are_given_up(folder, cluster):
+    spec = nets(folder, search=(ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:dies")),))
+    with pytest.raises(PoolError, match="2 workers in a row died while they opened the models"):
+        ray_pool(spec, 1, attempts=2).start()
+
+
+def test_each_worker_gets_a_logical_gpu_of_its_own(folder, cluster):
+    with ray_pool(vectors(folder, "gpus"), 2, gpus_per_worker=1.0, cpus_per_worker=0.5) as pool:
+        pool.start()
+        deadline = time.monotonic() + 30
+        while len(pool.pids()) < 2 and time.monotonic() < deadline:
+            pool.submit(batch(0, 1))
+            pool.completed()
+        for number in range(1, 9):
+            pool.submit(batch(number, 1))
+        assert {e[0].scores["f"] for e in collect(pool, 8).values()} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"workers": 0}, "workers: expected at least 1, found 0"),
+        ({"attempts": 0}, "attempts: expected at least 1, found 0"),
+        ({"gpus_per_worker": -1}, "gpus_per_worker: expected at least 0, found -1"),
+    ],
+)
+def test_numbers_out_of_range(folder, options, words):
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match=words):
+        ray_pool(vectors(folder, "value"), **{"workers": 1, **options})
+
+
+def test_cuda_without_a_gpu_each_is_refused(folder):
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match="gpus_per_worker: expected more than 0 for device cuda"):
+        ray_pool(replace(vectors(folder, "value"), device="cuda"), 1)
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_listens_on_loopback_and_ends_on_ctrl_c(tmp_path, folder):
+    pytest.importorskip("ray")
+    code, out, err = interrupted(tmp_path, folder, "t.ray_pool(spec, 1)", 0.2)
+    assert out == "leaving\n"
+    assert "KeyboardInterrupt" in err
+    assert code != 0
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_refuses_at_once_what_it_has_no_place_for(tmp_path, folder):
+    pytest.importorskip("ray")
+    script = f"""
+        import sys, time
+        sys.path.insert(0, {HERE!r})
+        from pathlib import Path
+        import psutil, test_pools as t
+        spec = t.vectors(Path({str(folder)!r}), "value")
+        try:
+            t.ray_pool(spec, 1, gpus_per_worker=64).start()
+        except t.PoolError as error:
+            print(error)
+        with t.ray_pool(spec, 1) as pool:
+            pool.start()
+            family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            listening = {{c.laddr.ip for p in family for c in p.net_connections("tcp") if c.status == "LISTEN"}}
+            print(sorted(ip.removeprefix("::ffff:") for ip in listening)[0::len(listening)])
+    """
+    said = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    refusal, listening = said.stdout.strip().splitlines()
+    assert "no worker can be placed: each asks for 1 CPU, 64 GPU" in refusal
+    assert listening == "['127.0.0.1']"
