@@ -1,0 +1,459 @@
+"""A conformance suite over every search and population, and problems with known answers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from populations.genome import Genome
+from populations.gram import GramTable
+from populations.niches import NicheArchive
+from populations.population import ElitistArchive, Population
+from populations.space import Space
+from populations.trial import Evaluation, Goal, Outcome, Trial
+from search.cma_es import CmaEs
+from search.m2n2 import M2N2, M2N2Settings
+from search.protocol import Search, numbered, trial_rng
+from search.random_search import RandomSearch
+
+SIZE = 24
+GOALS = (Goal("solved"),)
+VECTORS = np.random.default_rng(3).standard_normal((3, SIZE)).astype(np.float32)
+PROBES = np.random.default_rng(4).standard_normal((30, SIZE))
+Pair = tuple[Search, Population]
+
+
+def space_of(vectors: NDArray[np.float32], blocks: tuple[int, ...] = (0, 10, SIZE)) -> Space:
+    names = tuple(f"model-{i}" for i in range(len(vectors)))
+    return Space(
+        names,
+        ("a", "b", "c"),
+        np.array([0, 4, 10, SIZE]),
+        tuple(f"block-{i}" for i in range(len(blocks) - 1)),
+        np.array(blocks),
+        GramTable.from_vectors(vectors),
+        np.eye(len(vectors)),
+        names,
+        vectors,
+    )
+
+
+SPACE = space_of(VECTORS)
+
+
+def m2n2(settings: M2N2Settings) -> Callable[[int], Pair]:
+    def make(seed: int) -> Pair:
+        archive = NicheArchive(GOALS, 5)
+        return M2N2(SPACE, archive, settings, seed), archive
+
+    return make
+
+
+def boxed(kind: str, population: Callable[[], Population], granularity: str = "block") -> Callable[[int], Pair]:
+    def make(seed: int) -> Pair:
+        borders = SPACE.borders(granularity)
+        if kind == "random":
+            return RandomSearch(SPACE, borders, -1.0, 1.0, seed), population()
+        return CmaEs(SPACE, borders, GOALS, seed, low=-1.0, separable=kind == "sep_cma_es"), population()
+
+    return make
+
+
+def niches() -> Population:
+    return NicheArchive(GOALS, 5)
+
+
+def elite() -> Population:
+    return ElitistArchive(GOALS, 5)
+
+
+MAKERS: dict[str, Callable[[int], Pair]] = {
+    "m2n2": m2n2(M2N2Settings()),
+    "m2n2-blocks-linear": m2n2(M2N2Settings(granularity="block", interpolation="linear", attraction=False)),
+    "m2n2-dense": m2n2(M2N2Settings(mutation=0.05)),
+    "m2n2-mutation-alone": m2n2(M2N2Settings(mutation=0.05, crossover=False)),
+    "random-elite": boxed("random", elite),
+    "random-niches": boxed("random", niches, "tensor"),
+    "cma_es-elite": boxed("cma_es", elite),
+    "cma_es-niches": boxed("cma_es", niches, "model"),
+    "sep_cma_es-elite": boxed("sep_cma_es", elite, "tensor"),
+    "sep_cma_es-niches": boxed("sep_cma_es", niches),
+}
+every_search = pytest.mark.parametrize("kind", MAKERS)
+
+
+def expanded(genome: Genome, vectors: NDArray[np.float32] = VECTORS) -> NDArray[np.float64]:
+    if genome.residual is not None:
+        return genome.residual.astype(np.float64)
+    return (np.repeat(genome.coefficients, np.diff(genome.boundaries), axis=0) * vectors.T).sum(axis=1)
+
+
+def scored(trial: Trial) -> Evaluation:
+    """Real-valued examples, and a failure now and then (never of a seed)."""
+    if trial.number % 11 == 7:
+        return Evaluation.failed("exception", "ValueError: unlucky")
+    values = 1 / (1 + np.exp(-PROBES @ expanded(trial.genome)))
+    return Evaluation({"solved": float(values.mean())}, {"solved": values})
+
+
+@dataclass
+class Driver:
+    """A strict loop, as the manager's: a window in flight, told in order. Everything it does is written down."""
+
+    search: Search
+    population: Population
+    batch: int = 3
+    window: int = 7
+
+    def __post_init__(self) -> None:
+        self.flying: deque[Trial] = deque()
+        self.asked = 0
+        self.log: list[tuple[str, Any]] = []
+        self.digests: list[str] = []
+
+    def ask(self, count: int) -> None:
+        trials = self.search.ask(count)
+        assert len(trials) <= count
+        assert numbered(self.asked, trials)
+        self.asked += len(trials)
+        self.flying += trials
+        if trials:
+            self.log.append(("ask", count))
+            self.digests += [trial.genome.digest for trial in trials]
+
+    def tell(self) -> None:
+        trial = self.flying.popleft()
+        evaluation = scored(trial)
+        outcome = self.population.add(trial, evaluation)
+        self.search.tell(trial, evaluation, outcome)
+        self.log.append(("tell", (trial, evaluation, outcome)))
+
+    def to(self, trials: int) -> Driver:
+        while self.asked < trials:
+            if len(self.flying) + self.batch <= self.window:
+                self.ask(min(self.batch, trials - self.asked))
+            assert self.flying, "it waits although everything is told"
+            self.tell()
+        return self
+
+
+# -- conformance ---------------------------------------------------------------------------------------------
+
+
+@every_search
+def test_trials_are_numbered_and_fit_the_space(kind: str) -> None:
+    driver = Driver(*MAKERS[kind](0)).to(60)
+    trials = [entry[1][0] for entry in driver.log if entry[0] == "tell"]
+    assert [trial.number for trial in trials] == list(range(len(trials)))
+    for trial in trials:
+        assert (trial.genome.size, trial.genome.sources) == (SIZE, 3)
+        assert all(parent < trial.number for parent in trial.parents)
+        assert trial.subset == "search"
+    assert len(set(driver.digests)) > 30  # it does look at different merges
+
+
+@every_search
+def test_asking_while_it_waits_changes_nothing(kind: str) -> None:
+    eager, patient = Driver(*MAKERS[kind](0)), Driver(*MAKERS[kind](0))
+    waits = 0
+    while eager.asked < 60:
+        before = -1
+        while before < eager.asked < 60:
+            before = eager.asked
+            eager.ask(5)
+        if eager.asked < 60:  # it waits for results
+            waits += 1
+            state = to_text(eager.search.state())
+            assert [eager.search.ask(n) for n in (1, 7, 1)] == [[], [], []]
+            assert to_text(eager.search.state()) == state
+        while patient.asked < eager.asked:
+            patient.ask(min(5, eager.asked - patient.asked))
+        for _ in range(len(eager.flying)):
+            eager.tell()
+            patient.tell()
+    assert eager.digests == patient.digests
+    assert waits == 0 if kind.startswith("random") else waits > 0
+
+
+@every_search
+def test_the_seed_decides(kind: str) -> None:
+    assert Driver(*MAKERS[kind](1)).to(60).digests == Driver(*MAKERS[kind](1)).to(60).digests
+    assert Driver(*MAKERS[kind](1)).to(60).digests != Driver(*MAKERS[kind](2)).to(60).digests
+
+
+@every_search
+def test_global_generators_are_neither_used_nor_moved(kind: str) -> None:
+    np.random.seed(1)
+    first = Driver(*MAKERS[kind](0)).to(40).digests
+    after = np.random.random()
+    np.random.seed(1)
+    assert np.random.random() == after
+    np.random.seed(2)
+    assert Driver(*MAKERS[kind](0)).to(40).digests == first
+
+
+@every_search
+def test_replaying_the_same_calls_proposes_the_same_trials(kind: str) -> None:
+    driver = Driver(*MAKERS[kind](0)).to(80)
+    search, population = MAKERS[kind](0)
+    digests = []
+    for call, argument in driver.log:
+        if call == "ask":
+            digests += [trial.genome.digest for trial in search.ask(argument)]
+        else:
+            trial, evaluation, outcome = argument
+            assert population.add(trial, evaluation) == outcome
+            search.tell(trial, evaluation, outcome)
+    assert digests == driver.digests
+
+
+@every_search
+@pytest.mark.parametrize("at", [3, 17, 20, 21, 40])
+def test_restored_from_its_state_it_goes_on_with_the_same_trials(kind: str, at: int) -> None:
+    """Also in the middle of a generation, with trials in flight."""
+    through = Driver(*MAKERS[kind](0)).to(at)
+    resumed = Driver(*MAKERS[kind](0))
+    resumed.search.restore(from_text(to_text(through.search.state())))
+    resumed.population.restore(through.population.state())
+    resumed.flying, resumed.asked = deque(through.flying), through.asked
+    resumed.digests = list(through.digests)
+    through.to(90)
+    resumed.to(90)
+    assert resumed.digests == through.digests
+    assert members(resumed.population) == members(through.population)
+
+
+@every_search
+def test_a_state_does_not_change_afterwards(kind: str) -> None:
+    driver = Driver(*MAKERS[kind](0)).to(20)
+    state = driver.search.state()
+    text = to_text(state)
+    driver.to(60)
+    assert to_text(state) == text
+
+
+@every_search
+def test_it_survives_that_everything_fails(kind: str) -> None:
+    search, population = MAKERS[kind](0)
+    for _ in range(8):
+        for trial in search.ask(4):
+            failed = Evaluation.failed("not finite", "NaN")
+            outcome = population.add(trial, failed)
+            assert outcome == Outcome(accepted=False)
+            search.tell(trial, failed, outcome)
+    assert not population.members
+
+
+def members(population: Population) -> list[int]:
+    return [member.trial.number for member in population.members]
+
+
+def to_text(state: dict[str, Any]) -> str:
+    """The state as JSON; fails on anything that is not a number, text, an array, or a list or dict of these."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, np.bool_ | np.integer | np.floating):
+            return value.item()
+        if isinstance(value, np.ndarray):
+            assert value.dtype.kind in "biuf"
+            return {"array": base64.b64encode(value.tobytes()).decode(), "type": value.dtype.str, "shape": value.shape}
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        assert isinstance(value, dict), f"{type(value)} is no plain value"
+        return {"pairs": [[plain(key), plain(one)] for key, one in value.items()]}
+
+    return json.dumps(plain(state))
+
+
+def from_text(text: str) -> Any:
+    def back(value: Any) -> Any:
+        if isinstance(value, list):
+            return [back(one) for one in value]
+        if isinstance(value, dict) and "array" in value:
+            flat = np.frombuffer(base64.b64decode(value["array"]), value["type"]).copy()
+            return flat.reshape(value["shape"])
+        if isinstance(value, dict):
+            return {back(key): back(one) for key, one in value["pairs"]}
+        return value
+
+    return back(json.loads(text))
+
+
+ELSEWHERE = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("test_searches", {file!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["test_searches"] = module
+spec.loader.exec_module(module)
+print(json.dumps({{kind: module.Driver(*make(5)).to(50).digests for kind, make in module.MAKERS.items()}}))
+"""
+
+
+def test_another_process_proposes_the_same_trials() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE.format(file=__file__)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={"PYTHONHASHSEED": "77", "PATH": ""},
+    )
+    here = {kind: Driver(*make(5)).to(50).digests for kind, make in MAKERS.items()}
+    assert json.loads(done.stdout) == here
+
+
+def test_each_trial_has_a_generator_of_its_own() -> None:
+    first = trial_rng(3, 8).random(4)
+    assert trial_rng(3, 8).random(4).tolist() == first.tolist()
+    others = [trial_rng(3, 9), trial_rng(4, 8), trial_rng(8, 3)]
+    assert all(other.random(4).tolist() != first.tolist() for other in others)
+
+
+def test_numbers_must_run_on() -> None:
+    trials = [Trial(i, Genome.uniform(3, [1.0])) for i in (4, 5, 7)]
+    assert numbered(4, trials[:2])
+    assert numbered(9, [])
+    assert not numbered(3, trials[:2])
+    assert not numbered(4, trials)
+
+
+# -- known answers -------------------------------------------------------------------------------------------
+
+TARGET = np.array([[0.9, 0.1, 0.4], [0.2, 0.7, 0.3]])
+
+
+def nearness(goal: Goal, trial: Trial) -> Evaluation:
+    distance = float(np.sum((trial.genome.refined(SPACE.block_borders) - TARGET) ** 2))
+    return Evaluation({goal.name: -distance if goal.direction == "maximize" else distance})
+
+
+def best_of(search: Search, goal: Goal, evaluations: int) -> float:
+    """The smallest distance to the target that is found."""
+    population, best = ElitistArchive([goal], 3), math.inf
+    asked = 0
+    while asked < evaluations:
+        for trial in search.ask(5):
+            evaluation = nearness(goal, trial)
+            best = min(best, abs(evaluation.scores[goal.name]))
+            search.tell(trial, evaluation, population.add(trial, evaluation))
+            asked += 1
+    return best
+
+
+@pytest.mark.parametrize("separable", [False, True])
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_cma_es_finds_the_optimum_of_a_quadratic(separable: bool, direction: str, seed: int) -> None:
+    goal = Goal("near", direction)  # type: ignore[arg-type]
+    found = best_of(CmaEs(SPACE, SPACE.block_borders, [goal], seed, separable=separable), goal, 700)
+    assert found < 1e-6
+    assert best_of(RandomSearch(SPACE, SPACE.block_borders, 0.0, 1.0, seed), goal, 700) > 1e-2
+
+
+def test_cma_es_survives_failures_on_its_way() -> None:
+    search, population = CmaEs(SPACE, SPACE.block_borders, [Goal("near")], 0), ElitistArchive([Goal("near")], 3)
+    best = math.inf
+    for _ in range(200):
+        for trial in search.ask(4):
+            lucky = trial.number % 3
+            evaluation = nearness(Goal("near"), trial) if lucky else Evaluation.failed("exception", "no")
+            best = min(best, abs(evaluation.scores.get("near", math.inf)))
+            search.tell(trial, evaluation, population.add(trial, evaluation))
+    assert best < 1e-4
+
+
+@pytest.mark.parametrize("separable", [False, True])
+def test_cma_es_is_the_librarys_given_the_same_points(separable: bool) -> None:
+    """What we add is the stream a trial: the distribution is updated by the library alone."""
+    from cmaes import CMA, SepCMA
+
+    ours = CmaEs(SPACE, SPACE.block_borders, [Goal("near")], 0, separable=separable, population_size=6)
+    theirs: Any = (SepCMA if separable else CMA)(
+        np.full(6, 1 / 3), 0.2, bounds=np.tile([0, 1], (6, 1)), population_size=6
+    )
+    archive = ElitistArchive([Goal("near")], 3)
+    for _ in range(10):
+        generation = []
+        for trial in ours.ask(6):
+            evaluation = nearness(Goal("near"), trial)
+            generation.append((trial.genome.coefficients.reshape(-1).copy(), -evaluation.scores["near"]))
+            ours.tell(trial, evaluation, archive.add(trial, evaluation))
+        theirs.ask()
+        theirs.tell(generation)
+        assert ours._optimiser.mean.tolist() == theirs.mean.tolist()
+        assert ours._optimiser._sigma == theirs._sigma
+
+
+def test_cma_es_starts_at_the_average_and_stays_in_its_box() -> None:
+    search = CmaEs(SPACE, SPACE.block_borders, [Goal("near")], 0, sigma=0.5, low=0.1, high=0.6, population_size=40)
+    points = np.array([trial.genome.coefficients.reshape(-1) for trial in search.ask(40)])
+    assert points.min() >= 0.1
+    assert points.max() <= 0.6
+    narrow = CmaEs(SPACE, SPACE.block_borders, [Goal("near")], 0, sigma=1e-6, population_size=40)
+    assert narrow.ask(1)[0].genome.refined(SPACE.block_borders) == pytest.approx(np.full((2, 3), 1 / 3), abs=1e-4)
+    placed = CmaEs(SPACE, SPACE.block_borders, [Goal("near")], 0, start=0.7, sigma=1e-6)
+    assert placed.ask(1)[0].genome.refined(SPACE.block_borders) == pytest.approx(np.full((2, 3), 0.7), abs=1e-4)
+
+
+@pytest.mark.parametrize("separable", [False, True])
+def test_cma_es_in_one_dimension_and_its_end(separable: bool) -> None:
+    one = space_of(VECTORS[:1], blocks=(0, SIZE))
+    search = CmaEs(one, one.borders("model"), [Goal("near")], 0, start=0.5, separable=separable)
+    archive, best, asked = ElitistArchive([Goal("near")], 3), math.inf, 0
+    while not search.done and asked < 5000:
+        for trial in search.ask(3):
+            asked += 1
+            assert trial.genome.coefficients.shape == (1, 1)
+            distance = (trial.genome.coefficients.item() - 0.3) ** 2
+            best = min(best, distance)
+            evaluation = Evaluation({"near": -distance})
+            search.tell(trial, evaluation, archive.add(trial, evaluation))
+    assert best < 1e-8
+    assert search.done  # converged: it says so by itself
+
+
+def test_random_search_is_even_in_its_box() -> None:
+    search = RandomSearch(SPACE, SPACE.block_borders, -0.5, 1.5, 0)
+    points = np.array([trial.genome.coefficients for trial in search.ask(2000)])
+    assert points.shape == (2000, 2, 3)
+    assert points.min() >= -0.5
+    assert points.max() <= 1.5
+    assert points.mean(axis=0) == pytest.approx(np.full((2, 3), 0.5), abs=0.06)
+    assert points.std(axis=0) == pytest.approx(np.full((2, 3), 2 / math.sqrt(12)), abs=0.03)
+
+
+def test_m2n2_merges_two_specialists_and_needs_the_split_for_it() -> None:
+    """One knows the first half of the parameters, the other the second; an example needs 90 % of its own."""
+    truth = np.random.default_rng(9).choice([-1.0, 1.0], SIZE)
+    halves = np.zeros((2, SIZE), np.float32)
+    halves[0, : SIZE // 2], halves[1, SIZE // 2 :] = truth[: SIZE // 2], truth[SIZE // 2 :]
+    space = space_of(halves)
+
+    def best(settings: M2N2Settings) -> float:
+        archive = NicheArchive(GOALS, 10)
+        search, found = M2N2(space, archive, settings, 0), 0.0
+        for _ in range(400):
+            for trial in search.ask(1):
+                right = expanded(trial.genome, halves) * truth >= 0.9
+                found = max(found, float(right.mean()))
+                evaluation = Evaluation({"solved": float(right.mean())}, {"solved": right})
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
+        return found
+
+    assert best(M2N2Settings()) > 0.9
+    # On the arc between equal norms no single weight gives both halves 90 %: the seeds' half is all there is.
+    assert best(M2N2Settings(split=False)) == 0.5
