@@ -185,7 +185,7 @@ class _Writer:
         buffer = torch.empty(min(length, info.size), dtype=info.dtype)
         for low in range(0, info.size, length):
             part = buffer[: min(length, info.size - low)]
-            mix([s[low : low + part.numel()] for s in sources], start + low, [self.mixture], [part])
+            mix([s[low : low + part.numel()] for s in sources], start + low, [self.mixture], [part], self.sources.large)
             file.write(part.view(torch.uint8).numpy().data)
 
 

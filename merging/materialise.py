@@ -3,27 +3,37 @@
     out_b[p] = round(sum_j weights_b[segment_b(p), j] * source_j[p] + residual_b[p])
 
 Each product and each sum is rounded to float32 (float64 for float64 sources), in the order of the sources, and
-terms of weight zero are left out; then one rounding to the type of the output. No fused multiply-add and no matrix
-product: every backend, chunk size, thread count and set of candidates gives the same bits.
+terms of weight zero are left out; then comes one rounding to the type of the output. No fused multiply-add and no
+matrix product: every backend, chunk size, thread count and set of candidates gives the same bits.
+
+Three backends: numpy on chunks that stay in cache (always there), loops compiled by numba for large models where it
+is installed (``merging.compiled``), and torch on CUDA devices.
 """
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from merging import compiled
 from populations.genome import Floats, Integers
 
-CHUNK = 32_640  # elements; below torch's threshold for splitting an operation over threads, and small enough for L2
+CHUNK = 32_640  # elements: the float32 copies stay in L2, and torch splits nothing below 32,768 over threads
+COMPILED_SPAN = 262_144  # elements a call of a compiled loop; it blocks for the cache itself
+CUDA_SPAN = 16_777_216
+SMALL = 16_777_216  # elements of all sources together below which compiling or loading loops does not pay
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,58 +57,68 @@ class Mixture:
         return edges
 
     @cached_property
-    def rows(self) -> list[list[tuple[int, float]]]:
-        """By segment, the sources of weight other than zero and their weights, as float32 has them."""
-        return _terms(self.weights.astype(np.float32))
+    def single(self) -> NDArray[np.float32]:
+        """The weights in float32."""
+        return self.weights.astype(np.float32)
 
-    @cached_property
-    def exact_rows(self) -> list[list[tuple[int, float]]]:
-        """As ``rows``, in float64."""
-        return _terms(self.weights)
-
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(segment, from, to) of the segments that meet positions start to stop."""
-        edges = self.edges
-        segment = bisect_right(edges, start) - 1
-        while start < stop:
-            end = min(edges[segment + 1], stop)
-            yield segment, start, end
-            start, segment = end, segment + 1
+    def between(self, start: int, stop: int) -> tuple[slice, NDArray[np.int64]]:
+        """The segments that meet positions start to stop, and their borders there, counted from start."""
+        first, last = bisect_right(self.edges, start) - 1, bisect_left(self.edges, stop)
+        return slice(first, last), np.clip(self.borders[first : last + 1], start, stop) - start
 
 
-def mix(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor]) -> None:
+def mix(
+    sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor], large: bool = False
+) -> None:
     """Fill one flat stretch of every candidate.
 
     Args:
-        sources: J flat tensors of one length, the stretch of each checkpoint.
+        sources: J flat tensors of one length, the stretch of each checkpoint, in main memory.
         start: The stretch's first position in the flat vector.
         mixtures: B candidates.
         outs: B flat contiguous tensors of that length, on one device; they must not overlap the sources.
+        large: Whether the stretch is part of a model large enough for compiled loops.
     """
-    size, chunk = sources[0].numel(), CHUNK
+    size = sources[0].numel()
     if outs[0].is_cuda:
-        chunk = 1 << 24
-    spans = [(low, min(low + chunk, size)) for low in range(0, size, chunk)]
+        _over_chunks(size, CUDA_SPAN, 1, lambda s: _on_cuda(_cut(sources, s), start + s.start, mixtures, _cut(outs, s)))
+    elif large and compiled.supports(sources, outs):
+        batch, threads = compiled.Batch(mixtures), torch.get_num_threads()
+        _over_chunks(
+            size, COMPILED_SPAN, threads, lambda s: batch.mix(_cut(sources, s), start + s.start, _cut(outs, s))
+        )
+    else:
+        threads = torch.get_num_threads()
+        _over_chunks(
+            size, CHUNK, threads, lambda s: _in_cache(_cut(sources, s), start + s.start, mixtures, _cut(outs, s))
+        )
 
-    def work(span: tuple[int, int]) -> None:
-        low, high = span
-        _mix_chunk([s[low:high] for s in sources], start + low, mixtures, [o[low:high] for o in outs])
 
-    over_threads(work, spans, 1 if outs[0].is_cuda else torch.get_num_threads())
+def _cut(tensors: Sequence[Tensor], part: slice) -> list[Tensor]:
+    return [tensor[part] for tensor in tensors]
 
 
-def over_threads(work: Callable[[tuple[int, int]], None], spans: Sequence[tuple[int, int]], threads: int) -> None:
-    """Call ``work`` on every span, spread over threads; the first exception is raised here."""
-    if threads <= 1 or len(spans) < 2 * threads:
-        for span in spans:
-            work(span)
+def _over_chunks(size: int, chunk: int, threads: int, work: Callable[[slice], None]) -> None:
+    over_threads(work, [slice(low, min(low + chunk, size)) for low in range(0, size, chunk)], threads)
+
+
+def over_threads(work: Callable[[Part], None], parts: Sequence[Part], threads: int) -> None:
+    """Call ``work`` on every part, spread over threads; the first exception is raised here."""
+    if threads <= 1 or len(parts) < 2:
+        for part in parts:
+            work(part)
         return
+    queue, lock = iter(parts), threading.Lock()
 
-    def run(part: Sequence[tuple[int, int]]) -> None:
-        for span in part:
-            work(span)
+    def run(_: int) -> None:
+        while True:
+            with lock:
+                part = next(queue, None)
+            if part is None:
+                return
+            work(part)
 
-    for _ in _pool(threads).map(run, [spans[i::threads] for i in range(threads)]):
+    for _ in _pool(threads).map(run, range(threads)):
         pass
 
 
@@ -111,7 +131,7 @@ class _Scratch(threading.local):
     """Buffers of one thread, reused from chunk to chunk."""
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.buffers: dict[tuple[Any, ...], Tensor] = {}
 
     def get(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         key = (name, dtype, device)
@@ -123,9 +143,13 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _mix_chunk(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor]) -> None:
-    size, device = sources[0].numel(), outs[0].device
-    kind = torch.float64 if any(s.dtype == torch.float64 for s in sources) else torch.float32
+def _accumulator(sources: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(source.dtype == torch.float64 for source in sources) else torch.float32
+
+
+def _stager(sources: Sequence[Tensor], device: torch.device) -> Callable[[int], Tensor]:
+    """A function that gives source j in the accumulator's type on a device, converted at its first use."""
+    kind = _accumulator(sources)
     staged: dict[int, Tensor] = {}
 
     def stage(index: int) -> Tensor:
@@ -134,22 +158,90 @@ def _mix_chunk(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture
             if source.dtype == kind and source.device == device:
                 staged[index] = source
             else:
-                staged[index] = _scratch.get(f"source {index}", size, kind, device)
+                staged[index] = _scratch.get(f"source {index}", source.numel(), kind, device)
                 staged[index].copy_(source)
         return staged[index]
 
+    return stage
+
+
+# -- numpy ---------------------------------------------------------------------------------------------------
+
+
+def _in_cache(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor]) -> None:
+    size, kind, here = sources[0].numel(), _accumulator(sources), outs[0].device
+    stage = _stager(sources, here)
+    term = _scratch.get("term", size, kind, here).numpy()
+    for mixture, out in zip(mixtures, outs, strict=True):
+        total = out if out.dtype == kind else _scratch.get("total", size, kind, here)
+        part, edges = mixture.between(start, start + size)
+        rows = (mixture.single if kind == torch.float32 else mixture.weights)[part]
+        residual = None if mixture.residual is None else mixture.residual[start : start + size]
+        with np.errstate(over="ignore", invalid="ignore"):  # a bad candidate is a result
+            _sum(lambda j: stage(j).numpy(), rows, np.diff(edges), total.numpy(), term, residual)
+        if total is not out:
+            out.copy_(total)
+
+
+def _sum(
+    source: Callable[[int], NDArray[Any]],
+    rows: NDArray[Any],
+    lengths: Integers,
+    total: NDArray[Any],
+    term: NDArray[Any],
+    residual: NDArray[np.float32] | None,
+) -> None:
+    """Fill ``total`` with the weighted sum where segment s, of ``lengths[s]`` elements, has the weights ``rows[s]``."""
+    used = [j for j in range(rows.shape[1]) if rows[:, j].any()]
+    for number, j in enumerate(used):
+        weights, into = rows[:, j], term if number else total
+        if len(weights) == 1:
+            np.multiply(source(j), weights[0], out=into)
+        else:
+            np.multiply(source(j), np.repeat(weights, lengths), out=into)
+            if not weights.all():  # -0.0 is what leaves every other number as it is
+                np.copyto(into, -0.0, where=np.repeat(weights == 0, lengths))
+        if number:
+            np.add(total, term, out=total)
+    if residual is not None:
+        if used:
+            np.add(total, residual, out=total)
+        else:
+            np.copyto(total, residual)
+    elif not used:
+        total.fill(0.0)
+    elif len(rows) > 1 and not rows.any(axis=1).all():
+        np.copyto(total, 0.0, where=np.repeat(~rows.any(axis=1), lengths))
+
+
+# -- CUDA ----------------------------------------------------------------------------------------------------
+
+
+def _on_cuda(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor]) -> None:
+    size, kind, device = sources[0].numel(), _accumulator(sources), outs[0].device
+    stage = _stager(_moved(sources, device), device)
     term = _scratch.get("term", size, kind, device)
     for mixture, out in zip(mixtures, outs, strict=True):
         total = out if out.dtype == kind else _scratch.get("total", size, kind, device)
-        rows = mixture.rows if kind == torch.float32 else mixture.exact_rows
-        zero = 0.0 if mixture.residual is None else -0.0  # -0.0 + r is r for every r
-        for segment, low, high in mixture.pieces(start, start + size):
-            part = slice(low - start, high - start)
-            _sum_terms([(stage(j)[part], w) for j, w in rows[segment]], total[part], term[part], zero)
+        part, edges = mixture.between(start, start + size)
+        rows = (mixture.single if kind == torch.float32 else mixture.weights)[part]
+        for row, low, high in zip(rows.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            zero = 0.0 if mixture.residual is None else -0.0
+            _sum_terms([(stage(j)[low:high], w) for j, w in enumerate(row) if w], total[low:high], term[low:high], zero)
         if mixture.residual is not None:
-            _add(mixture.residual[start : start + size], total)
+            total.add_(torch.from_numpy(mixture.residual[start : start + size].copy()).to(device))
         if total is not out:
             out.copy_(total)
+
+
+def _moved(sources: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The sources in their own types on the device, through page-locked memory."""
+    moved = []
+    for index, source in enumerate(sources):
+        target = _scratch.get(f"moved {index}", source.numel(), source.dtype, device)
+        target.copy_(source.pin_memory(), non_blocking=True)
+        moved.append(target)
+    return moved
 
 
 def _sum_terms(terms: Sequence[tuple[Tensor, float]], total: Tensor, term: Tensor, zero: float) -> None:
@@ -160,15 +252,3 @@ def _sum_terms(terms: Sequence[tuple[Tensor, float]], total: Tensor, term: Tenso
     for source, weight in terms[1:]:
         torch.mul(source, weight, out=term)
         total.add_(term)
-
-
-def _add(residual: NDArray[np.float32], total: Tensor) -> None:
-    if total.is_cuda:
-        total.add_(torch.from_numpy(residual.copy()).to(total.device))
-    else:
-        view = total.numpy()
-        np.add(view, residual, out=view)  # torch cannot read the frozen arrays of a genome without a warning
-
-
-def _terms(weights: NDArray[np.floating]) -> list[list[tuple[int, float]]]:
-    return [[(j, w) for j, w in enumerate(row) if w != 0.0] for row in weights.tolist()]

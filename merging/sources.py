@@ -15,7 +15,7 @@ from merging import operators, preflight
 from merging.checkpoint import Checkpoint
 from merging.gram import gram_table
 from merging.layout import Layout
-from merging.materialise import Mixture, mix
+from merging.materialise import SMALL, Mixture, mix
 from merging.operators.base import Operator
 from populations.errors import InputError
 from populations.genome import Genome
@@ -100,6 +100,11 @@ class Sources:
         """Where buffers, configuration and tokenizer come from: the base, or else the first expert."""
         return self.base or self.experts[0]
 
+    @property
+    def large(self) -> bool:
+        """Whether a merge is long enough for compiled loops to pay."""
+        return len(self.checkpoints) * self.layout.size > SMALL
+
     def read(self, name: str) -> list[Tensor]:
         """J flat tensors, memory-mapped: ``name`` in every model that is mixed."""
         self.loads += len(self.checkpoints)
@@ -171,7 +176,7 @@ class Sources:
             for index, name in enumerate(self.layout.tensors):
                 views = [target[index] for target in targets]
                 flat = [v.view(-1) if v.is_contiguous() else v.new_empty(v.numel()) for v in views]
-                mix(self.read(name), int(borders[index]), mixtures, flat)
+                mix(self.read(name), int(borders[index]), mixtures, flat, self.large)
                 for view, values in zip(views, flat, strict=True):
                     if not view.is_contiguous():
                         view.copy_(values.view(view.shape))
@@ -195,7 +200,7 @@ class Sources:
         mixtures = [self.mixture(genome) for genome in genomes]
         buffer = torch.empty(len(mixtures), self.layout.size, dtype=dtype or self.layout.dtype)
         if self._matrix is not None and mixtures:
-            mix(self._matrix, 0, mixtures, list(buffer))
+            mix(self._matrix, 0, mixtures, list(buffer), self.large)
         elif mixtures:
             self.materialise(genomes, [self._views(row) for row in buffer])
         return self._views(buffer.to(device))

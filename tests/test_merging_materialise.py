@@ -1,4 +1,5 @@
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import merging.compiled
 import merging.materialise as kernel
 import merging.sources
 from merging.gram import gram_table, region_borders
@@ -108,6 +110,49 @@ def test_bits_do_not_depend_on_company_threads_chunks_or_stacking(sources, out, 
                 assert torch.equal(bits(values), bits(stacked[name][index]))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_compiled_loops_give_the_bits_of_numpy(tmp_path, dtype, count, monkeypatch):
+    pytest.importorskip("numba")
+    sources = Sources.open(models(tmp_path, count, dtype))
+    genomes = [random_genome(sources, s, s, residual=s % 2 == 0) for s in (1, 2, 9, 300)]
+    genomes += [Genome.uniform(SIZE, np.zeros(count)), Genome.dense(np.full(SIZE, -0.0), count)]
+    genomes += [Genome.uniform(SIZE, np.full(count, 0.3))]
+    plain = [empty(sources, dtype) for _ in genomes]
+    sources.materialise(genomes, plain)
+    monkeypatch.setattr(merging.sources, "SMALL", 0)
+    monkeypatch.setattr(kernel, "COMPILED_SPAN", 10_007)
+    assert merging.compiled.supports([torch.ones(2, dtype=dtype)], [torch.ones(2, dtype=dtype)])
+    fast = [empty(sources, dtype) for _ in genomes]
+    sources.materialise(genomes, fast)
+    for one, two in zip(plain, fast, strict=True):
+        assert all(torch.equal(bits(one[name]), bits(two[name])) for name in one)
+
+
+def test_compiled_loops_round_every_bfloat16_as_torch_does():
+    pytest.importorskip("numba")
+    numbers = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
+    for weight in (1.0, 0.3, -1e-3, 1e30):
+        out = torch.empty_like(numbers)
+        merging.compiled.Batch([kernel.Mixture(np.array([0, 2**16]), np.array([[weight]]))]).mix([numbers], 0, [out])
+        expected = (numbers.float() * np.float32(weight)).to(torch.bfloat16)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_numba_large_models_are_merged_too(two, monkeypatch):
+    monkeypatch.setattr(merging.sources, "SMALL", 0)
+    monkeypatch.setitem(sys.modules, "merging.loops", None)
+    monkeypatch.delattr(merging, "loops", raising=False)
+    merging.compiled._works.cache_clear()
+    try:
+        out = empty(two, torch.float32)
+        two.materialise([Genome.uniform(SIZE, [1.0, 0.0])], [out])
+        assert not merging.compiled.supports([flat(out)], [flat(out)])
+    finally:
+        merging.compiled._works.cache_clear()
+    assert torch.equal(flat(out), torch.cat([two.experts[0].tensor(n).reshape(-1) for n in two.layout.tensors]))
 
 
 def test_stack_of_a_model_too_large_to_keep_gives_the_same_bits(sources, monkeypatch):

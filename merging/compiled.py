@@ -1,0 +1,97 @@
+"""The chunk kernel as compiled loops, for large models where numba is installed.
+
+The same arithmetic as ``merging.materialise`` in one loop over each stretch: a product or sum is rounded before it is
+used again (no fast-math, so no fused multiply-add), bfloat16 is widened by a shift and rounded to nearest even by
+integer arithmetic, as torch does. Every byte is read from memory once, however many candidates there are, because
+blocks stay in the innermost cache while all candidates are formed from them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from populations.genome import Integers
+
+_KINDS: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.bfloat16: np.dtype(np.uint16)}
+
+
+def supports(sources: Sequence[Tensor], outs: Sequence[Tensor]) -> bool:
+    """Whether compiled loops can be used: numba is there, and all tensors are float32 or all are bfloat16."""
+    types = {tensor.dtype for tensor in (*sources, *outs)}
+    return len(types) == 1 and _works(sources[0].dtype)
+
+
+@lru_cache
+def _works(dtype: torch.dtype) -> bool:
+    """Compile the loops for one type (or take them from numba's cache) and try them."""
+    if dtype not in _KINDS:
+        return False
+    try:
+        one, out = torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)
+        Batch([_Candidate(np.array([0, 1]), np.ones((1, 1), np.float32))]).mix([one], 0, [out])
+    except Exception as error:  # numba is missing, broken or too old for this numpy: numpy gives the same bits
+        logging.getLogger(__name__).debug("compiled loops are not used: %s", error)
+        return False
+    return bool(out == one)
+
+
+class Candidate(Protocol):
+    """What ``merging.materialise.Mixture`` gives."""
+
+    @property
+    def borders(self) -> Integers:
+        """(S+1,) segment borders."""
+        ...
+
+    @property
+    def single(self) -> NDArray[np.float32]:
+        """(S, J) weights."""
+        ...
+
+    @property
+    def residual(self) -> NDArray[np.float32] | None:
+        """(n,) added to the sum, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    borders: Integers
+    single: NDArray[np.float32]
+    residual: NDArray[np.float32] | None = None
+
+
+class Batch:
+    """B candidates as the arrays that the loops read.
+
+    Args:
+        mixtures: The candidates.
+    """
+
+    def __init__(self, mixtures: Sequence[Candidate]) -> None:
+        self.mixtures = tuple(mixtures)  # keeps the residuals alive while their addresses are in use
+        self.edges = np.concatenate([mixture.borders for mixture in mixtures])
+        self.first = np.cumsum([0] + [len(mixture.borders) for mixture in mixtures])
+        self.weights = np.concatenate([mixture.single for mixture in mixtures])
+        self.residuals = np.array([0 if m.residual is None else m.residual.ctypes.data for m in mixtures], np.int64)
+
+    def mix(self, sources: Sequence[Tensor], start: int, outs: Sequence[Tensor]) -> None:
+        """Fill one flat stretch of every candidate; see ``merging.materialise.mix``."""
+        from merging import loops  # imports numba
+
+        kind, size = _KINDS[sources[0].dtype], sources[0].numel()
+        candidates = (self.edges, self.first, self.weights, self.residuals)
+        loops.mix(_addresses(sources), _addresses(outs), kind, kind.itemsize, start, size, *candidates)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> Integers:
+    return np.array([tensor.data_ptr() for tensor in tensors], np.int64)

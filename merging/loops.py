@@ -1,0 +1,247 @@
+# mypy: ignore-errors
+# ruff: noqa: ARG001
+"""Loops that numba compiles; imported only by ``merging.compiled``.
+
+Stretches of memory are passed as addresses, so that any number of sources and candidates have one compiled form.
+bfloat16 is a uint16 here. numba knows no annotations, so mypy is not asked.
+Compiled code is kept in numba's cache on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+BLOCK = 4096  # elements formed at a time; a few blocks fit in the innermost cache
+_LOW = np.uint32(0x7FFF)
+_ONE = np.uint32(1)
+_HALF = np.uint32(16)
+_NAN = np.uint16(0x7FC0)
+
+
+def _jit(function: Callable[..., Any], cache: bool = False) -> Any:
+    return njit(nogil=True, error_model="numpy", cache=cache)(function)
+
+
+@intrinsic
+def _pointer(_context: Any, _address: Any) -> Any:
+    """A pointer from an address."""
+    return types.voidptr(types.intp), lambda _c, builder, _s, args: builder.inttoptr(args[0], cgutils.voidptr_t)
+
+
+@intrinsic
+def _as_float(_context: Any, _bits: Any) -> Any:
+    """The float32 of 32 bits."""
+    return types.float32(types.uint32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _as_bits(_context: Any, _value: Any) -> Any:
+    """The 32 bits of a float32."""
+    return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+def _wide(value):
+    """A float32 from a float32 or from a bfloat16 (uint16)."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(_wide)
+def _wide_compiled(value):
+    if value == types.uint16:
+        return lambda value: _as_float(np.uint32(np.uint32(value) << _HALF))
+    return lambda value: value
+
+
+def _store(out, index, value):
+    """Write a float32 as the type of ``out``, rounding to nearest even."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(_store)
+def _store_compiled(out, index, value):
+    def narrow(out, index, value):
+        bits = _as_bits(value)
+        rounded = np.uint16((bits + _LOW + ((bits >> _HALF) & _ONE)) >> _HALF)
+        out[index] = rounded if value == value else _NAN  # NaN differs from itself
+
+    def same(out, index, value):
+        out[index] = value
+
+    return narrow if out.dtype == types.uint16 else same
+
+
+@_jit
+def _set1(out, a, u):
+    for i in range(len(out)):
+        _store(out, i, u * _wide(a[i]))
+
+
+@_jit
+def _set2(out, a, u, b, v):
+    for i in range(len(out)):
+        _store(out, i, u * _wide(a[i]) + v * _wide(b[i]))
+
+
+@_jit
+def _set3(out, a, u, b, v, c, w):
+    for i in range(len(out)):
+        _store(out, i, u * _wide(a[i]) + v * _wide(b[i]) + w * _wide(c[i]))
+
+
+@_jit
+def _set4(out, a, u, b, v, c, w, d, x):
+    for i in range(len(out)):
+        _store(out, i, u * _wide(a[i]) + v * _wide(b[i]) + w * _wide(c[i]) + x * _wide(d[i]))
+
+
+@_jit
+def _end1(out, total, a, u):
+    for i in range(len(out)):
+        _store(out, i, total[i] + u * _wide(a[i]))
+
+
+@_jit
+def _end2(out, total, a, u, b, v):
+    for i in range(len(out)):
+        _store(out, i, total[i] + u * _wide(a[i]) + v * _wide(b[i]))
+
+
+@_jit
+def _end3(out, total, a, u, b, v, c, w):
+    for i in range(len(out)):
+        _store(out, i, total[i] + u * _wide(a[i]) + v * _wide(b[i]) + w * _wide(c[i]))
+
+
+@_jit
+def _end4(out, total, a, u, b, v, c, w, d, x):
+    for i in range(len(out)):
+        _store(out, i, total[i] + u * _wide(a[i]) + v * _wide(b[i]) + w * _wide(c[i]) + x * _wide(d[i]))
+
+
+@_jit
+def _more1(total, a, u):
+    for i in range(len(total)):
+        total[i] = total[i] + u * _wide(a[i])
+
+
+@_jit
+def _more4(total, a, u, b, v, c, w, d, x):
+    for i in range(len(total)):
+        total[i] = total[i] + u * _wide(a[i]) + v * _wide(b[i]) + w * _wide(c[i]) + x * _wide(d[i])
+
+
+@_jit
+def _blend(out, total, sources, kind, offset, weights, terms, residual):
+    """One candidate in one stretch of one segment. ``terms`` and ``total`` are scratch, ``offset`` is in bytes."""
+    n = len(out)
+    count = 0
+    for j in range(len(weights)):
+        if weights[j] != 0:
+            terms[count] = j
+            count += 1
+    if residual != 0:
+        if count == 0:
+            total[:] = np.float32(-0.0)  # -0.0 + r is r for every r
+        for t in range(count):
+            a, u = carray(_pointer(sources[terms[t]] + offset), (n,), kind), weights[terms[t]]
+            if t == 0:
+                _set1(total, a, u)
+            else:
+                _more1(total, a, u)
+        _end1(out, total, carray(_pointer(residual), (n,), np.float32), np.float32(1.0))
+        return
+    if count == 0:
+        for i in range(n):
+            _store(out, i, np.float32(0.0))
+        return
+    done = 0
+    while True:
+        i, j, k, m = terms[done], terms[done + 1], terms[done + 2], terms[done + 3]
+        left = count - done
+        # Addresses are formed for the terms that exist only; the others repeat the first.
+        a, u = carray(_pointer(sources[i] + offset), (n,), kind), weights[i]
+        j = j if left > 1 else i
+        b, v = carray(_pointer(sources[j] + offset), (n,), kind), weights[j]
+        k = k if left > 2 else i
+        c, w = carray(_pointer(sources[k] + offset), (n,), kind), weights[k]
+        m = m if left > 3 else i
+        d, x = carray(_pointer(sources[m] + offset), (n,), kind), weights[m]
+        if left > 4:
+            if done == 0:
+                _set4(total, a, u, b, v, c, w, d, x)
+            else:
+                _more4(total, a, u, b, v, c, w, d, x)
+            done += 4
+            continue
+        if done == 0:
+            if left == 1:
+                _set1(out, a, u)
+            elif left == 2:
+                _set2(out, a, u, b, v)
+            elif left == 3:
+                _set3(out, a, u, b, v, c, w)
+            else:
+                _set4(out, a, u, b, v, c, w, d, x)
+        elif left == 1:
+            _end1(out, total, a, u)
+        elif left == 2:
+            _end2(out, total, a, u, b, v)
+        elif left == 3:
+            _end3(out, total, a, u, b, v, c, w)
+        else:
+            _end4(out, total, a, u, b, v, c, w, d, x)
+        return
+
+
+def _mix(sources, outs, kind, width, start, size, edges, first, weights, residuals):
+    """Fill one flat stretch of every candidate.
+
+    Args:
+        sources: (J,) addresses of the stretch in each checkpoint.
+        outs: (B,) addresses of the stretch in each candidate.
+        kind: Their type, float32 or uint16 (bfloat16).
+        width: Bytes of an element.
+        start: The stretch's first position in the flat vector.
+        size: Its length.
+        edges: Segment borders of all candidates, one after the other.
+        first: (B+1,) where each candidate's borders begin.
+        weights: (sum of S_b, J) float32 weights of all candidates' segments.
+        residuals: (B,) addresses of the candidates' residuals at position 0 of the flat vector, 0 for none.
+    """
+    total = np.empty(BLOCK, np.float32)
+    terms = np.zeros(len(sources) + 4, np.int64)
+    segment = np.empty(len(outs), np.int64)
+    for b in range(len(outs)):
+        own = edges[first[b] : first[b + 1]]
+        segment[b] = first[b] + np.searchsorted(own, start, side="right") - 1
+    for low in range(0, size, BLOCK):
+        high = min(low + BLOCK, size)
+        for b in range(len(outs)):
+            at = low
+            while at < high:
+                edge = edges[segment[b] + 1] - start
+                end = min(edge, high)
+                out = carray(_pointer(outs[b] + width * at), (end - at,), kind)
+                residual = residuals[b] + 4 * (start + at) if residuals[b] != 0 else 0
+                row = weights[segment[b] - b]
+                _blend(out, total[: end - at], sources, kind, width * at, row, terms, residual)
+                at = end
+                if at == edge:
+                    segment[b] += 1
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    try:
+        return _jit(function, cache=True)
+    except RuntimeError:  # no directory to keep compiled code in
+        return _jit(function)
+
+
+mix = _compiled(_mix)
