@@ -41,10 +41,11 @@ def genome(number: int) -> Genome:
 
 
 def scores(number: int) -> dict[str, float] | None:
-    """What trial ``number`` scored: accuracy costs loss, and every seventh fails."""
+    """What trial ``number`` scored: accuracy costs loss, every seventh fails, from 28 on the scores come again."""
     if number % 7 == 3:
         return None
-    return {"acc": (number * 37 % 101) / 101, "loss": 1.0 + (number * 37 % 101 * 0.6 + number * 53 % 29) / 89}
+    turn = number % 28 + 12
+    return {"acc": (turn * 37 % 101) / 101, "loss": 1.0 + (turn * 37 % 101 * 0.6 + turn * 53 % 29) / 89}
 
 
 def evaluation(number: int) -> Evaluation:
