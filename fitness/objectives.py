@@ -12,6 +12,7 @@ product and the activation apart. Scoring in turn also makes a score the same bi
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,10 +100,9 @@ class Accuracy:
         if not isinstance(model, nn.Module):
             raise InputError("expected a torch module to score, found a dict of tensors.", "Name an architecture.")
         with torch.inference_mode():
-            best = [self._checked(model(chunk)).max(-1) for chunk in self._chunks]
-            predicted = torch.cat([indices for _, indices in best])
-            right: NDArray[np.bool_] = (predicted == self.labels).cpu().numpy()
-            broken = any(bool(torch.isnan(largest).any()) for largest, _ in best)  # the maximum passes NaN on
+            largest, predicted = zip(*[self._checked(model(chunk)).max(-1) for chunk in self._chunks], strict=True)
+            right: NDArray[np.bool_] = (torch.cat(predicted) == self.labels).cpu().numpy()
+            broken = _any_nan(torch.cat(largest))  # the maximum of a row passes NaN on
         value = float("nan") if broken else int(np.count_nonzero(right)) / right.size
         return Score(value, right, right.size)
 
@@ -116,6 +116,11 @@ class Accuracy:
                 f"expected an output for each label from 0 to {self._classes - 1}, found {logits.shape[1]} outputs."
             )
         return logits
+
+
+def _any_nan(values: Tensor) -> bool:
+    """Whether there is a NaN. The sum tells in one pass; only when it is NaN (infinities may cancel) look closer."""
+    return math.isnan(float(values.sum())) and bool(torch.isnan(values).any())
 
 
 @dataclass(frozen=True, eq=False)
