@@ -31,10 +31,14 @@ class ParetoFront:
         """(F, M) oriented scores of the front's candidates: larger is better."""
         return self._points
 
+    def takes(self, number: int, point: Floats) -> bool:
+        """True when a candidate of oriented scores ``point`` (M,) belongs on the front."""
+        above = np.flatnonzero((self._points >= point).all(axis=1))
+        return not any(self.numbers[i] < number or (self._points[i] > point).any() for i in above)
+
     def add(self, number: int, point: Floats) -> bool:
         """Take the oriented scores ``point`` (M,) of a candidate; True when it is on the front now."""
-        above = np.flatnonzero((self._points >= point).all(axis=1))
-        if any(self.numbers[i] < number or (self._points[i] > point).any() for i in above):
+        if not self.takes(number, point):
             return False
         keep: list[int] = np.flatnonzero(~(point >= self._points).all(axis=1)).tolist()
         self.numbers = [*(self.numbers[i] for i in keep), number]

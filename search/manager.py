@@ -221,7 +221,8 @@ class Manager:
             progress.last_failure = evaluation.failure
             return False
         value = quality(evaluation, self.goals)
-        if value > progress.quality:
+        older = progress.best is not None and trial.number < progress.best
+        if value > progress.quality or (value == progress.quality and older):
             progress.best, progress.quality = trial.number, value
             progress.best_scores = dict(evaluation.scores)
         on_front = self.front.add(trial.number, oriented(evaluation.scores, self.goals))
@@ -230,15 +231,29 @@ class Manager:
 
     def _keep_residuals(self) -> None:
         """Have the journal store the dense weights of members, front and best, and of no other trial."""
-        if not self._dense:
+        kept = self._early()
+        if self._dense:
+            alive = {*self.front.numbers, self.progress.best, *(m.trial.number for m in self.population.members)}
+            self._dense = {number: trial for number, trial in self._dense.items() if number in alive}
+            kept |= self._dense
+        if kept.keys() == self._stored:
             return
-        alive = {*self.front.numbers, self.progress.best, *(m.trial.number for m in self.population.members)}
-        self._dense = {number: trial for number, trial in self._dense.items() if number in alive}
         self.journal.keep(
-            [trial for number, trial in self._dense.items() if number not in self._stored],
-            self._stored - self._dense.keys(),
+            [trial for number, trial in kept.items() if number not in self._stored],
+            self._stored - kept.keys(),
         )
-        self._stored = set(self._dense)
+        self._stored = set(kept)
+
+    def _early(self) -> dict[int, Trial]:
+        """Dense trials that came before their turn and belong on the front: reports of a killed run list them."""
+        return {
+            trial.number: trial
+            for batch in (self._flying if self._arrived else ())
+            for trial, evaluation in zip(batch.trials, self._arrived.get(batch.number, ()), strict=False)
+            if trial.genome.residual is not None
+            and evaluation.ok
+            and self.front.takes(trial.number, oriented(evaluation.scores, self.goals))
+        }
 
     def _check_failures(self) -> None:
         progress = self.progress
