@@ -1,0 +1,535 @@
+"""The manager's loop with simulated workers that delay and reorder, and crashes at every step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fitness.pools import Batch, Completed
+from populations.errors import JournalError, SearchError
+from populations.genome import Genome
+from populations.gram import GramTable
+from populations.journal import Journal
+from populations.niches import NicheArchive
+from populations.pareto import ParetoFront
+from populations.population import ElitistArchive, Population
+from populations.space import Space
+from populations.trial import Evaluation, Goal, Trial, oriented
+from search.cma_es import CmaEs
+from search.m2n2 import M2N2, M2N2Settings
+from search.manager import Manager, Progress, Schedule, measure
+from search.protocol import Search
+from search.random_search import RandomSearch
+
+SIZE = 20
+GOALS = (Goal("first"), Goal("second"))
+VECTORS = np.random.default_rng(1).standard_normal((2, SIZE)).astype(np.float32)
+PROBES = np.random.default_rng(2).standard_normal((12, SIZE))
+NAMES = ("a", "b")
+SPACE = Space(
+    NAMES,
+    ("t",),
+    np.array([0, SIZE]),
+    ("t",),
+    np.array([0, SIZE]),
+    GramTable.from_vectors(VECTORS),
+    np.eye(2),
+    NAMES,
+    VECTORS,
+)
+Score = Callable[[Trial], Evaluation]
+
+
+def expanded(genome: Genome) -> NDArray[np.float64]:
+    if genome.residual is not None:
+        return genome.residual.astype(np.float64)
+    return (np.repeat(genome.coefficients, np.diff(genome.boundaries), axis=0) * VECTORS.T).sum(axis=1)
+
+
+def scored(trial: Trial) -> Evaluation:
+    """Two coarse accuracies, so that ties are common."""
+    right = PROBES @ expanded(trial.genome) > 0.5
+    halves = {"first": right[:6], "second": right[6:]}
+    return Evaluation({name: float(half.mean()) for name, half in halves.items()}, halves)
+
+
+def sometimes(trial: Trial) -> Evaluation:
+    """Every fifth candidate fails, in turn as each kind of failure; seeds do not."""
+    if trial.number % 5 == 4:
+        kind = ("not finite", "exception", "out of memory", "worker died")[trial.number // 5 % 4]
+        return Evaluation.failed(kind, "no")
+    return scored(trial)
+
+
+class Crash(BaseException):
+    """A kill -9, as far as one process can have it."""
+
+
+class Simulated:
+    """A pool whose batches come back late, several at once and out of order, as ``schedule`` draws it.
+
+    Args:
+        schedule: Seed of the delays; None is a pool that answers at once and in order.
+        score: What a trial scores.
+        crash: Raise ``Crash`` when so many batches have been delivered or submitted.
+    """
+
+    slots = 3
+
+    def __init__(self, schedule: int | None = None, score: Score = scored, crash: int | None = None) -> None:
+        self._random = None if schedule is None else random.Random(schedule)
+        self._score, self._steps = score, crash
+        self._flying: list[Batch] = []
+        self.submitted: list[int] = []
+        self.most = 0
+
+    def start(self) -> Space:
+        return SPACE
+
+    def _step(self) -> None:
+        if self._steps is not None:
+            self._steps -= 1
+            if self._steps < 0:
+                raise Crash
+
+    def submit(self, batch: Batch) -> None:
+        self._step()
+        self.submitted += [trial.number for trial in batch.trials]
+        self._flying.append(batch)
+        self.most = max(self.most, sum(len(b.trials) for b in self._flying))
+
+    def completed(self, timeout: float | None = None) -> Completed:
+        self._step()
+        if not self._flying:
+            return []
+        if self._random is None:
+            ready = [self._flying.pop(0)]
+        else:
+            ready = self._random.sample(self._flying, self._random.randint(1, len(self._flying)))
+            self._flying = [batch for batch in self._flying if batch not in ready]
+        return [(batch, [self._score(trial) for trial in batch.trials]) for batch in ready]
+
+    def close(self) -> None:
+        self._flying = []
+
+    def __enter__(self) -> Simulated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def m2n2(**settings: Any) -> tuple[Search, Population]:
+    archive = NicheArchive(GOALS, 5)
+    return M2N2(SPACE, archive, M2N2Settings(**settings), 3), archive
+
+
+SEARCHES: dict[str, Callable[[], tuple[Search, Population]]] = {
+    "m2n2": m2n2,
+    "m2n2-dense": lambda: m2n2(mutation=0.1),
+    "random": lambda: (RandomSearch(SPACE, SPACE.borders("model"), -1, 1, 3), ElitistArchive(GOALS, 5)),
+    "cma_es": lambda: (CmaEs(SPACE, SPACE.borders("model"), GOALS, 3, low=-1.0), ElitistArchive(GOALS, 5)),
+    "sep_cma_es": lambda: (
+        CmaEs(SPACE, SPACE.borders("model"), GOALS, 3, low=-1.0, separable=True),
+        ElitistArchive(GOALS, 5),
+    ),
+}
+STRICT = Schedule(evaluations=83, batch=3, in_flight=9)
+ARRIVAL = Schedule(evaluations=83, batch=3, in_flight=9, order="arrival")
+
+
+def managed(kind: str, path: Path, pool: Simulated, schedule: Schedule = STRICT, **others: Any) -> Manager:
+    """A manager of a new or existing journal; close its journal after use."""
+    journal = Journal.open(path, write=True) if path.exists() else Journal.create(path, {})
+    return Manager(*SEARCHES[kind](), GOALS, pool, journal, schedule, **others)
+
+
+def carried_out(kind: str, path: Path, pool: Simulated, schedule: Schedule = STRICT, **others: Any) -> Manager:
+    manager = managed(kind, path, pool, schedule, **others)
+    try:
+        manager.run()
+    finally:
+        manager.journal.close()
+    return manager
+
+
+def digest(path: Path) -> str:
+    with Journal.open(path) as journal:
+        return journal.digest()
+
+
+def standing(manager: Manager) -> tuple[Any, ...]:
+    """Everything later decisions depend on."""
+    progress = manager.progress
+    return (
+        [member.trial.number for member in manager.population.members],
+        sorted(manager.front.numbers),
+        progress.evaluations,
+        progress.failures,
+        progress.best,
+        progress.best_scores,
+    )
+
+
+every_search = pytest.mark.parametrize("kind", SEARCHES)
+
+
+# -- order ---------------------------------------------------------------------------------------------------
+
+
+@every_search
+def test_strict_order_does_not_depend_on_the_schedule(kind: str, tmp_path: Path) -> None:
+    plain = carried_out(kind, tmp_path / "plain" / "j.sqlite", Simulated(score=sometimes))
+    for schedule in range(4):
+        path = tmp_path / str(schedule) / "j.sqlite"
+        manager = carried_out(kind, path, Simulated(schedule, sometimes))
+        assert digest(path) == digest(tmp_path / "plain" / "j.sqlite")
+        assert standing(manager) == standing(plain)
+        with Journal.open(path) as journal:
+            told = [event.batch for event in journal.events() if event.kind == "tell"]
+            assert told == sorted(told)
+
+
+@every_search
+def test_arrival_order_is_recorded_and_replays_to_the_same_state(kind: str, tmp_path: Path) -> None:
+    digests = set()
+    for schedule in range(3):
+        path = tmp_path / str(schedule) / "j.sqlite"
+        first = carried_out(kind, path, Simulated(schedule, sometimes), ARRIVAL)
+        digests.add(digest(path))
+        with Journal.open(path) as journal:
+            told = [event.batch for event in journal.events() if event.kind == "tell"]
+        assert sorted(told) == list(range(len(told)))
+        assert told != sorted(told)
+        idle = Simulated()
+        again = carried_out(kind, path, idle, ARRIVAL)
+        assert standing(again) == standing(first)
+        assert again.progress.replayed == 83
+        assert idle.submitted == []
+    if kind.startswith("m2n2"):
+        assert len(digests) > 1  # it did learn in another order
+
+
+@every_search
+@pytest.mark.parametrize("schedule", [STRICT, ARRIVAL], ids=["strict", "arrival"])
+def test_the_front_of_the_manager_is_that_of_reports(kind: str, schedule: Schedule, tmp_path: Path) -> None:
+    """Reports read the journal by number; every member of that front can be exported."""
+    for seed in range(3):
+        path = tmp_path / str(seed) / "j.sqlite"
+        manager = carried_out(kind, path, Simulated(seed), schedule)
+        assert sorted(manager.front.numbers) == exportable_front(path)
+        with Journal.open(path) as journal:
+            rows = [row for row in journal.rows() if row.scores]
+            best = max(rows, key=lambda row: oriented(row.scores or {}, GOALS).mean())
+        assert manager.progress.best == best.number
+
+
+def exportable_front(path: Path) -> list[int]:
+    with Journal.open(path) as journal:
+        front = ParetoFront(GOALS)
+        for row in journal.rows():
+            if row.scores:
+                front.add(row.number, oriented(row.scores, GOALS))
+        for number in front.numbers:
+            assert scored(journal.trial(number)) == EqualScores(journal.evaluation(number))
+        return sorted(front.numbers)
+
+
+class EqualScores:
+    def __init__(self, evaluation: Evaluation | None) -> None:
+        self.scores = None if evaluation is None else evaluation.scores
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Evaluation) and dict(other.scores) == self.scores
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+# -- budget and flow -----------------------------------------------------------------------------------------
+
+
+@every_search
+@pytest.mark.parametrize("evaluations", [1, 2, 3, 50])
+def test_the_budget_is_met_exactly(kind: str, evaluations: int, tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    pool = Simulated(0)
+    manager = managed(kind, path, pool, Schedule(evaluations=evaluations, batch=4, in_flight=8))
+    with manager.journal:
+        assert manager.run() == "evaluations"
+    assert sorted(pool.submitted) == list(range(evaluations))
+    assert manager.progress.evaluations == evaluations
+    with Journal.open(path) as journal:
+        sizes = [len(journal.batch(event.batch)) for event in journal.events() if event.kind == "ask"]
+        assert sum(sizes) == evaluations
+        assert max(sizes) <= 4
+
+
+@pytest.mark.parametrize("order", ["strict", "arrival"])
+@pytest.mark.parametrize(("batch", "window"), [(1, 1), (1, 4), (3, 3), (3, 7), (4, 12)])
+def test_no_more_is_in_flight_than_allowed_and_no_less_than_possible(
+    order: Any, batch: int, window: int, tmp_path: Path
+) -> None:
+    seen: list[Progress] = []
+    pool = Simulated(1)
+    schedule = Schedule(evaluations=60, batch=batch, in_flight=window, order=order)
+    carried_out(
+        "random", tmp_path / "j.sqlite", pool, schedule, observe=lambda p: seen.append(Progress(in_flight=p.in_flight))
+    )
+    assert max(p.in_flight for p in seen) == window // batch * batch
+    assert pool.most == window // batch * batch
+    assert seen[-1].in_flight == 0
+
+
+def test_a_budget_of_seconds_stops_asking_and_tells_the_rest(tmp_path: Path) -> None:
+    now = iter(range(10_000))
+    schedule = Schedule(seconds=20.0, batch=2, in_flight=6)
+    manager = managed("m2n2", tmp_path / "j.sqlite", Simulated(0), schedule, clock=lambda: float(next(now)))
+    with manager.journal:
+        assert manager.run() == "seconds"
+        told = [event for event in manager.journal.events() if event.kind == "tell"]
+        asked = [event for event in manager.journal.events() if event.kind == "ask"]
+        assert len(told) == len(asked) > 5
+        assert float(manager.journal.fact("elapsed") or 0) >= 20.0
+    # Resumed, the seconds of the first stretch count.
+    idle = Simulated()
+    later = managed("m2n2", tmp_path / "j.sqlite", idle, schedule, clock=lambda: 0.0)
+    with later.journal:
+        assert later.run() == "seconds"
+    assert idle.submitted == []
+    more = Simulated(0)
+    longer = managed("m2n2", tmp_path / "j.sqlite", more, Schedule(seconds=40.0, batch=2, in_flight=6))
+    longer._clock = lambda: float(next(now))
+    with longer.journal:
+        longer.run()
+    assert more.submitted
+    assert min(more.submitted) == 2 * len(asked)
+
+
+def test_a_search_that_converges_ends_the_run(tmp_path: Path) -> None:
+    manager = managed("cma_es", tmp_path / "j.sqlite", Simulated(), Schedule(evaluations=10**6, batch=50, in_flight=50))
+    with manager.journal:
+        assert manager.run() == "converged"
+    assert manager.progress.evaluations < 10**5
+
+
+def test_the_observer_is_told_how_things_stand(tmp_path: Path) -> None:
+    counts: list[tuple[int, int]] = []
+    manager = carried_out(
+        "m2n2",
+        tmp_path / "j.sqlite",
+        Simulated(0, sometimes),
+        observe=lambda p: counts.append((p.evaluations, p.failures)),
+    )
+    assert counts == sorted(counts)
+    assert counts[-1] == (83, 16)
+    progress = manager.progress
+    assert progress.last_failure is not None
+    assert progress.front_size == len(manager.front.numbers)
+    assert progress.best in manager.front.numbers
+    assert progress.quality == pytest.approx(np.mean(list(progress.best_scores.values())))
+
+
+# -- failures ------------------------------------------------------------------------------------------------
+
+
+@every_search
+def test_first_candidates_that_all_fail_stop_the_search_with_the_cause(kind: str, tmp_path: Path) -> None:
+    pool = Simulated(score=lambda trial: Evaluation.failed("exception", "ValueError: bad label", "Traceback ..."))
+    match = r"all of the first \d+ candidates failed; the last one: exception: ValueError: bad label\nTraceback"
+    with pytest.raises(SearchError, match=match):
+        carried_out(kind, tmp_path / "j.sqlite", pool)
+    assert len(pool.submitted) <= 8 + STRICT.batch + STRICT.in_flight
+
+
+def test_a_short_search_that_failed_throughout_says_so(tmp_path: Path) -> None:
+    pool = Simulated(score=lambda trial: Evaluation.failed("not finite", "NaN"))
+    with pytest.raises(SearchError, match="all of the first 2 candidates failed; the last one: not finite: NaN"):
+        carried_out("random", tmp_path / "j.sqlite", pool, Schedule(evaluations=2, batch=1, in_flight=1))
+
+
+@every_search
+def test_failures_are_results_once_something_worked(kind: str, tmp_path: Path) -> None:
+    def score(trial: Trial) -> Evaluation:
+        return scored(trial) if trial.number < 2 else Evaluation.failed("not finite", "NaN")
+
+    manager = carried_out(kind, tmp_path / "j.sqlite", Simulated(0, score))
+    assert (manager.progress.evaluations, manager.progress.failures) == (83, 81)
+    assert {member.trial.number for member in manager.population.members} <= {0, 1}
+
+
+def test_a_search_that_miscounts_is_refused(tmp_path: Path) -> None:
+    manager = managed("random", tmp_path / "j.sqlite", Simulated())
+    manager.search.ask(1)  # trial 0 is gone
+    with manager.journal, pytest.raises(SearchError, match="expected trials numbered from 0, found 1"):
+        manager.run()
+
+
+# -- crashes -------------------------------------------------------------------------------------------------
+
+
+@every_search
+@pytest.mark.parametrize("schedule", [None, 5])
+def test_crashed_anywhere_and_resumed_it_is_the_same_search(kind: str, schedule: int | None, tmp_path: Path) -> None:
+    whole = carried_out(kind, tmp_path / "whole" / "j.sqlite", Simulated(score=sometimes))
+    for crash in (0, 1, 3, 4, 9, 22, 33):
+        path = tmp_path / f"crash-{crash}" / "j.sqlite"
+        first = Simulated(schedule, sometimes, crash)
+        with pytest.raises(Crash):
+            carried_out(kind, path, first)
+        with Journal.open(path) as journal:
+            paid = [number for number, _ in journal.evaluations()]
+        exportable_after(path)
+        second = Simulated(schedule, sometimes)
+        manager = carried_out(kind, path, second)
+        assert not set(second.submitted) & set(paid)  # what was recorded on arrival is not asked for again
+        assert sorted([*paid, *second.submitted]) == list(range(83))
+        assert manager.progress.replayed == len(paid)
+        assert standing(manager) == standing(whole)
+        assert digest(path) == digest(tmp_path / "whole" / "j.sqlite")
+
+
+def exportable_after(path: Path) -> None:
+    """Without resuming: all that `front` and `export` of a killed run show must be there."""
+    with Journal.open(path) as journal:
+        front = ParetoFront(GOALS)
+        for row in journal.rows():
+            if row.scores and row.failure is None:
+                front.add(row.number, oriented(row.scores, GOALS))
+        for number in front.numbers:
+            journal.trial(number)
+
+
+def test_whenever_it_crashes_the_front_has_its_dense_weights(tmp_path: Path) -> None:
+    """Also a candidate that has arrived before its turn to be told."""
+
+    def ever_better(trial: Trial) -> Evaluation:
+        return Evaluation({"first": float(trial.number), "second": 1.0})
+
+    for crash in range(4, 30):
+        path = tmp_path / str(crash) / "j.sqlite"
+        with pytest.raises(Crash):
+            carried_out("m2n2-dense", path, Simulated(crash, ever_better, crash))
+        exportable_after(path)
+        carried_out("m2n2-dense", path, Simulated(crash, ever_better))
+        exportable_after(path)
+
+
+def test_many_crashes_in_a_row(tmp_path: Path) -> None:
+    path, crashes = tmp_path / "many" / "j.sqlite", 0
+    submitted: list[int] = []
+    for attempt in range(200):
+        pool = Simulated(attempt, sometimes, crash=7)
+        try:
+            carried_out("m2n2-dense", path, pool)
+        except Crash:
+            crashes += 1
+            continue
+        finally:
+            submitted += pool.submitted
+        break
+    carried_out("m2n2-dense", tmp_path / "whole" / "j.sqlite", Simulated(score=sometimes))
+    assert crashes > 5
+    assert digest(path) == digest(tmp_path / "whole" / "j.sqlite")
+
+
+def test_a_crash_between_telling_and_committing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "j.sqlite"
+    manager = managed("m2n2-dense", path, Simulated(2, sometimes))
+    told = 0
+
+    def failing(batch: int) -> None:
+        nonlocal told
+        told += 1
+        if told == 12:
+            raise Crash
+        Journal.told(manager.journal, batch)
+
+    monkeypatch.setattr(manager.journal, "told", failing)
+    with manager.journal, pytest.raises(Crash):
+        manager.run()
+    again = carried_out("m2n2-dense", path, Simulated(4, sometimes))
+    whole = carried_out("m2n2-dense", tmp_path / "whole" / "j.sqlite", Simulated(score=sometimes))
+    assert standing(again) == standing(whole)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_crashed_search_in_arrival_order_goes_on(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    with pytest.raises(Crash):
+        carried_out("m2n2-dense", path, Simulated(seed, crash=30), ARRIVAL)
+    pool = Simulated(seed + 10)
+    manager = carried_out("m2n2-dense", path, pool, ARRIVAL)
+    assert manager.progress.evaluations == 83
+    assert standing(carried_out("m2n2-dense", path, Simulated(), ARRIVAL)) == standing(manager)
+    assert sorted(manager.front.numbers) == exportable_front(path)
+
+
+@every_search
+def test_a_raised_budget_goes_on_where_it_ended(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    carried_out(kind, path, Simulated(0), Schedule(evaluations=40, batch=3, in_flight=9))
+    with Journal.open(path) as journal:
+        before = {row.number: row.digest for row in journal.rows()}
+    pool = Simulated(0)
+    manager = carried_out(kind, path, pool, Schedule(evaluations=70, batch=3, in_flight=9))
+    assert sorted(pool.submitted) == list(range(40, 70))
+    assert manager.progress.evaluations == 70
+    with Journal.open(path) as journal:
+        after = {row.number: row.digest for row in journal.rows()}
+    assert {number: after[number] for number in before} == before
+    lower = Simulated()
+    assert carried_out(kind, path, lower, STRICT.__class__(evaluations=10)).progress.evaluations == 70
+    assert lower.submitted == []
+
+
+def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    carried_out("random", path, Simulated(), Schedule(evaluations=9, batch=3, in_flight=9))
+    with pytest.raises(JournalError, match=r"replaying does not propose the recorded trials again \(trials 0, 1, 2\)"):
+        carried_out("cma_es", path, Simulated())
+
+
+# -- dense weights -------------------------------------------------------------------------------------------
+
+
+def test_only_members_and_front_keep_their_dense_weights(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    manager = carried_out("m2n2-dense", path, Simulated(0))
+    with Journal.open(path) as journal:
+        kept = journal.kept()
+        digests = {row.number: row.digest for row in journal.rows()}
+        assert all(journal.trial(number).genome.digest == digests[number] for number in kept)
+    members = {member.trial.number for member in manager.population.members}
+    assert kept == members | set(manager.front.numbers) | {manager.progress.best}
+    assert len(kept) < 83
+
+
+# -- measuring outside the search ----------------------------------------------------------------------------
+
+
+def test_measuring_pays_for_each_merge_once(tmp_path: Path) -> None:
+    genomes = [Genome.uniform(SIZE, [i / 10, 1.0]) for i in range(5)]
+    again = [genomes[0].split(3), *genomes[1:3]]
+    with Journal.create(tmp_path / "j.sqlite", {}) as journal:
+        pool = Simulated(0)
+        found = measure(pool, journal, [*genomes, *again], "held_out", batch=2)
+        assert set(found) == {genome.digest for genome in genomes}
+        assert len(pool.submitted) == 5
+        for genome in genomes:
+            assert found[genome.digest].scores == scored(Trial(0, genome)).scores
+            stored = journal.measurement(genome.digest, "held_out")
+            assert stored is not None
+            assert stored.scores == found[genome.digest].scores
+        more = Simulated(0)
+        new = Genome.uniform(SIZE, [9.0, 9.0])
+        assert set(measure(more, journal, [*genomes, new], "held_out", batch=2)) == {*found, new.digest}
+        assert len(more.submitted) == 1
+        other = Simulated(0)
+        measure(other, journal, genomes, "search", batch=10)
+        assert len(other.submitted) == 5  # another subset is another measurement
