@@ -31,7 +31,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import logging
 import math
 import os
 import re
@@ -43,6 +42,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 import webbrowser
@@ -83,8 +83,8 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+_SILENCE = "does not answer"
 _LAST_WORDS = "Its output is in ui.log of the run directory."
-_log = logging.getLogger("ecotone.tracking")
 
 
 class TrackingError(EcotoneError):
@@ -738,7 +738,7 @@ def _in_words(error: BaseException, uri: str) -> str:
     if isinstance(error, ImportError):
         return f"MLflow cannot be imported ({text}): pip install 'ecotone[mlflow]'"
     if any(sign in text for sign in ("Max retries exceeded", "Connection refused", "timed out", "Connection aborted")):
-        return f"the tracking server at {urlsplit(uri).hostname or uri} does not answer"
+        return f"the tracking server at {urlsplit(uri).hostname or uri} {_SILENCE}"
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
@@ -843,6 +843,7 @@ class _Attempts:
         self.directory = directory
         self._wanted = (uri, experiment)
         self._mirror: _Mirror | None = None
+        self.trace = ""  # of the last failure
 
     def once(self, live: bool) -> MirrorReport:
         """Mirror what is new; ``live`` says that the search's process is there."""
@@ -856,7 +857,7 @@ class _Attempts:
         except Exception as error:  # whatever it is, the journal has it all and the next attempt starts afresh
             self._mirror = None
             failure = _in_words(error, target.uri if target else "")
-            _log.debug("attempt failed", exc_info=error)
+            self.trace = "" if failure.endswith(_SILENCE) else traceback.format_exc()
         report = self._report(mirror, target, complete, failure)
         target = mirror.target if mirror else target
         _note(self.directory, report, target.experiment if target else None)
@@ -920,7 +921,7 @@ def _followed(
         elif deadline == math.inf:
             deadline, due, delay = time.monotonic() + patience, 0.0, 0.0
         if time.monotonic() >= due:
-            report = _told(attempts.once(live=not over), report)
+            report = _told(attempts.once(live=not over), report, attempts.trace)
             if report.complete:
                 return report
             delay = 0.0 if report.error is None else min(max(1.0, 2 * delay), 5.0 if over else 30.0)
@@ -930,15 +931,20 @@ def _followed(
         stop.wait(poll)
 
 
-def _told(report: MirrorReport, before: MirrorReport) -> MirrorReport:
-    """Log what changed between two reports."""
+def _told(report: MirrorReport, before: MirrorReport, trace: str) -> MirrorReport:
+    """Say what changed between two reports."""
     if report.error is not None and report.error != before.error:
-        _log.warning("%s; trying again until it works", report.error)
+        _say(f"{report.error}; trying again\n{trace}".rstrip())
     if report.error is None and (before.error is not None or report.run_id != before.run_id):
-        _log.info("run %s of experiment %s at %s", report.run_id, report.experiment_id, report.uri)
+        _say(f"run {report.run_id} of experiment {report.experiment_id} at {report.uri}")
     if report.complete:
-        _log.info("complete: %d evaluations", report.evaluations)
+        _say(f"complete: {report.evaluations} evaluations")
     return report
+
+
+def _say(text: str) -> None:
+    """A line for ``tracking.log``. Not ``logging``: MLflow's migrations reconfigure that for the whole process."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {text}", flush=True)
 
 
 def _is_over(directory: Path, alive: Callable[[], bool]) -> bool:
@@ -1031,7 +1037,7 @@ def _note(directory: Path, report: MirrorReport, experiment: str | None) -> None
         draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
         draft.replace(directory / "tracking.json")
     except OSError as error:
-        _log.warning("tracking.json cannot be written: %s", error)
+        _say(f"tracking.json cannot be written: {error}")
 
 
 # -- the user interface ----------------------------------------------------------------------------------------
@@ -1132,7 +1138,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--poll", type=float, default=1.0, help="seconds between two looks at the journal")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds to keep trying after the search's end")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
     with contextlib.suppress(OSError):
         os.nice(10)
     stop = threading.Event()
@@ -1144,7 +1149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             report = follow(options.run_dir, options.follow, options.poll, options.patience, stop)
     except EcotoneError as error:
-        _log.error("%s", error)
+        _say(str(error))
         return 1
     return 0 if report is None or report.error is None else 1
 

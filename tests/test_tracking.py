@@ -29,6 +29,7 @@ from populations.trial import Evaluation, Goal, Trial
 
 pytest.importorskip("mlflow")
 
+ARTIFACTS = ("recipe.yaml", "front.json", "candidates.csv")
 GOALS = [["acc", "maximize"], ["loss", "minimize"]]
 History = dict[str, list[tuple[int, float, int]]]
 
@@ -327,19 +328,16 @@ def test_parameters_and_tags(runs: Path) -> None:
     assert client(report.uri).get_experiment(report.experiment_id).name == "merges"
 
 
-def test_artifacts(runs: Path, tmp_path: Path) -> None:
+def test_artifacts(runs: Path) -> None:
     report = tracking.mirror(a_run(runs, 30, budget=30))
-    there = client(report.uri)
-    assert {file.path for file in there.list_artifacts(report.run_id)} == {
-        "front.json",
-        "candidates.csv",
-        "recipe.yaml",
-    }
-    assert next((runs / "mlartifacts").rglob("recipe.yaml")).read_text() == "seed: 3\n"
-    front_file = json.loads(Path(there.download_artifacts(report.run_id, "front.json", str(tmp_path))).read_text())
-    assert front_file["columns"] == ["number", "digest", "parents", "acc", "loss", "held_out/test acc"]
-    assert [row[0] for row in front_file["data"]] == front(30)
-    with Path(there.download_artifacts(report.run_id, "candidates.csv", str(tmp_path))).open() as file:
+    assert {file.path for file in client(report.uri).list_artifacts(report.run_id)} == set(ARTIFACTS)
+    recipe, front_file, candidates = (next((runs / "mlartifacts").rglob(name)) for name in ARTIFACTS)
+    assert recipe.read_text() == "seed: 3\n"
+    shown = json.loads(front_file.read_text())
+    assert shown["columns"] == ["number", "digest", "parents", "acc", "loss", "held_out/test acc"]
+    assert [row[0] for row in shown["data"]] == front(30)
+    assert [row[5] for row in shown["data"] if row[0] == best(30)] == [0.5 + best(30) / 4000]
+    with candidates.open() as file:
         table = list(csv.DictReader(file))
     assert len(table) == 30
     assert table[10]["failure"] == "not finite: acc: NaN"
