@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -295,6 +295,7 @@ class Recipe(Part):
             raise InputError(f"{file}: cannot be read as YAML: {error}") from error
         if not isinstance(record, dict):
             raise InputError(f"{file}: expected a mapping of recipe fields, found {type(record).__name__}.")
+        _check_plain(record, str(file))
         return cls.from_record(apply_settings(record, settings or {}), file.parent.resolve())
 
     @classmethod
@@ -359,7 +360,17 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
             settings[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"--set {key}: cannot be read as a YAML value: {value!r}.") from error
+        _check_plain(settings[key], f"--set {key}")
     return settings
+
+
+def _check_plain(value: Any, where: str) -> None:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{where}: expected text, numbers, lists and mappings only ({error}).", "Put dates and the like in quotes."
+        ) from error
 
 
 def _entered(place: Any, step: str, key: str) -> Any:
@@ -386,52 +397,60 @@ def _explained(error: ValidationError) -> str:
 
 def _line(entry: dict[str, Any]) -> str:
     """One validation error as: field, what was expected, what was found, what to do."""
-    place = [step for step in entry["loc"] if not isinstance(step, str) or step not in _TAGS]
-    field = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in place).lstrip(".") or "recipe"
     kind, message = entry["type"], entry["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        return f"{field}: unknown key. {nearest(str(place[-1]), _fields(entry['loc'][:-1]))}"
+        place, part = _place(entry["loc"][:-1])
+        key = str(entry["loc"][-1])
+        return f"{_written([*place, key])}: unknown key. {nearest(key, list(part.model_fields))}"
+    field = _written(_place(entry["loc"])[0])
     if kind == "missing":
         return f"{field}: missing; {_article(field)}."
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        given = (
-            entry["input"].get(entry["ctx"]["discriminator"].strip("'")) if isinstance(entry["input"], dict) else None
-        )
         name = entry["ctx"]["discriminator"].strip("'")
-        known = [tag.strip(" '") for tag in entry["ctx"].get("expected_tags", ", ".join(_TAGS)).split(",")]
-        return f"{field}.{name}: expected one of {', '.join(known)}, found {given!r}. " + (
-            nearest(str(given), known) if given else ""
-        )
+        given = entry["input"].get(name) if isinstance(entry["input"], dict) else None
+        hint = f" {nearest(str(given), _TAGS[name])}" if given else ""
+        return f"{field}.{name}: expected one of {', '.join(_TAGS[name])}, found {given!r}.{hint}"
     if kind == "value_error":
         return f"{field}: {message}." if not message.startswith("objectives") else f"{message}."
     return f"{field}: {message[0].lower()}{message[1:]}, found {entry['input']!r}."
 
 
-_TAGS = ("accuracy", "call", "m2n2", "random", "cma_es", "sep_cma_es")
+_TAGS = {"type": ("accuracy", "call"), "algorithm": ("m2n2", "random", "cma_es", "sep_cma_es")}
+_PARTS: dict[str, type[Part]] = {
+    "accuracy": Accuracy,
+    "call": PythonObjective,
+    "m2n2": M2N2Search,
+    "random": RandomBox,
+    "cma_es": CmaEsBox,
+    "sep_cma_es": CmaEsBox,
+    "Call": Call,
+}
 
 
 def _article(field: str) -> str:
     return f"a recipe needs `{field}`"
 
 
-def _fields(place: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields that the part of the recipe at ``place`` knows."""
-    by_tag: dict[str, type[Part]] = {
-        "accuracy": Accuracy,
-        "call": PythonObjective,
-        "m2n2": M2N2Search,
-        "random": RandomBox,
-        "cma_es": CmaEsBox,
-        "sep_cma_es": CmaEsBox,
-    }
+def _place(steps: tuple[int | str, ...]) -> tuple[list[int | str], type[Part]]:
+    """The steps that the user wrote, without those that pydantic adds for unions, and the part they lead to."""
     part: type[Part] = Recipe
-    for step in place:
-        if step in by_tag and (step != "call" or part is Recipe):
-            part = by_tag[str(step)]
-        elif step == "Call" or step in ("data", "prepare"):
-            part = Call
-        elif isinstance(step, str) and step in part.model_fields:
-            annotation = part.model_fields[step].annotation
-            if isinstance(annotation, type) and issubclass(annotation, Part):
-                part = annotation
-    return list(part.model_fields)
+    written: list[int | str] = []
+    for step in steps:
+        if isinstance(step, int):
+            written.append(step)
+        elif step in part.model_fields:
+            written.append(step)
+            part = _part(part.model_fields[step].annotation) or part
+        else:
+            part = _PARTS.get(step, part)
+    return written, part
+
+
+def _part(annotation: Any) -> type[Part] | None:
+    """The one part that an annotation allows, or None."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Part)]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+def _written(steps: list[int | str]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".") or "recipe"
