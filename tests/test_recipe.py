@@ -1,0 +1,548 @@
+"""Recipes: what is refused and in which words, what the signature covers, and round trips."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from experiments import compose
+from experiments.recipe import Recipe, apply_settings, parse_settings
+from fitness.specs import CallSpec
+from populations.errors import InputError
+from populations.gram import GramTable
+from populations.niches import NicheArchive
+from populations.population import ElitistArchive
+from populations.space import Space
+from search.cma_es import CmaEs
+from search.m2n2 import M2N2
+
+PACKAGE = Path(__file__).parent.parent / "experiments" / "recipes"
+PLAIN: dict[str, Any] = {
+    "name": "plain",
+    "models": {"experts": ["a.safetensors", "b.safetensors"], "base": "base.safetensors"},
+    "merge": {"operator": "task_arithmetic"},
+    "objectives": {
+        "search": [{"name": "one", "type": "call", "call": "m:f", "arguments": {"x": 1}}],
+        "held_out": [{"name": "one", "type": "accuracy", "data": {"call": "m:data"}, "batch": 64}],
+    },
+    "budget": {"evaluations": 100},
+}
+ALGORITHMS = ("m2n2", "random", "cma_es", "sep_cma_es")
+
+
+def changed(**settings: Any) -> dict[str, Any]:
+    """``PLAIN`` with fields replaced; a double underscore stands for a dot."""
+    return apply_settings(PLAIN, {key.replace("__", "."): value for key, value in settings.items()})
+
+
+def refusal(record: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        Recipe.from_record(record)
+    return str(caught.value)
+
+
+# -- unknown keys --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"),
+    [
+        ("", "sede", "seed"),
+        ("", "objektives", "objectives"),
+        ("models", "expert", "experts"),
+        ("merge", "opperator", "operator"),
+        ("objectives", "heldout", "held_out"),
+        ("objectives.search.0", "argument", "arguments"),
+        ("objectives.held_out.0", "batches", "batch"),
+        ("objectives.held_out.0.data", "arguments_", "arguments"),
+        ("budget", "evaluation", "evaluations"),
+        ("scoring", "inflight", "in_flight"),
+        ("runtime", "worker", "workers"),
+        ("tracking", "url", "uri"),
+        ("prepare", "argumants", "arguments"),
+        ("models.architecture", "argumants", "arguments"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(key: str, wrong: str, right: str) -> None:
+    record = changed(prepare={"call": "m:f"}, models__architecture={"call": "m:f"}, scoring={}, runtime={}, tracking={})
+    record = apply_settings(record, {f"{key}.{wrong}".lstrip("."): 1})
+    place = key.replace(".0", "[0]")
+    assert f"{place}.{wrong}: unknown key. Did you mean {right!r}?".lstrip(".") in refusal(record)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_unknown_key_of_each_algorithm(algorithm: str) -> None:
+    message = refusal(changed(search={"algorithm": algorithm, "archiv": 3}))
+    assert message == "search.archiv: unknown key. Did you mean 'archive'?"
+
+
+def test_a_key_of_another_algorithm_is_unknown() -> None:
+    assert "search.alpha: unknown key." in refusal(changed(search={"algorithm": "random", "alpha": 1.0}))
+    assert "search.sigma: unknown key." in refusal(changed(search={"algorithm": "m2n2", "sigma": 1.0}))
+
+
+def test_a_key_like_nothing_lists_what_there_is() -> None:
+    assert "budget.zzzzzz: unknown key. Known: evaluations, seconds." in refusal(changed(budget__zzzzzz=1))
+
+
+def test_many_errors_are_told_together_but_not_all() -> None:
+    message = refusal(PLAIN | {f"unknown{i}": i for i in range(9)})
+    assert message.count("unknown key") == 5
+    assert message.endswith("... and 4 more.")
+
+
+# -- wrong values --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"seed": "many"}, "seed: input should be a valid integer"),
+        ({"seed": -1}, "seed: input should be greater than or equal to 0, found -1."),
+        ({"name": "a/b"}, "name: string should match pattern"),
+        ({"name": ""}, "name: string should match pattern"),
+        ({"models__experts": []}, "models.experts: "),
+        ({"models__experts": "a.safetensors"}, "models.experts: "),
+        ({"models__experts__0": 3}, "models.experts[0]: input should be a valid string, found 3."),
+        ({"models__names": ["one"]}, "models: names: expected 2, one an expert, found 1."),
+        ({"merge__dtype": "float64"}, "merge.dtype: "),
+        ({"budget": {}}, "budget: expected evaluations, seconds or both, found neither."),
+        ({"budget__evaluations": 0}, "budget.evaluations: "),
+        ({"budget__seconds": 0}, "budget.seconds: "),
+        ({"search": {"algorithm": "m2n2", "archive": 1}}, "search.archive: "),
+        ({"search": {"algorithm": "m2n2", "alpha": -1}}, "search.alpha: "),
+        ({"search": {"algorithm": "m2n2", "crossover": False}}, "search: crossover: without it and with mutation 0"),
+        ({"search": {"algorithm": "random", "low": 1.0, "high": 1.0}}, "search: low: expected less than high (1.0)"),
+        ({"search": {"algorithm": "cma_es", "start": 2.0}}, "search: start: expected between 0.0 and 1.0, found 2.0."),
+        ({"search": {"algorithm": "cma_es", "sigma": 0}}, "search.sigma: "),
+        ({"scoring": {"batch": 0}}, "scoring.batch: "),
+        ({"scoring": {"batch": 8, "in_flight": 4}}, "scoring: in_flight: expected at least batch (8), found 4."),
+        ({"scoring": {"order": "random"}}, "scoring.order: "),
+        ({"runtime": {"pool": "threads"}}, "runtime.pool: "),
+        ({"runtime": {"workers": 0}}, "runtime.workers: "),
+        ({"tracking": {"mlflow": "perhaps"}}, "tracking.mlflow: "),
+        ({"objectives__search": []}, "objectives.search: "),
+        ({"prepare": {"arguments": {}}}, "prepare.call: missing"),
+        ({"prepare": 3}, "prepare: "),
+    ],
+)
+def test_a_wrong_value_is_refused_by_field(settings: dict[str, Any], expected: str) -> None:
+    assert refusal(changed(**settings)).startswith(expected)
+
+
+@pytest.mark.parametrize("field", ["name", "models", "objectives", "budget"])
+def test_a_missing_part_is_named(field: str) -> None:
+    assert refusal({k: v for k, v in PLAIN.items() if k != field}).startswith(f"{field}: missing")
+
+
+def test_an_unknown_algorithm_or_objective_type_lists_the_known_ones() -> None:
+    message = refusal(changed(search={"algorithm": "cma-es"}))
+    assert message.startswith("search.algorithm: expected one of m2n2, random, cma_es, sep_cma_es, found 'cma-es'.")
+    assert "Did you mean 'cma_es'?" in message
+    message = refusal(changed(objectives__search=[{"name": "a", "type": "accurracy"}]))
+    assert message.startswith("objectives.search[0].type: expected one of accuracy, call, found 'accurracy'.")
+    assert "Did you mean 'accuracy'?" in message
+
+
+def test_a_missing_algorithm_or_type_lists_the_known_ones() -> None:
+    message = refusal(changed(search={"archive": 10}))
+    assert message.startswith("search.algorithm: expected one of m2n2, random, cma_es, sep_cma_es, found None.")
+    message = refusal(changed(objectives__search=[{"name": "a", "call": "m:f"}]))
+    assert message.startswith("objectives.search[0].type: expected one of accuracy, call, found None.")
+
+
+def test_objectives_of_one_name_are_refused() -> None:
+    twice = [PLAIN["objectives"]["search"][0]] * 2
+    assert "search: expected objectives of different names, found ['one', 'one']" in refusal(
+        changed(objectives__search=twice)
+    )
+    held_out = {"search": PLAIN["objectives"]["search"], "held_out": PLAIN["objectives"]["search"]}
+    Recipe.from_record(changed(objectives=held_out))  # the same name in both groups is the normal case
+
+
+def test_m2n2_refuses_to_minimise_and_says_what_to_do() -> None:
+    record = changed(objectives__search__0__direction="minimize")
+    message = refusal(record)
+    assert message.startswith("objectives.search: m2n2 shares out scores to maximise, found direction minimize")
+    assert "exp(-loss)" in message
+    for algorithm in ALGORITHMS[1:]:
+        Recipe.from_record(apply_settings(record, {"search": {"algorithm": algorithm}}))
+
+
+def test_accuracy_is_not_minimised() -> None:
+    assert refusal(changed(objectives__held_out__0__direction="minimize")).startswith(
+        "objectives.held_out[0].direction: "
+    )
+
+
+def test_prepared_paths_need_a_preparation_step() -> None:
+    record = changed(models__experts=["prepared:a.safetensors"])
+    assert "models: paths begin with 'prepared:' but the recipe has no `prepare` step" in refusal(record)
+    record = changed(models__base="prepared:a.safetensors")
+    assert "no `prepare` step" in refusal(record)
+    Recipe.from_record(apply_settings(record, {"prepare": {"call": "m:f"}}))
+
+
+def test_recipes_do_not_change() -> None:
+    recipe = Recipe.from_record(PLAIN)
+    with pytest.raises(ValidationError):
+        recipe.seed = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        recipe.search.archive = 3
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, record: Any = PLAIN) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(record if isinstance(record, str) else yaml.safe_dump(record))
+    return path
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing\.yaml: no such recipe\. Ready ones are in"):
+        Recipe.from_yaml(tmp_path / "nothing.yaml")
+    with pytest.raises(InputError, match="cannot be read as YAML"):
+        Recipe.from_yaml(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2", "a: b: c", "\tname: x"])
+def test_a_file_that_is_not_yaml(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"recipe\.yaml: cannot be read as YAML"):
+        Recipe.from_yaml(written(tmp_path, text))
+
+
+def test_a_binary_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(InputError, match="cannot be read as YAML"):
+        Recipe.from_yaml(path)
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "NoneType"), ("[1, 2]", "list"), ("hello", "str")])
+def test_a_file_of_something_else(tmp_path: Path, text: str, found: str) -> None:
+    with pytest.raises(InputError, match=f"expected a mapping of recipe fields, found {found}"):
+        Recipe.from_yaml(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("line", ["seed: 2024-01-01", "2024-01-01: 3", "name: !!binary aGVsbG8=", "1: 2"])
+def test_yaml_that_no_recipe_has(tmp_path: Path, line: str) -> None:
+    with pytest.raises(InputError):
+        Recipe.from_yaml(written(tmp_path, yaml.safe_dump({k: v for k, v in PLAIN.items() if k != "name"}) + line))
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    record = changed(
+        models__experts=["a.safetensors", "sub/b", "/absolute/c", "prepared:d", "../e"], prepare={"call": "m:f"}
+    )
+    models = Recipe.from_yaml(written(tmp_path / "folder", record)).models
+    folder = (tmp_path / "folder").resolve()
+    assert models.experts[:4] == (f"{folder}/a.safetensors", f"{folder}/sub/b", "/absolute/c", "prepared:d")
+    assert Path(models.experts[4]).resolve() == folder.parent / "e"
+    assert models.base == f"{folder}/base.safetensors"
+
+
+def test_the_ready_recipes_are_valid() -> None:
+    recipes = sorted(PACKAGE.glob("*.yaml"))
+    assert len(recipes) >= 2
+    for path in recipes:
+        recipe = Recipe.from_yaml(path)
+        assert recipe.name == path.stem
+        assert recipe.objectives.held_out  # no result without data the search has not seen
+
+
+# -- settings ------------------------------------------------------------------------------------------------
+
+
+def test_settings_replace_fields_by_dotted_name(tmp_path: Path) -> None:
+    settings = parse_settings(
+        ["seed=3", "search.alpha=0", "objectives.search.0.name=new", "merge.dtype=null", "tracking.uri=http://h:1/a=b"]
+    )
+    assert settings == {
+        "seed": 3,
+        "search.alpha": 0,
+        "objectives.search.0.name": "new",
+        "merge.dtype": None,
+        "tracking.uri": "http://h:1/a=b",
+    }
+    path = written(tmp_path, changed(search={"algorithm": "m2n2"}))
+    recipe = Recipe.from_yaml(path, settings)
+    assert (recipe.seed, recipe.search.alpha) == (3, 0.0)  # type: ignore[union-attr]
+    assert recipe.objectives.search[0].name == "new"
+    assert recipe.tracking.uri == "http://h:1/a=b"
+
+
+def test_settings_do_not_touch_what_they_are_applied_to() -> None:
+    before = copy.deepcopy(PLAIN)
+    apply_settings(PLAIN, {"objectives.search.0.name": "new", "scoring.batch": 3})
+    assert before == PLAIN
+
+
+@pytest.mark.parametrize("pair", ["seed", "=3", ""])
+def test_a_setting_without_a_key_or_value(pair: str) -> None:
+    with pytest.raises(InputError, match="--set: expected key=value"):
+        parse_settings([pair])
+
+
+def test_a_setting_that_is_not_yaml() -> None:
+    with pytest.raises(InputError, match="--set seed: cannot be read as a YAML value"):
+        parse_settings(["seed=[1, 2"])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("objectives.search.7.name", "expected a position from 0 to 0, found '7'"),
+        ("objectives.search.first.name", "expected a position from 0 to 0, found 'first'"),
+        ("objectives.search.7", "expected a position from 0 to 0, found '7'"),
+        ("name.first", "'name' is 'plain', it has no fields"),
+        ("objectives.search.0.name.first", "'name' is 'one', it has no fields"),
+    ],
+)
+def test_a_setting_of_what_is_not_there(key: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        apply_settings(PLAIN, {key: 1})
+    assert str(caught.value).startswith(f"--set {key}: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "right"), [("sed", "seed"), ("search.alpa", "alpha"), ("runtime.worker", "workers")])
+def test_a_setting_of_an_unknown_key_has_a_suggestion(tmp_path: Path, key: str, right: str) -> None:
+    path = written(tmp_path, changed(search={"algorithm": "m2n2"}))
+    with pytest.raises(InputError, match=f"{key}: unknown key. Did you mean '{right}'"):
+        Recipe.from_yaml(path, {key: 1})
+
+
+# -- signature and record ------------------------------------------------------------------------------------
+
+FULL = changed(
+    prepare={"call": "m:f", "arguments": {"n": 1}},
+    models__architecture={"call": "m:a"},
+    models__names=["x", "y"],
+    search={"algorithm": "m2n2"},
+    scoring={"batch": 4},
+    runtime={"pool": "serial"},
+    tracking={"mlflow": False},
+)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"name": "other"},
+        {"budget": {"seconds": 3.0}},
+        {"budget.evaluations": 5},
+        {"runtime": {"pool": "ray", "workers": 7}},
+        {"runtime.attempts": 9},
+        {"tracking": {"uri": "http://host:1", "experiment": "e"}},
+    ],
+)
+def test_the_signature_leaves_out_where_and_how_long(setting: dict[str, Any]) -> None:
+    assert Recipe.from_record(apply_settings(FULL, setting)).signature == Recipe.from_record(FULL).signature
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"prepare.call": "m:g"},
+    {"prepare.arguments.n": 2},
+    {"models.experts.0": "c.safetensors"},
+    {"models.experts": ["b.safetensors", "a.safetensors"]},
+    {"models.base": "other.safetensors"},
+    {"models.names": ["y", "x"]},
+    {"models.architecture.call": "m:b"},
+    {"models.architecture": "auto"},
+    {"merge.operator": "linear"},
+    {"merge.dtype": "bfloat16"},
+    {"objectives.search.0.name": "two"},
+    {"objectives.search.0.call": "m:g"},
+    {"objectives.search.0.arguments.x": 2},
+    {"objectives.held_out": []},
+    {"objectives.held_out.0.batch": 32},
+    {"objectives.held_out.0.data.call": "m:other"},
+    {"search.archive": 21},
+    {"search.alpha": 0.5},
+    {"search.resource": "one"},
+    {"search.attraction": False},
+    {"search.split": False},
+    {"search.interpolation": "linear"},
+    {"search.granularity": "tensor"},
+    {"search.mutation": 0.1},
+    {"search.max_segments": 5},
+    {"search": {"algorithm": "random"}},
+    {"search": {"algorithm": "cma_es"}},
+    {"search": {"algorithm": "sep_cma_es"}},
+    {"scoring.batch": 5},
+    {"scoring.in_flight": 40},
+    {"scoring.order": "arrival"},
+    {"scoring.threads": 2},
+    {"scoring.device": "cpu"},
+]
+
+
+def test_the_signature_covers_everything_that_changes_results() -> None:
+    signatures = [Recipe.from_record(apply_settings(FULL, change)).signature for change in CHANGES]
+    signatures.append(Recipe.from_record(FULL).signature)
+    assert len(set(signatures)) == len(CHANGES) + 1
+    assert all(len(signature) == 16 for signature in signatures)
+
+
+def test_a_default_written_out_is_the_same_recipe() -> None:
+    spelled = apply_settings(FULL, {"search.archive": 20, "seed": 0, "scoring.order": "strict"})
+    assert Recipe.from_record(spelled).signature == Recipe.from_record(FULL).signature
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_record_is_plain_and_gives_the_recipe_back(algorithm: str) -> None:
+    recipe = Recipe.from_record(apply_settings(FULL, {"search": {"algorithm": algorithm}}))
+    record = yaml.safe_load(yaml.safe_dump(recipe.record()))
+    assert Recipe.from_record(record) == recipe
+    assert Recipe.from_record(record).signature == recipe.signature
+
+
+# -- what it is composed to ----------------------------------------------------------------------------------
+
+
+def small_space() -> Space:
+    vectors = np.random.default_rng(0).standard_normal((2, 12)).astype(np.float32)
+    return Space(
+        ("a", "b"),
+        ("s", "t"),
+        np.array([0, 5, 12]),
+        ("s",),
+        np.array([0, 12]),
+        GramTable.from_vectors(vectors),
+        np.eye(2),
+        ("a", "b"),
+        vectors,
+    )
+
+
+def test_every_switch_of_m2n2_reaches_it() -> None:
+    switches = {
+        "attraction": False,
+        "split": False,
+        "crossover": False,
+        "interpolation": "linear",
+        "granularity": "tensor",
+        "mutation": 0.5,
+        "max_segments": 7,
+    }
+    part = {"algorithm": "m2n2", "archive": 3, "alpha": 0.5, "resource": "one", **switches}
+    search, population = compose.make_search(Recipe.from_record(changed(search=part, seed=9)), small_space())
+    assert isinstance(search, M2N2)
+    assert vars(search.settings) == switches
+    assert search.seed == 9
+    assert isinstance(population, NicheArchive)
+    assert (population.capacity, population.alpha, population.resource) == (3, 0.5, "one")
+    assert search.archive is population
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS[1:])
+def test_boxes_reach_their_search(algorithm: str) -> None:
+    part = {"algorithm": algorithm, "granularity": "tensor", "low": -2.0, "high": 0.5, "archive": 4}
+    if algorithm != "random":
+        part |= {"start": -1.0, "sigma": 0.4, "population_size": 5}
+    search, population = compose.make_search(Recipe.from_record(changed(search=part)), small_space())
+    points = [trial.genome for trial in search.ask(5)]
+    assert all(point.boundaries.tolist() == [0, 5, 12] for point in points)
+    assert all(point.coefficients.min() >= -2.0 and point.coefficients.max() <= 0.5 for point in points)
+    assert isinstance(population, ElitistArchive)
+    assert population.capacity == 4
+    if isinstance(search, CmaEs):
+        assert search.ask(1) == []  # the generation of five is out
+        assert type(search._optimiser).__name__ == ("SepCMA" if algorithm == "sep_cma_es" else "CMA")
+
+
+def test_the_schedule_is_that_of_scoring_and_budget() -> None:
+    recipe = Recipe.from_record(changed(scoring={"batch": 3, "order": "arrival"}, budget={"seconds": 9.0}))
+    schedule = compose.make_schedule(recipe)
+    assert (schedule.batch, schedule.in_flight, schedule.order) == (3, 6, "arrival")
+    assert (schedule.evaluations, schedule.seconds) == (None, 9.0)
+    wider = Recipe.from_record(changed(scoring={"batch": 3, "in_flight": 20}))
+    assert compose.make_schedule(wider).in_flight == 20
+
+
+def test_the_worker_is_told_everything() -> None:
+    recipe = Recipe.from_record(FULL | {"merge": {"operator": "task_arithmetic", "dtype": "bfloat16"}})
+    spec = compose.worker_spec(recipe, None, ("folder",))
+    assert (spec.experts, spec.base) == (("a.safetensors", "b.safetensors"), "base.safetensors")
+    assert (spec.operator, spec.names, spec.dtype, spec.dense) == ("task_arithmetic", ("x", "y"), "bfloat16", False)
+    assert spec.sys_path == ("folder",)
+    (one,), (held_out,) = spec.search, spec.held_out
+    assert (one.goal.name, one.type, one.call) == ("one", "call", CallSpec("m:f", {"x": 1}))
+    assert (held_out.type, held_out.data, held_out.batch) == ("accuracy", CallSpec("m:data", {}), 64)
+    dense = Recipe.from_record(apply_settings(FULL, {"search.mutation": 0.1}))
+    assert compose.worker_spec(dense, None).dense
+
+
+# -- preparation ---------------------------------------------------------------------------------------------
+
+MODULE = """
+from pathlib import Path
+
+def write(directory, seed=0, fail=False):
+    Path(directory, "half").write_text("x")
+    if fail:
+        raise RuntimeError("no power")
+    Path(directory, "seed").write_text(str(seed))
+
+def seedless(directory):
+    Path(directory, "made").write_text("x")
+"""
+
+
+@pytest.fixture
+def preparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function from settings to a recipe that prepares with the module above, in a cache of its own."""
+    (tmp_path / "preparing_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("ECOTONE_CACHE", str(tmp_path / "cache"))
+    return lambda **settings: Recipe.from_record(changed(prepare={"call": "preparing_module:write"}, **settings))
+
+
+def test_preparation_is_done_once_and_depends_on_its_arguments(preparing: Any) -> None:
+    first = compose.prepare(preparing(seed=4))
+    assert first is not None
+    assert (first / "seed").read_text() == "4"
+    (first / "seed").write_text("touched")
+    assert compose.prepare(preparing(seed=4)) == first
+    assert (first / "seed").read_text() == "touched"
+    second = compose.prepare(preparing(seed=5))
+    assert second not in (None, first)
+    given = compose.prepare(preparing(seed=5, prepare__arguments={"seed": 1}))
+    assert given is not None
+    assert (given / "seed").read_text() == "1"
+    seedless = compose.prepare(preparing(prepare__call="preparing_module:seedless"))
+    assert seedless == compose.prepare(preparing(prepare__call="preparing_module:seedless", seed=77))
+
+
+def test_a_preparation_that_fails_leaves_nothing(preparing: Any, tmp_path: Path) -> None:
+    recipe = preparing(prepare__arguments={"fail": True})
+    with pytest.raises(InputError, match="prepare: preparing_module:write failed: RuntimeError: no power"):
+        compose.prepare(recipe)
+    assert not [path for path in (tmp_path / "cache" / "prepared").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("preparing_module:wirte", "Did you mean 'write'"),
+        ("preparing_modul:write", "no module named 'preparing_modul'"),
+        ("preparing_module.write", "expected 'package.module:function'"),
+    ],
+)
+def test_a_preparation_that_cannot_be_found(preparing: Any, call: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        compose.prepare(preparing(prepare__call=call))
+
+
+def test_a_recipe_without_preparation_has_no_folder() -> None:
+    assert compose.prepare(Recipe.from_record(PLAIN)) is None
