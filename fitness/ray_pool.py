@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import pickle
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -404,13 +405,17 @@ class RayPool:
 
 
 def _ray(local: bool) -> Any:
-    """Ray, imported with the settings it reads at import: no usage reports, tokens, and loopback where it is ours."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if local:
-        # Despite its name it holds on every system: without clusters, Ray listens on the loopback address only.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    """Ray, imported with the settings it reads then: no usage reports, tokens, and loopback where the cluster is ours.
+
+    Where somebody has imported it before, their settings hold: half of them changed afterwards would not fit the rest.
+    """
+    if "ray" not in sys.modules:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if local:
+            # Despite its name it holds on every system: without clusters, Ray listens on the loopback address only.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
