@@ -19,6 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 BLOCK = 4096  # elements formed at a time; a few blocks fit in the innermost cache
+LINE = 64  # bytes of a cache line
 _LOW = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _HALF = np.uint32(16)
@@ -45,6 +46,20 @@ def _as_float(_context: Any, _bits: Any) -> Any:
 def _as_bits(_context: Any, _value: Any) -> Any:
     """The 32 bits of a float32."""
     return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def _stream(_context: Any, _target: Any, _source: Any) -> Any:
+    """Copy one cache line past the caches; ``target`` must be a multiple of 64."""
+
+    def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
+        line = ir.VectorType(ir.IntType(64), 8).as_pointer()
+        value = builder.load(builder.inttoptr(args[1], line), align=1)
+        store = builder.store(value, builder.inttoptr(args[0], line), align=LINE)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return ir.Constant(ir.IntType(64), 0)
+
+    return types.int64(types.intp, types.intp), generate
 
 
 def _wide(value):
@@ -216,6 +231,7 @@ def _mix(sources, outs, kind, width, start, size, edges, first, weights, residua
         residuals: (B,) addresses of the candidates' residuals at position 0 of the flat vector, 0 for none.
     """
     total = np.empty(BLOCK, np.float32)
+    formed = np.empty(BLOCK, kind)
     terms = np.zeros(len(sources) + 4, np.int64)
     segment = np.empty(len(outs), np.int64)
     for b in range(len(outs)):
@@ -224,17 +240,25 @@ def _mix(sources, outs, kind, width, start, size, edges, first, weights, residua
     for low in range(0, size, BLOCK):
         high = min(low + BLOCK, size)
         for b in range(len(outs)):
+            target, nbytes = outs[b] + width * low, width * (high - low)
+            past = width == 4 and target % LINE == 0 and nbytes % LINE == 0
             at = low
             while at < high:
                 edge = edges[segment[b] + 1] - start
                 end = min(edge, high)
-                out = carray(_pointer(outs[b] + width * at), (end - at,), kind)
+                # Whole lines of float32 go past the caches, as in a large copy: an ordinary store reads the line first.
+                # In bfloat16 arithmetic is the bound and the detour costs more than it saves.
+                place = formed.ctypes.data + width * (at - low) if past else outs[b] + width * at
+                out = carray(_pointer(place), (end - at,), kind)
                 residual = residuals[b] + 4 * (start + at) if residuals[b] != 0 else 0
                 row = weights[segment[b] - b]
                 _blend(out, total[: end - at], sources, kind, width * at, row, terms, residual)
                 at = end
                 if at == edge:
                     segment[b] += 1
+            if past:
+                for offset in range(0, nbytes, LINE):
+                    _stream(target + offset, formed.ctypes.data + offset)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:

@@ -6,8 +6,8 @@ Each product and each sum is rounded to float32 (float64 for float64 sources), i
 terms of weight zero are left out; then comes one rounding to the type of the output. No fused multiply-add and no
 matrix product: every backend, chunk size, thread count and set of candidates gives the same bits.
 
-Three backends: numpy on chunks that stay in cache (always there), loops compiled by numba for large models where it
-is installed (``merging.compiled``), and torch on CUDA devices.
+Backends: numpy, one thread, on chunks that stay in cache, for small models, where overhead counts; for large ones
+loops compiled by numba where it is installed (``merging.compiled``), otherwise and on CUDA devices torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from populations.genome import Floats, Integers
 
 CHUNK = 32_640  # elements: the float32 copies stay in L2, and torch splits nothing below 32,768 over threads
 COMPILED_SPAN = 262_144  # elements a call of a compiled loop; it blocks for the cache itself
-CUDA_SPAN = 16_777_216
+TORCH_SPAN = 131_072  # elements a thread
+CUDA_SPAN = 4_194_304
 SMALL = 16_777_216  # elements of all sources together below which compiling or loading loops does not pay
 
 Part = TypeVar("Part")
@@ -61,10 +62,12 @@ class Mixture:
         """The weights in float32."""
         return self.weights.astype(np.float32)
 
-    def between(self, start: int, stop: int) -> tuple[slice, NDArray[np.int64]]:
+    def between(self, start: int, stop: int) -> tuple[slice, Integers]:
         """The segments that meet positions start to stop, and their borders there, counted from start."""
         first, last = bisect_right(self.edges, start) - 1, bisect_left(self.edges, stop)
-        return slice(first, last), np.clip(self.borders[first : last + 1], start, stop) - start
+        borders = self.borders[first : last + 1] - start
+        borders[0], borders[-1] = 0, stop - start
+        return slice(first, last), borders
 
 
 def mix(
@@ -73,7 +76,7 @@ def mix(
     """Fill one flat stretch of every candidate.
 
     Args:
-        sources: J flat tensors of one length, the stretch of each checkpoint, in main memory.
+        sources: J flat tensors of one length, the stretch of each checkpoint, in main memory or on the outputs' device.
         start: The stretch's first position in the flat vector.
         mixtures: B candidates.
         outs: B flat contiguous tensors of that length, on one device; they must not overlap the sources.
@@ -81,7 +84,9 @@ def mix(
     """
     size = sources[0].numel()
     if outs[0].is_cuda:
-        _over_chunks(size, CUDA_SPAN, 1, lambda s: _on_cuda(_cut(sources, s), start + s.start, mixtures, _cut(outs, s)))
+        _over_chunks(
+            size, CUDA_SPAN, 1, lambda s: _by_torch(_cut(sources, s), start + s.start, mixtures, _cut(outs, s))
+        )
     elif large and compiled.supports(sources, outs):
         batch, threads = compiled.Batch(mixtures), torch.get_num_threads()
         _over_chunks(
@@ -165,9 +170,10 @@ def _stager(sources: Sequence[Tensor], device: torch.device) -> Callable[[int], 
     return stage
 
 
-# -- numpy ---------------------------------------------------------------------------------------------------
+# -- numpy --------------------------------------------------------------------------------------------------
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a bad candidate is a result
 def _in_cache(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor]) -> None:
     size, kind, here = sources[0].numel(), _accumulator(sources), outs[0].device
     stage = _stager(sources, here)
@@ -177,8 +183,7 @@ def _in_cache(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture]
         part, edges = mixture.between(start, start + size)
         rows = (mixture.single if kind == torch.float32 else mixture.weights)[part]
         residual = None if mixture.residual is None else mixture.residual[start : start + size]
-        with np.errstate(over="ignore", invalid="ignore"):  # a bad candidate is a result
-            _sum(lambda j: stage(j).numpy(), rows, np.diff(edges), total.numpy(), term, residual)
+        _sum(lambda j: stage(j).numpy(), rows, edges[1:] - edges[:-1], total.numpy(), term, residual)
         if total is not out:
             out.copy_(total)
 
@@ -192,15 +197,16 @@ def _sum(
     residual: NDArray[np.float32] | None,
 ) -> None:
     """Fill ``total`` with the weighted sum where segment s, of ``lengths[s]`` elements, has the weights ``rows[s]``."""
-    used = [j for j in range(rows.shape[1]) if rows[:, j].any()]
+    absent = rows == 0
+    used = np.flatnonzero(~absent.all(axis=0)).tolist()
     for number, j in enumerate(used):
-        weights, into = rows[:, j], term if number else total
-        if len(weights) == 1:
-            np.multiply(source(j), weights[0], out=into)
+        into = term if number else total
+        if len(rows) == 1:
+            np.multiply(source(j), rows[0, j], out=into)
         else:
-            np.multiply(source(j), np.repeat(weights, lengths), out=into)
-            if not weights.all():  # -0.0 is what leaves every other number as it is
-                np.copyto(into, -0.0, where=np.repeat(weights == 0, lengths))
+            np.multiply(source(j), rows[:, j].repeat(lengths), out=into)
+            if absent[:, j].any():  # -0.0 is what leaves every other number as it is
+                np.copyto(into, -0.0, where=absent[:, j].repeat(lengths))
         if number:
             np.add(total, term, out=total)
     if residual is not None:
@@ -210,14 +216,14 @@ def _sum(
             np.copyto(total, residual)
     elif not used:
         total.fill(0.0)
-    elif len(rows) > 1 and not rows.any(axis=1).all():
-        np.copyto(total, 0.0, where=np.repeat(~rows.any(axis=1), lengths))
+    elif len(rows) > 1 and absent.all(axis=1).any():
+        np.copyto(total, 0.0, where=absent.all(axis=1).repeat(lengths))
 
 
-# -- CUDA ----------------------------------------------------------------------------------------------------
+# -- torch: large models without numba, and CUDA ---------------------------------------------------------------------------------------------------
 
 
-def _on_cuda(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor]) -> None:
+def _by_torch(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor]) -> None:
     size, kind, device = sources[0].numel(), _accumulator(sources), outs[0].device
     stage = _stager(_moved(sources, device), device)
     term = _scratch.get("term", size, kind, device)
@@ -235,12 +241,14 @@ def _on_cuda(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture],
 
 
 def _moved(sources: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The sources in their own types on the device, through page-locked memory."""
+    """The sources in their own types on the device; those in main memory go through page-locked memory."""
     moved = []
     for index, source in enumerate(sources):
-        target = _scratch.get(f"moved {index}", source.numel(), source.dtype, device)
-        target.copy_(source.pin_memory(), non_blocking=True)
-        moved.append(target)
+        if source.device != device:
+            target = _scratch.get(f"moved {index}", source.numel(), source.dtype, device)
+            moved.append(target.copy_(source.pin_memory(), non_blocking=True))
+        else:
+            moved.append(source)
     return moved
 
 

@@ -21,6 +21,7 @@ from populations.errors import InputError
 from populations.genome import Genome
 from populations.space import Space
 
+DEVICE_SHARE = 0.25  # of a CUDA device's free memory: sources that fit in it stay on the device
 RESIDENT_BYTES = 256 * 2**20  # models whose sources fit in this are kept in memory for ``stack``
 
 
@@ -44,6 +45,7 @@ class Sources:
         self.operator = operator
         self.experts = tuple(experts)
         self.base = base
+        self._kept: dict[torch.device, dict[str, list[Tensor]] | None] = {}
         self.loads = 0
         """Tensors read so far, each checkpoint's counted."""
 
@@ -176,7 +178,7 @@ class Sources:
             for index, name in enumerate(self.layout.tensors):
                 views = [target[index] for target in targets]
                 flat = [v.view(-1) if v.is_contiguous() else v.new_empty(v.numel()) for v in views]
-                mix(self.read(name), int(borders[index]), mixtures, flat, self.large)
+                mix(self._near(name, flat[0].device), int(borders[index]), mixtures, flat, self.large)
                 for view, values in zip(views, flat, strict=True):
                     if not view.is_contiguous():
                         view.copy_(values.view(view.shape))
@@ -204,6 +206,20 @@ class Sources:
         elif mixtures:
             self.materialise(genomes, [self._views(row) for row in buffer])
         return self._views(buffer.to(device))
+
+    def _near(self, name: str, device: torch.device) -> list[Tensor]:
+        """``read(name)``, kept on a CUDA device when all sources take a small part of its free memory."""
+        if device.type != "cuda":
+            return self.read(name)
+        if device not in self._kept:
+            needed = sum(checkpoint.nbytes for checkpoint in self.checkpoints)
+            self._kept[device] = {} if needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] else None
+        kept = self._kept[device]
+        if kept is None:
+            return self.read(name)
+        if name not in kept:
+            kept[name] = [tensor.to(device) for tensor in self.read(name)]
+        return kept[name]
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         """By tensor name, views of a (..., n) buffer."""

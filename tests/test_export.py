@@ -251,11 +251,14 @@ def big(path: Path, nbytes: int, seed: int) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize(
     ("nbytes", "limit", "growth"),
-    [(64_000_000, 300, 40), pytest.param(1_000_000_000, 300, 60, marks=pytest.mark.slow)],
+    [(64_000_000, 300, 150), pytest.param(1_000_000_000, 300, 150, marks=pytest.mark.slow)],
     ids=["64 MB", "1 GB"],
 )
 def test_export_needs_a_few_chunks_of_memory(tmp_path, nbytes, limit, growth):
-    """``limit`` and ``growth`` are MB of anonymous resident memory: in all (torch included), and by the export."""
+    """``limit`` and ``growth`` are MB of anonymous resident memory: in all (torch included), and by the export.
+
+    The export itself takes about 20 MB; numba, where it is installed, 40 more, or 100 when it compiles at first use.
+    """
     paths = [big(tmp_path / f"{seed}.safetensors", nbytes, seed) for seed in range(3)]
     arguments = [sys.executable, "-c", PEAK, *map(str, paths), str(tmp_path / "merged.safetensors")]
     answer = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=250)

@@ -114,7 +114,7 @@ def test_bits_do_not_depend_on_company_threads_chunks_or_stacking(sources, out, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
-def test_compiled_loops_give_the_bits_of_numpy(tmp_path, dtype, count, monkeypatch):
+def test_backends_for_large_models_give_the_bits_of_numpy(tmp_path, dtype, count, monkeypatch):
     pytest.importorskip("numba")
     sources = Sources.open(models(tmp_path, count, dtype))
     genomes = [random_genome(sources, s, s, residual=s % 2 == 0) for s in (1, 2, 9, 300)]
@@ -127,8 +127,13 @@ def test_compiled_loops_give_the_bits_of_numpy(tmp_path, dtype, count, monkeypat
     assert merging.compiled.supports([torch.ones(2, dtype=dtype)], [torch.ones(2, dtype=dtype)])
     fast = [empty(sources, dtype) for _ in genomes]
     sources.materialise(genomes, fast)
-    for one, two in zip(plain, fast, strict=True):
+    monkeypatch.setattr(merging.compiled, "supports", lambda *_: False)
+    monkeypatch.setattr(kernel, "TORCH_SPAN", 5_003)
+    slow = [empty(sources, dtype) for _ in genomes]
+    sources.materialise(genomes, slow)
+    for one, two, three in zip(plain, fast, slow, strict=True):
         assert all(torch.equal(bits(one[name]), bits(two[name])) for name in one)
+        assert all(torch.equal(bits(one[name]), bits(three[name])) for name in one)
 
 
 def test_compiled_loops_round_every_bfloat16_as_torch_does():
