@@ -77,7 +77,9 @@ def _plain_directory(
 
 
 def _recipe(run: Run) -> Recipe:
+    """The run's recipe; its own Python modules, as its preparation step may be one, can be imported then."""
     with run.journal() as journal:
+        compose.python_paths(tuple(json.loads(journal.fact("sys_path") or "[]")))
         return Recipe.from_record(json.loads(journal.fact("recipe") or "{}"))
 
 
