@@ -1,0 +1,623 @@
+"""The command line as a user meets it: shapes of its JSON, exit codes, and words instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from experiments import cli
+
+# Two small models and objectives over them; the recipe's own module, beside it.
+TOYS = '''
+import math
+import numpy as np
+import torch
+
+PROBES = np.random.default_rng(0).standard_normal((40, 27))
+
+
+def flat(model):
+    return np.concatenate([tensor.numpy().ravel() for tensor in model.values()]).astype(np.float64)
+
+
+def right(model, part=0, mode="fine"):
+    """Per-example bools of one half of the probes; ``mode`` breaks all candidates or every third."""
+    vector = flat(model)
+    often = int(abs(vector.sum()) * 1e4) % 3 == 0
+    if mode == "raise all" or (mode == "raise some" and often):
+        raise ValueError("bad label 7")
+    if mode == "nan all" or (mode == "nan some" and often):
+        return math.nan
+    answers = PROBES[part * 20 : part * 20 + 20] @ vector > 0.3
+    return float(answers.mean()), answers
+
+
+def loss(model):
+    return float(np.exp(-flat(model).mean()))
+
+
+def write_models(directory, seed=0):
+    from pathlib import Path
+    from safetensors.numpy import save_file
+    for name in ("left", "right"):
+        rng = np.random.default_rng([seed, len(name)])
+        tensors = {"w": rng.standard_normal((8, 3)).astype(np.float32), "b": np.zeros(3, np.float32)}
+        save_file(tensors, Path(directory, f"{name}.safetensors"))
+'''
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Ecotone = Callable[..., Said]
+
+
+@pytest.fixture
+def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ecotone]:
+    """The console script in this process: exit code, stdout, stderr."""
+    before, path = signal.getsignal(signal.SIGTERM), list(sys.path)
+
+    def call(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["ecotone", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Said(int(ended.value.code or 0), out, err)
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+    sys.path[:] = path
+
+
+def toy_models(folder: Path, **shapes: tuple[int, ...]) -> None:
+    for name in ("left", "right"):
+        rng = np.random.default_rng(len(name))
+        shape = shapes.get(name, (8, 3))
+        tensors = {"w": rng.standard_normal(shape).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)}
+        save_file(tensors, folder / f"{name}.safetensors")
+
+
+def toy_recipe(folder: Path, mode: str = "fine", **others: Any) -> Path:
+    """A recipe with its models and module in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cli_toys.py").write_text(TOYS)
+    toy_models(folder)
+
+    def objective(name: str, part: int) -> dict[str, Any]:
+        return {
+            "name": name,
+            "type": "call",
+            "call": "cli_toys:right",
+            "arguments": {"part": part, "mode": mode},
+        }
+
+    record = {
+        "name": "toy",
+        "models": {"experts": ["left.safetensors", "right.safetensors"]},
+        "objectives": {
+            "search": [objective("one", 0), objective("two", 1)],
+            "held_out": [objective("one", 1)],
+        },
+        "search": {"algorithm": "m2n2", "archive": 6},
+        "scoring": {"batch": 4, "in_flight": 8},
+        "budget": {"evaluations": 60},
+        "runtime": {"pool": "serial"},
+        "tracking": {"mlflow": False},
+        **others,
+    }
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(record))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, for reading only."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = toy_recipe(folder)
+    program = [sys.executable, "-m", "experiments.cli", "run", str(recipe), "--out", str(folder / "run")]
+    done = subprocess.run(program, check=False, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert "best (member" in done.stdout
+    assert "ecotone export" in done.stdout
+    return folder / "run"
+
+
+def in_words(said: Said, *parts: str, code: int = 1) -> None:
+    """One message, no traceback, the exit code of a failure."""
+    assert said.code == code
+    assert "Traceback" not in said.err
+    for part in parts:
+        assert part in said.err
+
+
+# -- help ----------------------------------------------------------------------------------------------------
+
+COMMANDS = ("run", "resume", "validate", "status", "front", "export", "verify", "ui", "sync")
+
+
+def test_help_lists_every_command(ecotone: Ecotone) -> None:
+    said = ecotone("--help")
+    assert said.code == 0
+    assert all(command in said.out for command in COMMANDS)
+    assert set(COMMANDS) == {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(ecotone: Ecotone, command: str) -> None:
+    said = ecotone(command, "--help")
+    assert said.code == 0
+    assert "Usage" in said.out
+    assert "--json" in said.out
+    assert len(said.out.splitlines()) > 8
+
+
+def test_version(ecotone: Ecotone) -> None:
+    from importlib.metadata import version
+
+    said = ecotone("--version")
+    assert (said.code, said.out) == (0, f"ecotone {version('ecotone')}\n")
+
+
+def test_wrong_usage(ecotone: Ecotone) -> None:
+    in_words(ecotone("rnu"), "No such command", code=2)
+    in_words(ecotone("run"), "Missing argument", code=2)
+    in_words(ecotone("run", "x.yaml", "--workers", "-1"), "--workers", code=2)
+    in_words(ecotone("status", "x", "--jsn"), "No such option", code=2)
+
+
+IMPORTED = """
+import sys
+sys.argv = ["ecotone", *{arguments!r}]
+from experiments import cli
+try:
+    cli.main()
+except SystemExit as ended:
+    print("code", ended.code, file=sys.stderr)
+heavy = ("torch", "ray", "mlflow", "pydantic", "transformers", "sklearn")
+print("heavy", sorted(name for name in heavy if name in sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "forbidden"),
+    [
+        (["--help"], {"torch", "ray", "mlflow", "pydantic", "transformers", "sklearn"}),
+        (["run", "--help"], {"torch", "ray", "mlflow", "transformers", "sklearn"}),
+        (["status", "RUN", "--json"], {"torch", "ray", "mlflow", "transformers", "sklearn"}),
+        (["status", "RUN"], {"torch", "ray", "mlflow", "transformers", "sklearn"}),
+        (["front", "RUN", "--json"], {"torch", "ray", "mlflow", "transformers", "sklearn"}),
+        (["front", "RUN"], {"torch", "ray", "mlflow", "transformers", "sklearn"}),
+    ],
+)
+def test_quick_commands_import_nothing_heavy(finished: Path, arguments: list[str], forbidden: set[str]) -> None:
+    program = IMPORTED.format(arguments=[str(finished) if a == "RUN" else a for a in arguments])
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=root)
+    assert "code 0" in done.stderr
+    loaded = done.stderr.split("heavy ")[1]
+    assert not {name for name in forbidden if f"'{name}'" in loaded}
+
+
+# -- run, status, front --------------------------------------------------------------------------------------
+
+
+def test_run_prints_its_status_as_json(ecotone: Ecotone, tmp_path: Path) -> None:
+    said = ecotone("run", toy_recipe(tmp_path), "--out", tmp_path / "run", "--json", "--set", "seed=3")
+    assert said.code == 0
+    assert (said.json["state"], said.json["evaluations"], said.json["seed"]) == ("finished", 60, 3)
+    assert said.json["stop_reason"] == "evaluations"
+    assert "Starting the workers" in said.err
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["seed"] == 3
+    assert ecotone("status", tmp_path / "run", "--json").json["digest"] == said.json["digest"]
+
+
+def test_status_as_json(ecotone: Ecotone, finished: Path) -> None:
+    status = ecotone("status", finished, "--json").json
+    assert status["state"] == "finished"
+    assert (status["evaluations"], status["failures"]) == (60, 0)
+    assert status["evaluations_per_second"] == pytest.approx(60 / status["seconds"])
+    assert set(status["best"]) == {"id", "scores"}
+    assert set(status["best"]["scores"]) == {"one", "two"}
+    assert len(status["digest"]) == 32
+    assert status["name"] == "toy"
+    assert status["algorithm"] == "m2n2"
+    assert status["budget"] == {"evaluations": 60, "seconds": None}
+    assert {"python", "numpy", "torch", "ecotone"} <= set(status["versions"])
+    assert status["tracking"].get("run_id") is None
+
+
+def test_status_for_a_person(ecotone: Ecotone, finished: Path) -> None:
+    said = ecotone("status", finished)
+    assert said.code == 0
+    assert "finished" in said.out
+    assert "evaluations" in said.out
+
+
+def test_front_as_json(ecotone: Ecotone, finished: Path) -> None:
+    front = ecotone("front", finished, "--json").json
+    assert front["objectives"] == [
+        {"name": "one", "direction": "maximize"},
+        {"name": "two", "direction": "maximize"},
+    ]
+    members = front["members"]
+    assert members
+    for member in members:
+        assert set(member) == {"id", "scores", "held_out", "parents"}
+        assert set(member["scores"]) == {"one", "two"}
+        assert set(member["held_out"]) == {"one"}
+        assert member["held_out"]["one"] == member["scores"]["two"]  # here they are the same examples
+    means = [sum(member["scores"].values()) / 2 for member in members]
+    assert means == sorted(means, reverse=True)
+    best = ecotone("status", finished, "--json").json["best"]
+    assert members[0]["id"] == best["id"]
+    for one in members:
+        for other in members:
+            better = [other["scores"][name] >= one["scores"][name] for name in ("one", "two")]
+            assert one is other or not all(better)
+
+
+def test_front_for_a_person(ecotone: Ecotone, finished: Path) -> None:
+    said = ecotone("front", finished)
+    assert said.code == 0
+    assert "front of" in said.out
+    assert "held out" in said.out
+
+
+def test_the_tables_show_references_and_held_out_scores(ecotone: Ecotone, tmp_path: Path) -> None:
+    said = ecotone("run", toy_recipe(tmp_path), "--out", tmp_path / "run")
+    assert said.code == 0
+    for word in ("left", "right", "average", "best (member", "held out", f"ecotone front {tmp_path / 'run'}"):
+        assert word in said.out
+
+
+def test_minimised_objectives(ecotone: Ecotone, tmp_path: Path) -> None:
+    objectives = {"search": [{"name": "loss", "type": "call", "call": "cli_toys:loss", "direction": "minimize"}]}
+    for algorithm in ("random", "cma_es", "sep_cma_es"):
+        recipe = toy_recipe(tmp_path / algorithm, objectives=objectives, search={"algorithm": algorithm})
+        status = ecotone("run", recipe, "--out", tmp_path / algorithm / "run", "--json").json
+        front = ecotone("front", tmp_path / algorithm / "run", "--json").json
+        assert front["objectives"] == [{"name": "loss", "direction": "minimize"}]
+        assert [member["id"] for member in front["members"]] == [status["best"]["id"]]
+        assert front["members"][0]["held_out"] is None
+        with cli._run(str(tmp_path / algorithm / "run")).journal() as journal:
+            assert status["best"]["scores"]["loss"] == min(row.scores["loss"] for row in journal.rows() if row.scores)
+
+
+def test_a_run_without_out_gets_a_folder_of_its_own(
+    ecotone: Ecotone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy_recipe(tmp_path / "recipes", budget={"evaluations": 4})
+    monkeypatch.chdir(tmp_path)
+    first, second = ecotone("run", recipe, "--json").json, ecotone("run", recipe, "--json").json
+    assert first["directory"].startswith("runs/toy-")
+    assert first["directory"] != second["directory"]
+    assert first["digest"] == second["digest"]
+
+
+# -- validate ------------------------------------------------------------------------------------------------
+
+
+def test_validate(ecotone: Ecotone, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path)
+    found = ecotone("validate", recipe, "--json").json
+    assert found["valid"] is True
+    assert len(found["signature"]) == 16
+    assert "27 parameters" in found["findings"]["layout"]
+    assert "left, right" in found["findings"]["models"]
+    assert "objectives.search.one" in found["findings"]
+    said = ecotone("validate", recipe)
+    assert said.code == 0
+    assert "The recipe is valid." in said.out
+
+
+def test_validate_a_recipe_whose_models_are_still_to_be_made(ecotone: Ecotone, tmp_path: Path) -> None:
+    recipe = toy_recipe(
+        tmp_path,
+        prepare={"call": "cli_toys:write_models"},
+        models={"experts": ["prepared:left.safetensors", "prepared:right.safetensors"]},
+        seed=int.from_bytes(os.urandom(3), "big"),
+    )
+    assert "not written yet" in ecotone("validate", recipe, "--json").json["findings"]["models"]
+    assert ecotone("run", recipe, "--out", tmp_path / "run").code == 0
+    assert "same names, shapes and types" in ecotone("validate", recipe, "--json").json["findings"]["models"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["sede=3"], "sede: unknown key. Did you mean 'seed'?"),
+        (["search.algorithm=cma"], "search.algorithm: expected one of"),
+        (["objectives.search.0.call=cli_toys:rigth"], "Did you mean 'right'?"),
+        (["objectives.search.0.call=cli_tois:right"], "no module named 'cli_tois'"),
+        (["objectives.search.0.call=nothing"], "expected 'package.module:function'"),
+        (["merge.operator=liner"], "linear"),
+        (["models.experts.0=gone.safetensors"], "gone.safetensors"),
+        (["models.experts=[left.safetensors]", "merge.operator=task_arithmetic"], "base"),
+        (["seed"], "--set: expected key=value"),
+    ],
+)
+def test_validate_and_run_refuse_in_the_same_words(
+    ecotone: Ecotone, tmp_path: Path, settings: list[str], words: str
+) -> None:
+    recipe = toy_recipe(tmp_path)
+    options = [part for setting in settings for part in ("--set", setting)]
+    in_words(ecotone("validate", recipe, *options), "error: ", words)
+    in_words(ecotone("run", recipe, "--out", tmp_path / "run", *options), "error: ", words)
+    assert not (tmp_path / "run" / "journal.sqlite").exists()
+
+
+# -- models that cannot be used ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_models_that_cannot_be_used(ecotone: Ecotone, tmp_path: Path, command: str) -> None:
+    recipe = toy_recipe(tmp_path)
+    options = ["--out", tmp_path / "run"] if command == "run" else []
+    expert = tmp_path / "right.safetensors"
+
+    expert.rename(tmp_path / "elsewhere")
+    in_words(ecotone(command, recipe, *options), "right.safetensors")
+
+    toy_models(tmp_path, right=(8, 4))
+    in_words(ecotone(command, recipe, *options), "right.safetensors", "(8, 3)", "(8, 4)", "w")
+
+    tensors = load_file(tmp_path / "left.safetensors")
+    save_file({"w": tensors["w"], "bias": tensors["b"]}, expert)
+    in_words(ecotone(command, recipe, *options), "right.safetensors", "'b'")
+
+    save_file({"w": tensors["w"].astype(np.float16), "b": tensors["b"]}, expert)
+    in_words(ecotone(command, recipe, *options), "right.safetensors", "float16")
+
+    expert.write_bytes((tmp_path / "left.safetensors").read_bytes()[:-5])
+    in_words(ecotone(command, recipe, *options), "right.safetensors")
+
+    torch.save({"w": torch.zeros(8, 3)}, tmp_path / "right.bin")
+    in_words(
+        ecotone(command, recipe, *options, "--set", "models.experts.1=right.bin"), "right.bin", "pickle", "safetensors"
+    )
+    assert not (tmp_path / "run" / "journal.sqlite").exists()
+
+
+def test_missing_recipes_and_runs(ecotone: Ecotone, tmp_path: Path) -> None:
+    in_words(ecotone("run", tmp_path / "no.yaml"), "no.yaml: no such recipe")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    in_words(ecotone("validate", tmp_path / "list.yaml"), "expected a mapping")
+    for command in ("status", "front", "resume", "ui", "sync"):
+        in_words(ecotone(command, tmp_path / "no-run"), "no journal there")
+    in_words(ecotone("export", tmp_path / "no-run", "--to", tmp_path / "x"), "no journal there")
+    in_words(ecotone("verify", tmp_path / "nothing"), "nothing")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "journal.sqlite").write_bytes(b"no database " * 100)
+    for command in ("status", "front", "resume"):
+        in_words(ecotone(command, tmp_path / "broken"), "not a journal of Ecotone, or damaged")
+
+
+def test_a_run_is_not_overwritten(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:
+    in_words(ecotone("run", toy_recipe(tmp_path), "--out", finished), "a run is there already", "ecotone resume")
+
+
+# -- objectives that fail ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [("raise all", "ValueError: bad label 7"), ("nan all", "expected a finite score, found nan")],
+)
+def test_an_objective_that_fails_for_all_candidates_stops_the_run(
+    ecotone: Ecotone, tmp_path: Path, mode: str, words: str
+) -> None:
+    said = ecotone("run", toy_recipe(tmp_path, mode), "--out", tmp_path / "run")
+    assert said.code == 1
+    assert said.err.count("error: all of the first") == 1
+    assert words in said.err
+    assert "'one'" in said.err  # which objective
+    if mode == "raise all":
+        assert "cli_toys.py" in said.err  # where in the user's code: the one traceback a user may see is theirs
+    status = ecotone("status", tmp_path / "run", "--json").json
+    assert status["state"] == "failed"
+    assert words in status["error"]
+    assert status["failures"] == status["evaluations"] > 0
+    assert status["best"] is None
+    assert ecotone("front", tmp_path / "run", "--json").json["members"] == []
+    in_words(ecotone("export", tmp_path / "run", "--to", tmp_path / "x"), "nothing has been scored yet")
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [("raise some", "ValueError: bad label 7"), ("nan some", "expected a finite score, found nan")],
+)
+@pytest.mark.parametrize("algorithm", ["m2n2", "random", "cma_es"])
+def test_an_objective_that_fails_for_some_candidates_does_not(
+    ecotone: Ecotone, tmp_path: Path, mode: str, words: str, algorithm: str
+) -> None:
+    recipe = toy_recipe(tmp_path, mode, search={"algorithm": algorithm})
+    status = ecotone("run", recipe, "--out", tmp_path / "run", "--json").json
+    assert (status["state"], status["evaluations"]) == ("finished", 60)
+    assert 0 < status["failures"] < 60
+    assert words in status["last_failure"]
+    failed = next(number for number in range(60) if not cli._run(str(tmp_path / "run")).journal().evaluation(number).ok)  # type: ignore[union-attr]
+    in_words(
+        ecotone("export", tmp_path / "run", "--member", failed, "--to", tmp_path / "x"), f"member {failed}: failed"
+    )
+
+
+def test_a_run_that_failed_goes_on_once_its_cause_is_gone(
+    ecotone: Ecotone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy_recipe(tmp_path, budget={"evaluations": 30})
+    ecotone("run", recipe, "--out", tmp_path / "whole")
+    from experiments import running
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "_judge", full)
+        patched.setattr(sys, "argv", ["ecotone", "run", str(recipe), "--out", str(tmp_path / "run")])
+        with pytest.raises((OSError, SystemExit)):
+            cli.main()
+    assert ecotone("status", tmp_path / "run", "--json").json["state"] == "failed"
+    assert ecotone("resume", tmp_path / "run").code == 0
+    status = ecotone("status", tmp_path / "run", "--json").json
+    assert (status["state"], status["error"]) == ("finished", "")
+    assert status["digest"] == ecotone("status", tmp_path / "whole", "--json").json["digest"]
+
+
+# -- resume --------------------------------------------------------------------------------------------------
+
+
+def test_resuming_a_finished_run_raises_its_budget(ecotone: Ecotone, tmp_path: Path) -> None:
+    ecotone("run", toy_recipe(tmp_path), "--out", tmp_path / "run")
+    before = ecotone("status", tmp_path / "run", "--json").json
+    assert ecotone("resume", tmp_path / "run", "--json").json["digest"] == before["digest"]
+    status = ecotone("resume", tmp_path / "run", "--set", "budget.evaluations=80", "--json").json
+    assert (status["state"], status["evaluations"], status["budget"]["evaluations"]) == ("finished", 80, 80)
+    assert status["signature"] == before["signature"]
+    front = ecotone("front", tmp_path / "run", "--json").json["members"]
+    assert all(member["held_out"] is not None for member in front)
+
+
+@pytest.mark.parametrize("setting", ["seed=4", "search.alpha=0", "models.experts.0=x", "scoring.batch=2", "name=x"])
+def test_a_resumed_run_keeps_what_its_trials_depend_on(ecotone: Ecotone, finished: Path, setting: str) -> None:
+    in_words(ecotone("resume", finished, "--set", setting), f"--set {setting.split('=')[0]}", "start a new run")
+
+
+def test_a_resumed_run_refuses_other_weights(ecotone: Ecotone, tmp_path: Path) -> None:
+    ecotone("run", toy_recipe(tmp_path), "--out", tmp_path / "run")
+    shutil.copy(tmp_path / "left.safetensors", tmp_path / "right.safetensors")
+    in_words(
+        ecotone("resume", tmp_path / "run", "--set", "budget.evaluations=90"),
+        "their weights are not those that the run began with",
+    )
+    assert ecotone("status", tmp_path / "run", "--json").json["evaluations"] == 60
+
+
+# -- export and verify ---------------------------------------------------------------------------------------
+
+
+def test_export_and_verify_a_directory_and_a_file(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:
+    best = ecotone("status", finished, "--json").json["best"]["id"]
+    for target in (tmp_path / "merged", tmp_path / "merged.safetensors"):
+        said = ecotone("export", finished, "--to", target, "--json")
+        assert said.json == {"member": best, "path": str(target)}
+        checked = ecotone("verify", target, "--json")
+        assert checked.code == 0
+        assert checked.json["equal"] is True
+        assert {(one["subset"], one["objective"]) for one in checked.json["scores"]} == {
+            ("search", "one"),
+            ("search", "two"),
+            ("held_out", "one"),
+        }
+        assert all(one["recorded"] == one["found"] for one in checked.json["scores"])
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"member {best}" in card
+    assert "held-out" in card
+    record = json.loads((tmp_path / "merged" / "ecotone.json").read_text())
+    assert record["member"] == best
+    assert str(best) in record["lineage"]
+
+
+def test_export_a_chosen_member(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:
+    said = ecotone("export", finished, "--member", "0", "--to", tmp_path / "zero")
+    assert said.code == 0
+    assert f"ecotone verify {tmp_path / 'zero'}" in said.out
+    merged = load_file(tmp_path / "zero" / "model.safetensors")
+    expert = load_file(finished.parent / "left.safetensors")
+    assert all(merged[name].tobytes() == expert[name].tobytes() for name in expert)  # trial 0 is the first expert
+
+
+def test_verify_notices_a_tampered_checkpoint(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:
+    ecotone("export", finished, "--to", tmp_path / "merged")
+    weights = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: -tensor for name, tensor in tensors.items()}, weights)
+    said = ecotone("verify", tmp_path / "merged", "--json")
+    assert said.code == 1
+    assert said.json["equal"] is False
+    plain = ecotone("verify", tmp_path / "merged")
+    assert plain.code == 1
+    assert "The scores differ." in plain.out
+    assert ecotone("verify", tmp_path / "merged", "--tolerance", "1").code == 0
+    weights.write_bytes(weights.read_bytes()[:-3])
+    in_words(ecotone("verify", tmp_path / "merged"), "model.safetensors")
+
+
+def test_what_cannot_be_exported(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:
+    target = tmp_path / "taken"
+    in_words(ecotone("export", finished, "--member", "9999", "--to", target), "trial 9999: not in")
+    in_words(ecotone("export", finished, "--member", "first", "--to", target), "expected a trial's number or 'best'")
+    target.mkdir()
+    (target / "mine").write_text("keep me")
+    in_words(ecotone("export", finished, "--to", target), "taken")
+    assert (target / "mine").read_text() == "keep me"
+
+
+def test_what_cannot_be_verified(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:
+    in_words(ecotone("verify", finished), "expected a checkpoint written by `ecotone export`")
+    in_words(ecotone("verify", finished.parent / "left.safetensors"), "found no record of one")
+
+
+def test_the_recipes_own_module_is_found_from_anywhere(
+    ecotone: Ecotone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its preparation step is a function beside the recipe; later commands run elsewhere, without it imported."""
+    recipe = toy_recipe(
+        tmp_path / "recipes",
+        prepare={"call": "cli_toys_apart:write_models"},
+        models={"experts": ["prepared:left.safetensors", "prepared:right.safetensors"]},
+        budget={"evaluations": 12},
+    )
+    (recipe.parent / "cli_toys_apart.py").write_text(TOYS)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = list(sys.path)
+    commands: list[list[object]] = [
+        ["run", recipe, "--out", tmp_path / "run"],
+        ["export", tmp_path / "run", "--to", tmp_path / "merged"],
+        ["verify", tmp_path / "merged"],
+        ["resume", tmp_path / "run", "--set", "budget.evaluations=16"],
+    ]
+    for command in commands:
+        sys.modules.pop("cli_toys_apart", None)
+        sys.path[:] = path
+        said = ecotone(*command)
+        assert said.code == 0, said.err
+
+
+def test_only_kept_dense_weights_can_be_exported(ecotone: Ecotone, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, search={"algorithm": "m2n2", "archive": 3, "mutation": 0.05})
+    assert ecotone("run", recipe, "--out", tmp_path / "run").code == 0
+    run = cli._run(str(tmp_path / "run"))
+    with run.journal() as journal:
+        kept = journal.kept()
+    gone = next(number for number in range(60) if number not in kept)
+    in_words(ecotone("export", run.directory, "--member", gone, "--to", tmp_path / "gone"), "its weights were not kept")
+    assert not (tmp_path / "gone").exists()
+    for member in run.front():
+        target = tmp_path / f"member-{member.id}"
+        assert ecotone("export", run.directory, "--member", member.id, "--to", target).code == 0
+        assert ecotone("verify", target).code == 0
