@@ -15,8 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from experiments.running import launch, resume
     from experiments.recipe import Recipe
+    from experiments.running import launch, resume
     from experiments.runs import Run
 
 __all__ = ["Recipe", "Run", "launch", "resume"]

@@ -79,8 +79,8 @@ def resume(
 
     Fields of runtime, tracking and budget may be set anew, e.g. --set budget.evaluations=5000 to search longer.
     """
-    from experiments.running import resume as resume_run
     from experiments.recipe import Recipe, apply_settings
+    from experiments.running import resume as resume_run
 
     found = _run(run)
     changes = _changes(settings, workers, address)

@@ -240,7 +240,7 @@ class Tracking(Part):
 
     Attributes:
         mlflow: Mirror the journal into MLflow.
-        uri: A tracking server or store; None is an SQLite file beside the runs.
+        uri: A tracking server or store; None is $MLFLOW_TRACKING_URI, or else an SQLite file beside the runs.
         experiment: MLflow experiment.
     """
 

@@ -168,14 +168,20 @@ def _tracked(recipe: Recipe, directory: Path, notify: Notify) -> Iterator[None]:
     if not recipe.tracking.mlflow:
         yield
         return
+    if not tracking.installed():
+        notify(
+            "MLflow is not installed, so the run is not tracked: `pip install 'ecotone[mlflow]'`, then `ecotone sync`."
+        )
+        yield
+        return
     process = tracking.start(directory, os.getpid())
     try:
         yield
     finally:
         if sys.exc_info()[0] is None:
             notify("Waiting for MLflow to have everything ...")
-            if not tracking.wait(process, 60):
-                notify(f"MLflow does not have everything yet; `ecotone resume {directory}` sends the rest.")
+            if not tracking.wait(process, 60, directory):
+                notify(f"MLflow does not have everything yet; `ecotone sync {directory}` sends the rest.")
 
 
 def _facts(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> dict[str, str]:
@@ -202,7 +208,9 @@ def _goals_fact(recipe: Recipe, group: str) -> str:
 
 
 def _tracking_fact(recipe: Recipe) -> str:
-    return json.dumps({"uri": recipe.tracking.uri, "experiment": recipe.tracking.experiment})
+    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    found = None if uri is None else tracking.absolute_uri(uri)
+    return json.dumps({"uri": found, "experiment": recipe.tracking.experiment})
 
 
 def _resumed_recipe(journal: Journal, settings: Mapping[str, Any]) -> Recipe:

@@ -83,6 +83,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages for training, not for chats
 _SILENCE = "does not answer"
 _LAST_WORDS = "Its output is in ui.log of the run directory."
 
@@ -120,6 +121,11 @@ class MirrorReport:
 def default_uri(runs_dir: str | Path) -> str:
     """The embedded store of a directory of runs: ``RUNS/mlflow.db``, with artifacts in ``RUNS/mlartifacts``."""
     return f"sqlite:///{Path(runs_dir).resolve() / 'mlflow.db'}"
+
+
+def installed() -> bool:
+    """Whether MLflow can be imported; it is an extra."""
+    return importlib.util.find_spec("mlflow") is not None
 
 
 def absolute_uri(uri: str) -> str:
@@ -656,7 +662,7 @@ def _batches(lines: Iterable[Line]) -> Iterator[list[tuple[str, float, int, int]
 
 
 def _require_mlflow() -> None:
-    if importlib.util.find_spec("mlflow") is None:
+    if not installed():
         raise TrackingError("MLflow is not installed.", "pip install 'ecotone[mlflow]', or switch tracking off.")
 
 
@@ -700,7 +706,7 @@ def _experiment(client: Any, target: _Target) -> str:
         path = _sqlite_file(target.uri)
         place = None if path is None else str(path.parent / "mlartifacts" / acceptable(target.experiment))
         try:
-            return str(client.create_experiment(target.experiment, artifact_location=place))
+            return str(client.create_experiment(target.experiment, artifact_location=place, tags=_KIND))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
