@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=256, help="MB of one model (default 256)")
     parser.add_argument("--sources", type=int, nargs="+", default=[2, 3, 8], help="numbers of models (default 2 3 8)")
-    parser.add_argument("--repeats", type=int, default=7, help="repetitions; the best counts (default 7)")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions; the best counts (default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads, for the copy as well")
     parser.add_argument("--directory", help="where to write the synthetic models (default: the temporary directory)")
     parser.add_argument("--quick", action="store_true", help="32 MB a model, 3 repetitions")
@@ -105,7 +105,7 @@ def measure(paths: list[Path], candidates: int, dtype: torch.dtype, device: str,
     }
     if device == "cpu":
         contenders["no numba"] = (lambda: without_loops(sources, genomes, out), moved)
-    contenders["torch loop"] = (lambda: torch_loop(sources, weights, out, device), moved)
+    contenders["torch loop"] = (lambda: torch_loop(sources, weights, out), moved)
     best = dict.fromkeys(contenders, float("inf"))
     for repeat in range(repeats + 1):  # the first run touches all memory and loads compiled code
         for name, (run, _) in contenders.items():
@@ -127,10 +127,11 @@ def without_loops(sources: Sources, genomes: list[Genome], out: list[dict[str, T
         sources.materialise(genomes, out)
 
 
-def torch_loop(sources: Sources, weights: np.ndarray, out: list[dict[str, Tensor]], device: str) -> None:
+def torch_loop(sources: Sources, weights: np.ndarray, out: list[dict[str, Tensor]]) -> None:
     """The plain way: widen a chunk, multiply, add, round."""
     for name in sources.layout.tensors:
-        tensors = sources._near(name, torch.device(device))
+        device = out[0][name].device
+        tensors = sources._near(name, device)
         for tensors_out, row in zip(out, weights.tolist(), strict=True):
             flat = tensors_out[name].view(-1)
             for low in range(0, flat.numel(), LOOP_CHUNK):

@@ -78,11 +78,12 @@ class Batch:
     """
 
     def __init__(self, mixtures: Sequence[Candidate]) -> None:
-        self.mixtures = tuple(mixtures)  # keeps the residuals alive while their addresses are in use
+        # Held here because only their addresses are passed on.
+        self._residuals = [None if m.residual is None else np.ascontiguousarray(m.residual) for m in mixtures]
         self.edges = np.concatenate([mixture.borders for mixture in mixtures])
         self.first = np.cumsum([0] + [len(mixture.borders) for mixture in mixtures])
         self.weights = np.concatenate([mixture.single for mixture in mixtures])
-        self.residuals = np.array([0 if m.residual is None else m.residual.ctypes.data for m in mixtures], np.int64)
+        self.residuals = np.array([0 if r is None else r.ctypes.data for r in self._residuals], np.int64)
 
     def mix(self, sources: Sequence[Tensor], start: int, outs: Sequence[Tensor]) -> None:
         """Fill one flat stretch of every candidate; see ``merging.materialise.mix``."""

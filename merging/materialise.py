@@ -17,7 +17,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,7 +31,7 @@ from populations.genome import Floats, Integers
 CHUNK = 32_640  # elements: the float32 copies stay in L2, and torch splits nothing below 32,768 over threads
 COMPILED_SPAN = 262_144  # elements a call of a compiled loop; it blocks for the cache itself
 TORCH_SPAN = 131_072  # elements a thread
-CUDA_SPAN = 4_194_304
+DEVICE_SPAN = 4_194_304
 SMALL = 16_777_216  # elements of all sources together below which compiling or loading loops does not pay
 
 Part = TypeVar("Part")
@@ -82,29 +82,21 @@ def mix(
         outs: B flat contiguous tensors of that length, on one device; they must not overlap the sources.
         large: Whether the stretch is part of a model large enough for compiled loops.
     """
-    size = sources[0].numel()
-    if outs[0].is_cuda:
-        _over_chunks(
-            size, CUDA_SPAN, 1, lambda s: _by_torch(_cut(sources, s), start + s.start, mixtures, _cut(outs, s))
-        )
+    size, threads = sources[0].numel(), torch.get_num_threads()
+    kernel: Callable[[list[Tensor], int, list[Tensor]], None] = partial(_by_torch, mixtures)
+    if outs[0].device.type != "cpu":
+        chunk, workers = DEVICE_SPAN, 1
     elif large and compiled.supports(sources, outs):
-        batch, threads = compiled.Batch(mixtures), torch.get_num_threads()
-        _over_chunks(
-            size, COMPILED_SPAN, threads, lambda s: batch.mix(_cut(sources, s), start + s.start, _cut(outs, s))
-        )
+        chunk, workers, kernel = COMPILED_SPAN, threads, compiled.Batch(mixtures).mix
+    elif large:
+        chunk, workers = TORCH_SPAN * threads, 1  # torch splits each operation over its own threads
     else:
-        threads = torch.get_num_threads()
-        _over_chunks(
-            size, CHUNK, threads, lambda s: _in_cache(_cut(sources, s), start + s.start, mixtures, _cut(outs, s))
-        )
+        chunk, workers, kernel = CHUNK, 1, partial(_in_cache, mixtures)
 
+    def work(part: slice) -> None:
+        kernel([source[part] for source in sources], start + part.start, [out[part] for out in outs])
 
-def _cut(tensors: Sequence[Tensor], part: slice) -> list[Tensor]:
-    return [tensor[part] for tensor in tensors]
-
-
-def _over_chunks(size: int, chunk: int, threads: int, work: Callable[[slice], None]) -> None:
-    over_threads(work, [slice(low, min(low + chunk, size)) for low in range(0, size, chunk)], threads)
+    over_threads(work, [slice(low, min(low + chunk, size)) for low in range(0, size, chunk)], workers)
 
 
 def over_threads(work: Callable[[Part], None], parts: Sequence[Part], threads: int) -> None:
@@ -174,7 +166,7 @@ def _stager(sources: Sequence[Tensor], device: torch.device) -> Callable[[int], 
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a bad candidate is a result
-def _in_cache(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor]) -> None:
+def _in_cache(mixtures: Sequence[Mixture], sources: Sequence[Tensor], start: int, outs: Sequence[Tensor]) -> None:
     size, kind, here = sources[0].numel(), _accumulator(sources), outs[0].device
     stage = _stager(sources, here)
     term = _scratch.get("term", size, kind, here).numpy()
@@ -220,10 +212,10 @@ def _sum(
         np.copyto(total, 0.0, where=absent.all(axis=1).repeat(lengths))
 
 
-# -- torch: large models without numba, and CUDA ---------------------------------------------------------------------------------------------------
+# -- torch: large models without numba, and other devices ---------------------------------------------------
 
 
-def _by_torch(sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor]) -> None:
+def _by_torch(mixtures: Sequence[Mixture], sources: Sequence[Tensor], start: int, outs: Sequence[Tensor]) -> None:
     size, kind, device = sources[0].numel(), _accumulator(sources), outs[0].device
     stage = _stager(_moved(sources, device), device)
     term = _scratch.get("term", size, kind, device)
@@ -246,7 +238,8 @@ def _moved(sources: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     for index, source in enumerate(sources):
         if source.device != device:
             target = _scratch.get(f"moved {index}", source.numel(), source.dtype, device)
-            moved.append(target.copy_(source.pin_memory(), non_blocking=True))
+            held = source.pin_memory() if device.type == "cuda" else source
+            moved.append(target.copy_(held, non_blocking=True))
         else:
             moved.append(source)
     return moved
