@@ -106,13 +106,14 @@ class Journal:
         with _explained(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = _locked(file)
-            connection = _connected(file, write=True)
-            journal = cls(file, connection, lock)
-            with journal.transaction():
-                for statement in _SCHEMA.split(";")[:-1]:
-                    connection.execute(statement)
-                for key, value in {"format": str(FORMAT), "created": str(time.time()), **facts}.items():
-                    journal.note(key, value)
+            try:
+                journal = cls(file, _connected(file, write=True), lock)
+                journal._begin(facts)
+            except BaseException:  # leave no half journal behind: another attempt would be refused
+                for suffix in ("", "-wal", "-shm"):
+                    file.with_name(file.name + suffix).unlink(missing_ok=True)
+                lock.close()
+                raise
         return journal
 
     @classmethod
@@ -130,6 +131,13 @@ class Journal:
                 f"{file}: expected journal format {FORMAT}, found {version}.", "Use the Ecotone version that wrote it."
             )
         return journal
+
+    def _begin(self, facts: Mapping[str, str]) -> None:
+        with self.transaction():
+            for statement in _SCHEMA.split(";")[:-1]:
+                self._connection.execute(statement)
+            for key, value in {"format": str(FORMAT), "created": str(time.time()), **facts}.items():
+                self.note(key, value)
 
     def close(self) -> None:
         """Close the file and let the next writer in."""
@@ -276,6 +284,13 @@ class Journal:
         """All trial numbers with what came back, in order of number."""
         for number, *row in self._rows(f"SELECT number, {_COLUMNS} FROM evaluations ORDER BY number"):
             yield number, _evaluation(row)
+
+    def evaluation_of(self, digest: str) -> Evaluation | None:
+        """What came back for the first trial of that genome, or None."""
+        query = (
+            f"SELECT {_COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? ORDER BY number LIMIT 1"
+        )
+        return next((_evaluation(row) for row in self._rows(query, (digest,))), None)
 
     def measurement(self, digest: str, subset: Subset) -> Evaluation | None:
         """The scores of a genome outside the search, or None."""
