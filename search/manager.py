@@ -320,7 +320,8 @@ def _all_failed(progress: Progress) -> str:
 def measure(
     pool: Pool, journal: Journal, genomes: Iterable[Genome], subset: Subset, batch: int
 ) -> dict[str, Evaluation]:
-    """Score genomes outside the search, each once: what the journal has measured is not paid again.
+    """Score genomes outside the search, each once: what the journal has measured, or the search scored, is not paid
+    again.
 
     Args:
         pool: Idle workers.
@@ -335,6 +336,8 @@ def measure(
     wanted = {genome.digest: genome for genome in genomes}
     known = {digest: journal.measurement(digest, subset) for digest in wanted}
     done = {digest: evaluation for digest, evaluation in known.items() if evaluation is not None}
+    if subset == "search":
+        done |= _scored_already(journal, [genome for digest, genome in wanted.items() if digest not in done])
     missing = [Trial(i, wanted[digest], subset=subset) for i, digest in enumerate(d for d in wanted if d not in done)]
     chunks = [tuple(missing[i : i + batch]) for i in range(0, len(missing), batch)]
     for number, trials in enumerate(chunks):
@@ -348,3 +351,15 @@ def measure(
                     journal.measured(trial.genome, subset, evaluation)
                     done[trial.genome.digest] = evaluation
     return done
+
+
+def _scored_already(journal: Journal, genomes: Iterable[Genome]) -> dict[str, Evaluation]:
+    """Evaluations by digest of the genomes that were trials of the search, as the seed models are; recorded as such."""
+    found = {}
+    with journal.transaction():
+        for genome in genomes:
+            evaluation = journal.evaluation_of(genome.digest)
+            if evaluation is not None:
+                journal.measured(genome, "search", evaluation)
+                found[genome.digest] = evaluation
+    return found
