@@ -59,8 +59,7 @@ def launch(
     spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
     with compose.make_pool(recipe, spec) as pool:
         space = pool.start()
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe.record(), sort_keys=False))
+        _write_recipe(recipe, directory)
         with Journal.create(directory / JOURNAL, _facts(recipe, space, paths)) as journal:
             _carry_out(recipe, directory, journal, pool, space, observe, notify)
     return Run(directory)
@@ -99,6 +98,18 @@ def resume(
             journal.note("tracking", _tracking_fact(recipe))
             _carry_out(recipe, directory, journal, pool, space, observe, notify)
     return Run(directory)
+
+
+def _write_recipe(recipe: Recipe, directory: Path) -> None:
+    """The resolved recipe, for people; the journal has it too."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe.record(), sort_keys=False))
+    except OSError as error:
+        raise InputError(
+            f"{directory}: cannot be written ({error.strerror or error}).",
+            "Check the path, the permissions and the space, or choose another --out.",
+        ) from error
 
 
 def _carry_out(
