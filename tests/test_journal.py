@@ -381,6 +381,19 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         Journal.create(tmp_path / "file" / "run" / "journal.sqlite", {})
 
 
+def test_a_journal_that_cannot_be_begun_leaves_nothing_in_the_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(journal: Journal, key: str, value: str) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "note", full)
+        with pytest.raises(JournalError, match="cannot be written"):
+            Journal.create(path, {"name": "a"})
+    assert not path.exists()
+    with Journal.create(path, {"name": "b"}) as journal:
+        assert journal.fact("name") == "b"
+
+
 def test_a_full_disk_in_words_and_nothing_lost(path: Path) -> None:
     """SQLite is told to stop growing: the error is the one that a full file system gives."""
     written(path)

@@ -533,3 +533,21 @@ def test_measuring_pays_for_each_merge_once(tmp_path: Path) -> None:
         other = Simulated(0)
         measure(other, journal, genomes, "search", batch=10)
         assert len(other.submitted) == 5  # another subset is another measurement
+
+
+def test_what_the_search_scored_is_not_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    carried_out("m2n2", path, Simulated(), Schedule(evaluations=6, batch=3, in_flight=3))
+    seeds = [Genome.uniform(SIZE, row) for row in np.eye(2)]
+    average = Genome.uniform(SIZE, [0.5, 0.5])
+    with Journal.open(path, write=True) as journal:
+        pool = Simulated()
+        found = measure(pool, journal, [*seeds, average], "search", batch=2)
+        assert len(pool.submitted) == 1
+        for genome in (*seeds, average):
+            stored = journal.measurement(genome.digest, "search")
+            assert stored is not None
+            assert stored.scores == found[genome.digest].scores == scored(Trial(0, genome)).scores
+        held_out = Simulated()
+        measure(held_out, journal, seeds, "held_out", batch=2)
+        assert len(held_out.submitted) == 2
