@@ -29,6 +29,8 @@ from populations.space import Space
 from populations.trial import Evaluation, Trial
 
 QUEUED = 2  # batches at one worker: the one it scores, and the next so that it never waits for the manager
+_PIECE = 98_000  # bytes; Ray sends arguments below 100 kB with the call, others through its object store
+_PIECES = 8  # above it the object store is faster
 _OBJECT_STORE_BYTES = 256 * 1024**2  # of a local cluster; genomes are small
 
 _log = logging.getLogger("ecotone")
@@ -46,9 +48,9 @@ class RemoteWorker:
         """The pickled ``Space``: arrays that lived in Ray's shared memory would not outlive the cluster."""
         return pickle.dumps(self._worker.space(), protocol=5)
 
-    def measure(self, trials: Sequence[Trial]) -> bytes:
-        """The pickled evaluations of ``trials``."""
-        return pickle.dumps(self._worker.measure(trials), protocol=5)
+    def measure(self, *parts: bytes | Sequence[Trial]) -> bytes:
+        """The pickled evaluations of the trials that ``_parts`` made ``parts`` of."""
+        return pickle.dumps(self._worker.measure(_whole(parts)), protocol=5)
 
 
 @dataclass
@@ -297,8 +299,9 @@ class RayPool:
         refs += [ref for hand in self._hands for ref, _ in hand.queue]
         news, _ = self._ray.wait(refs, num_returns=1, timeout=timeout, fetch_local=False)
         if news:
+            news, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
             for hand in list(self._hands):
-                self._attend(hand)
+                self._attend(hand, set(news))
             self._dispatch()
         elif not self.pids():
             self._check_alone()
@@ -311,15 +314,15 @@ class RayPool:
             if len(hand.queue) >= QUEUED:
                 return
             job = self._backlog.popleft()
-            hand.queue.append((hand.actor.measure.remote(job.trials), job))
+            hand.queue.append((hand.actor.measure.remote(*_parts(job.trials)), job))
 
-    def _attend(self, hand: _Hand) -> None:
+    def _attend(self, hand: _Hand, news: set[Any]) -> None:
         """Take in what a worker has finished, or replace it if it died."""
         try:
-            if hand.pid is None and self._here(hand.ready):
+            if hand.pid is None and hand.ready in news:
                 hand.pid = self._ray.get(hand.ready)
                 self._failed_starts = 0
-            while hand.queue and self._here(hand.queue[0][0]):
+            while hand.queue and hand.queue[0][0] in news:
                 ref, job = hand.queue[0]
                 self._take(job, self._ray.get(ref))
                 hand.queue.popleft()
@@ -327,7 +330,7 @@ class RayPool:
             if hand.pid is None:
                 raise _cause(error) from error
             self._raised(hand.queue.popleft()[1], error)
-            self._attend(hand)
+            self._attend(hand, news)
         except self._ray.exceptions.RayError as error:
             self._died(hand, error)
 
@@ -421,6 +424,24 @@ def _ray(local: bool) -> Any:
     except ImportError as error:
         raise PoolError("pool: Ray is not installed.", "pip install 'ecotone[ray]'") from error
     return ray
+
+
+def _parts(trials: tuple[Trial, ...]) -> list[bytes | tuple[Trial, ...]]:
+    """The arguments that carry ``trials``: pieces of their pickle while these are few, else the trials themselves."""
+    size = sum(t.genome.residual.nbytes for t in trials if t.genome.residual is not None)
+    if size > _PIECE * _PIECES:
+        return [trials]
+    packed = pickle.dumps(trials, protocol=5)
+    return [packed[start : start + _PIECE] for start in range(0, len(packed), _PIECE)]
+
+
+def _whole(parts: Sequence[bytes | Sequence[Trial]]) -> Sequence[Trial]:
+    """The trials that ``_parts`` took apart."""
+    pieces = [part for part in parts if isinstance(part, bytes)]
+    if not pieces:
+        return [trial for part in parts if not isinstance(part, bytes) for trial in part]
+    trials: tuple[Trial, ...] = pickle.loads(b"".join(pieces))  # noqa: S301 - our own pool's
+    return trials
 
 
 def _cause(error: Exception) -> Exception:

@@ -436,6 +436,22 @@ def test_each_worker_gets_a_logical_gpu_of_its_own(folder, cluster):
         assert {e[0].scores["f"] for e in collect(pool, 8).values()} == {0.0, 1.0}
 
 
+@pytest.mark.parametrize(("size", "count", "arguments"), [(0, 3, 1), (30_000, 4, 5), (30_000, 40, 1)])
+def test_trials_travel_with_the_call_unless_they_are_large(size, count, arguments):
+    """Pieces below the 100 kB that Ray sends with a call, or one argument for its object store."""
+    from fitness.ray_pool import _parts, _whole
+
+    rng = np.random.default_rng(0)
+    sent = tuple(
+        Trial(i, Genome.dense(rng.normal(size=size), 2) if size else Genome.uniform(9, [0.5, 0.5]), (1, 2), "held_out")
+        for i in range(count)
+    )
+    parts = _parts(sent)
+    assert len(parts) == arguments
+    assert all(len(part) < 100_000 for part in parts)
+    assert list(_whole(parts)) == list(sent)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
