@@ -248,10 +248,10 @@ def _pickle(path: Path, files: Sequence[Path]) -> CheckpointError:
 
 
 def _directory_shards(path: Path) -> tuple[Shard, ...]:
+    if (path / SINGLE).is_file():  # transformers, too, prefers it to an index
+        return (read_header(path / SINGLE),)
     if (path / INDEX).is_file():
         return _indexed_shards(path)
-    if (path / SINGLE).is_file():
-        return (read_header(path / SINGLE),)
     if (path / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{path}: expected a full model, found a LoRA adapter.",

@@ -3,7 +3,7 @@
 The same arithmetic as ``merging.materialise`` in one loop over each stretch: a product or sum is rounded before it is
 used again (no fast-math, so no fused multiply-add), bfloat16 is widened by a shift and rounded to nearest even by
 integer arithmetic, as torch does. Every byte is read from memory once, however many candidates there are, because
-blocks stay in the innermost cache while all candidates are formed from them.
+blocks stay in cache while all candidates are formed from them, and whole lines are written past the caches.
 """
 
 from __future__ import annotations

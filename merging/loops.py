@@ -18,7 +18,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-BLOCK = 4096  # elements formed at a time; a few blocks fit in the innermost cache
+BLOCK = 16_384  # elements formed at a time; a few blocks fit in a core's own cache
 LINE = 64  # bytes of a cache line
 _LOW = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
@@ -241,13 +241,12 @@ def _mix(sources, outs, kind, width, start, size, edges, first, weights, residua
         high = min(low + BLOCK, size)
         for b in range(len(outs)):
             target, nbytes = outs[b] + width * low, width * (high - low)
-            past = width == 4 and target % LINE == 0 and nbytes % LINE == 0
+            past = target % LINE == 0 and nbytes % LINE == 0
             at = low
             while at < high:
                 edge = edges[segment[b] + 1] - start
                 end = min(edge, high)
-                # Whole lines of float32 go past the caches, as in a large copy: an ordinary store reads the line first.
-                # In bfloat16 arithmetic is the bound and the detour costs more than it saves.
+                # Whole lines go past the caches, as in a large copy: an ordinary store reads the line first.
                 place = formed.ctypes.data + width * (at - low) if past else outs[b] + width * at
                 out = carray(_pointer(place), (end - at,), kind)
                 residual = residuals[b] + 4 * (start + at) if residuals[b] != 0 else 0

@@ -12,6 +12,7 @@ loops compiled by numba where it is installed (``merging.compiled``), otherwise 
 
 from __future__ import annotations
 
+import os
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
@@ -122,6 +123,10 @@ def over_threads(work: Callable[[Part], None], parts: Sequence[Part], threads: i
 @lru_cache(maxsize=4)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="merging")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 class _Scratch(threading.local):
