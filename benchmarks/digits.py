@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 RECIPE = Path(__file__).parents[1] / "experiments" / "recipes" / "digits-scratch.yaml"
@@ -88,17 +89,16 @@ def main() -> None:
     from experiments import Recipe
 
     scoring = Recipe.from_yaml(RECIPE).scoring
-    cores = os.cpu_count() or 1
     cases = {
-        "SerialPool": ({"runtime.pool": "serial", "scoring.threads": cores}, cores, 1),
-        "RayPool, 2 workers": ({"runtime.pool": "ray", "runtime.workers": 2}, 1, 2),
+        "SerialPool": ({"runtime.pool": "serial"}, 1),
+        "RayPool, 2 workers": ({"runtime.pool": "ray", "runtime.workers": 2}, 2),
     }
-    single = {"scoring.batch": 1, "scoring.in_flight": 1, "runtime.pool": "serial", "scoring.threads": cores}
+    single = {"scoring.batch": 1, "scoring.in_flight": 1, "runtime.pool": "serial"}
     rows = [{"case": "one at a time", **search_rate({**single, "budget.evaluations": max(300, evaluations // 4)})}]
-    for name, (settings, threads, processes) in cases.items():
-        before = scoring_rate_of_processes(scoring.batch, threads, processes, seconds)
+    for name, (settings, processes) in cases.items():
+        before = scoring_rate_of_processes(scoring.batch, scoring.threads, processes, seconds)
         found = search_rate({**settings, "budget.evaluations": evaluations})
-        after = scoring_rate_of_processes(scoring.batch, threads, processes, seconds)
+        after = scoring_rate_of_processes(scoring.batch, scoring.threads, processes, seconds)
         alone = (before + after) / 2  # the machine's speed drifts: measured on both sides of the search
         rows.append({"case": name, **found, "scoring alone": alone, "outside scoring": 1 - found["rate"] / alone})
     report(rows)

@@ -621,3 +621,43 @@ def test_only_kept_dense_weights_can_be_exported(ecotone: Ecotone, tmp_path: Pat
         target = tmp_path / f"member-{member.id}"
         assert ecotone("export", run.directory, "--member", member.id, "--to", target).code == 0
         assert ecotone("verify", target).code == 0
+
+
+# -- awkward users -------------------------------------------------------------------------------------------
+
+
+def test_what_an_objective_prints_does_not_spoil_the_json(ecotone: Ecotone, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, budget={"evaluations": 8})
+    noisy = TOYS.replace("    vector = flat(model)\n", '    vector = flat(model)\n    print("scoring ...")\n', 1)
+    assert noisy != TOYS
+    (tmp_path / "cli_toys_noisy.py").write_text(noisy)
+    options = [f"--set=objectives.{group}.call=cli_toys_noisy:right" for group in ("search.0", "search.1", "held_out.0")]
+    run = ecotone("run", recipe, "--out", tmp_path / "run", "--json", *options)
+    assert run.json["state"] == "finished"
+    assert "scoring ..." in run.err
+    assert ecotone("resume", tmp_path / "run", "--json", "--set", "budget.evaluations=12").json["evaluations"] == 12
+    ecotone("export", tmp_path / "run", "--to", tmp_path / "merged")
+    assert ecotone("verify", tmp_path / "merged", "--json").json["equal"] is True
+
+
+def test_brackets_are_printed_as_they_are(ecotone: Ecotone, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, budget={"evaluations": 8})
+    run = tmp_path / "run [bold][/x]"
+    said = ecotone("run", recipe, "--out", run, "--set", "objectives.search.0.name=acc [red][/red] [/x]")
+    assert said.code == 0
+    assert "acc [red][/red] [/x]" in said.out
+    assert f"ecotone front {run}" in said.out.replace("'", "")
+    assert "[/x]" in ecotone("status", run).out
+    assert "acc [red][/red] [/x]" in ecotone("front", run).out
+
+
+def test_a_recipe_of_the_users_is_not_overwritten(
+    ecotone: Ecotone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy_recipe(tmp_path, budget={"evaluations": 8}).rename(tmp_path / "recipe.yaml")
+    recipe.write_text("# my own words\n" + recipe.read_text())
+    before = recipe.read_text()
+    monkeypatch.chdir(tmp_path)
+    in_words(ecotone("run", "recipe.yaml", "--out", "."), "recipe.yaml", "--out")
+    assert recipe.read_text() == before
+    assert not (tmp_path / "journal.sqlite").exists()
