@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -101,7 +103,8 @@ def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOp
 
     chosen = _recipe(recipe, settings)
     python_paths((str(recipe.parent.resolve()),))
-    findings = [(finding.subject, finding.text) for finding in check(chosen)]
+    with _stdout_to_stderr():
+        findings = [(finding.subject, finding.text) for finding in check(chosen)]
     if as_json:
         _print_json({"valid": True, "signature": chosen.signature, "findings": dict(findings)})
         return
@@ -168,7 +171,8 @@ def verify(
     from experiments import report
     from experiments.exports import verify as check
 
-    compared = check(path)
+    with _stdout_to_stderr():
+        compared = check(path)
     equal = all(one.difference <= tolerance for one in compared)
     if as_json:
         _print_json({"equal": equal, "scores": [vars(one) for one in compared]})
@@ -259,24 +263,30 @@ def _drive(recipe: Recipe, directory: Path, work: Callable[[ProgressLine], Run],
 
     budget = recipe.budget
     try:
-        with report.ProgressLine(report.console(to_stderr=True), budget.evaluations, budget.seconds) as line:
+        console = report.console(to_stderr=True)
+        with report.ProgressLine(console, budget.evaluations, budget.seconds) as line, _stdout_to_stderr():
             finished = work(line)
     except KeyboardInterrupt:
         begun = (directory / JOURNAL).exists()
-        _fail("Stopped.", f"Go on with: ecotone resume {directory}" if begun else "Nothing was recorded yet.", 130)
+        _fail(
+            "Stopped.",
+            f"Go on with: ecotone resume {shlex.quote(str(directory))}" if begun else "Nothing was recorded yet.",
+            130,
+        )
     if as_json:
         _print_json(finished.status())
         return
     out = report.console()
     out.print(report.closing_table(finished))
-    out.print(f"\nThe run is in {finished.directory}. What next:")
+    out.print(f"\nThe run is in {finished.directory}. What next:", soft_wrap=True)
     for command, text in (
         ("front", "all members of the front"),
         ("ui", "the run in MLflow"),
         ("export --to merged --member best", "the best merge as a checkpoint"),
     ):
         name, _, options = command.partition(" ")
-        out.print(f"  ecotone {name} {finished.directory} {options}".rstrip() + f"   # {text}")
+        typed = f"ecotone {name} {shlex.quote(str(finished.directory))} {options}".rstrip()
+        out.print(f"  {typed}   # {text}", soft_wrap=True)  # to be copied: never broken
 
 
 def _recipe(path: Path, settings: list[str] | None, workers: int | None = None, address: str | None = None) -> Recipe:
@@ -312,6 +322,11 @@ def _run(named: str) -> Run:
 
 def _looks_like_id(text: str) -> bool:
     return len(text) == 32 and all(c in "0123456789abcdef" for c in text)
+
+
+def _stdout_to_stderr() -> contextlib.redirect_stdout[Any]:
+    """What the user's functions print goes to stderr: stdout is for results."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _print_json(value: Any) -> None:

@@ -169,7 +169,7 @@ def _duration(seconds: float) -> str:
 def console(*, to_stderr: bool = False) -> Console:
     """A console that does not wrap tables when its output is not a terminal."""
     stream = sys.stderr if to_stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 160, highlight=False)
+    return Console(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False)
 
 
 def lines(findings: Iterable[tuple[str, str]]) -> Table:
