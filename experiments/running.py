@@ -102,9 +102,12 @@ def resume(
 
 def _write_recipe(recipe: Recipe, directory: Path) -> None:
     """The resolved recipe, for people; the journal has it too."""
+    file, text = directory / "recipe.yaml", yaml.safe_dump(recipe.record(), sort_keys=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe.record(), sort_keys=False))
+        if file.exists() and file.read_text() != text:
+            raise InputError(f"{file}: a file is there that the run would overwrite.", "Choose another --out.")
+        file.write_text(text)
     except OSError as error:
         raise InputError(
             f"{directory}: cannot be written ({error.strerror or error}).",
