@@ -130,6 +130,23 @@ def test_other_searches_on_the_same_recipe(algorithm: str, tmp_path: Path) -> No
     assert all(one.difference == 0 for one in verify(path))
 
 
+@pytest.mark.parametrize("operator", ["linear", "task_arithmetic"])
+@pytest.mark.parametrize("mutation", [0.0, 0.001])
+def test_the_first_trials_are_the_models_themselves(operator: str, mutation: float, tmp_path: Path) -> None:
+    """Under every operator, also as dense vectors: they score what the models score."""
+    settings = QUICK | {"budget.evaluations": 30, "search.mutation": mutation, "merge.operator": operator}
+    if operator == "task_arithmetic":
+        settings["models.base"] = "prepared:base.safetensors"
+    run = launch(Recipe.from_yaml(RECIPES / "digits-specialists.yaml", settings), tmp_path / "run")
+    references = {reference.id: reference for reference in run.references()}
+    with run.journal() as journal:
+        rows = list(journal.rows())
+    assert rows[0].scores == references["low"].scores
+    assert rows[1].scores == references["high"].scores
+    assert max(sum((row.scores or {}).values()) for row in rows) > 1.2  # children are merges, not noise
+    assert all(one.difference == 0 for one in verify(run.export("best", tmp_path / "best")))
+
+
 def test_two_seeds_are_two_searches_and_one_is_one(tmp_path: Path) -> None:
     digests = []
     for index, seed in enumerate((1, 1, 2)):

@@ -669,3 +669,81 @@ def test_a_recipe_of_the_users_is_not_overwritten(
     in_words(ecotone("run", "recipe.yaml", "--out", "."), "recipe.yaml", "--out")
     assert recipe.read_text() == before
     assert not (tmp_path / "journal.sqlite").exists()
+
+
+def test_stopped_before_anything_was_recorded(
+    ecotone: Ecotone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiments import compose
+
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe = toy_recipe(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(compose, "prepare", stopped)
+        in_words(ecotone("run", recipe, "--out", tmp_path / "run"), "Nothing was recorded yet.", code=130)
+    assert ecotone("run", recipe, "--out", tmp_path / "run", "--set", "budget.evaluations=4").code == 0
+
+
+def test_models_of_a_preparation_step_are_made_again_when_the_cache_is_gone(
+    ecotone: Ecotone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECOTONE_CACHE", str(tmp_path / "cache"))
+    recipe = toy_recipe(
+        tmp_path,
+        prepare={"call": "cli_toys:write_models"},
+        models={"experts": ["prepared:left.safetensors", "prepared:right.safetensors"]},
+        budget={"evaluations": 12},
+    )
+    assert ecotone("run", recipe, "--out", tmp_path / "run").code == 0
+    shutil.rmtree(tmp_path / "cache")
+    assert ecotone("export", tmp_path / "run", "--to", tmp_path / "merged").code == 0
+    assert ecotone("verify", tmp_path / "merged").code == 0
+    shutil.rmtree(tmp_path / "cache")
+    assert ecotone("resume", tmp_path / "run", "--set", "budget.evaluations=16").code == 0
+
+
+def test_a_held_out_objective_that_fails_leaves_the_search_whole(ecotone: Ecotone, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, budget={"evaluations": 12})
+    setting = "objectives.held_out.0.arguments.mode=raise all"
+    said = ecotone("run", recipe, "--out", tmp_path / "run", "--set", setting)
+    assert said.code == 0
+    front = ecotone("front", tmp_path / "run", "--json").json["members"]
+    assert front
+    assert all(member["held_out"] is None for member in front)
+    assert ecotone("export", tmp_path / "run", "--to", tmp_path / "merged").code == 0
+    assert ecotone("verify", tmp_path / "merged", "--json").json["equal"] is True
+
+
+def test_one_expert_and_the_same_expert_twice(ecotone: Ecotone, tmp_path: Path) -> None:
+    for experts in (["left.safetensors"], ["left.safetensors"] * 2):
+        for algorithm in ("m2n2", "random", "cma_es"):
+            run = tmp_path / f"{algorithm}-{len(experts)}"
+            recipe = toy_recipe(run, models={"experts": experts}, search={"algorithm": algorithm})
+            said = ecotone("run", recipe, "--out", run / "run", "--json")
+            assert said.code == 0, said.err
+            assert said.json["failures"] == 0
+
+
+def test_a_budget_of_seconds(ecotone: Ecotone, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, budget={"seconds": 0.3})
+    status = ecotone("run", recipe, "--out", tmp_path / "run", "--json").json
+    assert status["stop_reason"] == "seconds"
+    assert status["seconds"] >= 0.3
+    assert status["evaluations"] > 0
+    longer = ecotone("resume", tmp_path / "run", "--set", "budget.seconds=0.5", "--json").json
+    assert longer["evaluations"] > status["evaluations"]
+
+
+def test_arrival_order(ecotone: Ecotone, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path, search={"algorithm": "m2n2", "archive": 3, "mutation": 0.05})
+    said = ecotone("run", recipe, "--out", tmp_path / "run", "--set", "scoring.order=arrival", "--json")
+    assert said.json["state"] == "finished"
+    again = ecotone("resume", tmp_path / "run", "--set", "budget.evaluations=90", "--json")
+    assert again.json["evaluations"] == 90
+    for member in ecotone("front", tmp_path / "run", "--json").json["members"]:
+        assert (
+            ecotone("export", tmp_path / "run", "--member", member["id"], "--to", tmp_path / str(member["id"])).code
+            == 0
+        )

@@ -27,7 +27,7 @@ from experiments.runs import Run
 from populations.errors import JournalError
 
 ROOT = Path(__file__).parent.parent
-EVALUATIONS = 160
+EVALUATIONS = 240
 # The search's objective writes a line a call, so that what was paid can be counted.
 TOYS = """
 import os, time
@@ -52,7 +52,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def toy_recipe(folder: Path, kind: str = "m2n2", delay: float = 0.004, **others: Any) -> Path:
+def toy_recipe(folder: Path, kind: str = "m2n2", delay: float = 0.006, **others: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fault_toys.py").write_text(TOYS)
     for name in ("left", "right"):

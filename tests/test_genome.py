@@ -16,6 +16,9 @@ from populations.genome import Genome, combine
 from populations.gram import GramTable
 from populations.space import Space
 
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
+
 SIZE = 24
 FINITE = st.floats(-1e6, 1e6, allow_nan=False)
 

@@ -17,6 +17,9 @@ from populations.pareto import ParetoFront, non_dominated
 from populations.population import ElitistArchive, Population, quality
 from populations.trial import Evaluation, Failure, Goal, Outcome, Trial, oriented
 
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
+
 ACCURACY = (Goal("accuracy"),)
 PAPER = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]]
 MAKERS: dict[str, Callable[[int], Population]] = {
