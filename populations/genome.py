@@ -256,7 +256,7 @@ def _frozen(values: ArrayLike, kind: Any) -> NDArray[Any]:
 
 def _check(genome: Genome) -> None:
     boundaries, coefficients, residual = genome.boundaries, genome.coefficients, genome.residual
-    if boundaries.ndim != 1 or boundaries.size < 2 or boundaries[0] != 0 or (np.diff(boundaries) <= 0).any():
+    if boundaries.ndim != 1 or boundaries.size < 2 or boundaries[0] != 0 or (boundaries[1:] <= boundaries[:-1]).any():
         raise InputError(f"boundaries: expected positions that increase from 0 to n, found {boundaries.tolist()[:8]}.")
     if coefficients.ndim != 2 or coefficients.shape[0] != boundaries.size - 1 or coefficients.shape[1] < 1:
         raise InputError(

@@ -62,6 +62,7 @@ class NicheArchive:
         self.resource = resource
         self._members: list[Member] = []
         self._slots: list[int] = []  # row of each member in _scores, oldest first
+        self._free = list(range(capacity, -1, -1))  # rows of nobody, the next to take last
         self._scores: Floats = np.zeros((0, 0))
         self._known_worth: Floats | None = None  # of the scores as they are
 
@@ -77,7 +78,7 @@ class NicheArchive:
         row = self._row(trial, evaluation)
         if not self._members:
             self._scores = np.zeros((self.capacity + 1, row.size))
-        slot = next(i for i in range(self.capacity + 1) if i not in self._slots)
+        slot = self._free.pop()
         self._scores[slot] = row
         self._known_worth = None
         self._members.append(Member(trial, evaluation))
@@ -86,7 +87,8 @@ class NicheArchive:
             return Outcome(accepted=True)
         worst = int(np.argmin(self.fitness()))
         gone = self._members.pop(worst).trial.number
-        self._scores[self._slots.pop(worst)] = 0.0
+        self._free.append(self._slots.pop(worst))
+        self._scores[self._free[-1]] = 0.0
         self._known_worth = None
         return Outcome(gone != trial.number, () if gone == trial.number else (gone,))
 
@@ -111,9 +113,10 @@ class NicheArchive:
         self._members, self._slots, self._scores = list(state["members"]), [], np.zeros((0, 0))
         self._known_worth = None
         rows = [self._row(m.trial, m.evaluation) for m in self._members]
+        self._slots = list(state["slots"])
+        self._free = [row for row in range(self.capacity, -1, -1) if row not in self._slots]
         if rows:
             self._scores = np.zeros((self.capacity + 1, rows[0].size))
-            self._slots = list(state["slots"])
             self._scores[self._slots] = rows
 
     def _worth(self) -> Floats:

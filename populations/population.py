@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from populations.trial import Evaluation, Goal, Member, Outcome, Trial, oriented
+from populations.trial import Evaluation, Goal, Member, Outcome, Trial
 
 
 class Population(Protocol):
@@ -35,7 +35,7 @@ class Population(Protocol):
 
 def quality(evaluation: Evaluation, goals: Sequence[Goal]) -> float:
     """The mean of the oriented scores: the single number by which members are ranked (larger is better)."""
-    return float(oriented(evaluation.scores, goals).mean())
+    return sum(goal.sign * evaluation.scores[goal.name] for goal in goals) / len(goals)
 
 
 class ElitistArchive:

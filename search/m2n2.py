@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -93,6 +95,7 @@ class M2N2:
         self._next = 0
         self._told = 0
         self._norms: dict[int, float] = {}
+        self._noise = np.float32(settings.mutation) * normal_quantiles() if settings.mutation > 0 else None
 
     @property
     def done(self) -> bool:
@@ -180,8 +183,10 @@ class M2N2:
         return int(self._borders[np.searchsorted(self._borders, position, side="right") - 1])
 
     def _mutated(self, rng: np.random.Generator, vector: NDArray[np.float32]) -> Genome:
-        noise = rng.standard_normal(self.space.size, np.float32)
-        noise *= np.float32(self.settings.mutation)
+        assert self._noise is not None
+        steps = rng.integers(0, len(self._noise), self.space.size, np.uint16)
+        noise = np.empty(self.space.size, np.float32)
+        np.take(self._noise, steps, out=noise, mode="clip")  # clip never happens; it spares a copy
         noise += vector
         noise.flags.writeable = False  # the genome takes it as it is instead of a copy
         return Genome.dense(noise, self.space.dimension)
@@ -206,6 +211,17 @@ class M2N2:
         if a.residual is not None and b.residual is not None:
             return float(np.einsum("i,i->", a.residual, b.residual, dtype=np.float64))
         return self.space.gram.inner(a, b)
+
+
+@lru_cache(maxsize=1)
+def normal_quantiles() -> NDArray[np.float32]:
+    """(65536,) equally likely values of N(0, 1): the quantiles at the middles of 65,536 equal parts.
+
+    Drawing noise by index costs a third of drawing normal floats, and gives the same bits on every processor.
+    """
+    normal, count = NormalDist(), 2**16
+    upper = [normal.inv_cdf((index + 0.5) / count) for index in range(count // 2, count)]
+    return np.array([-value for value in reversed(upper)] + upper, np.float32)
 
 
 def slerp_weights(t: float, angle: float) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from populations.gram import GramTable
 from populations.niches import NicheArchive
 from populations.space import Space
 from populations.trial import Evaluation, Goal, Trial
-from search.m2n2 import M2N2, M2N2Settings
+from search.m2n2 import M2N2, M2N2Settings, normal_quantiles
 from search.protocol import trial_rng
 
 SIZE, EXAMPLES, CAPACITY = 60, 40, 6
@@ -97,7 +97,7 @@ class Plain:
                 else linear(self.vectors[a], self.vectors[b], t)
             )
         if on.mutation:
-            vector = vector + on.mutation * rng.standard_normal(SIZE, np.float32)
+            vector = vector + on.mutation * normal_quantiles()[rng.integers(0, 2**16, SIZE, np.uint16)]
         return vector, tuple(self.numbers[i] for i in parents)
 
     def add(self, number: int, vector: Vector, scores: NDArray[np.bool_], survivors: list[int]) -> None:
@@ -246,8 +246,8 @@ class Fixed:
     def random(self) -> float:
         return self.weight
 
-    def integers(self, low: int, high: int) -> int:
-        return self.position
+    def integers(self, low: int, high: int, size: int | None = None, kind: type = int) -> int | Vector:
+        return self.position if size is None else np.zeros(size, kind)
 
 
 @pytest.mark.parametrize("interpolation", ["slerp", "linear"])
@@ -272,13 +272,10 @@ def test_split_at_zero_is_no_split_with_the_complement(interpolation: str) -> No
 
 
 def born(search: M2N2, weight: float, position: int) -> Vector:
-    """The child of members 0 and 1 for a weight and a split position."""
-
-    class Noiseless(Fixed):
-        def standard_normal(self, size: int, kind: type) -> Vector:
-            return np.zeros(size, kind)
-
-    child = search._child(Noiseless(weight, position), 0, 1)  # type: ignore[arg-type]
+    """The child of members 0 and 1 for a weight and a split position, without noise."""
+    if search._noise is not None:
+        search._noise = np.zeros_like(search._noise)
+    child = search._child(Fixed(weight, position), 0, 1)  # type: ignore[arg-type]
     return expanded(child, PAIR)
 
 
@@ -386,3 +383,14 @@ def test_settings_that_change_nothing_are_refused() -> None:
         M2N2(space_of(VECTORS), archive, replace(PAPER, crossover=False), 0)
     with pytest.raises(InputError, match="needs the dense vectors"):
         M2N2(space_of(VECTORS), archive, replace(PAPER, mutation=0.1), 0)
+
+
+def test_noise_is_the_normal_distributions() -> None:
+    table = normal_quantiles().astype(np.float64)
+    assert len(table) == 2**16
+    assert (np.diff(table) > 0).all()
+    assert (table == -table[::-1]).all()
+    assert table.var() == pytest.approx(1, abs=2e-4)
+    assert (table**4).mean() == pytest.approx(3, abs=0.01)
+    inside = [np.mean(np.abs(table) < sigmas) for sigmas in (1, 2, 3)]
+    assert inside == pytest.approx([0.682689, 0.954500, 0.997300], abs=2e-5)
