@@ -11,10 +11,11 @@ cache holds; each repetition takes all contenders in turn, and the best time of 
 - no numba: the same without compiled loops (CPU)
 - torch loop: what a plain chunked loop of torch operations gets: widen, multiply, add, round, a million elements a time
 
-``ratio`` is to the copy. What bounds it: one candidate, and any number in float32, is bound by memory traffic, as the
-copy is. Eight candidates at once in bfloat16 read each source once from memory and form every candidate from cache, so
+``ratio`` is to the copy. What bounds it: float32, and one candidate in bfloat16, are near the memory traffic of the
+copy. Eight candidates at once in bfloat16 read each source once from memory and form every candidate from cache, so
 arithmetic is the bound: for each source and element a widening, a product and a sum (rounded one by one, so that every
-backend gives the same bits), then rounding to bfloat16. Without numba every operation is a pass over the cache.
+backend gives the same bits), then rounding to bfloat16. Without numba every operation is a pass over the cache. On
+CUDA the passes and launches of separate torch operations are the bound, or the bus, when the sources do not fit.
 """
 
 from __future__ import annotations
