@@ -184,6 +184,41 @@ def export_everything_shown(run: Path, folder: Path) -> None:
     assert Run(run).export("best", folder / "best.safetensors").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-scratch", "digits-specialists"])
+def test_ready_recipes_survive_kills_at_any_moment(name: str, tmp_path: Path) -> None:
+    """Killed after random times: while it starts, replays, searches, or judges."""
+    recipe, run = ROOT / "experiments" / "recipes" / f"{name}.yaml", tmp_path / "run"
+    settings = {"budget.evaluations": 3000, "runtime.pool": "serial", "tracking.mlflow": False}
+    options = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
+    moments, kills = random.Random(name), 0
+    with started("run", recipe, "--out", run, *options) as process:
+        wait_until(lambda: (run / "journal.sqlite").exists() and len(recorded_or_none(run)) > 0, process)
+    while True:
+        kills += 1
+        before = recorded(run)
+        with started("resume", run) as process:
+            try:
+                process.wait(timeout=moments.uniform(1.5, 5.0))
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        assert recorded(run)[: len(before)] == before
+    whole = launch(Recipe.from_yaml(recipe, settings), tmp_path / "whole")
+    assert kills > 1
+    assert Run(run).status()["state"] == "finished"
+    assert digest(run) == whole.status()["digest"]
+    assert [m.record() for m in Run(run).front()] == [m.record() for m in whole.front()]
+
+
+def recorded_or_none(run: Path) -> list[int]:
+    """As ``recorded``; nothing while the journal is being begun."""
+    with contextlib.suppress(JournalError):
+        return recorded(run)
+    return []
+
+
 def test_killed_while_the_front_is_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[str], str]
 ) -> None:
