@@ -46,13 +46,14 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
     spec = compose.worker_spec(recipe, compose.prepare(recipe))
     sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names)
     record = _record(run, recipe, trial, scored)
+    dtype = recipe.merge.dtype or (None if spec.architecture is None else str(sources.layout.dtype).split(".")[-1])
     target = Path(to)
     if target.suffix == ".safetensors":
-        return export_file(sources, trial.genome, target, record, recipe.merge.dtype)
+        return export_file(sources, trial.genome, target, record, dtype)
     card = model_card(record, scored, sources)
     if sources.origin.is_hugging_face:
-        return export_directory(sources, trial.genome, target, card, record, recipe.merge.dtype)
-    return _plain_directory(sources, trial.genome, target, card, record, recipe.merge.dtype)
+        return export_directory(sources, trial.genome, target, card, record, dtype)
+    return _plain_directory(sources, trial.genome, target, card, record, dtype)
 
 
 def _plain_directory(

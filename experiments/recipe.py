@@ -62,7 +62,8 @@ class Merge(Part):
 
     Attributes:
         operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to the base.
-        dtype: What merged weights are rounded to; by default what the experts are stored in.
+        dtype: What merged weights are rounded to, scored in and exported in; by default what the experts are stored
+            in (float32 when an architecture is given and they mix types).
     """
 
     operator: str = "linear"

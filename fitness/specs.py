@@ -55,7 +55,8 @@ class WorkerSpec:
         search: Objectives that guide the search.
         held_out: Objectives kept from it.
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
-        dtype: Name of the resident model's dtype (``bfloat16``); None keeps the architecture's own.
+        dtype: Name of the resident model's dtype (``bfloat16``). None is the checkpoints' own, whatever type the
+            architecture is made in (float32 when they mix types), so that what is scored is what can be exported.
         threads: CPU threads of one worker. Results may depend on it in the last bit, so it belongs to the recipe.
         dense: Put the sources themselves into the space, for evolution from scratch.
         sys_path: Folders put on the worker's Python path, for the user's own modules.

@@ -44,7 +44,8 @@ class Worker:
         self._spec = spec
         self._device = _device(spec.device)
         self._sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names)
-        self._resident = Resident(self._sources, spec.architecture, self._device, _dtype(spec.dtype))
+        stored = None if spec.architecture is None else self._sources.layout.dtype
+        self._resident = Resident(self._sources, spec.architecture, self._device, _dtype(spec.dtype) or stored)
         self._objectives: dict[str, list[Objective]] = {
             "search": [build(objective, self._device, self._resident.dtype) for objective in spec.search],
             "held_out": [build(objective, self._device, self._resident.dtype) for objective in spec.held_out],
