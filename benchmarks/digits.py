@@ -29,6 +29,7 @@ from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 RECIPE = Path(__file__).parents[1] / "experiments" / "recipes" / "digits-scratch.yaml"

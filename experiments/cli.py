@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 # The manager's small matrix products gain nothing from threads; workers set torch's own number.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Threads of torch that wait without spinning: workers share the machine with the manager and each other.
+# How torch's threads wait (see fitness/__init__.py); must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer
 

@@ -25,7 +25,7 @@ Split: TypeAlias = Literal["train", "search", "test"]
 
 def mlp(inputs: int = 64, hidden: int = 256, classes: int = 10) -> nn.Sequential:
     """A perceptron with one hidden ReLU layer; 19,210 parameters by default."""
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, classes))
 
 
 def sequential(part: Literal["search", "test"]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

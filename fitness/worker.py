@@ -19,10 +19,6 @@ from populations.space import Space
 from populations.trial import Evaluation, Trial
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
-    """The worker was told to stop before it had measured all trials."""
-
-
 class Worker:
     """Holds the sources, one resident model and the objectives, and scores one batch of trials after the other.
 
@@ -39,8 +35,6 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         sys.path[:0] = [folder for folder in spec.sys_path if folder not in sys.path]
         torch.set_num_threads(spec.threads)
-        self.stopping = False
-        """Set from another thread to have ``measure`` stop before the next trial."""
         self._spec = spec
         self._device = _device(spec.device)
         self._sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names)
@@ -56,11 +50,7 @@ class Worker:
         return self._sources.space(self._spec.dense)
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
-        """One evaluation a trial, in order. A trial that cannot be scored has a failure; the others are unaffected.
-
-        Raises:
-            Stopped: ``stopping`` was set meanwhile.
-        """
+        """One evaluation a trial, in order. A trial that cannot be scored has a failure; the others are unaffected."""
         group = self._resident.group
         evaluations: list[Evaluation] = []
         for start in range(0, len(trials), group):
@@ -75,12 +65,8 @@ class Worker:
             models = self._resident.show([trial.genome for trial in trials])
             shared = (time.perf_counter() - began) / len(trials)
             for trial in trials:
-                if self.stopping:
-                    raise Stopped
                 began = time.perf_counter() - shared
                 evaluations.append(self._evaluate(trial, next(models), began))
-        except Stopped:
-            raise
         except Exception as error:
             if len(trials) == 1:
                 return [_failed("merging", error, began)]

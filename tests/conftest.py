@@ -11,6 +11,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Preparation steps are shared by the tests of one session and leave nothing behind.
 _cache = tempfile.TemporaryDirectory(prefix="ecotone-tests-")
 os.environ["ECOTONE_CACHE"] = _cache.name

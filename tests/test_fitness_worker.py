@@ -11,7 +11,7 @@ from torch import nn
 from fitness import resident
 from fitness.resident import Resident
 from fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
-from fitness.worker import Stopped, Worker
+from fitness.worker import Worker
 from merging.sources import Sources
 from populations.errors import InputError
 from populations.genome import Genome
@@ -247,14 +247,6 @@ def test_an_objective_that_spoils_the_weights_harms_no_other_candidate(folder, m
     worker = Worker(vectors(folder, function("f", "spoils")))
     for _ in range(2):
         assert [e.scores["f"] for e in worker.measure(trials(6, 1, 2, 3))] == [1.0, 2.0, 3.0]
-
-
-def test_a_worker_stops_when_told(folder):
-    worker = Worker(vectors(folder, function("f", "first")))
-    assert len(worker.measure(trials(6, 1, 2, 3))) == 3
-    worker.stopping = True
-    with pytest.raises(Stopped):
-        worker.measure(trials(6, 1, 2, 3))
 
 
 # -- what cannot be opened -----------------------------------------------------------------------------------
