@@ -15,7 +15,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -81,7 +81,7 @@ class Genome:
     def dense(cls, vector: ArrayLike, sources: int) -> Genome:
         """A genome that is all residual: ``vector`` is (n,). What evolution from scratch breeds."""
         residual = np.asarray(vector, np.float32)
-        return cls(np.array([0, residual.size]), np.zeros((1, sources)), {}, residual)
+        return cls(*_nothing(residual.size, sources), {}, residual)
 
     # -- what it is --------------------------------------------------------------------------------------
 
@@ -138,6 +138,8 @@ class Genome:
         joining moves the coefficients least first, their length-weighted mean taking both places. That
         bounds how far a genome can grow over a long search; it changes the merge (the digest tells).
         """
+        if self.segments == 1:
+            return self
         same = (self.coefficients[1:] == self.coefficients[:-1]).all(axis=1)
         boundaries, coefficients = self.boundaries, self.coefficients
         if same.any():
@@ -216,6 +218,12 @@ def combine(genomes: Sequence[Genome], weights: ArrayLike, borders: ArrayLike | 
     for column, genome in enumerate(genomes):
         mixed += rows[:, column : column + 1] * genome.refined(union)
     return Genome(union, mixed, first.parameters, _combined_residual(genomes, table, edges)).simplified()
+
+
+@lru_cache(maxsize=8)
+def _nothing(size: int, sources: int) -> tuple[Integers, Floats]:
+    """Boundaries and coefficients of one segment without any source; read-only, so that genomes may share them."""
+    return _frozen(np.array([0, size]), np.int64), _frozen(np.zeros((1, sources)), np.float64)
 
 
 def _combined_residual(genomes: Sequence[Genome], table: Floats, edges: Integers) -> NDArray[np.float32] | None:

@@ -65,6 +65,7 @@ class NicheArchive:
         self._free = list(range(capacity, -1, -1))  # rows of nobody, the next to take last
         self._scores: Floats = np.zeros((0, 0))
         self._known_worth: Floats | None = None  # of the scores as they are
+        self._binary = True  # all scores so far are right or wrong
 
     @property
     def members(self) -> Sequence[Member]:
@@ -94,14 +95,14 @@ class NicheArchive:
 
     def fitness(self) -> Floats:
         """(P,) shared fitness of the members, oldest first. At alpha 1 it sums to what the members solve together."""
-        shared: Floats = np.einsum("ij,j->i", self._scores, self._worth())
+        shared: Floats = self._scores @ self._worth()
         return shared[self._slots]
 
     def attraction(self, index: int) -> Floats:
         """(P,) how much each member adds where member ``index`` is weak; 0 for itself."""
         gain = self._scores - self._scores[self._slots[index]]
         np.maximum(gain, 0.0, out=gain)
-        shared: Floats = np.einsum("ij,j->i", gain, self._worth())
+        shared: Floats = gain @ self._worth()
         return shared[self._slots]
 
     def state(self) -> dict[str, Any]:
@@ -126,7 +127,7 @@ class NicheArchive:
         demand = self._scores.sum(axis=0)
         share = demand if self.alpha == 1.0 else demand**self.alpha
         worth: Floats = np.divide(1.0, share, out=np.zeros_like(demand), where=share > 1e-150)
-        if self.resource == "max":
+        if self.resource == "max" and not self._binary:  # of right and wrong the largest is 1
             worth *= self._scores.max(axis=0)
         self._known_worth = worth
         return worth
@@ -138,11 +139,13 @@ class NicheArchive:
             raise SearchError(f"trial {trial.number}: expected {width} per-example scores, found {row.size}.")
         return row
 
-    @staticmethod
-    def _resources(goal: Goal, evaluation: Evaluation) -> Floats:
+    def _resources(self, goal: Goal, evaluation: Evaluation) -> Floats:
         given = evaluation.per_example.get(goal.name)
         values = np.asarray([evaluation.scores[goal.name]] if given is None else given)
-        if values.dtype != np.bool_ and (values < 0).any():
+        if values.dtype == np.bool_:
+            return values.astype(np.float64)
+        self._binary = False
+        if (values < 0).any():
             raise SearchError(
                 f"objective {goal.name!r}: the niche archive expects per-example scores of at least 0, "
                 f"found {values.min():.6g}.",

@@ -16,10 +16,11 @@ weight; only children with noise are dense vectors.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ from populations.niches import NicheArchive
 from populations.space import Space
 from populations.trial import Evaluation, Outcome, Trial
 from search.protocol import trial_rng
+
+Odds: TypeAlias = list[float]
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,8 @@ class M2N2:
         return Genome.uniform(self.space.size, row)
 
     def _breed(self, numbers: range) -> list[Trial]:
-        members, fitness = self.archive.members, self.archive.fitness()
-        attraction: dict[int, Floats] = {}
+        members, fitness = self.archive.members, _odds(self.archive.fitness())
+        attraction: dict[int, Odds] = {}
         trials = []
         for number in numbers:
             rng = trial_rng(self.seed, number)
@@ -154,13 +157,13 @@ class M2N2:
             trials.append(Trial(number, child, tuple(members[i].trial.number for i in parents)))
         return trials
 
-    def _mate(self, rng: np.random.Generator, a: int, fitness: Floats, attraction: dict[int, Floats]) -> int:
+    def _mate(self, rng: np.random.Generator, a: int, fitness: Odds, attraction: dict[int, Odds]) -> int:
         if not self.settings.attraction:
             return _draw(rng, fitness)
         if a not in attraction:
-            attraction[a] = self.archive.attraction(a)
+            attraction[a] = _odds(self.archive.attraction(a))
         # Nobody beats A anywhere: the published code samples from NaN there; fitness is what is left to go by.
-        return _draw(rng, attraction[a] if attraction[a].any() else fitness)
+        return _draw(rng, attraction[a] if attraction[a][-1] > 0 else fitness)
 
     def _child(self, rng: np.random.Generator, a: int, b: int) -> Genome:
         weight = float(rng.random())
@@ -263,9 +266,14 @@ def _joined(
     return child
 
 
-def _draw(rng: np.random.Generator, weights: Floats) -> int:
-    """An index drawn in proportion to ``weights``, or evenly when all are 0."""
-    total = np.cumsum(weights)
-    if total[-1] <= 0:
-        return int(rng.integers(len(weights)))
-    return min(int(np.searchsorted(total, rng.random() * total[-1], side="right")), len(weights) - 1)
+def _odds(weights: Floats) -> Odds:
+    """Running sums of the weights that ``_draw`` draws by."""
+    sums: Odds = np.cumsum(weights).tolist()
+    return sums
+
+
+def _draw(rng: np.random.Generator, odds: Odds) -> int:
+    """An index drawn in proportion to the weights of ``odds``, or evenly when all are 0."""
+    if odds[-1] <= 0:
+        return int(rng.integers(len(odds)))
+    return min(bisect_right(odds, rng.random() * odds[-1]), len(odds) - 1)
