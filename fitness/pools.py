@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
@@ -76,6 +79,10 @@ class Pool(Protocol):
         ...
 
 
+QUICK = 0.02
+"""Seconds for which the serial pool may keep results back to score several batches in one go."""
+
+
 class SerialPool:
     """One worker in this process. A batch is scored when its result is asked for.
 
@@ -91,6 +98,7 @@ class SerialPool:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._todo: deque[Batch] = deque()
+        self._pace = math.inf  # seconds a trial, of the last call
         self._worker: Worker | None = None
         self._closed = False
         self._threads_before = torch.get_num_threads()
@@ -119,11 +127,17 @@ class SerialPool:
         self._todo.append(batch)
 
     def completed(self, timeout: float | None = None) -> Completed:
-        """Score the oldest batch, however long it takes; an empty list when nothing is in flight."""
+        """Score the oldest batch, however long it takes, or several that are quick; none when nothing is in flight."""
         if not self._todo or self._worker is None:
             return []
-        batch = self._todo.popleft()
-        return [(batch, self._worker.measure(batch.trials))]
+        batches = [self._todo.popleft()]
+        count = len(batches[0].trials)
+        while self._todo and (count := count + len(self._todo[0].trials)) * self._pace < QUICK:
+            batches.append(self._todo.popleft())
+        began = time.perf_counter()
+        evaluations = iter(self._worker.measure([trial for batch in batches for trial in batch.trials]))
+        self._pace = (time.perf_counter() - began) / max(1, sum(len(batch.trials) for batch in batches))
+        return [(batch, list(islice(evaluations, len(batch.trials)))) for batch in batches]
 
     def close(self) -> None:
         """Forget what is in flight and give torch its number of threads back."""

@@ -10,7 +10,6 @@ and what an export turns into weights. What the anchor and the sources are is th
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from xxhash import xxh3_128
 
 from populations.errors import InputError
 
@@ -100,17 +100,22 @@ class Genome:
         """K, the number of sources."""
         return int(self.coefficients.shape[1])
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is all residual, as ``Genome.dense`` makes them."""
+        return self.residual is not None and self.segments == 1 and not self.parameters and not self.coefficients.any()
+
     @cached_property
     def digest(self) -> str:
         """32 hexadecimal digits that are equal for genomes that describe the same merge."""
         plain = self.simplified()
-        hasher = hashlib.sha256()
+        hasher = xxh3_128()
         hasher.update(plain.boundaries.astype("<i8").tobytes())
         hasher.update((plain.coefficients + 0.0).astype("<f8").tobytes())  # + 0.0 turns -0.0 into 0.0
         hasher.update(json.dumps(dict(plain.parameters), sort_keys=True).encode())
         if plain.residual is not None:
             hasher.update(np.ascontiguousarray(plain.residual, "<f4").data)
-        return hasher.hexdigest()[:32]
+        return hasher.hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Genome) and self.digest == other.digest

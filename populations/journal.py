@@ -29,6 +29,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -348,9 +349,15 @@ class Journal:
 _COLUMNS = "scores, shapes, per_example, failure, seconds, items, details"
 
 
+@lru_cache(maxsize=8)
+def _dense_text(size: int, sources: int) -> str:
+    """What all genomes without a mixture have in common."""
+    return Genome.dense(np.zeros(size), sources).to_json(residual=False)
+
+
 def _trial_row(trial: Trial, batch: int) -> tuple[Any, ...]:
     genome = trial.genome
-    text = genome.to_json(residual=False)
+    text = _dense_text(genome.size, genome.sources) if genome.is_dense else genome.to_json(residual=False)
     return trial.number, batch, text, genome.digest, json.dumps(trial.parents), int(genome.residual is not None)
 
 
@@ -358,12 +365,12 @@ def _evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
     shapes, blobs = [], []
     for name, values in evaluation.per_example.items():
         kind, blob = _packed(np.asarray(values))
-        shapes.append([name, kind, int(np.size(values)), len(blob)])
+        shapes.append((name, kind, int(np.size(values)), len(blob)))
         blobs.append(blob)
     failure = evaluation.failure
     return (
         json.dumps({name: float(value) for name, value in evaluation.scores.items()}),
-        json.dumps(shapes) if shapes else None,
+        _shapes_text(tuple(shapes)) if shapes else None,
         b"".join(blobs) if blobs else None,
         None if failure is None else json.dumps([failure.kind, failure.message, failure.details]),
         float(evaluation.seconds),
@@ -371,6 +378,11 @@ def _evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
         json.dumps(dict(evaluation.details)) if evaluation.details else None,
         now,
     )
+
+
+@lru_cache(maxsize=64)
+def _shapes_text(shapes: tuple[tuple[str, str, int, int], ...]) -> str:
+    return json.dumps(shapes)
 
 
 def _evaluation(row: Sequence[Any]) -> Evaluation:
