@@ -54,11 +54,12 @@ def shuffled(part: Split, digits: Sequence[int] | None = None) -> tuple[NDArray[
 
 def random_models(directory: str, seed: int = 0, count: int = 2, scale: float = 0.01, hidden: int = 256) -> None:
     """Preparation step: ``model-I.safetensors``, untrained, every parameter drawn from ``scale * N(0, 1)``."""
-    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     for index in range(count):
         state = mlp(hidden=hidden).state_dict()
-        drawn = {name: scale * torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
-        save_file(drawn, Path(directory) / f"model-{index}.safetensors")
+        drawn = {name: scale * rng.standard_normal(tuple(tensor.shape)) for name, tensor in sorted(state.items())}
+        tensors = {name: torch.from_numpy(values.astype(np.float32)) for name, values in drawn.items()}
+        save_file(tensors, Path(directory) / f"model-{index}.safetensors")
 
 
 def specialists(
