@@ -16,7 +16,7 @@ import pickle
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -55,12 +55,23 @@ class RemoteWorker:
 
 @dataclass
 class _Job:
-    """Trials of one batch that are scored together, and how many workers died of them."""
+    """Trials of one batch that are scored together, and how many workers died while they were the oldest there.
+
+    A worker may die of a later job before the result of an earlier one has left it. So a job that a worker died of
+    is tried again with the worker to itself; only then is it to blame.
+    """
 
     ticket: int
     places: range
     trials: tuple[Trial, ...]
     deaths: int = 0
+    suspect: bool = False
+
+    def fits(self, queue: Collection[tuple[Any, _Job]]) -> bool:
+        """Whether it may be queued at a worker behind the jobs of ``queue``."""
+        if self.suspect:
+            return not queue
+        return len(queue) < QUEUED and not any(job.suspect for _, job in queue)
 
 
 @dataclass
@@ -310,10 +321,12 @@ class RayPool:
         """Give the oldest jobs to the workers with the shortest queues."""
         ready = [hand for hand in self._hands if hand.pid is not None]
         while self._backlog and ready:
-            hand = min(ready, key=lambda hand: len(hand.queue))
-            if len(hand.queue) >= QUEUED:
+            job = self._backlog[0]
+            room = [hand for hand in ready if job.fits(hand.queue)]
+            if not room:
                 return
-            job = self._backlog.popleft()
+            hand = min(room, key=lambda hand: len(hand.queue))
+            self._backlog.popleft()
             hand.queue.append((hand.actor.measure.remote(*_parts(job.trials)), job))
 
     def _attend(self, hand: _Hand, news: set[Any]) -> None:
@@ -381,8 +394,9 @@ class RayPool:
 
     def _suspect(self, job: _Job, error: Exception) -> None:
         """A worker died of this job, it seems: try it again, then its candidates alone, then give up."""
+        alone, job.suspect = job.suspect, True
         job.deaths += 1
-        if job.deaths < self._attempts:
+        if not alone or job.deaths < self._attempts:
             self._backlog.appendleft(job)
         elif len(job.trials) > 1:
             self._split(job)
@@ -401,7 +415,7 @@ class RayPool:
 
     def _split(self, job: _Job) -> None:
         alone = [
-            _Job(job.ticket, range(place, place + 1), (trial,))
+            _Job(job.ticket, range(place, place + 1), (trial,), suspect=True)
             for place, trial in zip(job.places, job.trials, strict=True)
         ]
         self._backlog.extendleft(reversed(alone))
