@@ -10,7 +10,8 @@ two workers of one thread and batches of 16, and measures, on this machine and i
   with the same number of threads or processes;
 - the share of the search's time that is not scoring, 1 - search rate / scoring rate.
 
-It also times the way the public code works, one candidate asked for and scored at a time. Writes ``benchmarks/results/digits.json``.
+It also times the way the public code works, one candidate asked for and scored at a time. Writes
+``benchmarks/results/digits.json``.
 """
 
 from __future__ import annotations
