@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -189,13 +188,10 @@ def _tracked(recipe: Recipe, directory: Path, notify: Notify) -> Iterator[None]:
         yield
         return
     process = tracking.start(directory, os.getpid())
-    try:
-        yield
-    finally:
-        if sys.exc_info()[0] is None:
-            notify("Waiting for MLflow to have everything ...")
-            if not tracking.wait(process, 60, directory):
-                notify(f"MLflow does not have everything yet; `ecotone sync {directory}` sends the rest.")
+    yield
+    notify("Waiting for MLflow to have everything ...")
+    if not tracking.wait(process, 60, directory):
+        notify(f"MLflow does not have everything yet; `ecotone sync {directory}` sends the rest.")
 
 
 def _facts(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> dict[str, str]:
