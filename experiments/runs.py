@@ -12,6 +12,7 @@ from typing import Any
 from populations.errors import InputError
 from populations.journal import Journal, Row
 from populations.pareto import ParetoFront
+from populations.population import mean_score
 from populations.trial import Evaluation, Failure, Goal, Trial, oriented
 
 JOURNAL = "journal.sqlite"
@@ -178,7 +179,7 @@ def front_rows(rows: Sequence[Row], wanted: Sequence[Goal]) -> list[Row]:
 
 
 def _mean(scores: Mapping[str, float] | None, wanted: Sequence[Goal]) -> float:
-    return -math.inf if not scores else sum(goal.sign * scores[goal.name] for goal in wanted) / len(wanted)
+    return -math.inf if not scores else mean_score(scores, wanted)
 
 
 def _scored(journal: Journal, row: Row) -> Scored:

@@ -57,6 +57,7 @@ from urllib.parse import urlsplit, urlunsplit
 from populations.errors import EcotoneError, JournalError
 from populations.journal import Journal, Row
 from populations.pareto import ParetoFront
+from populations.population import mean_score
 from populations.trial import Evaluation, Goal, oriented
 
 STEPS = 1000  # of a metric, at most about
@@ -370,7 +371,7 @@ class Scoreboard:
             if record is None or goal.sign * scores[goal.name] > goal.sign * record:
                 self._records[goal.name] = scores[goal.name]
         point = oriented(scores, self.goals)
-        mean = float(point.mean())
+        mean = mean_score(scores, self.goals)
         if mean > self._best_mean:
             self._best_mean, self.best = mean, row
         if self.front.add(row.number, point):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from populations.trial import Evaluation, Goal, Member, Outcome, Trial
@@ -33,9 +33,14 @@ class Population(Protocol):
         """Continue from ``state``."""
 
 
+def mean_score(scores: Mapping[str, float], goals: Sequence[Goal]) -> float:
+    """The mean of the oriented scores: the single number by which merges are ranked (larger is better)."""
+    return sum(goal.sign * scores[goal.name] for goal in goals) / len(goals)
+
+
 def quality(evaluation: Evaluation, goals: Sequence[Goal]) -> float:
-    """The mean of the oriented scores: the single number by which members are ranked (larger is better)."""
-    return sum(goal.sign * evaluation.scores[goal.name] for goal in goals) / len(goals)
+    """The mean score of an evaluation that is ok."""
+    return mean_score(evaluation.scores, goals)
 
 
 class ElitistArchive:
