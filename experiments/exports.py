@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +13,12 @@ from experiments.recipe import Recipe
 from experiments.runs import Run, Scored
 from fitness.pools import Batch, SerialPool
 from merging.checkpoint import Checkpoint
-from merging.export import CARD, RECORD, export_directory, export_file
+from merging.export import RECORD, export_directory, export_file, export_plain_directory
 from merging.sources import Sources
-from populations.errors import CheckpointError, InputError, SearchError
+from populations.errors import CheckpointError, SearchError
 from populations.genome import Genome
 from populations.trial import Subset, Trial
 
-WEIGHTS = "model.safetensors"
 ANCESTORS = 200
 
 
@@ -53,28 +51,8 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
     card = model_card(record, scored, sources)
     if sources.origin.is_hugging_face:
         return export_directory(sources, trial.genome, target, card, record, dtype)
-    return _plain_directory(sources, trial.genome, target, card, record, dtype)
-
-
-def _plain_directory(
-    sources: Sources, genome: Genome, target: Path, card: str, record: Mapping[str, Any], dtype: str | None
-) -> Path:
-    """A directory around one weights file, for models that are no Hugging Face directories."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: expected a new or empty directory to export to.", "Choose another, or remove it.")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        export_file(sources, genome, partial / WEIGHTS, {"record": RECORD}, dtype)
-        (partial / CARD).write_text(card, "utf-8")
-        (partial / RECORD).write_text(json.dumps(record, indent=1), "utf-8")
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return export_plain_directory(sources, trial.genome, target, card, record, dtype)
 
 
 def _recipe(run: Run) -> Recipe:

@@ -63,9 +63,7 @@ def export_directory(
         InputError: The genome does not fit, the target is not empty, there is no configuration, the type is not a
             floating-point type, or the disk is too full.
     """
-    target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: expected a new or empty directory to export to.", "Choose another, or remove it.")
+    target = _empty(directory)
     if not sources.origin.is_hugging_face:
         raise InputError(
             f"{sources.origin.path}: expected a Hugging Face directory with a config.json to take the configuration "
@@ -78,8 +76,29 @@ def export_directory(
         _copy_files(sources.origin.path, partial)
         _write_json(partial / "config.json", _config(sources.origin.config or {}, writer.dtype))
         writer.write_shards(partial, shard_bytes)
-        (partial / CARD).write_text(card, "utf-8")
-        _write_json(partial / RECORD, record)
+        _describe(partial, card, record)
+    return target
+
+
+def export_plain_directory(
+    sources: Sources,
+    genome: Genome,
+    directory: str | Path,
+    card: str,
+    record: Mapping[str, Any],
+    dtype: torch.dtype | str | None = None,
+) -> Path:
+    """Write a merged state dict as a directory of one weights file, its card and its record.
+
+    For models that are no Hugging Face directories; arguments, result and errors as for ``export_directory``.
+    """
+    target = _empty(directory)
+    writer = _Writer(sources, sources.mixture(genome), _dtype(dtype))
+    with _renamed(target, writer.nbytes) as partial:
+        partial.mkdir()
+        metadata = {"ecotone": json.dumps({"record": RECORD}), **sources.layout.aliases}
+        writer.write(partial / SINGLE, list(writer.entries), metadata)
+        _describe(partial, card, record)
     return target
 
 
@@ -225,6 +244,18 @@ def _renamed(target: Path, nbytes: int) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def _empty(directory: str | Path) -> Path:
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: expected a new or empty directory to export to.", "Choose another, or remove it.")
+    return target
+
+
+def _describe(directory: Path, card: str, record: Mapping[str, Any]) -> None:
+    (directory / CARD).write_text(card, "utf-8")
+    _write_json(directory / RECORD, record)
 
 
 def _copy_files(origin: Path, target: Path) -> None:
