@@ -75,10 +75,13 @@ def cache_folder() -> Path:
 
 
 def prepared_folder(recipe: Recipe) -> Path | None:
-    """The folder of the recipe's preparation step, named by what it is called with; None without a step."""
+    """The folder of the recipe's preparation step; None without a step.
+
+    It is named by the function, its arguments and the source of its module: after an edit the step runs again.
+    """
     if recipe.prepare is None:
         return None
-    text = json.dumps([recipe.prepare.call, _preparation_arguments(recipe)], sort_keys=True)
+    text = json.dumps([recipe.prepare.call, _preparation_arguments(recipe), _module_source(recipe)], sort_keys=True)
     return cache_folder() / "prepared" / f"{recipe.name}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
@@ -118,6 +121,17 @@ def _preparation_arguments(recipe: Recipe) -> dict[str, Any]:
     if "seed" in inspect.signature(function).parameters:
         arguments.setdefault("seed", recipe.seed)
     return arguments
+
+
+def _module_source(recipe: Recipe) -> str:
+    """The text of the module that defines the step's function; empty when it has none, as of builtins."""
+    assert recipe.prepare is not None
+    function = inspect.unwrap(resolve(recipe.prepare.call, "prepare.call"))
+    module = inspect.getmodule(function)
+    try:
+        return "" if module is None else inspect.getsource(module)
+    except (OSError, TypeError):
+        return ""
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -101,8 +101,8 @@ class Accuracy:
             raise InputError("expected a torch module to score, found a dict of tensors.", "Name an architecture.")
         with torch.inference_mode():
             largest, predicted = zip(*[self._checked(model(chunk)).max(-1) for chunk in self._chunks], strict=True)
-            right: NDArray[np.bool_] = (torch.cat(predicted) == self.labels).cpu().numpy()
-            broken = _any_nan(torch.cat(largest))  # the maximum of a row passes NaN on
+            right: NDArray[np.bool_] = (_whole(predicted) == self.labels).cpu().numpy()
+            broken = _any_nan(_whole(largest))  # the maximum of a row passes NaN on
         value = float("nan") if broken else int(np.count_nonzero(right)) / right.size
         return Score(value, right, right.size)
 
@@ -116,6 +116,10 @@ class Accuracy:
                 f"expected an output for each label from 0 to {self._classes - 1}, found {logits.shape[1]} outputs."
             )
         return logits
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _any_nan(values: Tensor) -> bool:

@@ -100,9 +100,10 @@ class NicheArchive:
 
     def attraction(self, index: int) -> Floats:
         """(P,) how much each member adds where member ``index`` is weak; 0 for itself."""
-        gain = self._scores - self._scores[self._slots[index]]
-        np.maximum(gain, 0.0, out=gain)
-        shared: Floats = gain @ self._worth()
+        own, worth = self._scores[self._slots[index]], self._worth()
+        # Of right and wrong, max(0, S_ij - S_Aj) is S_ij (1 - S_Aj): the same numbers in a sixth of the time.
+        binary = self._binary
+        shared: Floats = self._scores @ (worth * (1 - own)) if binary else np.maximum(self._scores - own, 0) @ worth
         return shared[self._slots]
 
     def state(self) -> dict[str, Any]:

@@ -242,12 +242,13 @@ class Fixed:
 
     def __init__(self, weight: float, position: int) -> None:
         self.weight, self.position = weight, position
+        self.bit_generator = np.random.SFC64(0)  # of the noise
 
     def random(self) -> float:
         return self.weight
 
-    def integers(self, low: int, high: int, size: int | None = None, kind: type = int) -> int | Vector:
-        return self.position if size is None else np.zeros(size, kind)
+    def integers(self, low: int, high: int) -> int:
+        return self.position
 
 
 @pytest.mark.parametrize("interpolation", ["slerp", "linear"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import linecache
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -504,6 +507,7 @@ def preparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function from settings to a recipe that prepares with the module above, in a cache of its own."""
     (tmp_path / "preparing_module.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "preparing_module", raising=False)
     monkeypatch.setenv("ECOTONE_CACHE", str(tmp_path / "cache"))
     return lambda **settings: Recipe.from_record(changed(prepare={"call": "preparing_module:write"}, **settings))
 
@@ -522,6 +526,18 @@ def test_preparation_is_done_once_and_depends_on_its_arguments(preparing: Any) -
     assert (given / "seed").read_text() == "1"
     seedless = compose.prepare(preparing(prepare__call="preparing_module:seedless"))
     assert seedless == compose.prepare(preparing(prepare__call="preparing_module:seedless", seed=77))
+
+
+def test_an_edited_preparation_runs_again(preparing: Any, tmp_path: Path) -> None:
+    before = compose.prepare(preparing())
+    (tmp_path / "preparing_module.py").write_text(MODULE.replace("str(seed)", "f'edited {seed}'"))
+    sys.modules.pop("preparing_module")
+    importlib.invalidate_caches()
+    linecache.checkcache()
+    after = compose.prepare(preparing())
+    assert after is not None
+    assert after != before
+    assert (after / "seed").read_text() == "edited 0"
 
 
 def test_a_preparation_that_fails_leaves_nothing(preparing: Any, tmp_path: Path) -> None:
