@@ -36,6 +36,7 @@ from populations.population import ElitistArchive, Population
 from populations.space import Space
 from populations.trial import Goal
 from search.cma_es import CmaEs
+from search.coefficients import CoefficientBox
 from search.m2n2 import M2N2, M2N2Settings
 from search.manager import Schedule
 from search.protocol import Search
@@ -225,20 +226,17 @@ def make_search(recipe: Recipe, space: Space) -> tuple[Search, Population]:
             max_segments=part.max_segments,
         )
         return M2N2(space, archive, switches, seed), archive
-    borders = space.borders(part.granularity)
+    box = CoefficientBox.of(space, part.granularity, part.low, part.high, part.groups)
     population = ElitistArchive(goals, part.archive)
     if isinstance(part, RandomBox):
-        return RandomSearch(space, borders, part.low, part.high, seed), population
+        return RandomSearch(box, seed), population
     assert isinstance(part, CmaEsBox)
     search = CmaEs(
-        space,
-        borders,
+        box,
         goals,
         seed,
         start=part.start,
         sigma=part.sigma,
-        low=part.low,
-        high=part.high,
         population_size=part.population_size,
         separable=part.algorithm == "sep_cma_es",
     )

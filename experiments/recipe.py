@@ -131,9 +131,10 @@ class M2N2Search(Part):
 
 
 class Box(Part):
-    """Coefficients between two bounds, one set a model, block or tensor."""
+    """Coefficients between two bounds, one set a model, block or tensor, or one of ``groups`` runs of blocks."""
 
-    granularity: Literal["model", "block", "tensor"] = "block"
+    granularity: Literal["model", "groups", "block", "tensor"] = "block"
+    groups: int = Field(default=1, ge=1)
     low: float = 0.0
     high: float = 1.0
     archive: int = Field(default=20, ge=1)
@@ -142,6 +143,8 @@ class Box(Part):
     def _box_is_open(self) -> Box:
         if not self.low < self.high:
             raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
+        if self.groups > 1 and self.granularity != "groups":
+            raise ValueError(f"groups: expected granularity: groups with it, found granularity: {self.granularity}")
         return self
 
 

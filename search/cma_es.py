@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from cmaes import CMA, SepCMA
 
-from populations.genome import Genome, Integers
 from populations.population import quality
-from populations.space import Space
 from populations.trial import Evaluation, Goal, Outcome, Trial
+from search.coefficients import CoefficientBox
 
 
 class CmaEs:
@@ -26,44 +25,36 @@ class CmaEs:
     the same points. A failed candidate counts as the worst of its generation.
 
     Args:
-        space: The models' layout.
-        borders: (S+1,) segment borders, as ``space.borders(granularity)`` gives them.
+        box: Where coefficients lie.
         goals: The objectives; their oriented mean is maximised.
         seed: The recipe's seed.
         start: Initial value of every coefficient; None means 1/K, the plain average.
         sigma: Initial step size, in units of the coefficients.
-        low: Smallest coefficient.
-        high: Largest coefficient.
         population_size: Candidates a generation; None means ``4 + floor(3 ln(S K))``.
         separable: Learn a diagonal covariance only.
     """
 
     def __init__(
         self,
-        space: Space,
-        borders: Integers,
+        box: CoefficientBox,
         goals: Sequence[Goal],
         seed: int,
         start: float | None = None,
         sigma: float = 0.2,
-        low: float = 0.0,
-        high: float = 1.0,
         population_size: int | None = None,
         separable: bool = False,
     ) -> None:
-        self.space = space
-        self.borders = np.asarray(borders)
+        self.box = box
         self.goals = tuple(goals)
         self.seed = seed
-        size = (len(self.borders) - 1) * space.dimension
-        mean = np.full(size, 1.0 / space.dimension if start is None else start)
-        bounds = np.tile(np.array([low, high]), (size, 1))
+        size = box.size
+        mean = np.full(size, 1.0 / box.sources if start is None else start)
+        bounds = np.tile(np.array([box.low, box.high]), (size, 1))
         self._optimiser: Any
         if size == 1:  # the library asks for two dimensions at least; the second is idle
             mean, bounds = np.append(mean, mean), np.tile(bounds, (2, 1))
         kind = SepCMA if separable else CMA
         self._optimiser = kind(mean, sigma, bounds=bounds, population_size=population_size, seed=0)
-        self._size = size
         self._next = 0
         self._asked: list[Any] = []  # points of this generation, in trial order
         self._values: dict[int, float | None] = {}  # by position in the generation; None is a failure
@@ -80,8 +71,7 @@ class CmaEs:
         for number in range(self._next, self._next + count):
             point = self._draw(number)
             self._asked.append(point)
-            coefficients = point[: self._size].reshape(-1, self.space.dimension)
-            trials.append(Trial(number, Genome(self.borders, coefficients)))
+            trials.append(Trial(number, self.box.genome(point[: self.box.size])))
         self._next += count
         return trials
 

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from populations.genome import Genome, Integers
-from populations.space import Space
 from populations.trial import Evaluation, Outcome, Trial
-from search.protocol import trial_rng
+from search.coefficients import CoefficientBox
 
 
 class RandomSearch:
-    """Each trial's (S, K) coefficients are independent and uniform in ``[low, high]``.
+    """Each trial's coefficients are independent and uniform in the box.
 
     Args:
-        space: The models' layout.
-        borders: (S+1,) segment borders, as ``space.borders(granularity)`` gives them.
-        low: Smallest coefficient.
-        high: Largest coefficient.
+        box: Where coefficients lie.
         seed: The recipe's seed.
     """
 
-    def __init__(self, space: Space, borders: Integers, low: float, high: float, seed: int) -> None:
-        self.space = space
-        self.borders = borders
-        self.low, self.high = low, high
+    def __init__(self, box: CoefficientBox, seed: int) -> None:
+        self.box = box
         self.seed = seed
         self._next = 0
 
@@ -37,7 +28,8 @@ class RandomSearch:
 
     def ask(self, n: int) -> list[Trial]:
         """``n`` new points."""
-        trials = [Trial(number, self._genome(number)) for number in range(self._next, self._next + n)]
+        numbers = range(self._next, self._next + n)
+        trials = [Trial(number, self.box.genome(self.box.draw(self.seed, number))) for number in numbers]
         self._next += n
         return trials
 
@@ -51,7 +43,3 @@ class RandomSearch:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
         self._next = state["next"]
-
-    def _genome(self, number: int) -> Genome:
-        shape = (len(self.borders) - 1, self.space.dimension)
-        return Genome(np.asarray(self.borders), trial_rng(self.seed, number).uniform(self.low, self.high, shape))

@@ -22,6 +22,7 @@ from populations.population import ElitistArchive, Population
 from populations.space import Space
 from populations.trial import Evaluation, Goal, Trial, oriented
 from search.cma_es import CmaEs
+from search.coefficients import CoefficientBox
 from search.m2n2 import M2N2, M2N2Settings
 from search.manager import Manager, Progress, Schedule, measure
 from search.protocol import Search
@@ -43,6 +44,7 @@ SPACE = Space(
     NAMES,
     VECTORS,
 )
+BOX = CoefficientBox.of(SPACE, "model", -1.0, 1.0)
 Score = Callable[[Trial], Evaluation]
 
 
@@ -133,10 +135,10 @@ def m2n2(**settings: Any) -> tuple[Search, Population]:
 SEARCHES: dict[str, Callable[[], tuple[Search, Population]]] = {
     "m2n2": m2n2,
     "m2n2-dense": lambda: m2n2(mutation=0.1),
-    "random": lambda: (RandomSearch(SPACE, SPACE.borders("model"), -1, 1, 3), ElitistArchive(GOALS, 5)),
-    "cma_es": lambda: (CmaEs(SPACE, SPACE.borders("model"), GOALS, 3, low=-1.0), ElitistArchive(GOALS, 5)),
+    "random": lambda: (RandomSearch(BOX, 3), ElitistArchive(GOALS, 5)),
+    "cma_es": lambda: (CmaEs(BOX, GOALS, 3), ElitistArchive(GOALS, 5)),
     "sep_cma_es": lambda: (
-        CmaEs(SPACE, SPACE.borders("model"), GOALS, 3, low=-1.0, separable=True),
+        CmaEs(BOX, GOALS, 3, separable=True),
         ElitistArchive(GOALS, 5),
     ),
 }

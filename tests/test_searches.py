@@ -24,6 +24,7 @@ from populations.population import ElitistArchive, Population
 from populations.space import Space
 from populations.trial import Evaluation, Goal, Outcome, Trial
 from search.cma_es import CmaEs
+from search.coefficients import CoefficientBox, Granularity
 from search.m2n2 import M2N2, M2N2Settings
 from search.protocol import Search, numbered, trial_rng
 from search.random_search import RandomSearch
@@ -51,6 +52,7 @@ def space_of(vectors: NDArray[np.float32], blocks: tuple[int, ...] = (0, 10, SIZ
 
 
 SPACE = space_of(VECTORS)
+BLOCKS = CoefficientBox.of(SPACE, "block", 0.0, 1.0)
 
 
 def m2n2(settings: M2N2Settings) -> Callable[[int], Pair]:
@@ -61,12 +63,12 @@ def m2n2(settings: M2N2Settings) -> Callable[[int], Pair]:
     return make
 
 
-def boxed(kind: str, population: Callable[[], Population], granularity: str = "block") -> Callable[[int], Pair]:
+def boxed(kind: str, population: Callable[[], Population], granularity: Granularity = "block") -> Callable[[int], Pair]:
     def make(seed: int) -> Pair:
-        borders = SPACE.borders(granularity)
+        box = CoefficientBox.of(SPACE, granularity, -1.0, 1.0, groups=2 if granularity == "groups" else 1)
         if kind == "random":
-            return RandomSearch(SPACE, borders, -1.0, 1.0, seed), population()
-        return CmaEs(SPACE, borders, GOALS, seed, low=-1.0, separable=kind == "sep_cma_es"), population()
+            return RandomSearch(box, seed), population()
+        return CmaEs(box, GOALS, seed, separable=kind == "sep_cma_es"), population()
 
     return make
 
@@ -359,13 +361,13 @@ def best_of(search: Search, goal: Goal, evaluations: int) -> float:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_cma_es_finds_the_optimum_of_a_quadratic(separable: bool, direction: str, seed: int) -> None:
     goal = Goal("near", direction)  # type: ignore[arg-type]
-    found = best_of(CmaEs(SPACE, SPACE.block_borders, [goal], seed, separable=separable), goal, 700)
+    found = best_of(CmaEs(BLOCKS, [goal], seed, separable=separable), goal, 700)
     assert found < 1e-6
-    assert best_of(RandomSearch(SPACE, SPACE.block_borders, 0.0, 1.0, seed), goal, 700) > 1e-2
+    assert best_of(RandomSearch(BLOCKS, seed), goal, 700) > 1e-2
 
 
 def test_cma_es_survives_failures_on_its_way() -> None:
-    search, population = CmaEs(SPACE, SPACE.block_borders, [Goal("near")], 0), ElitistArchive([Goal("near")], 3)
+    search, population = CmaEs(BLOCKS, [Goal("near")], 0), ElitistArchive([Goal("near")], 3)
     best = math.inf
     for _ in range(200):
         for trial in search.ask(4):
@@ -381,7 +383,7 @@ def test_cma_es_is_the_librarys_given_the_same_points(separable: bool) -> None:
     """What we add is the stream a trial: the distribution is updated by the library alone."""
     from cmaes import CMA, SepCMA
 
-    ours = CmaEs(SPACE, SPACE.block_borders, [Goal("near")], 0, separable=separable, population_size=6)
+    ours = CmaEs(BLOCKS, [Goal("near")], 0, separable=separable, population_size=6)
     theirs: Any = (SepCMA if separable else CMA)(
         np.full(6, 1 / 3), 0.2, bounds=np.tile([0, 1], (6, 1)), population_size=6
     )
@@ -399,20 +401,20 @@ def test_cma_es_is_the_librarys_given_the_same_points(separable: bool) -> None:
 
 
 def test_cma_es_starts_at_the_average_and_stays_in_its_box() -> None:
-    search = CmaEs(SPACE, SPACE.block_borders, [Goal("near")], 0, sigma=0.5, low=0.1, high=0.6, population_size=40)
+    search = CmaEs(CoefficientBox.of(SPACE, "block", 0.1, 0.6), [Goal("near")], 0, sigma=0.5, population_size=40)
     points = np.array([trial.genome.coefficients.reshape(-1) for trial in search.ask(40)])
     assert points.min() >= 0.1
     assert points.max() <= 0.6
-    narrow = CmaEs(SPACE, SPACE.block_borders, [Goal("near")], 0, sigma=1e-6, population_size=40)
+    narrow = CmaEs(BLOCKS, [Goal("near")], 0, sigma=1e-6, population_size=40)
     assert narrow.ask(1)[0].genome.refined(SPACE.block_borders) == pytest.approx(np.full((2, 3), 1 / 3), abs=1e-4)
-    placed = CmaEs(SPACE, SPACE.block_borders, [Goal("near")], 0, start=0.7, sigma=1e-6)
+    placed = CmaEs(BLOCKS, [Goal("near")], 0, start=0.7, sigma=1e-6)
     assert placed.ask(1)[0].genome.refined(SPACE.block_borders) == pytest.approx(np.full((2, 3), 0.7), abs=1e-4)
 
 
 @pytest.mark.parametrize("separable", [False, True])
 def test_cma_es_in_one_dimension_and_its_end(separable: bool) -> None:
     one = space_of(VECTORS[:1], blocks=(0, SIZE))
-    search = CmaEs(one, one.borders("model"), [Goal("near")], 0, start=0.5, separable=separable)
+    search = CmaEs(CoefficientBox.of(one, "model", 0.0, 1.0), [Goal("near")], 0, start=0.5, separable=separable)
     archive, best, asked = ElitistArchive([Goal("near")], 3), math.inf, 0
     while not search.done and asked < 5000:
         for trial in search.ask(3):
@@ -427,7 +429,7 @@ def test_cma_es_in_one_dimension_and_its_end(separable: bool) -> None:
 
 
 def test_random_search_is_even_in_its_box() -> None:
-    search = RandomSearch(SPACE, SPACE.block_borders, -0.5, 1.5, 0)
+    search = RandomSearch(CoefficientBox.of(SPACE, "block", -0.5, 1.5), 0)
     points = np.array([trial.genome.coefficients for trial in search.ask(2000)])
     assert points.shape == (2000, 2, 3)
     assert points.min() >= -0.5
