@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -44,11 +44,3 @@ class ParetoFront:
         self.numbers = [*(self.numbers[i] for i in keep), number]
         self._points = np.concatenate([self._points[keep], point[None]])
         return True
-
-
-def non_dominated(points: Iterable[Floats], goals: Sequence[Goal]) -> list[int]:
-    """Indices of the oriented ``points`` that no other point dominates, first of equals, in ascending order."""
-    front = ParetoFront(goals)
-    for index, point in enumerate(points):
-        front.add(index, np.asarray(point, np.float64))
-    return sorted(front.numbers)

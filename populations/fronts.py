@@ -1,0 +1,168 @@
+"""Tools for Pareto fronts: sorting, hypervolume, distances between fronts, attainment. moocore does the work.
+
+Everything here is in *oriented* scores (``populations.trial.oriented``): larger is better in every column,
+and the number of columns M is any. A point dominates another when it is at least as good in every column and
+better in one. Beyond five objectives the exact hypervolume of hundreds of points takes seconds and more: its
+cost grows as ``n ** (M - 2)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import moocore
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from populations.errors import InputError
+from populations.genome import Floats, Integers
+
+
+def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
+    """(N,) True where no other of the ``points`` (N, M) dominates; of equal points only the first is True.
+
+    Raises:
+        InputError: A number is NaN or infinite, or the shape is not (N, M).
+    """
+    return np.asarray(moocore.is_nondominated(_table(points, "points"), maximise=True), np.bool_)
+
+
+def ranks(points: ArrayLike) -> Integers:
+    """(N,) rank of each of the ``points`` (N, M): 0 on their front, 1 on the front of the rest, and so on.
+
+    Equal points have equal ranks (Deb et al. 2002, non-dominated sorting).
+
+    Raises:
+        InputError: As ``non_dominated``.
+    """
+    table = _table(points, "points")
+    if table.shape[1] == 1:  # there moocore numbers equal points apart
+        return np.unique(-table[:, 0], return_inverse=True)[1].astype(np.int64)
+    return np.asarray(moocore.pareto_rank(table, maximise=True), np.int64)
+
+
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
+    """The volume between ``reference`` (M,) and what the ``points`` (N, M) dominate: larger is better.
+
+    Points that are not better than the reference in every objective add nothing; no points give 0.
+
+    Raises:
+        InputError: As ``non_dominated``, or the reference is not of length M.
+    """
+    table = _table(points, "points")
+    return _volume(table, _point(reference, table.shape[1]))
+
+
+def hypervolume_over(points: ArrayLike, reference: ArrayLike) -> Floats:
+    """(N,) the hypervolume of the first 1, 2, ..., N of the ``points`` (N, M), as a search found them.
+
+    Raises:
+        InputError: As ``hypervolume``.
+    """
+    table = _table(points, "points")
+    corner = _point(reference, table.shape[1])
+    front, volumes, volume = table[:0], np.zeros(len(table)), 0.0
+    for index, point in enumerate(table):
+        if (point > corner).all() and not (front >= point).all(axis=1).any():
+            front = np.concatenate([front[~(point >= front).all(axis=1)], point[None]])
+            volume = _volume(front, corner)
+        volumes[index] = volume
+    return volumes
+
+
+def igd_plus(points: ArrayLike, reference_front: ArrayLike) -> float:
+    """Mean distance from ``reference_front`` (R, M) to what the ``points`` (N, M) dominate: 0 is best.
+
+    The modified inverted generational distance of Ishibuchi et al. 2015: distances count only where a
+    point is worse than the reference, so a better front never scores worse. No points give infinity.
+
+    Raises:
+        InputError: As ``non_dominated``, the fronts differ in M, or the reference front is empty.
+    """
+    found, wanted = _pair(points, reference_front)
+    return float(moocore.igd_plus(found, ref=wanted, maximise=True)) if len(found) else float("inf")
+
+
+def epsilon(points: ArrayLike, reference_front: ArrayLike) -> float:
+    """The least amount that, added to every score of ``points``, makes them weakly dominate ``reference_front``.
+
+    The additive epsilon indicator of Zitzler et al. 2003, in score units: 0 or less is best. No points
+    give infinity.
+
+    Raises:
+        InputError: As ``igd_plus``.
+    """
+    found, wanted = _pair(points, reference_front)
+    return float(moocore.epsilon_additive(found, ref=wanted, maximise=True)) if len(found) else float("inf")
+
+
+def attainment(fronts: Sequence[ArrayLike], level: float = 0.5) -> Floats:
+    """(A, M) the surface that at least a share ``level`` of the ``fronts`` (each (Ni, M)) reaches or exceeds.
+
+    The empirical attainment function of Grunert da Fonseca et al. 2001, cut at ``level``: 0.5 of several
+    seeds is their median front, 1.0 what every one reaches. With one objective that is a quantile.
+
+    Raises:
+        InputError: As ``non_dominated``, no fronts, a level outside (0, 1], or more than three objectives.
+    """
+    if not fronts:
+        raise InputError("fronts: expected at least one front, found none.")
+    if not 0 < level <= 1:
+        raise InputError(f"level: expected a share in (0, 1], found {level}.", "0.5 is the median front.")
+    tables = [_table(front, f"fronts[{index}]") for index, front in enumerate(fronts)]
+    columns = _same_columns(tables)
+    if columns > 3:
+        raise InputError(
+            f"attainment: expected at most three objectives, found {columns}.",
+            "Compare hypervolume, IGD+ or epsilon instead.",
+        )
+    needed = int(np.ceil(level * len(tables) - 1e-9))
+    if sum(len(table) > 0 for table in tables) < needed:
+        return np.zeros((0, columns))
+    if columns == 1:
+        return np.sort([table.max() for table in tables if len(table)])[::-1][needed - 1 : needed, None]
+    sets = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    # moocore counts only the sets that have points, as a percentage of their number.
+    share = 100.0 * needed / len(np.unique(sets))
+    surface = moocore.eaf(-np.concatenate(tables), sets, percentiles=[share])
+    return np.asarray(-surface[:, :-1], np.float64)
+
+
+def _volume(table: Floats, corner: Floats) -> float:
+    inside = table[(table > corner).all(axis=1)]
+    return float(moocore.hypervolume(inside, ref=corner, maximise=True)) if len(inside) else 0.0
+
+
+def _table(points: ArrayLike, name: str) -> Floats:
+    """The points as (N, M); moocore itself accepts NaN silently and infinity not at all."""
+    table = np.ascontiguousarray(points, np.float64)
+    if table.ndim != 2 or table.shape[1] < 1:
+        raise InputError(f"{name}: expected shape (N, M), found {table.shape}.")
+    if not np.isfinite(table).all():
+        row = int(np.flatnonzero(~np.isfinite(table).all(axis=1))[0])
+        raise InputError(
+            f"{name}: expected finite scores, found {table[row].tolist()} in row {row}.", "Leave failed trials out."
+        )
+    return table
+
+
+def _point(reference: ArrayLike, columns: int) -> Floats:
+    point = np.asarray(reference, np.float64)
+    if point.shape != (columns,) or not np.isfinite(point).all():
+        raise InputError(f"reference: expected {columns} finite numbers, one an objective, found {point.tolist()}.")
+    return point
+
+
+def _pair(points: ArrayLike, reference_front: ArrayLike) -> tuple[Floats, Floats]:
+    found, wanted = _table(points, "points"), _table(reference_front, "reference_front")
+    _same_columns([found, wanted])
+    if not len(wanted):
+        raise InputError("reference_front: expected at least one point, found none.")
+    return found, wanted
+
+
+def _same_columns(tables: Sequence[Floats]) -> int:
+    widths: list[int] = sorted({table.shape[1] for table in tables})
+    if len(widths) > 1:
+        raise InputError(f"fronts: expected one number of objectives, found {widths}.")
+    return widths[0]
