@@ -22,9 +22,14 @@ from typing import Any
 import pytest
 
 from experiments import tracking
+from experiments.tracking.names import acceptable, metric_names
+from experiments.tracking.scoreboard import Scoreboard
+from experiments.tracking.server import serving
+from experiments.tracking.server import stop as stop_server
+from experiments.tracking.store import opened, sqlite_file
 from populations.errors import JournalError
 from populations.genome import Genome
-from populations.journal import Journal
+from populations.journal import Journal, Row
 from populations.trial import Evaluation, Goal, Trial
 
 pytest.importorskip("mlflow")
@@ -206,7 +211,7 @@ def free_port() -> int:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database without runs: making one takes seconds, so tests copy it."""
     directory = tmp_path_factory.mktemp("store")
-    tracking._opened(tracking.default_uri(directory))
+    opened(tracking.default_uri(directory))
     return directory / "mlflow.db"
 
 
@@ -245,24 +250,24 @@ def test_long_searches_are_logged_in_strides(runs: Path) -> None:
 
 
 def test_without_a_number_of_evaluations_the_stride_grows() -> None:
-    board = tracking.Scoreboard([Goal("acc")], None, 0.0)
+    board = Scoreboard([Goal("acc")], None, 0.0)
     steps = [line.step for row in _rows(9000) if (line := board.add(row))]
     assert steps[:1023] == list(range(1, 1024))
     assert steps[1023:1026] == [1024, 1026, 1028]
     assert len(steps) < 3000
 
 
-def _rows(count: int) -> Iterator[tracking.Row]:
-    return (tracking.Row(n, "d", (), {"acc": 0.5}, None, 0.0, float(n)) for n in range(count))
+def _rows(count: int) -> Iterator[Row]:
+    return (Row(n, "d", (), {"acc": 0.5}, None, 0.0, float(n)) for n in range(count))
 
 
 def test_rate_is_over_the_recent_past() -> None:
     """1,000 evaluations at 1 a second, then 1,000 at 50 a second in batches of 50."""
-    board = tracking.Scoreboard([Goal("acc")], 1, 0.0)
+    board = Scoreboard([Goal("acc")], 1, 0.0)
     for n in range(1000):
-        board.add(tracking.Row(n, "d", (), {"acc": 0.5}, None, 0.0, n + 1.0))
+        board.add(Row(n, "d", (), {"acc": 0.5}, None, 0.0, n + 1.0))
     for n in range(1000):
-        line = board.add(tracking.Row(1000 + n, "d", (), {"acc": 0.5}, None, 0.0, 1000.0 + n // 50 + 1))
+        line = board.add(Row(1000 + n, "d", (), {"acc": 0.5}, None, 0.0, 1000.0 + n // 50 + 1))
     assert line is not None
     assert line.values["evaluations_per_second"] == pytest.approx(50, rel=0.35)
 
@@ -430,14 +435,14 @@ def test_a_relative_store_means_one_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_names_stay_apart() -> None:
-    names = tracking.metric_names(["a(b)", "a[b]", "a_b_"])
+    names = metric_names(["a(b)", "a[b]", "a_b_"])
     assert names == {"a(b)": "a_b_", "a[b]": "a_b__", "a_b_": "a_b___"}
-    assert tracking.acceptable("///") == "unnamed"
-    assert len(tracking.acceptable("x" * 999)) == 200
+    assert acceptable("///") == "unnamed"
+    assert len(acceptable("x" * 999)) == 200
 
 
 def test_more_objectives_than_one_batch_takes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "ROWS_PER_BATCH", 3)  # a line has up to nine rows
+    monkeypatch.setattr("experiments.tracking.mirrored_run.ROWS_PER_BATCH", 3)  # a line has up to nine rows
     report = tracking.mirror(a_run(runs, 12, budget=12))
     history = history_of(report.uri, report.run_id or "")
     assert without_times(history) == expected(12, range(1, 13))
@@ -538,7 +543,10 @@ def test_server_down_is_a_report_and_harms_nothing(tmp_path: Path) -> None:
 
 def mirroring(directory: Path, rows: int = 30) -> subprocess.Popen[bytes]:
     """A process that mirrors in many small batches."""
-    code = f"from experiments import tracking\ntracking.ROWS_PER_BATCH = {rows}\ntracking.mirror({str(directory)!r})"
+    code = (
+        "from experiments.tracking import mirror, mirrored_run\n"
+        f"mirrored_run.ROWS_PER_BATCH = {rows}\nmirror({str(directory)!r})"
+    )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -615,7 +623,7 @@ def test_following_a_search(runs: Path, started: Callable[..., Any], monkeypatch
         assert os.getsid(first.pid) == first.pid
         assert not tracking.wait(first, 0)
         assert tracking.mirror(directory, patience=0).error == "another process is mirroring this run"
-        monkeypatch.setattr(tracking, "_HANDOVER", 0.1)
+        monkeypatch.setattr("experiments.tracking.following._HANDOVER", 0.1)
         assert tracking.follow(directory, os.getpid()) is None
         first.send_signal(signal.SIGTERM)
         assert tracking.wait(first, 5)
@@ -744,7 +752,7 @@ def test_a_server_that_comes_back_gets_everything(
     """Down at the start, killed in the middle: the history is the one an embedded store has."""
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
-    store = tracking._sqlite_file(_another_store(tmp_path, empty_store))
+    store = sqlite_file(_another_store(tmp_path, empty_store))
     assert store is not None
     directory = tmp_path / "runs" / "one"
     with Journal.create(
@@ -753,14 +761,14 @@ def test_a_server_that_comes_back_gets_everything(
         mirror = started(directory, os.getpid())
         tell(journal, 0, 20)
         eventually(lambda: tracking.status(directory)["error"])
-        server = tracking._serving(f"sqlite:///{store}", directory, port)
+        server = serving(f"sqlite:///{store}", directory, port)
         try:
             eventually(lambda: tracking.status(directory)["mirrored"] == 20, 120)
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
             tell(journal, 20, 45)
             eventually(lambda: tracking.status(directory)["error"])
-            server = tracking._serving(f"sqlite:///{store}", directory, port)
+            server = serving(f"sqlite:///{store}", directory, port)
             tell(journal, 45, 60)
             finish(journal, [best(60)])
             assert tracking.wait(mirror, 120)
@@ -771,6 +779,6 @@ def test_a_server_that_comes_back_gets_everything(
             )
             assert tracking.find_run_dir(known["run_id"], uri) == directory
         finally:
-            tracking._stop(server)
+            stop_server(server)
     history = history_of(f"sqlite:///{store}", known["run_id"])
     assert without_times(history) == expected(60, range(1, 61))

@@ -1,0 +1,225 @@
+"""The MLflow run that a journal is mirrored into."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from experiments.tracking.names import CURSOR, acceptable, metric_names
+from experiments.tracking.scoreboard import Line, Scoreboard
+from experiments.tracking.store import TrackingError, known_run, opened, sqlite_file
+from experiments.tracking.summary import Summary, summary_of, write_candidates
+from experiments.tracking.target import Target
+from populations.journal import Journal
+
+ROWS_PER_BATCH = 1000  # MLflow's limit
+_PORTION = 2000  # rows of the journal read at a time
+_STATUS = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+    "killed": "KILLED",
+}
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages for training, not for chats
+
+
+class MirroredRun:
+    """A connection to the MLflow run of a journal. Any error makes it useless: make another one.
+
+    Args:
+        target: Where to and as what.
+        run_id: The MLflow run that was used before, if known.
+    """
+
+    def __init__(self, target: Target, run_id: str | None) -> None:
+        self.target = target
+        self.client = opened(target.uri)
+        self.experiment_id = _experiment(self.client, target)
+        run = known_run(self.client, run_id) or self._found() or self._created()
+        self.run_id: str = run.info.run_id
+        self.tags: dict[str, str] = dict(run.data.tags)
+        self.status: str = run.info.status
+        self.cursor = int(run.data.metrics.get(CURSOR, 0))
+        self.logged = 0
+        self.board = Scoreboard(target.goals, self._stride(), target.created)
+        self._after = -1
+        self._describe(run.data.params)
+
+    def advance(self, journal: Journal, state: str) -> bool:
+        """Log what is new; True when the search has ended and all of it is logged."""
+        final = state != "running"
+        if not final:
+            self._set_status(state)
+        for batch in _batches(self._lines(journal, state == "finished")):
+            self._log(batch)
+        if final:
+            self._finish(journal, state)
+        return final
+
+    # -- rows ----------------------------------------------------------------------------------------------
+
+    def _lines(self, journal: Journal, finished: bool) -> Iterator[Line]:
+        """The lines after the cursor. Trials in flight hold up those behind them until the search is finished."""
+        # Read in portions: a reader that lingers keeps the journal's write-ahead log from being folded in.
+        while rows := list(islice(journal.rows(self._after), _PORTION)):
+            for row in rows:
+                if row.number != self._after + 1 and not finished:
+                    return
+                self._after = row.number
+                line = self.board.add(row)
+                if line is not None and line.step > self.cursor:
+                    yield line
+        if finished and self.board.count > self.cursor and not self.board.on_border:
+            yield self.board.line()
+
+    def _log(self, rows: Sequence[tuple[str, float, int, int]]) -> None:
+        """Log one batch of (key, value, time, step); MLflow takes it as a whole or not at all."""
+        from mlflow.entities import Metric
+
+        self.client.log_batch(self.run_id, metrics=[Metric(*row) for row in rows])
+        self.logged += len(rows)
+        self.cursor = max([self.cursor, *(step for key, _, _, step in rows if key == CURSOR)])
+
+    # -- the run as a whole ----------------------------------------------------------------------------------
+
+    def _found(self) -> Any:
+        runs = self.client.search_runs(
+            [self.experiment_id], f"tags.`ecotone.id` = '{self.target.identity}'", max_results=1
+        )
+        return runs[0] if runs else None
+
+    def _created(self) -> Any:
+        tags = {**self.target.tags, "ecotone.id": self.target.identity, "mlflow.source.name": "ecotone"}
+        stride = self.target.stride
+        tags["ecotone.stride"] = "growing" if stride is None else str(stride)
+        return self.client.create_run(
+            self.experiment_id, start_time=round(self.target.created * 1000), tags=tags, run_name=self.target.name
+        )
+
+    def _stride(self) -> int | None:
+        """The stride the run began with: a budget that was extended must not move the steps."""
+        text = self.tags.get("ecotone.stride", "growing")
+        return None if text == "growing" else int(text)
+
+    def _describe(self, present: Mapping[str, str]) -> None:
+        """Log the parameters that are missing (MLflow never lets one change) and the tags that differ."""
+        from mlflow.entities import Param
+
+        missing = [Param(key, value[:6000]) for key, value in self.target.parameters.items() if key not in present]
+        if missing:
+            self.client.log_batch(self.run_id, params=missing)
+        self._tag(self.target.tags)
+
+    def _tag(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        changed = {key: value[:5000] for key, value in tags.items() if self.tags.get(key) != value[:5000]}
+        if changed:
+            self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in changed.items()])
+            self.tags.update(changed)
+
+    def _set_status(self, state: str, ended: float | None = None) -> None:
+        wanted = _STATUS[state]
+        if self.status != wanted:
+            if wanted == "RUNNING":
+                self.client.update_run(self.run_id, status=wanted)
+            else:
+                self.client.set_terminated(self.run_id, wanted, round((ended or time.time()) * 1000))
+            self.status = wanted
+        self._tag({"ecotone.state": state})
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _finish(self, journal: Journal, state: str) -> None:
+        """Log what is known at the end, once for each end: a resumed search has several."""
+        summary = summary_of(journal, self.board, self.target)
+        mark = f"{state} {self.board.count} {summary.fingerprint}"
+        if self.tags.get("ecotone.end") == mark:
+            return
+        now = round(self.board.time * 1000)
+        rows = [(key, value, now, self.board.count) for key, value in summary.metrics.items()]
+        if state == "finished" and self.tags.get("ecotone.front") != summary.front_mark:
+            rows += self._front_rows(summary, now)
+        for begin in range(0, len(rows), ROWS_PER_BATCH):
+            self._log(rows[begin : begin + ROWS_PER_BATCH])
+        if state == "finished":
+            self._tag({"ecotone.front": summary.front_mark})
+        self._set_status(state, _last_written(journal.path))
+        reasons = {f"ecotone.{key}": journal.fact(key) or "" for key in ("stop_reason", "error")}
+        self._tag({key: reason for key, reason in reasons.items() if reason or key in self.tags})
+        self._artifacts(journal, summary)
+        self._tag({"ecotone.end": mark})
+
+    def _front_rows(self, summary: Summary, now: int) -> list[tuple[str, float, int, int]]:
+        """The front, step by step. Histories cannot be rewritten, so an extended search's front has another name."""
+        if len(self.target.goals) < 2:
+            return []
+        prefix = f"front_{self.board.count}" if "ecotone.front" in self.tags else "front"
+        names = metric_names([goal.name for goal in self.target.goals])
+        return [
+            (f"{prefix}/{names[goal.name]}", (row.scores or {})[goal.name], now, step)
+            for step, row in enumerate(summary.front)
+            for goal in self.target.goals
+        ]
+
+    def _artifacts(self, journal: Journal, summary: Summary) -> None:
+        with tempfile.TemporaryDirectory(prefix="ecotone-") as folder:
+            here = Path(folder)
+            (here / "front.json").write_text(json.dumps(summary.table), encoding="utf-8")
+            write_candidates(journal, self.target.goals, here / "candidates.csv")
+            recipe = journal.path.parent / "recipe.yaml"
+            if recipe.is_file():
+                shutil.copyfile(recipe, here / "recipe.yaml")
+            self.client.log_artifacts(self.run_id, folder)
+        self._tag({"mlflow.loggedArtifacts": json.dumps([{"path": "front.json", "type": "table"}])})
+
+
+def _batches(lines: Iterable[Line]) -> Iterator[list[tuple[str, float, int, int]]]:
+    """Rows (key, value, time, step) in batches that MLflow takes, cut between lines where possible."""
+    batch: list[tuple[str, float, int, int]] = []
+    for line in lines:
+        rows = [(key, float(value), line.time, line.step) for key, value in line.values.items()]
+        if batch and len(batch) + len(rows) > ROWS_PER_BATCH:
+            yield batch
+            batch = []
+        batch += rows
+        while len(batch) > ROWS_PER_BATCH:
+            yield batch[:ROWS_PER_BATCH]
+            del batch[:ROWS_PER_BATCH]
+    if batch:
+        yield batch
+
+
+def _experiment(client: Any, target: Target) -> str:
+    """The id of the experiment, which is made if missing."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(target.experiment)
+    if found is None:
+        path = sqlite_file(target.uri)
+        place = None if path is None else str(path.parent / "mlartifacts" / acceptable(target.experiment))
+        try:
+            return str(client.create_experiment(target.experiment, artifact_location=place, tags=_KIND))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(target.experiment)
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"the MLflow experiment {target.experiment!r} was deleted",
+            f"Restore it with `mlflow experiments restore -x {found.experiment_id}`, or name another in the recipe",
+        )
+    return str(found.experiment_id)
+
+
+def _last_written(path: Path) -> float:
+    """When the run ended (unix seconds): the last change of its journal."""
+    files = (path, path.with_name(path.name + "-wal"))
+    return min(time.time(), max(file.stat().st_mtime for file in files if file.exists()))

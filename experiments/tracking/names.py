@@ -1,0 +1,46 @@
+"""Names of metrics and parameters that MLflow accepts and that stay apart."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CURSOR = "evaluations"
+OWN_METRICS = {CURSOR, "evaluations_per_second", "failures", "front_size", "best", "held_out", "references", "front"}
+
+
+def metric_names(objectives: Sequence[str]) -> dict[str, str]:
+    """The metric of each objective: its name where MLflow accepts it and no other metric has it."""
+    names = {objective: acceptable(objective) for objective in objectives}
+    return distinct({o: f"objective/{n}" if n.split("/")[0] in OWN_METRICS else n for o, n in names.items()})
+
+
+def distinct(names: Mapping[str, str]) -> dict[str, str]:
+    """``names`` with underscores added where two are equal."""
+    distinct: dict[str, str] = {}
+    for key, name in names.items():
+        while name in distinct.values():
+            name += "_"
+        distinct[key] = name
+    return distinct
+
+
+def acceptable(name: str) -> str:
+    """``name`` with the characters that MLflow refuses in keys replaced by underscores, cut to 200 characters."""
+    parts = re.sub(r"[^\w.\- /]", "_", name).split("/")
+    kept = [part for part in (part.strip() for part in parts) if part.strip(".")]
+    return "/".join(kept)[:200].rstrip("/ ") or "unnamed"
+
+
+def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested recipe as parameters: keys joined by dots, lists and other values as JSON, text as it is."""
+    flat: dict[str, str] = {}
+    for key, item in value.items():
+        name = acceptable(f"{prefix}{key}")
+        if isinstance(item, Mapping) and item:
+            flat.update(flattened(item, f"{name}."))
+        else:
+            flat[name] = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False, default=str)
+    return flat

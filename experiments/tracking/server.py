@@ -1,0 +1,157 @@
+"""MLflow's pages of a run: where they are, and serving them for an embedded store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.tracking.following import wait
+from experiments.tracking.notes import status
+from experiments.tracking.store import ENVIRONMENT, TrackingError, require_mlflow, sqlite_file
+from experiments.tracking.target import Target
+from populations.journal import Journal
+
+_LAST_WORDS = "Its output is in ui.log of the run directory."
+
+
+def ui_address(run_dir: str | Path) -> str | None:
+    """The page of the run on its tracking server, or None for an embedded store, which ``serve`` must serve first."""
+    known = status(run_dir)
+    if not str(known["uri"]).startswith(("http://", "https://")):
+        return None
+    return _page(str(known["uri"]), known)
+
+
+def serve(
+    run_dir: str | Path, port: int = 5000, open_browser: bool = False, say: Callable[[str], object] = print
+) -> None:
+    """Say where MLflow shows the run; for an embedded store, serve it on the loopback interface until Ctrl-C.
+
+    Args:
+        run_dir: The run directory.
+        port: Where to serve an embedded store; 0 takes a free one.
+        open_browser: Also open the page.
+        say: Takes each line for the user.
+
+    Raises:
+        TrackingError: Nothing was mirrored yet, the port is in use, or MLflow does not start.
+    """
+    directory = Path(run_dir).resolve()
+    known = status(directory)
+    if known["uri"] is None:
+        raise TrackingError(f"{directory}: nothing of it is in MLflow yet.", "Start the run, or `ecotone sync` it.")
+    address = ui_address(directory)
+    if address is not None:
+        _show(address, open_browser, say)
+        return
+    require_mlflow()
+    chosen = _free_port(port)
+    with _terminable():
+        say("Starting MLflow, which takes some seconds ...")
+        process = serving(_store(directory, known), directory, chosen)
+        try:
+            _await_answer(process, chosen)
+            _show(_page(f"http://127.0.0.1:{chosen}", known), open_browser, say)
+            say("Ctrl-C stops the server.")
+            process.wait()
+        except KeyboardInterrupt:
+            return
+        finally:
+            stop(process)
+    raise TrackingError(f"`mlflow server` ended with code {process.returncode}.", _LAST_WORDS)
+
+
+def _page(base: str, known: Mapping[str, Any]) -> str:
+    """The address of the run's page, or of the server when the run is not there yet."""
+    if known["run_id"] is None:
+        return base.rstrip("/")
+    return f"{base.rstrip('/')}/#/experiments/{known['experiment_id']}/runs/{known['run_id']}"
+
+
+def _show(address: str, open_browser: bool, say: Callable[[str], object]) -> None:
+    say(address)
+    if open_browser:
+        webbrowser.open(address)
+
+
+def _free_port(port: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise TrackingError(f"port {port} of 127.0.0.1 is in use.", "Choose another with --port.") from error
+        return int(probe.getsockname()[1])
+
+
+def serving(uri: str, directory: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start MLflow's server for the store ``uri``; its output goes to ``RUN_DIR/ui.log``."""
+    file = sqlite_file(uri)
+    artifacts = (directory.parent if file is None else file.parent) / "mlartifacts"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri, "--artifacts-destination", str(artifacts)]
+    with (directory / "ui.log").open("wb") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=directory,
+            start_new_session=True,
+            env={**os.environ, **ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )
+
+
+def _store(directory: Path, known: Mapping[str, Any]) -> str:
+    """The URI of the store a run was mirrored to, credentials included if the journal has them."""
+    with Journal.open(directory / "journal.sqlite") as journal:
+        target = Target.of(journal, directory, None, None)
+    return target.uri if target.shown_uri == known["uri"] else str(known["uri"])
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM is answered like Ctrl-C, so that a server is not left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _await_answer(process: subprocess.Popen[bytes], port: int, seconds: float = 180.0) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise TrackingError("`mlflow server` ended at once.", _LAST_WORDS)
+        try:
+            with opener.open(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise TrackingError(f"`mlflow server` did not answer within {seconds:.0f} s.", _LAST_WORDS)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and the workers it started, all of its process group."""
+    for order, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, order)
+        if wait(process, seconds):
+            return

@@ -1,0 +1,138 @@
+"""MLflow's stores: where they are, opening them, and their errors in words. MLflow is imported when it is needed."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from populations.errors import EcotoneError
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # A server that is down should say so at once; patience is ours, not each call's.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+SILENCE = "does not answer"
+
+
+class TrackingError(EcotoneError):
+    """MLflow cannot be reached, started or understood."""
+
+
+def default_uri(runs_dir: str | Path) -> str:
+    """The embedded store of a directory of runs: ``RUNS/mlflow.db``, with artifacts in ``RUNS/mlartifacts``."""
+    return f"sqlite:///{Path(runs_dir).resolve() / 'mlflow.db'}"
+
+
+def installed() -> bool:
+    """Whether MLflow can be imported; it is an extra."""
+    return importlib.util.find_spec("mlflow") is not None
+
+
+def absolute_uri(uri: str) -> str:
+    """``uri`` with a relative file made absolute, so that it means the same in every working directory."""
+    path = sqlite_file(uri)
+    if path is not None:
+        _, mark, query = uri.partition("?")
+        return f"sqlite:///{path.absolute()}{mark}{query}"
+    return uri if ":" in uri else str(Path(uri).absolute())
+
+
+def require_mlflow() -> None:
+    """Say what to install when MLflow is missing."""
+    if not installed():
+        raise TrackingError("MLflow is not installed.", "pip install 'ecotone[mlflow]', or switch tracking off.")
+
+
+def client_of(uri: str) -> Any:
+    """A client of exactly this store, which must exist if it is a file."""
+    path = sqlite_file(uri)
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def opened(uri: str) -> Any:
+    """A client whose store is ready. An embedded store is made by one process at a time, and appears when whole."""
+    path = sqlite_file(uri)
+    if path is None:
+        return client_of(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            draft = path.with_name(path.name + ".new")
+            draft.unlink(missing_ok=True)
+            draft.touch()
+            client_of(f"sqlite:///{draft}").search_experiments(max_results=1)
+            draft.replace(path)
+        client = client_of(uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def known_run(client: Any, run_id: str | None) -> Any:
+    """The run of that id, or None when it is unknown or was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an embedded store; None for any other."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def in_words(error: BaseException, uri: str) -> str:
+    """One line that says what went wrong, for the user."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ImportError):
+        return f"MLflow cannot be imported ({text}): pip install 'ecotone[mlflow]'"
+    if any(sign in text for sign in ("Max retries exceeded", "Connection refused", "timed out", "Connection aborted")):
+        return f"the tracking server at {urlsplit(uri).hostname or uri} {SILENCE}"
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def find_run_dir(run_id: str, uri: str) -> Path:
+    """The run directory of an MLflow run, by its tag ``ecotone.run_dir``.
+
+    Raises:
+        TrackingError: MLflow does not answer or has no such run, or it is not one of Ecotone's, or its directory
+            is gone.
+    """
+    store = absolute_uri(uri)
+    try:
+        tags = client_of(store).get_run(run_id).data.tags
+    except Exception as error:
+        raise TrackingError(
+            f"MLflow run {run_id}: {in_words(error, store)}.",
+            "Check the id and the tracking URI, or give the run directory.",
+        ) from error
+    if "ecotone.run_dir" not in tags:
+        raise TrackingError(f"MLflow run {run_id} was not made by Ecotone (no tag ecotone.run_dir).")
+    directory = Path(tags["ecotone.run_dir"])
+    if not (directory / "journal.sqlite").is_file():
+        raise TrackingError(
+            f"MLflow run {run_id}: its run directory {directory} is not there.", "Give the directory it was moved to."
+        )
+    return directory

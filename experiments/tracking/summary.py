@@ -1,0 +1,102 @@
+"""The end of a search: what is logged of the run as a whole."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.tracking.names import acceptable, distinct, metric_names
+from experiments.tracking.scoreboard import Scoreboard
+from experiments.tracking.target import Target
+from populations.journal import Journal, Row
+from populations.trial import Evaluation, Goal
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is logged at the end: metrics, the front by its first objective, and the front as a table."""
+
+    metrics: Mapping[str, float]
+    front: Sequence[Row]
+    table: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this end from another one of the same run."""
+        text = json.dumps([self.metrics, self.table], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @property
+    def front_mark(self) -> str:
+        """What tells this front from another one of the same run."""
+        text = json.dumps([row.number for row in self.front])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def summary_of(journal: Journal, board: Scoreboard, target: Target) -> Summary:
+    """What the journal says at the end, held-out and reference scores included."""
+    names = metric_names([goal.name for goal in (*target.goals, *target.held_out)])
+    metrics: dict[str, float] = {}
+    if board.best is not None:
+        held_out = _measured(journal.measurement(board.best.digest, "held_out"))
+        metrics.update({f"held_out/{names[goal.name]}": held_out[goal.name] for goal in _of(target.held_out, held_out)})
+    for reference, digest, searched in _references(journal):
+        held_out = _measured(journal.measurement(digest, "held_out"))
+        for goal in _of(target.goals, searched):
+            metrics[f"references/{reference}/{names[goal.name]}"] = searched[goal.name]
+        for goal in _of(target.held_out, held_out):
+            metrics[f"references/{reference}/held_out/{names[goal.name]}"] = held_out[goal.name]
+    first = target.goals[0].name if target.goals else ""
+    front = sorted(board.members.values(), key=lambda row: ((row.scores or {}).get(first, 0.0), row.number))
+    return Summary(metrics, front, _front_table(journal, front, target))
+
+
+def _of(goals: Iterable[Goal], scores: Mapping[str, float]) -> list[Goal]:
+    return [goal for goal in goals if goal.name in scores]
+
+
+def _measured(evaluation: Evaluation | None) -> Mapping[str, float]:
+    return {} if evaluation is None or not evaluation.ok else evaluation.scores
+
+
+def _references(journal: Journal) -> list[tuple[str, str, Mapping[str, float]]]:
+    """Metric name, digest and search scores of each merge to compare with; a trial of the same genome counts."""
+    references = journal.references()
+    names = distinct({name: acceptable(name) for name, _ in references})
+    scores = {g.digest: _measured(journal.measurement(g.digest, "search")) for _, g in references}
+    if any(not found for found in scores.values()):
+        for row in journal.rows():
+            if row.failure is None and row.digest in scores and not scores[row.digest]:
+                scores[row.digest] = row.scores or {}
+    return [(names[name], genome.digest, scores[genome.digest]) for name, genome in references]
+
+
+def _front_table(journal: Journal, front: Sequence[Row], target: Target) -> dict[str, Any]:
+    """The front as MLflow's table artifact: columns and rows."""
+    goals = [goal.name for goal in target.goals]
+    held_out = [goal.name for goal in target.held_out]
+    data = []
+    for row in front:
+        measured = _measured(journal.measurement(row.digest, "held_out"))
+        scores = [(row.scores or {}).get(name) for name in goals]
+        parents = " ".join(map(str, row.parents))
+        data.append([row.number, row.digest, parents, *scores, *(measured.get(name) for name in held_out)])
+    return {"columns": ["number", "digest", "parents", *goals, *(f"held_out/{n}" for n in held_out)], "data": data}
+
+
+def write_candidates(journal: Journal, goals: Sequence[Goal], path: Path) -> None:
+    """Every candidate that was evaluated, one a row."""
+    names = [goal.name for goal in goals]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["number", "parents", "digest", *names, "failure", "seconds"])
+        for row in journal.rows():
+            scores = row.scores or {}
+            failure = "" if row.failure is None else f"{row.failure.kind}: {row.failure.message}"
+            parents = " ".join(map(str, row.parents))
+            writer.writerow([row.number, parents, row.digest, *map(scores.get, names), failure, row.seconds])
