@@ -2,8 +2,11 @@
 
 Everything here is in *oriented* scores (``populations.trial.oriented``): larger is better in every column,
 and the number of columns M is any. A point dominates another when it is at least as good in every column and
-better in one. Beyond five objectives the exact hypervolume of hundreds of points takes seconds and more: its
-cost grows as ``n ** (M - 2)``.
+better in one.
+
+The cost of an exact hypervolume grows as ``n ** (M - 2)``: at eight objectives 120 points take seconds and 240 a
+minute. Beyond ``EXACT`` objectives it is therefore estimated, always with the same directions (moocore's
+Rphi-FWE+), to about 0.1% in 20 ms.
 """
 
 from __future__ import annotations
@@ -16,6 +19,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from populations.errors import InputError
 from populations.genome import Floats, Integers
+
+EXACT = 6  # objectives up to which hypervolumes are exact
+FEW = 15  # points up to which they are exact whatever the number of objectives
+DIRECTIONS = 2**16  # of the estimate
+STEPS = 64  # of the running hypervolume beyond five objectives
 
 
 def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
@@ -56,16 +64,21 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 def hypervolume_over(points: ArrayLike, reference: ArrayLike) -> Floats:
     """(N,) the hypervolume of the first 1, 2, ..., N of the ``points`` (N, M), as a search found them.
 
+    Beyond five objectives it is computed for 64 values of N, evenly spaced, and holds in between.
+
     Raises:
         InputError: As ``hypervolume``.
     """
     table = _table(points, "points")
-    corner = _point(reference, table.shape[1])
-    front, volumes, volume = table[:0], np.zeros(len(table)), 0.0
+    count, columns = table.shape
+    corner = _point(reference, columns)
+    due = set(range(count) if columns < EXACT else np.linspace(count - 1, 0, STEPS).round().astype(int).tolist())
+    front, volumes, volume, grown = table[:0], np.zeros(count), 0.0, False
     for index, point in enumerate(table):
         if (point > corner).all() and not (front >= point).all(axis=1).any():
-            front = np.concatenate([front[~(point >= front).all(axis=1)], point[None]])
-            volume = _volume(front, corner)
+            front, grown = np.concatenate([front[~(point >= front).all(axis=1)], point[None]]), True
+        if grown and index in due:
+            volume, grown = max(volume, _volume(front, corner)), False
         volumes[index] = volume
     return volumes
 
@@ -130,7 +143,11 @@ def attainment(fronts: Sequence[ArrayLike], level: float = 0.5) -> Floats:
 
 def _volume(table: Floats, corner: Floats) -> float:
     inside = table[(table > corner).all(axis=1)]
-    return float(moocore.hypervolume(inside, ref=corner, maximise=True)) if len(inside) else 0.0
+    if not len(inside):
+        return 0.0
+    if len(corner) > EXACT and len(inside) > FEW:
+        return float(moocore.hv_approx(inside, ref=corner, maximise=True, nsamples=DIRECTIONS, method="Rphi-FWE+"))
+    return float(moocore.hypervolume(inside, ref=corner, maximise=True))
 
 
 def _table(points: ArrayLike, name: str) -> Floats:

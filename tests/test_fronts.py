@@ -95,6 +95,19 @@ def test_running_hypervolume_is_that_of_each_beginning(points):
     np.testing.assert_allclose(running, expected, atol=1e-12)
 
 
+def test_hypervolumes_of_many_objectives_are_estimated_closely_and_alike_each_time():
+    points = np.random.default_rng(0).random((40, 7))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    exact = moocore.hypervolume(points, ref=np.zeros(7), maximise=True)
+    found = hypervolume(points, np.zeros(7))
+    assert found == pytest.approx(exact, rel=0.005)
+    assert found == hypervolume(points, np.zeros(7))
+    running = hypervolume_over(np.tile(points, (4, 1)), np.zeros(7))
+    assert running[-1] == found
+    assert (np.diff(running) >= 0).all()
+    assert running[0] == pytest.approx(np.prod(points[0]))
+
+
 def test_distances_to_a_front_have_known_values():
     front = np.array([[0.0, 2.0], [2.0, 0.0]])
     assert igd_plus(front, front) == 0.0
