@@ -1,0 +1,354 @@
+"""NSGA-II and NSGA-III in steady state: multi-objective evolution that never waits for a generation.
+
+NSGA-II: Deb, Pratap, Agarwal and Meyarivan 2002; NSGA-III: Deb and Jain 2014. In both a child is bred by simulated
+binary crossover (Deb and Agrawal 1995) and polynomial mutation (Deb and Goyal 1996), bounded by the box. What
+differs from the papers is the replacement: each child that comes back is put to the survivors and the least of
+them leaves (mu + 1; Durillo et al. 2009 found that better than whole generations), and children are bred from the
+survivors known when they are asked for. So workers never idle, and a result counts from the next proposal on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from populations.errors import InputError
+from populations.fronts import ranks
+from populations.genome import Floats, Integers
+from populations.trial import Evaluation, Goal, Outcome, Trial, oriented
+from search.coefficients import CoefficientBox
+from search.protocol import trial_rng
+
+Variant: TypeAlias = Literal["nsga2", "nsga3"]
+
+_TRIES = 8  # children bred anew because they equal a survivor or a trial in flight
+
+
+@dataclass(frozen=True, eq=False)
+class _Survivor:
+    """A point of the box, what it scored, and the trial it was."""
+
+    number: int
+    point: Floats
+    scores: Floats
+
+
+class Nsga:
+    """NSGA-II or NSGA-III over merge coefficients, one survivor replaced at a time.
+
+    The first trials are the ``seeds``, then points drawn evenly, ``population`` in all; later ones are children.
+    NSGA-II draws parents by binary tournaments of rank and crowding distance, NSGA-III draws them evenly. Failed
+    trials never join the population. A proposal takes well under a millisecond.
+
+    Args:
+        box: Where coefficients lie.
+        goals: The M objectives.
+        seed: The recipe's seed.
+        variant: ``nsga2`` (crowding distance), or ``nsga3`` (reference directions; two objectives or more).
+        population: Survivors kept, at least 4; None means ``default_population``.
+        crossover: Probability that a child has genes of both parents.
+        crossover_index: Distribution index of the crossover: the larger, the nearer to a parent.
+        mutation: Probability that a coefficient mutates; None means 1/D.
+        mutation_index: Distribution index of the mutation.
+        seeds: (n, D) points to score first, such as the models themselves; moved into the box.
+
+    Raises:
+        InputError: NSGA-III with one objective, a population of less than 4, or seeds of another shape.
+    """
+
+    def __init__(
+        self,
+        box: CoefficientBox,
+        goals: Sequence[Goal],
+        seed: int,
+        variant: Variant = "nsga2",
+        population: int | None = None,
+        crossover: float = 0.9,
+        crossover_index: float = 20.0,
+        mutation: float | None = None,
+        mutation_index: float = 20.0,
+        seeds: ArrayLike | None = None,
+    ) -> None:
+        self.box = box
+        self.goals = tuple(goals)
+        self.seed = seed
+        self.variant: Variant = variant
+        self.population = default_population(len(self.goals)) if population is None else population
+        self.crossover = crossover
+        self.crossover_index = crossover_index
+        self.mutation = 1.0 / box.size if mutation is None else mutation
+        self.mutation_index = mutation_index
+        self.seeds = seed_points(box, seeds)
+        if self.population < 4:
+            raise InputError(f"search.population: expected at least 4, found {self.population}.")
+        if variant == "nsga3" and len(self.goals) < 2:
+            raise InputError(
+                f"search.algorithm: nsga3 expects two objectives or more, found {len(self.goals)}.",
+                "For one objective use cma_es.",
+            )
+        self.directions = reference_directions(len(self.goals), self.population) if variant == "nsga3" else None
+        self._next = 0
+        self._survivors: list[_Survivor] = []
+        self._flying: dict[int, Floats] = {}
+        self._ideal = np.full(len(self.goals), -np.inf)  # best score seen of each objective
+        self._standing: tuple[Integers, Floats] | None = None  # rank and crowding of the survivors
+
+    @property
+    def done(self) -> bool:
+        """Never: evolution goes on until the budget is spent."""
+        return False
+
+    def ask(self, n: int) -> list[Trial]:
+        """``n`` trials: seeds and even draws until there are ``population``, then children of the survivors."""
+        return [self._proposed(number) for number in range(self._next, self._next + n)]
+
+    def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
+        """Put the trial to the survivors; when there are too many, the least of them leaves."""
+        point = self._flying.pop(trial.number)
+        if not evaluation.ok:
+            return
+        scores = oriented(evaluation.scores, self.goals)
+        self._ideal = np.maximum(self._ideal, scores)
+        self._survivors.append(_Survivor(trial.number, point, scores))
+        if len(self._survivors) > self.population:
+            del self._survivors[self._least()]
+        self._standing = None
+
+    def state(self) -> dict[str, Any]:
+        """The survivors and the points in flight."""
+        return {
+            "next": self._next,
+            "ideal": self._ideal.copy(),
+            "survivors": [s.number for s in self._survivors],
+            "points": _table([s.point for s in self._survivors], self.box.size),
+            "scores": _table([s.scores for s in self._survivors], len(self.goals)),
+            "flying": list(self._flying),
+            "flying_points": _table(list(self._flying.values()), self.box.size),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self._next, self._ideal = state["next"], state["ideal"].copy()
+        rows = zip(state["survivors"], state["points"].copy(), state["scores"].copy(), strict=True)
+        self._survivors = [_Survivor(*row) for row in rows]
+        self._flying = dict(zip(state["flying"], state["flying_points"].copy(), strict=True))
+        self._standing = None
+
+    # -- proposing ---------------------------------------------------------------------------------------
+
+    def _proposed(self, number: int) -> Trial:
+        parents: tuple[int, ...] = ()
+        if number < len(self.seeds):
+            point = self.seeds[number]
+        elif number < self.population or len(self._survivors) < 2:
+            point = self.box.draw(self.seed, number)
+        else:
+            point, parents = self._child(trial_rng(self.seed, number))
+        self._flying[number] = point
+        self._next = number + 1
+        return Trial(number, self.box.genome(point), parents)
+
+    def _child(self, rng: np.random.Generator) -> tuple[Floats, tuple[int, ...]]:
+        """A child that equals no survivor and nothing in flight, if breeding some more gives one."""
+        known = {point.tobytes() for point in (*self._flying.values(), *(s.point for s in self._survivors))}
+        for _ in range(_TRIES):
+            a, b = self._parents(rng)
+            child = self._survivors[a].point
+            if rng.random() < self.crossover:
+                child = simulated_binary(rng, child, self._survivors[b].point, self.box, self.crossover_index)
+            child = polynomial(rng, child, self.box, self.mutation, self.mutation_index)
+            if child.tobytes() not in known:
+                break
+        return child, (self._survivors[a].number, self._survivors[b].number)
+
+    def _parents(self, rng: np.random.Generator) -> tuple[int, int]:
+        """Two different survivors."""
+        count = len(self._survivors)
+        if self.variant == "nsga3":
+            a, b = rng.choice(count, 2, replace=False)
+            return int(a), int(b)
+        a = self._tournament(rng)
+        for _ in range(_TRIES):
+            b = self._tournament(rng)
+            if b != a:
+                return a, b
+        return a, (a + 1) % count
+
+    def _tournament(self, rng: np.random.Generator) -> int:
+        """The better of two survivors drawn evenly: of lower rank, or as good and less crowded."""
+        rank, spread = self._ranked()
+        first, second = (int(i) for i in rng.choice(len(self._survivors), 2, replace=False))
+        better = (rank[second], -spread[second]) < (rank[first], -spread[first])
+        return second if better else first
+
+    def _ranked(self) -> tuple[Integers, Floats]:
+        if self._standing is None:
+            scores = self._scores()
+            rank = ranks(scores)
+            spread = np.zeros(len(rank))
+            for level in np.unique(rank):
+                spread[rank == level] = crowding(scores[rank == level])
+            self._standing = rank, spread
+        return self._standing
+
+    # -- survival ----------------------------------------------------------------------------------------
+
+    def _least(self) -> int:
+        """Position of the survivor to leave: one of the last front, where it is most crowded."""
+        scores = self._scores()
+        rank = ranks(scores)
+        last = np.flatnonzero(rank == rank.max())
+        if self.directions is None:
+            spread = crowding(scores[last])
+            return int(last[np.flatnonzero(spread == spread.min())[-1]])  # the youngest of equals
+        return most_redundant(self._ideal - scores, rank, self.directions)
+
+    def _scores(self) -> Floats:
+        return _table([s.scores for s in self._survivors], len(self.goals))
+
+
+def default_population(objectives: int) -> int:
+    """Survivors to keep for ``objectives`` M when nothing is said: 20, or from three objectives on 40, or 2 M if more.
+
+    Small, because a merge's budget is tens to thousands of evaluations, not the papers' tens of thousands.
+    """
+    return 20 if objectives <= 2 else max(40, 2 * objectives)
+
+
+def seed_points(box: CoefficientBox, seeds: ArrayLike | None) -> Floats:
+    """(n, D) the points to score first, moved into the box; none without seeds.
+
+    Raises:
+        InputError: The seeds are not of shape (n, D).
+    """
+    if seeds is None:
+        return np.zeros((0, box.size))
+    points = np.array(seeds, np.float64)
+    if points.ndim != 2 or points.shape[1] != box.size:
+        raise InputError(f"seeds: expected shape (n, {box.size}), found {points.shape}.")
+    return box.clip(points)
+
+
+# -- variation -----------------------------------------------------------------------------------------------
+
+
+def simulated_binary(rng: np.random.Generator, a: Floats, b: Floats, box: CoefficientBox, index: float) -> Floats:
+    """One child of the parents ``a`` and ``b`` (D,): each gene crosses with probability 1/2, others are of ``a``.
+
+    Simulated binary crossover (Deb and Agrawal 1995), its distribution truncated to the box. A crossed gene
+    comes from either of the two children that the operator makes.
+    """
+    crossed, upper, draw = rng.random(len(a)) < 0.5, rng.random(len(a)) < 0.5, rng.random(len(a))
+    least, most = np.minimum(a, b), np.maximum(a, b)
+    apart = np.maximum(most - least, 1e-14)
+    room = np.where(upper, box.high - most, least - box.low)
+    alpha = 2.0 - (1.0 + 2.0 * room / apart) ** -(index + 1.0)
+    inward = draw <= 1.0 / alpha
+    ratio = np.where(inward, draw * alpha, 1.0 / (2.0 - draw * alpha)) ** (1.0 / (index + 1.0))
+    genes = 0.5 * (least + most + np.where(upper, ratio, -ratio) * apart)
+    return np.where(crossed & (most - least > 1e-14), box.clip(genes), a)
+
+
+def polynomial(rng: np.random.Generator, point: Floats, box: CoefficientBox, rate: float, index: float) -> Floats:
+    """``point`` (D,) with each gene mutated with probability ``rate``: bounded polynomial mutation (Deb and Goyal)."""
+    mutated, draw = rng.random(len(point)) < rate, rng.random(len(point))
+    width, power = box.high - box.low, index + 1.0
+    below, above = (point - box.low) / width, (box.high - point) / width
+    down = (2.0 * draw + (1.0 - 2.0 * draw) * (1.0 - below) ** power) ** (1.0 / power) - 1.0
+    up = 1.0 - (2.0 * (1.0 - draw) + (2.0 * draw - 1.0) * (1.0 - above) ** power) ** (1.0 / power)
+    return np.where(mutated, box.clip(point + np.where(draw < 0.5, down, up) * width), point)
+
+
+# -- selection -----------------------------------------------------------------------------------------------
+
+
+def crowding(points: Floats) -> Floats:
+    """(N,) crowding distance of each of the ``points`` (N, M) of one front; infinite at its ends (Deb et al. 2002)."""
+    distance = np.zeros(len(points))
+    for column in points.T:
+        order = np.argsort(column, kind="stable")
+        width = column[order[-1]] - column[order[0]]
+        if width > 0:
+            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / width
+            distance[order[[0, -1]]] = np.inf
+    return distance
+
+
+def reference_directions(objectives: int, count: int) -> Floats:
+    """(H, M) directions spread evenly over the unit simplex, as many as fit into ``count`` (but at least M).
+
+    The lattice of Das and Dennis 1998; when it is too coarse to have a point inside, what is left of ``count``
+    goes to a second lattice shrunk to half its size (Deb and Jain 2014, section IV-A).
+    """
+    outer = _divisions(objectives, count)
+    directions = _lattice(objectives, outer)
+    room = count - len(directions)
+    if outer >= objectives or room < objectives:
+        return directions
+    inner = 0.5 * _lattice(objectives, _divisions(objectives, room)) + 0.5 / objectives
+    return np.unique(np.concatenate([directions, inner]), axis=0)
+
+
+def most_redundant(costs: Floats, rank: Integers, directions: Floats) -> int:
+    """The point of the last front that NSGA-III's niching (Deb and Jain 2014, section IV-E) would not take.
+
+    Points are normalised and joined to their nearest direction; of the direction that has most of them the
+    farthest point of the last front goes. Where the paper draws lots, distance decides.
+
+    Args:
+        costs: (N, M) how far each score is below the best seen.
+        rank: (N,) fronts, 0 the best.
+        directions: (H, M) as from ``reference_directions``.
+    """
+    units = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    normal = costs / intercepts(costs, rank)
+    along = normal @ units.T
+    distance = np.sqrt(np.maximum((normal**2).sum(axis=1, keepdims=True) - along**2, 0.0))
+    niche = distance.argmin(axis=1)
+    crowd = np.bincount(niche, minlength=len(units))
+    last = np.flatnonzero(rank == rank.max())
+    keys = [(crowd[niche[i]], distance[i, niche[i]], i) for i in last]
+    return int(max(keys)[2])
+
+
+def intercepts(costs: Floats, rank: Integers) -> Floats:
+    """(M,) where the plane through the extreme points cuts the axes, or else the worst costs of the first front.
+
+    Deb and Jain 2014, section IV-C: the extreme point of an axis has the least of its scalarised costs.
+    """
+    size = costs.shape[1]
+    weights = np.where(np.eye(size) > 0, 1.0, 1e-6)
+    extremes = costs[[int((costs / weight).max(axis=1).argmin()) for weight in weights]]
+    worst, front = costs.max(axis=0), costs[rank == 0].max(axis=0)
+    try:
+        found = 1.0 / np.linalg.solve(extremes, np.ones(size))
+    except np.linalg.LinAlgError:
+        found = front
+    found = np.where(np.isfinite(found), np.minimum(found, worst), worst) if (found > 1e-6).all() else front
+    return np.where(found > 1e-6, found, np.where(worst > 1e-6, worst, 1.0))
+
+
+def _divisions(objectives: int, count: int) -> int:
+    """The most divisions of an axis whose lattice has at most ``count`` points; at least 1."""
+    divisions = 1
+    while objectives > 1 and comb(divisions + objectives, objectives - 1) <= count:
+        divisions += 1
+    return divisions
+
+
+def _lattice(objectives: int, divisions: int) -> Floats:
+    """(H, M) all points of the unit simplex whose coordinates are multiples of 1 / divisions."""
+    slots = divisions + objectives - 1
+    bars = np.array(list(combinations(range(slots), objectives - 1)), np.int64)  # stars and bars
+    edges = np.hstack([np.full((len(bars), 1), -1), bars, np.full((len(bars), 1), slots)])
+    return (np.diff(edges, axis=1) - 1) / divisions
+
+
+def _table(rows: Sequence[Floats], columns: int) -> Floats:
+    return np.array(rows, np.float64).reshape(len(rows), columns)
