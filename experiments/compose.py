@@ -24,13 +24,14 @@ from experiments.recipe import (
     CmaEsBox,
     M2N2Search,
     Objective,
+    PythonObjective,
     RandomBox,
     Recipe,
 )
 from fitness.callables import resolve
 from fitness.pools import Pool, SerialPool
 from fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
-from populations.errors import InputError, PoolError
+from populations.errors import EcotoneError, InputError, PoolError
 from populations.niches import NicheArchive
 from populations.population import ElitistArchive, Population
 from populations.space import Space
@@ -105,6 +106,8 @@ def prepare(recipe: Recipe) -> Path | None:
         try:
             function(str(work), **_preparation_arguments(recipe))
             work.rename(folder)
+        except EcotoneError as error:
+            raise type(error)(f"prepare: {error.message}", error.remedy) from error
         except Exception as error:
             raise InputError(
                 f"prepare: {recipe.prepare.call} failed: {type(error).__name__}: {error}", "Check prepare.arguments."
@@ -154,9 +157,9 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         base=None if models.base is None else _located(models.base, prepared),
         operator=recipe.merge.operator,
         names=models.names,
-        architecture=_call(architecture) if isinstance(architecture, Call) else architecture,
-        search=tuple(_objective(objective) for objective in recipe.objectives.search),
-        held_out=tuple(_objective(objective) for objective in recipe.objectives.held_out),
+        architecture=_call(architecture, prepared) if isinstance(architecture, Call) else architecture,
+        search=tuple(_objective(objective, prepared) for objective in recipe.objectives.search),
+        held_out=tuple(_objective(objective, prepared) for objective in recipe.objectives.held_out),
         device=recipe.scoring.device,
         dtype=recipe.merge.dtype,
         threads=recipe.scoring.threads,
@@ -196,16 +199,25 @@ def _located(path: str, prepared: Path | None) -> str:
     return str(prepared / path.removeprefix(PREPARED))
 
 
-def _call(call: Call) -> CallSpec:
-    return CallSpec(call.call, dict(call.arguments))
+def _call(call: Call | PythonObjective, prepared: Path | None) -> CallSpec:
+    return CallSpec(call.call, {name: _expanded(value, prepared) for name, value in call.arguments.items()})
 
 
-def _objective(objective: Objective) -> ObjectiveSpec:
+def _expanded(value: Any, prepared: Path | None) -> Any:
+    """``value`` with the paths in it, at any depth, that begin with ``prepared:`` made whole."""
+    if isinstance(value, dict):
+        return {key: _expanded(one, prepared) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_expanded(one, prepared) for one in value]
+    return _located(value, prepared) if isinstance(value, str) else value
+
+
+def _objective(objective: Objective, prepared: Path | None) -> ObjectiveSpec:
     goal = Goal(objective.name, objective.direction)
     if isinstance(objective, Accuracy):
-        spec = ObjectiveSpec(goal, "accuracy", data=_call(objective.data))
+        spec = ObjectiveSpec(goal, "accuracy", data=_call(objective.data, prepared))
         return spec if objective.batch is None else replace(spec, batch=objective.batch)
-    return ObjectiveSpec(goal, "call", call=CallSpec(objective.call, dict(objective.arguments)))
+    return ObjectiveSpec(goal, "call", call=_call(objective, prepared))
 
 
 # -- search ----------------------------------------------------------------------------------------------

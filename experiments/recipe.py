@@ -27,7 +27,11 @@ class Part(BaseModel):
 
 
 class Call(Part):
-    """A Python function, ``package.module:function``, and its keyword arguments."""
+    """A Python function, ``package.module:function``, and its keyword arguments.
+
+    An argument (of an architecture, an objective or its data) that begins with ``prepared:`` is a path, relative to
+    what the preparation step wrote.
+    """
 
     call: str = Field(description="package.module:function")
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -81,7 +85,10 @@ class Accuracy(Part):
 
 
 class PythonObjective(Part):
-    """A function of the merged model that returns a number, or a number and per-example scores."""
+    """A function of the merged model that returns a number, or a number and per-example scores.
+
+    An argument that begins with ``prepared:`` is a path, relative to what the preparation step wrote.
+    """
 
     name: str
     type: Literal["call"]
@@ -276,9 +283,11 @@ class Recipe(Part):
                 f"objectives.search: m2n2 shares out scores to maximise, found direction minimize for {minimised}; "
                 "give a score in which more is better, such as exp(-loss)"
             )
-        uses_prepared = any(p.startswith(PREPARED) for p in (*self.models.experts, self.models.base or ""))
-        if uses_prepared and self.prepare is None:
-            raise ValueError(f"models: paths begin with {PREPARED!r} but the recipe has no `prepare` step")
+        if self.prepare is None:
+            written = self.model_dump(include={"models", "objectives"})
+            found = next((field for field in written if _mentions_prepared(written[field])), None)
+            if found is not None:
+                raise ValueError(f"{found}: paths begin with {PREPARED!r} but the recipe has no `prepare` step")
         return self
 
     @classmethod
@@ -332,6 +341,14 @@ class Recipe(Part):
             }
         )
         return self.model_copy(update={"models": models})
+
+
+def _mentions_prepared(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_mentions_prepared, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_mentions_prepared, value))
+    return isinstance(value, str) and value.startswith(PREPARED)
 
 
 def apply_settings(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -415,7 +432,7 @@ def _line(entry: dict[str, Any]) -> str:
         hint = f" {nearest(str(given), _TAGS[name])}" if given else ""
         return f"{field}.{name}: expected one of {', '.join(_TAGS[name])}, found {given!r}.{hint}"
     if kind == "value_error":
-        return f"{field}: {message}." if not message.startswith("objectives") else f"{message}."
+        return f"{message}." if field == "recipe" else f"{field}: {message}."
     return f"{field}: {message[0].lower()}{message[1:]}, found {entry['input']!r}."
 
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from experiments import compose
 from experiments.recipe import Recipe, apply_settings, parse_settings
 from fitness.specs import CallSpec
-from populations.errors import InputError
+from populations.errors import CheckpointError, InputError
 from populations.gram import GramTable
 from populations.niches import NicheArchive
 from populations.population import ElitistArchive
@@ -486,13 +486,50 @@ def test_the_worker_is_told_everything() -> None:
     assert compose.worker_spec(dense, None).dense
 
 
+def test_prepared_paths_in_arguments_are_made_whole(tmp_path: Path) -> None:
+    arguments = {"data": "prepared:a.safetensors", "n": 3, "more": [{"deep": "prepared:b/c"}, "not prepared:d"]}
+    record = changed(prepare={"call": "m:prepare"}, objectives__search__0__arguments=arguments)
+    record = apply_settings(
+        record,
+        {
+            "objectives.held_out.0.data.arguments": {"file": "prepared:e"},
+            "models.architecture": {"call": "m:a", "arguments": {"config": "prepared:f"}},
+        },
+    )
+    spec = compose.worker_spec(Recipe.from_record(record), tmp_path)
+    (one,), (held_out,) = spec.search, spec.held_out
+    expected = {"data": f"{tmp_path}/a.safetensors", "n": 3, "more": [{"deep": f"{tmp_path}/b/c"}, "not prepared:d"]}
+    assert one.call == CallSpec("m:f", expected)
+    assert held_out.data == CallSpec("m:data", {"file": f"{tmp_path}/e"})
+    assert spec.architecture == CallSpec("m:a", {"config": f"{tmp_path}/f"})
+
+
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [
+        ("models", {"models.experts.0": "prepared:a"}),
+        ("models", {"models.base": "prepared:a"}),
+        ("models", {"models.architecture": {"call": "m:f", "arguments": {"x": "prepared:a"}}}),
+        ("objectives", {"objectives.search.0.arguments": {"x": ["prepared:a"]}}),
+        ("objectives", {"objectives.held_out.0.data.arguments": {"x": {"y": "prepared:a"}}}),
+    ],
+)
+def test_prepared_paths_need_a_preparation(field: str, settings: dict[str, Any]) -> None:
+    message = refusal(apply_settings(PLAIN, settings))
+    assert message == f"{field}: paths begin with 'prepared:' but the recipe has no `prepare` step."
+
+
 # -- preparation ---------------------------------------------------------------------------------------------
 
 MODULE = """
 from pathlib import Path
 
-def write(directory, seed=0, fail=False):
+from populations.errors import CheckpointError
+
+def write(directory, seed=0, fail=False, lacking=False):
     Path(directory, "half").write_text("x")
+    if lacking:
+        raise CheckpointError("data: not installed.", "Install it.")
     if fail:
         raise RuntimeError("no power")
     Path(directory, "seed").write_text(str(seed))
@@ -545,6 +582,12 @@ def test_a_preparation_that_fails_leaves_nothing(preparing: Any, tmp_path: Path)
     with pytest.raises(InputError, match="prepare: preparing_module:write failed: RuntimeError: no power"):
         compose.prepare(recipe)
     assert not [path for path in (tmp_path / "cache" / "prepared").iterdir() if path.is_dir()]
+
+
+def test_a_preparation_says_itself_what_it_lacks(preparing: Any) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        compose.prepare(preparing(prepare__arguments={"lacking": True}))
+    assert (caught.value.message, caught.value.remedy) == ("prepare: data: not installed.", "Install it.")
 
 
 @pytest.mark.parametrize(
