@@ -1,0 +1,330 @@
+"""Optuna's samplers over merge coefficients, behind our protocol: TPE, GP, NSGA-II, NSGA-III, CMA-ES, random, QMC.
+
+The study lives in memory: the run's journal is the storage, and a resumed search asks and tells again what the
+journal holds. Optuna's samplers draw from one stream, which its storages do not keep. Here every trial gets a sampler
+of its own, seeded from the recipe's seed and the trial's number, so that a search rebuilt by replay or from
+``state()`` goes on with the same points. What a sampler has learned it keeps with the trials of the study, or
+learns again from their scores.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from populations.errors import InputError, nearest
+from populations.fronts import ranks
+from populations.genome import Floats
+from populations.population import quality
+from populations.trial import Evaluation, Goal, Outcome, Trial
+from search.coefficients import CoefficientBox
+from search.nsga import seed_points
+
+Sampler: TypeAlias = Literal["tpe", "gp", "nsga2", "nsga3", "cma_es", "random", "qmc"]
+
+GP_COEFFICIENTS = 32
+"""The most coefficients that the sampler ``gp`` takes on."""
+
+# Optuna's class, and of each setting our name, Optuna's name (None where it is ours alone) and the default.
+_SAMPLERS: dict[str, tuple[str, dict[str, tuple[str | None, Any]]]] = {
+    "tpe": (
+        "TPESampler",
+        {
+            "startup": ("n_startup_trials", 10),
+            "multivariate": ("multivariate", True),
+            "constant_liar": ("constant_liar", True),
+        },
+    ),
+    "gp": ("GPSampler", {"startup": ("n_startup_trials", 10), "history": (None, 200)}),
+    "nsga2": ("NSGAIISampler", {"population": ("population_size", 50)}),
+    "nsga3": ("NSGAIIISampler", {"population": ("population_size", 50)}),
+    "cma_es": (
+        "CmaEsSampler",
+        {
+            "startup": ("n_startup_trials", 1),
+            "population": ("popsize", None),
+            "separable": ("use_separable_cma", False),
+        },
+    ),
+    "random": ("RandomSampler", {}),
+    "qmc": ("QMCSampler", {}),
+}
+
+
+class OptunaSearch:
+    """One of Optuna's samplers; it never waits for results.
+
+    TPE and GP take the trials in flight into account. CMA-ES optimises one number, the mean of the objectives'
+    scores (as ``search.cma_es`` does), all others see every objective. Failed trials are told as failed.
+
+    A proposal takes the time that Optuna takes, and takes it again when a search is resumed. Measured in
+    milliseconds on one thread, two objectives, after 100 and 1000 trials:
+
+    ======================  ===============  ===============
+    sampler                 10 coefficients  96 coefficients
+    ======================  ===============  ===============
+    tpe                       8      15        25      130
+    tpe, not multivariate    11      95       130     1000
+    gp (history 200)        600     700         -        -
+    nsga2, nsga3              1       2         8       12
+    cma_es                    1       2         9       15
+    random, qmc               1       1         6        8
+    ======================  ===============  ===============
+
+    With GP let ``scoring.in_flight`` exceed ``scoring.batch``: workers then have candidates left to score while the
+    next are computed.
+
+    Args:
+        box: Where coefficients lie.
+        goals: The M objectives.
+        seed: The recipe's seed.
+        sampler: ``tpe``, ``gp``, ``nsga2``, ``nsga3``, ``cma_es``, ``random``, or ``qmc`` (scrambled Sobol points).
+        startup: Scored trials, drawn evenly, before the model begins (``tpe``, ``gp``: 10; ``cma_es``: 1).
+        multivariate: Model the coefficients jointly (``tpe``: True).
+        constant_liar: Take trials in flight for poor ones, so that proposals differ (``tpe``: True).
+        population: Trials a generation (``nsga2``, ``nsga3``: 50; ``cma_es``: 4 + floor(3 ln D)).
+        separable: Learn a diagonal covariance only (``cma_es``: False).
+        history: The most scored trials that the model is fitted to, which bounds the seconds of a proposal: the best
+            fronts, and as many of the latest (``gp``: 200).
+        seeds: (n, D) points to score first, such as the models themselves; moved into the box.
+
+    Raises:
+        InputError: Optuna is not installed, the sampler is unknown or has no such setting, or it does not fit the
+            objectives or the number of coefficients.
+    """
+
+    def __init__(
+        self,
+        box: CoefficientBox,
+        goals: Sequence[Goal],
+        seed: int,
+        sampler: Sampler = "tpe",
+        startup: int | None = None,
+        multivariate: bool | None = None,
+        constant_liar: bool | None = None,
+        population: int | None = None,
+        separable: bool | None = None,
+        history: int | None = None,
+        seeds: ArrayLike | None = None,
+    ) -> None:
+        _check(sampler, box.size, len(goals))
+        self.box = box
+        self.goals = tuple(goals)
+        self.seed = seed
+        self.sampler: Sampler = sampler
+        given = {
+            "startup": startup,
+            "multivariate": multivariate,
+            "constant_liar": constant_liar,
+            "population": population,
+            "separable": separable,
+            "history": history,
+        }
+        self.settings = _settings(sampler, {name: value for name, value in given.items() if value is not None})
+        self._optuna = _imported()
+        self._names = [f"c{i:05d}" for i in range(box.size)]
+        self._space = dict.fromkeys(self._names, self._optuna.distributions.FloatDistribution(box.low, box.high))
+        joint = self._space if self.settings.get("multivariate", True) else {}
+        self._class = _of_joint_space(getattr(self._optuna.samplers, _SAMPLERS[sampler][0]), joint)
+        self._next = 0
+        with self._quietly():
+            self._storage, self._study = self._opened()
+            for point in seed_points(box, seeds):
+                self._study.enqueue_trial(dict(zip(self._names, point.tolist(), strict=True)))
+
+    @property
+    def done(self) -> bool:
+        """Never: samplers go on until the budget is spent."""
+        return False
+
+    def ask(self, n: int) -> list[Trial]:
+        """``n`` trials, each proposed knowing those before it, scored or in flight."""
+        numbers = range(self._next, self._next + n)
+        with self._quietly():
+            trials = [Trial(number, self.box.genome(self._proposed(number))) for number in numbers]
+        self._next += n
+        return trials
+
+    def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
+        """Tell the study the scores, or that the trial failed."""
+        with self._quietly():
+            if evaluation.ok:
+                self._study.tell(trial.number, self._values(evaluation))
+            else:
+                self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
+
+    def state(self) -> dict[str, Any]:
+        """The study: points, scores and states of its trials, and what the sampler has noted with them.
+
+        CMA-ES notes its optimiser, as the text of a pickle: restore only what a search of yours has given.
+        """
+        trials = self._study.get_trials(deepcopy=False)
+        return {
+            "next": self._next,
+            "trials": [
+                {
+                    "state": trial.state.name,
+                    "point": [trial.params[name] for name in self._names] if trial.params else None,
+                    "values": trial.values,
+                    "notes": dict(trial.system_attrs),
+                }
+                for trial in trials
+            ],
+            "notes": dict(self._storage.get_study_system_attrs(self._number())),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self._next = state["next"]
+        with self._quietly():
+            self._storage, self._study = self._opened()
+            for record in state["trials"]:
+                self._study.add_trial(
+                    self._frozen(record["state"], record["point"], record["values"], record["notes"]),
+                )
+            for name, note in state["notes"].items():
+                self._storage.set_study_system_attr(self._number(), name, note)
+
+    # -- the study ---------------------------------------------------------------------------------------
+
+    def _opened(self) -> tuple[Any, Any]:
+        """A storage in memory and its one study."""
+        storage = self._optuna.storages.InMemoryStorage()
+        directions = ["maximize"] if self.sampler == "cma_es" else [goal.direction for goal in self.goals]
+        return storage, self._optuna.create_study(
+            storage=storage, sampler=self._seeded(0), directions=directions, study_name="search"
+        )
+
+    def _number(self) -> int:
+        return int(self._storage.get_study_id_from_name(self._study.study_name))
+
+    def _values(self, evaluation: Evaluation) -> list[float]:
+        if self.sampler == "cma_es":
+            return [quality(evaluation, self.goals)]
+        return [float(evaluation.scores[goal.name]) for goal in self.goals]
+
+    def _frozen(
+        self, state: str, point: Sequence[float] | None, values: Sequence[float] | None, notes: dict[str, Any]
+    ) -> Any:
+        """A trial to add to a study; ``point`` is None while a seed waits for its turn."""
+        return self._optuna.trial.create_trial(
+            state=self._optuna.trial.TrialState[state],
+            params={} if point is None else dict(zip(self._names, point, strict=True)),
+            distributions={} if point is None else self._space,
+            values=values,
+            system_attrs=notes,
+        )
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Without Optuna's log lines, and its warnings that samplers are experimental."""
+        log, level = self._optuna.logging, self._optuna.logging.get_verbosity()
+        log.set_verbosity(log.ERROR)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+                yield
+        finally:
+            log.set_verbosity(level)
+
+    # -- proposing ---------------------------------------------------------------------------------------
+
+    def _proposed(self, number: int) -> Floats:
+        study = self._shown()
+        study.sampler = self._seeded(number)
+        asked = study.ask(self._space)
+        point = [asked.params[name] for name in self._names]
+        if study is not self._study:
+            self._study.add_trial(self._frozen("RUNNING", point, None, {}))
+        return np.array(point, np.float64)
+
+    def _seeded(self, number: int) -> Any:
+        """The sampler of one trial. A QMC sequence is one for all trials; the study counts its points."""
+        key = () if self.sampler == "qmc" else (number,)
+        options: dict[str, Any] = {"seed": int(np.random.SeedSequence(self.seed, spawn_key=key).generate_state(1)[0])}
+        if self.sampler == "qmc":
+            options["scramble"] = True
+        for name, (theirs, _) in _SAMPLERS[self.sampler][1].items():
+            if theirs is not None:
+                options[theirs] = self.settings[name]
+        return self._class(**options)
+
+    def _shown(self) -> Any:
+        """The study, or when it has more scored trials than ``history``, a copy that lacks the others."""
+        history = self.settings.get("history")
+        if history is None:
+            return self._study
+        states = self._optuna.trial.TrialState
+        scored = self._study.get_trials(deepcopy=False, states=(states.COMPLETE,))
+        if len(scored) <= history:
+            return self._study
+        running = self._study.get_trials(deepcopy=False, states=(states.RUNNING,))
+        _, study = self._opened()
+        study.add_trials([*self._worth(scored, history), *running])
+        return study
+
+    def _worth(self, scored: Sequence[Any], history: int) -> list[Any]:
+        """Half of ``history`` from the best fronts, the younger first; the other half the youngest of the rest."""
+        signs = np.array([goal.sign for goal in self.goals])
+        rank = ranks(np.array([trial.values for trial in scored]) * signs)
+        order = np.lexsort((-np.arange(len(scored)), rank))
+        best, rest = order[: history // 2], order[history // 2 :]
+        kept = np.concatenate([best, np.sort(rest)[len(rest) - (history - len(best)) :]])
+        return [scored[i] for i in np.sort(kept)]
+
+
+def _check(sampler: str, coefficients: int, objectives: int) -> None:
+    known = get_args(Sampler)
+    if sampler not in known:
+        raise InputError(
+            f"search.sampler: expected one of {', '.join(known)}, found {sampler!r}.", nearest(str(sampler), known)
+        )
+    if sampler == "nsga3" and objectives < 2:
+        raise InputError(
+            f"search.sampler: nsga3 expects two objectives or more, found {objectives}.",
+            "For one objective use sampler: tpe or gp, or algorithm: cma_es.",
+        )
+    if sampler == "gp" and coefficients > GP_COEFFICIENTS:
+        raise InputError(
+            f"search.sampler: gp models at most {GP_COEFFICIENTS} coefficients, found {coefficients}.",
+            "Use granularity: model or groups; or for so many algorithm: nsga2, sep_cma_es, or sampler: tpe.",
+        )
+    if sampler == "cma_es" and coefficients < 2:
+        raise InputError(
+            f"search.sampler: cma_es expects two coefficients or more, found {coefficients}.",
+            "Use algorithm: cma_es, which takes one, or sampler: tpe.",
+        )
+
+
+def _settings(sampler: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of the sampler, by our name: as given, or its default."""
+    taken = _SAMPLERS[sampler][1]
+    for name, value in given.items():
+        if name not in taken:
+            names = ", ".join(taken) or "none"
+            raise InputError(
+                f"search.{name}: sampler {sampler} has no such setting (found {value}).", f"It has: {names}."
+            )
+        if value is not True and value is not False and value < 2 - (name == "startup"):
+            raise InputError(f"search.{name}: expected at least {2 - (name == 'startup')}, found {value}.")
+    return {name: given.get(name, default) for name, (_, default) in taken.items()}
+
+
+def _imported() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError(
+            f"search.algorithm: Optuna is not installed ({error}).", "`pip install 'ecotone[optuna]'`."
+        ) from error
+    return optuna
+
+
+def _of_joint_space(kind: type, space: dict[str, Any]) -> type:
+    """The sampler class, told which coefficients it proposes jointly, which it would work out from all trials."""
+    return type(kind.__name__, (kind,), {"infer_relative_search_space": lambda self, study, trial: dict(space)})
