@@ -144,8 +144,8 @@ def split(examples: Iterable[Example], sizes: Mapping[Part, int], seed: int) -> 
     part_of = dict(zip(keys, rng.choice(3, len(keys), p=(0.5, 0.25, 0.25)), strict=True))
     found: dict[Part, list[Example]] = {}
     for index, part in enumerate(parts):
-        pool = [e for e in first.values() if part_of[e.key] == index]
-        pool = [e for e in pool if part == "train" or e.label in {one.label for one in found["train"]}]
+        known = {example.label for example in found.get("train", first.values())}
+        pool = [e for e in first.values() if part_of[e.key] == index and e.label in known]
         if len(pool) < sizes[part]:
             raise InputError(f"{part}: expected at least {sizes[part]} examples to draw from, found {len(pool)}.")
         found[part] = [pool[row] for row in rng.permutation(len(pool))[: sizes[part]]]
