@@ -17,13 +17,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.recipe import (
     PREPARED,
     Accuracy,
+    Box,
     Call,
     CmaEsBox,
+    FrontBox,
     M2N2Search,
+    NsgaBox,
     Objective,
+    OptunaBox,
     PythonObjective,
     RandomBox,
     Recipe,
@@ -31,7 +37,10 @@ from experiments.recipe import (
 from fitness.callables import resolve
 from fitness.pools import Pool, SerialPool
 from fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from merging.sources import Sources
 from populations.errors import EcotoneError, InputError, PoolError
+from populations.genome import Floats, Genome
+from populations.gram import GramTable
 from populations.niches import NicheArchive
 from populations.population import ElitistArchive, Population
 from populations.space import Space
@@ -49,10 +58,16 @@ def goals_of(objectives: Sequence[Objective]) -> tuple[Goal, ...]:
     return tuple(Goal(objective.name, objective.direction) for objective in objectives)
 
 
+_PACKAGES = (
+    *("ecotone", "numpy", "scipy", "torch", "cmaes", "pymoo", "moocore", "optuna"),
+    *("ray", "mlflow", "transformers"),
+)
+
+
 def versions() -> dict[str, str]:
     """Versions of what results depend on."""
     found = {"python": sys.version.split()[0]}
-    for package in ("ecotone", "numpy", "torch", "cmaes", "ray", "mlflow", "transformers"):
+    for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -224,35 +239,81 @@ def _objective(objective: Objective, prepared: Path | None) -> ObjectiveSpec:
 
 
 def make_search(recipe: Recipe, space: Space) -> tuple[Search, Population]:
-    """The algorithm and the population that ``search`` asks for."""
-    part, goals, seed = recipe.search, goals_of(recipe.objectives.search), recipe.seed
+    """The algorithm and the population that ``search`` asks for.
+
+    Raises:
+        InputError: The algorithm does not fit the objectives or the number of coefficients, or is not installed.
+    """
+    part, goals = recipe.search, goals_of(recipe.objectives.search)
     if isinstance(part, M2N2Search):
-        archive = NicheArchive(goals, part.archive, part.alpha, part.resource)
-        switches = M2N2Settings(
-            attraction=part.attraction,
-            split=part.split,
-            crossover=part.crossover,
-            interpolation=part.interpolation,
-            granularity=part.granularity,
-            mutation=part.mutation,
-            max_segments=part.max_segments,
-        )
-        return M2N2(space, archive, switches, seed), archive
-    box = CoefficientBox.of(space, part.granularity, part.low, part.high, part.groups)
-    population = ElitistArchive(goals, part.archive)
-    if isinstance(part, RandomBox):
-        return RandomSearch(box, seed), population
-    assert isinstance(part, CmaEsBox)
-    search = CmaEs(
-        box,
-        goals,
-        seed,
-        start=part.start,
-        sigma=part.sigma,
-        population_size=part.population_size,
-        separable=part.algorithm == "sep_cma_es",
+        return _m2n2(part, space, goals, recipe.seed)
+    return _box_search(part, space, goals, recipe.seed), ElitistArchive(goals, part.archive)
+
+
+def _m2n2(part: M2N2Search, space: Space, goals: tuple[Goal, ...], seed: int) -> tuple[Search, Population]:
+    archive = NicheArchive(goals, part.archive, part.alpha, part.resource)
+    switches = M2N2Settings(
+        attraction=part.attraction,
+        split=part.split,
+        crossover=part.crossover,
+        interpolation=part.interpolation,
+        granularity=part.granularity,
+        mutation=part.mutation,
+        max_segments=part.max_segments,
     )
-    return search, population
+    return M2N2(space, archive, switches, seed), archive
+
+
+def _box_search(part: Box, space: Space, goals: tuple[Goal, ...], seed: int) -> Search:
+    """A search over coefficients; modules that import much are imported when they are asked for."""
+    box = CoefficientBox.of(space, part.granularity, part.low, part.high, part.groups)
+    if isinstance(part, CmaEsBox):
+        separable = part.algorithm == "sep_cma_es"
+        return CmaEs(box, goals, seed, **_settings(part), separable=separable)
+    if isinstance(part, NsgaBox):
+        from search.nsga import Nsga
+
+        return Nsga(box, goals, seed, part.algorithm, **_settings(part), seeds=_seeds(part, box, space))
+    if isinstance(part, OptunaBox):
+        from search.optuna_search import OptunaSearch
+
+        return OptunaSearch(box, goals, seed, **_settings(part), seeds=_seeds(part, box, space))
+    assert isinstance(part, RandomBox)
+    return RandomSearch(box, seed)
+
+
+def _settings(part: Box) -> dict[str, Any]:
+    """The settings that are an algorithm's own: recipes name them as its constructor does."""
+    return part.model_dump(exclude={"algorithm", "archive", *FrontBox.model_fields})
+
+
+def _seeds(part: FrontBox, box: CoefficientBox, space: Space) -> Floats | None:
+    """(J+1, D) the models themselves and their average, when they are to be scored first."""
+    if not part.models_first:
+        return None
+    rows = [*space.seeds, space.seeds.mean(axis=0)]
+    return np.array([box.point(Genome.uniform(space.size, row)) for row in rows])
+
+
+def check_search(recipe: Recipe, sources: Sources) -> Search:
+    """The search on the layout of ``sources``, without their geometry: says what does not fit before a weight is read.
+
+    Raises:
+        InputError: As for ``make_search``.
+    """
+    layout, count = sources.layout, len(sources.experts)
+    gram = GramTable.from_regions([0, layout.size], np.zeros((1, count, count)))
+    outline = Space(
+        sources=sources.names,
+        tensors=layout.tensors,
+        tensor_borders=layout.tensor_borders,
+        blocks=layout.blocks,
+        block_borders=layout.block_borders,
+        gram=gram,
+        seeds=sources.operator.seeds(count),
+        seed_names=sources.names,
+    )
+    return make_search(recipe, outline)[0]
 
 
 def make_schedule(recipe: Recipe) -> Schedule:

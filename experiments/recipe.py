@@ -176,7 +176,44 @@ class CmaEsBox(Box):
         return self
 
 
-SearchPart: TypeAlias = Annotated[M2N2Search | RandomBox | CmaEsBox, Field(discriminator="algorithm")]
+class FrontBox(Box):
+    """What the searches for a front have in common: by default one coefficient a model.
+
+    Attributes:
+        models_first: Score the models themselves and their average before anything else.
+    """
+
+    granularity: Literal["model", "groups", "block", "tensor"] = "model"
+    models_first: bool = True
+
+
+class NsgaBox(FrontBox):
+    """NSGA-II or NSGA-III in steady state (``search.nsga``)."""
+
+    algorithm: Literal["nsga2", "nsga3"]
+    population: int | None = Field(default=None, ge=4)
+    crossover: float = Field(default=0.9, ge=0, le=1)
+    crossover_index: float = Field(default=20.0, ge=0)
+    mutation: float | None = Field(default=None, ge=0, le=1)
+    mutation_index: float = Field(default=20.0, ge=0)
+
+
+class OptunaBox(FrontBox):
+    """One of Optuna's samplers (``search.optuna_search``); a setting that is not given is the sampler's own."""
+
+    algorithm: Literal["optuna"]
+    sampler: Literal["tpe", "gp", "nsga2", "nsga3", "cma_es", "random", "qmc"] = "tpe"
+    startup: int | None = Field(default=None, ge=1)
+    multivariate: bool | None = None
+    constant_liar: bool | None = None
+    population: int | None = Field(default=None, ge=2)
+    separable: bool | None = None
+    history: int | None = Field(default=None, ge=2)
+
+
+SearchPart: TypeAlias = Annotated[
+    M2N2Search | RandomBox | CmaEsBox | NsgaBox | OptunaBox, Field(discriminator="algorithm")
+]
 
 
 class Scoring(Part):
@@ -436,16 +473,17 @@ def _line(entry: dict[str, Any]) -> str:
     return f"{field}: {message[0].lower()}{message[1:]}, found {entry['input']!r}."
 
 
-_TAGS = {"type": ("accuracy", "call"), "algorithm": ("m2n2", "random", "cma_es", "sep_cma_es")}
-_PARTS: dict[str, type[Part]] = {
-    "accuracy": Accuracy,
-    "call": PythonObjective,
+_ALGORITHMS: dict[str, type[Part]] = {
     "m2n2": M2N2Search,
     "random": RandomBox,
     "cma_es": CmaEsBox,
     "sep_cma_es": CmaEsBox,
-    "Call": Call,
+    "nsga2": NsgaBox,
+    "nsga3": NsgaBox,
+    "optuna": OptunaBox,
 }
+_TAGS = {"type": ("accuracy", "call"), "algorithm": tuple(_ALGORITHMS)}
+_PARTS: dict[str, type[Part]] = {"accuracy": Accuracy, "call": PythonObjective, "Call": Call, **_ALGORITHMS}
 
 
 def _article(field: str) -> str:

@@ -36,7 +36,8 @@ PLAIN: dict[str, Any] = {
     },
     "budget": {"evaluations": 100},
 }
-ALGORITHMS = ("m2n2", "random", "cma_es", "sep_cma_es")
+ALGORITHMS = ("m2n2", "random", "cma_es", "sep_cma_es", "nsga2", "nsga3", "optuna")
+LISTED = ", ".join(ALGORITHMS)
 
 
 def changed(**settings: Any) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def test_a_missing_part_is_named(field: str) -> None:
 
 def test_an_unknown_algorithm_or_objective_type_lists_the_known_ones() -> None:
     message = refusal(changed(search={"algorithm": "cma-es"}))
-    assert message.startswith("search.algorithm: expected one of m2n2, random, cma_es, sep_cma_es, found 'cma-es'.")
+    assert message.startswith(f"search.algorithm: expected one of {LISTED}, found 'cma-es'.")
     assert "Did you mean 'cma_es'?" in message
     message = refusal(changed(objectives__search=[{"name": "a", "type": "accurracy"}]))
     assert message.startswith("objectives.search[0].type: expected one of accuracy, call, found 'accurracy'.")
@@ -155,7 +156,7 @@ def test_an_unknown_algorithm_or_objective_type_lists_the_known_ones() -> None:
 
 def test_a_missing_algorithm_or_type_lists_the_known_ones() -> None:
     message = refusal(changed(search={"archive": 10}))
-    assert message.startswith("search.algorithm: expected one of m2n2, random, cma_es, sep_cma_es, found None.")
+    assert message.startswith(f"search.algorithm: expected one of {LISTED}, found None.")
     message = refusal(changed(objectives__search=[{"name": "a", "call": "m:f"}]))
     assert message.startswith("objectives.search[0].type: expected one of accuracy, call, found None.")
 
@@ -382,6 +383,15 @@ CHANGES: list[dict[str, Any]] = [
     {"search": {"algorithm": "random"}},
     {"search": {"algorithm": "cma_es"}},
     {"search": {"algorithm": "sep_cma_es"}},
+    {"search": {"algorithm": "nsga2"}},
+    {"search": {"algorithm": "nsga2", "granularity": "block"}},
+    {"search": {"algorithm": "nsga2", "models_first": False}},
+    {"search": {"algorithm": "nsga2", "high": 1.5}},
+    {"search": {"algorithm": "nsga2", "population": 30}},
+    {"search": {"algorithm": "nsga3"}},
+    {"search": {"algorithm": "optuna"}},
+    {"search": {"algorithm": "optuna", "sampler": "gp"}},
+    {"search": {"algorithm": "optuna", "startup": 20}},
     {"scoring.batch": 5},
     {"scoring.in_flight": 40},
     {"scoring.order": "arrival"},
@@ -448,20 +458,57 @@ def test_every_switch_of_m2n2_reaches_it() -> None:
     assert search.archive is population
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS[1:])
-def test_boxes_reach_their_search(algorithm: str) -> None:
-    part = {"algorithm": algorithm, "granularity": "tensor", "low": -2.0, "high": 0.5, "archive": 4}
-    if algorithm != "random":
-        part |= {"start": -1.0, "sigma": 0.4, "population_size": 5}
-    search, population = compose.make_search(Recipe.from_record(changed(search=part)), small_space())
+# Every setting of each algorithm, none at its default.
+SEARCHES: dict[str, dict[str, Any]] = {
+    "random": {},
+    "cma_es": {"start": -1.0, "sigma": 0.4, "population_size": 5},
+    "sep_cma_es": {"start": -1.0, "sigma": 0.4, "population_size": 5},
+    "nsga2": {"population": 6, "crossover": 0.7, "crossover_index": 11.0, "mutation": 0.3, "mutation_index": 12.0},
+    "nsga3": {"population": 6, "crossover": 0.7, "crossover_index": 11.0, "mutation": 0.3, "mutation_index": 12.0},
+    "optuna": {"sampler": "tpe", "startup": 3, "multivariate": False, "constant_liar": False},
+    "optuna-gp": {"sampler": "gp", "startup": 3, "history": 50},
+    "optuna-nsga3": {"sampler": "nsga3", "population": 7},
+    "optuna-cma_es": {"sampler": "cma_es", "startup": 2, "population": 7, "separable": True},
+}
+
+
+def two_objectives(record: dict[str, Any]) -> dict[str, Any]:
+    other = record["objectives"]["search"][0] | {"name": "two"}
+    return apply_settings(record, {"objectives.search": [*record["objectives"]["search"], other]})
+
+
+def composed(settings: dict[str, Any]) -> tuple[Any, Any]:
+    return compose.make_search(Recipe.from_record(two_objectives(changed(search=settings, seed=9))), small_space())
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_boxes_and_settings_reach_their_search(kind: str) -> None:
+    settings = SEARCHES[kind]
+    box = {"granularity": "tensor", "low": -2.0, "high": 0.5, "archive": 4}
+    search, population = composed({"algorithm": kind.split("-")[0], **box, **settings})
     points = [trial.genome for trial in search.ask(5)]
     assert all(point.boundaries.tolist() == [0, 5, 12] for point in points)
     assert all(point.coefficients.min() >= -2.0 and point.coefficients.max() <= 0.5 for point in points)
     assert isinstance(population, ElitistArchive)
     assert population.capacity == 4
+    assert search.seed == 9
     if isinstance(search, CmaEs):
         assert search.ask(1) == []  # the generation of five is out
-        assert type(search._optimiser).__name__ == ("SepCMA" if algorithm == "sep_cma_es" else "CMA")
+        assert type(search._optimiser).__name__ == ("SepCMA" if kind == "sep_cma_es" else "CMA")
+    elif kind != "random":
+        known = {**vars(search), **getattr(search, "settings", {})}
+        assert {name: known[name] for name in settings} == settings
+
+
+@pytest.mark.parametrize("kind", ["nsga2", "optuna"])
+def test_the_models_may_come_first(kind: str) -> None:
+    search, _ = composed({"algorithm": kind, "low": -1.0})
+    first = [trial.genome.coefficients[0].tolist() for trial in search.ask(4)]
+    assert first[:3] == [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
+    search, _ = composed({"algorithm": kind, "low": -1.0, "granularity": "tensor"})
+    assert search.ask(1)[0].genome.coefficients.tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    search, _ = composed({"algorithm": kind, "low": -1.0, "models_first": False})
+    assert [trial.genome.coefficients[0].tolist() for trial in search.ask(3)] != first[:3]
 
 
 def test_the_schedule_is_that_of_scoring_and_budget() -> None:
