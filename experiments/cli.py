@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer
 
-from populations.errors import EcotoneError
+from populations.errors import EcotoneError, InputError
 
 if TYPE_CHECKING:
     from experiments.recipe import Recipe
@@ -42,6 +42,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a progr
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a field, e.g. seed=3 or search.alpha=0. Repeatable."),
+]
+PreferenceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help='What matters: weights "a=0.7,b=0.3" of the objectives, or a point "at:a=0.9,b=0.8".'
+    ),
+]
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help='Where hypervolumes are measured from, as in "a=0.2,b=0.1".'),
 ]
 WorkersOption = Annotated[
     int | None, typer.Option(min=0, help="Ray workers; 0 evaluates in this process. Overrides runtime.workers.")
@@ -130,29 +140,75 @@ def status(run: RunArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def front(run: RunArgument, as_json: JsonOption = False) -> None:
-    """List the Pareto front, best mean first, with scores on search and held-out data."""
+def front(
+    run: RunArgument,
+    preference: PreferenceOption = None,
+    reference: ReferenceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the Pareto front, best mean first, with scores on search and held-out data.
+
+    A preference marks the member that fits it best. A search that predicts its front reports how it turned out.
+    """
     from experiments import report
+    from experiments.preferences import choose_member, reference_numbers
 
     found = _run(run)
-    members = found.front()
+    choice = None if preference is None else choose_member(found, preference)
+    volume = found.hypervolume({} if reference is None else reference_numbers(reference, found.goals))
     if as_json:
-        objectives = [{"name": goal.name, "direction": goal.direction} for goal in found.goals]
-        _print_json({"objectives": objectives, "members": [member.record() for member in members]})
-    else:
-        report.console().print(report.front_table(found, members))
+        _print_json(report.front_record(found, volume, choice))
+        return
+    members, out = found.front_or_explain(), report.console()
+    out.print(report.front_table(found, members, None if choice is None else choice.member.id))
+    for text in report.front_lines(found, volume, choice):
+        out.print(text, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, or MLflow run ids.")],
+    reference: ReferenceOption = None,
+    reach: Annotated[
+        str, typer.Option(metavar="HV", help="A hypervolume, or a share of the best run's, whose cost is looked up.")
+    ] = "90%",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one page that works offline.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the fronts of runs of the same objectives: hypervolume, distance to the best front, cost."""
+    from experiments import report
+    from experiments.compare import compare as compare_runs
+
+    comparison = compare_runs([_run(named) for named in runs], reference, reach)
+    if html is not None:
+        from experiments.pages import write
+
+        write(comparison, html)
+    if as_json:
+        _print_json({**comparison.record(), **({} if html is None else {"html": str(html)})})
+        return
+    out = report.console()
+    for table in report.comparison_tables(comparison):
+        out.print(table)
+    for text in report.comparison_lines(comparison):
+        out.print(text, soft_wrap=True)
+    if html is not None:
+        out.print(f"The page is {html}: open it in any browser.", soft_wrap=True)
 
 
 @app.command()
 def export(
     run: RunArgument,
     to: Annotated[Path, typer.Option(metavar="DIR", help="A new directory, or a path that ends in .safetensors.")],
-    member: Annotated[str, typer.Option(help="The number of a trial, as `front` lists them, or 'best'.")] = "best",
+    member: Annotated[
+        str | None, typer.Option(help="The number of a trial, as `front` lists them, or 'best', the default.")
+    ] = None,
+    preference: PreferenceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a member's weights as a checkpoint, with a model card and the record that `verify` needs."""
     found = _run(run)
-    trial = found.trial(member)
+    trial = found.trial(_wanted_member(found, member, preference))
     path = found.export(trial.number, to)
     if as_json:
         _print_json({"member": trial.number, "path": str(path)})
@@ -307,6 +363,17 @@ def _changes(settings: list[str] | None, workers: int | None, address: str | Non
     if address is not None:
         changes |= {"runtime.pool": "ray", "runtime.address": address}
     return changes
+
+
+def _wanted_member(run: Run, member: str | None, preference: str | None) -> int | str:
+    """The member to export: the one named, or the one that a preference picks."""
+    if preference is None:
+        return member or "best"
+    if member is not None:
+        raise InputError("--preference: expected it or --member, found both.", "Leave one out.")
+    from experiments.preferences import choose_member
+
+    return choose_member(run, preference).member.id
 
 
 def _run(named: str) -> Run:

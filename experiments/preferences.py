@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from experiments.runs import Run, Scored, points_of
 from populations.errors import InputError, nearest
 from populations.genome import Floats
 from populations.trial import Goal
@@ -48,6 +49,15 @@ def parse(text: str, goals: Sequence[Goal]) -> Preference:
     if form == "weights":
         _check_weights(values)
     return Preference(text, form, values)
+
+
+def reference_numbers(text: str, goals: Sequence[Goal]) -> dict[str, float]:
+    """What ``--reference`` gives: numbers by objective, in score units.
+
+    Raises:
+        InputError: As ``numbers``.
+    """
+    return numbers(text, goals, "--reference", 'As in "a=0.2,b=0.1".')
 
 
 def numbers(text: str, goals: Sequence[Goal], option: str, remedy: str) -> dict[str, float]:
@@ -114,6 +124,34 @@ def shortfalls(point: Floats, goals: Sequence[Goal], preference: Preference) -> 
     by_name = {goal.name: (goal.sign, score) for goal, score in zip(goals, point, strict=True)}
     gaps = {name: by_name[name][0] * value - by_name[name][1] for name, value in preference.values.items()}
     return {name: float(gap) for name, gap in gaps.items() if gap > 1e-12}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The member of a front that a preference picks.
+
+    Args:
+        member: The member.
+        reason: Why, in a sentence.
+        missing: By objective, by how much it misses the point to reach; empty when it reaches it.
+    """
+
+    member: Scored
+    reason: str
+    missing: Mapping[str, float]
+
+
+def choose_member(run: Run, text: str) -> Choice:
+    """The member of the front of ``run`` that fits the preference ``text``.
+
+    Raises:
+        InputError: The preference cannot be understood, or there is no front.
+    """
+    preference, members = parse(text, run.goals), run.front_or_explain()
+    points = points_of((member.scores for member in members), run.goals)
+    index = choose(points, run.goals, preference)
+    missing = shortfalls(points[index], run.goals, preference)
+    return Choice(members[index], in_words(preference, missing), missing)
 
 
 def in_words(preference: Preference, missing: Mapping[str, float]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -17,6 +20,8 @@ from experiments.runs import Run, Scored
 from populations.trial import Goal
 
 if TYPE_CHECKING:
+    from experiments.compare import Comparison, Group, Line
+    from experiments.preferences import Choice
     from search.manager import Progress
 
 SHOWN = 5  # members of the front in the closing table
@@ -107,12 +112,45 @@ def closing_table(run: Run) -> Table:
     return table
 
 
-def front_table(run: Run, members: Sequence[Scored]) -> Table:
-    """All members of the front."""
+def front_table(run: Run, members: Sequence[Scored], chosen: int | str | None = None) -> Table:
+    """All members of the front; the ``chosen`` one is marked."""
     table = score_table(f"{run.name}: front of {len(members)}", run.goals, run.held_out_goals, first="member")
     for member in members:
-        table.add_row(*score_row(str(member.id), member, run.goals, run.held_out_goals))
+        mark, style = ("> ", "bold") if member.id == chosen else ("", None)
+        table.add_row(*score_row(f"{mark}{member.id}", member, run.goals, run.held_out_goals), style=style)
     return table
+
+
+def front_lines(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> Iterable[str]:
+    """The front's hypervolume, and the member that a preference chose with the command that exports it."""
+    if volume:
+        yield f"Hypervolume {volume['hypervolume']:.4f} from the reference point {_point(volume['reference_point'])}."
+    if choice is not None:
+        yield f"Member {choice.member.id}: {choice.reason}."
+        yield f"  {export_command(run.directory, choice.member.id)}"
+
+
+def front_record(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> dict[str, Any]:
+    """What ``front --json`` prints."""
+    record: dict[str, Any] = {
+        "objectives": [{"name": goal.name, "direction": goal.direction} for goal in run.goals],
+        "members": [member.record() for member in run.front()],
+        **volume,
+    }
+    if choice is not None:
+        record["chosen"] = {
+            "id": choice.member.id,
+            "reason": choice.reason,
+            "missing": dict(choice.missing),
+            "export": export_command(run.directory, choice.member.id),
+        }
+    found = run.report()
+    return record if found is None else {**record, "report": found}
+
+
+def export_command(directory: Path, member: int | str) -> str:
+    """What to type to export a member."""
+    return f"ecotone export {shlex.quote(str(directory))} --member {member} --to merged-{member}"
 
 
 def spread(members: Sequence[Scored], count: int) -> list[Scored]:
@@ -180,3 +218,83 @@ def lines(findings: Iterable[tuple[str, str]]) -> Table:
     for left, right in findings:
         table.add_row(left, right)
     return table
+
+
+def comparison_tables(comparison: Comparison) -> Iterable[Table]:
+    """The runs, largest hypervolume first, and below them the searches of which there are several seeds."""
+    held_out = any(line.held_out_hypervolume is not None for line in comparison.lines)
+    target = f"{comparison.target:.4g}"
+    columns = ["run", "algorithm", "seed", "evals", "seconds", "front", "hyper-\nvolume", "of best", "IGD+", "epsilon"]
+    columns += [f"evals to\n{target}", f"secs to\n{target}", *(["held-out\nhypervol."] if held_out else [])]
+    runs = _plain_table("Fronts on search data", columns, left=2)
+    for line in comparison.lines:
+        runs.add_row(*_line_cells(line), *([_number(line.held_out_hypervolume, ".4f")] if held_out else []))
+    yield runs
+    if comparison.groups:
+        yield _groups_table(comparison.groups, held_out)
+
+
+def comparison_lines(comparison: Comparison) -> Iterable[str]:
+    """What the tables' numbers are measured from, and what to know before believing them."""
+    yield f"Hypervolume from the reference point {_point(comparison.reference_point)} (--reference sets another)."
+    if comparison.held_out_reference:
+        yield f"On held-out data, from {_point(comparison.held_out_reference)}: the same fronts, scored again."
+    share = f" ({comparison.reach} of the best run's)" if comparison.reach.endswith("%") else ""
+    yield f"Evaluations and seconds of searching are to a hypervolume of {comparison.target:.4g}{share}: see --reach."
+    yield (
+        f"IGD+ and epsilon: distance to the union front of {len(comparison.union)}, in shares of its range; 0 is best."
+    )
+    yield from (f"Note: {note}" for note in comparison.notes)
+
+
+def _groups_table(groups: Sequence[Group], held_out: bool) -> Table:
+    columns = ["search", "seeds", "median\nhypervol.", "\nlowest", "\nhighest", "median front's\nhypervol."]
+    columns += ["seeds\nthere", "median\nevals to", "median\nsecs to", *(["median\nheld out"] if held_out else [])]
+    table = _plain_table("Over seeds", columns, left=1)
+    for group in groups:
+        found = group.record()
+        volume = found["hypervolume"]
+        cells = [f"{volume[key]:.4f}" for key in ("median", "low", "high")]
+        cells += [_number(found["median_front_hypervolume"], ".4f"), f"{found['reached']}/{len(group.lines)}"]
+        cells += [_number(found["evaluations_to_reach"], ".0f"), _number(found["seconds_to_reach"], ".3g")]
+        table.add_row(
+            group.label,
+            str(len(group.lines)),
+            *cells,
+            *([_number(found["held_out_hypervolume"], ".4f")] if held_out else []),
+        )
+    return table
+
+
+def _line_cells(line: Line) -> list[str]:
+    one = line.searched
+    return [
+        one.label,
+        one.algorithm,
+        str(one.seed),
+        str(one.evaluations),
+        f"{one.seconds:.3g}",
+        str(len(one.front)),
+        f"{line.hypervolume:.4f}",
+        f"{line.share:.1%}",
+        f"{line.igd_plus:.4f}",
+        f"{line.epsilon:.4f}",
+        _number(line.evaluations_to_reach, "d"),
+        _number(line.seconds_to_reach, ".3g"),
+    ]
+
+
+def _plain_table(title: str, columns: Sequence[str], left: int) -> Table:
+    """An empty table whose first ``left`` columns are words and whose others are numbers."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _point(point: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value:.4g}" for name, value in point.items())

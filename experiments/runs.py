@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from populations.errors import InputError
+from populations.fronts import hypervolume
+from populations.genome import Floats
 from populations.journal import Journal, Row
 from populations.pareto import ParetoFront
 from populations.population import mean_score
@@ -65,6 +71,7 @@ class Run:
         with self.journal() as journal:
             rows = list(journal.rows())
             best = best_row(rows, self.goals)
+            front = front_rows(rows, self.goals)
             failed = [row for row in rows if row.failure is not None]
             elapsed = float(journal.fact("elapsed") or 0.0)
             state = journal.fact("state") or "starting"
@@ -84,7 +91,8 @@ class Run:
                 "seconds": elapsed,
                 "evaluations_per_second": len(rows) / elapsed if elapsed else 0.0,
                 "best": None if best is None else {"id": best.number, "scores": best.scores},
-                "front_size": len(front_rows(rows, self.goals)),
+                "front_size": len(front),
+                **self._hypervolume(rows, front, {}),
                 "stop_reason": journal.fact("stop_reason"),
                 "error": journal.fact("error"),
                 "versions": json.loads(journal.fact("versions") or "{}"),
@@ -97,6 +105,49 @@ class Run:
             rows = front_rows(list(journal.rows()), self.goals)
             members = [_scored(journal, row) for row in rows]
         return sorted(members, key=lambda m: -_mean(m.scores, self.goals))
+
+    def hypervolume(self, given: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
+        """``hypervolume`` of the front and the ``reference_point`` it is measured from, in score units.
+
+        Empty with one objective, or without a front.
+
+        Args:
+            given: Numbers of the reference point by objective; the others are those of ``reference_point``.
+        """
+        with self.journal() as journal:
+            rows = list(journal.rows())
+        return self._hypervolume(rows, front_rows(rows, self.goals), given)
+
+    def _hypervolume(self, rows: Sequence[Row], front: Sequence[Row], given: Mapping[str, float]) -> dict[str, Any]:
+        if len(self.goals) < 2 or not front:
+            return {}
+        points = points_of((row.scores for row in rows if row.failure is None), self.goals)
+        seeds = points_of((one.scores for one in self.references()), self.goals)
+        corner = reference_point(points, seeds, self.goals, given)
+        members = points_of((row.scores for row in front), self.goals)
+        return {"hypervolume": hypervolume(members, corner), "reference_point": in_score_units(corner, self.goals)}
+
+    def front_or_explain(self) -> list[Scored]:
+        """The front, of which there is at least one member.
+
+        Raises:
+            InputError: Nothing has scores (yet).
+        """
+        members = self.front()
+        if not members:
+            raise InputError(f"{self.directory}: there is no front, as {self._why_empty()}.", "See `ecotone status`.")
+        return members
+
+    def _why_empty(self) -> str:
+        with self.journal() as journal:
+            count = sum(1 for _ in journal.rows())
+        return f"none of its {count} evaluations has scores" if count else "nothing has been scored yet"
+
+    def report(self) -> dict[str, Any] | None:
+        """What the search itself reports of its end: a predicted front, surrogates' errors, a tree; or None."""
+        with self.journal() as journal:
+            text = journal.fact("report")
+        return None if text is None else json.loads(text)
 
     def best(self) -> Scored | None:
         """The candidate of highest mean score on the search's objectives, or None."""
@@ -176,6 +227,41 @@ def front_rows(rows: Sequence[Row], wanted: Sequence[Goal]) -> list[Row]:
         if row.scores and row.failure is None and front.add(row.number, oriented(row.scores, wanted)):
             by_number[row.number] = row
     return [by_number[number] for number in sorted(front.numbers)]
+
+
+def points_of(scores: Iterable[Mapping[str, float] | None], wanted: Sequence[Goal]) -> Floats:
+    """(N, M) oriented scores, larger is better; what has no scores is left out."""
+    rows = [oriented(one, wanted) for one in scores if one]
+    return np.array(rows) if rows else np.zeros((0, len(wanted)))
+
+
+def reference_point(
+    points: ArrayLike, seeds: ArrayLike, wanted: Sequence[Goal], given: Mapping[str, float] = MappingProxyType({})
+) -> Floats:
+    """(M,) the oriented point from which hypervolumes are measured.
+
+    Where the user gives no number it is 0 in each objective that is maximised and scored in [0, 1]; in others the
+    worst score of the seed models and their average, or of everything scored while those are not measured.
+
+    Args:
+        points: (N, M) oriented scores of candidates.
+        seeds: (J, M) oriented scores of the reference merges.
+        wanted: The M objectives.
+        given: The user's numbers by objective, in score units.
+    """
+    found, known = np.asarray(points), np.asarray(seeds)
+    everything = np.concatenate([found, known])
+    share = (everything >= 0).all(axis=0) & (everything <= 1).all(axis=0)
+    worst = (known if len(known) else found).min(axis=0, initial=math.inf)
+    plain = share & np.array([goal.direction == "maximize" for goal in wanted])
+    default = np.where(plain | ~np.isfinite(worst), 0.0, worst)
+    pairs = zip(wanted, default, strict=True)
+    return np.array([goal.sign * given[goal.name] if goal.name in given else value for goal, value in pairs])
+
+
+def in_score_units(point: Floats, wanted: Sequence[Goal]) -> dict[str, float]:
+    """The oriented ``point`` (M,) as the objectives report it."""
+    return {goal.name: float(goal.sign * value) + 0.0 for goal, value in zip(wanted, point, strict=True)}
 
 
 def _mean(scores: Mapping[str, float] | None, wanted: Sequence[Goal]) -> float:
