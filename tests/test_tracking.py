@@ -27,6 +27,7 @@ from experiments.tracking.scoreboard import Scoreboard
 from experiments.tracking.server import serving
 from experiments.tracking.server import stop as stop_server
 from experiments.tracking.store import opened, sqlite_file
+from experiments.tracking.view import view_key
 from populations.errors import JournalError
 from populations.genome import Genome
 from populations.journal import Journal, Row
@@ -34,7 +35,7 @@ from populations.trial import Evaluation, Goal, Trial
 
 pytest.importorskip("mlflow")
 
-ARTIFACTS = ("recipe.yaml", "front.json", "candidates.csv")
+ARTIFACTS = ("recipe.yaml", "front.json", "candidates.csv", "front.csv", "genomes.json", "environment.json")
 GOALS = [["acc", "maximize"], ["loss", "minimize"]]
 History = dict[str, list[tuple[int, float, int]]]
 
@@ -78,6 +79,7 @@ def facts(budget: int | None, **others: str) -> dict[str, str]:
         "state": "running",
         "tracking": json.dumps({"uri": None, "experiment": "merges"}),
         "models": json.dumps(["a", "b"]),
+        "versions": json.dumps({"numpy": "2.0"}),
         **others,
     }
 
@@ -132,6 +134,16 @@ def front(count: int) -> list[int]:
     return sorted(kept, key=lambda n: (ok[n]["acc"], n))
 
 
+def volume(count: int) -> float:
+    """What the front dominates, down to accuracy 0 and loss 2.5, the worst of the reference merges."""
+    area, covered = 0.0, 0.0
+    for number in front(count):  # by accuracy: each adds a strip
+        found = scores(number) or {}
+        area += max(0.0, found["acc"] - covered) * max(0.0, 2.5 - found["loss"]) if found["loss"] < 2.5 else 0.0
+        covered = max(covered, found["acc"])
+    return round(area, 12)
+
+
 def expected(count: int, borders: Sequence[int]) -> dict[str, list[tuple[int, float]]]:
     """The history that the scores imply, computed the slow way; rates are left out."""
     history: dict[str, list[tuple[int, float]]] = {}
@@ -161,6 +173,7 @@ def expected(count: int, borders: Sequence[int]) -> dict[str, list[tuple[int, fl
         "references/b/held_out/test acc": 0.75,
     }
     history.update({key: [(count, value)] for key, value in ended.items()})
+    history["hypervolume"] = [(step, volume(step)) for step in borders]
     for name in ("acc", "loss"):
         history[f"front/{name}"] = [(k, scores(n)[name]) for k, n in enumerate(front(count))]  # type: ignore[index]
     return history
@@ -182,7 +195,7 @@ def history_of(uri: str, run_id: str) -> History:
 
 def without_times(history: History) -> dict[str, list[tuple[int, float]]]:
     return {
-        key: [(step, value) for step, value, _ in rows]
+        key: [(step, round(value, 12) if key == "hypervolume" else value) for step, value, _ in rows]
         for key, rows in history.items()
         if key != "evaluations_per_second"
     }
@@ -335,13 +348,24 @@ def test_parameters_and_tags(runs: Path) -> None:
 
 def test_artifacts(runs: Path) -> None:
     report = tracking.mirror(a_run(runs, 30, budget=30))
-    assert {file.path for file in client(report.uri).list_artifacts(report.run_id)} == set(ARTIFACTS)
-    recipe, front_file, candidates = (next((runs / "mlartifacts").rglob(name)) for name in ARTIFACTS)
+    assert {file.path for file in client(report.uri).list_artifacts(report.run_id)} == {*ARTIFACTS, "images"}
+    recipe, front_file, candidates, table_file, genomes, environment = (
+        next((runs / "mlartifacts").rglob(name)) for name in ARTIFACTS
+    )
     assert recipe.read_text() == "seed: 3\n"
     shown = json.loads(front_file.read_text())
     assert shown["columns"] == ["number", "digest", "parents", "acc", "loss", "held_out/test acc"]
     assert [row[0] for row in shown["data"]] == front(30)
     assert [row[5] for row in shown["data"] if row[0] == best(30)] == [0.5 + best(30) / 4000]
+    with table_file.open() as file:
+        assert [int(row["number"]) for row in csv.DictReader(file)] == front(30)
+    known = json.loads(genomes.read_text())
+    assert known["models"] == ["a", "b"]
+    assert list(known["members"]) == list(map(str, front(30)))
+    for number in front(30):
+        assert Genome.from_json(json.dumps(known["members"][str(number)]["genome"])) == genome(number)
+    assert Genome.from_json(json.dumps(known["references"]["b"])) == genome(1000)
+    assert json.loads(environment.read_text())["versions"] == {"numpy": "2.0"}
     with candidates.open() as file:
         table = list(csv.DictReader(file))
     assert len(table) == 30
@@ -390,18 +414,34 @@ def test_a_resumed_run_runs_again_and_ends_like_an_uninterrupted_one(runs: Path)
     assert history == expected(35, [7, 14, 21, 28, 35])
 
 
-def test_an_extended_search_keeps_its_steps_and_its_first_front(runs: Path) -> None:
-    directory = a_run(runs, 20, budget=7000)
-    tracking.mirror(directory)
+def test_an_extended_search_is_another_run_beside_its_first_end(runs: Path) -> None:
+    """A logged front cannot be taken back: the view has the later run, and the earlier one is kept as it was."""
+    directory = a_run(runs, 20, budget=20)
+    first = tracking.mirror(directory)
+    before = history_of(first.uri, first.run_id or "")
     with Journal.open(directory / "journal.sqlite", write=True) as journal:
-        journal.note("budget", json.dumps({"evaluations": 14000, "seconds": None}))
-        tell(journal, 20, 42)
-        journal.note("state", "finished")
-    report = tracking.mirror(directory)
-    history = without_times(history_of(report.uri, report.run_id or ""))
-    assert [step for step, _ in history["evaluations"]] == [7, 14, 20, 21, 28, 35, 42]
-    assert [value for _, value in history["front/acc"]] == [(scores(n) or {})["acc"] for n in front(20)]
-    assert [value for _, value in history["front_42/acc"]] == [(scores(n) or {})["acc"] for n in front(42)]
+        journal.note("budget", json.dumps({"evaluations": 42, "seconds": None}))
+        journal.note("state", "running")
+        assert tracking.mirror(directory).run_id == first.run_id
+        tell(journal, 20, 25)
+        report = tracking.mirror(directory)
+        assert (report.run_id != first.run_id, report.evaluations) == (True, 25)
+        tell(journal, 25, 42)
+        finish(journal, [best(42)])
+    (directory / "tracking.json").unlink()
+    last = tracking.mirror(directory)
+    assert last.run_id == report.run_id
+    assert without_times(history_of(last.uri, last.run_id or "")) == expected(42, range(1, 43))
+    assert history_of(first.uri, first.run_id or "") == before
+    earlier, later = (client(last.uri).get_run(run_id) for run_id in (first.run_id, last.run_id))
+    assert (earlier.info.status, later.info.status) == ("FINISHED", "FINISHED")
+    assert later.data.tags["ecotone.view"] == view_key(goals())
+    assert earlier.data.tags["ecotone.view"] != later.data.tags["ecotone.view"]
+    assert tracking.mirror(directory).logged == 0
+
+
+def goals() -> list[Goal]:
+    return [Goal(*goal) for goal in GOALS]  # type: ignore[arg-type]
 
 
 def test_names_that_mlflow_refuses(runs: Path) -> None:

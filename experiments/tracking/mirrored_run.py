@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,11 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from experiments.tracking.names import CURSOR, acceptable, metric_names
+import numpy as np
+
+from experiments.tracking.artifacts import write_artifacts
+from experiments.tracking.front_metrics import MetricRow, front_metrics
+from experiments.tracking.images import front_image, is_due
+from experiments.tracking.names import CURSOR, PICTURE, VIEW_TAG, acceptable
 from experiments.tracking.scoreboard import Line, Scoreboard
 from experiments.tracking.store import TrackingError, known_run, opened, sqlite_file
-from experiments.tracking.summary import Summary, summary_of, write_candidates
+from experiments.tracking.summary import Summary, summary_of
 from experiments.tracking.target import Target
+from experiments.tracking.view import view_tag, view_value
 from populations.journal import Journal
 
 ROWS_PER_BATCH = 1000  # MLflow's limit
@@ -27,6 +32,8 @@ _STATUS = {
     "interrupted": "KILLED",
     "killed": "KILLED",
 }
+_CURRENT = "ecotone.current"  # a run's: "false" when its search went on, in another one
+_PICTURED = "ecotone.pictured"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages for training, not for chats
 
 
@@ -42,19 +49,26 @@ class MirroredRun:
         self.target = target
         self.client = opened(target.uri)
         self.experiment_id = _experiment(self.client, target)
-        run = known_run(self.client, run_id) or self._found() or self._created()
+        self.logged = 0
+        run = known_run(self.client, run_id)
+        self._use(run if run is not None and _is_current(run) else self._found() or self._created())
+        self._show_fronts()
+
+    def _use(self, run: Any) -> None:
+        """Go on in this MLflow run, from where it stands."""
         self.run_id: str = run.info.run_id
         self.tags: dict[str, str] = dict(run.data.tags)
         self.status: str = run.info.status
         self.cursor = int(run.data.metrics.get(CURSOR, 0))
-        self.logged = 0
-        self.board = Scoreboard(target.goals, self._stride(), target.created)
+        self.board = Scoreboard(self.target.goals, self._stride(), self.target.created)
         self._after = -1
         self._describe(run.data.params)
 
     def advance(self, journal: Journal, state: str) -> bool:
         """Log what is new; True when the search has ended and all of it is logged."""
         final = state != "running"
+        if "ecotone.front" in self.tags and sum(1 for _ in journal.rows()) > self.cursor:
+            self._succeed()
         if not final:
             self._set_status(state)
         for batch in _batches(self._lines(journal, state == "finished")):
@@ -76,10 +90,13 @@ class MirroredRun:
                 line = self.board.add(row)
                 if line is not None and line.step > self.cursor:
                     yield line
-        if finished and self.board.count > self.cursor and not self.board.on_border:
-            yield self.board.line()
+                if is_due(self.board.count):
+                    self._log_picture()
+        line = self.board.last() if finished else None
+        if line is not None and line.step > self.cursor:
+            yield line
 
-    def _log(self, rows: Sequence[tuple[str, float, int, int]]) -> None:
+    def _log(self, rows: Sequence[MetricRow]) -> None:
         """Log one batch of (key, value, time, step); MLflow takes it as a whole or not at all."""
         from mlflow.entities import Metric
 
@@ -90,10 +107,8 @@ class MirroredRun:
     # -- the run as a whole ----------------------------------------------------------------------------------
 
     def _found(self) -> Any:
-        runs = self.client.search_runs(
-            [self.experiment_id], f"tags.`ecotone.id` = '{self.target.identity}'", max_results=1
-        )
-        return runs[0] if runs else None
+        runs = self.client.search_runs([self.experiment_id], f"tags.`ecotone.id` = '{self.target.identity}'")
+        return next(filter(_is_current, runs), None)
 
     def _created(self) -> Any:
         tags = {**self.target.tags, "ecotone.id": self.target.identity, "mlflow.source.name": "ecotone"}
@@ -103,8 +118,26 @@ class MirroredRun:
             self.experiment_id, start_time=round(self.target.created * 1000), tags=tags, run_name=self.target.name
         )
 
+    def _succeed(self) -> None:
+        """Go on in a new MLflow run, as the search goes on after its end.
+
+        A front that is logged cannot be taken back, so the run so far stays what it is, an earlier end of the same
+        search, and leaves the view; the new run shows the whole search.
+        """
+        self._set_status("finished")
+        self._tag({_CURRENT: "false", VIEW_TAG: "superseded"})
+        self._use(self._created())
+
+    def _show_fronts(self) -> None:
+        """Write the experiment's view of these objectives if it is missing."""
+        tag = view_tag(self.target.goals)
+        present = self.client.get_experiment(self.experiment_id).tags.get(tag)
+        value = view_value(self.target.goals, self.target.held_out, present, round(time.time() * 1000))
+        if value is not None:
+            self.client.set_experiment_tag(self.experiment_id, tag, value)
+
     def _stride(self) -> int | None:
-        """The stride the run began with: a budget that was extended must not move the steps."""
+        """The stride the run began with: a budget that is raised before the search's end must not move the steps."""
         text = self.tags.get("ecotone.stride", "growing")
         return None if text == "growing" else int(text)
 
@@ -146,44 +179,55 @@ class MirroredRun:
         now = round(self.board.time * 1000)
         rows = [(key, value, now, self.board.count) for key, value in summary.metrics.items()]
         if state == "finished" and self.tags.get("ecotone.front") != summary.front_mark:
-            rows += self._front_rows(summary, now)
+            rows += self._missing(self._final_rows(summary, now))
         for begin in range(0, len(rows), ROWS_PER_BATCH):
             self._log(rows[begin : begin + ROWS_PER_BATCH])
         if state == "finished":
             self._tag({"ecotone.front": summary.front_mark})
+            self._log_picture()
         self._set_status(state, _last_written(journal.path))
         reasons = {f"ecotone.{key}": journal.fact(key) or "" for key in ("stop_reason", "error")}
         self._tag({key: reason for key, reason in reasons.items() if reason or key in self.tags})
         self._artifacts(journal, summary)
         self._tag({"ecotone.end": mark})
 
-    def _front_rows(self, summary: Summary, now: int) -> list[tuple[str, float, int, int]]:
-        """The front, step by step. Histories cannot be rewritten, so an extended search's front has another name."""
-        if len(self.target.goals) < 2:
-            return []
-        prefix = f"front_{self.board.count}" if "ecotone.front" in self.tags else "front"
-        names = metric_names([goal.name for goal in self.target.goals])
-        return [
-            (f"{prefix}/{names[goal.name]}", (row.scores or {})[goal.name], now, step)
-            for step, row in enumerate(summary.front)
-            for goal in self.target.goals
-        ]
+    def _final_rows(self, summary: Summary, now: int) -> list[MetricRow]:
+        rows = front_metrics(summary, self.target.goals, self.target.held_out, now)
+        return rows + self.board.volumes.late(summary.references)
+
+    def _missing(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
+        """Those that a mirror which was stopped in the middle has not logged."""
+        begun = self.client.get_run(self.run_id).data.metrics.keys() & {row[0] for row in rows}
+        there = {(key, metric.step) for key in begun for metric in self.client.get_metric_history(self.run_id, key)}
+        return [row for row in rows if (row[0], row[3]) not in there]
+
+    def _log_picture(self) -> None:
+        """The front as it stands, once for each step."""
+        step, points = self.board.count, self.board.front.points
+        if len(self.target.goals) < 2 or not len(points) or step <= int(self.tags.get(_PICTURED, 0)):
+            return
+        signs = np.array([goal.sign for goal in self.target.goals])
+        title = f"{self.target.name}: front after {step} evaluations"
+        image = front_image(self.target.goals, np.array(self.board.recent), points * signs, title)
+        time_of = round(self.board.time * 1000)
+        self.client.log_image(self.run_id, image, key=PICTURE, step=step, timestamp=time_of, synchronous=True)
+        self._tag({_PICTURED: str(step)})
 
     def _artifacts(self, journal: Journal, summary: Summary) -> None:
         with tempfile.TemporaryDirectory(prefix="ecotone-") as folder:
-            here = Path(folder)
-            (here / "front.json").write_text(json.dumps(summary.table), encoding="utf-8")
-            write_candidates(journal, self.target.goals, here / "candidates.csv")
-            recipe = journal.path.parent / "recipe.yaml"
-            if recipe.is_file():
-                shutil.copyfile(recipe, here / "recipe.yaml")
+            write_artifacts(Path(folder), journal, self.target, summary)
             self.client.log_artifacts(self.run_id, folder)
         self._tag({"mlflow.loggedArtifacts": json.dumps([{"path": "front.json", "type": "table"}])})
 
 
-def _batches(lines: Iterable[Line]) -> Iterator[list[tuple[str, float, int, int]]]:
+def _is_current(run: Any) -> bool:
+    """False for an earlier end of a search that went on."""
+    return bool(run.data.tags.get(_CURRENT) != "false")
+
+
+def _batches(lines: Iterable[Line]) -> Iterator[list[MetricRow]]:
     """Rows (key, value, time, step) in batches that MLflow takes, cut between lines where possible."""
-    batch: list[tuple[str, float, int, int]] = []
+    batch: list[MetricRow] = []
     for line in lines:
         rows = [(key, float(value), line.time, line.step) for key, value in line.values.items()]
         if batch and len(batch) + len(rows) > ROWS_PER_BATCH:

@@ -8,13 +8,44 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 CURSOR = "evaluations"
-OWN_METRICS = {CURSOR, "evaluations_per_second", "failures", "front_size", "best", "held_out", "references", "front"}
+HYPERVOLUME = "hypervolume"
+FRONT = "front"
+HELD_OUT_FRONT = "front_held_out"
+PICTURE = "front"  # the key of the images
+VIEW_TAG = "ecotone.view"  # a run's: which view shows it
+OWN_METRICS = {
+    *(CURSOR, "evaluations_per_second", "failures", "front_size", "best", "held_out", "references"),
+    *(HYPERVOLUME, FRONT, HELD_OUT_FRONT, f"{FRONT}_pairs", f"{HELD_OUT_FRONT}_pairs"),
+}
+_LONGEST = 250  # characters of a key
 
 
 def metric_names(objectives: Sequence[str]) -> dict[str, str]:
     """The metric of each objective: its name where MLflow accepts it and no other metric has it."""
     names = {objective: acceptable(objective) for objective in objectives}
     return distinct({o: f"objective/{n}" if n.split("/")[0] in OWN_METRICS else n for o, n in names.items()})
+
+
+def pair_metrics(group: str, first: str, second: str, objectives: Sequence[str]) -> tuple[str, str]:
+    """The metrics that hold a front in two of the ``objectives``, of one step a member.
+
+    Of two objectives in all they are those of the front itself, ``front/a`` and ``front/b``; of more they are metrics
+    of the members that no other member dominates in these two, ``front_pairs/a and b/a`` and ``front_pairs/a and b/b``.
+
+    Args:
+        group: ``front`` or ``front_held_out``.
+        first: One objective.
+        second: Another one.
+        objectives: All of that group.
+    """
+    names = metric_names(objectives)
+    x, y = names[first], names[second]
+    if len(objectives) == 2:
+        return f"{group}/{x}", f"{group}/{y}"
+    pair = f"{group}_pairs/{x} and {y}"
+    if len(pair) + max(len(x), len(y)) >= _LONGEST:
+        pair = f"{group}_pairs/{objectives.index(first) + 1} and {objectives.index(second) + 1}"
+    return f"{pair}/{x}", f"{pair}/{y}"
 
 
 def distinct(names: Mapping[str, str]) -> dict[str, str]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from experiments.tracking.names import CURSOR, metric_names
+import numpy as np
+
+from experiments.runs import points_of, reference_point
+from experiments.tracking.names import CURSOR, HYPERVOLUME, metric_names
+from populations.fronts import hypervolume, hypervolume_over
+from populations.genome import Floats
 from populations.journal import Row
 from populations.pareto import ParetoFront
 from populations.population import mean_score
@@ -23,6 +29,59 @@ class Line:
     values: Mapping[str, float]
 
 
+class Volumes:
+    """The hypervolume of the front over evaluations.
+
+    It is live, measured from 0 as the search goes on, when the objectives are up to five, all maximised, and the first
+    candidate scores in [0, 1] in each. Otherwise it is known only at the end, when the reference merges are measured
+    from which its reference point follows (``experiments.runs.reference_point``).
+
+    Args:
+        goals: The objectives.
+    """
+
+    def __init__(self, goals: Sequence[Goal]) -> None:
+        self._goals = tuple(goals)
+        self._live: bool | None = None if 2 <= len(goals) <= 5 else False
+        self._numbers: list[int] = []
+        self._known: dict[str, float] = {}
+        self._counts = array("q")
+        self._points = array("d")
+        self._steps: list[tuple[int, int]] = []
+
+    def add(self, count: int, point: Floats) -> None:
+        """Take the oriented scores (M,) of candidate number ``count``."""
+        if self._live is None:
+            self._live = all(goal.sign > 0 for goal in self._goals) and bool(((point >= 0) & (point <= 1)).all())
+        if not self._live and len(self._goals) > 1:
+            self._counts.append(count)
+            self._points.extend(point.tolist())
+
+    def live(self, front: ParetoFront) -> dict[str, float]:
+        """The metric as it stands; empty when it is not live."""
+        if self._live and self._numbers != front.numbers:
+            self._numbers = list(front.numbers)
+            self._known = {HYPERVOLUME: hypervolume(front.points, np.zeros(len(self._goals)))}
+        return self._known
+
+    def step(self, count: int, time: int) -> None:
+        """Note that the metrics have a step here."""
+        if self._points:
+            self._steps.append((count, time))
+
+    def late(self, references: Sequence[Mapping[str, float]]) -> list[tuple[str, float, int, int]]:
+        """The whole history (key, value, time, step) when it was not live, given the scores of reference merges."""
+        if not self._points:
+            return []
+        points = np.array(self._points).reshape(-1, len(self._goals))
+        volumes = hypervolume_over(points, reference_point(points, points_of(references, self._goals), self._goals))
+        indices = np.searchsorted(np.array(self._counts), [count for count, _ in self._steps], side="right") - 1
+        return [
+            (HYPERVOLUME, float(volumes[index]), time, count)
+            for index, (count, time) in zip(indices, self._steps, strict=True)
+        ]
+
+
 class Scoreboard:
     """Turns evaluations, in order, into the metrics of a search; what it says depends on the journal alone.
 
@@ -31,6 +90,9 @@ class Scoreboard:
         stride: A line every so many evaluations; None: every one at first, every other from 1,024 on, every fourth
             from 2,048 on, ... for a search whose budget is not a number of evaluations.
         created: When the run began (unix seconds).
+
+    Attributes:
+        recent: The scores of the latest candidates.
     """
 
     def __init__(self, goals: Sequence[Goal], stride: int | None, created: float) -> None:
@@ -41,8 +103,11 @@ class Scoreboard:
         self.time = created
         self.best: Row | None = None
         self.front = ParetoFront(goals)
+        self.volumes = Volumes(goals)
+        self.recent: deque[list[float]] = deque(maxlen=2000)
         self.members: dict[int, Row] = {}
         self._best_mean = -math.inf
+        self._stepped = 0
         self._records: dict[str, float] = {}
         self._window: list[Mapping[str, float]] = []
         self._arrivals: deque[tuple[int, float]] = deque([(0, created)])
@@ -59,7 +124,16 @@ class Scoreboard:
             self._score(row, row.scores)
         if not self.on_border:
             return None
+        return self._step()
+
+    def last(self) -> Line | None:
+        """The metrics of a last step that is shorter than the others; None when there is none."""
+        return None if self.on_border or self.count == self._stepped else self._step()
+
+    def _step(self) -> Line:
         line = self.line()
+        self._stepped = self.count
+        self.volumes.step(line.step, line.time)
         self._window.clear()
         return line
 
@@ -76,6 +150,7 @@ class Scoreboard:
         if self.best is not None:
             values["best/mean"] = self._best_mean
         values["front_size"] = len(self.front.numbers)
+        values.update(self.volumes.live(self.front))
         values["failures"] = self.failures
         rate = self._rate()
         if rate is not None:
@@ -91,11 +166,13 @@ class Scoreboard:
 
     def _score(self, row: Row, scores: Mapping[str, float]) -> None:
         self._window.append(scores)
+        self.recent.append([scores[goal.name] for goal in self.goals])
         for goal in self.goals:
             record = self._records.get(goal.name)
             if record is None or goal.sign * scores[goal.name] > goal.sign * record:
                 self._records[goal.name] = scores[goal.name]
         point = oriented(scores, self.goals)
+        self.volumes.add(self.count, point)
         mean = mean_score(scores, self.goals)
         if mean > self._best_mean:
             self._best_mean, self.best = mean, row

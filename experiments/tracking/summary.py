@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from experiments.tracking.names import acceptable, distinct, metric_names
@@ -19,10 +17,20 @@ from populations.trial import Evaluation, Goal
 
 @dataclass(frozen=True)
 class Summary:
-    """What is logged at the end: metrics, the front by its first objective, and the front as a table."""
+    """What is logged at the end.
+
+    Args:
+        metrics: Held-out scores of the best candidate, and scores of the merges to compare with.
+        front: By the first objective.
+        held_out: The front's scores on held-out data by trial number, of the members that have some.
+        references: Scores on search data of the merges to compare with.
+        table: The front as MLflow's table artifact: columns and rows.
+    """
 
     metrics: Mapping[str, float]
     front: Sequence[Row]
+    held_out: Mapping[int, Mapping[str, float]]
+    references: Sequence[Mapping[str, float]]
     table: Mapping[str, Any]
 
     @property
@@ -34,7 +42,7 @@ class Summary:
     @property
     def front_mark(self) -> str:
         """What tells this front from another one of the same run."""
-        text = json.dumps([row.number for row in self.front])
+        text = json.dumps([(row.number, row.number in self.held_out) for row in self.front])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -45,7 +53,8 @@ def summary_of(journal: Journal, board: Scoreboard, target: Target) -> Summary:
     if board.best is not None:
         held_out = _measured(journal.measurement(board.best.digest, "held_out"))
         metrics.update({f"held_out/{names[goal.name]}": held_out[goal.name] for goal in _of(target.held_out, held_out)})
-    for reference, digest, searched in _references(journal):
+    references = _references(journal)
+    for reference, digest, searched in references:
         held_out = _measured(journal.measurement(digest, "held_out"))
         for goal in _of(target.goals, searched):
             metrics[f"references/{reference}/{names[goal.name]}"] = searched[goal.name]
@@ -53,7 +62,14 @@ def summary_of(journal: Journal, board: Scoreboard, target: Target) -> Summary:
             metrics[f"references/{reference}/held_out/{names[goal.name]}"] = held_out[goal.name]
     first = target.goals[0].name if target.goals else ""
     front = sorted(board.members.values(), key=lambda row: ((row.scores or {}).get(first, 0.0), row.number))
-    return Summary(metrics, front, _front_table(journal, front, target))
+    held = {row.number: _measured(journal.measurement(row.digest, "held_out")) for row in front}
+    return Summary(
+        metrics,
+        front,
+        {number: scores for number, scores in held.items() if scores},
+        [scores for _, _, scores in references if scores],
+        _front_table(front, held, target),
+    )
 
 
 def _of(goals: Iterable[Goal], scores: Mapping[str, float]) -> list[Goal]:
@@ -76,27 +92,12 @@ def _references(journal: Journal) -> list[tuple[str, str, Mapping[str, float]]]:
     return [(names[name], genome.digest, scores[genome.digest]) for name, genome in references]
 
 
-def _front_table(journal: Journal, front: Sequence[Row], target: Target) -> dict[str, Any]:
-    """The front as MLflow's table artifact: columns and rows."""
+def _front_table(front: Sequence[Row], measured: Mapping[int, Mapping[str, float]], target: Target) -> dict[str, Any]:
     goals = [goal.name for goal in target.goals]
     held_out = [goal.name for goal in target.held_out]
     data = []
     for row in front:
-        measured = _measured(journal.measurement(row.digest, "held_out"))
         scores = [(row.scores or {}).get(name) for name in goals]
         parents = " ".join(map(str, row.parents))
-        data.append([row.number, row.digest, parents, *scores, *(measured.get(name) for name in held_out)])
+        data.append([row.number, row.digest, parents, *scores, *(measured[row.number].get(name) for name in held_out)])
     return {"columns": ["number", "digest", "parents", *goals, *(f"held_out/{n}" for n in held_out)], "data": data}
-
-
-def write_candidates(journal: Journal, goals: Sequence[Goal], path: Path) -> None:
-    """Every candidate that was evaluated, one a row."""
-    names = [goal.name for goal in goals]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["number", "parents", "digest", *names, "failure", "seconds"])
-        for row in journal.rows():
-            scores = row.scores or {}
-            failure = "" if row.failure is None else f"{row.failure.kind}: {row.failure.message}"
-            parents = " ".join(map(str, row.parents))
-            writer.writerow([row.number, parents, row.digest, *map(scores.get, names), failure, row.seconds])

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from experiments.tracking.names import flattened
+from experiments.tracking.names import VIEW_TAG, flattened
 from experiments.tracking.store import absolute_uri, default_uri
+from experiments.tracking.view import view_key
 from populations.journal import Journal
 from populations.trial import Goal
 
@@ -29,6 +30,7 @@ class Target:
     created: float
     goals: tuple[Goal, ...]
     held_out: tuple[Goal, ...]
+    models: tuple[str, ...]
     stride: int | None
     parameters: Mapping[str, str]
     tags: Mapping[str, str]
@@ -42,6 +44,7 @@ class Target:
         signature = journal.fact("signature") or ""
         budget = _json_fact(journal, "budget", {}).get("evaluations")
         goals = tuple(Goal(*goal) for goal in _json_fact(journal, "goals", []))
+        models = tuple(map(str, _json_fact(journal, "models", [])))
         return cls(
             uri=absolute_uri(uri or wanted.get("uri") or default_uri(directory.parent)),
             experiment=experiment or wanted.get("experiment") or "ecotone",
@@ -50,13 +53,15 @@ class Target:
             created=float(created),
             goals=goals,
             held_out=tuple(Goal(*goal) for goal in _json_fact(journal, "held_out_goals", [])),
+            models=models,
             stride=None if budget is None else max(1, int(budget) // STEPS),
             parameters=flattened(_json_fact(journal, "recipe", {})),
             tags={
                 "algorithm": journal.fact("algorithm") or "",
-                "models": ", ".join(map(str, _json_fact(journal, "models", []))),
+                "models": ", ".join(models),
                 "objectives": ", ".join(goal.name for goal in goals),
                 "ecotone.run_dir": str(directory),
+                VIEW_TAG: view_key(goals),
                 "ecotone.signature": signature,
                 "ecotone.versions": journal.fact("versions") or "{}",
             },

@@ -1,0 +1,81 @@
+"""The files of a search that MLflow gets at its end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.tracking.summary import Summary
+from experiments.tracking.target import Target
+from populations.errors import JournalError
+from populations.genome import Genome
+from populations.journal import Journal, Row
+
+
+def write_artifacts(folder: Path, journal: Journal, target: Target, summary: Summary) -> None:
+    """Write into ``folder`` what goes with a search.
+
+    - ``recipe.yaml`` and ``environment.json``: what was run, and with which versions of what.
+    - ``front.json`` (MLflow shows it as a table) and ``front.csv``: the front, a member a row, in the order of the
+      steps of ``front/<objective>``.
+    - ``genomes.json``: the front's genomes and those of the merges to compare with.
+    - ``candidates.csv``: every candidate that was evaluated.
+    """
+    _write_json(folder / "front.json", summary.table)
+    _write_csv(folder / "front.csv", summary.table["columns"], summary.table["data"])
+    _write_json(folder / "genomes.json", _genomes(journal, target, summary.front))
+    _write_json(folder / "environment.json", _environment(journal))
+    _write_candidates(folder / "candidates.csv", journal, target)
+    recipe = journal.path.parent / "recipe.yaml"
+    if recipe.is_file():
+        shutil.copyfile(recipe, folder / "recipe.yaml")
+
+
+def _genomes(journal: Journal, target: Target, front: Sequence[Row]) -> dict[str, Any]:
+    members = {}
+    for row in front:
+        genome = _genome(journal, row.number)
+        members[str(row.number)] = {"digest": row.digest, "genome": genome}
+    references = {name: json.loads(genome.to_json(residual=False)) for name, genome in journal.references()}
+    return {"models": list(target.models), "members": members, "references": references}
+
+
+def _genome(journal: Journal, number: int) -> Any:
+    """A genome as plain values, without its dense part; None when that was not kept and the rest says nothing."""
+    try:
+        genome: Genome = journal.trial(number).genome
+    except JournalError:
+        return None
+    return json.loads(genome.to_json(residual=False))
+
+
+def _environment(journal: Journal) -> dict[str, Any]:
+    facts = {key: journal.fact(key) for key in ("algorithm", "seed", "signature")}
+    return {**facts, "versions": json.loads(journal.fact("versions") or "{}")}
+
+
+def _write_candidates(path: Path, journal: Journal, target: Target) -> None:
+    names = [goal.name for goal in target.goals]
+    columns = ["number", "parents", "digest", *names, "failure", "seconds"]
+    _write_csv(path, columns, (_candidate(row, names) for row in journal.rows()))
+
+
+def _candidate(row: Row, names: Sequence[str]) -> list[Any]:
+    scores: Mapping[str, float] = row.scores or {}
+    failure = "" if row.failure is None else f"{row.failure.kind}: {row.failure.message}"
+    return [row.number, " ".join(map(str, row.parents)), row.digest, *map(scores.get, names), failure, row.seconds]
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")

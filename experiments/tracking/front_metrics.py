@@ -1,0 +1,81 @@
+"""Fronts as metrics of which each step is one member, so that a line chart of one over another shows the front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from operator import itemgetter
+from typing import TypeAlias
+
+import numpy as np
+
+from experiments.tracking.names import FRONT, HELD_OUT_FRONT, metric_names, pair_metrics
+from experiments.tracking.summary import Summary
+from populations.fronts import non_dominated
+from populations.journal import Row
+from populations.trial import Goal, oriented
+
+MetricRow: TypeAlias = tuple[str, float, int, int]
+"""Key, value, time (unix milliseconds) and step."""
+
+Scores: TypeAlias = Mapping[str, float]
+
+
+def front_metrics(summary: Summary, goals: Sequence[Goal], held_out: Sequence[Goal], now: int) -> list[MetricRow]:
+    """The front on search data, and what its members score on held-out data; nothing with one objective.
+
+    - ``front/<objective>``: all members, by the first objective.
+    - ``front_held_out/<objective>``: the same members, by the first held-out objective. They need not be a front
+      there: that they are worse and out of order is what held-out data is for.
+    - With more than two objectives ``front_pairs/...`` and ``front_held_out_pairs/...``, for each two objectives: the
+      members that no other dominates in these two on search data, by the first of them.
+
+    Args:
+        summary: The end of a search.
+        goals: Its objectives.
+        held_out: Its held-out objectives.
+        now: The time of all rows (unix milliseconds).
+    """
+    if len(goals) < 2:
+        return []
+    found = [(row, row.scores or {}) for row in summary.front]
+    measured = [(row, summary.held_out[row.number]) for row in summary.front if row.number in summary.held_out]
+    rows = _whole(FRONT, goals, [scores for _, scores in found], now)
+    rows += _pairs(FRONT, goals, found, goals, now)
+    if len(held_out) > 1:
+        rows += _whole(HELD_OUT_FRONT, held_out, [scores for _, scores in measured], now)
+        rows += _pairs(HELD_OUT_FRONT, held_out, measured, goals, now)
+    return rows
+
+
+def _whole(group: str, goals: Sequence[Goal], members: Sequence[Scores], now: int) -> list[MetricRow]:
+    names = metric_names([goal.name for goal in goals])
+    keys = {f"{group}/{names[goal.name]}": goal.name for goal in goals}
+    return _steps(keys, sorted(members, key=itemgetter(goals[0].name)), now)
+
+
+def _pairs(
+    group: str, goals: Sequence[Goal], members: Sequence[tuple[Row, Scores]], searched: Sequence[Goal], now: int
+) -> list[MetricRow]:
+    if len(goals) < 3:
+        return []
+    rows, names = [], [goal.name for goal in goals]
+    for x, y in combinations(names, 2):
+        chosen = _front_in([row for row, _ in members], [goal for goal in searched if goal.name in (x, y)])
+        shown = [scores for row, scores in members if row.number in chosen]
+        keys = dict(zip(pair_metrics(group, x, y, names), (x, y), strict=True))
+        rows += _steps(keys, sorted(shown, key=itemgetter(x)), now)
+    return rows
+
+
+def _front_in(rows: Sequence[Row], goals: Sequence[Goal]) -> set[int]:
+    """Numbers of the rows that no other dominates in two objectives; all when the search does not have both."""
+    if len(goals) < 2 or not rows:
+        return {row.number for row in rows}
+    keep = non_dominated(np.array([oriented(row.scores or {}, goals) for row in rows]))
+    return {row.number for row, kept in zip(rows, keep, strict=True) if kept}
+
+
+def _steps(keys: Mapping[str, str], members: Sequence[Scores], now: int) -> list[MetricRow]:
+    """Member by member, so that a batch that is cut leaves no x without its y for long."""
+    return [(key, scores[name], now, step) for step, scores in enumerate(members) for key, name in keys.items()]
