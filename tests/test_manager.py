@@ -25,6 +25,7 @@ from search.cma_es import CmaEs
 from search.coefficients import CoefficientBox
 from search.m2n2 import M2N2, M2N2Settings
 from search.manager import Manager, Progress, Schedule, measure
+from search.nsga import Nsga
 from search.protocol import Search
 from search.random_search import RandomSearch
 
@@ -141,6 +142,8 @@ SEARCHES: dict[str, Callable[[], tuple[Search, Population]]] = {
         CmaEs(BOX, GOALS, 3, separable=True),
         ElitistArchive(GOALS, 5),
     ),
+    "nsga2": lambda: (Nsga(BOX, GOALS, 3, population=6, seeds=np.eye(2)), ElitistArchive(GOALS, 5)),
+    "nsga3": lambda: (Nsga(BOX, GOALS, 3, "nsga3", population=6), ElitistArchive(GOALS, 5)),
 }
 STRICT = Schedule(evaluations=83, batch=3, in_flight=9)
 ARRIVAL = Schedule(evaluations=83, batch=3, in_flight=9, order="arrival")

@@ -26,11 +26,14 @@ from populations.trial import Evaluation, Goal, Outcome, Trial
 from search.cma_es import CmaEs
 from search.coefficients import CoefficientBox, Granularity
 from search.m2n2 import M2N2, M2N2Settings
+from search.nsga import Nsga, Variant
+from search.optuna_search import OptunaSearch, Sampler
 from search.protocol import Search, numbered, trial_rng
 from search.random_search import RandomSearch
 
 SIZE = 24
 GOALS = (Goal("solved"),)
+TWO_GOALS = (Goal("solved"), Goal("length", "minimize"))
 VECTORS = np.random.default_rng(3).standard_normal((3, SIZE)).astype(np.float32)
 PROBES = np.random.default_rng(4).standard_normal((30, SIZE))
 Pair = tuple[Search, Population]
@@ -73,6 +76,17 @@ def boxed(kind: str, population: Callable[[], Population], granularity: Granular
     return make
 
 
+def nsga(variant: Variant) -> Callable[[int], Pair]:
+    return lambda seed: (
+        Nsga(BLOCKS, TWO_GOALS, seed, variant, population=8, seeds=np.eye(6)),
+        ElitistArchive(TWO_GOALS, 5),
+    )
+
+
+def optuna(sampler: Sampler, goals: tuple[Goal, ...] = TWO_GOALS, **settings: Any) -> Callable[[int], Pair]:
+    return lambda seed: (OptunaSearch(BLOCKS, goals, seed, sampler, **settings), ElitistArchive(goals, 5))
+
+
 def niches() -> Population:
     return NicheArchive(GOALS, 5)
 
@@ -92,7 +106,16 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "cma_es-niches": boxed("cma_es", niches, "model"),
     "sep_cma_es-elite": boxed("sep_cma_es", elite, "tensor"),
     "sep_cma_es-niches": boxed("sep_cma_es", niches),
+    "nsga2": nsga("nsga2"),
+    "nsga3": nsga("nsga3"),
+    "optuna-tpe": optuna("tpe", seeds=np.eye(6)),
+    "optuna-nsga2": optuna("nsga2", population=8),
+    "optuna-nsga3": optuna("nsga3", population=8, seeds=np.eye(6)),
+    "optuna-cma_es": optuna("cma_es", seeds=np.eye(6)),
+    "optuna-random": optuna("random"),
+    "optuna-qmc": optuna("qmc"),
 }
+NEVER_WAIT = ("random", "nsga", "optuna")
 every_search = pytest.mark.parametrize("kind", MAKERS)
 
 
@@ -106,8 +129,9 @@ def scored(trial: Trial) -> Evaluation:
     """Real-valued examples, and a failure now and then (never of a seed)."""
     if trial.number % 11 == 7:
         return Evaluation.failed("exception", "ValueError: unlucky")
-    values = 1 / (1 + np.exp(-PROBES @ expanded(trial.genome)))
-    return Evaluation({"solved": float(values.mean())}, {"solved": values})
+    weights = expanded(trial.genome)
+    values = 1 / (1 + np.exp(-PROBES @ weights))
+    return Evaluation({"solved": float(values.mean()), "length": float(weights @ weights)}, {"solved": values})
 
 
 @dataclass
@@ -186,7 +210,7 @@ def test_asking_while_it_waits_changes_nothing(kind: str) -> None:
             eager.tell()
             patient.tell()
     assert eager.digests == patient.digests
-    assert waits == 0 if kind.startswith("random") else waits > 0
+    assert waits == 0 if kind.startswith(NEVER_WAIT) else waits > 0
 
 
 @every_search
