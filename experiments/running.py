@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import yaml
@@ -24,6 +24,15 @@ from populations.space import Space
 from search.manager import Manager, Observer, measure
 
 Notify = Callable[[str], None]
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A search that has more to say at its end than its trials: surrogates, a predicted front, a tree."""
+
+    def report(self) -> dict[str, Any]:
+        """Plain values and arrays."""
+
 
 # Fields that a resumed run may be given anew: none of them changes what the recorded trials are.
 RESUMABLE = ("runtime", "tracking", "budget")
@@ -129,6 +138,8 @@ def _carry_out(
     with _recorded(journal), _tracked(recipe, directory, notify):
         manager = Manager(search, population, goals, pool, journal, schedule, observe)
         journal.note("stop_reason", manager.run())
+        if isinstance(search, Reporting):
+            journal.note("report", json.dumps(search.report(), default=np.ndarray.tolist))
         notify("Scoring the front on held-out data ...")
         _judge(recipe, journal, pool, space)
         journal.note("state", "finished")
