@@ -248,15 +248,20 @@ def verify(
 def ui(
     run: RunArgument,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port for an embedded store; 0 takes a free one.")] = 5000,
-    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the fronts in a browser.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the run in MLflow: print the tracking server's page, or serve the embedded store until Ctrl-C."""
+    """Show the fronts of an experiment's searches in MLflow, this run's among them.
+
+    Prints the pages of the tracking server, or serves the embedded store until Ctrl-C.
+    """
     from experiments import tracking
 
     found = _run(run)
     if as_json:
-        _print_json({**tracking.status(found.directory), "address": tracking.ui_address(found.directory)})
+        pages = tracking.ui_pages(found.directory)
+        addresses = {"address": pages and pages.view, "run_address": pages and pages.run}
+        _print_json({**tracking.status(found.directory), **addresses})
         return
     tracking.serve(found.directory, port, open_browser, typer.echo)
 

@@ -556,7 +556,7 @@ def test_status_needs_no_mlflow(runs: Path) -> None:
         "error": None,
         "mirroring": False,
     }
-    assert tracking.ui_address(directory) is None
+    assert tracking.ui_pages(directory) is None
 
 
 def test_no_journal(tmp_path: Path) -> None:
@@ -773,8 +773,10 @@ def test_serving_the_embedded_store(runs: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("Starting MLflow")
-        address = process.stdout.readline().strip()
-        assert address == f"http://127.0.0.1:{port}/#/experiments/{report.experiment_id}/runs/{report.run_id}"
+        page = f"http://127.0.0.1:{port}/#/experiments/{report.experiment_id}/runs"
+        view = f"{page}?compareRunsMode=CHART&viewStateShareKey={view_key(goals())}"
+        assert process.stdout.readline().split() == ["All", "fronts:", view]
+        assert process.stdout.readline().split() == ["This", "search:", f"{page}/{report.run_id}"]
         assert answers(port)
         assert client(f"http://127.0.0.1:{port}").get_run(report.run_id).info.status == "FINISHED"
         process.send_signal(signal.SIGINT)
@@ -814,9 +816,10 @@ def test_a_server_that_comes_back_gets_everything(
             assert tracking.wait(mirror, 120)
             assert mirror.returncode == 0
             known = tracking.status(directory)
-            assert (
-                tracking.ui_address(directory) == f"{uri}/#/experiments/{known['experiment_id']}/runs/{known['run_id']}"
-            )
+            pages = tracking.ui_pages(directory)
+            assert pages is not None
+            assert pages.run == f"{uri}/#/experiments/{known['experiment_id']}/runs/{known['run_id']}"
+            assert pages.view.endswith(view_key(goals()))
             assert tracking.find_run_dir(known["run_id"], uri) == directory
         finally:
             stop_server(server)

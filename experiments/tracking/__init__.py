@@ -15,20 +15,34 @@ Metrics, each with the number of evaluations as its step:
 - ``best/<objective>``: the best so far in that objective; ``best/mean``: the best mean of the oriented scores
   (those of minimised objectives count negatively).
 - ``front_size``, ``failures``, ``evaluations``, ``evaluations_per_second`` (over at least the last 100 and 1 s).
-- At the end ``held_out/<objective>`` of the candidate of best mean, ``references/<name>/...`` of the merges to
-  compare with, and ``front/<objective>``: one step for each member of the front, sorted by the first objective. A
-  line chart of one of these over another (X-axis: Metric) shows the fronts of several searches in one picture.
+- ``hypervolume`` of the front, while the search goes on when its reference point is known to be 0 and at the end
+  otherwise.
+- At the end ``held_out/<objective>`` of the candidate of best mean, and ``references/<name>/...`` of the merges to
+  compare with.
+
+Metrics whose steps are the members of the front, logged once, at the end: ``front/<objective>``, sorted by the first
+objective, and ``front_held_out/<objective>``, what the same members score on held-out data. A line chart of one over
+another (X-axis: Metric) shows the fronts of several searches in one picture; a view of such charts, one for each pair
+of objectives, is saved with the experiment, and `ecotone ui` opens it. With more than two objectives each pair has
+metrics of its own (``front_pairs/...``): the members that none dominates in these two.
+
+Images ``front`` show the front after 15, 30, 60, 120, ... evaluations and at the end. Artifacts: the recipe,
+the environment, the front as a table, its genomes, and all candidates.
+
+An MLflow run holds one search to its end. A search that goes on after it, with a larger budget, is written anew into
+another one, which takes its place in the view: metrics cannot be taken back.
 
 MLflow is imported only inside the functions that need it, so that ``status`` and ``start`` stay cheap.
 """
 
 from experiments.tracking.following import follow, main, mirror, start, wait
 from experiments.tracking.notes import MirrorReport, status
-from experiments.tracking.server import serve, ui_address
+from experiments.tracking.server import Pages, serve, ui_pages
 from experiments.tracking.store import TrackingError, absolute_uri, default_uri, find_run_dir, installed
 
 __all__ = [
     "MirrorReport",
+    "Pages",
     "TrackingError",
     "absolute_uri",
     "default_uri",
@@ -40,6 +54,6 @@ __all__ = [
     "serve",
     "start",
     "status",
-    "ui_address",
+    "ui_pages",
     "wait",
 ]

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,32 @@ from experiments.tracking.following import wait
 from experiments.tracking.notes import status
 from experiments.tracking.store import ENVIRONMENT, TrackingError, require_mlflow, sqlite_file
 from experiments.tracking.target import Target
+from experiments.tracking.view import view_address, view_key
 from populations.journal import Journal
 
 _LAST_WORDS = "Its output is in ui.log of the run directory."
 
 
-def ui_address(run_dir: str | Path) -> str | None:
-    """The page of the run on its tracking server, or None for an embedded store, which ``serve`` must serve first."""
-    known = status(run_dir)
+@dataclass(frozen=True)
+class Pages:
+    """Where a server shows a run.
+
+    Args:
+        view: The charts of the experiment, in which the fronts of all its searches lie over each other.
+        run: The run alone; the server's first page when MLflow does not have it yet.
+    """
+
+    view: str
+    run: str
+
+
+def ui_pages(run_dir: str | Path) -> Pages | None:
+    """The pages of the run on its tracking server, or None for an embedded store, which ``serve`` must serve first."""
+    directory = Path(run_dir).resolve()
+    known = status(directory)
     if not str(known["uri"]).startswith(("http://", "https://")):
         return None
-    return _page(str(known["uri"]), known)
+    return _pages(str(known["uri"]), directory, known)
 
 
 def serve(
@@ -42,7 +58,7 @@ def serve(
     Args:
         run_dir: The run directory.
         port: Where to serve an embedded store; 0 takes a free one.
-        open_browser: Also open the page.
+        open_browser: Also open the view of the experiment's fronts.
         say: Takes each line for the user.
 
     Raises:
@@ -52,9 +68,9 @@ def serve(
     known = status(directory)
     if known["uri"] is None:
         raise TrackingError(f"{directory}: nothing of it is in MLflow yet.", "Start the run, or `ecotone sync` it.")
-    address = ui_address(directory)
-    if address is not None:
-        _show(address, open_browser, say)
+    pages = ui_pages(directory)
+    if pages is not None:
+        _show(pages, open_browser, say)
         return
     require_mlflow()
     chosen = _free_port(port)
@@ -63,7 +79,7 @@ def serve(
         process = serving(_store(directory, known), directory, chosen)
         try:
             _await_answer(process, chosen)
-            _show(_page(f"http://127.0.0.1:{chosen}", known), open_browser, say)
+            _show(_pages(f"http://127.0.0.1:{chosen}", directory, known), open_browser, say)
             say("Ctrl-C stops the server.")
             process.wait()
         except KeyboardInterrupt:
@@ -73,17 +89,22 @@ def serve(
     raise TrackingError(f"`mlflow server` ended with code {process.returncode}.", _LAST_WORDS)
 
 
-def _page(base: str, known: Mapping[str, Any]) -> str:
-    """The address of the run's page, or of the server when the run is not there yet."""
+def _pages(base: str, directory: Path, known: Mapping[str, Any]) -> Pages:
+    base, experiment = base.rstrip("/"), known["experiment_id"]
     if known["run_id"] is None:
-        return base.rstrip("/")
-    return f"{base.rstrip('/')}/#/experiments/{known['experiment_id']}/runs/{known['run_id']}"
+        return Pages(base, base)
+    with Journal.open(directory / "journal.sqlite") as journal:
+        goals = Target.of(journal, directory, None, None).goals
+    return Pages(
+        view_address(base, experiment, view_key(goals)), f"{base}/#/experiments/{experiment}/runs/{known['run_id']}"
+    )
 
 
-def _show(address: str, open_browser: bool, say: Callable[[str], object]) -> None:
-    say(address)
+def _show(pages: Pages, open_browser: bool, say: Callable[[str], object]) -> None:
+    say(f"All fronts:  {pages.view}")
+    say(f"This search: {pages.run}")
     if open_browser:
-        webbrowser.open(address)
+        webbrowser.open(pages.view)
 
 
 def _free_port(port: int) -> int:
