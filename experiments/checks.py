@@ -42,6 +42,7 @@ def _findings(recipe: Recipe) -> Iterator[Finding]:
     spec = compose.worker_spec(recipe, prepared)
     sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names)
     yield from _models(sources)
+    yield from _search(recipe, sources)
     yield from _needs(recipe, sources)
 
 
@@ -69,6 +70,16 @@ def _models(sources: Sources) -> Iterator[Finding]:
     yield Finding("layout", f"{layout.size:,} parameters, {tensors} tensors, {blocks} blocks, {_kinds(layout)}")
     if layout.aliases:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
+
+
+def _search(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
+    """How large the problem is; refuses what the algorithm cannot take on."""
+    part = recipe.search
+    if isinstance(part, M2N2Search):
+        return
+    _, box = compose.check_search(recipe, sources)
+    made = f"{box.size} coefficients ({box.segments} x {box.sources} models), each from {part.low:g} to {part.high:g}"
+    yield Finding("search", f"{part.algorithm}: {made}")
 
 
 def _needs(recipe: Recipe, sources: Sources) -> Iterator[Finding]:

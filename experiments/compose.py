@@ -266,7 +266,7 @@ def _m2n2(part: M2N2Search, space: Space, goals: tuple[Goal, ...], seed: int) ->
 
 def _box_search(part: Box, space: Space, goals: tuple[Goal, ...], seed: int) -> Search:
     """A search over coefficients; modules that import much are imported when they are asked for."""
-    box = CoefficientBox.of(space, part.granularity, part.low, part.high, part.groups)
+    box = _box(part, space)
     if isinstance(part, CmaEsBox):
         separable = part.algorithm == "sep_cma_es"
         return CmaEs(box, goals, seed, **_settings(part), separable=separable)
@@ -282,6 +282,10 @@ def _box_search(part: Box, space: Space, goals: tuple[Goal, ...], seed: int) -> 
     return RandomSearch(box, seed)
 
 
+def _box(part: Box, space: Space) -> CoefficientBox:
+    return CoefficientBox.of(space, part.granularity, part.low, part.high, part.groups)
+
+
 def _settings(part: Box) -> dict[str, Any]:
     """The settings that are an algorithm's own: recipes name them as its constructor does."""
     return part.model_dump(exclude={"algorithm", "archive", *FrontBox.model_fields})
@@ -295,12 +299,14 @@ def _seeds(part: FrontBox, box: CoefficientBox, space: Space) -> Floats | None:
     return np.array([box.point(Genome.uniform(space.size, row)) for row in rows])
 
 
-def check_search(recipe: Recipe, sources: Sources) -> Search:
-    """The search on the layout of ``sources``, without their geometry: says what does not fit before a weight is read.
+def check_search(recipe: Recipe, sources: Sources) -> tuple[Search, CoefficientBox]:
+    """A search over coefficients, and their box, on the layout of ``sources``: made before a weight is read.
 
     Raises:
         InputError: As for ``make_search``.
     """
+    part = recipe.search
+    assert isinstance(part, Box)
     layout, count = sources.layout, len(sources.experts)
     gram = GramTable.from_regions([0, layout.size], np.zeros((1, count, count)))
     outline = Space(
@@ -313,7 +319,7 @@ def check_search(recipe: Recipe, sources: Sources) -> Search:
         seeds=sources.operator.seeds(count),
         seed_names=sources.names,
     )
-    return make_search(recipe, outline)[0]
+    return make_search(recipe, outline)[0], _box(part, outline)
 
 
 def make_schedule(recipe: Recipe) -> Schedule:

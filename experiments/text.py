@@ -206,6 +206,7 @@ def experts(
     sizes: dict[Part, int] = {"train": train, "search": search, "test": test}
     parts = {name: split(resolve(call, f"tasks.{name}")(), sizes, seed) for name, call in tasks.items()}
     base, tokenizer = _loaded(encoder or minilm())
+    base.to("cuda" if torch.cuda.is_available() else "cpu")
     _save(base, tokenizer, Path(directory) / "base")
     with torch.random.fork_rng(devices=[]):
         for name, examples in parts.items():
@@ -290,13 +291,16 @@ def _tuned(
 ) -> nn.Module:
     """A copy of ``base``, tuned for ``head`` in passes over the texts in random order."""
     model = copy.deepcopy(base).train().requires_grad_(True)
+    device = _device(model)
+    head, labels = copy.deepcopy(head).to(device), labels.to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate)
     rows = torch.cat([torch.randperm(len(labels)) for _ in range(-(-steps * batch // len(labels)))])
     for step in range(steps):
         chosen = rows[step * batch : (step + 1) * batch]
+        tokens, mask = _padded([texts[row] for row in chosen.tolist()])
         optimiser.zero_grad()
-        pooled = _pooled(model, *_padded([texts[row] for row in chosen.tolist()]))
-        torch.autograd.backward(nn.functional.cross_entropy(head(pooled), labels[chosen]))
+        pooled = _pooled(model, tokens.to(device), mask.to(device))
+        torch.autograd.backward(nn.functional.cross_entropy(head(pooled), labels[chosen.to(device)]))
         optimiser.step()
     return model.eval()
 
@@ -306,7 +310,11 @@ def _tuned(
 
 def features(model: nn.Module, texts: Sequence[list[int]], batch: int = 64) -> Tensor:
     """(N, F) mean of the last hidden states over each text's tokens; texts of like length share a forward pass."""
-    return _features(model, _batches(texts, batch), len(texts))
+    return _features(model, [one.to(_device(model)) for one in _batches(texts, batch)], len(texts)).cpu()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 class _Batch(NamedTuple):
@@ -315,6 +323,9 @@ class _Batch(NamedTuple):
     rows: Tensor
     tokens: Tensor
     mask: Tensor
+
+    def to(self, device: torch.device) -> _Batch:
+        return _Batch(*(tensor.to(device) for tensor in self))
 
 
 def _batches(texts: Sequence[list[int]], batch: int) -> list[_Batch]:
@@ -372,7 +383,7 @@ def accuracy(
     """
     if not isinstance(model, nn.Module):
         raise InputError("expected a torch module to score, found a dict of tensors.", "models.architecture: auto.")
-    examples = _examples(data, part, batch, next(model.parameters()).device)
+    examples = _examples(data, part, batch, _device(model))
     outputs = _features(model, examples.batches, len(examples.labels)) @ examples.weight.T + examples.bias
     right: NDArray[np.bool_] = (outputs.argmax(-1) == examples.labels).cpu().numpy()
     return (float(right.mean()) if bool(torch.isfinite(outputs).all()) else float("nan")), right
@@ -394,6 +405,5 @@ def _examples(data: str, part: str, batch: int, device: torch.device) -> _Exampl
         raise InputError(f"data: expected a file that experiments.text:experts wrote, found none at {data}.")
     tensors = load_file(data, device=str(device))
     texts = torch.split(tensors[f"{part}.tokens"].long().cpu(), tensors[f"{part}.lengths"].tolist())
-    batches = _batches([text.tolist() for text in texts], batch)
-    batches = [_Batch(*(tensor.to(device) for tensor in one)) for one in batches]
+    batches = [one.to(device) for one in _batches([text.tolist() for text in texts], batch)]
     return _Examples(batches, tensors[f"{part}.labels"], tensors["weight"], tensors["bias"])
