@@ -262,6 +262,8 @@ def _pairwise(comparison: Comparison, drawn: Sequence[_Drawn], pairs: Sequence[t
             figure.add_trace(trace, **place)
         figure.update_xaxes(title_text=_axis(goals[x]), **place)
         figure.update_yaxes(title_text=_axis(goals[y]), **place)
+    if len(pairs) > 1:  # panels need the width
+        figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
     return _laid_out(figure, 620 if len(pairs) == 1 else 400 * down)
 
 
@@ -337,6 +339,10 @@ def _known(comparison: Comparison) -> list[Scored]:
     return list(found.values())
 
 
+def _known_words(merges: Sequence[Scored]) -> list[str]:
+    return [f"<b>{escape(str(merge.id))}</b><br>{_scores(merge.scores or {})}" for merge in merges]
+
+
 def _references(comparison: Comparison, x: int, y: int, legend: bool) -> go.Scatter:
     merges = _known(comparison)
     values = _in_units(points_of((merge.scores for merge in merges), comparison.goals), comparison.goals)
@@ -345,7 +351,7 @@ def _references(comparison: Comparison, x: int, y: int, legend: bool) -> go.Scat
         y=values[:, y],
         mode="markers",
         marker={"color": "#111111", "symbol": "x-thin", "size": 9, "line": {"width": 2, "color": "#111111"}},
-        customdata=[f"<b>{escape(str(merge.id))}</b><br>{_scores(merge.scores or {})}" for merge in merges],
+        customdata=_known_words(merges),
         hovertemplate="%{customdata}<extra></extra>",
         name="models and average",
         legendgroup="models and average",
@@ -370,8 +376,22 @@ def _space_chart(comparison: Comparison, drawn: Sequence[_Drawn]) -> go.Figure:
                 **one.style(),
             )
         )
+    merges = _known(comparison)
+    values = _in_units(points_of((merge.scores for merge in merges), goals), goals)
+    figure.add_trace(
+        go.Scatter3d(
+            x=values[:, 0],
+            y=values[:, 1],
+            z=values[:, 2],
+            mode="markers",
+            marker={"color": "#111111", "symbol": "diamond", "size": 4},
+            customdata=_known_words(merges),
+            hovertemplate="%{customdata}<extra></extra>",
+            name="models and average",
+        )
+    )
     titles = {f"{letter}axis": {"title": {"text": _axis(goal)}} for letter, goal in zip("xyz", goals, strict=True)}
-    figure.update_layout(scene={**titles, "aspectmode": "cube", "camera": {"eye": {"x": 1.5, "y": 1.5, "z": 0.9}}})
+    figure.update_layout(scene={**titles, "aspectmode": "cube", "camera": {"eye": {"x": 1.7, "y": 1.7, "z": 1.0}}})
     return _laid_out(figure, 640)
 
 
@@ -404,7 +424,8 @@ def _volume_chart(comparison: Comparison, drawn: Sequence[_Drawn]) -> go.Figure:
     early = min(float(one.line.volumes[len(one.line.volumes) // 10]) for one in drawn)
     top = max(line.hypervolume for line in comparison.lines)
     bottom = min(early, comparison.target)  # what came before is a steep rise that would flatten the rest
-    figure.update_xaxes(title_text="evaluations", type="log", dtick="D1")
+    ticks = [step * 10**power for power in range(8) for step in (1, 2, 5)]
+    figure.update_xaxes(title_text="evaluations", type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
     figure.update_yaxes(
         title_text="hypervolume of the front so far (higher is better)",
         range=[bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom)],
@@ -457,6 +478,7 @@ def _parallel(names: Sequence[str], drawn: Sequence[_Drawn], tables: Iterable[Fl
     """One line a member through its value on each named axis; a run's lines are one trace with gaps."""
     figure = go.Figure()
     positions = [*range(len(names)), None]
+    faint = float(np.clip(60 / max(1, sum(len(one.hovers) for one in drawn)), 0.2, 0.6))
     for one, table in zip(drawn, tables, strict=True):
         rows = [[*row, None] for row in table.tolist()]
         figure.add_trace(
@@ -466,7 +488,7 @@ def _parallel(names: Sequence[str], drawn: Sequence[_Drawn], tables: Iterable[Fl
                 mode="lines+markers",
                 line={"color": one.colour, "width": 1},
                 marker={"size": 5},
-                opacity=0.6,
+                opacity=faint,
                 customdata=[hover for hover in one.hovers for _ in positions],
                 hovertemplate="%{customdata}<extra></extra>",
                 showlegend=one.first,
@@ -488,9 +510,9 @@ def _laid_out(figure: go.Figure, height: int) -> go.Figure:
     figure.update_layout(
         height=height,
         template="plotly_white",
-        margin={"l": 70, "r": 20, "t": 30, "b": 60},
+        margin={"l": 70, "r": 20, "t": 45, "b": 60},
         hoverlabel={"align": "left", "bgcolor": "white", "font": {"size": 12}},
-        legend={"itemsizing": "constant"},
+        legend_itemsizing="constant",
         hovermode="closest",
     )
     return figure

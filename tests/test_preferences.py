@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
+from experiments import cli
 from experiments.preferences import choose, in_words, parse, shortfalls
+from experiments.recipe import Recipe
+from experiments.running import launch
 from populations.errors import InputError
 from populations.trial import Goal, oriented
 
@@ -110,3 +120,99 @@ def test_a_misspelt_objective_is_told_its_nearest_name() -> None:
 def test_an_empty_front_has_nothing_to_choose() -> None:
     with pytest.raises(InputError, match="nothing to choose from"):
         pick("a=1", np.zeros((0, 2)))
+
+
+# -- on the command line -------------------------------------------------------------------------------------
+
+Ecotone = Callable[..., tuple[int, str, str]]
+
+TOYS = '''
+import numpy as np
+
+def near(model, target):
+    """How near all weights are to a target: two targets make two objectives."""
+    return float(np.exp(-abs(np.mean([tensor.mean() for tensor in model.values()]) - target)))
+'''
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose merges trade nearness to 0 off against nearness to 1."""
+    folder = tmp_path_factory.mktemp("toys")
+    (folder / "preference_toys.py").write_text(TOYS)
+    for name, value in (("zero", 0.0), ("one", 1.0)):
+        save_file({"w": np.full((4, 2), value, np.float32)}, folder / f"{name}.safetensors")
+    objectives = [
+        {"name": name, "type": "call", "call": "preference_toys:near", "arguments": {"target": target}}
+        for name, target in (("zero", 0.0), ("one", 1.0))
+    ]
+    recipe = {
+        "name": "toy",
+        "models": {"experts": [str(folder / "zero.safetensors"), str(folder / "one.safetensors")]},
+        "objectives": {"search": objectives},
+        "search": {"algorithm": "random"},
+        "budget": {"evaluations": 24},
+        "runtime": {"pool": "serial"},
+        "tracking": {"mlflow": False},
+    }
+    before = list(sys.path)
+    launch(Recipe.from_record(recipe), folder / "run", folders=(str(folder),))
+    sys.path[:] = before
+    return folder / "run"
+
+
+@pytest.fixture
+def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ecotone]:
+    """The console script in this process: exit code, stdout, stderr."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ecotone", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_preference_marks_and_exports_a_member(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:
+    code, out, _ = ecotone("front", finished, "--preference", "zero=1", "--json")
+    front = json.loads(out)
+    best = max(front["members"], key=lambda member: member["scores"]["zero"])
+    assert code == 0
+    assert front["chosen"]["id"] == best["id"]
+    assert front["chosen"]["export"] == f"ecotone export {finished} --member {best['id']} --to merged-{best['id']}"
+    assert front["hypervolume"] > 0
+    assert front["reference_point"] == {"zero": 0.0, "one": 0.0}
+    code, out, _ = ecotone("front", finished, "--preference", "at:zero=2,one=2", "--reference", "one=0.1")
+    assert code == 0
+    assert "no member reaches at:zero=2,one=2" in out
+    assert "reference point zero=0, one=0.1" in out
+    assert "> " in out
+    code, out, _ = ecotone("export", finished, "--preference", "zero=1", "--to", tmp_path / "merged", "--json")
+    assert code == 0
+    assert json.loads(out)["member"] == best["id"]
+    assert (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("front", "RUN", "--preference", "zro=1"), "Did you mean 'zero'?"),
+        (("export", "RUN", "--preference", "zero=-1", "--to", "NEW"), "weights of 0 or more"),
+        (("export", "RUN", "--preference", "zero=1", "--member", "3", "--to", "NEW"), "found both"),
+        (("front", "RUN", "--reference", "zero"), "--reference: expected OBJECTIVE=NUMBER"),
+    ],
+)
+def test_a_preference_that_cannot_be_followed_ends_in_words(
+    ecotone: Ecotone, finished: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    places = {"RUN": finished, "NEW": tmp_path / "new"}
+    code, _, err = ecotone(*(places.get(argument, argument) for argument in arguments))
+    assert code == 1
+    assert words in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "new").exists()
