@@ -38,6 +38,7 @@ def _findings(recipe: Recipe) -> Iterator[Finding]:
     prepared = compose.prepared_folder(recipe)
     if prepared is not None and not prepared.is_dir():
         yield Finding("models", "not written yet: the preparation step makes them when the recipe is run")
+        yield from _search(recipe)
         return
     spec = compose.worker_spec(recipe, prepared)
     sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names)
@@ -72,14 +73,16 @@ def _models(sources: Sources) -> Iterator[Finding]:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
 
 
-def _search(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
-    """How large the problem is; refuses what the algorithm cannot take on."""
-    part = recipe.search
-    if isinstance(part, M2N2Search):
+def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]:
+    """How large the problem is, as far as it is known; refuses what the algorithm cannot take on."""
+    checked = compose.check_search(recipe, sources)
+    if checked is None:
         return
-    _, box = compose.check_search(recipe, sources)
-    made = f"{box.size} coefficients ({box.segments} x {box.sources} models), each from {part.low:g} to {part.high:g}"
-    yield Finding("search", f"{part.algorithm}: {made}")
+    search, box = checked
+    size = f"{box.size} coefficients ({box.segments} x {box.sources} models), each from {box.low:g} to {box.high:g}"
+    samples = getattr(search, "design", None)
+    taken = "" if samples is None else f"; {samples} samples before it proposes anything"
+    yield Finding("search", f"{recipe.search.algorithm}: {size}{taken}")
 
 
 def _needs(recipe: Recipe, sources: Sources) -> Iterator[Finding]:

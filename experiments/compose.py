@@ -22,11 +22,12 @@ import numpy as np
 from experiments.recipe import (
     PREPARED,
     Accuracy,
+    BayesianMapBox,
     Box,
     Call,
     CmaEsBox,
-    FrontBox,
     M2N2Search,
+    ModelsFirstBox,
     NsgaBox,
     Objective,
     OptunaBox,
@@ -247,7 +248,20 @@ def make_search(recipe: Recipe, space: Space) -> tuple[Search, Population]:
     part, goals = recipe.search, goals_of(recipe.objectives.search)
     if isinstance(part, M2N2Search):
         return _m2n2(part, space, goals, recipe.seed)
-    return _box_search(part, space, goals, recipe.seed), ElitistArchive(goals, part.archive)
+    search = _box_search(part, space, goals, recipe.seed)
+    _check_budget(recipe, getattr(search, "design", 0))
+    return search, ElitistArchive(goals, part.archive)
+
+
+def _check_budget(recipe: Recipe, design: int) -> None:
+    """Refuse a budget that is spent before a model of the objectives can be of use."""
+    evaluations = recipe.budget.evaluations
+    if evaluations is not None and evaluations <= design:
+        raise InputError(
+            f"budget.evaluations: expected more than {design}, the samples that {recipe.search.algorithm} takes before "
+            f"it proposes anything, found {evaluations}.",
+            "Raise the budget, take fewer samples (search.design), or use nsga2.",
+        )
 
 
 def _m2n2(part: M2N2Search, space: Space, goals: tuple[Goal, ...], seed: int) -> tuple[Search, Population]:
@@ -270,6 +284,10 @@ def _box_search(part: Box, space: Space, goals: tuple[Goal, ...], seed: int) -> 
     if isinstance(part, CmaEsBox):
         separable = part.algorithm == "sep_cma_es"
         return CmaEs(box, goals, seed, **_settings(part), separable=separable)
+    if isinstance(part, BayesianMapBox):
+        from search.bayesian_map import BayesianMap
+
+        return BayesianMap(box, goals, seed, **_settings(part))
     if isinstance(part, NsgaBox):
         from search.nsga import Nsga
 
@@ -288,10 +306,10 @@ def _box(part: Box, space: Space) -> CoefficientBox:
 
 def _settings(part: Box) -> dict[str, Any]:
     """The settings that are an algorithm's own: recipes name them as its constructor does."""
-    return part.model_dump(exclude={"algorithm", "archive", *FrontBox.model_fields})
+    return part.model_dump(exclude={"algorithm", *ModelsFirstBox.model_fields})
 
 
-def _seeds(part: FrontBox, box: CoefficientBox, space: Space) -> Floats | None:
+def _seeds(part: ModelsFirstBox, box: CoefficientBox, space: Space) -> Floats | None:
     """(J+1, D) the models themselves and their average, when they are to be scored first."""
     if not part.models_first:
         return None
@@ -299,27 +317,46 @@ def _seeds(part: FrontBox, box: CoefficientBox, space: Space) -> Floats | None:
     return np.array([box.point(Genome.uniform(space.size, row)) for row in rows])
 
 
-def check_search(recipe: Recipe, sources: Sources) -> tuple[Search, CoefficientBox]:
-    """A search over coefficients, and their box, on the layout of ``sources``: made before a weight is read.
+def check_search(recipe: Recipe, sources: Sources | None = None) -> tuple[Search, CoefficientBox] | None:
+    """The search over coefficients and their box, made before a weight is read, to refuse early what does not fit.
+
+    Args:
+        recipe: What to check.
+        sources: The models; without them only searches with coefficients a model or a group can be checked.
+
+    Returns:
+        None when there is nothing to check: for M2N2, and where coefficients a block or tensor cannot be counted.
 
     Raises:
         InputError: As for ``make_search``.
     """
     part = recipe.search
-    assert isinstance(part, Box)
+    if not isinstance(part, Box) or (sources is None and part.granularity in ("block", "tensor")):
+        return None
+    outline = _outline(recipe.models.experts, part.groups) if sources is None else _outline_of(sources)
+    return make_search(recipe, outline)[0], _box(part, outline)
+
+
+def _outline_of(sources: Sources) -> Space:
+    """The space of models of which only the headers are known: it lacks their geometry."""
     layout, count = sources.layout, len(sources.experts)
-    gram = GramTable.from_regions([0, layout.size], np.zeros((1, count, count)))
-    outline = Space(
+    return Space(
         sources=sources.names,
         tensors=layout.tensors,
         tensor_borders=layout.tensor_borders,
         blocks=layout.blocks,
         block_borders=layout.block_borders,
-        gram=gram,
+        gram=GramTable.from_regions([0, layout.size], np.zeros((1, count, count))),
         seeds=sources.operator.seeds(count),
         seed_names=sources.names,
     )
-    return make_search(recipe, outline)[0], _box(part, outline)
+
+
+def _outline(experts: tuple[str, ...], groups: int) -> Space:
+    """The space of models of which only the number is known, with one block a group."""
+    names, borders, count = tuple(map(str, range(groups))), np.arange(groups + 1), len(experts)
+    gram = GramTable.from_regions([0, groups], np.zeros((1, count, count)))
+    return Space(experts, names, borders, names, borders, gram, np.eye(count), experts)
 
 
 def make_schedule(recipe: Recipe) -> Schedule:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from populations.errors import InputError, nearest
 
 PREPARED = "prepared:"
+LinkName: TypeAlias = Literal["sigmoid", "softplus", "identity"]
 
 
 class Part(BaseModel):
@@ -177,17 +178,36 @@ class CmaEsBox(Box):
 
 
 class FrontBox(Box):
-    """What the searches for a front have in common: by default one coefficient a model.
+    """What the searches for a front have in common: by default one coefficient a model."""
+
+    granularity: Literal["model", "groups", "block", "tensor"] = "model"
+
+
+class BayesianMapBox(FrontBox):
+    """Bayesian MAP: batches chosen by a model of each objective that says how sure it is (``search.bayesian_map``)."""
+
+    algorithm: Literal["bayesian_map"]
+    design: int | None = Field(default=None, ge=1)
+    acquisition: Literal["hypervolume", "bins"] = "hypervolume"
+    links: tuple[LinkName | None, ...] | None = None
+    reference: tuple[float, ...] | None = None
+    patience: int | None = Field(default=120, ge=1)
+    tolerance: float = Field(default=1e-3, ge=0)
+    paths: int = Field(default=64, ge=1)
+    candidates: int = Field(default=512, ge=8)
+
+
+class ModelsFirstBox(FrontBox):
+    """A search that may begin with given points.
 
     Attributes:
         models_first: Score the models themselves and their average before anything else.
     """
 
-    granularity: Literal["model", "groups", "block", "tensor"] = "model"
     models_first: bool = True
 
 
-class NsgaBox(FrontBox):
+class NsgaBox(ModelsFirstBox):
     """NSGA-II or NSGA-III in steady state (``search.nsga``)."""
 
     algorithm: Literal["nsga2", "nsga3"]
@@ -198,7 +218,7 @@ class NsgaBox(FrontBox):
     mutation_index: float = Field(default=20.0, ge=0)
 
 
-class OptunaBox(FrontBox):
+class OptunaBox(ModelsFirstBox):
     """One of Optuna's samplers (``search.optuna_search``); a setting that is not given is the sampler's own."""
 
     algorithm: Literal["optuna"]
@@ -212,7 +232,7 @@ class OptunaBox(FrontBox):
 
 
 SearchPart: TypeAlias = Annotated[
-    M2N2Search | RandomBox | CmaEsBox | NsgaBox | OptunaBox, Field(discriminator="algorithm")
+    M2N2Search | RandomBox | CmaEsBox | BayesianMapBox | NsgaBox | OptunaBox, Field(discriminator="algorithm")
 ]
 
 
@@ -320,6 +340,12 @@ class Recipe(Part):
                 f"objectives.search: m2n2 shares out scores to maximise, found direction minimize for {minimised}; "
                 "give a score in which more is better, such as exp(-loss)"
             )
+        count, needs = len(self.objectives.search), _needs_objectives(self.search)
+        if count < needs:
+            raise ValueError(
+                f"objectives.search: {self.search.algorithm} looks for a front of two objectives or more, found "
+                f"{count}; for one use algorithm cma_es, or optuna with sampler tpe or gp"
+            )
         if self.prepare is None:
             written = self.model_dump(include={"models", "objectives"})
             found = next((field for field in written if _mentions_prepared(written[field])), None)
@@ -378,6 +404,15 @@ class Recipe(Part):
             }
         )
         return self.model_copy(update={"models": models})
+
+
+def _needs_objectives(part: Part) -> int:
+    """The fewest objectives that an algorithm has a meaning for."""
+    front = isinstance(part, BayesianMapBox) or "nsga3" in (
+        getattr(part, "algorithm", ""),
+        getattr(part, "sampler", ""),
+    )
+    return 2 if front else 1
 
 
 def _mentions_prepared(value: Any) -> bool:
@@ -478,6 +513,7 @@ _ALGORITHMS: dict[str, type[Part]] = {
     "random": RandomBox,
     "cma_es": CmaEsBox,
     "sep_cma_es": CmaEsBox,
+    "bayesian_map": BayesianMapBox,
     "nsga2": NsgaBox,
     "nsga3": NsgaBox,
     "optuna": OptunaBox,

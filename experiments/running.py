@@ -63,6 +63,7 @@ def launch(
     if (directory / JOURNAL).exists():
         raise InputError(f"{directory}: a run is there already.", f"`ecotone resume {directory}`, or another --out.")
     paths = compose.python_paths(folders)
+    compose.check_search(recipe)
     notify("Preparing the models ..." if _must_prepare(recipe) else "Starting the workers ...")
     spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
     with compose.make_pool(recipe, spec) as pool:

@@ -251,8 +251,10 @@ class _Task(NamedTuple):
 def _loaded(path: str) -> tuple[nn.Module, Any]:
     try:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise InputError("the encoder: transformers is not installed.", "`pip install 'ecotone[hf]'`.") from error
+    logging.disable_progress_bar()
     model = AutoModel.from_pretrained(path, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
 

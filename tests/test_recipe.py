@@ -36,13 +36,19 @@ PLAIN: dict[str, Any] = {
     },
     "budget": {"evaluations": 100},
 }
-ALGORITHMS = ("m2n2", "random", "cma_es", "sep_cma_es", "nsga2", "nsga3", "optuna")
+ALGORITHMS = ("m2n2", "random", "cma_es", "sep_cma_es", "bayesian_map", "nsga2", "nsga3", "optuna")
 LISTED = ", ".join(ALGORITHMS)
 
 
 def changed(**settings: Any) -> dict[str, Any]:
     """``PLAIN`` with fields replaced; a double underscore stands for a dot."""
     return apply_settings(PLAIN, {key.replace("__", "."): value for key, value in settings.items()})
+
+
+def two_objectives(record: dict[str, Any]) -> dict[str, Any]:
+    """``record`` with another objective like the first."""
+    other = record["objectives"]["search"][0] | {"name": "other"}
+    return apply_settings(record, {"objectives.search": [*record["objectives"]["search"], other]})
 
 
 def refusal(record: Any) -> str:
@@ -176,7 +182,7 @@ def test_m2n2_refuses_to_minimise_and_says_what_to_do() -> None:
     assert message.startswith("objectives.search: m2n2 shares out scores to maximise, found direction minimize")
     assert "exp(-loss)" in message
     for algorithm in ALGORITHMS[1:]:
-        Recipe.from_record(apply_settings(record, {"search": {"algorithm": algorithm}}))
+        Recipe.from_record(two_objectives(apply_settings(record, {"search": {"algorithm": algorithm}})))
 
 
 def test_accuracy_is_not_minimised() -> None:
@@ -383,6 +389,10 @@ CHANGES: list[dict[str, Any]] = [
     {"search": {"algorithm": "random"}},
     {"search": {"algorithm": "cma_es"}},
     {"search": {"algorithm": "sep_cma_es"}},
+    {"search": {"algorithm": "bayesian_map"}},
+    {"search": {"algorithm": "bayesian_map", "acquisition": "bins"}},
+    {"search": {"algorithm": "bayesian_map", "links": ["sigmoid", None]}},
+    {"search": {"algorithm": "bayesian_map", "patience": None}},
     {"search": {"algorithm": "nsga2"}},
     {"search": {"algorithm": "nsga2", "granularity": "block"}},
     {"search": {"algorithm": "nsga2", "models_first": False}},
@@ -401,9 +411,10 @@ CHANGES: list[dict[str, Any]] = [
 
 
 def test_the_signature_covers_everything_that_changes_results() -> None:
-    signatures = [Recipe.from_record(apply_settings(FULL, change)).signature for change in CHANGES]
-    signatures.append(Recipe.from_record(FULL).signature)
-    assert len(set(signatures)) == len(CHANGES) + 1
+    whole = two_objectives(FULL)
+    signatures = [Recipe.from_record(apply_settings(whole, change)).signature for change in CHANGES]
+    signatures += [Recipe.from_record(whole).signature, Recipe.from_record(FULL).signature]
+    assert len(set(signatures)) == len(CHANGES) + 2
     assert all(len(signature) == 16 for signature in signatures)
 
 
@@ -414,7 +425,7 @@ def test_a_default_written_out_is_the_same_recipe() -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_record_is_plain_and_gives_the_recipe_back(algorithm: str) -> None:
-    recipe = Recipe.from_record(apply_settings(FULL, {"search": {"algorithm": algorithm}}))
+    recipe = Recipe.from_record(two_objectives(apply_settings(FULL, {"search": {"algorithm": algorithm}})))
     record = yaml.safe_load(yaml.safe_dump(recipe.record()))
     assert Recipe.from_record(record) == recipe
     assert Recipe.from_record(record).signature == recipe.signature
@@ -463,6 +474,15 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "random": {},
     "cma_es": {"start": -1.0, "sigma": 0.4, "population_size": 5},
     "sep_cma_es": {"start": -1.0, "sigma": 0.4, "population_size": 5},
+    "bayesian_map": {
+        "design": 7,
+        "acquisition": "bins",
+        "reference": [0.1, 0.2],
+        "patience": 70,
+        "tolerance": 0.5,
+        "paths": 8,
+        "candidates": 64,
+    },
     "nsga2": {"population": 6, "crossover": 0.7, "crossover_index": 11.0, "mutation": 0.3, "mutation_index": 12.0},
     "nsga3": {"population": 6, "crossover": 0.7, "crossover_index": 11.0, "mutation": 0.3, "mutation_index": 12.0},
     "optuna": {"sampler": "tpe", "startup": 3, "multivariate": False, "constant_liar": False},
@@ -470,11 +490,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "optuna-nsga3": {"sampler": "nsga3", "population": 7},
     "optuna-cma_es": {"sampler": "cma_es", "startup": 2, "population": 7, "separable": True},
 }
-
-
-def two_objectives(record: dict[str, Any]) -> dict[str, Any]:
-    other = record["objectives"]["search"][0] | {"name": "two"}
-    return apply_settings(record, {"objectives.search": [*record["objectives"]["search"], other]})
 
 
 def composed(settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -497,7 +512,8 @@ def test_boxes_and_settings_reach_their_search(kind: str) -> None:
         assert type(search._optimiser).__name__ == ("SepCMA" if kind == "sep_cma_es" else "CMA")
     elif kind != "random":
         known = {**vars(search), **getattr(search, "settings", {})}
-        assert {name: known[name] for name in settings} == settings
+        for name, value in settings.items():
+            np.testing.assert_equal(known[name], value)
 
 
 @pytest.mark.parametrize("kind", ["nsga2", "optuna"])
@@ -509,6 +525,62 @@ def test_the_models_may_come_first(kind: str) -> None:
     assert search.ask(1)[0].genome.coefficients.tolist() == [[1.0, 0.0], [1.0, 0.0]]
     search, _ = composed({"algorithm": kind, "low": -1.0, "models_first": False})
     assert [trial.genome.coefficients[0].tolist() for trial in search.ask(3)] != first[:3]
+
+
+def test_links_reach_bayesian_map() -> None:
+    search, _ = composed({"algorithm": "bayesian_map", "links": ["softplus", None]})
+    assert [link and link.name for link in search.links] == ["softplus", None]
+
+
+@pytest.mark.parametrize(
+    "search",
+    [{"algorithm": "bayesian_map"}, {"algorithm": "nsga3"}, {"algorithm": "optuna", "sampler": "nsga3"}],
+)
+def test_searches_for_a_front_refuse_one_objective(search: dict[str, Any]) -> None:
+    message = refusal(changed(search=search))
+    assert message == (
+        f"objectives.search: {search['algorithm']} looks for a front of two objectives or more, found 1; "
+        "for one use algorithm cma_es, or optuna with sampler tpe or gp."
+    )
+
+
+def checked(settings: dict[str, Any], **others: Any) -> Any:
+    return compose.check_search(Recipe.from_record(two_objectives(changed(search=settings, **others))))
+
+
+def test_what_fits_is_known_before_the_models_are() -> None:
+    found = checked({"algorithm": "bayesian_map", "granularity": "groups", "groups": 3})
+    assert found is not None
+    assert (found[1].segments, found[1].sources) == (3, 2)
+    assert checked({"algorithm": "bayesian_map", "granularity": "block"}) is None
+    assert checked({"algorithm": "m2n2"}) is None
+
+
+def test_a_budget_that_the_samples_use_up() -> None:
+    settings = {"algorithm": "bayesian_map", "design": 20}
+    checked(settings, budget={"evaluations": 21})
+    checked(settings, budget={"seconds": 1.0})
+    with pytest.raises(InputError, match=r"budget.evaluations: expected more than 20, the samples that bayesian_map"):
+        checked(settings, budget={"evaluations": 20})
+
+
+def test_a_quadratic_in_too_many_variables() -> None:
+    with pytest.raises(InputError, match=r"found 96.*granularity: model.*nsga2"):
+        checked({"algorithm": "bayesian_map", "granularity": "groups", "groups": 48})
+    assert checked({"algorithm": "nsga2", "granularity": "groups", "groups": 48}) is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "gp", "multivariate": True}, "search.multivariate: sampler gp has no such setting"),
+        ({"sampler": "tpe", "population": 9}, "search.population: sampler tpe has no such setting"),
+        ({"sampler": "gp", "granularity": "groups", "groups": 48}, "search.sampler: gp models at most"),
+    ],
+)
+def test_settings_of_another_sampler(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        checked({"algorithm": "optuna", **settings})
 
 
 def test_the_schedule_is_that_of_scoring_and_budget() -> None:
