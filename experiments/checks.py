@@ -80,7 +80,7 @@ def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]
         return
     search, box = checked
     size = f"{box.size} coefficients ({box.segments} x {box.sources} models), each from {box.low:g} to {box.high:g}"
-    samples = getattr(search, "design", None)
+    samples = getattr(search, "samples", getattr(search, "design", None))
     taken = "" if samples is None else f"; {samples} samples before it proposes anything"
     yield Finding("search", f"{recipe.search.algorithm}: {size}{taken}")
 

@@ -27,6 +27,7 @@ from experiments.recipe import (
     Call,
     CmaEsBox,
     M2N2Search,
+    MapBox,
     ModelsFirstBox,
     NsgaBox,
     Objective,
@@ -34,6 +35,7 @@ from experiments.recipe import (
     PythonObjective,
     RandomBox,
     Recipe,
+    SurrogateBox,
 )
 from fitness.callables import resolve
 from fitness.pools import Pool, SerialPool
@@ -248,9 +250,7 @@ def make_search(recipe: Recipe, space: Space) -> tuple[Search, Population]:
     part, goals = recipe.search, goals_of(recipe.objectives.search)
     if isinstance(part, M2N2Search):
         return _m2n2(part, space, goals, recipe.seed)
-    search = _box_search(part, space, goals, recipe.seed)
-    _check_budget(recipe, getattr(search, "design", 0))
-    return search, ElitistArchive(goals, part.archive)
+    return _box_search(recipe, part, space), ElitistArchive(goals, part.archive)
 
 
 def _check_budget(recipe: Recipe, design: int) -> None:
@@ -260,7 +260,7 @@ def _check_budget(recipe: Recipe, design: int) -> None:
         raise InputError(
             f"budget.evaluations: expected more than {design}, the samples that {recipe.search.algorithm} takes before "
             f"it proposes anything, found {evaluations}.",
-            "Raise the budget, take fewer samples (search.design), or use nsga2.",
+            "Raise the budget, take fewer samples (search.samples), or use nsga2.",
         )
 
 
@@ -278,16 +278,11 @@ def _m2n2(part: M2N2Search, space: Space, goals: tuple[Goal, ...], seed: int) ->
     return M2N2(space, archive, switches, seed), archive
 
 
-def _box_search(part: Box, space: Space, goals: tuple[Goal, ...], seed: int) -> Search:
+def _box_search(recipe: Recipe, part: Box, space: Space) -> Search:
     """A search over coefficients; modules that import much are imported when they are asked for."""
-    box = _box(part, space)
-    if isinstance(part, CmaEsBox):
-        separable = part.algorithm == "sep_cma_es"
-        return CmaEs(box, goals, seed, **_settings(part), separable=separable)
-    if isinstance(part, BayesianMapBox):
-        from search.bayesian_map import BayesianMap
-
-        return BayesianMap(box, goals, seed, **_settings(part))
+    box, goals, seed = _box(part, space), goals_of(recipe.objectives.search), recipe.seed
+    if isinstance(part, SurrogateBox):
+        return _surrogate_search(recipe, part, box, space)
     if isinstance(part, NsgaBox):
         from search.nsga import Nsga
 
@@ -296,8 +291,37 @@ def _box_search(part: Box, space: Space, goals: tuple[Goal, ...], seed: int) -> 
         from search.optuna_search import OptunaSearch
 
         return OptunaSearch(box, goals, seed, **_settings(part), seeds=_seeds(part, box, space))
+    if isinstance(part, CmaEsBox):
+        return CmaEs(box, goals, seed, **_settings(part), separable=part.algorithm == "sep_cma_es")
     assert isinstance(part, RandomBox)
     return RandomSearch(box, seed)
+
+
+def _surrogate_search(recipe: Recipe, part: SurrogateBox, box: CoefficientBox, space: Space) -> Search:
+    from search.bayesian_map import BayesianMap
+    from search.map import MapSearch, checked_links
+
+    goals, seed, evaluations = goals_of(recipe.objectives.search), recipe.seed, recipe.budget.evaluations
+    settings = _settings(part)
+    if isinstance(part, MapBox):
+        return MapSearch(box, goals, seed, **settings, evaluations=evaluations, seeds=space.seeds)
+    assert isinstance(part, BayesianMapBox)
+    chosen = checked_links(part.links, goals)
+    settings["links"] = [None if chosen[goal.name] == "auto" else chosen[goal.name] for goal in goals]
+    settings["reference"] = _reference(part, goals)
+    search = BayesianMap(box, goals, seed, design=settings.pop("samples"), **settings)
+    _check_budget(recipe, search.design)
+    return search
+
+
+def _reference(part: BayesianMapBox, goals: Sequence[Goal]) -> list[float] | None:
+    names = [goal.name for goal in goals]
+    if part.reference is None:
+        return None
+    if sorted(part.reference) != sorted(names):
+        found = list(part.reference)
+        raise InputError(f"search.reference: expected a score for each of the objectives {names}, found {found}.")
+    return [part.reference[name] for name in names]
 
 
 def _box(part: Box, space: Space) -> CoefficientBox:

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from populations.errors import InputError, nearest
 
 PREPARED = "prepared:"
-LinkName: TypeAlias = Literal["sigmoid", "softplus", "identity"]
 
 
 class Part(BaseModel):
@@ -183,14 +182,39 @@ class FrontBox(Box):
     granularity: Literal["model", "groups", "block", "tensor"] = "model"
 
 
-class BayesianMapBox(FrontBox):
-    """Bayesian MAP: batches chosen by a model of each objective that says how sure it is (``search.bayesian_map``)."""
+class SurrogateBox(FrontBox):
+    """What the searches with a quadratic surrogate have in common.
+
+    Attributes:
+        samples: Candidates scored before the first surrogate; None leaves it to the algorithm.
+        links: How scores are bent before a quadratic is fitted: ``auto``, ``sigmoid``, ``softplus`` or ``identity``,
+            or one of them by objective.
+    """
+
+    samples: int | None = Field(default=None, ge=1)
+    links: str | dict[str, str] = "auto"
+
+
+class MapBox(SurrogateBox):
+    """MAP: samples, a surrogate an objective, their front, and the part of it that is scored (``search.map``)."""
+
+    algorithm: Literal["map"]
+    design: Literal["mixed", "sobol", "grid", "random"] = "mixed"
+    front: int | None = Field(default=None, ge=1)
+    margin: float = Field(default=0.1, ge=0)
+    caution: float = Field(default=0.0, ge=0)
+
+
+class BayesianMapBox(SurrogateBox):
+    """Bayesian MAP: batches chosen by surrogates that say how sure they are (``search.bayesian_map``).
+
+    Attributes:
+        reference: By objective the score from which hypervolume counts.
+    """
 
     algorithm: Literal["bayesian_map"]
-    design: int | None = Field(default=None, ge=1)
     acquisition: Literal["hypervolume", "bins"] = "hypervolume"
-    links: tuple[LinkName | None, ...] | None = None
-    reference: tuple[float, ...] | None = None
+    reference: dict[str, float] | None = None
     patience: int | None = Field(default=120, ge=1)
     tolerance: float = Field(default=1e-3, ge=0)
     paths: int = Field(default=64, ge=1)
@@ -232,7 +256,7 @@ class OptunaBox(ModelsFirstBox):
 
 
 SearchPart: TypeAlias = Annotated[
-    M2N2Search | RandomBox | CmaEsBox | BayesianMapBox | NsgaBox | OptunaBox, Field(discriminator="algorithm")
+    M2N2Search | RandomBox | CmaEsBox | MapBox | BayesianMapBox | NsgaBox | OptunaBox, Field(discriminator="algorithm")
 ]
 
 
@@ -408,7 +432,7 @@ class Recipe(Part):
 
 def _needs_objectives(part: Part) -> int:
     """The fewest objectives that an algorithm has a meaning for."""
-    front = isinstance(part, BayesianMapBox) or "nsga3" in (
+    front = isinstance(part, SurrogateBox) or "nsga3" in (
         getattr(part, "algorithm", ""),
         getattr(part, "sampler", ""),
     )
@@ -513,6 +537,7 @@ _ALGORITHMS: dict[str, type[Part]] = {
     "random": RandomBox,
     "cma_es": CmaEsBox,
     "sep_cma_es": CmaEsBox,
+    "map": MapBox,
     "bayesian_map": BayesianMapBox,
     "nsga2": NsgaBox,
     "nsga3": NsgaBox,

@@ -36,7 +36,7 @@ PLAIN: dict[str, Any] = {
     },
     "budget": {"evaluations": 100},
 }
-ALGORITHMS = ("m2n2", "random", "cma_es", "sep_cma_es", "bayesian_map", "nsga2", "nsga3", "optuna")
+ALGORITHMS = ("m2n2", "random", "cma_es", "sep_cma_es", "map", "bayesian_map", "nsga2", "nsga3", "optuna")
 LISTED = ", ".join(ALGORITHMS)
 
 
@@ -389,9 +389,12 @@ CHANGES: list[dict[str, Any]] = [
     {"search": {"algorithm": "random"}},
     {"search": {"algorithm": "cma_es"}},
     {"search": {"algorithm": "sep_cma_es"}},
+    {"search": {"algorithm": "map"}},
+    {"search": {"algorithm": "map", "samples": 20}},
+    {"search": {"algorithm": "map", "design": "sobol"}},
     {"search": {"algorithm": "bayesian_map"}},
     {"search": {"algorithm": "bayesian_map", "acquisition": "bins"}},
-    {"search": {"algorithm": "bayesian_map", "links": ["sigmoid", None]}},
+    {"search": {"algorithm": "bayesian_map", "links": {"one": "sigmoid"}}},
     {"search": {"algorithm": "bayesian_map", "patience": None}},
     {"search": {"algorithm": "nsga2"}},
     {"search": {"algorithm": "nsga2", "granularity": "block"}},
@@ -474,15 +477,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "random": {},
     "cma_es": {"start": -1.0, "sigma": 0.4, "population_size": 5},
     "sep_cma_es": {"start": -1.0, "sigma": 0.4, "population_size": 5},
-    "bayesian_map": {
-        "design": 7,
-        "acquisition": "bins",
-        "reference": [0.1, 0.2],
-        "patience": 70,
-        "tolerance": 0.5,
-        "paths": 8,
-        "candidates": 64,
-    },
+    "map": {"samples": 17, "front": 3, "margin": 0.3, "caution": 0.5},
+    "bayesian_map": {"acquisition": "bins", "patience": 70, "tolerance": 0.5, "paths": 8, "candidates": 64},
     "nsga2": {"population": 6, "crossover": 0.7, "crossover_index": 11.0, "mutation": 0.3, "mutation_index": 12.0},
     "nsga3": {"population": 6, "crossover": 0.7, "crossover_index": 11.0, "mutation": 0.3, "mutation_index": 12.0},
     "optuna": {"sampler": "tpe", "startup": 3, "multivariate": False, "constant_liar": False},
@@ -527,14 +523,37 @@ def test_the_models_may_come_first(kind: str) -> None:
     assert [trial.genome.coefficients[0].tolist() for trial in search.ask(3)] != first[:3]
 
 
-def test_links_reach_bayesian_map() -> None:
-    search, _ = composed({"algorithm": "bayesian_map", "links": ["softplus", None]})
+def test_links_samples_and_reference_reach_both_maps() -> None:
+    links = {"links": {"one": "softplus"}, "samples": 9}
+    search, _ = composed({"algorithm": "map", **links})
+    assert (search.links, search.samples) == ({"one": "softplus", "other": "auto"}, 9)
+    search, _ = composed({"algorithm": "bayesian_map", **links, "reference": {"other": 0.2, "one": 0.1}})
     assert [link and link.name for link in search.links] == ["softplus", None]
+    assert (search.design, search.reference.tolist()) == (9, [0.1, 0.2])
+    assert composed({"algorithm": "bayesian_map", "links": "identity"})[0].links[1].name == "identity"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"links": "sigmod"}, r"search.links: there is no link 'sigmod'. Did you mean 'sigmoid'"),
+        ({"links": {"ones": "sigmoid"}}, r"search.links: there is no objective 'ones'. Did you mean 'one'"),
+        ({"reference": {"one": 0.0}}, r"search.reference: expected a score for each of .*'one', 'other'.*, found"),
+    ],
+)
+def test_what_surrogates_refuse(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        composed({"algorithm": "bayesian_map", **settings})
 
 
 @pytest.mark.parametrize(
     "search",
-    [{"algorithm": "bayesian_map"}, {"algorithm": "nsga3"}, {"algorithm": "optuna", "sampler": "nsga3"}],
+    [
+        {"algorithm": "map"},
+        {"algorithm": "bayesian_map"},
+        {"algorithm": "nsga3"},
+        {"algorithm": "optuna", "sampler": "nsga3"},
+    ],
 )
 def test_searches_for_a_front_refuse_one_objective(search: dict[str, Any]) -> None:
     message = refusal(changed(search=search))
@@ -556,18 +575,21 @@ def test_what_fits_is_known_before_the_models_are() -> None:
     assert checked({"algorithm": "m2n2"}) is None
 
 
-def test_a_budget_that_the_samples_use_up() -> None:
-    settings = {"algorithm": "bayesian_map", "design": 20}
+@pytest.mark.parametrize("algorithm", ["map", "bayesian_map"])
+def test_a_budget_that_the_samples_use_up(algorithm: str) -> None:
+    settings = {"algorithm": algorithm, "samples": 20}
     checked(settings, budget={"evaluations": 21})
     checked(settings, budget={"seconds": 1.0})
-    with pytest.raises(InputError, match=r"budget.evaluations: expected more than 20, the samples that bayesian_map"):
+    with pytest.raises(InputError, match=r"budget.evaluations: expected more than .*20.* samples .*found 20"):
         checked(settings, budget={"evaluations": 20})
 
 
-def test_a_quadratic_in_too_many_variables() -> None:
-    with pytest.raises(InputError, match=r"found 96.*granularity: model.*nsga2"):
-        checked({"algorithm": "bayesian_map", "granularity": "groups", "groups": 48})
-    assert checked({"algorithm": "nsga2", "granularity": "groups", "groups": 48}) is not None
+@pytest.mark.parametrize("algorithm", ["map", "bayesian_map"])
+def test_a_quadratic_in_too_many_variables(algorithm: str) -> None:
+    many = {"granularity": "groups", "groups": 48}
+    with pytest.raises(InputError, match=r" 96.*granularity: model.*nsga2"):
+        checked({"algorithm": algorithm, **many})
+    assert checked({"algorithm": "nsga2", **many}) is not None
 
 
 @pytest.mark.parametrize(
