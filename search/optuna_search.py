@@ -21,7 +21,7 @@ from populations.errors import InputError, nearest
 from populations.fronts import ranks
 from populations.genome import Floats
 from populations.population import quality
-from populations.trial import Evaluation, Goal, Outcome, Trial
+from populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from search.coefficients import CoefficientBox
 from search.nsga import seed_points
 
@@ -195,7 +195,7 @@ class OptunaSearch:
     def _opened(self) -> tuple[Any, Any]:
         """A storage in memory and its one study."""
         storage = self._optuna.storages.InMemoryStorage()
-        directions = ["maximize"] if self.sampler == "cma_es" else [goal.direction for goal in self.goals]
+        directions = ["maximize"] * (1 if self.sampler == "cma_es" else len(self.goals))  # scores are told oriented
         return storage, self._optuna.create_study(
             storage=storage, sampler=self._seeded(0), directions=directions, study_name="search"
         )
@@ -206,7 +206,7 @@ class OptunaSearch:
     def _values(self, evaluation: Evaluation) -> list[float]:
         if self.sampler == "cma_es":
             return [quality(evaluation, self.goals)]
-        return [float(evaluation.scores[goal.name]) for goal in self.goals]
+        return [float(score) for score in oriented(evaluation.scores, self.goals)]
 
     def _frozen(
         self, state: str, point: Sequence[float] | None, values: Sequence[float] | None, notes: dict[str, Any]
@@ -270,8 +270,7 @@ class OptunaSearch:
 
     def _worth(self, scored: Sequence[Any], history: int) -> list[Any]:
         """Half of ``history`` from the best fronts, the younger first; the other half the youngest of the rest."""
-        signs = np.array([goal.sign for goal in self.goals])
-        rank = ranks(np.array([trial.values for trial in scored]) * signs)
+        rank = ranks([trial.values for trial in scored])
         order = np.lexsort((-np.arange(len(scored)), rank))
         best, rest = order[: history // 2], order[history // 2 :]
         kept = np.concatenate([best, np.sort(rest)[len(rest) - (history - len(best)) :]])
@@ -306,13 +305,17 @@ def _settings(sampler: str, given: dict[str, Any]) -> dict[str, Any]:
     taken = _SAMPLERS[sampler][1]
     for name, value in given.items():
         if name not in taken:
-            names = ", ".join(taken) or "none"
             raise InputError(
-                f"search.{name}: sampler {sampler} has no such setting (found {value}).", f"It has: {names}."
+                f"search.{name}: sampler {sampler} has no such setting, found {value}.",
+                f"Its settings: {', '.join(taken) or 'none'}.",
             )
-        if value is not True and value is not False and value < 2 - (name == "startup"):
-            raise InputError(f"search.{name}: expected at least {2 - (name == 'startup')}, found {value}.")
-    return {name: given.get(name, default) for name, (_, default) in taken.items()}
+    settings = {name: given.get(name, default) for name, (_, default) in taken.items()}
+    least = {"startup": 1, "population": 2, "history": settings.get("startup")}
+    for name, value in given.items():
+        if name in least and value < least[name]:
+            because = " (startup)" if name == "history" else ""
+            raise InputError(f"search.{name}: expected at least {least[name]}{because}, found {value}.")
+    return settings
 
 
 def _imported() -> Any:
