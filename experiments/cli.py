@@ -161,6 +161,8 @@ def front(
         return
     members, out = found.front_or_explain(), report.console()
     out.print(report.front_table(found, members, None if choice is None else choice.member.id))
+    for part in report.search_report(found.report() or {}, found.goals):
+        out.print(part)
     for text in report.front_lines(found, volume, choice):
         out.print(text, soft_wrap=True)
 

@@ -161,8 +161,8 @@ def _groups_table(comparison: Comparison) -> str:
         volume, held_out = found["hypervolume"], found["held_out_hypervolume"]
         cells = [group.label, str(len(group.lines)), *(f"{volume[key]:.4f}" for key in ("median", "low", "high"))]
         cells += ["-" if held_out is None else f"{held_out:.4f}", f"{found['reached']} of {len(group.lines)}"]
-        costs = (found["evaluations_to_reach"], found["seconds_to_reach"])
-        cells += ["-" if cost is None else f"{cost:.3g}" for cost in costs]
+        costs = ((found["evaluations_to_reach"], ".0f"), (found["seconds_to_reach"], ".3g"))
+        cells += ["-" if cost is None else format(cost, form) for cost, form in costs]
         rows.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
@@ -289,10 +289,40 @@ def _pair_traces(
             showlegend=legend and one.first,
             **one.style(),
         )
+    for one in drawn:
+        if one.line.searched.report.get("members"):
+            yield _predicted(one, goals, x, y, legend=legend and one.first, shown=len(drawn) == 1)
     if flat:
         colours = {one.legend: one.colour for one in drawn}
         yield from (_surface(group, goals, colours[group.label]) for group in comparison.groups)
     yield _references(comparison, x, y, legend)
+
+
+def _predicted(one: _Drawn, goals: Sequence[Goal], x: int, y: int, legend: bool, shown: bool) -> go.Scatter:
+    """Where a search with surrogates expected the members of its front, each tied to where it was measured."""
+    members = one.line.searched.report["members"]
+    told = [member for member in members if member["measured"]]
+    words = [
+        f"member {m['number']}<br>predicted: {_scores(m['predicted'])}<br>measured: {_scores(m['measured'])}"
+        for m in told
+    ]
+
+    def along(name: str) -> list[float | None]:
+        return [value for m in told for value in (m["predicted"][name], m["measured"][name], None)]
+
+    return go.Scatter(
+        x=along(goals[x].name),
+        y=along(goals[y].name),
+        mode="lines+markers",
+        line={"color": one.colour, "width": 1, "dash": "dot"},
+        marker={"color": one.colour, "size": [9, 0, 0] * len(told), "symbol": "circle-open"},
+        customdata=[word for word in words for _ in range(3)],
+        hovertemplate="%{customdata}<extra></extra>",
+        name=f"{escape(one.legend)}: predicted",
+        legendgroup=f"{one.legend}: predicted",
+        visible=True if shown else "legendonly",
+        showlegend=legend,
+    )
 
 
 def _surface(group: Group, goals: Sequence[Goal], colour: str) -> go.Scatter:

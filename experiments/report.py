@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from experiments.runs import Run, Scored
 from populations.trial import Goal
@@ -146,6 +147,59 @@ def front_record(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> 
         }
     found = run.report()
     return record if found is None else {**record, "report": found}
+
+
+def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[Table | Tree | str]:
+    """What a search with surrogates reports: how well they predict, and its front as predicted and as measured.
+
+    Args:
+        found: The ``report()`` of the search; parts that it lacks are left out.
+        goals: The objectives.
+    """
+    if found.get("leave_one_out"):
+        yield _surrogate_table(found, goals)
+    if found.get("members"):
+        yield _predicted_table(found["members"], goals)
+    if found.get("tree"):
+        yield _tree(found["tree"])
+
+
+def _surrogate_table(found: Mapping[str, Any], goals: Sequence[Goal]) -> Table:
+    title = "Surrogates: errors in score units"
+    columns = ["objective", "link", "leave-one-out\nerror (rms)", "gap on the\nfront (rms)", "gap on the\nfront (mean)"]
+    table = _plain_table(title, columns, left=2)
+    for goal in goals:
+        gap = found.get("gap", {}).get(goal.name, {})
+        errors = (found["leave_one_out"].get(goal.name), gap.get("rms"), gap.get("mean"))
+        cells = [_number(errors[0], ".4f"), _number(errors[1], ".4f"), _number(errors[2], "+.4f")]
+        table.add_row(goal.name, str(found.get("links", {}).get(goal.name, "-")), *cells)
+    return table
+
+
+def _predicted_table(members: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) -> Table:
+    columns = [f"{goal.name}\n{kind}" for goal in goals for kind in ("predicted", "measured")]
+    table = _plain_table("The front as predicted, and as measured", ["member", *columns], left=1)
+    for member in members:
+        cells = []
+        for goal in goals:
+            spread = member.get("std", {}).get(goal.name)
+            predicted = _number(member["predicted"].get(goal.name), ".4f")
+            cells.append(predicted if spread is None else f"{predicted} ±{spread:.3f}")
+            cells.append(_number((member.get("measured") or {}).get(goal.name), ".4f"))
+        table.add_row(str(member["number"]), *cells)
+    return table
+
+
+def _tree(node: Mapping[str, Any]) -> Tree:
+    """A merge and, below it, what it was merged from."""
+    tree = Tree(_node_words(node))
+    for child in node.get("children") or ():
+        tree.add(_tree(child))
+    return tree
+
+
+def _node_words(node: Mapping[str, Any]) -> str:
+    return str(node["name"])
 
 
 def export_command(directory: Path, member: int | str) -> str:
