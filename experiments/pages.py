@@ -69,17 +69,18 @@ def page(comparison: Comparison) -> str:
     """The whole page, with the charts' library inside (about 5 MB)."""
     drawn = _drawn(comparison)
     names = list(dict.fromkeys(line.searched.run.name for line in comparison.lines))
-    title = f"Fronts of {', '.join(names)}" if len(names) < 4 else f"Fronts of {len(comparison.lines)} runs"
-    body = [f"<h1>{escape(title)}</h1>", _facts(comparison), _table(comparison, drawn), _groups_table(comparison)]
+    title = f"{'Front' if len(drawn) == 1 else 'Fronts'} of {', '.join(names)}"
+    title = title if len(names) < 4 else f"Fronts of {len(drawn)} runs"
+    body = [f"<h1>{_safe(title)}</h1>", _facts(comparison), _table(comparison, drawn), _groups_table(comparison)]
     library: bool = True
     for heading, text, figure in _charts(comparison, drawn):
-        body.append(f"<h2>{escape(heading)}</h2>" + (f'<p class="quiet">{escape(text)}</p>' if text else ""))
+        body.append(f"<h2>{_safe(heading)}</h2>" + (f'<p class="quiet">{_safe(text)}</p>' if text else ""))
         if figure is not None:
             body.append(figure.to_html(full_html=False, include_plotlyjs=library, config={"displaylogo": False}))
             library = False
     body.append('<div id="chosen">Click a point: its genome and the command that exports it stay here, to copy.</div>')
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_safe(title)}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(body)}<script>{_SCRIPT}</script></body></html>"
     )
 
@@ -106,7 +107,7 @@ class _Drawn:
 
     def style(self, **more: Any) -> dict[str, Any]:
         """What every trace of the run has."""
-        return {"name": escape(self.legend), "legendgroup": self.legend, **more}
+        return {"name": _safe(self.legend), "legendgroup": self.legend, **more}
 
 
 def _drawn(comparison: Comparison) -> list[_Drawn]:
@@ -128,14 +129,14 @@ def _drawn(comparison: Comparison) -> list[_Drawn]:
 
 def _facts(comparison: Comparison) -> str:
     lines = [*comparison_lines(comparison)]
-    return "".join(f'<p class="{"note" if text.startswith("Note") else "quiet"}">{escape(text)}</p>' for text in lines)
+    return "".join(f'<p class="{"note" if text.startswith("Note") else "quiet"}">{_safe(text)}</p>' for text in lines)
 
 
 def _table(comparison: Comparison, drawn: Sequence[_Drawn]) -> str:
     heads = ["run", "algorithm", "seed", "evaluations", "seconds", "front", "hypervolume", "share of best", "IGD+"]
     heads += ["epsilon", f"evaluations to {comparison.target:.4g}", f"seconds to {comparison.target:.4g}"]
     rows = "".join(_table_row(one) for one in drawn)
-    head = "".join(f"<th>{escape(name)}</th>" for name in [*heads, "held-out hypervolume"])
+    head = "".join(f"<th>{_safe(name)}</th>" for name in [*heads, "held-out hypervolume"])
     return f'<table class="runs"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
@@ -147,7 +148,7 @@ def _table_row(one: _Drawn) -> str:
     keys += ["epsilon", "evaluations_to_reach", "seconds_to_reach", "held_out_hypervolume"]
     cells = ["-" if found[key] is None else format(found[key], forms.get(key, "")) for key in keys]
     dot = f'<span class="dot" style="background:{one.colour}"></span>'
-    return f"<tr><td>{dot}{escape(found['label'])}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+    return f"<tr><td>{dot}{_safe(found['label'])}</td>{''.join(f'<td>{_safe(cell)}</td>' for cell in cells)}</tr>"
 
 
 def _groups_table(comparison: Comparison) -> str:
@@ -163,18 +164,23 @@ def _groups_table(comparison: Comparison) -> str:
         cells += ["-" if held_out is None else f"{held_out:.4f}", f"{found['reached']} of {len(group.lines)}"]
         costs = ((found["evaluations_to_reach"], ".0f"), (found["seconds_to_reach"], ".3g"))
         cells += ["-" if cost is None else format(cost, form) for cost, form in costs]
-        rows.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+        rows.append("".join(f"<td>{_safe(cell)}</td>" for cell in cells))
+    head = "".join(f"<th>{_safe(name)}</th>" for name in heads)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
 
 
 def _hover(line: Line, member: Scored, genome: Genome | None) -> str:
     """What hovering over a member shows; the chart's library reads a little HTML in it."""
     one = line.searched
-    parts = [f"<b>{escape(one.label)}</b> ({escape(one.algorithm)}), member {member.id}"]
+    parts = [f"<b>{_safe(one.label)}</b> ({_safe(one.algorithm)}), member {member.id}"]
     parts += [f"{kind}: {_scores(scores)}" for kind, scores in _measured(member)]
     parts += _genome_words(one.models, genome)
-    return "<br>".join([*parts, escape(export_command(one.run.directory, member.id), quote=False)])
+    return "<br>".join([*parts, _safe(export_command(one.run.directory, member.id))])
+
+
+def _safe(text: str) -> str:
+    """Text for the page and for its charts, which know no entities of quotes."""
+    return escape(text, quote=False)
 
 
 def _measured(member: Scored) -> Iterator[tuple[str, Mapping[str, float]]]:
@@ -184,7 +190,7 @@ def _measured(member: Scored) -> Iterator[tuple[str, Mapping[str, float]]]:
 
 
 def _scores(scores: Mapping[str, float]) -> str:
-    return ", ".join(f"{escape(name)} {value:.4f}" for name, value in scores.items())
+    return ", ".join(f"{_safe(name)} {value:.4f}" for name, value in scores.items())
 
 
 def _genome_words(models: Sequence[str], genome: Genome | None) -> list[str]:
@@ -203,7 +209,7 @@ def _genome_words(models: Sequence[str], genome: Genome | None) -> list[str]:
 
 
 def _coefficients_in_words(names: Sequence[str], values: Floats) -> str:
-    return ", ".join(f"{escape(name)} {value:.3f}" for name, value in zip(names, values, strict=True))
+    return ", ".join(f"{_safe(name)} {value:.3f}" for name, value in zip(names, values, strict=True))
 
 
 def _model_names(models: Sequence[str], count: int) -> list[str]:
@@ -217,7 +223,7 @@ def _averaged(genome: Genome) -> Floats:
 
 
 def _axis(goal: Goal) -> str:
-    return escape(f"{goal.name} ({'higher' if goal.direction == 'maximize' else 'lower'} is better)")
+    return _safe(f"{goal.name} ({'higher' if goal.direction == 'maximize' else 'lower'} is better)")
 
 
 # -- charts ----------------------------------------------------------------------------------------------
@@ -318,7 +324,7 @@ def _predicted(one: _Drawn, goals: Sequence[Goal], x: int, y: int, legend: bool,
         marker={"color": one.colour, "size": [9, 0, 0] * len(told), "symbol": "circle-open"},
         customdata=[word for word in words for _ in range(3)],
         hovertemplate="%{customdata}<extra></extra>",
-        name=f"{escape(one.legend)}: predicted",
+        name=f"{_safe(one.legend)}: predicted",
         legendgroup=f"{one.legend}: predicted",
         visible=True if shown else "legendonly",
         showlegend=legend,
@@ -335,7 +341,7 @@ def _surface(group: Group, goals: Sequence[Goal], colour: str) -> go.Scatter:
         line={"color": colour, "width": 4, "shape": "vh"},
         opacity=0.55,
         hoverinfo="skip",
-        name=escape(group.label),
+        name=_safe(group.label),
         legendgroup=group.label,
         showlegend=False,
     )
@@ -370,7 +376,7 @@ def _known(comparison: Comparison) -> list[Scored]:
 
 
 def _known_words(merges: Sequence[Scored]) -> list[str]:
-    return [f"<b>{escape(str(merge.id))}</b><br>{_scores(merge.scores or {})}" for merge in merges]
+    return [f"<b>{_safe(str(merge.id))}</b><br>{_scores(merge.scores or {})}" for merge in merges]
 
 
 def _references(comparison: Comparison, x: int, y: int, legend: bool) -> go.Scatter:
@@ -445,7 +451,7 @@ def _volume_chart(comparison: Comparison, drawn: Sequence[_Drawn]) -> go.Figure:
                 y=volumes[keep],
                 mode="lines",
                 line={"color": one.colour, "shape": "hv", "width": 2},
-                hovertemplate=f"{escape(one.line.searched.label)}: %{{y:.4f}} after %{{x}}<extra></extra>",
+                hovertemplate=f"{_safe(one.line.searched.label)}: %{{y:.4f}} after %{{x}}<extra></extra>",
                 showlegend=one.first,
                 **one.style(),
             )
@@ -484,7 +490,7 @@ def _coefficient_axes(models: Sequence[str], runs: Sequence[_Drawn]) -> tuple[li
     """Names of the axes, (members, axes) values of each run, and whether they are means over segments."""
     genomes = [[genome for genome in one.genomes.values() if genome is not None] for one in runs]
     first = genomes[0][0]
-    names = [escape(name) for name in _model_names(models, first.sources)]
+    names = [_safe(name) for name in _model_names(models, first.sources)]
     alike = all(np.array_equal(genome.boundaries, first.boundaries) for found in genomes for genome in found)
     if alike and first.coefficients.size <= AXES:
         if first.segments > 1:

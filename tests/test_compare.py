@@ -18,8 +18,9 @@ import pytest
 from experiments import cli
 from experiments.compare import compare, search_seconds
 from experiments.pages import page
-from experiments.runs import Run, reference_point
+from experiments.runs import Run, front_rows, reference_point
 from populations.errors import InputError
+from populations.fronts import non_dominated
 from populations.genome import Genome
 from populations.journal import Journal, Row
 from populations.trial import Evaluation, Goal, Trial
@@ -177,6 +178,18 @@ def test_time_that_a_run_was_stopped_for_does_not_count() -> None:
     assert paused == pytest.approx([2, 4, 7, 9, 11])
     late = search_seconds([row(0, 1006.0), row(1, 1002.0), row(2, 1008.0)], 1000.0, 8.0)
     assert late == pytest.approx([6, 6, 8])  # the second was there early, but counted only after the first
+
+
+def test_the_front_of_a_journal_is_moocores(tmp_path: Path) -> None:
+    points: list[Any] = np.random.default_rng(3).integers(0, 6, (200, 3)).tolist()
+    points[::9] = [None] * len(points[::9])  # failed
+    run = write_run(tmp_path / "run", points, goals_of(3))
+    scored = [number for number, point in enumerate(points) if point is not None]
+    signs = [1, -1, 1]
+    kept = non_dominated(np.array([points[number] for number in scored]) * signs)
+    with run.journal() as journal:
+        found = [row.number for row in front_rows(list(journal.rows()), run.goals)]
+    assert found == [number for number, keep in zip(scored, kept, strict=True) if keep]
 
 
 # -- groups and notes ----------------------------------------------------------------------------------------
