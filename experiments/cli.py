@@ -169,7 +169,7 @@ def front(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, or MLflow run ids.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories, or MLflow run ids.")],
     reference: ReferenceOption = None,
     reach: Annotated[
         str, typer.Option(metavar="HV", help="A hypervolume, or a share of the best run's, whose cost is looked up.")
