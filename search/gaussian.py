@@ -2,13 +2,14 @@
 
 The surrogate of Bayesian MAP, of one score in link space. Its kernel is a sum,
 
-    k(x, y) = 1 + l x.y + q (x.y)^2 + a matern(|x - y| / lengths) + noise
+    k(x, y) = 1 + l x.y + q (x.y)^2 + a matern(|p(x) - p(y)| / lengths) + noise
 
 A Gaussian prior on the coefficients of a quadratic is the same as the first three terms, so a draw of this
 process is a random quadratic plus a random smooth residual (Rasmussen and Williams 2006, section 2.7). The
 variances ``l``, ``q`` of the linear and quadratic parts, ``a`` of the residual, one length a variable and the
 scale of the noise maximise the marginal likelihood times a prior: where a quadratic explains the scores the
-residual shrinks, where it does not the quadratic is a rough trend. The noise is known up to its scale: the share
+residual shrinks, where it does not the quadratic is a rough trend. The residual may see the inputs in coordinates
+``p`` of its own. The noise is known up to its scale: the share
 of N examples solved has a variance of ``y (1 - y) / N``, which the link stretches (delta method).
 """
 
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg.lapack import dpotri
 from scipy.optimize import minimize
 
 from populations.genome import Floats
@@ -28,13 +29,33 @@ ROOT5 = np.sqrt(5.0)
 SHAPE = 3  # linear, quadratic and residual variances come first among the hyperparameters; the noise comes last
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Where the scores are: coordinates in [-1, 1] or thereabouts.
+
+    Args:
+        points: (N, D) coordinates of the quadratic.
+        places: (N, E) coordinates of the residual.
+    """
+
+    points: Floats
+    places: Floats
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def last(self, count: int) -> Inputs:
+        """The last ``count`` of them."""
+        return Inputs(self.points[-count:], self.places[-count:])
+
+
 @dataclass(frozen=True)
 class Prior:
     """Normal priors of the logarithms of the hyperparameters, for inputs in [-1, 1] and values of variance one.
 
     Args:
-        mean: (D+4,) of the variances (linear, quadratic, residual), the D lengths and the variance of the noise.
-        deviation: (D+4,) their standard deviations.
+        mean: (E+4,) of the variances (linear, quadratic, residual), the E lengths and the variance of the noise.
+        deviation: (E+4,) their standard deviations.
     """
 
     mean: Floats
@@ -42,9 +63,9 @@ class Prior:
 
     @classmethod
     def of(cls, variables: int, noise: float) -> Prior:
-        """The prior over ``variables`` variables, with noise of about ``noise`` (variance, values of variance one).
+        """The prior for a residual over ``variables`` variables and noise of variance ``noise``.
 
-        Lengths grow with the root of D, as distances do (Hvarfner et al. 2024).
+        Lengths grow with the root of E, as distances do (Hvarfner et al. 2024).
         """
         length = np.log(np.sqrt(variables))
         mean = [0.0, np.log(0.3), np.log(0.3), *[length] * variables, np.log(noise)]
@@ -57,15 +78,15 @@ class GaussianProcess:
     """The process given the data.
 
     Args:
-        points: (N, D) inputs, in [-1, 1].
+        inputs: N of them.
         values: (N,) what was observed there.
         weights: (N,) relative variances of the noise.
-        logs: (D+4,) logarithms of the hyperparameters, in the order of ``Prior``.
+        logs: (E+4,) logarithms of the hyperparameters, in the order of ``Prior``.
         centre: What is taken off the values.
         scale: What the values are then divided by.
     """
 
-    points: Floats
+    inputs: Inputs
     values: Floats
     weights: Floats
     logs: Floats
@@ -75,7 +96,7 @@ class GaussianProcess:
     @classmethod
     def fit(
         cls,
-        points: Floats,
+        inputs: Inputs,
         values: Floats,
         weights: Floats,
         noise: float,
@@ -86,27 +107,27 @@ class GaussianProcess:
         """The process of highest marginal likelihood times prior that ``steps`` evaluations of it lead to.
 
         Args:
-            points: (N, D) inputs, in [-1, 1].
+            inputs: N of them.
             values: (N,) observations.
             weights: (N,) relative variances of their noise.
             noise: About the variance of an observation of weight 1.
-            start: (D+4,) logarithms of hyperparameters to begin at; None means the prior's mean.
+            start: (E+4,) logarithms of hyperparameters to begin at; None means the prior's mean.
             steps: Evaluations of the likelihood, each of which costs ``O(N^3)``.
             most: Hyperparameters are fitted to the last so many observations.
         """
         trust = 1.0 / (weights + np.median(weights))
         centre = float(np.average(values, weights=trust))
         scale = float(np.sqrt(np.average((values - centre) ** 2, weights=trust))) or 1.0
-        prior = Prior.of(points.shape[1], noise / scale**2)
+        prior = Prior.of(inputs.places.shape[1], noise / scale**2)
         begin = prior.mean if start is None else start
-        part = slice(-most, None)
-        logs = _climb(points[part], (values[part] - centre) / scale, weights[part], prior, begin, steps)
-        return cls(points, values, weights, logs, centre, scale)
+        standard = (values[-most:] - centre) / scale
+        logs = _climb(inputs.last(most), standard, weights[-most:], prior, begin, steps)
+        return cls(inputs, values, weights, logs, centre, scale)
 
     @cached_property
     def root(self) -> Floats:
         """(N, N) lower Cholesky factor of the covariance of the observations."""
-        covariance = kernel(self.points, self.points, self.logs)
+        covariance = kernel(self.inputs, self.inputs, self.logs)
         covariance[np.diag_indices(len(covariance))] += self.noise
         return np.asarray(cholesky(covariance, lower=True, overwrite_a=True, check_finite=False))
 
@@ -122,21 +143,20 @@ class GaussianProcess:
     def _solve(self, right: Floats) -> Floats:
         return np.asarray(cho_solve((self.root, True), right, check_finite=False))
 
-    def mean(self, points: Floats) -> Floats:
-        """(n,) expected values at ``points`` (n, D)."""
-        return self.centre + self.scale * np.asarray(kernel(points, self.points, self.logs) @ self._alpha)
+    def mean(self, inputs: Inputs) -> Floats:
+        """(n,) expected values at n inputs."""
+        return np.asarray(self.centre + self.scale * (kernel(inputs, self.inputs, self.logs) @ self._alpha))
 
-    def variance(self, points: Floats) -> Floats:
-        """(n,) variances of the noise-free values at ``points`` (n, D)."""
-        cross = solve_triangular(self.root, kernel(self.points, points, self.logs), lower=True, check_finite=False)
-        own = kernel_diagonal(points, self.logs) - np.einsum("ij,ij->j", cross, cross)
-        return self.scale**2 * np.maximum(own, 0.0)
+    def variance(self, inputs: Inputs) -> Floats:
+        """(n,) variances of the noise-free values at n inputs."""
+        cross = solve_triangular(self.root, kernel(self.inputs, inputs, self.logs), lower=True, check_finite=False)
+        own = kernel_diagonal(inputs, self.logs) - np.einsum("ij,ij->j", cross, cross)
+        return np.asarray(self.scale**2 * np.maximum(own, 0.0))
 
     @cached_property
     def left_out(self) -> Floats:
         """(N,) what is expected of each observation given all others (Rasmussen and Williams 2006, eq. 5.12)."""
-        inverse = self._solve(np.eye(len(self.values)))
-        return np.asarray(self.values - self.scale * self._alpha / np.diag(inverse))
+        return np.asarray(self.values - self.scale * self._alpha / np.diag(_inverse(self.root)))
 
     def paths(self, count: int, features: int, rng: np.random.Generator) -> Paths:
         """``count`` functions drawn from the process given the data, each a function of any point.
@@ -144,13 +164,12 @@ class GaussianProcess:
         A draw of the prior plus the update that makes it meet the data (Wilson et al. 2020). The prior's quadratic
         is exact; its residual has ``features`` random Fourier features (Rahimi and Recht 2007).
         """
-        variables = self.points.shape[1]
         # The spectral density of a Matern kernel of smoothness 5/2 is a t distribution of 5 degrees of freedom.
         stretch = np.sqrt(5.0 / rng.chisquare(5.0, (features, 1)))
-        waves = rng.standard_normal((features, variables)) * stretch / _lengths(self.logs)
-        weights = rng.standard_normal((_basis_size(variables) + 2 * features, count))
+        waves = rng.standard_normal((features, self.inputs.places.shape[1])) * stretch / _lengths(self.logs)
+        weights = rng.standard_normal((_basis_size(self.inputs.points.shape[1]) + 2 * features, count))
         noise = rng.standard_normal((len(self.values), count)) * np.sqrt(self.noise)[:, None]
-        drawn = _features(self.points, self.logs, waves) @ weights + noise
+        drawn = _features(self.inputs, self.logs, waves) @ weights + noise
         update = self._solve((self.values - self.centre)[:, None] / self.scale - drawn)
         return Paths(self, waves, weights, update)
 
@@ -161,7 +180,7 @@ class Paths:
 
     Args:
         process: Where from.
-        waves: (F, D) frequencies of the residual's features.
+        waves: (F, E) frequencies of the residual's features.
         weights: (P, S) weights of the prior's features.
         update: (N, S) weights of the data's kernels.
     """
@@ -171,25 +190,26 @@ class Paths:
     weights: Floats
     update: Floats
 
-    def __call__(self, points: Floats) -> Floats:
-        """(n, S) values of the S functions at ``points`` (n, D)."""
+    def __call__(self, inputs: Inputs) -> Floats:
+        """(n, S) values of the S functions at n inputs."""
         process = self.process
-        prior = _features(points, process.logs, self.waves) @ self.weights
-        values = prior + kernel(points, process.points, process.logs) @ self.update
+        prior = _features(inputs, process.logs, self.waves) @ self.weights
+        values = prior + kernel(inputs, process.inputs, process.logs) @ self.update
         return np.asarray(process.centre + process.scale * values)
 
 
-def kernel(left: Floats, right: Floats, logs: Floats) -> Floats:
-    """(n, m) covariances of noise-free values at ``left`` (n, D) and ``right`` (m, D)."""
+def kernel(left: Inputs, right: Inputs, logs: Floats) -> Floats:
+    """(n, m) covariances of noise-free values at n and m inputs."""
     linear, quadratic, residual = np.exp(logs[:SHAPE])
-    inner = left @ right.T
-    return np.asarray(1.0 + inner * (linear + quadratic * inner) + residual * _matern(_distances(left, right, logs)))
+    inner = left.points @ right.points.T
+    smooth = _matern(_distances(left.places, right.places, logs))
+    return np.asarray(1.0 + inner * (linear + quadratic * inner) + residual * smooth)
 
 
-def kernel_diagonal(points: Floats, logs: Floats) -> Floats:
-    """(n,) prior variances at ``points`` (n, D)."""
+def kernel_diagonal(inputs: Inputs, logs: Floats) -> Floats:
+    """(n,) prior variances at n inputs."""
     linear, quadratic, residual = np.exp(logs[:SHAPE])
-    squares = np.einsum("ij,ij->i", points, points)
+    squares = np.einsum("ij,ij->i", inputs.points, inputs.points)
     return np.asarray(1.0 + squares * (linear + quadratic * squares) + residual)
 
 
@@ -201,15 +221,16 @@ def quadratic_basis(points: Floats) -> Floats:
 
 
 def log_evidence(
-    points: Floats, values: Floats, weights: Floats, logs: Floats, prior: Prior | None = None
+    inputs: Inputs, values: Floats, weights: Floats, logs: Floats, prior: Prior | None = None
 ) -> tuple[float, Floats]:
-    """The log marginal likelihood, plus the log prior where one is given, and its (D+4,) gradient in ``logs``.
+    """The log marginal likelihood, plus the log prior where one is given, and its (E+4,) gradient in ``logs``.
 
     Rasmussen and Williams 2006, eq. 5.8 and 5.9; ``-inf`` where the covariance is not positive definite.
     """
     linear, quadratic, residual = np.exp(logs[:SHAPE])
     lengths, noise = _lengths(logs), _noise(logs, weights)
-    inner, distances = points @ points.T, _distances(points, points, logs)
+    inner = inputs.points @ inputs.points.T
+    distances = _distances(inputs.places, inputs.places, logs)
     decay = np.exp(-distances)
     matern = residual * (1.0 + distances + distances**2 / 3.0) * decay
     covariance = 1.0 + inner * (linear + quadratic * inner) + matern
@@ -220,9 +241,9 @@ def log_evidence(
         return -np.inf, np.zeros_like(logs)
     alpha = cho_solve((root, True), values, check_finite=False)
     value = -0.5 * values @ alpha - np.log(np.diag(root)).sum() - 0.5 * len(values) * np.log(2.0 * np.pi)
-    push = np.outer(alpha, alpha) - cho_solve((root, True), np.eye(len(values)), check_finite=False)
+    push = np.outer(alpha, alpha) - _inverse(root)
     slope = push * (residual * (5.0 / 3.0) * (1.0 + distances) * decay)  # by the squared scaled distance
-    scaled = points / lengths
+    scaled = inputs.places / lengths
     by_length = 2.0 * (slope.sum(axis=1) @ scaled**2 - np.einsum("id,id->d", scaled, slope @ scaled))
     gradient = 0.5 * np.concatenate(
         [
@@ -237,12 +258,12 @@ def log_evidence(
     return float(value), gradient
 
 
-def _climb(points: Floats, values: Floats, weights: Floats, prior: Prior, start: Floats, steps: int) -> Floats:
+def _climb(inputs: Inputs, values: Floats, weights: Floats, prior: Prior, start: Floats, steps: int) -> Floats:
     """Hyperparameters of high posterior density, within five deviations of the prior's mean."""
     best: list[tuple[float, Floats]] = []
 
     def downhill(logs: Floats) -> tuple[float, Floats]:
-        value, gradient = log_evidence(points, values, weights, logs, prior)
+        value, gradient = log_evidence(inputs, values, weights, logs, prior)
         if not best or value > best[0][0]:
             best[:] = [(value, logs.copy())]
         return (-value, -gradient) if np.isfinite(value) else (1e10, np.zeros_like(logs))
@@ -258,6 +279,12 @@ def _climb(points: Floats, values: Floats, weights: Floats, prior: Prior, start:
         options={"maxfun": steps, "maxiter": steps},
     )
     return best[0][1]
+
+
+def _inverse(root: Floats) -> Floats:
+    """The inverse of the matrix whose lower Cholesky factor is ``root``."""
+    half, _ = dpotri(root, lower=1)  # only the lower triangle is computed
+    return np.asarray(np.tril(half) + np.tril(half, -1).T)
 
 
 def _lengths(logs: Floats) -> Floats:
@@ -285,12 +312,12 @@ def _basis_size(variables: int) -> int:
     return (variables + 1) * (variables + 2) // 2
 
 
-def _features(points: Floats, logs: Floats, waves: NDArray[np.float64]) -> Floats:
+def _features(inputs: Inputs, logs: Floats, waves: Floats) -> Floats:
     """(n, P) features whose inner products are the kernel: exact for the quadratic, in expectation for the rest."""
-    variables = points.shape[1]
+    variables = inputs.points.shape[1]
     deviations = np.exp(0.5 * logs[:SHAPE])
     parts = [1, variables, _basis_size(variables) - variables - 1]
-    quadratic = quadratic_basis(points) * np.repeat([1.0, deviations[0], deviations[1]], parts)
-    angles = points @ waves.T
+    quadratic = quadratic_basis(inputs.points) * np.repeat([1.0, deviations[0], deviations[1]], parts)
+    angles = inputs.places @ waves.T
     residual = deviations[2] / np.sqrt(len(waves))
     return np.concatenate([quadratic, residual * np.cos(angles), residual * np.sin(angles)], axis=1)

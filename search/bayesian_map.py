@@ -1,0 +1,536 @@
+"""Bayesian MAP: Pareto fronts of merges from few evaluations, one batch of proposals after another.
+
+Each score is modelled, through its link, by a Gaussian process whose mean is a quadratic (``search.gaussian``).
+A proposal draws functions from these processes and adds, one point after another, the one that is expected to
+enlarge the hypervolume of the front most, the points still in flight counting with what each draw says they will
+score (Daulton et al. 2020, "Differentiable expected hypervolume improvement"). Hypervolumes are means over random
+directions (Golovin and Zhang 2020, "Random hypervolume scalarizations"), so any number of objectives will do.
+
+The form of the public code (Li et al. 2024, "MAP: Low-compute model merging with amortized Pareto fronts via
+quadratic approximation") is ``acquisition: bins``: it looks where the error of a plain quadratic is large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from threadpoolctl import threadpool_limits
+
+from populations.errors import InputError
+from populations.fronts import non_dominated, ranks
+from populations.genome import Floats
+from populations.trial import Evaluation, Goal, Outcome, Trial
+from search.coefficients import CoefficientBox
+from search.designs import sobol
+from search.gaussian import GaussianProcess, Inputs, Paths
+from search.protocol import trial_rng
+from search.surrogates import Link, LinkName, features, minimum, must_vary
+
+Acquisition: TypeAlias = Literal["hypervolume", "bins"]
+Singles: TypeAlias = NDArray[np.float32]
+
+LARGEST = 32  # coefficients beyond which a quadratic with a few hundred evaluations says nothing
+REMEMBERED = 400  # evaluations a model is conditioned on; the worst-ranked are left out
+CLIP = 0.005  # how near to 0 or 1 a share of solved examples is taken at its word
+EXAMPLES = 300.0  # about how many examples a share is of; how noisy it is, is learned
+FIRST_STEPS, STEPS = 40, 8  # evaluations of the likelihood: in the first proposal, and from there on
+FEATURES = 256  # random features of a drawn residual
+DIRECTIONS = 32  # of the hypervolume, for each draw
+HIGHEST_POWER = 4  # of the scalarisations; the number of objectives up to there
+PROMISING = 128  # candidates that a batch is picked from
+ROUNDS, PARENTS, CHILDREN = 2, 8, 8  # refinement of the candidates before each pick
+BLOCK = 64  # members of a front seen at a time
+TEMPERATURE, REPEATS, RADII = 0.07, 30, (0.2, 0.8)  # of angular bins
+STEP_SIZES = (0.01, 0.03, 0.1)  # of candidates around the front, in widths of the box
+
+
+class BayesianMap:
+    """Sequential batches over a surrogate that says how sure it is.
+
+    The first ``design`` trials are one-hot points, isotropic ones and a Sobol sequence; then every ``ask`` fits
+    the models to what has been told and proposes as many points as are asked for. Proposals cost a bounded number
+    of operations, whatever has been told: below 0.3 s for 8 points in three variables, below 2 s in 16. A failed
+    candidate counts as the worst score seen of each objective, so that the search leaves its neighbourhood.
+
+    Args:
+        box: Where coefficients lie.
+        goals: The M objectives, two at least.
+        seed: The recipe's seed.
+        design: Trials before the first model; None means ``2 D + 2`` or ``(D+1)(D+2)/2``, whichever is less.
+        acquisition: ``hypervolume``, or ``bins`` for the paper's angular bins (at most six coefficients).
+        links: A link for each objective, None for the one suited to its scores; None for all suited.
+        reference: (M,) scores, in the objectives' own units, from which hypervolume counts; None means 0 for scores
+            within [0, 1] that are maximised, else a tenth of the front's extent beyond the worst score on it.
+        patience: Stop when the front's hypervolume has grown by less than ``tolerance`` in so many evaluations
+            after the design; None means never.
+        tolerance: Relative growth of the hypervolume.
+        paths: Functions drawn of each model.
+        candidates: Points among which a proposal begins to look.
+
+    Raises:
+        InputError: One objective only, too many coefficients, or a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        box: CoefficientBox,
+        goals: Sequence[Goal],
+        seed: int,
+        design: int | None = None,
+        acquisition: Acquisition = "hypervolume",
+        links: Sequence[LinkName | None] | None = None,
+        reference: ArrayLike | None = None,
+        patience: int | None = 120,
+        tolerance: float = 1e-3,
+        paths: int = 64,
+        candidates: int = 512,
+    ) -> None:
+        self.box = box
+        self.goals = tuple(goals)
+        self.seed = seed
+        self.design = min(2 * box.size + 2, minimum(box.size)) if design is None else design
+        self.acquisition = acquisition
+        self.links = [None] * len(self.goals) if links is None else [name and Link(name) for name in links]
+        self.reference = None if reference is None else np.asarray(reference, np.float64)
+        self.patience = patience
+        self.tolerance = tolerance
+        self.paths = paths
+        self.candidates = candidates
+        self._check()
+        self._opening = opening(box, self.design, seed)
+        self._next = 0
+        self._flying: dict[int, Floats] = {}  # by trial number
+        self._points: list[Floats] = []  # told, in the order they were
+        self._scores: list[Floats] = []  # (M,) each, in the objectives' units; NaN where the candidate failed
+        self._logs: Floats | None = None  # (M, D+4) hyperparameters of the latest models
+
+    def _check(self) -> None:
+        size, objectives = self.box.size, len(self.goals)
+        if objectives < 2:
+            raise InputError(
+                f"search.algorithm: bayesian_map expects two objectives or more, found {objectives}.",
+                "For one objective use cma_es.",
+            )
+        if size > LARGEST:
+            raise InputError(
+                f"search.granularity: bayesian_map expects at most {LARGEST} coefficients, found {size}: a quadratic "
+                f"in {size} variables has {minimum(size)} coefficients of its own.",
+                "Use granularity: model, or groups with few groups; or nsga2, which has no surrogate.",
+            )
+        if self.acquisition == "bins" and size > 6:
+            raise InputError(
+                f"search.acquisition: bins expects at most 6 coefficients, found {size}.", "Use hypervolume."
+            )
+        _expect(self.acquisition in ("hypervolume", "bins"), "acquisition", "hypervolume or bins", self.acquisition)
+        _expect(self.design >= 1, "design", "at least 1", self.design)
+        _expect(len(self.links) == objectives, "links", f"{objectives}, one an objective", len(self.links))
+        _expect(self.patience is None or self.patience >= 1, "patience", "at least 1", self.patience)
+        _expect(self.paths >= 1, "paths", "at least 1", self.paths)
+        _expect(self.candidates >= 8, "candidates", "at least 8", self.candidates)
+        if self.reference is not None:
+            fits = self.reference.shape == (objectives,) and bool(np.isfinite(self.reference).all())
+            _expect(fits, "reference", f"{objectives} numbers, one an objective", self.reference.tolist())
+
+    # -- the protocol ------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """True when the front has stopped growing and nothing is in flight."""
+        if self.patience is None or self._flying or len(self._points) < self.design + self.patience:
+            return False
+        known = self._known(len(self._points))
+        if len(known.points) < 2:
+            return False
+        volumes = Volume.fixed(len(self.goals)).of(self._frame(known).scaled(known.scores)[:, None])
+        before = float(volumes[: -self.patience].max(axis=0).mean())
+        return float(volumes.max(axis=0).mean()) <= (1.0 + self.tolerance) * before
+
+    def ask(self, n: int) -> list[Trial]:
+        """Up to ``n`` points: of the design, or proposed; none while the first half of the design is unknown."""
+        if self._next < self.design:
+            points = self._opening[self._next : self._next + n]
+        elif 2 * len(self._points) < self.design:
+            return []
+        else:
+            with threadpool_limits(limits=1, user_api="blas"):  # as in the manager: the same bits, and faster
+                points = self._propose(n)
+        trials = [Trial(self._next + i, self.box.genome(point)) for i, point in enumerate(points)]
+        self._flying |= {trial.number: point for trial, point in zip(trials, points, strict=True)}
+        self._next += len(trials)
+        return trials
+
+    def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
+        """Add the point to what is known."""
+        self._points.append(self._flying.pop(trial.number))
+        unknown = np.full(len(self.goals), np.nan)
+        raw = np.array([evaluation.scores[goal.name] for goal in self.goals]) if evaluation.ok else unknown
+        self._scores.append(raw)
+
+    def state(self) -> dict[str, Any]:
+        """What was asked, what was told, and the latest hyperparameters."""
+        return {
+            "next": self._next,
+            "flying": {number: point.copy() for number, point in self._flying.items()},
+            "points": [point.copy() for point in self._points],
+            "scores": [scores.copy() for scores in self._scores],
+            "logs": None if self._logs is None else self._logs.copy(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self._next = state["next"]
+        self._flying = {number: point.copy() for number, point in state["flying"].items()}
+        self._points = [point.copy() for point in state["points"]]
+        self._scores = [scores.copy() for scores in state["scores"]]
+        self._logs = None if state["logs"] is None else state["logs"].copy()
+
+    # -- proposing ---------------------------------------------------------------------------------------
+
+    def _propose(self, n: int) -> Floats:
+        """(n, D) new points: even ones while there is nothing to learn from."""
+        rng = trial_rng(self.seed, self._next)
+        known = self._known()
+        if len(known.points) < 2:
+            return self.box.low + (self.box.high - self.box.low) * sobol(n, self.box.size, rng)
+        if self.acquisition == "bins":
+            return Bins(self.box, known, self._chosen(known)).points(n, rng)
+        drawn = self._drawn(known, rng)
+        volume = Volume.drawn(drawn.frame.scaled(known.front), self.paths, rng)
+        if self._flying:
+            volume.add(drawn(np.array(list(self._flying.values()))))
+        return self._picked(n, drawn, volume, known, rng)
+
+    def _drawn(self, known: Known, rng: np.random.Generator) -> Drawn:
+        """Functions drawn of the model of each objective; keeps the hyperparameters for the next proposal."""
+        inputs = coordinates(self.box, known.points)
+        links, functions, logs = self._chosen(known), [], []
+        for index, (goal, link) in enumerate(zip(self.goals, links, strict=True)):
+            if len(known.points) >= minimum(self.box.size):
+                must_vary(known.raw[:, index], goal.name)
+            values, weights, noise = observations(link, known.raw[:, index])
+            start = None if self._logs is None else self._logs[index]
+            steps = FIRST_STEPS if start is None else STEPS
+            model = GaussianProcess.fit(inputs, values, weights, noise, start, steps)
+            logs.append(model.logs)
+            functions.append(model.paths(self.paths, FEATURES, rng))
+        self._logs = np.array(logs)
+        return Drawn(self.box, links, known.signs, functions, self._frame(known))
+
+    def _picked(self, n: int, drawn: Drawn, volume: Volume, known: Known, rng: np.random.Generator) -> Floats:
+        """(n, D) points that one after another add most; each is looked for anew around the best candidates."""
+        points = self._candidates(known, rng)
+        values = volume.of(drawn(points))
+        kept = np.argsort(-volume.gains(values), kind="stable")[:PROMISING]
+        points, values = points[kept], values[kept]
+        chosen: list[Floats] = []
+        for _ in range(n):
+            gains = volume.gains(values)
+            for size in np.repeat(STEP_SIZES[1::-1], ROUNDS // 2):
+                best = np.argsort(-gains, kind="stable")[:PARENTS]
+                near = self._near(np.repeat(points[best], CHILDREN, axis=0), size, rng)
+                more = volume.of(drawn(near))
+                added = volume.gains(more)
+                kept = np.argsort(-added, kind="stable")[:PARENTS]
+                points, values = np.concatenate([points, near[kept]]), np.concatenate([values, more[kept]])
+                gains = np.concatenate([gains, added[kept]])
+            index = int(np.argmax(gains))
+            chosen.append(points[index])
+            volume.take(values[index])
+        return np.array(chosen)
+
+    def _candidates(self, known: Known, rng: np.random.Generator) -> Floats:
+        """(C, D): a quarter even in the box, half around the front, a quarter on lines through two of its points."""
+        quarter, width = self.candidates // 4, self.box.high - self.box.low
+        even = self.box.low + width * sobol(quarter, self.box.size, rng)
+        front = known.points[known.on_front]
+        around = front[rng.integers(len(front), size=self.candidates - 2 * quarter)]
+        around = self._near(around, rng.choice(STEP_SIZES, (len(around), 1)), rng)
+        one, other = front[rng.integers(len(front), size=(2, quarter))]
+        between = one + rng.uniform(-0.2, 1.2, (quarter, 1)) * (other - one)
+        return np.concatenate([even, around, self._near(between, STEP_SIZES[0], rng)])
+
+    def _near(self, points: Floats, size: float | Floats, rng: np.random.Generator) -> Floats:
+        """The points moved by normal steps of ``size`` widths, in the box."""
+        steps = rng.standard_normal(points.shape) * size * (self.box.high - self.box.low)
+        return self.box.clip(points + steps)
+
+    # -- what is known -----------------------------------------------------------------------------------
+
+    def _known(self, most: int = REMEMBERED) -> Known:
+        """What was told; of more than ``most`` evaluations those of the best ranks, the latest of equal ones."""
+        raw = np.array(self._scores).reshape(-1, len(self.goals))
+        failed = np.isnan(raw).any(axis=1)
+        signs = np.array([goal.sign for goal in self.goals])
+        if failed.all():
+            return Known(np.zeros((0, self.box.size)), raw[:0], signs)
+        raw[failed] = (signs * raw[~failed]).min(axis=0) * signs
+        points = np.array(self._points)
+        if len(raw) > most:
+            kept = np.sort(np.lexsort([-np.arange(len(raw)), ranks(signs * raw)])[:most])
+            points, raw = points[kept], raw[kept]
+        return Known(points, raw, signs)
+
+    def _chosen(self, known: Known) -> list[Link]:
+        """The link of each objective."""
+        columns = zip(self.links, self.goals, known.raw.T, strict=True)
+        return [link or Link.suited(values, goal.direction) for link, goal, values in columns]
+
+    def _frame(self, known: Known) -> Frame:
+        """From where, and in what units, hypervolume counts."""
+        front = known.front
+        low, high = front.min(axis=0), front.max(axis=0)
+        reference = low - 0.1 * (high - low)
+        shares = [link.name == "sigmoid" for link in self._chosen(known)]
+        reference = np.where(shares, 0.0, reference)
+        if self.reference is not None:
+            reference = known.signs * self.reference
+        return Frame(reference, np.maximum(high - reference, 1e-12))
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """Points and what they scored.
+
+    Args:
+        points: (N, D) coefficients.
+        raw: (N, M) scores in the objectives' units.
+        signs: (M,) +1 where larger is better, -1 where smaller is.
+    """
+
+    points: Floats
+    raw: Floats
+    signs: Floats
+
+    @property
+    def scores(self) -> Floats:
+        """(N, M) oriented: larger is better."""
+        return self.signs * self.raw
+
+    @cached_property
+    def on_front(self) -> NDArray[np.bool_]:
+        """(N,) where no other point is better."""
+        return non_dominated(self.scores)
+
+    @property
+    def front(self) -> Floats:
+        """(F, M) oriented scores of the front."""
+        return np.asarray(self.scores[self.on_front])
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """Oriented scores as shares of the way from the reference to the best seen.
+
+    Args:
+        reference: (M,) where hypervolume counts from.
+        extent: (M,) from there to the best score of each objective.
+    """
+
+    reference: Floats
+    extent: Floats
+
+    def scaled(self, scores: Floats) -> Floats:
+        """The scores (..., M) above the reference, in extents; 0 below it."""
+        return np.asarray(np.maximum((scores - self.reference) / self.extent, 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """S functions drawn of every objective, given what is known."""
+
+    box: CoefficientBox
+    links: Sequence[Link]
+    signs: Floats
+    functions: Sequence[Paths]
+    frame: Frame
+
+    def __call__(self, points: Floats) -> Floats:
+        """(n, S, M) scaled scores at ``points`` (n, D)."""
+        inputs = coordinates(self.box, points)
+        scores = [link.forward(function(inputs)) for link, function in zip(self.links, self.functions, strict=True)]
+        return self.frame.scaled(self.signs * np.stack(scores, axis=-1))
+
+
+class Volume:
+    """Hypervolume as a mean over directions, one set of them for each of S draws.
+
+    A point y reaches ``min_m y_m / d_m`` in direction d; the M-th power of how far a front reaches, averaged over
+    directions that are even on the sphere, is its hypervolume but for a constant (Golovin and Zhang 2020,
+    lemma 5). Beyond ``HIGHEST_POWER`` objectives few directions would decide all, and the power stays there.
+
+    Args:
+        directions: (S, L, M), positive and of unit length.
+    """
+
+    def __init__(self, directions: Floats) -> None:
+        self.inverse = (1.0 / np.maximum(directions, 1e-6)).astype(np.float32)
+        self.power = min(directions.shape[-1], HIGHEST_POWER)
+        self.best: Singles = np.zeros(directions.shape[:2], np.float32)
+
+    @classmethod
+    def drawn(cls, front: Floats, draws: int, rng: np.random.Generator) -> Volume:
+        """The hypervolume of ``front`` (F, M), scaled scores, in ``DIRECTIONS`` directions for each draw."""
+        volume = cls(spread(rng, (draws, DIRECTIONS, front.shape[1])))
+        for start in range(0, len(front), BLOCK):
+            volume.add(front[start : start + BLOCK, None])
+        return volume
+
+    @classmethod
+    def fixed(cls, objectives: int) -> Volume:
+        """Of nothing yet, in directions that are always the same: one draw."""
+        return cls(spread(np.random.default_rng(0), (1, 1024, objectives)))
+
+    def of(self, values: Floats) -> Singles:
+        """(n, S, L) powers of how far scaled scores (n, S or 1, M) reach."""
+        single = values.astype(np.float32)
+        reach = single[:, :, None, 0] * self.inverse[None, :, :, 0]
+        for index in range(1, self.inverse.shape[-1]):
+            np.minimum(reach, single[:, :, None, index] * self.inverse[None, :, :, index], out=reach)
+        return np.asarray(reach**self.power)
+
+    def gains(self, reached: Singles) -> Floats:
+        """(n,) what each point of ``reached`` (n, S, L) alone would add."""
+        return np.asarray(np.maximum(reached - self.best, 0.0).mean(axis=(1, 2), dtype=np.float64))
+
+    def take(self, reached: Singles) -> None:
+        """Let a point that reaches (S, L) belong to the front."""
+        self.best = np.maximum(self.best, reached)
+
+    def add(self, values: Floats) -> None:
+        """Let points of scaled scores (n, S or 1, M) belong to the front."""
+        self.take(self.of(values).max(axis=0))
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """The paper's acquisition: angular bins are visited the more often the larger the surrogate's error in them.
+
+    Points are seen in hyperspherical coordinates of the unit box. A bin's score is the mean squared error of a
+    quadratic in link space plus half the standard deviation it has when a fifth of the points is left out, over
+    30 repeats, each from all points. An empty bin scores as the highest, so that none is never visited.
+
+    Args:
+        box: Where coefficients lie; at most six.
+        known: What was told.
+        links: A link for each objective.
+    """
+
+    box: CoefficientBox
+    known: Known
+    links: Sequence[Link]
+
+    def points(self, n: int, rng: np.random.Generator) -> Floats:
+        """(n, D): bins drawn by their scores, angles evenly in the bin, radii evenly in 0.2 to 0.8."""
+        size, side = self.box.size, self._side
+        scores = self.scores(rng)
+        shares = np.exp((scores - scores.max()) / TEMPERATURE)
+        chosen = rng.choice(len(scores), n, p=shares / shares.sum())
+        cells = np.stack(np.unravel_index(chosen, (side,) * (size - 1)), axis=1) if size > 1 else np.zeros((n, 0))
+        turns = (cells + rng.random(cells.shape)) * (0.5 * np.pi / side)
+        unit = from_angles(turns) * rng.uniform(*RADII, (n, 1))
+        return self.box.clip(self.box.low + (self.box.high - self.box.low) * unit)
+
+    def scores(self, rng: np.random.Generator) -> Floats:
+        """(B,) of the bins."""
+        unit = (self.known.points - self.box.low) / (self.box.high - self.box.low)
+        width = 0.5 * np.pi / self._side
+        cells = np.minimum((angles(unit) / width).astype(np.int64), self._side - 1)
+        size = self.box.size
+        bins = (
+            np.ravel_multi_index(tuple(cells.T), (self._side,) * (size - 1)) if size > 1 else cells[:, :0].sum(axis=1)
+        )
+        count, total = self._side ** (size - 1), len(unit)
+        filled = np.bincount(bins, minlength=count)
+        phi = features(2.0 * unit - 1.0)
+        everyone = np.arange(total)
+        kept = [rng.permutation(total)[: max(1, round(0.8 * total))] for _ in range(REPEATS)]
+        errors = [self._errors(phi, rows) for rows in [everyone, *kept]]
+        means = np.array([np.bincount(bins, error, count) for error in errors]) / np.maximum(filled, 1)
+        scores = means[0] + 0.5 * means[1:].std(axis=0)
+        return np.asarray(np.where(filled > 0, scores, scores[filled > 0].max()))
+
+    @property
+    def _side(self) -> int:
+        return 4 if self.box.size < 4 else 2
+
+    def _errors(self, phi: Floats, rows: NDArray[np.int64]) -> Floats:
+        """(N,) squared errors, added over objectives, of quadratics fitted to some ``rows`` in link space."""
+        total = np.zeros(len(phi))
+        for link, raw in zip(self.links, self.known.raw.T, strict=True):
+            latent = link.inverse(raw)
+            trust = link.derivative(latent)[rows, None]
+            slim = 1e-3 * np.eye(phi.shape[1])  # a little ridge: there may be fewer points than coefficients
+            left = np.concatenate([trust * phi[rows], slim])
+            right = np.concatenate([trust[:, 0] * latent[rows], np.zeros(len(slim))])
+            total += (link.forward(phi @ np.linalg.lstsq(left, right, rcond=None)[0]) - raw) ** 2
+        return total
+
+
+def opening(box: CoefficientBox, count: int, seed: int) -> Floats:
+    """(count, D) points to begin with: each model alone, two levels of all models alike, and a Sobol sequence."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, 1)))
+    width = box.high - box.low
+    models = np.tile(np.eye(box.sources), (1, box.segments))
+    alike = box.low + width * np.array([[1.0], [2.0]]) / 3.0 * np.ones(box.size)
+    first = box.clip(np.concatenate([models, alike]))[: max(count - 1, 1)]
+    rest = box.low + width * sobol(max(count - len(first), 0), box.size, rng)
+    return np.concatenate([first, rest])[:count]
+
+
+def coordinates(box: CoefficientBox, points: Floats) -> Inputs:
+    """How the model sees points (n, D): the quadratic in the box scaled to [-1, 1], the residual in other terms.
+
+    For the residual each segment's coefficients are told by their direction, their norm, and what each is above
+    their mean: what a merge solves depends on the proportions of the models far more than on their common scale.
+    """
+    half, reach = 0.5 * (box.high - box.low), max(abs(box.low), abs(box.high))
+    parts = points.reshape(len(points), box.segments, box.sources)
+    norms = np.sqrt(np.sum(parts**2, axis=2, keepdims=True))
+    directions = 2.0 * parts / np.sqrt(norms**2 + (0.1 * reach) ** 2)
+    above = (parts - parts.mean(axis=2, keepdims=True)) / half
+    sizes = 2.0 * norms / (reach * np.sqrt(box.sources))
+    places = np.concatenate([directions, above, sizes], axis=2).reshape(len(points), -1)
+    return Inputs((points - box.low) / half - 1.0, places)
+
+
+def observations(link: Link, scores: Floats) -> tuple[Floats, Floats, float]:
+    """(N,) latent values, (N,) relative variances of their noise, and about the variance at weight 1.
+
+    The share of n examples solved varies by ``y (1 - y) / n``, other scores by about the same everywhere; the
+    variance of the latent value is that over the link's slope squared.
+    """
+    if link.name == "sigmoid":
+        share = np.clip(scores, CLIP, 1.0 - CLIP)
+        return link.inverse(scores, CLIP), 1.0 / (share * (1.0 - share)), 1.0 / EXAMPLES
+    latent = link.inverse(scores)
+    return latent, link.derivative(latent) ** -2.0, 1e-3 * float(np.var(scores)) + 1e-12
+
+
+def spread(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    """Directions (..., M), even on the positive part of the unit sphere."""
+    drawn = np.abs(rng.standard_normal(shape))
+    return np.asarray(drawn / np.linalg.norm(drawn, axis=-1, keepdims=True))
+
+
+def angles(points: Floats) -> Floats:
+    """(n, D-1) hyperspherical angles, in [0, pi/2], of points (n, D) with no negative coordinate."""
+    beyond = np.sqrt(np.cumsum(points[:, ::-1] ** 2, axis=1))[:, ::-1]  # norm of coordinates d, d+1, ...
+    return np.arctan2(beyond[:, 1:], points[:, :-1])
+
+
+def from_angles(turns: Floats) -> Floats:
+    """(n, D) points of norm 1 with the hyperspherical angles ``turns`` (n, D-1)."""
+    ones = np.ones((len(turns), 1))
+    return np.concatenate([np.cos(turns), ones], axis=1) * np.cumprod(
+        np.concatenate([ones, np.sin(turns)], axis=1), axis=1
+    )
+
+
+def _expect(fits: bool, name: str, wanted: str, found: object) -> None:
+    if not fits:
+        raise InputError(f"search.{name}: expected {wanted}, found {found}.")
