@@ -26,6 +26,7 @@ from populations.trial import Evaluation, Goal, Outcome, Trial
 from search.cma_es import CmaEs
 from search.coefficients import CoefficientBox, Granularity
 from search.m2n2 import M2N2, M2N2Settings
+from search.map import MapSearch
 from search.nsga import Nsga, Variant
 from search.optuna_search import OptunaSearch, Sampler
 from search.protocol import Search, numbered, trial_rng
@@ -87,6 +88,12 @@ def optuna(sampler: Sampler, goals: tuple[Goal, ...] = TWO_GOALS, **settings: An
     return lambda seed: (OptunaSearch(BLOCKS, goals, seed, sampler, **settings), ElitistArchive(goals, 5))
 
 
+def plain_map(seed: int) -> Pair:
+    box = CoefficientBox.of(SPACE, "model", 0.0, 1.5)
+    search = MapSearch(box, TWO_GOALS, seed, samples=14, front=120, generations=10, filling=0)
+    return search, ElitistArchive(TWO_GOALS, 5)
+
+
 def niches() -> Population:
     return NicheArchive(GOALS, 5)
 
@@ -114,6 +121,7 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "optuna-cma_es": optuna("cma_es", seeds=np.eye(6)),
     "optuna-random": optuna("random"),
     "optuna-qmc": optuna("qmc"),
+    "map": plain_map,
 }
 NEVER_WAIT = ("random", "nsga", "optuna")
 every_search = pytest.mark.parametrize("kind", MAKERS)

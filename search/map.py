@@ -1,0 +1,465 @@
+"""MAP: a front of merges from a few dozen evaluations, by way of quadratic surrogates.
+
+Li et al. 2024, "MAP: Low-compute model merging with amortized Pareto fronts via quadratic approximation". Three
+steps: measure a sampling design; fit a quadratic with a link to every objective; let NSGA-III (Deb and Jain 2014,
+from pymoo) find the front of the surrogates. Then, beyond the paper, a well-spread part of the predicted front is
+evaluated for real, so that the front is reported both as predicted and as measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import Any, TypeAlias
+
+import numpy as np
+from scipy.spatial import KDTree
+from threadpoolctl import threadpool_limits
+
+from populations.errors import InputError, nearest
+from populations.fronts import non_dominated
+from populations.genome import Floats, Integers
+from populations.trial import Evaluation, Goal, Outcome, Trial
+from search.coefficients import CoefficientBox
+from search.designs import DesignName, design, minimum, sobol
+from search.surrogates import LINKS, Link, Quadratic, must_vary
+
+Predict: TypeAlias = Callable[[Floats], Floats]  # (N, D) points to (N, M) oriented scores
+Links: TypeAlias = str | Mapping[str, str]
+
+FRONT = 20  # members of the predicted front evaluated where there is no budget to fill
+GENERATIONS = 50  # of NSGA-III
+FILLING = 12  # rounds of filling the gaps that it leaves
+LARGEST = 1000  # coefficients a surrogate may have
+OPTIMISER = 2_654_435_769  # spawn key of the optimiser's generator, with the number of its first trial
+
+
+class MapSearch:
+    """Plain MAP: a design, surrogates, their front, and the members of that front that are evaluated.
+
+    Failed points of the design are left out; only when fewer than (D+1)(D+2)/2 are left are they replaced, by points
+    drawn evenly. Members are taken in an order that stays well spread wherever it is cut, so a larger budget goes
+    on where a smaller one stopped.
+
+    Args:
+        box: Where coefficients lie.
+        goals: The objectives, two at least.
+        seed: The recipe's seed.
+        design: ``mixed``, ``sobol``, ``grid`` or ``random``; see ``search.designs``.
+        samples: Points of the design; None means (D+1)(D+2), twice what determines a quadratic.
+        links: ``auto``, one of ``sigmoid``, ``softplus`` and ``identity``, or one of these four by objective.
+            ``auto`` is sigmoid for maximised scores within [0, 1], softplus for minimised ones of at least 0.
+        evaluations: The budget, which must leave room beyond the design; None means none.
+        front: Members of the predicted front to evaluate; None means what is left of the budget, or 20 without.
+        margin: How far beyond the sampled points coefficients may be predicted, in shares of their extent; never
+            outside the box.
+        caution: Standard errors taken off each predicted score before fronts are compared.
+        generations: Of NSGA-III.
+        filling: Rounds that fill the gaps in NSGA-III's front; with none, predicted hypervolumes are percents short.
+        seeds: (J, K) coefficients of the models themselves, for the mixed design; None means one-hot vectors.
+
+    Raises:
+        InputError: One objective only, too many variables, or too few samples or evaluations.
+    """
+
+    def __init__(
+        self,
+        box: CoefficientBox,
+        goals: Sequence[Goal],
+        seed: int,
+        design: DesignName = "mixed",
+        samples: int | None = None,
+        links: Links = "auto",
+        evaluations: int | None = None,
+        front: int | None = None,
+        margin: float = 0.1,
+        caution: float = 0.0,
+        generations: int = GENERATIONS,
+        filling: int = FILLING,
+        seeds: Floats | None = None,
+    ) -> None:
+        self.box, self.goals, self.seed = box, tuple(goals), seed
+        self.samples = enough_samples(box, goals, samples, evaluations)
+        self.links, self.margin, self.caution = checked_links(links, goals), margin, caution
+        self.generations, self.filling = generations, filling
+        rest = None if evaluations is None else evaluations - self.samples
+        self.front = (FRONT if rest is None else rest) if front is None else front
+        self._design = _planned(design, self.samples, box, seed, seeds)
+        self._points: list[Floats] = []  # by trial number
+        self._scores: dict[int, Floats | None] = {}  # (M,) as measured, by trial number; None is a failure
+        self._measured = -1  # trials that the surrogates are fitted to; -1 before
+        self._chosen: Floats | None = None  # (F, D) members of the predicted front to evaluate
+        self._model: Surrogates | None = None
+
+    @property
+    def done(self) -> bool:
+        """True when the chosen part of the predicted front has been evaluated."""
+        return self._chosen is not None and len(self._scores) == self._measured + len(self._chosen)
+
+    def ask(self, n: int) -> list[Trial]:
+        """Up to ``n`` points of the design, then of the predicted front; none while results of a step are missing."""
+        first = len(self._points)
+        points = [point for point, _ in zip(self._next(), range(n), strict=False)]
+        self._points += points
+        return [Trial(first + i, self.box.genome(point)) for i, point in enumerate(points)]
+
+    def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
+        """Note the scores."""
+        scores = np.array([evaluation.scores[goal.name] for goal in self.goals]) if evaluation.ok else None
+        self._scores[trial.number] = scores
+
+    def state(self) -> dict[str, Any]:
+        """Points, scores and the chosen front; surrogates follow from them."""
+        return {
+            "points": [point.copy() for point in self._points],
+            "scores": {number: None if s is None else s.copy() for number, s in self._scores.items()},
+            "measured": self._measured,
+            "chosen": None if self._chosen is None else self._chosen.copy(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self._points = [point.copy() for point in state["points"]]
+        self._scores = {number: None if s is None else s.copy() for number, s in state["scores"].items()}
+        self._measured = state["measured"]
+        self._chosen = None if state["chosen"] is None else state["chosen"].copy()
+        self._model = None
+
+    def report(self) -> dict[str, Any]:
+        """The front as predicted and as measured, and how far the surrogates can be trusted; plain values.
+
+        ``members`` have ``number``, and by objective ``predicted``, ``std`` and ``measured`` (None where not); ``gap``
+        has, by objective, the mean of measured minus predicted and the root of its mean square; ``leave_one_out``
+        is each surrogate's error over the design. Scores are as the objectives give them.
+        """
+        design = [number for number in self._scores if self._measured < 0 or number < self._measured]
+        head = {"algorithm": "map", "objectives": [goal.name for goal in self.goals], "design": sorted(design)}
+        if self._chosen is None or not len(self._chosen):
+            return head
+        numbers = range(self._measured, self._measured + len(self._chosen))
+        measured = [self._scores.get(number) for number in numbers]
+        return head | self._surrogates().report(self._chosen, measured, numbers)
+
+    def _next(self) -> Iterator[Floats]:
+        """What may be asked for now, in order."""
+        asked = len(self._points)
+        if asked < self.samples:
+            yield from self._design[asked:]
+        elif self._chosen is not None:
+            yield from self._chosen[asked - self._measured :]
+        elif len(self._scores) == asked:
+            missing = minimum(self.box.size) - sum(scores is not None for scores in self._scores.values())
+            if missing > 0:
+                yield from (self.box.draw(self.seed, asked + i) for i in range(missing))
+            else:
+                self._measured = asked
+                self._chosen = self._choose(asked)
+                yield from self._chosen
+
+    def _surrogates(self) -> Surrogates:
+        if self._model is None:
+            numbers = [n for n in range(self._measured) if self._scores[n] is not None]
+            points = np.array([self._points[n] for n in numbers])
+            values = np.array([self._scores[n] for n in numbers])
+            self._model = Surrogates.fit(points, values, self.goals, self.links)
+        return self._model
+
+    def _choose(self, measured: int) -> Floats:
+        """(F, D) the part of the predicted front to evaluate."""
+        model = self._surrogates()
+        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(measured, OPTIMISER)))
+        low, high = reach(model.points, self.box, self.margin)
+        points, scores = predicted_front(
+            lambda c: model.cautious(c, self.caution), low, high, rng, self.generations, self.filling
+        )
+        return np.asarray(points[spread(scores, self.front)])
+
+
+def _planned(kind: DesignName, count: int, box: CoefficientBox, seed: int, seeds: Floats | None) -> Floats:
+    return design(kind, count, box, seed, seeds)
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+def enough_samples(box: CoefficientBox, goals: Sequence[Goal], samples: int | None, evaluations: int | None) -> int:
+    """The number of samples, by default twice the fewest.
+
+    Raises:
+        InputError: One objective only, too many variables, or too few samples or evaluations.
+    """
+    if len(goals) < 2:
+        raise InputError(
+            f"search.algorithm: MAP trades two or more objectives off, found {len(goals)}.",
+            "Use cma_es, or optuna with sampler tpe or gp, for a single objective, or add a second one.",
+        )
+    fewest = few_enough(box)
+    count = 2 * fewest if samples is None else samples
+    if count < fewest:
+        raise InputError(
+            f"search.samples: expected at least {fewest}, the coefficients of a quadratic in {box.size} variables, "
+            f"found {count}.",
+            f"Use {2 * fewest} or more; the error of the surrogates is then known too.",
+        )
+    if evaluations is not None and evaluations <= count:
+        raise InputError(
+            f"budget.evaluations: expected more than the {count} samples of the design, found {evaluations}.",
+            f"Raise the budget, or lower search.samples to no less than {fewest}: members of the predicted front "
+            "are evaluated with what is left.",
+        )
+    return count
+
+
+def few_enough(box: CoefficientBox) -> int:
+    """(D+1)(D+2)/2.
+
+    Raises:
+        InputError: More than 1000, so that a quadratic would take thousands of merges to fit.
+    """
+    fewest = minimum(box.size)
+    if fewest > LARGEST:
+        raise InputError(
+            f"search.algorithm: a quadratic surrogate in {box.size} variables ({box.segments} segments x "
+            f"{box.sources} sources) has {fewest} coefficients and needs at least as many merges; at most {LARGEST} "
+            "are allowed.",
+            "Use granularity: model, or granularity: groups with few groups, or an algorithm that scales to many "
+            "variables: nsga2, cma_es or sep_cma_es.",
+        )
+    return fewest
+
+
+def checked_links(links: Links, goals: Sequence[Goal]) -> dict[str, str]:
+    """The name of each objective's link, ``auto`` where it is left to the scores.
+
+    Raises:
+        InputError: An unknown link or objective.
+    """
+    known = ("auto", *LINKS)
+    names = [goal.name for goal in goals]
+    by_goal = dict.fromkeys(names, links) if isinstance(links, str) else {**dict.fromkeys(names, "auto"), **links}
+    for name, link in by_goal.items():
+        if name not in names:
+            raise InputError(f"search.links: there is no objective {name!r}.", nearest(name, names))
+        if link not in known:
+            raise InputError(f"search.links: there is no link {link!r}.", nearest(link, known))
+    return by_goal
+
+
+# -- surrogates of all objectives ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogates:
+    """One quadratic an objective.
+
+    Args:
+        points: (N, D) the points they were fitted to.
+        goals: The M objectives.
+        models: M surrogates of the scores as the objectives give them.
+    """
+
+    points: Floats
+    goals: tuple[Goal, ...]
+    models: tuple[Quadratic, ...]
+
+    @classmethod
+    def fit(cls, points: Floats, values: Floats, goals: Sequence[Goal], links: Mapping[str, str]) -> Surrogates:
+        """Fit (N, M) ``values`` at (N, D) ``points``.
+
+        Raises:
+            SearchError: An objective has the same score everywhere.
+        """
+        models = []
+        for goal, column in zip(goals, values.T, strict=True):
+            must_vary(column, goal.name)
+            wanted = links[goal.name]
+            link = Link.suited(column, goal.direction) if wanted == "auto" else Link(wanted)  # type: ignore[arg-type]
+            with threadpool_limits(1, user_api="blas"):  # the same bits however many cores there are
+                models.append(Quadratic.fit(points, column, link))
+        return cls(points, tuple(goals), tuple(models))
+
+    def predict(self, points: Floats) -> Floats:
+        """(N, M) scores as the objectives would give them."""
+        return np.stack([model.predict(points) for model in self.models], axis=1)
+
+    def std(self, points: Floats) -> Floats:
+        """(N, M) standard errors of ``predict``."""
+        return np.stack([model.std(points) for model in self.models], axis=1)
+
+    def cautious(self, points: Floats, caution: float = 0.0) -> Floats:
+        """(N, M) oriented predictions, less ``caution`` standard errors."""
+        scores = self.predict(points) * np.array([goal.sign for goal in self.goals])
+        return np.asarray(scores - caution * self.std(points) if caution else scores)
+
+    def report(self, points: Floats, measured: Sequence[Floats | None], numbers: Sequence[int]) -> dict[str, Any]:
+        """What was predicted at (F, D) ``points`` beside what was measured there, and the errors of the models."""
+        names = [goal.name for goal in self.goals]
+        predicted, errors = self.predict(points), self.std(points)
+        members = [
+            {
+                "number": number,
+                "predicted": _named(names, predicted[i]),
+                "std": _named(names, errors[i]),
+                "measured": None if measured[i] is None else _named(names, measured[i]),
+            }
+            for i, number in enumerate(numbers)
+        ]
+        told = [i for i, scores in enumerate(measured) if scores is not None]
+        gaps = np.array([measured[i] - predicted[i] for i in told]).reshape(len(told), len(names))
+        return {
+            "links": {name: model.link.name for name, model in zip(names, self.models, strict=True)},
+            "leave_one_out": {
+                name: _known(model.leave_one_out) for name, model in zip(names, self.models, strict=True)
+            },
+            "ridge": {name: model.ridge for name, model in zip(names, self.models, strict=True)},
+            "members": members,
+            "gap": {name: _gap(gaps[:, j]) for j, name in enumerate(names)},
+        }
+
+
+def _named(names: Sequence[str], row: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(names, row, strict=True)}
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _gap(differences: Floats) -> dict[str, float | None]:
+    if not len(differences):
+        return {"mean": None, "rms": None}
+    return {"mean": float(differences.mean()), "rms": float(np.sqrt(np.mean(differences**2)))}
+
+
+# -- the front of the surrogates -----------------------------------------------------------------------------
+
+SAMPLES = 4096  # Sobol points that show where the front lies
+DIRECTIONS = 140  # the most reference directions
+CHILDREN = 8000  # a round of filling gaps
+CROWDED = 5  # objectives beyond which nearly everything is on the front, and gaps are left
+
+
+def reach(points: Floats, box: CoefficientBox, margin: float) -> tuple[Floats, Floats]:
+    """(D,) lowest and (D,) highest coefficients: those of ``points`` and a margin, in the box."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    room = margin * (high - low)
+    return box.clip(low - room), box.clip(high + room)
+
+
+def predicted_front(
+    predict: Predict,
+    low: Floats,
+    high: Floats,
+    rng: np.random.Generator,
+    generations: int = GENERATIONS,
+    filling: int = FILLING,
+) -> tuple[Floats, Floats]:
+    """The front of a cheap function: NSGA-III from a Sobol sample, then its gaps filled.
+
+    All points that NSGA-III ever tried compete, not its last population alone, which has one a direction.
+
+    Args:
+        predict: (N, D) points to (N, M) scores, larger is better.
+        low: (D,) lowest coefficients.
+        high: (D,) highest coefficients.
+        rng: All randomness comes from it.
+        generations: Of NSGA-III.
+        filling: Rounds of filling gaps; none beyond five objectives, where nearly everything is on the front.
+
+    Returns:
+        (F, D) points and their (F, M) scores, none of which dominates another.
+    """
+    with threadpool_limits(1, user_api="blas"):
+        start = low + (high - low) * sobol(SAMPLES, len(low), rng)
+        points, scores = _kept(start, predict(start))
+        if scores.shape[1] > 1:
+            bred = _nsga3(predict, low, high, _first(points, scores, start), rng, generations)
+            points, scores = _kept(np.vstack([points, bred]), np.vstack([scores, predict(bred)]))
+        for _ in range(filling if 1 < scores.shape[1] <= CROWDED else 0):
+            children = _between(points, scores, low, high, rng)
+            points, scores = _kept(np.vstack([points, children]), np.vstack([scores, predict(children)]))
+    return points, scores
+
+
+def spread(scores: Floats, count: int) -> Integers:
+    """Positions of up to ``count`` well-spread rows of (N, M) ``scores``, in an order that may be cut anywhere.
+
+    The best of each objective, then always the row farthest from those taken, in ranges of the scores.
+    """
+    extent = np.ptp(scores, axis=0)
+    scaled = (scores - scores.min(axis=0)) / np.where(extent > 0, extent, 1.0)
+    # of several rows that are best in one objective, the one that is best in the others
+    ends = [int(np.argmax(scaled[:, j] + 1e-6 * scaled.mean(axis=1))) for j in range(scaled.shape[1])]
+    order: list[int] = []
+    away = np.full(len(scaled), np.inf)
+    while len(order) < min(count, len(scaled)):
+        waiting = [end for end in ends if away[end] > 1e-9]
+        new = waiting[0] if waiting else int(np.argmax(away))
+        if away[new] <= 1e-9:
+            break
+        order.append(new)
+        away = np.minimum(away, np.linalg.norm(scaled - scaled[new], axis=1))
+    return np.array(order, np.int64)
+
+
+def _kept(points: Floats, scores: Floats) -> tuple[Floats, Floats]:
+    keep = non_dominated(scores)
+    return points[keep], scores[keep]
+
+
+def directions(objectives: int) -> Floats:
+    """(R, M) reference directions of Das and Dennis 1998, as many as fit into 140."""
+    from pymoo.util.ref_dirs import get_reference_directions
+
+    parts = 1
+    while comb(parts + objectives, objectives - 1) <= DIRECTIONS:
+        parts += 1
+    return np.asarray(get_reference_directions("das-dennis", objectives, n_partitions=parts))
+
+
+def _first(points: Floats, scores: Floats, sample: Floats) -> Floats:
+    """The first population: spread members of the sample's front, filled up with the sample."""
+    size = len(directions(scores.shape[1]))
+    chosen = points[spread(scores, size)]
+    return np.vstack([chosen, sample[: size - len(chosen)]])
+
+
+def _nsga3(
+    predict: Predict, low: Floats, high: Floats, first: Floats, rng: np.random.Generator, generations: int
+) -> Floats:
+    """Every point that NSGA-III tries, from the population ``first`` (R, D)."""
+    from pymoo.algorithms.moo.nsga3 import NSGA3
+    from pymoo.core.problem import Problem
+    from pymoo.problems.static import StaticProblem
+
+    objectives = predict(first[:1]).shape[1]
+    problem = Problem(n_var=len(low), n_obj=objectives, xl=low, xu=high)
+    algorithm = NSGA3(directions(objectives), pop_size=len(first), sampling=first)
+    algorithm.setup(problem, termination=("n_gen", generations), seed=int(rng.integers(2**31)), verbose=False)
+    tried = []
+    while algorithm.has_next():
+        population = algorithm.ask()
+        points = np.asarray(population.get("X"), np.float64)
+        algorithm.evaluator.eval(StaticProblem(problem, F=-predict(points)), population)
+        algorithm.tell(infills=population)
+        tried.append(points)
+    return np.vstack(tried)
+
+
+def _between(points: Floats, scores: Floats, low: Floats, high: Floats, rng: np.random.Generator) -> Floats:
+    """(CHILDREN, D) points between and around neighbours on the front, most of them where it is sparse."""
+    count, objectives = scores.shape
+    if count < 3:
+        near = points[rng.integers(count, size=CHILDREN)]
+        return np.clip(near + 0.02 * (high - low) * rng.normal(size=near.shape), low, high)
+    extent = np.ptp(scores, axis=0)
+    scaled = scores / np.where(extent > 0, extent, 1.0)
+    distances, neighbours = KDTree(scaled).query(scaled, k=min(count, objectives + 1))
+    weights = (distances[:, -1] + 1e-12) ** (objectives - 1)
+    parents = rng.choice(count, CHILDREN, p=weights / weights.sum())
+    around = points[neighbours[parents]] - points[parents][:, None]  # (CHILDREN, neighbours, D)
+    step = around[np.arange(CHILDREN), rng.integers(1, around.shape[1], size=CHILDREN)]
+    noise = rng.choice([0.0, 0.1, 0.5, 1.0], size=(CHILDREN, 1)) * rng.normal(size=step.shape)
+    moved = points[parents] + rng.uniform(-1, 1, (CHILDREN, 1)) * step + noise * np.abs(around).max(axis=1)
+    return np.asarray(np.clip(moved, low, high))
