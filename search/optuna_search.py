@@ -62,19 +62,20 @@ class OptunaSearch:
     TPE and GP take the trials in flight into account. CMA-ES optimises one number, the mean of the objectives'
     scores (as ``search.cma_es`` does), all others see every objective. Failed trials are told as failed.
 
-    A proposal takes the time that Optuna takes, and takes it again when a search is resumed. Measured in
-    milliseconds on one thread, two objectives, after 100 and 1000 trials:
+    A proposal takes Optuna's time, and takes it again when a search is resumed. CPU milliseconds on one thread, two
+    objectives, after 100 and 1000 trials (``benchmarks/proposals.py``):
 
-    ======================  ===============  ===============
-    sampler                 10 coefficients  96 coefficients
-    ======================  ===============  ===============
-    tpe                       8      15        25      130
-    tpe, not multivariate    11      95       130     1000
-    gp (history 200)        600     700         -        -
-    nsga2, nsga3              1       2         8       12
-    cma_es                    1       2         9       15
-    random, qmc               1       1         6        8
-    ======================  ===============  ===============
+    ======================  =====  =====  =====  =====
+    coefficients               10     10     96     96
+    trials                    100   1000    100   1000
+    ======================  =====  =====  =====  =====
+    tpe                         4     14     27     90
+    tpe, not multivariate      12     46    120    460
+    gp                        570    770  refused
+    nsga2, nsga3                1      1      5      6
+    cma_es                      1      1      6      7
+    random, qmc                 1      1      8      8
+    ======================  =====  =====  =====  =====
 
     With GP let ``scoring.in_flight`` exceed ``scoring.batch``: workers then have candidates left to score while the
     next are computed.
@@ -86,7 +87,8 @@ class OptunaSearch:
         sampler: ``tpe``, ``gp``, ``nsga2``, ``nsga3``, ``cma_es``, ``random``, or ``qmc`` (scrambled Sobol points).
         startup: Scored trials, drawn evenly, before the model begins (``tpe``, ``gp``: 10; ``cma_es``: 1).
         multivariate: Model the coefficients jointly (``tpe``: True).
-        constant_liar: Take trials in flight for poor ones, so that proposals differ (``tpe``: True).
+        constant_liar: Take trials in flight for poor ones, so that proposals differ (``tpe``: True). It spreads
+            proposals well without ``multivariate``, little with it.
         population: Trials a generation (``nsga2``, ``nsga3``: 50; ``cma_es``: 4 + floor(3 ln D)).
         separable: Learn a diagonal covariance only (``cma_es``: False).
         history: The most scored trials that the model is fitted to, which bounds the seconds of a proposal: the best
