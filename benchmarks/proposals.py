@@ -1,0 +1,107 @@
+"""How long a proposal takes: what workers would wait for, were nothing proposed ahead.
+
+    OMP_NUM_THREADS=1 python benchmarks/proposals.py                   # every search and sampler, about ten minutes
+    OMP_NUM_THREADS=1 python benchmarks/proposals.py --only tpe gp --coefficients 10 --trials 100
+
+CPU milliseconds a trial on one thread, with two objectives: the median of several batches of ``--batch`` trials, asked
+for when so many have been scored and another batch is in flight. Sampler ``gp`` is left out above its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from populations.errors import InputError
+from populations.trial import Evaluation, Goal, Outcome, Trial
+from search.coefficients import CoefficientBox
+from search.nsga import Nsga
+from search.optuna_search import OptunaSearch
+from search.protocol import Search
+
+GOALS = (Goal("one"), Goal("two"))
+SEARCHES: dict[str, dict[str, Any]] = {
+    "native nsga2": {"variant": "nsga2"},
+    "native nsga3": {"variant": "nsga3"},
+    "tpe": {"sampler": "tpe"},
+    "tpe, not multivariate": {"sampler": "tpe", "multivariate": False},
+    "gp": {"sampler": "gp"},
+    "nsga2": {"sampler": "nsga2"},
+    "nsga3": {"sampler": "nsga3"},
+    "cma_es": {"sampler": "cma_es"},
+    "random": {"sampler": "random"},
+    "qmc": {"sampler": "qmc"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=Path(__file__).name)
+    parser.add_argument("--only", nargs="*", choices=SEARCHES, default=list(SEARCHES))
+    parser.add_argument("--coefficients", nargs="*", type=int, default=[10, 96])
+    parser.add_argument("--trials", nargs="*", type=int, default=[100, 1000])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    print(f"{'search':24}{'D':>6}{'trials':>8}{'ms a proposal':>16}")
+    with threadpool_limits(limits=1):
+        for name in arguments.only:
+            for coefficients in arguments.coefficients:
+                for trials in arguments.trials:
+                    row = measured(name, coefficients, trials, arguments.batch, arguments.repeats)
+                    text = "refused" if row is None else f"{1000 * row:.1f}"
+                    print(f"{name:24}{coefficients:>6}{trials:>8}{text:>16}", flush=True)
+
+
+def measured(name: str, coefficients: int, trials: int, batch: int, repeats: int) -> float | None:
+    """CPU seconds a proposal; None when the search refuses so many coefficients."""
+    try:
+        search, flying = prepared(name, CoefficientBox(np.array([0, 1]), coefficients), trials)
+    except InputError:
+        return None
+    flying += search.ask(batch)
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        asked = search.ask(batch)
+        seconds.append((time.process_time() - start) / len(asked))
+        for trial in flying:
+            tell(search, trial)
+        flying = asked
+    return statistics.median(seconds)
+
+
+def prepared(name: str, box: CoefficientBox, trials: int) -> tuple[Search, list[Trial]]:
+    """A search that has been told so many trials."""
+    settings = SEARCHES[name]
+    search: Any = Nsga(box, GOALS, 0, **settings) if "variant" in settings else OptunaSearch(box, GOALS, 0, **settings)
+    if settings.get("sampler") in ("tpe", "gp"):  # they know only points and scores: spare the time to propose these
+        points = np.random.default_rng(0).random((trials, box.size))
+        records = [
+            {"state": "COMPLETE", "point": point.tolist(), "values": list(scores(point)), "notes": {}}
+            for point in points
+        ]
+        search.restore({"next": trials, "trials": records, "notes": {}})
+        return search, []
+    for _ in range(trials):
+        tell(search, search.ask(1)[0])
+    return search, []
+
+
+def scores(point: np.ndarray) -> tuple[float, float]:
+    """Two that disagree on where the optimum is."""
+    return -float(((point - 0.3) ** 2).sum()), -float(((point - 0.6) ** 2).sum())
+
+
+def tell(search: Search, trial: Trial) -> None:
+    one, two = scores(trial.genome.coefficients.ravel())
+    search.tell(trial, Evaluation({"one": one, "two": two}), Outcome(accepted=True))
+
+
+if __name__ == "__main__":
+    main()
