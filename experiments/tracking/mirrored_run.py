@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.tracking import colours
 from experiments.tracking.artifacts import write_artifacts
 from experiments.tracking.front_metrics import MetricRow, front_metrics
 from experiments.tracking.images import front_image, is_due
@@ -33,6 +34,7 @@ _STATUS = {
     "killed": "KILLED",
 }
 _CURRENT = "ecotone.current"  # a run's: "false" when its search went on, in another one
+_COLOUR = "ecotone.colour"  # that we gave
 _PICTURED = "ecotone.pictured"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages for training, not for chats
 
@@ -63,6 +65,7 @@ class MirroredRun:
         self.board = Scoreboard(self.target.goals, self._stride(), self.target.created)
         self._after = -1
         self._describe(run.data.params)
+        self._colour()
 
     def advance(self, journal: Journal, state: str) -> bool:
         """Log what is new; True when the search has ended and all of it is logged."""
@@ -128,6 +131,17 @@ class MirroredRun:
         self._tag({_CURRENT: "false", VIEW_TAG: "superseded"})
         self._use(self._created())
 
+    def _colour(self) -> None:
+        """A colour that no other search in the view has, unless the user chose one."""
+        if self.tags.get(colours.TAG) != self.tags.get(_COLOUR):
+            return
+        shown = self.client.search_runs([self.experiment_id], f"tags.`{VIEW_TAG}` = '{self.tags[VIEW_TAG]}'")
+        mine = (self.tags.get(colours.TAG), self.run_id)
+        taken = [(run.data.tags.get(colours.TAG), run.info.run_id) for run in shown if run.info.run_id != self.run_id]
+        if mine[0] is None or any(colour == mine[0] and run_id < mine[1] for colour, run_id in taken):
+            colour = colours.free_colour(found for found, _ in taken if found)
+            self._tag({colours.TAG: colour, _COLOUR: colour})
+
     def _show_fronts(self) -> None:
         """Write the experiment's view of these objectives if it is missing."""
         tag = view_tag(self.target.goals)
@@ -185,6 +199,7 @@ class MirroredRun:
         if state == "finished":
             self._tag({"ecotone.front": summary.front_mark})
             self._log_picture()
+        self._colour()  # again: searches that began at the same time did not see each other
         self._set_status(state, _last_written(journal.path))
         reasons = {f"ecotone.{key}": journal.fact(key) or "" for key in ("stop_reason", "error")}
         self._tag({key: reason for key, reason in reasons.items() if reason or key in self.tags})
@@ -208,7 +223,8 @@ class MirroredRun:
             return
         signs = np.array([goal.sign for goal in self.target.goals])
         title = f"{self.target.name}: front after {step} evaluations"
-        image = front_image(self.target.goals, np.array(self.board.recent), points * signs, title)
+        colour = self.tags.get(_COLOUR, colours.PALETTE[0])
+        image = front_image(self.target.goals, np.array(self.board.recent), points * signs, title, colour)
         time_of = round(self.board.time * 1000)
         self.client.log_image(self.run_id, image, key=PICTURE, step=step, timestamp=time_of, synchronous=True)
         self._tag({_PICTURED: str(step)})

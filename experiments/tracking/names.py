@@ -27,10 +27,10 @@ def metric_names(objectives: Sequence[str]) -> dict[str, str]:
 
 
 def pair_metrics(group: str, first: str, second: str, objectives: Sequence[str]) -> tuple[str, str]:
-    """The metrics that hold a front in two of the ``objectives``, of one step a member.
+    """The metrics, of one step a member, that hold a front in two of the ``objectives``: x-axis and y-axis.
 
     Of two objectives in all they are those of the front itself, ``front/a`` and ``front/b``; of more they are metrics
-    of the members that no other member dominates in these two, ``front_pairs/a and b/a`` and ``front_pairs/a and b/b``.
+    of the members that no other member dominates in these two, ``front_pairs/a under b`` and ``front_pairs/b over a``.
 
     Args:
         group: ``front`` or ``front_held_out``.
@@ -42,10 +42,11 @@ def pair_metrics(group: str, first: str, second: str, objectives: Sequence[str])
     x, y = names[first], names[second]
     if len(objectives) == 2:
         return f"{group}/{x}", f"{group}/{y}"
-    pair = f"{group}_pairs/{x} and {y}"
-    if len(pair) + max(len(x), len(y)) >= _LONGEST:
-        pair = f"{group}_pairs/{objectives.index(first) + 1} and {objectives.index(second) + 1}"
-    return f"{pair}/{x}", f"{pair}/{y}"
+    pair = (f"{group}_pairs/{x} under {y}", f"{group}_pairs/{y} over {x}")
+    if max(map(len, pair)) > _LONGEST:
+        which = f"{objectives.index(first) + 1}-{objectives.index(second) + 1}"
+        pair = (f"{group}_pairs/{which}/{x}", f"{group}_pairs/{which}/{y}")
+    return pair
 
 
 def distinct(names: Mapping[str, str]) -> dict[str, str]:

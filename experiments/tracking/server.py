@@ -73,12 +73,12 @@ def serve(
         _show(pages, open_browser, say)
         return
     require_mlflow()
-    chosen = _free_port(port)
+    chosen = free_port(port)
     with _terminable():
         say("Starting MLflow, which takes some seconds ...")
         process = serving(_store(directory, known), directory, chosen)
         try:
-            _await_answer(process, chosen)
+            await_answer(process, chosen)
             _show(_pages(f"http://127.0.0.1:{chosen}", directory, known), open_browser, say)
             say("Ctrl-C stops the server.")
             process.wait()
@@ -107,7 +107,12 @@ def _show(pages: Pages, open_browser: bool, say: Callable[[str], object]) -> Non
         webbrowser.open(pages.view)
 
 
-def _free_port(port: int) -> int:
+def free_port(port: int) -> int:
+    """``port`` itself if nobody listens there; a free one for 0.
+
+    Raises:
+        TrackingError: It is in use.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -155,7 +160,12 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _await_answer(process: subprocess.Popen[bytes], port: int, seconds: float = 180.0) -> None:
+def await_answer(process: subprocess.Popen[bytes], port: int, seconds: float = 180.0) -> None:
+    """Return when the server answers.
+
+    Raises:
+        TrackingError: It has ended, or does not answer in time.
+    """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end = time.monotonic() + seconds
     while time.monotonic() < end:

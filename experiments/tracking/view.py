@@ -13,9 +13,10 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import combinations, islice
+from itertools import combinations, islice, zip_longest
 from typing import Any
 
+from experiments.tracking.images import FIRST
 from experiments.tracking.names import (
     FRONT,
     HELD_OUT_FRONT,
@@ -31,6 +32,7 @@ EDITION = 1  # raised when the charts change, so that views written before are w
 RUNS = 100  # that a chart shows at most
 LONGEST = 5000  # characters of an experiment's tag
 PAIRS = (28, 15, 6, 3, 1)  # of objectives that have a chart, at most: the first that make a tag which is not too long
+_WIDE = "Fronts after so many evaluations"
 _PREFIX = "mlflow.sharedViewState."
 
 Names = Sequence[str]
@@ -99,7 +101,7 @@ def _groups(present: str | None) -> list[list[str]] | None:
 
 def _state(key: str, names: Names, held_out: Sequence[Names], pairs: int) -> dict[str, Any]:
     """What MLflow's page of runs remembers: which runs, and which charts in which sections."""
-    charts = list(_charts(names, held_out, pairs))
+    charts = list({chart["uuid"]: chart for chart in _charts(names, held_out, pairs)}.values())
     sections = dict.fromkeys(chart["metricSectionId"] for chart in charts)
     return {
         "searchFilter": f"tags.`{VIEW_TAG}` = '{key}'",
@@ -133,21 +135,19 @@ def _state(key: str, names: Names, held_out: Sequence[Names], pairs: int) -> dic
 def _charts(names: Names, held_out: Sequence[Names], pairs: int) -> Iterator[dict[str, Any]]:
     metrics = metric_names(names)
     if len(names) > 1:
-        section = "Fronts on search data"
-        for x, y in islice(combinations(names, 2), pairs):
-            yield _front_chart(section, *pair_metrics(FRONT, x, y, names))
+        section = "Fronts"
+        fronts = [pair_metrics(FRONT, x, y, names) for x, y in islice(combinations(names, 2), pairs)]
+        groups = [
+            [pair_metrics(HELD_OUT_FRONT, x, y, group) for x, y in islice(combinations(group, 2), pairs)]
+            for group in held_out
+        ]
+        for row in zip_longest(fronts, *groups):  # side by side: on search data, on held-out data
+            yield from (_front_chart(section, *pair) for pair in row if pair is not None)
         yield _line_chart(section, HYPERVOLUME)
-        seen = set()
-        for group in held_out:
-            for x, y in islice(combinations(group, 2), pairs):
-                pair = pair_metrics(HELD_OUT_FRONT, x, y, group)
-                if pair not in seen:
-                    yield _front_chart("Their members on held-out data", *pair)
-                seen.add(pair)
-        yield _image_chart("Fronts over evaluations")
+        yield _line_chart(section, "best/mean")
+        yield _image_chart(_WIDE)
     for name in names:
         yield _line_chart("Best so far", f"best/{metrics[name]}")
-    yield _line_chart("Best so far", "best/mean")
 
 
 def _section(name: str) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _section(name: str) -> dict[str, Any]:
         "isReordered": True,
         "deleted": False,
         "isGenerated": False,
-        "columns": 2,
+        "columns": 1 if name == _WIDE else 2,
         "cardHeight": 400,
     }
 
@@ -201,4 +201,4 @@ def _front_chart(section: str, x: str, y: str) -> dict[str, Any]:
 
 
 def _image_chart(section: str) -> dict[str, Any]:
-    return {**_chart("IMAGE", section, PICTURE), "imageKeys": [PICTURE], "step": 0}
+    return {**_chart("IMAGE", section, PICTURE), "imageKeys": [PICTURE], "step": FIRST}
