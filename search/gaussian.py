@@ -15,6 +15,7 @@ of N examples solved has a variance of ``y (1 - y) / N``, which the link stretch
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -260,25 +261,33 @@ def log_evidence(
 
 def _climb(inputs: Inputs, values: Floats, weights: Floats, prior: Prior, start: Floats, steps: int) -> Floats:
     """Hyperparameters of high posterior density, within five deviations of the prior's mean."""
-    best: list[tuple[float, Floats]] = []
+    best, seen = (-np.inf, start), 0
 
     def downhill(logs: Floats) -> tuple[float, Floats]:
+        nonlocal best, seen
+        if seen == steps:
+            raise _SpentError
+        seen += 1
         value, gradient = log_evidence(inputs, values, weights, logs, prior)
-        if not best or value > best[0][0]:
-            best[:] = [(value, logs.copy())]
+        if value > best[0]:
+            best = (value, logs.copy())
         return (-value, -gradient) if np.isfinite(value) else (1e10, np.zeros_like(logs))
 
     reach = 5.0 * prior.deviation
-    bounds = np.stack([prior.mean - reach, prior.mean + reach], axis=1)
-    minimize(
-        downhill,
-        np.clip(start, *bounds.T),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=bounds,
-        options={"maxfun": steps, "maxiter": steps},
-    )
-    return best[0][1]
+    begin = np.clip(start, prior.mean - reach, prior.mean + reach)
+    with suppress(_SpentError):  # the library looks at its own limits only between line searches
+        minimize(
+            downhill,
+            begin,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=np.stack([prior.mean - reach, prior.mean + reach], axis=1),
+        )
+    return best[1]
+
+
+class _SpentError(Exception):
+    """The likelihood has been evaluated as often as it may be."""
 
 
 def _inverse(root: Floats) -> Floats:
