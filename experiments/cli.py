@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from experiments.recipe import Recipe
     from experiments.report import ProgressLine
     from experiments.runs import Run
+    from experiments.tracking.registry import Registrar
 
 app = typer.Typer(
     name="ecotone",
@@ -206,16 +207,28 @@ def export(
         str | None, typer.Option(help="The number of a trial, as `front` lists them, or 'best', the default.")
     ] = None,
     preference: PreferenceOption = None,
+    register: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also make it a version of this model in MLflow's registry.")
+    ] = None,
+    alias: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --register: an alias of that version, e.g. champion.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a member's weights as a checkpoint, with a model card and the record that `verify` needs."""
     found = _run(run)
     trial = found.trial(_wanted_member(found, member, preference))
+    registrar = _registrar(found, register, alias)
     path = found.export(trial.number, to)
+    version = registrar.register(path) if registrar else None
     if as_json:
-        _print_json({"member": trial.number, "path": str(path)})
-    else:
-        typer.echo(f"Member {trial.number} is in {path}. Check it with: ecotone verify {path}")
+        registered = {} if version is None else {"registered": vars(version)}
+        _print_json({"member": trial.number, "path": str(path), **registered})
+        return
+    typer.echo(f"Member {trial.number} is in {path}. Check it with: ecotone verify {path}")
+    if version is not None:
+        where = "" if version.uploaded else f" Its weights are too large to upload and stay in {path}."
+        typer.echo(f"MLflow has it as {version.uri}, version {version.version} of {version.name}.{where}")
 
 
 @app.command()
@@ -381,6 +394,17 @@ def _wanted_member(run: Run, member: str | None, preference: str | None) -> int 
     from experiments.preferences import choose_member
 
     return choose_member(run, preference).member.id
+
+
+def _registrar(run: Run, name: str | None, alias: str | None) -> Registrar | None:
+    """What registers an export, if the user wants that; it has checked that MLflow is there."""
+    if name is None and alias is None:
+        return None
+    if name is None:
+        raise InputError("--alias: it names a version of a registered model.", "Give --register NAME too.")
+    from experiments.tracking.registry import Registrar
+
+    return Registrar(run.directory, name, alias)
 
 
 def _run(named: str) -> Run:

@@ -26,7 +26,7 @@ another (X-axis: Metric) shows the fronts of several searches in one picture; a 
 of objectives, is saved with the experiment, and `ecotone ui` opens it. With more than two objectives each pair has
 metrics of its own (``front_pairs/...``): the members that none dominates in these two.
 
-Images ``front`` show the front after 15, 30, 60, 120, ... evaluations and at the end. Artifacts: the recipe,
+Images ``front`` show the front after 15, 30, 60, 120, ... evaluations and at the end. Artifacts: a report, the recipe,
 the environment, the front as a table, its genomes, and all candidates.
 
 An MLflow run holds one search to its end. A search that goes on after it, with a larger budget, is written anew into

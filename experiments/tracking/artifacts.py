@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.tracking.notes import say
 from experiments.tracking.summary import Summary
 from experiments.tracking.target import Target
 from populations.errors import JournalError
@@ -24,6 +25,7 @@ def write_artifacts(folder: Path, journal: Journal, target: Target, summary: Sum
       steps of ``front/<objective>``.
     - ``genomes.json``: the front's genomes and those of the merges to compare with.
     - ``candidates.csv``: every candidate that was evaluated.
+    - ``report.html``: what `ecotone compare --html` writes of a finished search with several objectives.
     """
     _write_json(folder / "front.json", summary.table)
     _write_csv(folder / "front.csv", summary.table["columns"], summary.table["data"])
@@ -33,6 +35,19 @@ def write_artifacts(folder: Path, journal: Journal, target: Target, summary: Sum
     recipe = journal.path.parent / "recipe.yaml"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "recipe.yaml")
+    if journal.fact("state") == "finished" and len(target.goals) > 1 and summary.front:
+        _write_report(journal.path.parent, folder / "report.html")
+
+
+def _write_report(directory: Path, path: Path) -> None:
+    from experiments.compare import compare
+    from experiments.pages import write
+    from experiments.runs import Run
+
+    try:
+        write(compare([Run(directory)]), path)
+    except Exception as error:  # all else is worth having without it
+        say(f"no report: {type(error).__name__}: {error}")
 
 
 def _genomes(journal: Journal, target: Target, front: Sequence[Row]) -> dict[str, Any]:
