@@ -71,6 +71,7 @@ class BayesianMap:
         tolerance: Relative growth of the hypervolume.
         paths: Functions drawn of each model.
         candidates: Points among which a proposal begins to look.
+        seeds: (J, K) coefficients of the models themselves, for the design; None means one-hot vectors.
 
     Raises:
         InputError: One objective only, too many coefficients, or a setting outside its range.
@@ -89,6 +90,7 @@ class BayesianMap:
         tolerance: float = 1e-3,
         paths: int = 64,
         candidates: int = 512,
+        seeds: Floats | None = None,
     ) -> None:
         self.box = box
         self.goals = tuple(goals)
@@ -102,7 +104,7 @@ class BayesianMap:
         self.paths = paths
         self.candidates = candidates
         self._check()
-        self._opening = opening(box, self.design, seed)
+        self._opening = opening(box, self.design, seed, seeds)
         self._next = 0
         self._flying: dict[int, Floats] = {}  # by trial number
         self._points: list[Floats] = []  # told, in the order they were
@@ -261,8 +263,9 @@ class BayesianMap:
 
     # -- what is known -----------------------------------------------------------------------------------
 
-    def _known(self, most: int = REMEMBERED) -> Known:
-        """What was told; of more than ``most`` evaluations those of the best ranks, the latest of equal ones."""
+    def _known(self, most: int | None = None) -> Known:
+        """What was told; of more than ``most`` evaluations, or ``REMEMBERED``, those of the best ranks."""
+        most = most or REMEMBERED
         raw = np.array(self._scores).reshape(-1, len(self.goals))
         failed = np.isnan(raw).any(axis=1)
         signs = np.array([goal.sign for goal in self.goals])
@@ -471,11 +474,11 @@ class Bins:
         return total
 
 
-def opening(box: CoefficientBox, count: int, seed: int) -> Floats:
+def opening(box: CoefficientBox, count: int, seed: int, seeds: Floats | None = None) -> Floats:
     """(count, D) points to begin with: each model alone, two levels of all models alike, and a Sobol sequence."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, 1)))
     width = box.high - box.low
-    models = np.tile(np.eye(box.sources), (1, box.segments))
+    models = np.tile(np.eye(box.sources) if seeds is None else np.atleast_2d(seeds), (1, box.segments))
     alike = box.low + width * np.array([[1.0], [2.0]]) / 3.0 * np.ones(box.size)
     first = box.clip(np.concatenate([models, alike]))[: max(count - 1, 1)]
     rest = box.low + width * sobol(max(count - len(first), 0), box.size, rng)

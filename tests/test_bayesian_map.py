@@ -1,0 +1,375 @@
+"""Bayesian MAP: known fronts, what it does with failures and pending points, its limits, its parts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import search.bayesian_map as bayesian_map
+from populations.errors import InputError, SearchError
+from populations.fronts import hypervolume
+from populations.genome import Floats
+from populations.trial import Evaluation, Goal, Outcome, Trial
+from search.bayesian_map import BayesianMap, Bins, Known, Volume, angles, coordinates, from_angles, opening
+from search.coefficients import CoefficientBox
+from search.surrogates import Link
+
+Score = Callable[[Floats], Floats]  # (D,) coefficients to (M,) scores
+SMALL = {"paths": 16, "candidates": 128}
+
+
+def box_of(sources: int, low: float = 0.0, high: float = 1.0, segments: int = 1) -> CoefficientBox:
+    return CoefficientBox(np.arange(segments + 1) * 10, sources, low, high)
+
+
+def goals_of(count: int, direction: str = "maximize") -> tuple[Goal, ...]:
+    return tuple(Goal(f"goal-{i}", direction) for i in range(count))  # type: ignore[arg-type]
+
+
+def specialists(point: Floats) -> Floats:
+    """Accuracies that fall with the distance from a corner each, and with the square of what is too much."""
+    size = len(point)
+    targets = 0.2 + 0.6 * np.eye(size)
+    latent = 2.0 - 8.0 * np.sum((point - targets) ** 2, axis=1)
+    return np.asarray(1 / (1 + np.exp(-latent)))
+
+
+def evaluation(search: BayesianMap, scores: Floats) -> Evaluation:
+    return Evaluation({goal.name: float(score) for goal, score in zip(search.goals, scores, strict=True)})
+
+
+def run(search: BayesianMap, score: Score, budget: int, batch: int = 4) -> tuple[Floats, Floats]:
+    """(N, D) points and (N, M) scores."""
+    points: list[Floats] = []
+    scores: list[Floats] = []
+    while len(points) < budget and not search.done:
+        for trial in search.ask(min(batch, budget - len(points))):
+            points.append(trial.genome.coefficients.ravel())
+            scores.append(score(points[-1]))
+            search.tell(trial, evaluation(search, scores[-1]), Outcome(True))
+    return np.array(points), np.array(scores)
+
+
+def dense(score: Score, size: int, side: int) -> Floats:
+    axis = np.linspace(0, 1, side)
+    return np.array([score(np.array(point)) for point in itertools.product(axis, repeat=size)])
+
+
+# -- known fronts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "side", "budget"), [(2, 101, 36), (3, 25, 60)])
+def test_it_finds_the_front_of_quadratics(size: int, side: int, budget: int) -> None:
+    search = BayesianMap(box_of(size), goals_of(size), 0, patience=None, **SMALL)
+    found = hypervolume(run(search, specialists, budget)[1], np.zeros(size))
+    assert found > (0.98 if size == 2 else 0.9) * hypervolume(dense(specialists, size, side), np.zeros(size))
+    rng = np.random.default_rng(0)
+    drawn = np.array([specialists(rng.uniform(0, 1, size)) for _ in range(budget)])
+    assert found > 1.05 * hypervolume(drawn, np.zeros(size))
+
+
+def test_losses_are_minimised() -> None:
+    def losses(point: Floats) -> Floats:
+        return -np.log(specialists(point))
+
+    search = BayesianMap(box_of(2), goals_of(2, "minimize"), 0, patience=None, **SMALL)
+    scores = run(search, losses, 40)[1]
+    wanted = hypervolume(-dense(losses, 2, 101), [-2.0, -2.0])
+    assert hypervolume(-scores, [-2.0, -2.0]) > 0.98 * wanted
+
+
+def test_unbounded_scores_and_one_of_each_direction() -> None:
+    goals = (Goal("gain"), Goal("cost", "minimize"))
+    search = BayesianMap(box_of(2, -1.0, 1.0), goals, 0, patience=None, **SMALL)
+
+    def score(point: Floats) -> Floats:
+        return np.array([-50 * np.sum((point - 0.5) ** 2), 100 * np.sum((point + 0.5) ** 2) - 300])
+
+    points, _ = run(search, score, 40)
+    late = points[12:]
+    assert np.abs(late[:, 0] - late[:, 1]).mean() < 0.15  # the front is the line between the two optima
+    assert np.abs(late).max(axis=1).mean() < 0.6
+
+
+@pytest.mark.parametrize("reference", [(0.6, 0.0), (0.0, 0.6)])
+def test_the_reference_says_which_part_of_the_front_counts(reference: tuple[float, float]) -> None:
+    search = BayesianMap(box_of(2), goals_of(2), 0, reference=reference, patience=None, **SMALL)
+    scores = run(search, specialists, 36)[1][12:]
+    assert (scores > np.array(reference) - 0.05).all(axis=1).mean() > 0.8
+
+
+def test_a_front_may_have_segments() -> None:
+    """Two segments of two models: each objective has its own wish for each segment."""
+
+    def score(point: Floats) -> Floats:
+        wishes = np.array([[0.9, 0.1, 0.5, 0.5], [0.1, 0.9, 0.5, 0.5]])
+        return np.asarray(1 / (1 + np.exp(6 * np.sum((point - wishes) ** 2, axis=1) - 2)))
+
+    search = BayesianMap(box_of(2, segments=2), goals_of(2), 0, patience=None, **SMALL)
+    points, _ = run(search, score, 60)
+    assert points.shape == (60, 4)
+    assert np.abs(points[-24:, 2:] - 0.5).mean() < 0.1
+
+
+# -- batches, failures, the end ------------------------------------------------------------------------------
+
+
+def told(search: BayesianMap, score: Score = specialists) -> list[Trial]:
+    """The design, told."""
+    trials = search.ask(search.design)
+    for trial in trials:
+        search.tell(trial, evaluation(search, score(trial.genome.coefficients.ravel())), Outcome(True))
+    return trials
+
+
+def distances(points: Floats) -> Floats:
+    apart = np.linalg.norm(points[:, None] - points[None], axis=2)
+    return np.asarray(apart[np.triu_indices(len(points), 1)])
+
+
+def test_pending_points_are_not_proposed_again() -> None:
+    search = BayesianMap(box_of(3), goals_of(3), 0, **SMALL)
+    told(search)
+    points = np.array([trial.genome.coefficients.ravel() for _ in range(5) for trial in search.ask(4)])
+    assert points.shape == (20, 3)
+    assert distances(points).min() > 1e-3
+    assert np.median(distances(points)) > 0.2
+
+
+def test_it_waits_for_half_of_the_design() -> None:
+    search = BayesianMap(box_of(3), goals_of(3), 0, **SMALL)
+    trials = search.ask(100)
+    assert len(trials) == search.design == 8
+    for trial in trials[:3]:
+        search.tell(trial, evaluation(search, specialists(trial.genome.coefficients.ravel())), Outcome(True))
+        assert search.ask(2) == []
+    search.tell(trials[3], evaluation(search, np.full(3, 0.1)), Outcome(True))
+    assert [trial.number for trial in search.ask(2)] == [8, 9]
+
+
+@pytest.mark.parametrize("acquisition", ["hypervolume", "bins"])
+def test_everything_stays_in_the_box(acquisition: Any) -> None:
+    search = BayesianMap(box_of(3, -0.3, 0.7), goals_of(3), 0, acquisition=acquisition, **SMALL)
+    points, _ = run(search, specialists, 40)
+    assert points.min() >= -0.3
+    assert points.max() <= 0.7
+
+
+def test_a_region_that_fails_is_left() -> None:
+    search = BayesianMap(box_of(2), goals_of(2), 0, patience=None, **SMALL)
+    failed = []
+    for _ in range(12):
+        for trial in search.ask(4):
+            point = trial.genome.coefficients.ravel()
+            bad = point[0] > 0.6
+            failed.append(bad)
+            one = Evaluation.failed("not finite", "NaN") if bad else evaluation(search, specialists(point))
+            search.tell(trial, one, Outcome(not bad))
+    assert sum(failed[:6]) > 0
+    assert np.mean(failed[-16:]) < 0.35
+
+
+def test_while_everything_fails_it_looks_everywhere() -> None:
+    search = BayesianMap(box_of(2), goals_of(2), 0, patience=3, **SMALL)
+    points = []
+    for _ in range(10):
+        for trial in search.ask(4):
+            points.append(trial.genome.coefficients.ravel())
+            search.tell(trial, Evaluation.failed("exception", "no"), Outcome(False))
+    assert len(points) == 38
+    assert np.ptp(np.array(points), axis=0) == pytest.approx(np.ones(2), abs=0.15)
+    assert not search.done
+
+
+def test_it_ends_when_the_front_has_stopped_growing() -> None:
+    def flat(point: Floats) -> Floats:
+        return np.round(specialists(point), 1)  # soon nothing is left to find
+
+    search = BayesianMap(box_of(2), goals_of(2), 0, patience=16, **SMALL)
+    points, scores = run(search, flat, 400)
+    assert 22 <= len(points) < 120
+    assert search.done
+    full, before = hypervolume(scores, [0, 0]), hypervolume(scores[:-16], [0, 0])
+    assert full == pytest.approx(before, rel=0.003)
+    unending = BayesianMap(box_of(2), goals_of(2), 0, patience=None, **SMALL)
+    assert len(run(unending, flat, len(points) + 8)[0]) == len(points) + 8
+
+
+def test_it_does_not_end_while_something_is_in_flight() -> None:
+    search = BayesianMap(box_of(2), goals_of(2), 0, patience=1, tolerance=10.0, **SMALL)
+    told(search)
+    one, other = search.ask(2)
+    search.tell(one, evaluation(search, np.array([0.1, 0.1])), Outcome(True))
+    assert not search.done
+    search.tell(other, evaluation(search, np.array([0.1, 0.1])), Outcome(True))
+    assert search.done
+
+
+# -- limits --------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_models_and_sixteen_objectives() -> None:
+    def score(point: Floats) -> Floats:
+        return np.asarray(1 / (1 + np.exp(4 * point.sum() / 16 - 6 * point)))
+
+    search = BayesianMap(box_of(16), goals_of(16), 0, **SMALL)
+    assert search.design == 34
+    points, scores = run(search, score, 42, batch=8)
+    assert points.shape == (42, 16)
+    assert np.isfinite(scores).all()
+
+
+def test_a_proposal_is_bounded_whatever_has_been_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    fit = bayesian_map.GaussianProcess.fit
+
+    def noted(inputs: Any, *arguments: Any) -> Any:
+        sizes.append(len(inputs))
+        return fit(inputs, *arguments)
+
+    monkeypatch.setattr(bayesian_map.GaussianProcess, "fit", noted)
+    monkeypatch.setattr(bayesian_map, "REMEMBERED", 40)
+    search = BayesianMap(box_of(2), goals_of(2), 0, design=200, patience=None, **SMALL)
+    told(search)
+    assert len(search.ask(3)) == 3
+    assert sizes == [40, 40]
+
+
+def test_what_is_forgotten_is_dominated() -> None:
+    search = BayesianMap(box_of(2), goals_of(2), 0, design=100, **SMALL)
+    told(search)
+    everything, kept = search._known(100), search._known(40)
+    assert len(kept.points) == 40
+    assert hypervolume(kept.scores, [0, 0]) == hypervolume(everything.scores, [0, 0])
+    rows = [everything.points.tolist().index(point) for point in kept.points.tolist()]
+    assert rows == sorted(rows)
+
+
+@pytest.mark.parametrize(
+    ("size", "objectives", "settings", "words"),
+    [
+        (3, 1, {}, "two objectives or more, found 1. For one objective use cma_es"),
+        (96, 3, {}, "at most 32 coefficients, found 96"),
+        (7, 3, {"acquisition": "bins"}, "at most 6 coefficients, found 7"),
+        (3, 3, {"acquisition": "best"}, "expected hypervolume or bins, found best"),
+        (3, 3, {"design": 0}, "search.design: expected at least 1"),
+        (3, 3, {"links": ["sigmoid"]}, "search.links: expected 3"),
+        (3, 3, {"links": ["logit", None, None]}, "there is no link 'logit'"),
+        (3, 3, {"reference": [0.0, 0.0]}, "search.reference: expected 3 numbers"),
+        (3, 3, {"reference": [0.0, 0.0, math.nan]}, "search.reference: expected 3 numbers"),
+        (3, 3, {"patience": 0}, "search.patience: expected at least 1"),
+    ],
+)
+def test_what_it_refuses(size: int, objectives: int, settings: Any, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        BayesianMap(box_of(size), goals_of(objectives), 0, **settings)
+    assert words in str(caught.value)
+
+
+def test_a_constant_objective_is_named() -> None:
+    def score(point: Floats) -> Floats:
+        return np.array([specialists(point)[0], 0.25])
+
+    search = BayesianMap(box_of(2), goals_of(2), 0, **SMALL)
+    with pytest.raises(SearchError, match="goal-1: the score is the same"):
+        run(search, score, 20)
+
+
+# -- parts ---------------------------------------------------------------------------------------------------
+
+
+def test_the_design_begins_with_the_models() -> None:
+    points = opening(box_of(3, 0.0, 1.5), 8, 0)
+    assert points[:3].tolist() == np.eye(3).tolist()
+    assert points[3:5] == pytest.approx(np.array([[0.5] * 3, [1.0] * 3]))
+    assert len(np.unique(points, axis=0)) == 8
+    assert opening(box_of(2, segments=2), 10, 0)[:2].tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
+    given = opening(box_of(3), 8, 0, seeds=np.array([[0.0, 0.0, 0.0], [0.0, 0.9, 0.0]]))
+    assert given[:2].tolist() == [[0, 0, 0], [0, 0.9, 0]]
+    assert opening(box_of(16), 4, 0).shape == (4, 16)
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+def test_hypervolume_is_a_mean_over_directions(objectives: int) -> None:
+    rng = np.random.default_rng(1)
+    front, extra = rng.uniform(0.2, 1.0, (2, 6, objectives))
+    volume = Volume(bayesian_map.spread(rng, (1, 200_000, objectives)))
+    ball = math.pi ** (objectives / 2) / math.gamma(objectives / 2 + 1) / 2**objectives
+    volume.add(front[:, None])
+    origin = np.zeros(objectives)
+    before = hypervolume(front, origin)
+    assert ball * volume.best.mean(dtype=np.float64) == pytest.approx(before, rel=0.01)
+    wanted = [hypervolume(np.vstack([front, point]), origin) - before for point in extra]
+    assert ball * volume.gains(volume.of(extra[:, None])) == pytest.approx(wanted, abs=0.005)
+
+
+def test_what_was_picked_adds_nothing_again() -> None:
+    volume = Volume.fixed(3)
+    reached = volume.of(np.random.default_rng(0).uniform(0, 1, (5, 1, 3)))
+    assert (volume.gains(reached) > 0).all()
+    volume.take(reached[2])
+    assert volume.gains(reached)[2] == 0.0
+    worse = volume.of(np.full((1, 1, 3), 1e-3))
+    assert volume.gains(worse).tolist() == [0.0]
+
+
+def test_coordinates_of_the_residual() -> None:
+    inputs = coordinates(box_of(3, 0.0, 2.0), np.array([[2.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
+    assert inputs.points.tolist() == [[1, -1, -1], [0, 0, 0], [-1, -1, -1]]
+    directions, above, sizes = np.split(inputs.places, [3, 6], axis=1)
+    assert directions == pytest.approx(np.array([[2, 0, 0], [2 / 3**0.5] * 3, [0, 0, 0]]), abs=0.02)
+    assert above == pytest.approx(np.array([[4 / 3, -2 / 3, -2 / 3], [0, 0, 0], [0, 0, 0]]))
+    assert sizes.ravel() == pytest.approx([2 / 3**0.5, 1, 0])
+    assert coordinates(box_of(2, segments=3), np.zeros((4, 6))).places.shape == (4, 15)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_angles_there_and_back(size: int) -> None:
+    points = np.random.default_rng(0).uniform(0, 1, (50, size))
+    turns = angles(points)
+    assert turns.shape == (50, size - 1)
+    assert ((turns >= 0) & (turns <= np.pi / 2)).all()
+    norms = np.linalg.norm(points, axis=1, keepdims=True)
+    assert norms * from_angles(turns) == pytest.approx(points, abs=1e-12)
+
+
+def known_in(turns: Sequence[Sequence[float]], scores: Score) -> Known:
+    points = 0.5 * from_angles(np.asarray(turns, np.float64))
+    return Known(points, np.array([scores(point) for point in points]), np.ones(2))
+
+
+def test_empty_bins_are_visited() -> None:
+    """The paper's never are."""
+    known = known_in([[0.1], [0.12], [0.2], [0.3], [0.35]], lambda point: specialists(point))
+    search = Bins(box_of(2), known, [Link("sigmoid")] * 2)
+    points = search.points(400, np.random.default_rng(0))
+    bins = (angles(points).ravel() / (np.pi / 8)).astype(int)
+    assert np.bincount(bins, minlength=4) == pytest.approx(np.full(4, 100), abs=40)
+    norms = np.linalg.norm(points, axis=1)
+    assert norms.min() >= 0.2
+    assert norms.max() <= 0.8
+
+
+def test_bins_where_the_quadratic_is_wrong_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    turns = np.linspace(0.02, np.pi / 2 - 0.02, 60)[:, None]
+
+    def rough(point: Floats) -> Floats:
+        noise = 0.45 * rng.choice([-1.0, 1.0]) if angles(point[None])[0, 0] > 3 * np.pi / 8 else 0.0
+        return np.array([0.5 + noise, 0.5])
+
+    scores = Bins(box_of(2), known_in(turns.tolist(), rough), [Link("identity")] * 2).scores(np.random.default_rng(1))
+    assert int(np.argmax(scores)) == 3
+    assert scores[3] > 4 * scores[:3].max()
+
+
+def test_bins_propose_and_learn() -> None:
+    search = BayesianMap(box_of(3), goals_of(3), 0, acquisition="bins", patience=None)
+    points, scores = run(search, specialists, 40)
+    assert len(np.unique(points, axis=0)) == 40
+    assert hypervolume(scores, np.zeros(3)) > 0.5 * hypervolume(dense(specialists, 3, 15), np.zeros(3))
