@@ -23,6 +23,7 @@ from populations.niches import NicheArchive
 from populations.population import ElitistArchive, Population
 from populations.space import Space
 from populations.trial import Evaluation, Goal, Outcome, Trial
+from search.bayesian_map import BayesianMap
 from search.cma_es import CmaEs
 from search.coefficients import CoefficientBox, Granularity
 from search.m2n2 import M2N2, M2N2Settings
@@ -94,6 +95,13 @@ def plain_map(seed: int) -> Pair:
     return search, ElitistArchive(TWO_GOALS, 5)
 
 
+def bayesian(**settings: Any) -> Callable[[int], Pair]:
+    return lambda seed: (
+        BayesianMap(BLOCKS, TWO_GOALS, seed, patience=None, paths=4, candidates=32, **settings),
+        ElitistArchive(TWO_GOALS, 5),
+    )
+
+
 def niches() -> Population:
     return NicheArchive(GOALS, 5)
 
@@ -115,6 +123,8 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "sep_cma_es-niches": boxed("sep_cma_es", niches),
     "nsga2": nsga("nsga2"),
     "nsga3": nsga("nsga3"),
+    "bayesian_map": bayesian(),
+    "bayesian_map-bins": bayesian(acquisition="bins", seeds=np.eye(3)),
     "optuna-tpe": optuna("tpe", seeds=np.eye(6)),
     "optuna-nsga2": optuna("nsga2", population=8),
     "optuna-nsga3": optuna("nsga3", population=8, seeds=np.eye(6)),
