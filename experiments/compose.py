@@ -309,7 +309,7 @@ def _surrogate_search(recipe: Recipe, part: SurrogateBox, box: CoefficientBox, s
     chosen = checked_links(part.links, goals)
     settings["links"] = [None if chosen[goal.name] == "auto" else chosen[goal.name] for goal in goals]
     settings["reference"] = _reference(part, goals)
-    search = BayesianMap(box, goals, seed, design=settings.pop("samples"), **settings)
+    search = BayesianMap(box, goals, seed, design=settings.pop("samples"), **settings, seeds=space.seeds)
     _check_budget(recipe, search.design)
     return search
 
