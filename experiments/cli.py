@@ -208,7 +208,10 @@ def export(
     ] = None,
     preference: PreferenceOption = None,
     register: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Also make it a version of this model in MLflow's registry.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Also make it a version of this model in MLflow; above 2 GiB, without weights."
+        ),
     ] = None,
     alias: Annotated[
         str | None, typer.Option(metavar="NAME", help="With --register: an alias of that version, e.g. champion.")

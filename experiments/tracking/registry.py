@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,7 +101,7 @@ class Registrar:
         from experiments.exports import read_record
 
         record = read_record(path)
-        folder = f"models/member-{record['member']}-{record['digest'][:8]}"
+        folder = self._folder(client, f"models/member-{record['member']}")
         size = sum(file.stat().st_size for file in _files(path))
         whole = size <= self.limit
         for file in _files(path):
@@ -116,6 +117,12 @@ class Registrar:
             client.set_registered_model_alias(self.name, self.alias, made.version)
         uri = f"models:/{self.name}" + (f"@{self.alias}" if self.alias else f"/{made.version}")
         return Version(self.name, str(made.version), self.alias, uri, whole)
+
+    def _folder(self, client: Any, wanted: str) -> str:
+        """A folder among the run's artifacts that no other version has."""
+        taken = {file.path for file in client.list_artifacts(self._run_id, "models")}
+        numbered = (f"{wanted}-{number}" for number in count(2))
+        return next(folder for folder in chain([wanted], numbered) if folder not in taken)
 
 
 def _check_names(name: str, alias: str | None) -> None:
