@@ -15,7 +15,7 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from experiments.compare import Comparison, Group, Line
-from experiments.report import comparison_lines, export_command
+from experiments.report import comparison_lines, export_command, search_report_text
 from experiments.runs import Scored, points_of
 from populations.errors import InputError
 from populations.fronts import non_dominated
@@ -32,6 +32,7 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1rem 2rem 9rem; max-width: 1240px; }
 h1 { font-size: 1.5rem; margin: .4rem 0; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .2rem; }
 p { margin: .25rem 0; max-width: 100ch; } .note { color: #9a5b00; } .quiet { color: #666; }
+pre { font: 12.5px/1.35 ui-monospace, monospace; overflow-x: auto; margin: .4rem 0; }
 table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; } th { vertical-align: bottom; }
 td, th { padding: .22rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; }
 td:first-child, th:first-child, .runs td:nth-child(2), .runs th:nth-child(2) { text-align: left; }
@@ -78,6 +79,7 @@ def page(comparison: Comparison) -> str:
         if figure is not None:
             body.append(figure.to_html(full_html=False, include_plotlyjs=library, config={"displaylogo": False}))
             library = False
+    body += _reports(comparison)
     body.append('<div id="chosen">Click a point: its genome and the command that exports it stay here, to copy.</div>')
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_safe(title)}</title>'
@@ -237,12 +239,22 @@ def _charts(comparison: Comparison, drawn: Sequence[_Drawn]) -> Iterator[tuple[s
     yield from _coefficients(drawn)
 
 
+def _reports(comparison: Comparison) -> Iterator[str]:
+    """What searches with surrogates say of them, and nested MAP's tree."""
+    for line in comparison.lines:
+        text = search_report_text(line.searched.report, comparison.goals)
+        if text:
+            yield f"<h2>The search of {_safe(line.searched.label)}</h2><pre>{_safe(text)}</pre>"
+
+
 def _fronts(comparison: Comparison, drawn: Sequence[_Drawn]) -> Iterator[tuple[str, str, go.Figure | None]]:
     goals = comparison.goals
     if len(goals) == 1:
         yield "Fronts", "With one objective a front is its best member: see the table.", None
         return
     text = "Crosses: the models themselves and their average. Everything evaluated can be shown from the legend."
+    if any(one.line.searched.report.get("members") for one in drawn):
+        text += " Open circles: what a search predicted, tied to what was measured."
     if len(goals) == 2:
         surfaces = " Thick lines: what most seeds of a search reach." if comparison.groups else ""
         yield "Fronts on search data", text + surfaces, _pairwise(comparison, drawn, [(0, 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 import time
@@ -17,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from experiments.runs import Run, Scored
-from populations.trial import Goal
+from experiments.runs import Run, Scored, points_of
+from populations.fronts import hypervolume
+from populations.trial import Goal, oriented
 
 if TYPE_CHECKING:
     from experiments.compare import Comparison, Group, Line
@@ -126,6 +128,9 @@ def front_lines(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> I
     """The front's hypervolume, and the member that a preference chose with the command that exports it."""
     if volume:
         yield f"Hypervolume {volume['hypervolume']:.4f} from the reference point {_point(volume['reference_point'])}."
+    both = predicted_hypervolumes(run.report() or {}, run.goals, volume.get("reference_point", {}))
+    if both is not None:
+        yield f"Hypervolume of the front as predicted {both[0]:.4f}; of the same members as measured {both[1]:.4f}."
     if choice is not None:
         yield f"Member {choice.member.id}: {choice.reason}."
         yield f"  {export_command(run.directory, choice.member.id)}"
@@ -149,7 +154,28 @@ def front_record(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> 
     return record if found is None else {**record, "report": found}
 
 
-def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[Table | Tree | str]:
+def predicted_hypervolumes(
+    found: Mapping[str, Any], goals: Sequence[Goal], reference: Mapping[str, float]
+) -> tuple[float, float] | None:
+    """Hypervolume of a predicted front, and of the same members as they were measured; None without a prediction."""
+    told = [member for member in found.get("members") or () if member["measured"] is not None]
+    if not told:
+        return None
+    corner = oriented(reference, goals)
+    predicted = points_of((member["predicted"] for member in told), goals)
+    return hypervolume(predicted, corner), hypervolume(points_of((m["measured"] for m in told), goals), corner)
+
+
+def search_report_text(found: Mapping[str, Any], goals: Sequence[Goal]) -> str:
+    """``search_report`` as plain text, without the members of the front one by one."""
+    plain = Console(width=140, file=io.StringIO(), highlight=False, markup=False)
+    with plain.capture() as captured:
+        for part in search_report({key: value for key, value in found.items() if key != "members"}, goals):
+            plain.print(part)
+    return captured.get().rstrip()
+
+
+def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[Table | Tree]:
     """What a search with surrogates reports: how well they predict, and its front as predicted and as measured.
 
     Args:
@@ -160,8 +186,8 @@ def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[T
         yield _surrogate_table(found, goals)
     if found.get("members"):
         yield _predicted_table(found["members"], goals)
-    if found.get("tree"):
-        yield _tree(found["tree"])
+    for root in found.get("tree") or ():
+        yield _tree(root)
 
 
 def _surrogate_table(found: Mapping[str, Any], goals: Sequence[Goal]) -> Table:
@@ -191,15 +217,38 @@ def _predicted_table(members: Sequence[Mapping[str, Any]], goals: Sequence[Goal]
 
 
 def _tree(node: Mapping[str, Any]) -> Tree:
-    """A merge and, below it, what it was merged from."""
-    tree = Tree(_node_words(node))
+    """A merge of nested MAP and, below it, the two nodes that it was merged from."""
+    tree = Tree(Text(_node_words(node)))
     for child in node.get("children") or ():
         tree.add(_tree(child))
     return tree
 
 
 def _node_words(node: Mapping[str, Any]) -> str:
-    return str(node["name"])
+    scores = "failed" if node["scores"] is None else _point(node["scores"])
+    words = [f"{' + '.join(node['models'])} (member {node['number']}): {scores}"]
+    if node.get("children"):
+        names = ["+".join(child["models"]) for child in node["children"]]
+        words.append(" and ".join(f"{share:.3f} of {name}" for share, name in zip(node["shares"], names, strict=True)))
+        words.append(f"leave-one-out errors {_errors(node['leave_one_out'])}; {_pair_gap(node['members'])}")
+    return "\n".join(words)
+
+
+def _errors(errors: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {_number(error, '.4f')}" for name, error in errors.items())
+
+
+def _pair_gap(members: Sequence[Mapping[str, Any]]) -> str:
+    """How far the two scores of a pair's front were from their prediction."""
+    gaps = [
+        measured - predicted
+        for member in members
+        if member["measured"] is not None
+        for predicted, measured in zip(member["predicted"], member["measured"], strict=True)
+    ]
+    if not gaps:
+        return "nothing of its predicted front was measured"
+    return f"gap to the predicted front {(sum(gap**2 for gap in gaps) / len(gaps)) ** 0.5:.4f} (rms)"
 
 
 def export_command(directory: Path, member: int | str) -> str:

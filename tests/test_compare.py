@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,37 @@ def write_run(
             journal.refer(name, merge)
             journal.measured(merge, "search", evaluation(point))
     return Run(directory)
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Ecotone = Callable[..., Said]
+
+
+@pytest.fixture
+def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ecotone]:
+    """The console script in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["ecotone", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Said(int(ended.value.code or 0), out, err)
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -235,6 +268,60 @@ def test_runs_of_equal_directory_names_are_told_apart(tmp_path: Path) -> None:
     assert labels == {str(run.directory) for run in runs}
 
 
+# -- what searches with surrogates report ------------------------------------------------------------------------
+
+
+def told(number: int, predicted: tuple[float, float], measured: tuple[float, float] | None) -> dict[str, Any]:
+    both = {"predicted": predicted, "std": (0.01, 0.02), "measured": measured}
+    return {
+        "number": number,
+        **{key: None if two is None else dict(zip("ab", two, strict=True)) for key, two in both.items()},
+    }
+
+
+def test_a_front_is_shown_as_predicted_and_as_measured(ecotone: Ecotone, tmp_path: Path) -> None:
+    report = {
+        "links": {"a": "sigmoid", "b": "identity"},
+        "leave_one_out": {"a": 0.0123, "b": None},
+        "gap": {"a": {"mean": -0.1, "rms": 0.1}, "b": {"mean": 0.0, "rms": 0.0321}},
+        "members": [told(1, (0.5, 0.4), (0.4, 0.4)), told(2, (0.7, 0.1), None)],
+    }
+    run = write_run(tmp_path / "run", STAIRS, report=json.dumps(report))
+    said = ecotone("front", run.directory).out
+    for words in ("0.0123", "sigmoid", "-0.1000", "0.0321", "0.5000 ±0.010", "0.7000 ±0.010"):
+        assert words in said
+    assert "Hypervolume of the front as predicted 0.2000; of the same members as measured 0.1600." in said
+    assert ecotone("front", run.directory, "--json").json["report"] == report
+    text = page(compare([run]))
+    assert "Open circles: what a search predicted" in text
+    assert "The search of run" in text
+    assert "The search of" not in page(compare([write_run(tmp_path / "plain", STAIRS)]))
+
+
+def test_nested_map_shows_its_tree(ecotone: Ecotone, tmp_path: Path) -> None:
+    def leaf(name: str, number: int) -> dict[str, Any]:
+        return {"models": [name], "number": number, "scores": {"a": 0.25, "b": 0.5}, "value": 0.4}
+
+    root = {
+        **leaf("left", 4),
+        "models": ["left", "right"],
+        "children": [leaf("left", 0), {**leaf("right", 1), "scores": None}],
+        "shares": [0.75, 0.5],
+        "leave_one_out": {"a": 0.0123, "b": None},
+        "members": [
+            {"number": 2, "predicted": [0.5, 0.5], "measured": [0.8, 0.1]},
+            {"number": 3, "predicted": [0.5, 0.5], "measured": None},
+        ],
+    }
+    run = write_run(tmp_path / "run", STAIRS, report=json.dumps({"tree": [root]}))
+    said = ecotone("front", run.directory).out
+    assert "left + right (member 4): a=0.25, b=0.5" in said
+    assert "0.750 of left and 0.500 of right" in said
+    assert "leave-one-out errors a 0.0123, b -; gap to the predicted front 0.3536 (rms)" in said
+    assert re.search(r"├── left \(member 0\)[^\n]*\n *└── right \(member 1\): failed", said)
+    assert "├── left (member 0)" in page(compare([run]))
+
+
 # -- what is refused -----------------------------------------------------------------------------------------
 
 
@@ -281,34 +368,26 @@ def test_no_runs_at_all_are_refused() -> None:
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-def ecotone(*arguments: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["ecotone", *map(str, arguments)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out + said.err
-
-
-def test_the_command_prints_a_table_json_and_a_page(
-    two: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_prints_a_table_json_and_a_page(ecotone: Ecotone, two: list[Run], tmp_path: Path) -> None:
     directories, file = [run.directory for run in two], tmp_path / "page.html"
-    code, said = ecotone("compare", *directories, "--html", file, capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 0
+    said = ecotone("compare", *directories, "--html", file)
+    assert said.code == 0
     for words in ("stairs", "good", "0.4800", "0.2400", "reference point a=0, b=0", "90% of the best run's", str(file)):
-        assert words in said
+        assert words in said.out
     assert file.stat().st_size > 1_000_000
-    code, said = ecotone("compare", *directories, "--json", capsys=capsys, monkeypatch=monkeypatch)
-    assert [run["label"] for run in json.loads(said)["runs"]] == ["good", "stairs"]
-    code, said = ecotone("compare", tmp_path, capsys=capsys, monkeypatch=monkeypatch)
-    assert code == 1
-    assert "no journal there" in said
-    code, said = ecotone(
-        "compare", *directories, "--html", tmp_path / "no" / "x.html", capsys=capsys, monkeypatch=monkeypatch
-    )
-    assert code == 1
-    assert "cannot be written" in said
+    assert [run["label"] for run in ecotone("compare", *directories, "--json").json["runs"]] == ["good", "stairs"]
+
+
+def test_the_command_fails_in_words(ecotone: Ecotone, two: list[Run], tmp_path: Path) -> None:
+    for arguments, words in (
+        ((tmp_path,), "no journal there"),
+        ((two[0].directory, "--html", tmp_path / "no" / "page.html"), "cannot be written"),
+        ((two[0].directory, "--reach", "0%"), "--reach"),
+    ):
+        said = ecotone("compare", *arguments)
+        assert said.code == 1
+        assert words in said.err
+        assert "Traceback" not in said.err
 
 
 # -- the page ------------------------------------------------------------------------------------------------
