@@ -28,7 +28,9 @@ from experiments.recipe import (
     CmaEsBox,
     M2N2Search,
     MapBox,
+    Models,
     ModelsFirstBox,
+    NestedMapBox,
     NsgaBox,
     Objective,
     OptunaBox,
@@ -300,14 +302,18 @@ def _box_search(recipe: Recipe, part: Box, space: Space) -> Search:
 def _surrogate_search(recipe: Recipe, part: SurrogateBox, box: CoefficientBox, space: Space) -> Search:
     from search.bayesian_map import BayesianMap
     from search.map import MapSearch, checked_links
+    from search.nested_map import NestedMapSearch
 
-    goals, seed, evaluations = goals_of(recipe.objectives.search), recipe.seed, recipe.budget.evaluations
+    goals, seed, budget = goals_of(recipe.objectives.search), recipe.seed, recipe.budget.evaluations
     settings = _settings(part)
     if isinstance(part, MapBox):
-        return MapSearch(box, goals, seed, **settings, evaluations=evaluations, seeds=space.seeds)
+        return MapSearch(box, goals, seed, **settings, evaluations=budget, seeds=space.seeds)
+    if isinstance(part, NestedMapBox):
+        given = {name: value for name, value in settings.items() if value is not None}
+        return NestedMapSearch(box, goals, seed, space.sources, **given, evaluations=budget)
     assert isinstance(part, BayesianMapBox)
-    chosen = checked_links(part.links, goals)
-    settings["links"] = [None if chosen[goal.name] == "auto" else chosen[goal.name] for goal in goals]
+    links = checked_links(part.links, goals)
+    settings["links"] = [None if links[goal.name] == "auto" else links[goal.name] for goal in goals]
     settings["reference"] = _reference(part, goals)
     search = BayesianMap(box, goals, seed, design=settings.pop("samples"), **settings, seeds=space.seeds)
     _check_budget(recipe, search.design)
@@ -357,7 +363,7 @@ def check_search(recipe: Recipe, sources: Sources | None = None) -> tuple[Search
     part = recipe.search
     if not isinstance(part, Box) or (sources is None and part.granularity in ("block", "tensor")):
         return None
-    outline = _outline(recipe.models.experts, part.groups) if sources is None else _outline_of(sources)
+    outline = _outline(recipe.models, part.groups) if sources is None else _outline_of(sources)
     return make_search(recipe, outline)[0], _box(part, outline)
 
 
@@ -376,11 +382,13 @@ def _outline_of(sources: Sources) -> Space:
     )
 
 
-def _outline(experts: tuple[str, ...], groups: int) -> Space:
-    """The space of models of which only the number is known, with one block a group."""
-    names, borders, count = tuple(map(str, range(groups))), np.arange(groups + 1), len(experts)
+def _outline(models: Models, groups: int) -> Space:
+    """The space of models of which only the recipe is known, with one block a group."""
+    paths = [expert.removeprefix(PREPARED).rstrip("/") for expert in models.experts]
+    names = models.names or tuple(Path(path).name.removesuffix(".safetensors") for path in paths)
+    blocks, borders, count = tuple(map(str, range(groups))), np.arange(groups + 1), len(names)
     gram = GramTable.from_regions([0, groups], np.zeros((1, count, count)))
-    return Space(experts, names, borders, names, borders, gram, np.eye(count), experts)
+    return Space(names, blocks, borders, blocks, borders, gram, np.eye(count), names)
 
 
 def make_schedule(recipe: Recipe) -> Schedule:

@@ -221,6 +221,22 @@ class BayesianMapBox(SurrogateBox):
     candidates: int = Field(default=512, ge=8)
 
 
+class NestedMapBox(SurrogateBox):
+    """Nested MAP: a tree of pairwise MAPs, for many models and one coefficient each (``search.nested_map``).
+
+    Attributes:
+        owners: By objective the model it belongs to; None when objectives and models are in the same order.
+        preference: By objective how much it matters; 1 where not given.
+        front: Candidates scored of each pair's predicted front.
+    """
+
+    algorithm: Literal["nested_map"]
+    owners: dict[str, str] | None = None
+    preference: dict[str, float] | None = None
+    front: int | None = Field(default=None, ge=1)
+    caution: float = Field(default=0.0, ge=0)
+
+
 class ModelsFirstBox(FrontBox):
     """A search that may begin with given points.
 
@@ -256,7 +272,8 @@ class OptunaBox(ModelsFirstBox):
 
 
 SearchPart: TypeAlias = Annotated[
-    M2N2Search | RandomBox | CmaEsBox | MapBox | BayesianMapBox | NsgaBox | OptunaBox, Field(discriminator="algorithm")
+    M2N2Search | RandomBox | CmaEsBox | MapBox | BayesianMapBox | NestedMapBox | NsgaBox | OptunaBox,
+    Field(discriminator="algorithm"),
 ]
 
 
@@ -539,6 +556,7 @@ _ALGORITHMS: dict[str, type[Part]] = {
     "sep_cma_es": CmaEsBox,
     "map": MapBox,
     "bayesian_map": BayesianMapBox,
+    "nested_map": NestedMapBox,
     "nsga2": NsgaBox,
     "nsga3": NsgaBox,
     "optuna": OptunaBox,

@@ -36,7 +36,7 @@ PLAIN: dict[str, Any] = {
     },
     "budget": {"evaluations": 100},
 }
-ALGORITHMS = ("m2n2", "random", "cma_es", "sep_cma_es", "map", "bayesian_map", "nsga2", "nsga3", "optuna")
+ALGORITHMS = ("m2n2", "random", "cma_es", "sep_cma_es", "map", "bayesian_map", "nested_map", "nsga2", "nsga3", "optuna")
 LISTED = ", ".join(ALGORITHMS)
 
 
@@ -396,6 +396,9 @@ CHANGES: list[dict[str, Any]] = [
     {"search": {"algorithm": "bayesian_map", "acquisition": "bins"}},
     {"search": {"algorithm": "bayesian_map", "links": {"one": "sigmoid"}}},
     {"search": {"algorithm": "bayesian_map", "patience": None}},
+    {"search": {"algorithm": "nested_map"}},
+    {"search": {"algorithm": "nested_map", "preference": {"one": 2.0}}},
+    {"search": {"algorithm": "nested_map", "owners": {"one": "a", "other": "b"}}},
     {"search": {"algorithm": "nsga2"}},
     {"search": {"algorithm": "nsga2", "granularity": "block"}},
     {"search": {"algorithm": "nsga2", "models_first": False}},
@@ -531,6 +534,31 @@ def test_links_samples_and_reference_reach_both_maps() -> None:
     assert [link and link.name for link in search.links] == ["softplus", None]
     assert (search.design, search.reference.tolist()) == (9, [0.1, 0.2])
     assert composed({"algorithm": "bayesian_map", "links": "identity"})[0].links[1].name == "identity"
+
+
+def test_settings_of_nested_map_reach_it() -> None:
+    owners = {"one": "b", "other": "a"}
+    settings = {"samples": 15, "front": 2, "caution": 0.5, "owners": owners, "preference": {"other": 3.0}}
+    search, _ = composed({"algorithm": "nested_map", "links": "identity", **settings})
+    assert (search.samples, search.front, search.caution, search.owned) == (15, 2, 0.5, [1, 0])
+    assert search.weights[1] == 3 * search.weights[0]
+    assert set(search.links.values()) == {"identity"}
+    defaults, _ = composed({"algorithm": "nested_map"})
+    assert (defaults.samples, defaults.front, defaults.owned) == (12, 4, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"granularity": "groups", "groups": 2}, r"search.granularity: nested MAP has one coefficient a model"),
+        ({"low": 0.5}, r"search.low and search.high: nested MAP starts from each model by itself"),
+        ({"owners": {"one": "c", "other": "a"}}, r"search.owners: .*'c'"),
+        ({"preference": {"two": 1.0}}, r"search.preference: .*'two'"),
+    ],
+)
+def test_what_nested_map_refuses_before_the_models_are_known(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        checked({"algorithm": "nested_map", **settings})
 
 
 @pytest.mark.parametrize(
