@@ -162,6 +162,8 @@ class MapSearch:
             numbers = [n for n in range(self._measured) if self._scores[n] is not None]
             points = np.array([self._points[n] for n in numbers])
             values = np.array([self._scores[n] for n in numbers])
+            for goal, column in zip(self.goals, values.T, strict=True):
+                must_vary(column, goal.name)
             self._model = Surrogates.fit(points, values, self.goals, self.links)
         return self._model
 
@@ -265,14 +267,9 @@ class Surrogates:
 
     @classmethod
     def fit(cls, points: Floats, values: Floats, goals: Sequence[Goal], links: Mapping[str, str]) -> Surrogates:
-        """Fit (N, M) ``values`` at (N, D) ``points``.
-
-        Raises:
-            SearchError: An objective has the same score everywhere.
-        """
+        """Fit (N, M) ``values`` at (N, D) ``points``."""
         models = []
         for goal, column in zip(goals, values.T, strict=True):
-            must_vary(column, goal.name)
             wanted = links[goal.name]
             link = Link.suited(column, goal.direction) if wanted == "auto" else Link(wanted)  # type: ignore[arg-type]
             with threadpool_limits(1, user_api="blas"):  # the same bits however many cores there are

@@ -28,6 +28,7 @@ from search.cma_es import CmaEs
 from search.coefficients import CoefficientBox, Granularity
 from search.m2n2 import M2N2, M2N2Settings
 from search.map import MapSearch
+from search.nested_map import NestedMapSearch
 from search.nsga import Nsga, Variant
 from search.optuna_search import OptunaSearch, Sampler
 from search.protocol import Search, numbered, trial_rng
@@ -36,6 +37,7 @@ from search.random_search import RandomSearch
 SIZE = 24
 GOALS = (Goal("solved"),)
 TWO_GOALS = (Goal("solved"), Goal("length", "minimize"))
+THREE_GOALS = (*TWO_GOALS, Goal("some"))
 VECTORS = np.random.default_rng(3).standard_normal((3, SIZE)).astype(np.float32)
 PROBES = np.random.default_rng(4).standard_normal((30, SIZE))
 Pair = tuple[Search, Population]
@@ -102,6 +104,12 @@ def bayesian(**settings: Any) -> Callable[[int], Pair]:
     )
 
 
+def nested_map(seed: int) -> Pair:
+    box = CoefficientBox.of(SPACE, "model", -0.5, 1.5)
+    search = NestedMapSearch(box, THREE_GOALS, seed, SPACE.sources, samples=30, front=30)
+    return search, ElitistArchive(THREE_GOALS, 5)
+
+
 def niches() -> Population:
     return NicheArchive(GOALS, 5)
 
@@ -132,6 +140,7 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "optuna-random": optuna("random"),
     "optuna-qmc": optuna("qmc"),
     "map": plain_map,
+    "nested_map": nested_map,
 }
 NEVER_WAIT = ("random", "nsga", "optuna")
 every_search = pytest.mark.parametrize("kind", MAKERS)
@@ -149,7 +158,8 @@ def scored(trial: Trial) -> Evaluation:
         return Evaluation.failed("exception", "ValueError: unlucky")
     weights = expanded(trial.genome)
     values = 1 / (1 + np.exp(-PROBES @ weights))
-    return Evaluation({"solved": float(values.mean()), "length": float(weights @ weights)}, {"solved": values})
+    scores = {"solved": values.mean(), "length": weights @ weights, "some": values[:10].mean()}
+    return Evaluation({name: float(score) for name, score in scores.items()}, {"solved": values})
 
 
 @dataclass
