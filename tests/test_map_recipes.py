@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from experiments.checks import validate
 from experiments.recipe import Recipe
 from experiments.running import launch, resume
 from experiments.runs import Run
+from populations.errors import EcotoneError, InputError
 
 ROOT = Path(__file__).parent.parent
 EVALUATIONS = 36
-# Two accuracies that no merge of the models has both of. The log has a line a candidate; at `stop` lines the process
+# Accuracies that no merge of the models has all of. The log has a line a candidate; at `stop` lines the process
 # stops as if by Ctrl-C.
 TOYS = """
 import math, os, time
@@ -46,6 +49,10 @@ def constant(model):
     return 0.5
 """
 SEARCHES: dict[str, dict[str, Any]] = {
+    "map": {},
+    "bayesian_map": {},
+    "bayesian_map-bins": {"acquisition": "bins"},
+    "nested_map": {},
     "nsga2": {"population": 8},
     "nsga3": {"population": 8},
     "optuna-tpe": {"sampler": "tpe"},
@@ -59,7 +66,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 
 def toy_recipe(folder: Path, kind: str, delay: float = 0.0, stop: int = 0, **others: Any) -> Path:
-    """Three small models and two objectives; the search is one of ``SEARCHES``."""
+    """Three small models and two objectives (for nested MAP three); the search is one of ``SEARCHES``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "map_toys.py").write_text(TOYS)
     names = ("left", "middle", "right")
@@ -70,7 +77,8 @@ def toy_recipe(folder: Path, kind: str, delay: float = 0.0, stop: int = 0, **oth
 
     def objectives(**arguments: Any) -> list[dict[str, Any]]:
         one = {"type": "call", "call": "map_toys:right"}
-        return [one | {"name": f"task {task}", "arguments": {"task": task, **arguments}} for task in (0, 1)]
+        tasks = range(3 if kind == "nested_map" else 2)
+        return [one | {"name": f"task {task}", "arguments": {"task": task, **arguments}} for task in tasks]
 
     record = {
         "name": "toy",
@@ -119,8 +127,13 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
         time.sleep(0.002)
 
 
-def digest(run: Path) -> str:
-    return str(Run(run).status()["digest"])
+Outcome: TypeAlias = tuple[str, str, int, str]
+
+
+def outcome(run: Run) -> Outcome:
+    """Its state, why it stopped, its evaluations and its digest."""
+    status = run.status()
+    return status["state"], status["stop_reason"], status["evaluations"], status["digest"]
 
 
 @pytest.fixture(autouse=True)
@@ -131,42 +144,43 @@ def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The digest of a search that nothing happened to."""
-    known: dict[str, str] = {}
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
+    """How a search ended that nothing happened to."""
+    known: dict[str, Outcome] = {}
 
-    def of(kind: str) -> str:
+    def of(kind: str) -> Outcome:
         if kind not in known:
             folder = tmp_path_factory.mktemp(kind)
-            known[kind] = digest(launch(Recipe.from_yaml(toy_recipe(folder, kind)), folder / "run").directory)
+            known[kind] = outcome(launch(Recipe.from_yaml(toy_recipe(folder, kind)), folder / "run"))
         return known[kind]
 
     return of
 
 
+LONG = ("optuna-gp",)
+
+
 # -- stopped, killed, resumed --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", SEARCHES)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in LONG else []) for k in SEARCHES])
 def test_stopped_and_resumed_it_is_the_same_search(
-    kind: str, tmp_path: Path, undisturbed: Callable[[str], str]
+    kind: str, tmp_path: Path, undisturbed: Callable[[str], Outcome]
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         launch(Recipe.from_yaml(toy_recipe(tmp_path, kind, stop=23)), run)
     paid = Run(run).status()["evaluations"]
     assert 0 < paid < EVALUATIONS
-    finished = resume(run).status()
-    assert (finished["state"], finished["evaluations"]) == ("finished", EVALUATIONS)
-    assert finished["digest"] == undisturbed(kind)
+    assert outcome(resume(run)) == undisturbed(kind)
 
 
-QUICK = ("nsga2",)
+QUICK = ("bayesian_map", "nsga2")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in SEARCHES])
 def test_killed_and_resumed_it_is_the_same_search_at_the_same_price(
-    kind: str, tmp_path: Path, undisturbed: Callable[[str], str]
+    kind: str, tmp_path: Path, undisturbed: Callable[[str], Outcome]
 ) -> None:
     recipe, run = toy_recipe(tmp_path, kind, delay=0.05), tmp_path / "run"
     with started("run", recipe, "--out", run) as process:
@@ -176,12 +190,72 @@ def test_killed_and_resumed_it_is_the_same_search_at_the_same_price(
     status, before = Run(run).status(), calls(tmp_path)
     assert status["state"] == "killed"
     assert before - status["evaluations"] <= 8  # only what was in flight is lost
-    finished = resume(run).status()
-    assert (finished["state"], finished["digest"]) == ("finished", undisturbed(kind))
+    assert outcome(resume(run)) == undisturbed(kind)
+    assert undisturbed(kind)[0] == "finished"
     references = 4  # the models and their average, for the closing table
     assert calls(tmp_path) - before <= EVALUATIONS - status["evaluations"] + references
 
 
-def test_the_seed_matters(tmp_path: Path, undisturbed: Callable[[str], str]) -> None:
+def test_the_seed_matters(tmp_path: Path, undisturbed: Callable[[str], Outcome]) -> None:
     recipe = Recipe.from_yaml(toy_recipe(tmp_path, "nsga2"), {"seed": 1})
-    assert digest(launch(recipe, tmp_path / "run").directory) != undisturbed("nsga2")
+    assert outcome(launch(recipe, tmp_path / "run"))[-1] != undisturbed("nsga2")[-1]
+
+
+# -- what a search says of itself, and of what it cannot use -------------------------------------------------
+
+
+def test_map_reports_the_front_as_predicted_and_as_measured(tmp_path: Path) -> None:
+    run = launch(Recipe.from_yaml(toy_recipe(tmp_path, "map")), tmp_path / "run")
+    with run.journal() as journal:
+        report = json.loads(journal.fact("report") or "{}")
+        scores = {row.number: journal.trial(row.number) for row in journal.rows()}
+    assert report["design"] == list(range(20))  # twice the ten coefficients of a quadratic in three variables
+    assert [member["number"] for member in report["members"]] == list(range(20, EVALUATIONS))
+    assert set(scores) == set(range(EVALUATIONS))
+    for name in ("task 0", "task 1"):
+        assert abs(report["gap"][name]["mean"]) < 0.1
+
+
+@pytest.mark.parametrize("algorithm", ["map", "bayesian_map", "nested_map"])
+def test_an_objective_that_is_the_same_everywhere(algorithm: str, tmp_path: Path) -> None:
+    path = toy_recipe(tmp_path, algorithm)
+    constant = {"name": "task 1", "type": "call", "call": "map_toys:constant"}
+    recipe = Recipe.from_yaml(path, {"objectives.search.1": constant})
+    with pytest.raises(EcotoneError, match="task 1"):
+        launch(recipe, tmp_path / "run")
+    assert Run(tmp_path / "run").status()["state"] == "failed"
+
+
+def test_a_budget_that_the_samples_use_up_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    recipe = Recipe.from_yaml(toy_recipe(tmp_path, "map"), {"budget.evaluations": 20})
+    with pytest.raises(InputError, match="expected more than the 20 samples"):
+        launch(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert calls(tmp_path) == 0
+
+
+def test_validate_tells_the_coefficients_and_samples(tmp_path: Path) -> None:
+    def told(**search: Any) -> str:
+        recipe = Recipe.from_yaml(toy_recipe(tmp_path, "map"), {"search": search})
+        return {finding.subject: finding.text for finding in validate(recipe)}["search"]
+
+    samples = "samples before it proposes anything"
+    assert told(algorithm="map") == f"map: 3 coefficients (1 x 3 models), each from 0 to 1; 20 {samples}"
+    tensors = {"granularity": "tensor", "high": 1.5, "samples": 30}
+    assert told(algorithm="map", **tensors) == f"map: 6 coefficients (2 x 3 models), each from 0 to 1.5; 30 {samples}"
+    assert told(algorithm="nsga2") == "nsga2: 3 coefficients (1 x 3 models), each from 0 to 1"
+
+
+def test_map_with_a_larger_budget_goes_on_where_it_ended(tmp_path: Path, undisturbed: Callable[[str], Outcome]) -> None:
+    launch(Recipe.from_yaml(toy_recipe(tmp_path, "map"), {"budget.evaluations": 28}), tmp_path / "run")
+    assert outcome(resume(tmp_path / "run", {"budget.evaluations": EVALUATIONS})) == undisturbed("map")
+
+
+def test_nested_map_shows_its_tree(tmp_path: Path) -> None:
+    run = launch(Recipe.from_yaml(toy_recipe(tmp_path, "nested_map")), tmp_path / "run")
+    with run.journal() as journal:
+        (root,) = json.loads(journal.fact("report") or "{}")["tree"]
+        scores = journal.trial(root["number"])
+    assert sorted(root["models"]) == ["left", "middle", "right"]
+    assert list(root["coefficients"].values()) == pytest.approx(scores.genome.coefficients[0])
+    assert sorted(len(child["models"]) for child in root["children"]) == [1, 2]
