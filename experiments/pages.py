@@ -526,7 +526,7 @@ def _parallel(names: Sequence[str], drawn: Sequence[_Drawn], tables: Iterable[Fl
     """One line a member through its value on each named axis; a run's lines are one trace with gaps."""
     figure = go.Figure()
     positions = [*range(len(names)), None]
-    faint = float(np.clip(60 / max(1, sum(len(one.hovers) for one in drawn)), 0.2, 0.6))
+    faint = float(np.clip(60 / max(1, sum(len(one.hovers) for one in drawn)), 0.3, 0.6))
     for one, table in zip(drawn, tables, strict=True):
         rows = [[*row, None] for row in table.tolist()]
         figure.add_trace(

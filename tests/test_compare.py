@@ -461,10 +461,17 @@ def test_coefficients_are_averaged_where_segments_differ_and_absent_from_dense_g
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 @pytest.mark.slow
-def test_a_browser_draws_every_chart(tmp_path: Path) -> None:
+def test_a_browser_draws_every_chart_and_keeps_what_is_clicked(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, many(2, count), held_out=AB) for name, count in (("one", 20), ("two", 30))]
     file = tmp_path / "page.html"
-    file.write_text(page(compare(runs)), encoding="utf-8")
+    # Hover over the first member of a front and click it, once the page is there.
+    pointed = """<script>setTimeout(() => {
+      const chart = document.querySelector('.plotly-graph-div');
+      const run = chart.data.findIndex(trace => trace.name == 'two' && trace.customdata);
+      Plotly.Fx.hover(chart, [{curveNumber: run, pointNumber: 0}]);
+      chart.emit('plotly_click', {points: [{customdata: chart.data[run].customdata[0]}]});
+    }, 2000);</script></body>"""
+    file.write_text(page(compare(runs)).replace("</body>", pointed), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
     drawn = subprocess.run(
         ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()],
@@ -477,3 +484,9 @@ def test_a_browser_draws_every_chart(tmp_path: Path) -> None:
     assert len(re.findall(r'class="main-svg"', body)) >= 6  # two layers a chart
     assert body.count("hypervolume of the front so far (higher is better)</text>") == 1
     assert body.count("a (higher is better)</text>") == 1
+    member = re.search(r"two</tspan> \(random\), member (\d+)</tspan>", body)
+    assert member is not None, "hovering shows nothing"
+    chosen = re.search(r'<div id="chosen">(.*?)</div>', body, re.DOTALL)
+    assert chosen is not None
+    for words in (f"two (random), member {member[1]}", "coefficients: left ", f"--member {member[1]} --to merged-"):
+        assert words in chosen[1]
