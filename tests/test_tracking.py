@@ -329,7 +329,7 @@ def test_parameters_and_tags(runs: Path) -> None:
     directory = a_run(runs, 8, budget=8)
     report = tracking.mirror(directory)
     run = client(report.uri).get_run(report.run_id)
-    assert run.info.run_name == "digits"
+    assert run.info.run_name == "m2n2 seed 3, digits"
     assert {k: v for k, v in run.data.params.items() if k != "note"} == {
         "seed": "3",
         "models": '["a", "b"]',

@@ -137,14 +137,15 @@ def _charts(names: Names, held_out: Sequence[Names], pairs: int) -> Iterator[dic
     if len(names) > 1:
         section = "Fronts"
         fronts = [pair_metrics(FRONT, x, y, names) for x, y in islice(combinations(names, 2), pairs)]
+        # Side by side: on search data, on held-out data.
         groups = [
             [pair_metrics(HELD_OUT_FRONT, x, y, group) for x, y in islice(combinations(group, 2), pairs)]
             for group in held_out
         ]
-        for row in zip_longest(fronts, *groups):  # side by side: on search data, on held-out data
-            yield from (_front_chart(section, *pair) for pair in row if pair is not None)
-        yield _line_chart(section, HYPERVOLUME)
-        yield _line_chart(section, "best/mean")
+        pictures = [_front_chart(section, *pair) for row in zip_longest(fronts, *groups) for pair in row if pair]
+        progress = [_line_chart(section, HYPERVOLUME), _line_chart(section, "best/mean")]
+        # Of more objectives than two a pair is a side view: the hypervolume says more, and comes first.
+        yield from [*pictures, *progress] if len(names) == 2 else [*progress, *pictures]
         yield _image_chart(_WIDE)
     for name in names:
         yield _line_chart("Best so far", f"best/{metrics[name]}")
