@@ -217,7 +217,7 @@ class BayesianMapBox(SurrogateBox):
     reference: dict[str, float] | None = None
     patience: int | None = Field(default=120, ge=1)
     tolerance: float = Field(default=1e-3, ge=0)
-    paths: int = Field(default=64, ge=1)
+    paths: int = Field(default=32, ge=1)
     candidates: int = Field(default=512, ge=8)
 
 

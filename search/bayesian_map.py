@@ -27,7 +27,7 @@ from populations.genome import Floats
 from populations.trial import Evaluation, Goal, Outcome, Trial
 from search.coefficients import CoefficientBox
 from search.designs import sobol
-from search.gaussian import GaussianProcess, Inputs, Paths
+from search.gaussian import SHAPE, GaussianProcess, Inputs, Paths
 from search.protocol import trial_rng
 from search.surrogates import Link, LinkName, features, minimum, must_vary
 
@@ -88,7 +88,7 @@ class BayesianMap:
         reference: ArrayLike | None = None,
         patience: int | None = 120,
         tolerance: float = 1e-3,
-        paths: int = 64,
+        paths: int = 32,
         candidates: int = 512,
         seeds: Floats | None = None,
     ) -> None:
@@ -191,6 +191,27 @@ class BayesianMap:
         self._scores = [scores.copy() for scores in state["scores"]]
         self._logs = None if state["logs"] is None else state["logs"].copy()
 
+    def report(self) -> dict[str, Any]:
+        """How far the models can be trusted; plain values.
+
+        By objective: its ``links``, the root mean squared ``leave_one_out`` error in score units, and ``residual``, the
+        share of the variance that the model expects beyond the quadratic's.
+        """
+        names = [goal.name for goal in self.goals]
+        head = {"algorithm": "bayesian_map", "objectives": names, "design": list(range(min(self.design, self._next)))}
+        known = self._known(failures=False)
+        if len(known.points) < 2:
+            return head
+        links, models = self._chosen(known), self._models(known)
+        left_out = [link.forward(model.left_out) for link, model in zip(links, models, strict=True)]
+        errors = np.sqrt(np.mean((np.array(left_out).T - known.raw) ** 2, axis=0))
+        parts = np.array([np.exp(model.logs[:SHAPE]) for model in models])
+        return head | {
+            "links": {name: link.name for name, link in zip(names, links, strict=True)},
+            "leave_one_out": dict(zip(names, errors.tolist(), strict=True)),
+            "residual": dict(zip(names, (parts[:, -1] / parts.sum(axis=1)).tolist(), strict=True)),
+        }
+
     # -- proposing ---------------------------------------------------------------------------------------
 
     def _propose(self, n: int) -> Floats:
@@ -209,41 +230,56 @@ class BayesianMap:
 
     def _drawn(self, known: Known, rng: np.random.Generator) -> Drawn:
         """Functions drawn of the model of each objective; keeps the hyperparameters for the next proposal."""
-        inputs = coordinates(self.box, known.points)
-        links, functions, logs = self._chosen(known), [], []
-        for index, (goal, link) in enumerate(zip(self.goals, links, strict=True)):
-            if len(known.points) >= minimum(self.box.size):
-                must_vary(known.raw[:, index], goal.name)
+        if len(known.points) >= minimum(self.box.size):
+            for goal, raw in zip(self.goals, known.raw.T, strict=True):
+                must_vary(raw, goal.name)
+        models = self._models(known)
+        self._logs = np.array([model.logs for model in models])
+        functions = [model.paths(self.paths, FEATURES, rng) for model in models]
+        return Drawn(self.box, self._chosen(known), known.signs, functions, self._frame(known))
+
+    def _models(self, known: Known) -> list[GaussianProcess]:
+        """The model of each objective, from the hyperparameters of the latest proposal on."""
+        inputs, models = coordinates(self.box, known.points), []
+        for index, link in enumerate(self._chosen(known)):
             values, weights, noise = observations(link, known.raw[:, index])
             start = None if self._logs is None else self._logs[index]
             steps = FIRST_STEPS if start is None else STEPS
-            model = GaussianProcess.fit(inputs, values, weights, noise, start, steps)
-            logs.append(model.logs)
-            functions.append(model.paths(self.paths, FEATURES, rng))
-        self._logs = np.array(logs)
-        return Drawn(self.box, links, known.signs, functions, self._frame(known))
+            models.append(GaussianProcess.fit(inputs, values, weights, noise, start, steps))
+        return models
 
     def _picked(self, n: int, drawn: Drawn, volume: Volume, known: Known, rng: np.random.Generator) -> Floats:
         """(n, D) points that one after another add most; each is looked for anew around the best candidates."""
+        taken = np.concatenate([known.points, *(point[None] for point in self._flying.values())])
         points = self._candidates(known, rng)
-        values = volume.of(drawn(points))
-        kept = np.argsort(-volume.gains(values), kind="stable")[:PROMISING]
-        points, values = points[kept], values[kept]
-        chosen: list[Floats] = []
+        points, values, _ = self._promising(points, drawn, volume, taken, PROMISING)
         for _ in range(n):
-            gains = volume.gains(values)
+            gains = volume.gains(values) * self._is_new(points, taken)
             for size in np.repeat(STEP_SIZES[1::-1], ROUNDS // 2):
                 best = np.argsort(-gains, kind="stable")[:PARENTS]
                 near = self._near(np.repeat(points[best], CHILDREN, axis=0), size, rng)
-                more = volume.of(drawn(near))
-                added = volume.gains(more)
-                kept = np.argsort(-added, kind="stable")[:PARENTS]
-                points, values = np.concatenate([points, near[kept]]), np.concatenate([values, more[kept]])
-                gains = np.concatenate([gains, added[kept]])
+                near, reached, added = self._promising(near, drawn, volume, taken, PARENTS)
+                points, values = np.concatenate([points, near]), np.concatenate([values, reached])
+                gains = np.concatenate([gains, added])
             index = int(np.argmax(gains))
-            chosen.append(points[index])
             volume.take(values[index])
-        return np.array(chosen)
+            taken = np.concatenate([taken, points[[index]]])
+            points, values = np.delete(points, index, axis=0), np.delete(values, index, axis=0)
+        return taken[-n:]
+
+    def _promising(
+        self, points: Floats, drawn: Drawn, volume: Volume, taken: Floats, count: int
+    ) -> tuple[Floats, Singles, Floats]:
+        """The ``count`` points that add most, how far they reach in every draw, and what they add."""
+        values = volume.of(drawn(points))
+        gains = volume.gains(values) * self._is_new(points, taken)
+        kept = np.argsort(-gains, kind="stable")[:count]
+        return points[kept], values[kept], gains[kept]
+
+    def _is_new(self, points: Floats, taken: Floats) -> NDArray[np.bool_]:
+        """(n,) False for points (n, D) that are the same, but for a thousandth of the box, as one already taken."""
+        apart = np.abs(points[:, None] - taken[None]).max(axis=2)
+        return np.asarray(apart.min(axis=1) > 1e-3 * (self.box.high - self.box.low))
 
     def _candidates(self, known: Known, rng: np.random.Generator) -> Floats:
         """(C, D): a quarter even in the box, half around the front, a quarter on lines through two of its points."""
@@ -263,7 +299,7 @@ class BayesianMap:
 
     # -- what is known -----------------------------------------------------------------------------------
 
-    def _known(self, most: int | None = None) -> Known:
+    def _known(self, most: int | None = None, failures: bool = True) -> Known:
         """What was told; of more than ``most`` evaluations, or ``REMEMBERED``, those of the best ranks."""
         most = most or REMEMBERED
         raw = np.array(self._scores).reshape(-1, len(self.goals))
@@ -273,6 +309,8 @@ class BayesianMap:
             return Known(np.zeros((0, self.box.size)), raw[:0], signs)
         raw[failed] = (signs * raw[~failed]).min(axis=0) * signs
         points = np.array(self._points)
+        if not failures:
+            points, raw = points[~failed], raw[~failed]
         if len(raw) > most:
             kept = np.sort(np.lexsort([-np.arange(len(raw)), ranks(signs * raw)])[:most])
             points, raw = points[kept], raw[kept]
@@ -287,12 +325,13 @@ class BayesianMap:
         """From where, and in what units, hypervolume counts."""
         front = known.front
         low, high = front.min(axis=0), front.max(axis=0)
-        reference = low - 0.1 * (high - low)
+        extent = np.where(high > low, high - low, np.ptp(known.scores, axis=0))
+        reference = low - 0.1 * extent
         shares = [link.name == "sigmoid" for link in self._chosen(known)]
         reference = np.where(shares, 0.0, reference)
         if self.reference is not None:
             reference = known.signs * self.reference
-        return Frame(reference, np.maximum(high - reference, 1e-12))
+        return Frame(reference, np.where(high > reference, high - reference, 1.0))
 
 
 @dataclass(frozen=True, eq=False)

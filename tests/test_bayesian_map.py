@@ -280,6 +280,39 @@ def test_a_constant_objective_is_named() -> None:
         run(search, score, 20)
 
 
+def test_a_front_of_one_point() -> None:
+    """Losses of which one merge has the least of both: then the volume's units come from all that is known."""
+
+    def score(point: Floats) -> Floats:
+        return np.full(2, -5.0) + np.sum((point - 0.4) ** 2) * np.array([1.0, 30.0])
+
+    goals = goals_of(2, "minimize")
+    points, scores = run(BayesianMap(box_of(2), goals, 0, patience=None, **SMALL), score, 30)
+    assert np.abs(points[np.argmin(scores[:, 0])] - 0.4).max() < 0.02
+    assert len(np.unique(points, axis=0)) == 30
+
+
+def test_where_nothing_can_be_gained_no_point_comes_twice() -> None:
+    search = BayesianMap(box_of(2), goals_of(2), 0, reference=(2.0, 2.0), **SMALL)
+    points, _ = run(search, specialists, 40)
+    assert distances(points).min() > 1e-3
+
+
+def test_it_reports_how_far_the_models_can_be_trusted() -> None:
+    search = BayesianMap(box_of(2), goals_of(2), 0, patience=None, **SMALL)
+    assert search.report() == {"algorithm": "bayesian_map", "objectives": ["goal-0", "goal-1"], "design": []}
+    trials = told(search)
+    search.tell(search.ask(1)[0], Evaluation.failed("exception", "no"), Outcome(False))
+    state = search.state()
+    found = search.report()
+    assert found["design"] == [trial.number for trial in trials]
+    assert found["links"] == {"goal-0": "sigmoid", "goal-1": "sigmoid"}
+    assert 0 < found["leave_one_out"]["goal-0"] < 0.5
+    assert 0 < found["residual"]["goal-1"] < 1
+    assert search.report() == found
+    assert search.state()["logs"].tolist() == state["logs"].tolist()
+
+
 # -- parts ---------------------------------------------------------------------------------------------------
 
 
