@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import linecache
 import sys
 from pathlib import Path
@@ -15,15 +16,30 @@ import yaml
 from pydantic import ValidationError
 
 from experiments import compose
-from experiments.recipe import Recipe, apply_settings, parse_settings
+from experiments.recipe import (
+    BayesianMapBox,
+    CmaEsBox,
+    MapBox,
+    NestedMapBox,
+    NsgaBox,
+    OptunaBox,
+    Recipe,
+    apply_settings,
+    parse_settings,
+)
 from fitness.specs import CallSpec
 from populations.errors import CheckpointError, InputError
 from populations.gram import GramTable
 from populations.niches import NicheArchive
 from populations.population import ElitistArchive
 from populations.space import Space
+from search.bayesian_map import BayesianMap
 from search.cma_es import CmaEs
 from search.m2n2 import M2N2
+from search.map import MapSearch
+from search.nested_map import NestedMapSearch
+from search.nsga import Nsga
+from search.optuna_search import OptunaSearch
 
 PACKAGE = Path(__file__).parent.parent / "experiments" / "recipes"
 PLAIN: dict[str, Any] = {
@@ -513,6 +529,25 @@ def test_boxes_and_settings_reach_their_search(kind: str) -> None:
         known = {**vars(search), **getattr(search, "settings", {})}
         for name, value in settings.items():
             np.testing.assert_equal(known[name], value)
+
+
+@pytest.mark.parametrize(
+    ("part", "search"),
+    [
+        (CmaEsBox, CmaEs),
+        (MapBox, MapSearch),
+        (BayesianMapBox, BayesianMap),
+        (NestedMapBox, NestedMapSearch),
+        (NsgaBox, Nsga),
+        (OptunaBox, OptunaSearch),
+    ],
+)
+def test_the_defaults_of_recipes_are_those_of_the_searches(part: Any, search: Any) -> None:
+    left_to_search = {"samples", "front", "links", "reference"}  # None there, or another form
+    parameters = inspect.signature(search).parameters
+    shared = [name for name in part.model_fields if name in parameters and name not in left_to_search]
+    assert shared
+    assert {name: part.model_fields[name].default for name in shared} == {n: parameters[n].default for n in shared}
 
 
 @pytest.mark.parametrize("kind", ["nsga2", "optuna"])
