@@ -73,10 +73,11 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="all images left guide the search; nothing is held out")
     parser.add_argument("--reference", type=float, default=0.0, help="accuracy from which hypervolume counts")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--cache", type=Path, help="folder that keeps finished searches, for the next time")
     parser.add_argument("--out", type=Path, default=RESULTS / "fronts.json")
     options = parser.parse_args()
     jobs = [
-        (problem, seed, name, options.whole)
+        (problem, seed, name, options.whole, options.cache)
         for problem, seed, name in product(options.problems, options.seeds, options.algorithms)
     ]
     with ProcessPoolExecutor(options.jobs) as pool:
@@ -178,13 +179,21 @@ def models_first(box: CoefficientBox) -> Floats:
 # -- running -------------------------------------------------------------------------------------------------
 
 
-def run(problem: str, seed: int, name: str, whole: bool) -> dict[str, Any]:
+def run(problem: str, seed: int, name: str, whole: bool, cache: Path | None) -> dict[str, Any]:
     """One search to the largest budget: its scores in order, those of its fronts held out, and seconds asking."""
     guide, held_out = scorers(problem, seed, whole)
-    size = len(PROBLEMS[problem])
-    box = CoefficientBox(np.array([0, 1]), size, LOW, HIGH)
-    goals = [Goal(f"group-{i}") for i in range(size)]
-    points, scores, seconds = searched(ALGORITHMS[name](box, goals, seed), guide, goals)
+    kept = cache and cache / f"{problem}-{seed}-{name.replace(' ', '-')}{'-whole' * whole}.npz"
+    if kept and kept.exists():
+        stored = np.load(kept)
+        points, scores, seconds = stored["points"], stored["scores"], float(stored["seconds"])
+    else:
+        size = len(PROBLEMS[problem])
+        box = CoefficientBox(np.array([0, 1]), size, LOW, HIGH)
+        goals = [Goal(f"group-{i}") for i in range(size)]
+        points, scores, seconds = searched(ALGORITHMS[name](box, goals, seed), guide, goals)
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(kept, points=points, scores=scores, seconds=seconds)
     fronts = {budget: points[:budget][non_dominated(scores[:budget])] for budget in BUDGETS}
     elsewhere = {} if held_out is None else {budget: held_out(front) for budget, front in fronts.items()}
     print(f"{problem} {seed} {name}: {seconds:.0f} s", flush=True)
