@@ -1,7 +1,7 @@
 """What a user sees in MLflow: three searches, each one coloured front, overlaid. Looked at in headless Chromium.
 
 MLflow's format of saved views is undocumented; this test says whether the version at hand understands ours. With
-ECOTONE_SCREENSHOT=FILE.png it also leaves a picture, as the one in docs/.
+ECOTONE_SCREENSHOT=FILE.png it also leaves a picture of the page.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 if CHROMIUM is None and "CI" not in os.environ:
     pytest.skip("no Chromium: install Debian's package chromium", allow_module_level=True)
 
+_MOUSE = "primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"  # as on a desk
+
 
 # -- a browser -----------------------------------------------------------------------------------------------
 
@@ -62,7 +64,7 @@ class Browser:
 
         command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
-        command += ["--hide-scrollbars", "--no-proxy-server"]
+        command += ["--hide-scrollbars", "--no-proxy-server", f"--blink-settings={_MOUSE}"]
         command += [f"--user-data-dir={self._profile}", "--remote-debugging-pipe", "about:blank"]
         self._process = subprocess.Popen(
             command,
@@ -243,6 +245,7 @@ def test_the_view_shows_three_fronts(fronts: dict[str, Front], server: str, tmp_
     assert ends == {name: pytest.approx([EVALUATIONS, volume(front)], abs=0.05) for name, front in fronts.items()}
     browser.resize(1300, 2200)  # what is further down is loaded when it is seen
     browser.until(f"{PICTURES} == 3")
+    assert "search.algorithm=" not in browser.run("document.body.innerText"), "parameters push the pictures away"
 
 
 def drawn(chart: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,14 @@ from typing import Any
 import pytest
 
 from experiments import tracking
+from experiments.runs import Run
+from experiments.tracking.mirrored_run import MirroredRun
 from experiments.tracking.names import acceptable, metric_names
 from experiments.tracking.scoreboard import Scoreboard
 from experiments.tracking.server import serving
 from experiments.tracking.server import stop as stop_server
 from experiments.tracking.store import opened, sqlite_file
-from experiments.tracking.view import view_key
+from experiments.tracking.view import view_key, view_tag, view_value
 from populations.errors import JournalError
 from populations.genome import Genome
 from populations.journal import Journal, Row
@@ -348,7 +353,11 @@ def test_parameters_and_tags(runs: Path) -> None:
 
 def test_artifacts(runs: Path) -> None:
     report = tracking.mirror(a_run(runs, 30, budget=30))
-    assert {file.path for file in client(report.uri).list_artifacts(report.run_id)} == {*ARTIFACTS, "images"}
+    assert {file.path for file in client(report.uri).list_artifacts(report.run_id)} == {
+        *ARTIFACTS,
+        "images",
+        "report.html",
+    }
     recipe, front_file, candidates, table_file, genomes, environment = (
         next((runs / "mlartifacts").rglob(name)) for name in ARTIFACTS
     )
@@ -442,6 +451,154 @@ def test_an_extended_search_is_another_run_beside_its_first_end(runs: Path) -> N
 
 def goals() -> list[Goal]:
     return [Goal(*goal) for goal in GOALS]  # type: ignore[arg-type]
+
+
+def three(number: int) -> dict[str, float]:
+    """What trial ``number`` scores in three objectives."""
+    return {"a": (number * 37 % 41) / 41, "b": (number * 23 % 43) / 43, "c": -float(number * 11 % 17)}
+
+
+def a_search_of_three(directory: Path, count: int) -> None:
+    goals = json.dumps([["a", "maximize"], ["b", "maximize"], ["c", "minimize"]])
+    with Journal.create(directory / "journal.sqlite", facts(count, goals=goals, held_out_goals=goals)) as journal:
+        for n in range(count):
+            trial = Trial(n, genome(n))
+            journal.asked(n, 1, [trial])
+            journal.arrived([(trial, Evaluation(three(n)))])
+            journal.measured(trial.genome, "held_out", Evaluation({k: v / 2 for k, v in three(n).items()}))
+        journal.note("state", "finished")
+
+
+def test_fronts_of_three_objectives(runs: Path) -> None:
+    """All of them by the first objective; of each two objectives those that are not dominated in these two."""
+    a_search_of_three(runs / "one", 40)
+    report = tracking.mirror(runs / "one")
+    history = without_times(history_of(report.uri, report.run_id or ""))
+
+    def values(key: str) -> list[float]:
+        assert [step for step, _ in history[key]] == list(range(len(history[key])))
+        return [value for _, value in history[key]]
+
+    points = [three(n) for n in range(40)]
+    whole = sorted(_best(points, {"a": 1, "b": 1, "c": -1}), key=lambda p: p["a"])
+    assert [dict(zip("abc", p, strict=True)) for p in zip(*(values(f"front/{o}") for o in "abc"), strict=True)] == whole
+    assert values("front_held_out/c") == [p["c"] / 2 for p in whole]
+    for x, y, signs in (("a", "b", (1, 1)), ("a", "c", (1, -1)), ("b", "c", (1, -1))):
+        pair = sorted(_best(whole, dict(zip((x, y), signs, strict=True))), key=lambda p, x=x: p[x])  # type: ignore[misc]
+        assert values(f"front_pairs/{x} under {y}") == [p[x] for p in pair]
+        assert values(f"front_pairs/{y} over {x}") == [p[y] for p in pair]
+        assert values(f"front_held_out_pairs/{y} over {x}") == [p[y] / 2 for p in pair]
+        assert len(pair) < len(whole)
+
+
+def _best(points: list[dict[str, float]], signs: dict[str, int]) -> list[dict[str, float]]:
+    def dominates(p: dict[str, float], q: dict[str, float]) -> bool:
+        pairs = [(p[name] * sign, q[name] * sign) for name, sign in signs.items()]
+        return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+    return [p for p in points if not any(dominates(q, p) for q in points)]
+
+
+def test_the_hypervolume_is_there_while_the_search_goes_on(runs: Path) -> None:
+    """Of scores in [0, 1] that are maximised, from 0: the same that `status` shows."""
+    directory = runs / "one"
+    goals = json.dumps([["a", "maximize"], ["b", "maximize"]])
+    with Journal.create(directory / "journal.sqlite", facts(20, goals=goals)) as journal:
+        for n in range(12):
+            trial = Trial(n, genome(n))
+            journal.asked(n, 1, [trial])
+            journal.arrived([(trial, Evaluation({key: three(n)[key] for key in "ab"}))])
+        report = tracking.mirror(directory)
+        history = without_times(history_of(report.uri, report.run_id or ""))["hypervolume"]
+        assert [step for step, _ in history] == list(range(1, 13))
+        assert history == sorted(history)
+        assert history[-1][1] == pytest.approx(Run(directory).status()["hypervolume"], abs=1e-12)
+
+
+def test_pictures_of_the_evolving_front(runs: Path) -> None:
+    """After 15, 30, 60 evaluations and at the end, once each, whenever the mirror stops and starts."""
+    directory = runs / "one"
+    with Journal.create(directory / "journal.sqlite", facts(70)) as journal:
+        for begin, end in ((0, 20), (20, 31), (31, 70)):
+            tell(journal, begin, end)
+            tracking.mirror(directory)
+        finish(journal, [best(70)])
+    for _ in range(2):
+        tracking.mirror(directory)
+    files = [path.name for path in (runs / "mlartifacts").rglob("*.png")]
+    assert sorted(int(re.findall(r"step.(\d+)", name)[0]) for name in files) == [15, 30, 60, 70]
+
+
+def test_a_mirror_that_was_stopped_while_it_logged_the_front(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = a_run(runs, 40, budget=40)
+    monkeypatch.setattr("experiments.tracking.mirrored_run.ROWS_PER_BATCH", 4)
+
+    def stopped(*_: object) -> None:
+        raise OSError("stopped here")
+
+    with monkeypatch.context() as during:
+        logged = MirroredRun._log
+
+        def some(self: MirroredRun, rows: Any) -> None:
+            logged(self, rows)
+            if any(key.startswith("front/") for key, *_ in rows):
+                stopped()
+
+        during.setattr(MirroredRun, "_log", some)
+        assert tracking.mirror(directory).error == "stopped here"
+    report = tracking.mirror(directory)
+    assert report.complete
+    history = without_times(history_of(report.uri, report.run_id or ""))
+    for key in ("front/acc", "front/loss", "hypervolume"):
+        assert history[key] == expected(40, range(1, 41))[key]
+
+
+def test_one_view_for_searches_of_the_same_objectives(runs: Path) -> None:
+    """Whatever they hold out, in whatever order they name their objectives; its filter finds them all."""
+    first = tracking.mirror(a_run(runs, 6, budget=6, name="one"))
+    there = client(first.uri)
+    tag = view_tag(goals())
+    before = there.get_experiment(first.experiment_id).tags[tag]
+    assert json.loads(before)["name"] == "Fronts: acc, loss"
+    tracking.mirror(a_run(runs, 7, budget=7, name="two"))
+    assert there.get_experiment(first.experiment_id).tags[tag] == before
+    others = {"held_out_goals": json.dumps([["p", "maximize"], ["q", "maximize"]]), "goals": json.dumps(GOALS[::-1])}
+    third = tracking.mirror(a_run(runs, 8, budget=8, name="three", **others))
+    view = json.loads(there.get_experiment(first.experiment_id).tags[tag])
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    found = there.search_runs([first.experiment_id], state["searchFilter"])
+    assert {run.info.run_id for run in found} >= {first.run_id, third.run_id}
+    assert len(found) == 3
+    charts = {(chart["type"], chart.get("selectedXAxisMetricKey"), chart.get("metricKey")) for chart in _charts(state)}
+    assert ("LINE", "front_held_out/p", "front_held_out/q") in charts
+    assert ("LINE", "", "hypervolume") in charts
+    colours = [run.data.tags["mlflow.runColor"] for run in found]
+    assert len(set(colours)) == 3
+
+
+def _charts(state: dict[str, Any]) -> list[dict[str, Any]]:
+    charts: list[dict[str, Any]] = state["compareRunCharts"]
+    assert len({chart["uuid"] for chart in charts}) == len(charts)
+    assert {chart["metricSectionId"] for chart in charts} == {one["uuid"] for one in state["compareRunSections"]}
+    return charts
+
+
+def test_a_colour_that_the_user_chose_stays(runs: Path) -> None:
+    report = tracking.mirror(a_run(runs, 6, budget=6))
+    client(report.uri).set_tag(report.run_id, "mlflow.runColor", "#123456")
+    (runs / "one" / "tracking.json").unlink()
+    tracking.mirror(runs / "one")
+    assert client(report.uri).get_run(report.run_id).data.tags["mlflow.runColor"] == "#123456"
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 40])
+def test_a_view_fits_into_a_tag(count: int) -> None:
+    many = [Goal(f"the accuracy of task number {index} of many") for index in range(count)]
+    value = view_value(many, many, None, 0)
+    assert value is not None
+    assert len(value) <= 5000
+    assert view_value(many, many, value, 1) is None
+    assert view_value(many, many, "{ damaged", 0) == value
 
 
 def test_names_that_mlflow_refuses(runs: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from operator import itemgetter
 from typing import TypeAlias
 
 import numpy as np
 
-from experiments.tracking.names import FRONT, HELD_OUT_FRONT, metric_names, pair_metrics
+from experiments.tracking.names import FRONT, HELD_OUT_FRONT, metric_names, pair_metrics, pairs_of
 from experiments.tracking.summary import Summary
 from populations.fronts import non_dominated
 from populations.journal import Row
@@ -60,7 +59,7 @@ def _pairs(
     if len(goals) < 3:
         return []
     rows, names = [], [goal.name for goal in goals]
-    for x, y in combinations(names, 2):
+    for x, y in pairs_of(names):
         chosen = _front_in([row for row, _ in members], [goal for goal in searched if goal.name in (x, y)])
         shown = [scores for row, scores in members if row.number in chosen]
         keys = dict(zip(pair_metrics(group, x, y, names), (x, y), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 CURSOR = "evaluations"
@@ -24,6 +25,15 @@ def metric_names(objectives: Sequence[str]) -> dict[str, str]:
     """The metric of each objective: its name where MLflow accepts it and no other metric has it."""
     names = {objective: acceptable(objective) for objective in objectives}
     return distinct({o: f"objective/{n}" if n.split("/")[0] in OWN_METRICS else n for o, n in names.items()})
+
+
+def pairs_of(objectives: Sequence[str]) -> list[tuple[str, str]]:
+    """Each two of the objectives: x-axis and y-axis.
+
+    Of more than two objectives a pair's metrics are named by it, so it does not depend on the order of the objectives.
+    """
+    pairs = list(combinations(objectives, 2))
+    return pairs if len(pairs) == 1 else [(min(pair), max(pair)) for pair in pairs]
 
 
 def pair_metrics(group: str, first: str, second: str, objectives: Sequence[str]) -> tuple[str, str]:

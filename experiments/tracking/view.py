@@ -13,7 +13,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import combinations, islice, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 from experiments.tracking.images import FIRST
@@ -25,6 +25,7 @@ from experiments.tracking.names import (
     VIEW_TAG,
     metric_names,
     pair_metrics,
+    pairs_of,
 )
 from populations.trial import Goal
 
@@ -136,12 +137,9 @@ def _charts(names: Names, held_out: Sequence[Names], pairs: int) -> Iterator[dic
     metrics = metric_names(names)
     if len(names) > 1:
         section = "Fronts"
-        fronts = [pair_metrics(FRONT, x, y, names) for x, y in islice(combinations(names, 2), pairs)]
+        fronts = [pair_metrics(FRONT, x, y, names) for x, y in pairs_of(names)[:pairs]]
         # Side by side: on search data, on held-out data.
-        groups = [
-            [pair_metrics(HELD_OUT_FRONT, x, y, group) for x, y in islice(combinations(group, 2), pairs)]
-            for group in held_out
-        ]
+        groups = [[pair_metrics(HELD_OUT_FRONT, x, y, group) for x, y in pairs_of(group)[:pairs]] for group in held_out]
         pictures = [_front_chart(section, *pair) for row in zip_longest(fronts, *groups) for pair in row if pair]
         progress = [_line_chart(section, HYPERVOLUME), _line_chart(section, "best/mean")]
         # Of more objectives than two a pair is a side view: the hypervolume says more, and comes first.
@@ -160,7 +158,7 @@ def _section(name: str) -> dict[str, Any]:
         "deleted": False,
         "isGenerated": False,
         "columns": 1 if name == _WIDE else 2,
-        "cardHeight": 400,
+        "cardHeight": 700 if name == _WIDE else 400,
     }
 
 
@@ -202,4 +200,4 @@ def _front_chart(section: str, x: str, y: str) -> dict[str, Any]:
 
 
 def _image_chart(section: str) -> dict[str, Any]:
-    return {**_chart("IMAGE", section, PICTURE), "imageKeys": [PICTURE], "step": FIRST}
+    return {**_chart("IMAGE", section, PICTURE), "imageKeys": [PICTURE], "step": FIRST, "showRunParams": False}
