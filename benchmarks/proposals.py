@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/proposals.py                   # every search and sampler, about ten minutes
     OMP_NUM_THREADS=1 python benchmarks/proposals.py --only tpe gp --coefficients 10 --trials 100
 
-CPU milliseconds a trial on one thread, with two objectives: the median of several batches of ``--batch`` trials, asked
+CPU milliseconds a trial on one thread: the median of several batches of ``--batch`` trials, asked
 for when so many have been scored and another batch is in flight. Sampler ``gp`` is left out above its limit.
 """
 
@@ -25,7 +25,6 @@ from search.nsga import Nsga
 from search.optuna_search import OptunaSearch
 from search.protocol import Search
 
-GOALS = (Goal("one"), Goal("two"))
 SEARCHES: dict[str, dict[str, Any]] = {
     "native nsga2": {"variant": "nsga2"},
     "native nsga3": {"variant": "nsga3"},
@@ -45,6 +44,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=SEARCHES, default=list(SEARCHES))
     parser.add_argument("--coefficients", nargs="*", type=int, default=[10, 96])
     parser.add_argument("--trials", nargs="*", type=int, default=[100, 1000])
+    parser.add_argument("--objectives", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
@@ -53,54 +53,55 @@ def main() -> None:
         for name in arguments.only:
             for coefficients in arguments.coefficients:
                 for trials in arguments.trials:
-                    row = measured(name, coefficients, trials, arguments.batch, arguments.repeats)
+                    row = measured(name, coefficients, trials, arguments)
                     text = "refused" if row is None else f"{1000 * row:.1f}"
                     print(f"{name:24}{coefficients:>6}{trials:>8}{text:>16}", flush=True)
 
 
-def measured(name: str, coefficients: int, trials: int, batch: int, repeats: int) -> float | None:
+def measured(name: str, coefficients: int, trials: int, arguments: argparse.Namespace) -> float | None:
     """CPU seconds a proposal; None when the search refuses so many coefficients."""
     try:
-        search, flying = prepared(name, CoefficientBox(np.array([0, 1]), coefficients), trials)
+        search = prepared(name, CoefficientBox(np.array([0, 1]), coefficients), trials, arguments.objectives)
     except InputError:
         return None
-    flying += search.ask(batch)
+    flying = search.ask(arguments.batch)
     seconds = []
-    for _ in range(repeats):
+    for _ in range(arguments.repeats):
         start = time.process_time()
-        asked = search.ask(batch)
+        asked = search.ask(arguments.batch)
         seconds.append((time.process_time() - start) / len(asked))
         for trial in flying:
-            tell(search, trial)
+            tell(search, trial, arguments.objectives)
         flying = asked
     return statistics.median(seconds)
 
 
-def prepared(name: str, box: CoefficientBox, trials: int) -> tuple[Search, list[Trial]]:
+def prepared(name: str, box: CoefficientBox, trials: int, objectives: int) -> Search:
     """A search that has been told so many trials."""
-    settings = SEARCHES[name]
-    search: Any = Nsga(box, GOALS, 0, **settings) if "variant" in settings else OptunaSearch(box, GOALS, 0, **settings)
+    settings, goals = SEARCHES[name], [Goal(str(i)) for i in range(objectives)]
+    search: Any = Nsga(box, goals, 0, **settings) if "variant" in settings else OptunaSearch(box, goals, 0, **settings)
     if settings.get("sampler") in ("tpe", "gp"):  # they know only points and scores: spare the time to propose these
         points = np.random.default_rng(0).random((trials, box.size))
         records = [
-            {"state": "COMPLETE", "point": point.tolist(), "values": list(scores(point)), "notes": {}}
+            {"state": "COMPLETE", "point": point.tolist(), "values": scores(point, objectives).tolist(), "notes": {}}
             for point in points
         ]
         search.restore({"next": trials, "trials": records, "notes": {}})
-        return search, []
+        return search
     for _ in range(trials):
-        tell(search, search.ask(1)[0])
-    return search, []
+        tell(search, search.ask(1)[0], objectives)
+    return search
 
 
-def scores(point: np.ndarray) -> tuple[float, float]:
-    """Two that disagree on where the optimum is."""
-    return -float(((point - 0.3) ** 2).sum()), -float(((point - 0.6) ** 2).sum())
+def scores(point: np.ndarray, objectives: int) -> np.ndarray:
+    """(M,) that disagree on where the optimum is: each on its own share of the coefficients."""
+    wanted = 0.3 + 0.4 * (np.arange(len(point)) % objectives == np.arange(objectives)[:, None])
+    return -((point - wanted) ** 2).mean(axis=1)
 
 
-def tell(search: Search, trial: Trial) -> None:
-    one, two = scores(trial.genome.coefficients.ravel())
-    search.tell(trial, Evaluation({"one": one, "two": two}), Outcome(accepted=True))
+def tell(search: Search, trial: Trial, objectives: int) -> None:
+    found = scores(trial.genome.coefficients.ravel(), objectives)
+    search.tell(trial, Evaluation({str(i): float(s) for i, s in enumerate(found)}), Outcome(accepted=True))
 
 
 if __name__ == "__main__":
