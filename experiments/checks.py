@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments import compose
-from experiments.recipe import Accuracy, Call, M2N2Search, Recipe
+from experiments.recipe import Accuracy, Call, M2N2Search, MapBox, NestedMapBox, Recipe, SurrogateBox
 from fitness.callables import resolve
 from merging.gram import region_borders
 from merging.layout import Layout
@@ -80,9 +81,17 @@ def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]
         return
     search, box = checked
     size = f"{box.size} coefficients ({box.segments} x {box.sources} models), each from {box.low:g} to {box.high:g}"
-    samples = getattr(search, "samples", getattr(search, "design", None))
-    taken = "" if samples is None else f"; {samples} samples before it proposes anything"
-    yield Finding("search", f"{recipe.search.algorithm}: {size}{taken}")
+    yield Finding("search", f"{recipe.search.algorithm}: {size}{_samples(recipe.search, search, box.sources)}")
+
+
+def _samples(part: object, search: Any, models: int) -> str:
+    """What a search with surrogates scores before it has one."""
+    if isinstance(part, NestedMapBox):
+        return f"; {models - 1} pairs of {search.samples} samples and {search.front} members of a front"
+    if not isinstance(part, SurrogateBox):
+        return ""
+    samples = search.samples if isinstance(part, MapBox) else search.design
+    return f"; {samples} samples before it proposes anything"
 
 
 def _needs(recipe: Recipe, sources: Sources) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from experiments.checks import validate
+from experiments.compose import check_search
 from experiments.recipe import Recipe
 from experiments.running import launch, resume
 from experiments.runs import Run
@@ -235,14 +236,16 @@ def test_a_budget_that_the_samples_use_up_is_refused_before_anything_is_made(tmp
 
 
 def test_validate_tells_the_coefficients_and_samples(tmp_path: Path) -> None:
-    def told(**search: Any) -> str:
-        recipe = Recipe.from_yaml(toy_recipe(tmp_path, "map"), {"search": search})
+    def told(kind: str = "map", **search: Any) -> str:
+        recipe = Recipe.from_yaml(toy_recipe(tmp_path, kind), {"search": search} if search else {})
         return {finding.subject: finding.text for finding in validate(recipe)}["search"]
 
     samples = "samples before it proposes anything"
     assert told(algorithm="map") == f"map: 3 coefficients (1 x 3 models), each from 0 to 1; 20 {samples}"
     tensors = {"granularity": "tensor", "high": 1.5, "samples": 30}
     assert told(algorithm="map", **tensors) == f"map: 6 coefficients (2 x 3 models), each from 0 to 1.5; 30 {samples}"
+    assert told(algorithm="bayesian_map").endswith(f"each from 0 to 1; 8 {samples}")
+    assert told("nested_map").endswith("each from 0 to 1; 2 pairs of 12 samples and 4 members of a front")
     assert told(algorithm="nsga2") == "nsga2: 3 coefficients (1 x 3 models), each from 0 to 1"
 
 
@@ -259,3 +262,14 @@ def test_nested_map_shows_its_tree(tmp_path: Path) -> None:
     assert sorted(root["models"]) == ["left", "middle", "right"]
     assert list(root["coefficients"].values()) == pytest.approx(scores.genome.coefficients[0])
     assert sorted(len(child["models"]) for child in root["children"]) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["digits-groups-map", "digits-four-groups-map", "text-map"])
+@pytest.mark.parametrize("algorithm", ["map", "bayesian_map", "nested_map", "nsga2", "nsga3", "optuna", "random"])
+def test_ready_recipes_take_any_search_for_a_front(name: str, algorithm: str) -> None:
+    """Only the name of the algorithm has to be changed to compare them on the same coefficients."""
+    recipe = Recipe.from_yaml(ROOT / "experiments" / "recipes" / f"{name}.yaml", {"search.algorithm": algorithm})
+    checked = check_search(recipe)
+    assert checked is not None
+    assert checked[1].size == len(recipe.models.experts)
+    assert (checked[1].low, checked[1].high) == (0.0, 1.5)
