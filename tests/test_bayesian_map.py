@@ -174,6 +174,15 @@ def test_a_region_that_fails_is_left() -> None:
     assert np.mean(failed[-16:]) < 0.35
 
 
+def test_dead_workers_say_nothing_about_a_point() -> None:
+    search = BayesianMap(box_of(2), goals_of(2), 0, patience=None, **SMALL)
+    for trial in search.ask(search.design):
+        search.tell(trial, Evaluation.failed("worker died", "gone"), Outcome(False))
+    assert search._known().points.shape == (0, 2)
+    trials = search.ask(4)
+    assert [trial.number for trial in trials] == [6, 7, 8, 9]
+
+
 def test_while_everything_fails_it_looks_everywhere() -> None:
     search = BayesianMap(box_of(2), goals_of(2), 0, patience=3, **SMALL)
     points = []
@@ -240,12 +249,13 @@ def test_a_proposal_is_bounded_whatever_has_been_told(monkeypatch: pytest.Monkey
     assert sizes == [40, 40]
 
 
-def test_what_is_forgotten_is_dominated() -> None:
+def test_what_is_forgotten_is_dominated_and_not_all_that_is() -> None:
     search = BayesianMap(box_of(2), goals_of(2), 0, design=100, **SMALL)
     told(search)
     everything, kept = search._known(100), search._known(40)
     assert len(kept.points) == 40
     assert hypervolume(kept.scores, [0, 0]) == hypervolume(everything.scores, [0, 0])
+    assert kept.scores.mean(axis=1).min() < np.median(everything.scores.mean(axis=1))
     rows = [everything.points.tolist().index(point) for point in kept.points.tolist()]
     assert rows == sorted(rows)
 
