@@ -54,7 +54,8 @@ class MapSearch:
         front: Members of the predicted front to evaluate; None means what is left of the budget, or 20 without.
         margin: How far beyond the sampled points coefficients may be predicted, in shares of their extent; never
             outside the box.
-        caution: Standard errors taken off each predicted score before fronts are compared.
+        caution: Standard errors taken off each predicted score before fronts are compared: without it the front is
+            where the surrogates err most. Surrogates that fit exactly have none.
         generations: Of NSGA-III.
         filling: Rounds that fill the gaps in NSGA-III's front; with none, predicted hypervolumes are percents short.
         seeds: (J, K) coefficients of the models themselves, for the mixed design; None means one-hot vectors.
@@ -74,7 +75,7 @@ class MapSearch:
         evaluations: int | None = None,
         front: int | None = None,
         margin: float = 0.1,
-        caution: float = 0.0,
+        caution: float = 1.0,
         generations: int = GENERATIONS,
         filling: int = FILLING,
         seeds: Floats | None = None,

@@ -86,7 +86,7 @@ class NestedMapSearch:
         front: int = FRONT,
         links: Links = "auto",
         evaluations: int | None = None,
-        caution: float = 0.0,
+        caution: float = 1.0,
     ) -> None:
         self.box, self.goals, self.seed, self.sources = box, tuple(goals), seed, tuple(sources)
         _check_box(box, self.sources)

@@ -229,7 +229,7 @@ def test_caution_prefers_what_is_known() -> None:
     def noisy(points: Floats) -> Floats:
         return np.clip(truth(points) + rng.normal(0, 0.05, (len(points), 3)), 0, 1)
 
-    search = MapSearch(box(3), goals(3), 0, front=20, generations=20, filling=2)
+    search = MapSearch(box(3), goals(3), 0, front=20, caution=0.0, generations=20, filling=2)
     run(search, noisy)
     bold = search._chosen
     search.caution = 2.0
