@@ -202,7 +202,7 @@ class MapBox(SurrogateBox):
     design: Literal["mixed", "sobol", "grid", "random"] = "mixed"
     front: int | None = Field(default=None, ge=1)
     margin: float = Field(default=0.1, ge=0)
-    caution: float = Field(default=0.0, ge=0)
+    caution: float = Field(default=1.0, ge=0)
 
 
 class BayesianMapBox(SurrogateBox):
@@ -234,7 +234,7 @@ class NestedMapBox(SurrogateBox):
     owners: dict[str, str] | None = None
     preference: dict[str, float] | None = None
     front: int | None = Field(default=None, ge=1)
-    caution: float = Field(default=0.0, ge=0)
+    caution: float = Field(default=1.0, ge=0)
 
 
 class ModelsFirstBox(FrontBox):
