@@ -367,7 +367,7 @@ def _share_right(model: nn.Module, head: nn.Linear, task: _Task) -> float:
 
 
 def accuracy(
-    model: nn.Module, data: str, part: Literal["search", "test"], batch: int = 64
+    model: nn.Module, data: str, part: Literal["search", "test"], batch: int = 32
 ) -> tuple[float, NDArray[np.bool_]]:
     """The share of a task's examples that ``model`` and the task's head get right, and which they are.
 
