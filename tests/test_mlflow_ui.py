@@ -150,7 +150,7 @@ def a_search(directory: Path, algorithm: str, reach: float) -> Front:
     goals = json.dumps([[goal.name, goal.direction] for goal in GOALS])
     facts = {
         "recipe": json.dumps({"search": {"algorithm": algorithm}, "seed": 0}),
-        "name": f"merge-{algorithm}",
+        "name": "merge",
         "algorithm": algorithm,
         "goals": goals,
         "held_out_goals": goals,
@@ -177,7 +177,7 @@ def fronts(tmp_path: Path) -> dict[str, Front]:
     """The fronts of three searches, which are in the embedded store of ``tmp_path`` too."""
     found = {}
     for algorithm, reach in SEARCHES.items():
-        found[f"merge-{algorithm}"] = a_search(tmp_path / algorithm, algorithm, reach)
+        found[f"{algorithm} seed 0, merge"] = a_search(tmp_path / algorithm, algorithm, reach)
         assert tracking.mirror(tmp_path / algorithm).complete
     return found
 
@@ -213,7 +213,7 @@ CHARTS = """
   return {
     title: plot.closest('[data-testid="experiment-view-compare-runs-card"]').querySelector('h4').textContent,
     x: plot.querySelector('.xtitle').textContent,
-    lines: [...plot.querySelectorAll('.scatterlayer .trace')].map(line),
+    lines: [...plot.querySelectorAll('.scatterlayer .trace:has(path.js-line)')].map(line),
   };
 })
 """
@@ -226,8 +226,7 @@ def test_the_view_shows_three_fronts(fronts: dict[str, Front], server: str, tmp_
     browser.call("Page.navigate", url=view_address(server, experiment, view_key(GOALS)))
     browser.until("document.querySelectorAll('.js-plotly-plot').length >= 4")
     browser.run(CLOSE)
-    time.sleep(1)  # lines are drawn anew as the page finds its width
-    charts = browser.run(CHARTS)
+    charts = steady(browser, 3)
     if "ECOTONE_SCREENSHOT" in os.environ:
         browser.screenshot(Path(os.environ["ECOTONE_SCREENSHOT"]))
     on_search, on_held_out, hypervolumes = charts[:3]
@@ -246,6 +245,18 @@ def test_the_view_shows_three_fronts(fronts: dict[str, Front], server: str, tmp_
     browser.resize(1300, 2200)  # what is further down is loaded when it is seen
     browser.until(f"{PICTURES} == 3")
     assert "search.algorithm=" not in browser.run("document.body.innerText"), "parameters push the pictures away"
+
+
+def steady(browser: Browser, count: int, seconds: float = 60.0) -> list[dict[str, Any]]:
+    """The charts, when the first ``count`` have lines and nothing changes: cards that find their width are redrawn."""
+    end, before = time.monotonic() + seconds, None
+    while True:
+        charts: list[dict[str, Any]] = browser.run(CHARTS)
+        if charts == before and len(charts) >= count and all(len(chart["lines"]) >= 3 for chart in charts[:count]):
+            return charts
+        assert time.monotonic() < end, charts
+        before = charts
+        time.sleep(0.7)
 
 
 def drawn(chart: dict[str, Any]) -> dict[str, Any]:

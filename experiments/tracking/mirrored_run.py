@@ -17,11 +17,12 @@ from experiments.tracking.artifacts import write_artifacts
 from experiments.tracking.front_metrics import MetricRow, front_metrics
 from experiments.tracking.images import front_image, is_due
 from experiments.tracking.names import CURSOR, PICTURE, VIEW_TAG, acceptable
+from experiments.tracking.notes import say
 from experiments.tracking.scoreboard import Line, Scoreboard
-from experiments.tracking.store import TrackingError, known_run, opened, sqlite_file
+from experiments.tracking.store import TrackingError, in_words, known_run, opened, sqlite_file
 from experiments.tracking.summary import Summary, summary_of
 from experiments.tracking.target import Target
-from experiments.tracking.view import view_tag, view_value
+from experiments.tracking.view import RUNS, view_tag, view_value
 from populations.journal import Journal
 
 ROWS_PER_BATCH = 1000  # MLflow's limit
@@ -62,7 +63,7 @@ class MirroredRun:
         self.tags: dict[str, str] = dict(run.data.tags)
         self.status: str = run.info.status
         self.cursor = int(run.data.metrics.get(CURSOR, 0))
-        self.board = Scoreboard(self.target.goals, self._stride(), self.target.created)
+        self.board = Scoreboard(self.target.goals, self._stride(), self.target.created, self.cursor)
         self._after = -1
         self._describe(run.data.params)
         self._colour()
@@ -135,7 +136,8 @@ class MirroredRun:
         """A colour that no other search in the view has, unless the user chose one."""
         if self.tags.get(colours.TAG) != self.tags.get(_COLOUR):
             return
-        shown = self.client.search_runs([self.experiment_id], f"tags.`{VIEW_TAG}` = '{self.tags[VIEW_TAG]}'")
+        query = f"tags.`{VIEW_TAG}` = '{self.tags[VIEW_TAG]}'"
+        shown = self.client.search_runs([self.experiment_id], query, max_results=RUNS)
         mine = (self.tags.get(colours.TAG), self.run_id)
         taken = [(run.data.tags.get(colours.TAG), run.info.run_id) for run in shown if run.info.run_id != self.run_id]
         if mine[0] is None or any(colour == mine[0] and run_id < mine[1] for colour, run_id in taken):
@@ -143,12 +145,17 @@ class MirroredRun:
             self._tag({colours.TAG: colour, _COLOUR: colour})
 
     def _show_fronts(self) -> None:
-        """Write the experiment's view of these objectives if it is missing."""
+        """Write the experiment's view of these objectives if it is missing, where the server lets us."""
+        from mlflow.exceptions import MlflowException
+
         tag = view_tag(self.target.goals)
         present = self.client.get_experiment(self.experiment_id).tags.get(tag)
         value = view_value(self.target.goals, self.target.held_out, present, round(time.time() * 1000))
         if value is not None:
-            self.client.set_experiment_tag(self.experiment_id, tag, value)
+            try:
+                self.client.set_experiment_tag(self.experiment_id, tag, value)
+            except MlflowException as error:
+                say(f"no view of the fronts: {in_words(error, self.target.uri)}")
 
     def _stride(self) -> int | None:
         """The stride the run began with: a budget that is raised before the search's end must not move the steps."""

@@ -90,13 +90,15 @@ class Scoreboard:
         stride: A line every so many evaluations; None: every one at first, every other from 1,024 on, every fourth
             from 2,048 on, ... for a search whose budget is not a number of evaluations.
         created: When the run began (unix seconds).
+        known: Evaluations whose metrics nobody will ask for: what takes long is left out of them.
 
     Attributes:
         recent: The scores of the latest candidates.
     """
 
-    def __init__(self, goals: Sequence[Goal], stride: int | None, created: float) -> None:
+    def __init__(self, goals: Sequence[Goal], stride: int | None, created: float, known: int = 0) -> None:
         self.goals = tuple(goals)
+        self.known = known
         self.stride = stride
         self.count = 0
         self.failures = 0
@@ -150,7 +152,8 @@ class Scoreboard:
         if self.best is not None:
             values["best/mean"] = self._best_mean
         values["front_size"] = len(self.front.numbers)
-        values.update(self.volumes.live(self.front))
+        if self.count > self.known:
+            values.update(self.volumes.live(self.front))
         values["failures"] = self.failures
         rate = self._rate()
         if rate is not None:
