@@ -216,8 +216,9 @@ class Nsga:
 def default_population(objectives: int) -> int:
     """Survivors to keep for ``objectives`` M when nothing is said: 20, or 2 M if that is more.
 
-    Small, because a merge's budget is tens to hundreds of evaluations, not the papers' tens of thousands: on three
-    digit specialists with three objectives, NSGA-II with 20 had larger fronts than with 10 and 40 after 60, 120 and 240.
+    Small, because a merge's budget is tens to hundreds of evaluations, not the papers' tens of thousands: merging
+    three digit specialists, three objectives, NSGA-II had larger fronts with 20 than with 10 and 40 after 60, 120
+    and 240 evaluations.
     """
     return max(20, 2 * objectives)
 
