@@ -30,7 +30,7 @@ Links: TypeAlias = str | Mapping[str, str]
 
 FRONT = 20  # members of the predicted front evaluated where there is no budget to fill
 GENERATIONS = 50  # of NSGA-III
-FILLING = 12  # rounds of filling the gaps that it leaves
+FILLING = 18  # rounds of filling the gaps that it leaves
 LARGEST = 1000  # coefficients a surrogate may have
 OPTIMISER = 2_654_435_769  # spawn key of the optimiser's generator, with the number of its first trial
 

@@ -18,6 +18,7 @@ from search.surrogates import Link
 
 GOALS = (Goal("a"), Goal("b"))
 TOLD = Outcome(accepted=True)
+QUICK: dict[str, int] = {"generations": 20, "filling": 1}
 Scores = Callable[[Floats], Floats]  # (N, D) to (N, M)
 
 
@@ -92,7 +93,7 @@ def test_the_predicted_front_is_a_dense_grids(dimension: int, side: int, short: 
     It may be above by what the grid itself is ``short`` of the front.
     """
     truth = specialists(dimension, 0, link)
-    search = MapSearch(box(dimension), goals(dimension), 0, links=link, front=1)
+    search = MapSearch(box(dimension), goals(dimension), 0, links=link, front=1, **QUICK)
     run(search, truth)
     model = search._surrogates()
     low, high = np.zeros(dimension), np.full(dimension, 1.5)
@@ -131,7 +132,7 @@ def test_minimised_scores_are_minimised() -> None:
     def scores(points: Floats) -> Floats:
         return np.stack([np.sum((points - 0.25) ** 2, axis=1), np.sum((points - 1.0) ** 2, axis=1)], axis=1)
 
-    search = MapSearch(box(2), (Goal("a", "minimize"), Goal("b", "minimize")), 0, links="identity", front=6)
+    search = MapSearch(box(2), (Goal("a", "minimize"), Goal("b", "minimize")), 0, links="identity", front=6, **QUICK)
     run(search, scores)
     members = np.array(search._points[12:])
     assert members[:, 0] == pytest.approx(members[:, 1], abs=0.02)
@@ -159,7 +160,7 @@ def test_one_best_point_is_a_front_of_one() -> None:
         away = np.sum((points - 0.5) ** 2, axis=1)
         return np.stack([1 - away, 2 - 3 * away], axis=1)
 
-    search = MapSearch(box(2), GOALS, 0, front=10)
+    search = MapSearch(box(2), GOALS, 0, front=10, **QUICK)
     run(search, scores)
     assert search._points[12] == pytest.approx([0.5, 0.5], abs=0.01)
 
@@ -168,7 +169,7 @@ def test_one_best_point_is_a_front_of_one() -> None:
 
 
 def test_the_design_comes_at_once_and_the_front_when_it_is_told() -> None:
-    search = MapSearch(box(2), GOALS, 0, evaluations=30)
+    search = MapSearch(box(2), GOALS, 0, evaluations=30, **QUICK)
     design = search.ask(100)
     assert len(design) == 12
     assert search.ask(1) == []
@@ -184,7 +185,7 @@ def test_the_design_comes_at_once_and_the_front_when_it_is_told() -> None:
 
 
 def test_a_larger_budget_goes_on_where_a_smaller_one_stopped() -> None:
-    searches = [MapSearch(box(3), goals(3), 0, evaluations=budget, filling=1) for budget in (30, 45)]
+    searches = [MapSearch(box(3), goals(3), 0, evaluations=budget, **QUICK) for budget in (30, 45)]
     for search in searches:
         run(search, specialists(3, 0))
     small, large = ([point.tolist() for point in search._points] for search in searches)
@@ -195,12 +196,12 @@ def test_a_larger_budget_goes_on_where_a_smaller_one_stopped() -> None:
 
 def test_failed_points_are_survived_and_replaced_when_too_many() -> None:
     truth = specialists(2, 0)
-    few = MapSearch(box(2), GOALS, 0, front=5)
+    few = MapSearch(box(2), GOALS, 0, front=5, **QUICK)
     run(few, truth, fails=(1, 4, 13))
     assert len(few._points) == 17  # six would do, ten are left
     report = few.report()
     assert [member["number"] for member in report["members"] if member["measured"] is None] == [13]
-    many = MapSearch(box(2), GOALS, 0, front=5)
+    many = MapSearch(box(2), GOALS, 0, front=5, **QUICK)
     run(many, truth, fails=tuple(range(8)))
     assert len(many._points) == 12 + 2 + 5
     assert many.report()["design"] == list(range(14))
@@ -215,7 +216,7 @@ def test_predictions_stay_in_the_box_and_near_the_samples() -> None:
     def rising(points: Floats) -> Floats:
         return np.stack([points.sum(axis=1), points[:, 0] - points[:, 1]], axis=1)
 
-    front = predicted_front(rising, low, high, np.random.default_rng(0))[0]
+    front = predicted_front(rising, low, high, np.random.default_rng(0), filling=6)[0]
     assert front.min(axis=0) == pytest.approx([0.75, 0.0], abs=2e-3)
     assert front.max(axis=0) == pytest.approx([0.75, 1.5], abs=2e-3)
     assert (front <= high).all()
@@ -259,7 +260,7 @@ def test_the_report_has_both_fronts_the_gap_and_the_error_of_each_surrogate() ->
     def noisy(points: Floats) -> Floats:
         return np.clip(truth(points) + rng.normal(0, 0.02, (len(points), 2)), 0, 1)
 
-    search = MapSearch(box(2), GOALS, 0, samples=20, front=15)
+    search = MapSearch(box(2), GOALS, 0, samples=20, front=15, **QUICK)
     found = run(search, noisy)
     report = search.report()
     assert json.loads(json.dumps(report)) == report
