@@ -270,10 +270,10 @@ class Surrogates:
     def fit(cls, points: Floats, values: Floats, goals: Sequence[Goal], links: Mapping[str, str]) -> Surrogates:
         """Fit (N, M) ``values`` at (N, D) ``points``."""
         models = []
-        for goal, column in zip(goals, values.T, strict=True):
-            wanted = links[goal.name]
-            link = Link.suited(column, goal.direction) if wanted == "auto" else Link(wanted)  # type: ignore[arg-type]
-            with threadpool_limits(1, user_api="blas"):  # the same bits however many cores there are
+        with threadpool_limits(1, user_api="blas"):  # the same bits however many cores there are, and sooner
+            for goal, column in zip(goals, values.T, strict=True):
+                wanted = links[goal.name]
+                link = Link.suited(column, goal.direction) if wanted == "auto" else Link(wanted)  # type: ignore[arg-type]
                 models.append(Quadratic.fit(points, column, link))
         return cls(points, tuple(goals), tuple(models))
 
