@@ -328,8 +328,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("evaluations")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("hypervolume, share of the reference front's")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, metadata={"Date": None})
 
 
