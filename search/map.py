@@ -268,12 +268,17 @@ class Surrogates:
 
     @classmethod
     def fit(cls, points: Floats, values: Floats, goals: Sequence[Goal], links: Mapping[str, str]) -> Surrogates:
-        """Fit (N, M) ``values`` at (N, D) ``points``."""
+        """Fit (N, M) ``values`` at (N, D) ``points``.
+
+        Raises:
+            InputError: Scores are outside the range of the link that was asked for.
+        """
         models = []
         with threadpool_limits(1, user_api="blas"):  # the same bits however many cores there are, and sooner
             for goal, column in zip(goals, values.T, strict=True):
                 wanted = links[goal.name]
                 link = Link.suited(column, goal.direction) if wanted == "auto" else Link(wanted)  # type: ignore[arg-type]
+                _check_range(column, link, goal.name)
                 models.append(Quadratic.fit(points, column, link))
         return cls(points, tuple(goals), tuple(models))
 
@@ -314,6 +319,16 @@ class Surrogates:
             "members": members,
             "gap": {name: _gap(gaps[:, j]) for j, name in enumerate(names)},
         }
+
+
+def _check_range(values: Floats, link: Link, name: str) -> None:
+    low, high = {"sigmoid": (0.0, 1.0), "softplus": (0.0, np.inf)}.get(link.name, (-np.inf, np.inf))
+    outside = values[(values < low) | (values > high)]
+    if len(outside):
+        raise InputError(
+            f"search.links.{name}: {link.name} is for scores between {low:g} and {high:g}, found {outside[0]:.6g}.",
+            "Use auto, or identity.",
+        )
 
 
 def _named(names: Sequence[str], row: Any) -> dict[str, float]:

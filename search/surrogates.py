@@ -406,8 +406,9 @@ class _Problem:
 
 def _solved(normal: Floats, right: Floats) -> Floats:
     """``normal^-1 right`` of a symmetric matrix that may be singular: directions nothing was seen of stay uncertain."""
-    root = np.sqrt(np.maximum(np.diag(normal), 1e-300))
+    diagonal = np.diag(normal)
+    root = np.sqrt(np.maximum(diagonal, max(1e-20 * diagonal.max(), 1e-200)))
     values, vectors = np.linalg.eigh(normal / np.outer(root, root))
-    inverse = 1.0 / np.maximum(values, 1e-13 * values[-1])
+    inverse = 1.0 / np.maximum(values, max(1e-13 * values[-1], 1e-100))
     scaled = (right.T / root).T
     return np.asarray(((vectors @ ((inverse * (vectors.T @ scaled).T).T)).T / root).T)

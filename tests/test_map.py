@@ -324,6 +324,12 @@ def test_surrogates_take_the_links_they_are_given() -> None:
     assert found.predict(points)[:, 0] == pytest.approx(values[:, 0], abs=1e-8)
 
 
+def test_a_link_must_fit_the_scores() -> None:
+    search = MapSearch(box(2), GOALS, 0, links={"b": "sigmoid"})
+    with pytest.raises(InputError, match=r"links\.b: sigmoid is for scores between 0 and 1, found .*identity"):
+        run(search, lambda points: np.stack([points[:, 0], 100 * points[:, 1] + 2], axis=1))
+
+
 def test_sixteen_models_are_proposed_in_seconds() -> None:
     """153 coefficients a surrogate, sixteen surrogates."""
     truth = specialists(16, 0)

@@ -192,6 +192,23 @@ def test_noise_over_few_points_is_ridged_by_leave_one_out() -> None:
     assert errors[None] < 0.8 * errors[0.0]
 
 
+@every_link
+@pytest.mark.parametrize("ridge", [None, 0.0])
+@pytest.mark.filterwarnings("error")
+def test_nothing_makes_it_stumble(link: Link, ridge: float | None) -> None:
+    """A variable that never varies, one point many times, all ends of the range, an outlier."""
+    rng = np.random.default_rng(0)
+    points, values = rng.random((12, 2)), rng.random(12)
+    flat = points * [1, 0] + [0, 0.5]
+    cases = [(flat, values), (np.repeat(points[:1], 12, axis=0), values)]
+    outlier = np.append(values[:11], 1.0 if link == SIGMOID else 1e9)
+    cases += [(points, ends) for ends in (np.zeros(12), np.ones(12), np.eye(12)[3], outlier)]
+    for place, scores in cases:
+        found = Quadratic.fit(place, scores, link, ridge=ridge)
+        assert np.isfinite(found.predict(points)).all()
+        assert np.isfinite(found.std(points)).all()
+
+
 def test_a_constant_score_is_named() -> None:
     assert is_constant(np.array([0.3, np.nan, 0.3]))
     assert not is_constant(np.array([0.3, 0.3001]))
