@@ -327,7 +327,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(f"{problem} groups, {'search' if part == 'search' else 'held-out'} images", fontsize=10)
         axis.set_xlabel("evaluations")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("hypervolume, share of the reference front's")
+    axes[0][0].set_ylabel("share of the reference hypervolume")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
