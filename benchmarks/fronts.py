@@ -35,6 +35,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from seeds import numbers
 
 from populations.fronts import hypervolume, non_dominated
 from populations.genome import Floats
@@ -345,15 +346,6 @@ def names_of(known: dict[str, Any]) -> Callable[[str], list[str]]:
         return found
 
     return parsed
-
-
-def numbers(text: str) -> list[int]:
-    """``0-3,8`` as [0, 1, 2, 3, 8]."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return found
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from processes import ROOT, started, wait_until
 from safetensors.numpy import save_file
 
 from experiments import cli, compose
@@ -26,7 +26,6 @@ from experiments.running import launch, resume
 from experiments.runs import Run
 from populations.errors import JournalError
 
-ROOT = Path(__file__).parent.parent
 EVALUATIONS = 240
 # The search's objective writes a line a call, so that what was paid can be counted.
 TOYS = """
@@ -83,28 +82,6 @@ def calls(folder: Path) -> list[str]:
     """What the search's objective was called with."""
     log = folder / "calls"
     return log.read_text().splitlines() if log.exists() else []
-
-
-@contextlib.contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """The command line in a process of its own; gone at the end whatever happens."""
-    program = [sys.executable, "-m", "experiments.cli", *map(str, arguments)]
-    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.communicate()
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None:
-            raise AssertionError(f"it ended early: {process.communicate()[1]}")
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.002)
 
 
 def digest(run: Path) -> str:

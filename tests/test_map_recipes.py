@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 import yaml
+from processes import ROOT, started, wait_until
 from safetensors.numpy import save_file
 
 from experiments.checks import validate
@@ -23,7 +20,6 @@ from experiments.running import launch, resume
 from experiments.runs import Run
 from populations.errors import EcotoneError, InputError
 
-ROOT = Path(__file__).parent.parent
 EVALUATIONS = 36
 # Accuracies that no merge of the models has all of. The log has a line a candidate; at `stop` lines the process
 # stops as if by Ctrl-C.
@@ -104,28 +100,6 @@ def calls(folder: Path) -> int:
     """How many candidates have been paid for."""
     log = folder / "calls"
     return len(log.read_text().splitlines()) if log.exists() else 0
-
-
-@contextlib.contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """The command line in a process of its own; gone at the end whatever happens."""
-    program = [sys.executable, "-m", "experiments.cli", *map(str, arguments)]
-    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.communicate()
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None:
-            raise AssertionError(f"it ended early: {process.communicate()[1]}")
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.002)
 
 
 Outcome: TypeAlias = tuple[str, str, int, str]
