@@ -50,7 +50,6 @@ from populations.niches import NicheArchive
 from populations.population import ElitistArchive, Population
 from populations.space import Space
 from populations.trial import Goal
-from search.cma_es import CmaEs
 from search.coefficients import CoefficientBox
 from search.m2n2 import M2N2, M2N2Settings
 from search.manager import Schedule
@@ -294,6 +293,8 @@ def _box_search(recipe: Recipe, part: Box, space: Space) -> Search:
 
         return OptunaSearch(box, goals, seed, **_settings(part), seeds=_seeds(part, box, space))
     if isinstance(part, CmaEsBox):
+        from search.cma_es import CmaEs
+
         return CmaEs(box, goals, seed, **_settings(part), separable=part.algorithm == "sep_cma_es")
     assert isinstance(part, RandomBox)
     return RandomSearch(box, seed)
