@@ -301,18 +301,21 @@ def _box_search(recipe: Recipe, part: Box, space: Space) -> Search:
 
 
 def _surrogate_search(recipe: Recipe, part: SurrogateBox, box: CoefficientBox, space: Space) -> Search:
-    from search.bayesian_map import BayesianMap
-    from search.map import MapSearch, checked_links
-    from search.nested_map import NestedMapSearch
-
     goals, seed, budget = goals_of(recipe.objectives.search), recipe.seed, recipe.budget.evaluations
     settings = _settings(part)
     if isinstance(part, MapBox):
+        from search.map import MapSearch
+
         return MapSearch(box, goals, seed, **settings, evaluations=budget, seeds=space.seeds)
     if isinstance(part, NestedMapBox):
+        from search.nested_map import NestedMapSearch
+
         given = {name: value for name, value in settings.items() if value is not None}
         return NestedMapSearch(box, goals, seed, space.sources, **given, evaluations=budget)
     assert isinstance(part, BayesianMapBox)
+    from search.bayesian_map import BayesianMap
+    from search.surrogates import checked_links
+
     links = checked_links(part.links, goals)
     settings["links"] = [None if links[goal.name] == "auto" else links[goal.name] for goal in goals]
     settings["reference"] = _reference(part, goals)

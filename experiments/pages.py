@@ -413,9 +413,7 @@ def _space_chart(comparison: Comparison, drawn: Sequence[_Drawn]) -> go.Figure:
         values = _in_units(one.line.searched.front_points, goals)
         figure.add_trace(
             go.Scatter3d(
-                x=values[:, 0],
-                y=values[:, 1],
-                z=values[:, 2],
+                **dict(zip("xyz", values.T, strict=True)),
                 mode="markers",
                 marker={"color": one.colour, "size": 4},
                 customdata=one.hovers,
@@ -428,9 +426,7 @@ def _space_chart(comparison: Comparison, drawn: Sequence[_Drawn]) -> go.Figure:
     values = _in_units(points_of((merge.scores for merge in merges), goals), goals)
     figure.add_trace(
         go.Scatter3d(
-            x=values[:, 0],
-            y=values[:, 1],
-            z=values[:, 2],
+            **dict(zip("xyz", values.T, strict=True)),
             mode="markers",
             marker={"color": "#111111", "symbol": "diamond", "size": 4},
             customdata=_known_words(merges),

@@ -10,8 +10,7 @@ from scipy.stats import qmc
 from populations.errors import InputError, nearest
 from populations.genome import Floats
 from search.coefficients import CoefficientBox
-from search.surrogates import features
-from search.surrogates import minimum as minimum
+from search.surrogates import features, minimum
 
 DesignName: TypeAlias = Literal["mixed", "sobol", "grid", "random"]
 DESIGNS: tuple[DesignName, ...] = ("mixed", "sobol", "grid", "random")

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import Any, TypeAlias
 
 import numpy as np
 from scipy.spatial import KDTree
 from threadpoolctl import threadpool_limits
 
-from populations.errors import InputError, nearest
+from populations.errors import InputError
 from populations.fronts import non_dominated
 from populations.genome import Floats, Integers
 from populations.trial import Evaluation, Goal, Outcome, Trial
 from search.coefficients import CoefficientBox
-from search.designs import DesignName, design, minimum, sobol
-from search.surrogates import LINKS, Link, Quadratic, must_vary
+from search.designs import DesignName, sobol
+from search.designs import design as planned
+from search.nsga import lattice
+from search.surrogates import Link, Links, Quadratic, checked_links, minimum, must_vary
 
 Predict: TypeAlias = Callable[[Floats], Floats]  # (N, D) points to (N, M) oriented scores
-Links: TypeAlias = str | Mapping[str, str]
 
 FRONT = 20  # members of the predicted front evaluated where there is no budget to fill
 GENERATIONS = 50  # of NSGA-III
@@ -86,7 +86,7 @@ class MapSearch:
         self.generations, self.filling = generations, filling
         rest = None if evaluations is None else evaluations - self.samples
         self.front = (FRONT if rest is None else rest) if front is None else front
-        self._design = _planned(design, self.samples, box, seed, seeds)
+        self._design = planned(design, self.samples, box, seed, seeds)
         self._points: list[Floats] = []  # by trial number
         self._scores: dict[int, Floats | None] = {}  # (M,) as measured, by trial number; None is a failure
         self._measured = -1  # trials that the surrogates are fitted to; -1 before
@@ -107,14 +107,13 @@ class MapSearch:
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
         """Note the scores."""
-        scores = np.array([evaluation.scores[goal.name] for goal in self.goals]) if evaluation.ok else None
-        self._scores[trial.number] = scores
+        self._scores[trial.number] = measured_scores(evaluation, self.goals)
 
     def state(self) -> dict[str, Any]:
         """Points, scores and the chosen front; surrogates follow from them."""
         return {
             "points": [point.copy() for point in self._points],
-            "scores": {number: None if s is None else s.copy() for number, s in self._scores.items()},
+            "scores": copied(self._scores),
             "measured": self._measured,
             "chosen": None if self._chosen is None else self._chosen.copy(),
         }
@@ -122,7 +121,7 @@ class MapSearch:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
         self._points = [point.copy() for point in state["points"]]
-        self._scores = {number: None if s is None else s.copy() for number, s in state["scores"].items()}
+        self._scores = copied(state["scores"])
         self._measured = state["measured"]
         self._chosen = None if state["chosen"] is None else state["chosen"].copy()
         self._model = None
@@ -179,8 +178,14 @@ class MapSearch:
         return np.asarray(points[spread(scores, self.front)])
 
 
-def _planned(kind: DesignName, count: int, box: CoefficientBox, seed: int, seeds: Floats | None) -> Floats:
-    return design(kind, count, box, seed, seeds)
+def measured_scores(evaluation: Evaluation, goals: Sequence[Goal]) -> Floats | None:
+    """(M,) scores as the objectives gave them; None for a failure."""
+    return np.array([evaluation.scores[goal.name] for goal in goals]) if evaluation.ok else None
+
+
+def copied(scores: Mapping[int, Floats | None]) -> dict[int, Floats | None]:
+    """The scores by trial number, for a state that later results leave as it is."""
+    return {number: None if row is None else row.copy() for number, row in scores.items()}
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
@@ -232,23 +237,6 @@ def few_enough(box: CoefficientBox) -> int:
     return fewest
 
 
-def checked_links(links: Links, goals: Sequence[Goal]) -> dict[str, str]:
-    """The name of each objective's link, ``auto`` where it is left to the scores.
-
-    Raises:
-        InputError: An unknown link or objective.
-    """
-    known = ("auto", *LINKS)
-    names = [goal.name for goal in goals]
-    by_goal = dict.fromkeys(names, links) if isinstance(links, str) else {**dict.fromkeys(names, "auto"), **links}
-    for name, link in by_goal.items():
-        if name not in names:
-            raise InputError(f"search.links: there is no objective {name!r}.", nearest(name, names))
-        if link not in known:
-            raise InputError(f"search.links: there is no link {link!r}.", nearest(link, known))
-    return by_goal
-
-
 # -- surrogates of all objectives ----------------------------------------------------------------------------
 
 
@@ -295,6 +283,11 @@ class Surrogates:
         scores = self.predict(points) * np.array([goal.sign for goal in self.goals])
         return np.asarray(scores - caution * self.std(points) if caution else scores)
 
+    def leave_one_out(self) -> dict[str, float | None]:
+        """By objective the surrogate's error, in score units; None where no point could be left out."""
+        errors = [model.leave_one_out for model in self.models]
+        return {g.name: float(e) if np.isfinite(e) else None for g, e in zip(self.goals, errors, strict=True)}
+
     def report(self, points: Floats, measured: Sequence[Floats | None], numbers: Sequence[int]) -> dict[str, Any]:
         """What was predicted at (F, D) ``points`` beside what was measured there, and the errors of the models."""
         names = [goal.name for goal in self.goals]
@@ -302,9 +295,9 @@ class Surrogates:
         members = [
             {
                 "number": number,
-                "predicted": _named(names, predicted[i]),
-                "std": _named(names, errors[i]),
-                "measured": None if measured[i] is None else _named(names, measured[i]),
+                "predicted": by_objective(self.goals, predicted[i]),
+                "std": by_objective(self.goals, errors[i]),
+                "measured": by_objective(self.goals, measured[i]),
             }
             for i, number in enumerate(numbers)
         ]
@@ -312,9 +305,7 @@ class Surrogates:
         gaps = np.array([measured[i] - predicted[i] for i in told]).reshape(len(told), len(names))
         return {
             "links": {name: model.link.name for name, model in zip(names, self.models, strict=True)},
-            "leave_one_out": {
-                name: _known(model.leave_one_out) for name, model in zip(names, self.models, strict=True)
-            },
+            "leave_one_out": self.leave_one_out(),
             "ridge": {name: model.ridge for name, model in zip(names, self.models, strict=True)},
             "members": members,
             "gap": {name: _gap(gaps[:, j]) for j, name in enumerate(names)},
@@ -331,12 +322,9 @@ def _check_range(values: Floats, link: Link, name: str) -> None:
         )
 
 
-def _named(names: Sequence[str], row: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in zip(names, row, strict=True)}
-
-
-def _known(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def by_objective(goals: Sequence[Goal], row: Floats | None) -> dict[str, float] | None:
+    """The scores ``row`` (M,) by objective, as plain numbers; None stays None."""
+    return None if row is None else {goal.name: float(value) for goal, value in zip(goals, row, strict=True)}
 
 
 def _gap(differences: Floats) -> dict[str, float | None]:
@@ -348,7 +336,7 @@ def _gap(differences: Floats) -> dict[str, float | None]:
 # -- the front of the surrogates -----------------------------------------------------------------------------
 
 SAMPLES = 4096  # Sobol points that show where the front lies
-DIRECTIONS = 140  # the most reference directions
+DIRECTIONS = 140  # the most reference directions (Das and Dennis 1998)
 CHILDREN = 8000  # a round of filling gaps
 CROWDED = 5  # objectives beyond which nearly everything is on the front, and gaps are left
 
@@ -421,19 +409,9 @@ def _kept(points: Floats, scores: Floats) -> tuple[Floats, Floats]:
     return points[keep], scores[keep]
 
 
-def directions(objectives: int) -> Floats:
-    """(R, M) reference directions of Das and Dennis 1998, as many as fit into 140."""
-    from pymoo.util.ref_dirs import get_reference_directions
-
-    parts = 1
-    while comb(parts + objectives, objectives - 1) <= DIRECTIONS:
-        parts += 1
-    return np.asarray(get_reference_directions("das-dennis", objectives, n_partitions=parts))
-
-
 def _first(points: Floats, scores: Floats, sample: Floats) -> Floats:
     """The first population: spread members of the sample's front, filled up with the sample."""
-    size = len(directions(scores.shape[1]))
+    size = len(lattice(scores.shape[1], DIRECTIONS))
     chosen = points[spread(scores, size)]
     return np.vstack([chosen, sample[: size - len(chosen)]])
 
@@ -448,7 +426,7 @@ def _nsga3(
 
     objectives = predict(first[:1]).shape[1]
     problem = Problem(n_var=len(low), n_obj=objectives, xl=low, xu=high)
-    algorithm = NSGA3(directions(objectives), pop_size=len(first), sampling=first)
+    algorithm = NSGA3(lattice(objectives, DIRECTIONS), pop_size=len(first), sampling=first)
     algorithm.setup(problem, termination=("n_gen", generations), seed=int(rng.integers(2**31)), verbose=False)
     tried = []
     while algorithm.has_next():

@@ -19,10 +19,10 @@ from populations.errors import InputError, nearest
 from populations.genome import Floats
 from populations.trial import Evaluation, Goal, Outcome, Trial
 from search.coefficients import CoefficientBox
-from search.designs import design, minimum
-from search.map import Links, Surrogates, checked_links, predicted_front, spread
+from search.designs import design
+from search.map import Surrogates, by_objective, copied, measured_scores, predicted_front, spread
 from search.protocol import trial_rng
-from search.surrogates import must_vary
+from search.surrogates import Links, checked_links, minimum, must_vary
 
 SAMPLES = 12  # a pair: twice the coefficients of a quadratic in two variables
 FRONT = 4  # members of a pair's predicted front that are evaluated
@@ -125,15 +125,14 @@ class NestedMapSearch:
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
         """Note the scores."""
-        scores = np.array([evaluation.scores[goal.name] for goal in self.goals]) if evaluation.ok else None
-        self._scores[trial.number] = scores
+        self._scores[trial.number] = measured_scores(evaluation, self.goals)
 
     def state(self) -> dict[str, Any]:
         """Points, scores, the pairs so far, and what is to be asked next."""
         return {
             "points": [point.copy() for point in self._points],
             "shares": [share.copy() for share in self._shares],
-            "scores": {number: None if s is None else s.copy() for number, s in self._scores.items()},
+            "scores": copied(self._scores),
             "pairs": [[pair.first, pair.second, pair.begin, pair.fitted] for pair in self._pairs],
             "plan": self._plan.copy(),
         }
@@ -142,7 +141,7 @@ class NestedMapSearch:
         """Continue from ``state``."""
         self._points = [point.copy() for point in state["points"]]
         self._shares = [share.copy() for share in state["shares"]]
-        self._scores = {number: None if s is None else s.copy() for number, s in state["scores"].items()}
+        self._scores = copied(state["scores"])
         self._pairs = [Pair(*row) for row in state["pairs"]]
         self._plan = state["plan"].copy().reshape(-1, 2)
 
@@ -337,7 +336,7 @@ class NestedMapSearch:
             "models": [self.sources[leaf] for leaf in self._leaves(node)],
             "number": number,
             "coefficients": dict(zip(self.sources, self._points[number].tolist(), strict=True)),
-            "scores": None if scores is None else _named(self.goals, scores),
+            "scores": by_objective(self.goals, scores),
             "value": None if scores is None else self._worth(node),
         }
         return found if node < len(self.sources) else found | self._merged(node)
@@ -346,11 +345,10 @@ class NestedMapSearch:
         index = node - len(self.sources)
         pair, model = self._pairs[index], self._surrogates(index)
         shares = {number: share for number, share, _ in self._known(index, front=True)}
-        errors = {goal.name: _known(m.leave_one_out) for goal, m in zip(model.goals, model.models, strict=True)}
         return {
             "children": [self._node(pair.first), self._node(pair.second)],
             "shares": shares[self._number(node)].tolist(),
-            "leave_one_out": errors,
+            "leave_one_out": model.leave_one_out(),
             "members": self._members(index, model),
         }
 
@@ -368,14 +366,6 @@ class NestedMapSearch:
             measured = None if scores is None else [self._value(scores[None], side).item() for side in leaves]
             members.append({"number": number, "predicted": row.tolist(), "measured": measured})
         return members
-
-
-def _named(goals: Sequence[Goal], row: Floats) -> dict[str, float]:
-    return {goal.name: float(value) for goal, value in zip(goals, row, strict=True)}
-
-
-def _known(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 # -- refusals ------------------------------------------------------------------------------------------------

@@ -293,8 +293,13 @@ def reference_directions(objectives: int, count: int) -> Floats:
     room = count - len(directions)
     if outer >= objectives or room < objectives:
         return directions
-    inner = 0.5 * _lattice(objectives, _divisions(objectives, room)) + 0.5 / objectives
+    inner = 0.5 * lattice(objectives, room) + 0.5 / objectives
     return np.unique(np.concatenate([directions, inner]), axis=0)
+
+
+def lattice(objectives: int, count: int) -> Floats:
+    """(H, M) the finest lattice of Das and Dennis 1998 on the unit simplex with at most ``count`` points, but at least M."""
+    return _lattice(objectives, _divisions(objectives, count))
 
 
 def most_redundant(costs: Floats, rank: Integers, directions: Floats) -> int:

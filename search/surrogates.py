@@ -11,6 +11,7 @@ neither the box nor the units of a score matter.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from populations.errors import InputError, SearchError, nearest
 from populations.genome import Floats
-from populations.trial import Direction
+from populations.trial import Direction, Goal
 
 LinkName: TypeAlias = Literal["sigmoid", "softplus", "identity"]
 LINKS: tuple[LinkName, ...] = ("sigmoid", "softplus", "identity")
@@ -28,6 +29,9 @@ USUAL = 1e-2  # the ridge that fits accuracies of real merges best (digit specia
 DOUBT = 1.5  # how many times smaller the leave-one-out error must be to go a decade away from it
 CLIP = 1e-3  # how near to the ends of a link's range a score is taken at its word
 POOR = 1e7  # condition number of the scaled design from which it needs a ridge
+
+
+Links: TypeAlias = str | Mapping[str, str]  # for all objectives, or by objective; ``auto`` besides the names
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,23 @@ class Link:
         if self.name == "sigmoid":
             return np.asarray(_sigmoid(latent) * _sigmoid(-np.asarray(latent)))
         return _sigmoid(latent) if self.name == "softplus" else np.ones_like(latent, np.float64)
+
+
+def checked_links(links: Links, goals: Sequence[Goal]) -> dict[str, str]:
+    """The name of each objective's link, ``auto`` where it is left to the scores.
+
+    Raises:
+        InputError: An unknown link or objective.
+    """
+    known = ("auto", *LINKS)
+    names = [goal.name for goal in goals]
+    by_goal = dict.fromkeys(names, links) if isinstance(links, str) else {**dict.fromkeys(names, "auto"), **links}
+    for name, link in by_goal.items():
+        if name not in names:
+            raise InputError(f"search.links: there is no objective {name!r}.", nearest(name, names))
+        if link not in known:
+            raise InputError(f"search.links: there is no link {link!r}.", nearest(link, known))
+    return by_goal
 
 
 def _sigmoid(latent: Floats) -> Floats:

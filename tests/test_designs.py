@@ -9,8 +9,8 @@ import pytest
 
 from populations.errors import InputError
 from search.coefficients import CoefficientBox
-from search.designs import DESIGNS, design, minimum, sobol
-from search.surrogates import Link, Quadratic, features
+from search.designs import DESIGNS, design, sobol
+from search.surrogates import Link, Quadratic, features, minimum
 
 every_design = pytest.mark.parametrize("kind", DESIGNS)
 
