@@ -298,7 +298,7 @@ def reference_directions(objectives: int, count: int) -> Floats:
 
 
 def lattice(objectives: int, count: int) -> Floats:
-    """(H, M) the finest lattice of Das and Dennis 1998 on the unit simplex with at most ``count`` points, but at least M."""
+    """(H, M) the finest lattice of Das and Dennis 1998 on the unit simplex of at most ``count`` points (at least M)."""
     return _lattice(objectives, _divisions(objectives, count))
 
 

@@ -124,6 +124,25 @@ def test_two_concave_objectives_have_the_segment_between_their_peaks() -> None:
     assert all(found[n] == pytest.approx(found_in(search.report(), n), abs=1e-8) for n in range(12, 24))
 
 
+@pytest.mark.parametrize("dimension", [2, 3, 4])
+def test_the_predicted_front_of_two_objectives_is_the_exact_one(dimension: int) -> None:
+    """Any number of coefficients, two round peaks: the front is the segment between, in 20,001 steps."""
+    rng = np.random.default_rng(dimension)
+    peaks = rng.uniform(0.2, 1.3, (2, dimension))
+
+    def scores(points: Floats) -> Floats:
+        distance = np.sum((points[:, None] - peaks) ** 2, axis=2)
+        return np.asarray(1 / (1 + np.exp(3 * distance - 1)))
+
+    search = MapSearch(box(dimension), GOALS, 0, links="sigmoid", front=1, **QUICK)
+    run(search, scores)
+    low, high = np.zeros(dimension), np.full(dimension, 1.5)
+    _, found = predicted_front(search._surrogates().cautious, low, high, np.random.default_rng(0))
+    segment = scores(peaks[0] + np.linspace(0, 1, 20001)[:, None] * (peaks[1] - peaks[0]))
+    exact = hypervolume(segment, np.zeros(2))
+    assert hypervolume(found, np.zeros(2)) == pytest.approx(exact, rel=1e-3)
+
+
 def found_in(report: dict, number: int) -> list[float]:
     return list(next(m for m in report["members"] if m["number"] == number)["predicted"].values())
 
