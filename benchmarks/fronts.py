@@ -1,20 +1,28 @@
-"""Fronts of digit specialists: how much hypervolume each search has after 30, 60, 120 and 240 evaluations.
+"""Fronts of merged specialists: how much hypervolume each search has after 30, 60, 120 and 240 evaluations.
 
-    python benchmarks/fronts.py                                    # three and four groups, seeds 10-14
+    python benchmarks/fronts.py                                    # all problems, seeds 10-14
     python benchmarks/fronts.py --whole --problems three           # every image left guides the search
-    python benchmarks/fronts.py --algorithms bayesian_map,nsga2 --seeds 0-9
+    python benchmarks/fronts.py --problems three,four --algorithms bayesian_map,nsga2 --seeds 0-9
 
-Specialists of groups of digits are trained from one random start (64-256-10 ReLU, pixels / 16, 900 random images,
-Adam 1e-3, batches of 32, 60 epochs); ``theta0 + sum_k c_k tau_k`` is searched over ``c`` in [0, 1.5]^K, with the
-accuracy on each group's images, ten ways, as the objectives. Half of the images left guide the search, the
-other half tells what its front is worth elsewhere; with ``--whole`` all guide it. A seed decides images,
-training and search. Every search is asked for batches of five through the protocol, which are told at once.
+``three`` and ``four``: specialists of groups of digits are trained from one random start (64-256-10 ReLU, pixels
+/ 16, 900 random images, Adam 1e-3, batches of 32, 60 epochs); the accuracies on each group's images, ten ways, are the
+objectives. Half of the images left guide the search, the other half tells what its front is worth elsewhere; with
+``--whole`` all guide it. A seed decides images, training and search. ``text``: the encoders of
+``experiments/recipes/text-map.yaml`` (MiniLM, three ways of classifying short texts) in bfloat16, scored on the first
+200 search examples of each kind, and the first 200 held-out ones; a seed decides the search.
 
-A figure is the hypervolume of the front found, from ``--reference``, as a share of a reference's: the front of a grid
-of 16 values a coefficient for three groups, of all searches together for four. The held-out share takes the same
-fronts, chosen by the search's scores, and scores both on the other images. Means over seeds, and their
-standard errors. Optuna's GP takes a good part of an hour for the ten searches, everything else minutes. Writes
-``benchmarks/results/fronts.json`` and ``fronts.svg``.
+Everywhere ``theta0 + sum_k c_k tau_k`` is searched over ``c`` in [0, 1.5]^K, and every search is asked for batches of
+five through the protocol, which are told at once. A figure is the hypervolume of the front found as a share of a
+reference's: of the front of a grid, of 16 values a coefficient for three groups and 8 for texts, and of all
+searches together for four groups. It counts from accuracy 0 for digits, whose random start knows nothing, and
+from the accuracies of the base model for texts, whose base is worth something. The held-out share takes the
+same fronts, chosen by the search's scores, and scores both on the other examples. Means over seeds, and their standard
+errors.
+
+On two cores the digits take minutes, but for Optuna's GP: an hour or more. A candidate of ``text`` takes about a
+second, so that all its searches take hours (``--cache`` keeps those that are finished, ``--jobs`` runs several at a
+time), and its encoders are tuned first, once, in some minutes. Writes ``benchmarks/results/fronts.json`` and
+``fronts.svg``.
 """
 
 from __future__ import annotations
@@ -23,10 +31,9 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,6 +42,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from problems import HIGH, LOW, PROBLEMS, SIDES, TITLES, Scorer, box, scorers, sources
 from seeds import numbers
 
 from populations.fronts import hypervolume, non_dominated
@@ -51,11 +59,6 @@ from search.random_search import RandomSearch
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (30, 60, 120, 240)
 BATCH = 5
-LOW, HIGH, SIDE = 0.0, 1.5, 16
-PROBLEMS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "three": ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9)),
-    "four": ((0, 1, 2), (3, 4), (5, 6, 7), (8, 9)),
-}
 Maker = Callable[[CoefficientBox, Sequence[Goal], int], Search]
 ALGORITHMS: dict[str, Maker] = {
     "bayesian_map": lambda box, goals, seed: BayesianMap(box, goals, seed, patience=None),
@@ -68,148 +71,128 @@ ALGORITHMS: dict[str, Maker] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", type=names_of(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--algorithms", type=names_of(ALGORITHMS), default=list(ALGORITHMS))
-    parser.add_argument("--seeds", type=numbers, default=numbers("10-14"), help="such as 10-14 or 0,3,8-11")
-    parser.add_argument("--whole", action="store_true", help="all images left guide the search; nothing is held out")
-    parser.add_argument("--reference", type=float, default=0.0, help="accuracy from which hypervolume counts")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--cache", type=Path, help="folder that keeps finished searches, for the next time")
-    parser.add_argument("--out", type=Path, default=RESULTS / "fronts.json")
-    options = parser.parse_args()
-    jobs = [
-        (problem, seed, name, options.whole, options.cache)
-        for problem, seed, name in product(options.problems, options.seeds, options.algorithms)
-    ]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        runs = list(pool.map(run, *zip(*jobs, strict=True)))
-    rows = shares(runs, options.reference)
-    report(rows)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"whole": options.whole, "reference": options.reference, "seeds": options.seeds, "batch": BATCH}
-    record = {"settings": settings, "summary": summary(rows), "rows": rows}
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
-    picture(rows, options.out.with_suffix(".svg"))
-
-
-# -- the problem ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Scorer:
-    """Accuracies of merges on some images.
-
-    Args:
-        hidden: (K+1, N, H) what the base and each task vector give to the hidden layer's inputs.
-        output: (K+1, C, H) weights of the last layer of the base and the task vectors.
-        bias: (K+1, C) its biases.
-        labels: (N,) digits.
-        groups: Digits of each objective.
-    """
-
-    hidden: Floats
-    output: Floats
-    bias: Floats
-    labels: Floats
-    groups: tuple[tuple[int, ...], ...]
-
-    def __call__(self, points: Floats) -> Floats:
-        """(n, M) accuracies at ``points`` (n, K)."""
-        return np.array([self.one(point) for point in points])
-
-    def one(self, point: Floats) -> Floats:
-        """(M,) accuracies at ``point`` (K,)."""
-        weights = np.concatenate([[1.0], point]).astype(np.float32)
-        layer = np.maximum(weights @ self.hidden.reshape(len(weights), -1), 0).reshape(self.hidden.shape[1:])
-        logits = layer @ np.tensordot(weights, self.output, 1).T + weights @ self.bias
-        right = logits.argmax(axis=1) == self.labels
-        return np.array([right[np.isin(self.labels, group)].mean() for group in self.groups])
-
-
-@lru_cache(maxsize=2)
-def scorers(problem: str, seed: int, whole: bool) -> tuple[Scorer, Scorer | None]:
-    """What guides the search, and what is held out from it."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    images, order = (images / 16).astype(np.float32), np.random.default_rng(seed).permutation(len(labels))
-    base, vectors = trained(images[order[:900]], labels[order[:900]], PROBLEMS[problem], seed)
-    rest = order[900:]
-    parts = [rest] if whole else [rest[::2], rest[1::2]]
-    found = [scorer(base, vectors, images[part], labels[part], PROBLEMS[problem]) for part in parts]
-    return found[0], None if whole else found[1]
-
-
-def trained(images: Any, labels: Any, groups: Sequence[Sequence[int]], seed: int) -> tuple[Any, list[Any]]:
-    """Parameters of the random start, and of each specialist less those."""
-    import torch
-
-    from experiments.digits import mlp
-
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    base = mlp()
-    start = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    vectors = []
-    for group in groups:
-        base.load_state_dict(start)
-        mine = np.isin(labels, group)
-        inputs, targets = torch.from_numpy(images[mine]), torch.from_numpy(labels[mine])
-        optimiser = torch.optim.Adam(base.parameters(), lr=1e-3)
-        for _ in range(60):
-            for rows in torch.randperm(len(targets)).split(32):
-                optimiser.zero_grad()
-                torch.nn.functional.cross_entropy(base(inputs[rows]), targets[rows]).backward()
-                optimiser.step()
-        vectors.append({name: (tensor - start[name]).numpy() for name, tensor in base.state_dict().items()})
-    return {name: tensor.numpy() for name, tensor in start.items()}, vectors
-
-
-def scorer(base: Any, vectors: list[Any], images: Any, labels: Any, groups: tuple[tuple[int, ...], ...]) -> Scorer:
-    layers = [base, *vectors]
-    hidden = np.stack([images @ layer["0.weight"].T + layer["0.bias"] for layer in layers])
-    output, bias = (np.stack([layer[name] for layer in layers]) for name in ("2.weight", "2.bias"))
-    return Scorer(hidden, output, bias, labels, groups)
-
-
 def models_first(box: CoefficientBox) -> Floats:
     """Each model alone, then their average: what recipes let a search that learns nothing from it begin with."""
     return np.vstack([np.eye(box.size), np.full(box.size, 1.0 / box.size)])
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", type=names_of(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--algorithms", type=names_of(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--seeds", type=numbers, default=numbers("10-14"), help="such as 10-14 or 0,3,8-11")
+    parser.add_argument("--whole", action="store_true", help="all examples guide the search; nothing is held out")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--cache", type=Path, help="folder that keeps finished searches, for the next time")
+    parser.add_argument("--out", type=Path, default=RESULTS / "fronts.json")
+    options = parser.parse_args()
+    whole, cache = options.whole, options.cache
+    with ProcessPoolExecutor(options.jobs) as pool:
+        grids = {
+            (problem, seed): pool.submit(grid, problem, seed, whole, cache)
+            for problem, seed in product(options.problems, options.seeds)
+            if problem in SIDES
+        }
+        chosen = product(options.problems, options.seeds, options.algorithms)
+        runs = list(pool.map(run, *zip(*((*one, whole, cache) for one in chosen), strict=True)))
+        references = {key: found.result() for key, found in grids.items()}
+    rows = shares(runs, references)
+    report(rows)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"whole": whole, "seeds": options.seeds, "batch": BATCH}
+    record = {"settings": settings, "summary": summary(rows), "rows": rows}
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    picture(rows, options.out.with_suffix(".svg"))
+
+
 # -- running -------------------------------------------------------------------------------------------------
 
 
-def run(problem: str, seed: int, name: str, whole: bool, cache: Path | None) -> dict[str, Any]:
-    """One search to the largest budget: its scores in order, those of its fronts held out, and seconds asking."""
-    guide, held_out = scorers(problem, seed, whole)
+@dataclass(frozen=True)
+class Measured:
+    """Merges and what they scored.
+
+    Args:
+        problem: Its name.
+        seed: Of the problem and the search.
+        name: Of the search, or ``grid``.
+        floor: (2, M) scores from which hypervolume counts: on the search's examples and on the held-out ones.
+        points: (N, K) coefficients in the order of measurement.
+        scores: (N, M) on the examples that guide the search.
+        elsewhere: (N, M) on the held-out ones, for members of the front at one of the budgets; NaN for others.
+        seconds: What asking and telling took.
+    """
+
+    problem: str
+    seed: int
+    name: str
+    floor: Floats
+    points: Floats
+    scores: Floats
+    elsewhere: Floats
+    seconds: float
+
+    def volumes(self, budget: int) -> tuple[float, float]:
+        """Hypervolumes of the front after ``budget`` evaluations, on the search's and the held-out examples."""
+        front = non_dominated(self.scores[:budget])
+        parts = (self.scores[:budget][front], self.elsewhere[:budget][front])
+        here, there = (
+            float("nan") if np.isnan(floor).any() else hypervolume(scores, floor)
+            for scores, floor in zip(parts, self.floor, strict=True)
+        )
+        return here, there
+
+
+def run(problem: str, seed: int, name: str, whole: bool, cache: Path | None) -> Measured:
+    """One search to the largest budget."""
+
+    def searching(guide: Scorer) -> tuple[Floats, Floats, float]:
+        goals = [Goal(f"task-{i}") for i in range(sources(problem))]
+        return searched(ALGORITHMS[name](box(problem), goals, seed), guide, goals)
+
+    return measured(problem, seed, name, whole, cache, searching)
+
+
+def grid(problem: str, seed: int, whole: bool, cache: Path | None) -> Measured:
+    """Every merge of the problem's grid; texts are the same for all seeds."""
+
+    def all_points(guide: Scorer) -> tuple[Floats, Floats, float]:
+        points = np.array(list(product(np.linspace(LOW, HIGH, SIDES[problem]), repeat=sources(problem))))
+        return points, guide(points), 0.0
+
+    return measured(problem, 0 if problem == "text" else seed, "grid", whole, cache, all_points)
+
+
+def measured(
+    problem: str,
+    seed: int,
+    name: str,
+    whole: bool,
+    cache: Path | None,
+    measure: Callable[[Scorer], tuple[Floats, Floats, float]],
+) -> Measured:
+    """What ``measure`` finds, with the held-out scores of its fronts; from the cache where it is known."""
     kept = cache and cache / f"{problem}-{seed}-{'-'.join(name.split())}{'-whole' * whole}.npz"
     if kept and kept.exists():
-        stored = np.load(kept)
-        points, scores, seconds = stored["points"], stored["scores"], float(stored["seconds"])
-    else:
-        size = len(PROBLEMS[problem])
-        box = CoefficientBox(np.array([0, 1]), size, LOW, HIGH)
-        goals = [Goal(f"group-{i}") for i in range(size)]
-        points, scores, seconds = searched(ALGORITHMS[name](box, goals, seed), guide, goals)
-        if kept:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(kept, points=points, scores=scores, seconds=seconds)
-    fronts = {budget: points[:budget][non_dominated(scores[:budget])] for budget in BUDGETS}
-    elsewhere = {} if held_out is None else {budget: held_out(front) for budget, front in fronts.items()}
+        with np.load(kept) as stored:
+            return Measured(problem, seed, name, **{key: stored[key] for key in stored.files})
+    guide, held_out = scorers(problem, seed, whole)
+    points, scores, seconds = measure(guide)
+    budgets = {*BUDGETS, len(points)} if name != "grid" else {len(points)}
+    rows = sorted({row for budget in budgets for row in np.flatnonzero(non_dominated(scores[:budget])).tolist()})
+    elsewhere = np.full_like(scores, np.nan)
+    base = np.zeros((1, points.shape[1]))
+    floor = np.full((2, scores.shape[1]), np.nan)
+    floor[0] = guide(base) if problem == "text" else 0.0
+    if held_out is not None:
+        elsewhere[rows] = held_out(points[rows])
+        floor[1] = held_out(base) if problem == "text" else 0.0
+    found = {"floor": floor, "points": points, "scores": scores, "elsewhere": elsewhere, "seconds": np.array(seconds)}
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(kept, **found)
     print(f"{problem} {seed} {name}: {seconds:.0f} s", flush=True)
-    return {
-        "problem": problem,
-        "seed": seed,
-        "algorithm": name,
-        "whole": whole,
-        "points": points,
-        "scores": scores,
-        "held out": elsewhere,
-        "seconds": seconds,
-    }
+    return Measured(problem, seed, name, **found)
 
 
 def searched(search: Search, guide: Scorer, goals: Sequence[Goal]) -> tuple[Floats, Floats, float]:
@@ -221,62 +204,43 @@ def searched(search: Search, guide: Scorer, goals: Sequence[Goal]) -> tuple[Floa
         began = time.perf_counter()
         trials = search.ask(min(BATCH, BUDGETS[-1] - len(points)))
         seconds += time.perf_counter() - began
-        for trial in trials:
-            points.append(trial.genome.coefficients.ravel())
-            scores.append(guide.one(points[-1]))
-            measured = dict(zip((goal.name for goal in goals), map(float, scores[-1]), strict=True))
-            began = time.perf_counter()
-            search.tell(trial, Evaluation(measured), Outcome(True))
-            seconds += time.perf_counter() - began
+        batch = np.array([trial.genome.coefficients.ravel() for trial in trials])
+        results = guide(batch)
+        began = time.perf_counter()
+        for trial, row in zip(trials, results, strict=True):
+            named = dict(zip((goal.name for goal in goals), map(float, row), strict=True))
+            search.tell(trial, Evaluation(named), Outcome(True))
+        seconds += time.perf_counter() - began
+        points.extend(batch)
+        scores.extend(results)
     return np.array(points), np.array(scores), seconds
 
 
 # -- figures -------------------------------------------------------------------------------------------------
 
 
-def shares(runs: list[dict[str, Any]], reference: float) -> list[dict[str, Any]]:
-    """One row a run: hypervolumes as shares of the reference front's, on the search's images and the others."""
+def shares(runs: list[Measured], grids: dict[tuple[str, int], Measured]) -> list[dict[str, Any]]:
+    """One row a run: hypervolumes as shares of the reference front's, on the search's examples and the others."""
     rows = []
     for one in runs:
-        rivals = [other for other in runs if (other["problem"], other["seed"]) == (one["problem"], one["seed"])]
-        best, best_elsewhere = reference_volumes(one["problem"], one["seed"], one["whole"], rivals, reference)
-        rows.append(
-            {
-                "problem": one["problem"],
-                "seed": one["seed"],
-                "algorithm": one["algorithm"],
-                "search": [volume(one["scores"][:budget], reference) / best for budget in BUDGETS],
-                "held out": [volume(one["held out"][b], reference) / best_elsewhere for b in one["held out"]],
-                "seconds": one["seconds"],
-            }
-        )
+        best = grids.get((one.problem, one.seed)) or together([r for r in runs if _rivals(r, one)])
+        found = [np.divide(one.volumes(budget), best.volumes(len(best.points))) for budget in BUDGETS]
+        here, there = np.array(found).T.tolist()
+        row = {"problem": one.problem, "seed": one.seed, "algorithm": one.name, "search": here}
+        rows.append(row | {"held out": [] if np.isnan(there).any() else there, "seconds": float(one.seconds)})
     return rows
 
 
-REFERENCES: dict[tuple[str, int], tuple[Floats, Floats | None]] = {}
+def _rivals(one: Measured, other: Measured) -> bool:
+    return (one.problem, one.seed) == (other.problem, other.seed)
 
 
-def reference_volumes(
-    problem: str, seed: int, whole: bool, rivals: list[dict[str, Any]], reference: float
-) -> tuple[float, float]:
-    """Hypervolumes of the front of the grid (three groups) or of all searches together (four)."""
-    if (problem, seed) not in REFERENCES:
-        guide, held_out = scorers(problem, seed, whole)
-        size = len(PROBLEMS[problem])
-        if size <= 3:
-            points = np.array(list(product(np.linspace(LOW, HIGH, SIDE), repeat=size)))
-            scores = guide(points)
-        else:
-            points = np.concatenate([one["points"] for one in rivals])
-            scores = np.concatenate([one["scores"] for one in rivals])
-        front = non_dominated(scores)
-        REFERENCES[problem, seed] = scores[front], None if held_out is None else held_out(points[front])
-    scores, elsewhere = REFERENCES[problem, seed]
-    return volume(scores, reference), float("nan") if elsewhere is None else volume(elsewhere, reference)
-
-
-def volume(scores: Floats, reference: float) -> float:
-    return hypervolume(scores, np.full(scores.shape[1], reference))
+def together(runs: list[Measured]) -> Measured:
+    """All that several searches of one problem measured."""
+    points, scores, elsewhere = (
+        np.concatenate([getattr(one, field) for one in runs]) for field in ("points", "scores", "elsewhere")
+    )
+    return Measured(runs[0].problem, runs[0].seed, "all", runs[0].floor, points, scores, elsewhere, 0.0)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -302,7 +266,7 @@ def report(rows: list[dict[str, Any]]) -> None:
             entries = {name: entry[part] for name, entry in algorithms.items() if part in entry}
             if not entries:
                 continue
-            print(f"\n{problem} groups, {part}")
+            print(f"\n{TITLES[problem]}, {part}")
             print(f"{'evaluations':<16}" + "".join(f"{budget:>14}" for budget in BUDGETS))
             for name, entry in entries.items():
                 pairs = zip(entry["mean"], entry["standard error"], strict=True)
@@ -325,7 +289,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             axis.errorbar(BUDGETS, entry[part]["mean"], entry[part]["standard error"], marker="o", ms=3, label=name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
-        axis.set_title(f"{problem} groups, {'search' if part == 'search' else 'held-out'} images", fontsize=10)
+        axis.set_title(f"{TITLES[problem]}, {'search' if part == 'search' else 'held out'}", fontsize=10)
         axis.set_xlabel("evaluations")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("share of the reference hypervolume")
@@ -335,7 +299,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def names_of(known: dict[str, Any]) -> Callable[[str], list[str]]:
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
     """Parser of ``a,b`` with each of them known."""
 
     def parsed(text: str) -> list[str]:

@@ -367,7 +367,7 @@ def _share_right(model: nn.Module, head: nn.Linear, task: _Task) -> float:
 
 
 def accuracy(
-    model: nn.Module, data: str, part: Literal["search", "test"], batch: int = 32
+    model: nn.Module, data: str, part: Literal["search", "test"], batch: int = 32, limit: int | None = None
 ) -> tuple[float, NDArray[np.bool_]]:
     """The share of a task's examples that ``model`` and the task's head get right, and which they are.
 
@@ -376,16 +376,19 @@ def accuracy(
         data: The ``TASK.safetensors`` that ``experts`` wrote.
         part: ``search`` or ``test``.
         batch: Texts in one forward pass.
+        limit: Score the first so many examples; None scores all.
 
     Returns:
         Accuracy (NaN when an output is NaN or infinity), and (N,) right or wrong.
 
     Raises:
-        InputError: There is no such file or part.
+        InputError: There is no such file or part, or ``limit`` is not positive.
     """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit: expected at least 1 example, found {limit}.")
     if not isinstance(model, nn.Module):
         raise InputError("expected a torch module to score, found a dict of tensors.", "models.architecture: auto.")
-    examples = _examples(data, part, batch, _device(model))
+    examples = _examples(data, part, batch, limit, _device(model))
     outputs = _features(model, examples.batches, len(examples.labels)) @ examples.weight.T + examples.bias
     right: NDArray[np.bool_] = (outputs.argmax(-1) == examples.labels).cpu().numpy()
     return (float(right.mean()) if bool(torch.isfinite(outputs).all()) else float("nan")), right
@@ -399,7 +402,7 @@ class _Examples(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _examples(data: str, part: str, batch: int, device: torch.device) -> _Examples:
+def _examples(data: str, part: str, batch: int, limit: int | None, device: torch.device) -> _Examples:
     """Read once a process."""
     if part not in ("search", "test"):
         raise InputError(f"part: expected search or test, found {part!r}.")
@@ -407,5 +410,5 @@ def _examples(data: str, part: str, batch: int, device: torch.device) -> _Exampl
         raise InputError(f"data: expected a file that experiments.text:experts wrote, found none at {data}.")
     tensors = load_file(data, device=str(device))
     texts = torch.split(tensors[f"{part}.tokens"].long().cpu(), tensors[f"{part}.lengths"].tolist())
-    batches = [one.to(device) for one in _batches([text.tolist() for text in texts], batch)]
-    return _Examples(batches, tensors[f"{part}.labels"], tensors["weight"], tensors["bias"])
+    batches = [one.to(device) for one in _batches([text.tolist() for text in texts[:limit]], batch)]
+    return _Examples(batches, tensors[f"{part}.labels"][:limit], tensors["weight"], tensors["bias"])

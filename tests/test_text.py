@@ -295,6 +295,7 @@ def test_accuracy_is_the_share_of_right_examples_in_their_order(prepared: Path) 
     assert right.shape == (40,)
     assert share == right.mean()
     assert text.accuracy(model, data, "search", batch=7)[1].tolist() == right.tolist()
+    assert text.accuracy(model, data, "search", limit=9)[1].tolist() == right[:9].tolist()
     # By hand: one text at a time.
     with safe_open(data, "pt") as file:
         tokens, lengths, labels, weight, bias = (
@@ -320,6 +321,8 @@ def test_what_accuracy_refuses(prepared: Path) -> None:
         text.accuracy(model, data, "train")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"data: expected a file that experiments.text:experts wrote, found none"):
         text.accuracy(model, data + "x", "test")
+    with pytest.raises(InputError, match="limit: expected at least 1 example, found 0"):
+        text.accuracy(model, data, "test", limit=0)
     with pytest.raises(InputError, match="expected a torch module"):
         text.accuracy({}, data, "test")  # type: ignore[arg-type]
 
