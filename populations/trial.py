@@ -29,20 +29,35 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class CalibrationBatch:
+    """What a gradient trial differentiates.
+
+    Args:
+        task: Name of a calibration task.
+        step: Number of the batch in the task's stream, from 0.
+    """
+
+    task: str
+    step: int
+
+
+@dataclass(frozen=True)
 class Trial:
-    """A genome to be scored.
+    """A genome to be scored, or whose coefficients' gradient is wanted.
 
     Args:
         number: Position in the search, from 0; its randomness comes from ``SeedSequence(seed, (number,))``.
         genome: The merge.
         parents: Numbers of the trials it was bred from.
         subset: Which objectives score it: those that guide the search, or those held out from it.
+        calibration: When given, no objective scores it: its loss on that batch is wanted, and the loss's gradient.
     """
 
     number: int
     genome: Genome
     parents: tuple[int, ...] = ()
     subset: Subset = "search"
+    calibration: CalibrationBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +80,14 @@ class Evaluation:
     """What was measured of a candidate. A bad candidate is a result: then ``failure`` says why.
 
     Args:
-        scores: By objective name, as the objective reports them (not sign-flipped); empty on failure.
+        scores: By objective name, as the objective reports them (not sign-flipped); empty on failure. Of a gradient
+            trial: the loss, by the task's name.
         per_example: By objective name, (N,) one score an example (bool for right or wrong), where given.
         failure: None when all objectives gave finite scores.
         seconds: Worker time spent on this candidate.
         items: Examples scored.
         details: Small facts worth keeping (attempts, worker name); never part of the result.
+        gradient: (S, K) derivatives of a gradient trial's loss by the genome's coefficients.
     """
 
     scores: Mapping[str, float]
@@ -79,6 +96,7 @@ class Evaluation:
     seconds: float = 0.0
     items: int = 0
     details: Mapping[str, str | int | float] = field(default_factory=dict)
+    gradient: Floats | None = None
 
     @property
     def ok(self) -> bool:
