@@ -13,7 +13,8 @@ import numpy as np
 from experiments import compose
 from experiments.recipe import Recipe
 from fitness.worker import Worker
-from populations.genome import Floats
+from merging.sources import Sources
+from populations.genome import Floats, Genome
 from populations.trial import Subset, Trial
 from search.coefficients import CoefficientBox
 
@@ -51,8 +52,7 @@ def scorers(problem: str, seed: int, whole: bool) -> tuple[Scorer, Scorer | None
     A seed decides images and training of the digits; texts and their encoders are the same for all seeds.
     """
     if problem == "text":
-        worker = text_worker()
-        return Texts(worker, "search"), None if whole else Texts(worker, "held_out")
+        return texts("search"), None if whole else texts("held_out")
     return _digits(GROUPS[problem], seed, whole)
 
 
@@ -143,12 +143,13 @@ class Texts:
     """Accuracies of merged encoders on one part of the texts of ``text-map.yaml``, as a worker of it scores them."""
 
     worker: Worker
+    size: int  # parameters
     subset: Subset
 
     def __call__(self, points: Floats) -> Floats:
         """As ``Scorer``."""
-        coefficients = box("text")
-        trials = [Trial(i, coefficients.genome(point), subset=self.subset) for i, point in enumerate(points)]
+        whole = np.array([0, self.size])
+        trials = [Trial(i, Genome(whole, point[None]), subset=self.subset) for i, point in enumerate(points)]
         evaluations = self.worker.measure(trials)
         failures = [one.failure for one in evaluations if not one.ok]
         if failures:
@@ -156,11 +157,17 @@ class Texts:
         return np.array([list(one.scores.values()) for one in evaluations])
 
 
+def texts(subset: Subset) -> Texts:
+    """Of the recipe, with fewer examples and in bfloat16; tunes the encoders the first time."""
+    worker, size = _text_worker()
+    return Texts(worker, size, subset)
+
+
 @lru_cache(maxsize=1)
-def text_worker() -> Worker:
-    """A worker of the recipe, with fewer examples and in bfloat16; tunes the encoders the first time."""
+def _text_worker() -> tuple[Worker, int]:
     settings: dict[str, Any] = {"merge.dtype": "bfloat16"}
     for part, count in EXAMPLES.items():
         settings |= {f"objectives.{part}.{i}.arguments.limit": count for i in range(sources("text"))}
     recipe = Recipe.from_yaml(Path(__file__).parents[1] / "experiments" / "recipes" / "text-map.yaml", settings)
-    return Worker(compose.worker_spec(recipe, compose.prepare(recipe)))
+    spec = compose.worker_spec(recipe, compose.prepare(recipe))
+    return Worker(spec), Sources.open(spec.experts, spec.base, spec.operator).layout.size
