@@ -28,17 +28,44 @@ class ObjectiveSpec:
 
     Args:
         goal: Its name and direction.
-        type: ``accuracy`` of a classifier over ``data``, or ``call`` for a Python function.
-        data: For ``accuracy``: the function that returns (inputs, labels).
+        type: ``accuracy`` of a classifier over ``data``, mean ``entropy`` of its predictions there, or ``call`` for a
+            Python function.
+        data: For ``accuracy`` and ``entropy``: the function that returns (inputs, labels), or for entropy the inputs.
         call: For ``call``: the function that scores a model.
         batch: Examples in one forward pass; bounds the memory for activations.
+        head: For ``accuracy`` and ``entropy``: the function that returns the task's classification head, a callable
+            from (outputs, inputs) to (n, C) logits; None when the model's outputs are the logits.
     """
 
     goal: Goal
-    type: Literal["accuracy", "call"] = "accuracy"
+    type: Literal["accuracy", "entropy", "call"] = "accuracy"
     data: CallSpec | None = None
     call: CallSpec | None = None
     batch: int = 512
+    head: CallSpec | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """A task whose loss is differentiated by the coefficients of a merge.
+
+    Args:
+        name: The task's name.
+        data: The function that returns inputs, or (inputs, labels); inputs are a tensor or array (N, ...), or a mapping
+            of such, as Hugging Face models take.
+        loss: ``entropy`` of the predictions (AdaMerging, no labels needed), or ``cross_entropy`` with the labels.
+        head: The function that returns the task's classification head, a callable from (outputs, inputs) to (n, C)
+            logits; None when the model's outputs are the logits.
+        batch: Examples in one batch.
+        seed: Seed of the order in which examples come.
+    """
+
+    name: str
+    data: CallSpec
+    loss: Literal["entropy", "cross_entropy"] = "entropy"
+    head: CallSpec | None = None
+    batch: int = 16
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,11 +76,15 @@ class WorkerSpec:
         experts: Checkpoint paths of the fine-tuned models.
         base: Checkpoint path of the model they were tuned from, where the operator needs it.
         operator: Name of the merge operator.
+        settings: The operator's settings, by name.
         names: Names of the experts; None takes them from their files.
         architecture: A function that returns the ``torch.nn.Module`` to fill; ``auto`` for a Hugging Face
             directory; None when objectives take a dict of tensors.
         search: Objectives that guide the search.
         held_out: Objectives kept from it.
+        calibration: Tasks of gradient trials.
+        checkpointing: Compute activations again on the way back instead of keeping them (Hugging Face models only):
+            less memory and more time for a gradient trial.
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
         dtype: Name of the resident model's dtype (``bfloat16``). None is the checkpoints' own, whatever type the
             architecture is made in (float32 when they mix types), so that what is scored is what can be exported.
@@ -65,10 +96,13 @@ class WorkerSpec:
     experts: tuple[str, ...]
     base: str | None = None
     operator: str = "linear"
+    settings: Mapping[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
     architecture: CallSpec | Literal["auto"] | None = None
     search: tuple[ObjectiveSpec, ...] = ()
     held_out: tuple[ObjectiveSpec, ...] = ()
+    calibration: tuple[CalibrationSpec, ...] = ()
+    checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: str | None = None
     threads: int = 1
