@@ -14,8 +14,8 @@ objectives. Half of the images left guide the search, the other half tells what 
 Everywhere ``theta0 + sum_k c_k tau_k`` is searched over ``c`` in [0, 1.5]^K, and every search is asked for batches of
 five through the protocol, which are told at once. A figure is the hypervolume of the front found as a share of a
 reference's: of the front of a grid, of 16 values a coefficient for three groups and 8 for texts, and of all
-searches together for four groups. It counts from accuracy 0 for digits, whose random start knows nothing, and
-from the accuracies of the base model for texts, whose base is worth something. The held-out share takes the
+searches together for four groups. It counts from accuracy 0 for digits, whose random start knows nothing, and for texts from
+the worst that base and experts score on each kind. The held-out share takes the
 same fronts, chosen by the search's scores, and scores both on the other examples. Means over seeds, and their standard
 errors.
 
@@ -181,18 +181,23 @@ def measured(
     budgets = {*BUDGETS, len(points)} if name != "grid" else {len(points)}
     rows = sorted({row for budget in budgets for row in np.flatnonzero(non_dominated(scores[:budget])).tolist()})
     elsewhere = np.full_like(scores, np.nan)
-    base = np.zeros((1, points.shape[1]))
     floor = np.full((2, scores.shape[1]), np.nan)
-    floor[0] = guide(base) if problem == "text" else 0.0
+    floor[0] = worst(problem, guide)
     if held_out is not None:
         elsewhere[rows] = held_out(points[rows])
-        floor[1] = held_out(base) if problem == "text" else 0.0
+        floor[1] = worst(problem, held_out)
     found = {"floor": floor, "points": points, "scores": scores, "elsewhere": elsewhere, "seconds": np.array(seconds)}
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         np.savez(kept, **found)
     print(f"{problem} {seed} {name}: {seconds:.0f} s", flush=True)
     return Measured(problem, seed, name, **found)
+
+
+def worst(problem: str, score: Scorer) -> Floats | float:
+    """From where hypervolume counts: 0 for digits, for texts (M,) the worst of base and experts."""
+    size = sources(problem)
+    return score(np.vstack([np.zeros(size), np.eye(size)])).min(axis=0) if problem == "text" else 0.0
 
 
 def searched(search: Search, guide: Scorer, goals: Sequence[Goal]) -> tuple[Floats, Floats, float]:
