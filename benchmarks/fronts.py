@@ -14,10 +14,9 @@ objectives. Half of the images left guide the search, the other half tells what 
 Everywhere ``theta0 + sum_k c_k tau_k`` is searched over ``c`` in [0, 1.5]^K, and every search is asked for batches of
 five through the protocol, which are told at once. A figure is the hypervolume of the front found as a share of a
 reference's: of the front of a grid, of 16 values a coefficient for three groups and 8 for texts, and of all
-searches together for four groups. It counts from accuracy 0 for digits, whose random start knows nothing, and for texts from
-the worst that base and experts score on each kind. The held-out share takes the
-same fronts, chosen by the search's scores, and scores both on the other examples. Means over seeds, and their standard
-errors.
+searches together for four groups. It counts from accuracy 0 for digits, whose random start knows nothing, and for
+texts from the worst that base and experts score on each kind. The held-out share takes the same fronts, chosen by
+the search's scores, and scores both on the other examples. Means over seeds, and their standard errors.
 
 On two cores the digits take minutes, but for Optuna's GP: an hour or more. A candidate of ``text`` takes about a
 second, so that all its searches take hours (``--cache`` keeps those that are finished, ``--jobs`` runs several at a

@@ -5,8 +5,9 @@ and nothing in it is a pickle. Tables:
 
 - ``facts``: text by key (recipe, state, versions, elapsed seconds).
 - ``events``: the order of things: ``ask`` (a batch of trials was proposed) and ``tell`` (a batch was learned).
-- ``trials``: number, batch, genome, digest, parents.
+- ``trials``: number, batch, genome, digest, parents; task and step of those that want a gradient.
 - ``evaluations``: what came back for a trial, committed on arrival, before it is told.
+- ``gradients``: those of gradient trials, in float64.
 - ``residuals``: dense parts of genomes evolved from scratch, kept for members and the front only.
 - ``measurements``: scores outside the search (held-out data, reference merges), by genome digest.
 - ``reference_merges``: the seed models and their average.
@@ -28,7 +29,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -38,18 +39,19 @@ from numpy.typing import NDArray
 
 from populations.errors import JournalError
 from populations.genome import Genome
-from populations.trial import Evaluation, Failure, Subset, Trial
+from populations.trial import CalibrationBatch, Evaluation, Failure, Subset, Trial
 
-FORMAT = 1
+FORMAT = 2
 
 _SCHEMA = """
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER);
 CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
-    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL);
+    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, task TEXT, step INTEGER);
 CREATE INDEX trials_by_batch ON trials (batch);
 CREATE TABLE evaluations (number INTEGER PRIMARY KEY, scores TEXT, shapes TEXT, per_example BLOB, failure TEXT,
     seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, time REAL NOT NULL);
+CREATE TABLE gradients (number INTEGER PRIMARY KEY, segments INTEGER NOT NULL, gradient BLOB NOT NULL);
 CREATE TABLE residuals (number INTEGER PRIMARY KEY, residual BLOB NOT NULL);
 CREATE TABLE measurements (digest TEXT NOT NULL, subset TEXT NOT NULL, scores TEXT, shapes TEXT, per_example BLOB,
     failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, time REAL NOT NULL,
@@ -66,6 +68,17 @@ class Event:
     kind: Literal["ask", "tell"]
     batch: int
     requested: int = 0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a gradient trial said: the loss of ``task`` on batch ``step`` of its stream; None after a failure."""
+
+    number: int
+    task: str
+    step: int
+    value: float | None
+    time: float
 
 
 @dataclass(frozen=True)
@@ -184,16 +197,24 @@ class Journal:
         with self.transaction():
             self._connection.execute("INSERT INTO events VALUES (NULL, 'ask', ?, ?)", (batch, requested))
             self._connection.executemany(
-                "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?)", [_trial_row(trial, batch) for trial in trials]
+                "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [_trial_row(trial, batch) for trial in trials]
             )
 
     def arrived(self, results: Iterable[tuple[Trial, Evaluation]]) -> None:
         """Record what came back for trials, in the order of arrival."""
-        now = time.time()
+        now, found = time.time(), list(results)
         with self.transaction():
             self._connection.executemany(
                 "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [(trial.number, *_evaluation_row(evaluation, now)) for trial, evaluation in results],
+                [(trial.number, *_evaluation_row(evaluation, now)) for trial, evaluation in found],
+            )
+            self._connection.executemany(
+                "INSERT INTO gradients VALUES (?, ?, ?)",
+                [
+                    (trial.number, len(one.gradient), np.asarray(one.gradient, "<f8").tobytes())
+                    for trial, one in found
+                    if one.gradient is not None
+                ],
             )
 
     def told(self, batch: int) -> None:
@@ -248,16 +269,30 @@ class Journal:
         """Numbers and genome digests of the trials of a batch."""
         return list(self._rows("SELECT number, digest FROM trials WHERE batch = ? ORDER BY number", (number,)))
 
-    def rows(self, after: int = -1) -> Iterator[Row]:
-        """The trials numbered above ``after`` that have been evaluated, in order of number."""
+    def rows(self, after: int = -1, gradients: bool = False) -> Iterator[Row]:
+        """The trials numbered above ``after`` that have been evaluated, in order of number.
+
+        Args:
+            after: A trial's number.
+            gradients: Also those whose gradient was wanted, not their scores; their scores are losses by task.
+        """
         for number, digest, parents, scores, failure, seconds, when in self._rows(
-            "SELECT t.number, t.digest, t.parents, e.scores, e.failure, e.seconds, e.time "
-            "FROM trials t JOIN evaluations e USING (number) WHERE number > ? ORDER BY number",
-            (after,),
+            "SELECT t.number, t.digest, t.parents, e.scores, e.failure, e.seconds, e.time FROM trials t "
+            "JOIN evaluations e USING (number) WHERE number > ? AND (? OR task IS NULL) ORDER BY number",
+            (after, gradients),
         ):
             yield Row(
                 number, digest, tuple(json.loads(parents)), _parsed(scores), _failure(failure), float(seconds), when
             )
+
+    def losses(self, after: int = -1) -> Iterator[Loss]:
+        """What the gradient trials numbered above ``after`` said, in order of number."""
+        for number, task, step, scores, when in self._rows(
+            "SELECT number, task, step, scores, time FROM trials JOIN evaluations USING (number) "
+            "WHERE number > ? AND task IS NOT NULL ORDER BY number",
+            (after,),
+        ):
+            yield Loss(number, task, step, (_parsed(scores) or {}).get(task), when)
 
     def trial(self, number: int) -> Trial:
         """The trial with its genome, residual included.
@@ -265,14 +300,16 @@ class Journal:
         Raises:
             JournalError: There is no such trial, or its dense weights were not kept.
         """
-        row = next(iter(self._rows("SELECT genome, parents, dense FROM trials WHERE number = ?", (number,))), None)
+        query = "SELECT genome, parents, dense, task, step FROM trials WHERE number = ?"
+        row = next(iter(self._rows(query, (number,))), None)
         if row is None:
             (count,) = next(iter(self._rows("SELECT count(*) FROM trials")))
             raise JournalError(f"trial {number}: not in {self.path} (it has 0 to {count - 1}).", "See `ecotone front`.")
         genome = Genome.from_json(row[0])
         if row[2]:
             genome = Genome(genome.boundaries, genome.coefficients, genome.parameters, self._residual(number))
-        return Trial(number, genome, tuple(json.loads(row[1])))
+        calibration = None if row[3] is None else CalibrationBatch(row[3], row[4])
+        return Trial(number, genome, tuple(json.loads(row[1])), calibration=calibration)
 
     def evaluation(self, number: int) -> Evaluation | None:
         """What came back for a trial, or None when nothing has yet."""
@@ -282,14 +319,21 @@ class Journal:
         )
 
     def evaluations(self) -> Iterator[tuple[int, Evaluation]]:
-        """All trial numbers with what came back, in order of number."""
-        for number, *row in self._rows(f"SELECT number, {_COLUMNS} FROM evaluations ORDER BY number"):
-            yield number, _evaluation(row)
+        """All trial numbers with what came back, gradients included, in order of number."""
+        for number, *row, segments, blob in self._rows(
+            f"SELECT number, {_COLUMNS}, segments, gradient FROM evaluations LEFT JOIN gradients USING (number) "
+            "ORDER BY number"
+        ):
+            found = _evaluation(row)
+            if blob is not None:
+                found = replace(found, gradient=np.frombuffer(blob, "<f8").astype(np.float64).reshape(segments, -1))
+            yield number, found
 
     def evaluation_of(self, digest: str) -> Evaluation | None:
-        """What came back for the first trial of that genome, or None."""
+        """What the first trial of that genome that was scored has scored, or None."""
         query = (
-            f"SELECT {_COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? ORDER BY number LIMIT 1"
+            f"SELECT {_COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? AND task IS NULL "
+            "ORDER BY number LIMIT 1"
         )
         return next((_evaluation(row) for row in self._rows(query, (digest,))), None)
 
@@ -310,7 +354,7 @@ class Journal:
     def digest(self) -> str:
         """A hash over every evaluated trial's number, genome digest and scores: equal searches have equal digests."""
         hasher = hashlib.blake2b(digest_size=16)
-        for row in self.rows():
+        for row in self.rows(gradients=True):
             hasher.update(f"{row.number}:{row.digest}:".encode())
             if row.failure is not None:
                 hasher.update(f"failed {row.failure.kind}".encode())
@@ -358,7 +402,9 @@ def _dense_text(size: int, sources: int) -> str:
 def _trial_row(trial: Trial, batch: int) -> tuple[Any, ...]:
     genome = trial.genome
     text = _dense_text(genome.size, genome.sources) if genome.is_dense else genome.to_json(residual=False)
-    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), int(genome.residual is not None)
+    wanted = (None, None) if trial.calibration is None else (trial.calibration.task, trial.calibration.step)
+    dense = int(genome.residual is not None)
+    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), dense, *wanted
 
 
 def _evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:

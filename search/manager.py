@@ -25,7 +25,7 @@ from populations.genome import Genome
 from populations.journal import Event, Journal
 from populations.pareto import ParetoFront
 from populations.population import Population, quality
-from populations.trial import Evaluation, Failure, Goal, Subset, Trial, oriented
+from populations.trial import Evaluation, Failure, Goal, Outcome, Subset, Trial, oriented
 from search.protocol import Search, numbered
 
 StopReason: TypeAlias = Literal["evaluations", "seconds", "converged"]
@@ -36,7 +36,7 @@ class Schedule:
     """How much is asked for, and when.
 
     Args:
-        evaluations: Stop after so many trials; None for no limit.
+        evaluations: Stop after so many trials that are scored; None for no limit.
         seconds: Stop asking after so many seconds of searching (all resumed stretches together); None for no limit.
         batch: Trials asked for and scored together.
         in_flight: The most trials asked for and not yet told, at least ``batch``.
@@ -56,11 +56,12 @@ class Schedule:
 class Progress:
     """Where the search stands; given to the observer after every step.
 
-    ``evaluations`` counts told trials; ``best`` is the number of the best one so far, by mean oriented score
-    ``quality``.
+    ``evaluations`` counts told trials that were scored, ``gradients`` those whose gradient was wanted, ``failures``
+    both kinds; ``best`` is the number of the best one so far, by mean oriented score ``quality``.
     """
 
     evaluations: int = 0
+    gradients: int = 0
     failures: int = 0
     replayed: int = 0
     elapsed: float = 0.0
@@ -70,6 +71,11 @@ class Progress:
     last_failure: Failure | None = None
     in_flight: int = 0
     front_size: int = 0
+
+    @property
+    def told(self) -> int:
+        """Trials of both kinds."""
+        return self.evaluations + self.gradients
 
 
 Observer: TypeAlias = Callable[[Progress], None]
@@ -111,6 +117,7 @@ class Manager:
         self._observe = observe
         self._clock = clock
         self._asked = 0  # trials
+        self._asked_scores = 0  # those that are scored
         self._batches = 0
         self._flying: deque[Batch] = deque()  # asked and not yet told, oldest first
         self._arrived: dict[int, list[Evaluation]] = {}  # by batch number, not yet told
@@ -170,7 +177,7 @@ class Manager:
         schedule = self.schedule
         if schedule.seconds is not None and self.progress.elapsed >= schedule.seconds:
             return 0
-        left = schedule.batch if schedule.evaluations is None else schedule.evaluations - self._asked
+        left = schedule.batch if schedule.evaluations is None else schedule.evaluations - self._asked_scores
         flying = sum(len(batch.trials) for batch in self._flying)
         wanted = min(schedule.batch, left)
         return wanted if flying == 0 or flying + wanted <= schedule.in_flight else 0
@@ -184,6 +191,7 @@ class Manager:
         batch = Batch(self._batches, tuple(trials))
         self._batches += 1
         self._asked += len(trials)
+        self._asked_scores += sum(trial.calibration is None for trial in trials)
         self._flying.append(batch)
         return batch
 
@@ -206,7 +214,8 @@ class Manager:
     def _tell(self, batch: Batch) -> None:
         """Population first, then the search."""
         for trial, evaluation in zip(batch.trials, self._arrived.pop(batch.number), strict=True):
-            outcome = self.population.add(trial, evaluation)
+            scored = trial.calibration is None
+            outcome = self.population.add(trial, evaluation) if scored else Outcome(False)
             self.search.tell(trial, evaluation, outcome)
             on_front = self._count(trial, evaluation)
             if trial.genome.residual is not None and (outcome.accepted or on_front):
@@ -215,10 +224,13 @@ class Manager:
     def _count(self, trial: Trial, evaluation: Evaluation) -> bool:
         """Keep the books; True when the trial is on the front now."""
         progress = self.progress
-        progress.evaluations += 1
+        scored = trial.calibration is None
+        progress.evaluations += scored
+        progress.gradients += not scored
         if not evaluation.ok:
             progress.failures += 1
             progress.last_failure = evaluation.failure
+        if not (evaluation.ok and scored):
             return False
         value = quality(evaluation, self.goals)
         older = progress.best is not None and trial.number < progress.best
@@ -251,21 +263,22 @@ class Manager:
             for batch in (self._flying if self._arrived else ())
             for trial, evaluation in zip(batch.trials, self._arrived.get(batch.number, ()), strict=False)
             if trial.genome.residual is not None
+            and trial.calibration is None
             and evaluation.ok
             and self.front.takes(trial.number, oriented(evaluation.scores, self.goals))
         }
 
     def _check_failures(self) -> None:
         progress = self.progress
-        if progress.failures == progress.evaluations and progress.failures >= self.schedule.patience:
+        if progress.failures == progress.told and progress.failures >= self.schedule.patience:
             raise SearchError(_all_failed(progress))
 
     def _finished(self) -> StopReason:
         """Why nothing is in flight and nothing more is asked."""
         schedule, progress = self.schedule, self.progress
-        if progress.evaluations and progress.failures == progress.evaluations:
+        if progress.told and progress.failures == progress.told:
             raise SearchError(_all_failed(progress))
-        if schedule.evaluations is not None and self._asked >= schedule.evaluations:
+        if schedule.evaluations is not None and self._asked_scores >= schedule.evaluations:
             return "evaluations"
         if schedule.seconds is not None and progress.elapsed >= schedule.seconds:
             return "seconds"
@@ -313,7 +326,7 @@ class Manager:
 def _all_failed(progress: Progress) -> str:
     failure = progress.last_failure
     assert failure is not None
-    text = f"all of the first {progress.evaluations} candidates failed; the last one: {failure.kind}: {failure.message}"
+    text = f"all of the first {progress.told} candidates failed; the last one: {failure.kind}: {failure.message}"
     return f"{text}\n{failure.details}".rstrip()
 
 

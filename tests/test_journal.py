@@ -18,7 +18,7 @@ import pytest
 from populations.errors import JournalError
 from populations.genome import Genome
 from populations.journal import Event, Journal
-from populations.trial import Evaluation, Failure, Trial
+from populations.trial import CalibrationBatch, Evaluation, Failure, Trial
 
 
 def genome(number: int) -> Genome:
@@ -130,6 +130,47 @@ def test_failures_and_details_come_back(path: Path) -> None:
         assert [(row.number, row.parents, row.failure is None) for row in rows] == [(0, (0,), False), (1, (1,), True)]
         assert rows[1].scores == {"acc": 1.0}
         assert [row.number for row in journal.rows(after=0)] == [1]
+
+
+def test_gradients_come_back_exactly_and_are_no_scores(path: Path) -> None:
+    gradient = np.array([[0.1, 1 / 3], [-0.0, 5e-324]])
+    asked = [
+        Trial(0, genome(0), calibration=CalibrationBatch("math", 7)),
+        Trial(1, genome(0)),
+        Trial(2, genome(1), calibration=CalibrationBatch("code", 8)),
+    ]
+    with Journal.create(path, {}) as journal:
+        journal.asked(0, 3, asked)
+        told = [Evaluation({"math": 2.5}, gradient=gradient), scored(0.5), Evaluation.failed("not finite", "NaN")]
+        journal.arrived(zip(asked, told, strict=True))
+        everything = journal.digest()
+    with Journal.open(path) as journal:
+        assert [journal.trial(number) for number in range(3)] == asked
+        back = dict(journal.evaluations())
+        assert back[0].gradient is not None
+        assert back[0].gradient.tobytes() == gradient.tobytes()
+        assert back[0].gradient.shape == (2, 2)
+        assert back[1].gradient is None
+        assert [row.number for row in journal.rows()] == [1]
+        assert [row.number for row in journal.rows(0, gradients=True)] == [1, 2]
+        losses = [(one.number, one.task, one.step, one.value) for one in journal.losses()]
+        assert losses == [(0, "math", 7, 2.5), (2, "code", 8, None)]
+        assert [one.number for one in journal.losses(after=0)] == [2]
+        of_genome = journal.evaluation_of(genome(0).digest)
+        assert of_genome is not None
+        assert of_genome.scores == {"acc": 0.5}
+        assert journal.digest() == everything
+
+
+def test_a_digest_tells_losses(tmp_path: Path) -> None:
+    digests = set()
+    for number, value in enumerate((1.0, 1.5)):
+        trial = Trial(0, genome(0), calibration=CalibrationBatch("math", 0))
+        with Journal.create(tmp_path / str(number) / "journal.sqlite", {}) as journal:
+            journal.asked(0, 1, [trial])
+            journal.arrived([(trial, Evaluation({"math": value}, gradient=np.zeros((2, 2))))])
+            digests.add(journal.digest())
+    assert len(digests) == 2
 
 
 def test_residuals_are_kept_for_whom_they_are_kept(path: Path) -> None:
@@ -352,8 +393,8 @@ def test_another_database(path: Path) -> None:
 def test_a_journal_of_a_later_format(path: Path) -> None:
     written(path)
     with Journal.open(path, write=True) as journal:
-        journal.note("format", "2")
-    with pytest.raises(JournalError, match=r"expected journal format 1, found 2.*version that wrote it"):
+        journal.note("format", "3")
+    with pytest.raises(JournalError, match=r"expected journal format 2, found 3.*version that wrote it"):
         Journal.open(path)
 
 
