@@ -1,0 +1,505 @@
+"""AdaMerging: merge coefficients learned by gradient, from unlabelled examples.
+
+Yang et al. 2024, "AdaMerging: Adaptive Model Merging for Multi-Task Learning" (arXiv:2310.02575). The coefficients of
+
+    theta = theta_0 + sum_k lambda_k tau_k                                (task-wise, eq. 4; layer-wise, eq. 5)
+
+minimise the entropy of the merged model's predictions, summed over the tasks (eq. 6), by Adam (Kingma and Ba 2015).
+Workers differentiate: a trial with a calibration batch comes back with the loss of one task and its gradient by the
+coefficients. What the segments are (all in one, blocks, tensors) and what loss a task has is the recipe's business.
+
+Entropy also falls when a merge predicts one class for everything. So ordinary trials check every line of descent now
+and then, by the objectives, and the report says when loss and score fell together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from populations.errors import InputError, nearest
+from populations.genome import Floats, Genome, Integers
+from populations.population import quality
+from populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
+from search.nsga import lattice
+from search.protocol import trial_rng
+
+_CHECK = -1  # stands where a gradient trial has its task's position
+_FALL = 0.01  # share of its best by which a score must have fallen for a warning
+_COLLAPSE = 0.5  # share of its first value below which a task's diversity is warned of
+
+
+class Adam:
+    """Adam without weight decay (Kingma and Ba 2015, algorithm 1) on one array.
+
+    Args:
+        start: The first point, of any shape.
+        rate: Step size alpha, in units of the point.
+    """
+
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+
+    def __init__(self, start: Floats, rate: float) -> None:
+        self.rate = rate
+        self.point: Floats = np.array(start, np.float64)
+        self.m: Floats = np.zeros_like(self.point)
+        self.v: Floats = np.zeros_like(self.point)
+        self.t = 0
+
+    def step(self, gradient: Floats) -> None:
+        """Move the point once, against ``gradient`` (of the point's shape)."""
+        self.t += 1
+        self.m = self.beta1 * self.m + (1 - self.beta1) * gradient
+        self.v = self.beta2 * self.v + (1 - self.beta2) * gradient**2
+        slope = self.m / (1 - self.beta1**self.t)
+        scale = np.sqrt(self.v / (1 - self.beta2**self.t))
+        self.point = self.point - self.rate * slope / (scale + self.eps)
+
+    def state(self) -> dict[str, Any]:
+        """Point, moments and count."""
+        return {"point": self.point.copy(), "m": self.m.copy(), "v": self.v.copy(), "t": self.t}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``."""
+        self.point, self.m, self.v = (state[key].copy() for key in ("point", "m", "v"))
+        self.t = state["t"]
+
+
+@dataclass(eq=False)
+class _Line:
+    """One run of Adam: what it began with, where it stands, and what its checks have shown.
+
+    Of the running step, ``waiting`` counts trials that are not told, ``told`` has (loss, diversity, gradient) by
+    task, and ``check`` the number and score of the check. ``sums`` (2, T) are losses and diversities by task over the
+    ``summed`` steps since the last check.
+    """
+
+    index: int
+    start: Floats
+    weights: Floats
+    adam: Adam
+    genome: Genome
+    sums: Floats
+    summed: int = 0
+    waiting: int = 0
+    told: dict[int, tuple[float, float, Floats]] = field(default_factory=dict)
+    check: tuple[int, float | None] | None = None
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    best: float = -math.inf
+    stale: int = 0  # checks since the best
+    parent: int | None = None  # the last scored trial
+    ended: str = ""  # why; empty while it runs
+
+    _PLAIN = ("waiting", "summed", "best", "stale", "parent", "ended")
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.adam.t
+
+    @property
+    def tasks(self) -> list[int]:
+        """Positions of the tasks that have a weight."""
+        return [int(task) for task in np.flatnonzero(self.weights)]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in self._PLAIN},
+            "adam": self.adam.state(),
+            "told": {task: list(told) for task, told in self.told.items()},
+            "check": None if self.check is None else list(self.check),
+            "sums": self.sums.copy(),
+            "checks": [dict(check) for check in self.checks],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
+        self.adam.restore(state["adam"])
+        self.told = {task: (loss, diversity, gradient) for task, (loss, diversity, gradient) in state["told"].items()}
+        self.check = None if state["check"] is None else (state["check"][0], state["check"][1])
+        self.sums = state["sums"].copy()
+        self.checks = [dict(check) for check in state["checks"]]
+
+
+class AdaMerging:
+    """Adam on the coefficients, in one or several independent lines of descent.
+
+    A step of a line takes one gradient trial a task, at the line's coefficients; when all are told, Adam follows the
+    sum of the gradients, weighted by task. Lines take turns, so that several keep several workers busy; while every
+    line waits, nothing is proposed. At step 0, every ``check_every`` steps and at its end a line also has its merge
+    scored by the objectives: these trials alone go to population and front, and they alone count for the budget.
+    A failed gradient trial ends its line; a failed check is one without a better score.
+
+    There is a line for each of ``starts``, weighting and restart. Lines see the same batches at the same steps.
+
+    Args:
+        borders: (S+1,) segment borders in the flat parameter vector.
+        sources: K.
+        tasks: Names of the T calibration tasks.
+        goals: The objectives of the checks.
+        seed: The recipe's seed, for restarts.
+        init: Every coefficient's start when there are no ``starts``.
+        starts: (S, K) coefficients to start from.
+        rate: Adam's step size, in units of the coefficients.
+        steps: Adam steps of a line.
+        clamp: Use coefficients clamped to [0, 1], as the paper does; Adam moves the unclamped ones, whose gradient is
+            zero outside. Without, coefficients are free, and no gradient vanishes.
+        weights: Weight of a task's loss, by name; 1 where none is given, as in the paper. A task of weight 0 is left
+            out.
+        sweep: The most weightings of the tasks to try, evenly spread over the simplex (times T, so that equal weights
+            are 1). Lines of different weightings end at different points of a front.
+        restarts: Lines a start and weighting; the first begins at the start itself, the others beside it.
+        spread: Standard deviation of the normal noise that is added to the coefficients of the other restarts.
+        check_every: Steps between checks.
+        patience: A line ends after so many checks without a better mean score; None means never.
+
+    Raises:
+        InputError: A setting is out of its range, weights name no task or are all zero, or starts do not fit.
+    """
+
+    def __init__(
+        self,
+        borders: Integers,
+        sources: int,
+        tasks: Sequence[str],
+        goals: Sequence[Goal],
+        seed: int,
+        *,
+        init: float = 0.3,
+        starts: Sequence[Floats] | None = None,
+        rate: float = 1e-3,
+        steps: int = 500,
+        clamp: bool = False,
+        weights: Mapping[str, float] | None = None,
+        sweep: int | None = None,
+        restarts: int = 1,
+        spread: float = 0.1,
+        check_every: int = 25,
+        patience: int | None = None,
+    ) -> None:
+        _check_tasks(tasks)
+        _check_ranges(init=init, rate=rate, spread=spread)
+        _check_counts(steps=steps, restarts=restarts, check_every=check_every, patience=patience)
+        self.borders, self.tasks, self.goals, self.seed = np.asarray(borders), tuple(tasks), tuple(goals), seed
+        self.rate, self.steps, self.clamp = rate, steps, clamp
+        self.check_every, self.patience = check_every, patience
+        self._next = 0
+        self._queue: list[tuple[int, int]] = []  # (line, task or check) to ask for, in this order
+        self._flying: dict[int, tuple[int, int]] = {}  # by trial number
+        self._lines: list[_Line] = []
+        begins = _starts(starts, init, (len(self.borders) - 1, sources))
+        weightings = _weightings(self.tasks, weights, sweep)
+        for start, weighting in ((start, weighting) for start in begins for weighting in weightings):
+            for restart in range(restarts):
+                first = len(self._queue)  # the number that the line's first trial will have
+                noise = trial_rng(seed, first).normal(0, spread, start.shape) if restart else 0.0
+                self._add(start + noise, weighting)
+
+    @property
+    def evaluations(self) -> int:
+        """Checks of all lines, if each takes all its steps: what a complete run needs of the budget."""
+        return len(self._lines) * (1 + math.ceil(self.steps / self.check_every))
+
+    @property
+    def done(self) -> bool:
+        """True when all lines have ended and everything is told."""
+        return not self._flying and all(line.ended for line in self._lines)
+
+    def ask(self, n: int) -> list[Trial]:
+        """Up to ``n`` trials of the lines' running steps, in the order in which these began; none while all wait."""
+        chosen, self._queue = self._queue[:n], self._queue[n:]
+        trials = [self._proposed(self._next + i, *request) for i, request in enumerate(chosen)]
+        self._flying |= {trial.number: request for trial, request in zip(trials, chosen, strict=True)}
+        self._next += len(trials)
+        return trials
+
+    def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
+        """Note a check's score or a task's gradient; with the last of a step, move the line."""
+        index, task = self._flying.pop(trial.number)
+        line = self._lines[index]
+        line.waiting -= 1
+        if task == _CHECK:
+            line.check = trial.number, quality(evaluation, self.goals) if evaluation.ok else None
+        else:
+            self._differentiated(line, task, evaluation)
+        if not line.waiting:
+            self._complete(line)
+
+    def state(self) -> dict[str, Any]:
+        """The lines, what is to be asked for next, and what is in flight."""
+        return {
+            "next": self._next,
+            "queue": [list(request) for request in self._queue],
+            "flying": {number: list(request) for number, request in self._flying.items()},
+            "lines": [line.state() for line in self._lines],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self._next = state["next"]
+        self._queue = [(line, task) for line, task in state["queue"]]
+        self._flying = {number: (line, task) for number, (line, task) in state["flying"].items()}
+        for line, found in zip(self._lines, state["lines"], strict=True):
+            line.restore(found)
+            line.genome = self._genome(line.adam.point)
+
+    # -- steps -------------------------------------------------------------------------------------------
+
+    def _add(self, start: Floats, weights: Floats) -> None:
+        sums = np.zeros((2, len(self.tasks)))
+        line = _Line(len(self._lines), start, weights, Adam(start, self.rate), self._genome(start), sums)
+        self._lines.append(line)
+        self._begin(line)
+
+    def _begin(self, line: _Line) -> None:
+        """Queue what the line needs at its coefficients: a check when one is due, and gradients for the next step."""
+        last = line.step == self.steps
+        wanted = [_CHECK] if last or line.step % self.check_every == 0 else []
+        wanted += [] if last else line.tasks
+        line.waiting, line.told, line.check = len(wanted), {}, None
+        self._queue += [(line.index, task) for task in wanted]
+
+    def _proposed(self, number: int, index: int, task: int) -> Trial:
+        line = self._lines[index]
+        parents = () if line.parent is None else (line.parent,)
+        batch = None if task == _CHECK else CalibrationBatch(self.tasks[task], line.step)
+        return Trial(number, line.genome, parents, calibration=batch)
+
+    def _differentiated(self, line: _Line, task: int, evaluation: Evaluation) -> None:
+        """Keep a task's loss and gradient; without them the line ends, and asks for nothing more."""
+        name = self.tasks[task]
+        problem = _problem(evaluation, name, line.genome.coefficients.shape)
+        if problem:
+            line.ended = line.ended or f"failed at step {line.step}, task {name!r}: {problem}"
+            waiting = len(self._queue)
+            self._queue = [request for request in self._queue if request[0] != line.index]
+            line.waiting -= waiting - len(self._queue)
+            return
+        assert evaluation.gradient is not None
+        gradient = np.array(evaluation.gradient, np.float64)
+        line.told[task] = (evaluation.scores[name], float(evaluation.details.get("diversity", math.nan)), gradient)
+
+    def _complete(self, line: _Line) -> None:
+        """Everything of the line's step is told: write down the check, and move on unless this was the end."""
+        if line.told and not line.ended:
+            for task, (loss, diversity, _) in line.told.items():
+                line.sums[:, task] += loss, diversity
+            line.summed += 1
+        if line.check is not None:
+            self._judge(line, *line.check)
+        line.ended = line.ended or self._end(line)
+        if not line.ended:
+            line.adam.step(self._gradient(line))
+            line.genome = self._genome(line.adam.point)
+            self._begin(line)
+
+    def _judge(self, line: _Line, number: int, score: float | None) -> None:
+        losses, diversities = (self._means(line, row) for row in line.sums)
+        line.checks.append(
+            {"step": line.step, "number": number, "score": score, "losses": losses, "diversity": diversities}
+        )
+        line.sums, line.summed = np.zeros_like(line.sums), 0
+        if score is not None:
+            line.parent = number
+        if score is not None and score > line.best:
+            line.best, line.stale = score, 0
+        else:
+            line.stale += 1
+
+    def _means(self, line: _Line, sums: Floats) -> dict[str, float]:
+        """Means by task over the steps since the last check, where they are known."""
+        means = {self.tasks[task]: float(sums[task]) / line.summed for task in line.tasks} if line.summed else {}
+        return {name: mean for name, mean in means.items() if math.isfinite(mean)}
+
+    def _end(self, line: _Line) -> str:
+        """Why the line ends here; empty when it goes on."""
+        if line.step == self.steps:
+            return "all steps done"
+        if line.check is not None and self.patience is not None and line.stale >= self.patience:
+            return f"no better score in {line.stale} checks"
+        return ""
+
+    def _gradient(self, line: _Line) -> Floats:
+        """(S, K) gradient of the weighted loss by the unclamped coefficients."""
+        total = np.zeros_like(line.adam.point)
+        for task in line.tasks:  # in this order, whatever order they were told in
+            total += line.weights[task] * line.told[task][2]
+        return np.where(self._outside(line), 0.0, total)
+
+    def _outside(self, line: _Line) -> Any:
+        """(S, K) True where clamping changes the coefficient."""
+        return line.adam.point != self._used(line.adam.point)
+
+    def _used(self, coefficients: Floats) -> Floats:
+        return np.clip(coefficients, 0.0, 1.0) if self.clamp else coefficients
+
+    def _genome(self, coefficients: Floats) -> Genome:
+        return Genome(self.borders, self._used(coefficients))
+
+    # -- report ------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """How every line went, and ``warnings``: sentences about failures, collapse and clamping; plain values.
+
+        A line has its ``start`` and final ``coefficients`` (S, K), ``weights`` by task, ``steps`` done, why it
+        ``ended`` ("unfinished" when the run stopped first) and its ``checks``: the ``step``, the trial's ``number``,
+        the mean oriented ``score`` (None on failure), and by task ``losses`` and ``diversity``, means over the steps
+        since the check before (at step 0, of its one batch).
+        """
+        return {
+            "algorithm": "adamerging",
+            "tasks": list(self.tasks),
+            "objectives": [goal.name for goal in self.goals],
+            "lines": [self._told(line) for line in self._lines],
+            "warnings": [text for line in self._lines for text in self._warnings(line)],
+        }
+
+    def _told(self, line: _Line) -> dict[str, Any]:
+        return {
+            "start": line.start.copy(),
+            "weights": dict(zip(self.tasks, line.weights.tolist(), strict=True)),
+            "steps": line.step,
+            "ended": line.ended or "unfinished",
+            "checks": [dict(check) for check in line.checks],
+            "coefficients": self._used(line.adam.point).copy(),
+        }
+
+    def _warnings(self, line: _Line) -> Iterator[str]:
+        where = f"line {line.index}"
+        if line.ended.startswith("failed"):
+            yield f"{where} {line.ended}"
+        yield from (f"{where}: {text}" for text in _fallen(line.checks, self._loss_of(line)))
+        yield from (f"{where}, task {task!r}: {text}" for task, text in _narrowed(line.checks))
+        stuck = int(np.count_nonzero(self._outside(line)))
+        if stuck:
+            yield (
+                f"{where}: {stuck} of {line.adam.point.size} coefficients ended outside [0, 1], where clamping makes "
+                "gradients vanish; without clamp they stay free."
+            )
+
+    def _loss_of(self, line: _Line) -> Callable[[Mapping[str, float]], float]:
+        weights = dict(zip(self.tasks, line.weights.tolist(), strict=True))
+        return lambda losses: sum(weights[name] * loss for name, loss in losses.items())
+
+
+def _fallen(checks: Sequence[Mapping[str, Any]], loss_of: Callable[[Mapping[str, float]], float]) -> Iterator[str]:
+    """Say so when the loss fell over the checks, and the score from its best too."""
+    known = [check for check in checks if check["score"] is not None and check["losses"]]
+    if len(known) < 2:
+        return
+    first, last = loss_of(known[0]["losses"]), loss_of(known[-1]["losses"])
+    best = max(known, key=lambda check: float(check["score"]))
+    if last < first and best["score"] - known[-1]["score"] > _FALL * abs(best["score"]):
+        yield (
+            f"the loss fell from {first:.4g} to {last:.4g}, and yet the score fell from {best['score']:.4g} "
+            f"(step {best['step']}) to {known[-1]['score']:.4g} (step {known[-1]['step']}): the merge collapses "
+            f"or overfits; trial {best['number']} is its best."
+        )
+
+
+def _narrowed(checks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Tasks whose predictions came to favour few classes, and a sentence on each."""
+    for task in dict.fromkeys(name for check in checks for name in check["diversity"]):
+        known = [(check["diversity"][task], check["step"]) for check in checks if task in check["diversity"]]
+        lowest, step = min(known)
+        if lowest < _COLLAPSE * known[0][0]:
+            yield (
+                task,
+                f"the diversity of the predictions fell from {known[0][0]:.3g} to {lowest:.3g} (step {step}): "
+                "the merge may predict few classes for everything.",
+            )
+
+
+def _problem(evaluation: Evaluation, task: str, shape: tuple[int, ...]) -> str:
+    """What is wrong with the evaluation of a gradient trial; empty when nothing is."""
+    if evaluation.failure is not None:
+        return f"{evaluation.failure.kind}: {evaluation.failure.message}"
+    gradient = evaluation.gradient
+    if gradient is None or task not in evaluation.scores:
+        return "the worker returned no loss with its gradient."
+    if np.shape(gradient) != shape:
+        return f"expected a gradient of shape {shape}, found {np.shape(gradient)}."
+    if not (np.isfinite(gradient).all() and math.isfinite(evaluation.scores[task])):
+        return "not finite: the loss or its gradient is NaN or infinite."
+    return ""
+
+
+# -- arguments -----------------------------------------------------------------------------------------------
+
+
+def _starts(starts: Sequence[Floats] | None, init: float, shape: tuple[int, int]) -> list[Floats]:
+    """Coefficients (S, K) of each start."""
+    if starts is None:
+        return [np.full(shape, init)]
+    tables = [np.array(start, np.float64) for start in starts]
+    if not tables:
+        raise InputError("search.start: expected one start or more, found none.")
+    for table in tables:
+        if table.shape != shape:
+            raise InputError(
+                f"search.start: expected coefficients of shape {shape}, one a segment and source, found {table.shape}."
+            )
+        if not np.isfinite(table).all():
+            raise InputError("search.start: expected finite coefficients, found NaN or infinity.")
+    return tables
+
+
+def _weightings(tasks: tuple[str, ...], weights: Mapping[str, float] | None, sweep: int | None) -> list[Floats]:
+    """Weights (T,) of the tasks: one vector, or those of a sweep."""
+    if sweep is None:
+        return [_given(tasks, weights or {})]
+    if weights is not None:
+        raise InputError(
+            "search.weights: a sweep chooses the weights of the tasks.", "Give weights or sweep, not both."
+        )
+    if len(tasks) < 2:
+        raise InputError(
+            "search.sweep: expected two calibration tasks or more to weigh, found one.", "Leave sweep out."
+        )
+    if sweep < len(tasks):
+        raise InputError(
+            f"search.sweep: expected at least {len(tasks)} weightings, one a calibration task, found {sweep}."
+        )
+    return list(len(tasks) * lattice(len(tasks), sweep))
+
+
+def _given(tasks: tuple[str, ...], weights: Mapping[str, float]) -> Floats:
+    for name, weight in weights.items():
+        if name not in tasks:
+            raise InputError(f"search.weights: there is no calibration task {name!r}.", nearest(name, tasks))
+        if not 0 <= weight < math.inf:
+            raise InputError(f"search.weights.{name}: expected a number of at least 0, found {weight}.")
+    table = np.array([float(weights.get(name, 1.0)) for name in tasks])
+    if not table.any():
+        raise InputError("search.weights: all are 0; nothing would be learned.", "Give one task a weight above 0.")
+    return table
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    if not tasks:
+        raise InputError(
+            "calibration: AdaMerging learns from calibration tasks, and there are none.", "Give one task or more."
+        )
+    twice = [name for i, name in enumerate(tasks) if name in tasks[:i]]
+    if twice:
+        raise InputError(f"calibration: there are two tasks named {twice[0]!r}.", "Give each its own name.")
+
+
+def _check_ranges(init: float, rate: float, spread: float) -> None:
+    if not 0 < rate < math.inf:
+        raise InputError(f"search.rate: expected a number above 0, found {rate}.", "The paper's is 0.001.")
+    if not math.isfinite(init):
+        raise InputError(f"search.init: expected a finite number, found {init}.", "The paper's is 0.3.")
+    if not 0 < spread < math.inf:
+        raise InputError(f"search.spread: expected a number above 0, found {spread}.")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise InputError(f"search.{name}: expected at least 1, found {count}.")
