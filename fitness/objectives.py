@@ -2,7 +2,7 @@
 
 An objective takes a model that already carries a candidate's weights and returns a score. It may also give
 one score an example, which M2N2's competition and Pareto fronts by example need. Everything that is not
-classification accuracy is a Python function (``CallableObjective``).
+classification accuracy, or the entropy of a classifier, is a Python function (``CallableObjective``).
 
 A stack of small candidates is scored one after the other with its tensors swapped into one module. Batching
 them with ``torch.func.vmap`` was measured and is slower on a CPU wherever speed matters (a 64-256-10 MLP over
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -24,8 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fitness import heads
 from fitness.callables import resolve
-from fitness.data import check_labelled, labelled
+from fitness.data import Batches, Examples, Inputs, check, load
+from fitness.heads import Head, logits
 from fitness.specs import ObjectiveSpec
 from populations.errors import InputError
 from populations.trial import Goal
@@ -64,62 +66,114 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Accuracy:
-    """The share of examples whose largest output is the label's: classification accuracy.
+    """The share of examples whose largest logit is the label's: classification accuracy.
 
     Args:
         goal: Name and direction.
-        inputs: (N, ...) what the module takes, on its device and in its dtype.
+        inputs: (N, ...) what the module takes, or (N, ...) by name, on its device and in its dtype.
         labels: (N,) class numbers from 0.
         batch: Largest number of examples in one forward pass; the N examples are cut evenly.
+        head: Makes the logits of the module's outputs; None takes the outputs, or their ``logits``.
 
     Raises:
         InputError: Inputs and labels do not fit each other, or batch is below 1.
     """
 
     goal: Goal
-    inputs: Tensor
+    inputs: Inputs
     labels: Tensor
     batch: int = 512
-    _chunks: tuple[Tensor, ...] = field(init=False, repr=False)
+    head: Head | None = None
+    _batches: Batches = field(init=False, repr=False)
     _classes: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_labelled(self.inputs, self.labels, f"objective {self.goal.name!r}")
-        if self.batch < 1:
-            raise InputError(f"objective {self.goal.name!r}: batch: expected at least 1, found {self.batch}.")
-        passes = -(-len(self.labels) // self.batch)
-        object.__setattr__(self, "_chunks", self.inputs.tensor_split(passes))
+        object.__setattr__(self, "_batches", _cut(Examples(self.inputs, self.labels), self.batch, self.goal))
         object.__setattr__(self, "_classes", int(self.labels.max()) + 1)
 
     def score(self, model: Any) -> Score:
-        """Accuracy, with one bool an example. Outputs with NaN make the score NaN.
+        """Accuracy, with one bool an example. Logits with NaN make the score NaN.
 
         Raises:
-            InputError: The model is no module, or its outputs are not (N, classes) with a column for each label.
+            InputError: The model is no module, or its logits are not (N, classes) with a column for each label.
         """
-        if not isinstance(model, nn.Module):
-            raise InputError("expected a torch module to score, found a dict of tensors.", "Name an architecture.")
         with torch.inference_mode():
-            largest, predicted = zip(*[self._checked(model(chunk)).max(-1) for chunk in self._chunks], strict=True)
-            right: NDArray[np.bool_] = (_whole(predicted) == self.labels).cpu().numpy()
-            broken = _any_nan(_whole(largest))  # the maximum of a row passes NaN on
+            found = [self._logits(model, inputs).max(-1) for inputs in self._batches]
+            largest, predicted = zip(*found, strict=True)
+            right: NDArray[np.bool_] = (self._batches.restored(predicted) == self.labels).cpu().numpy()
+            broken = _any_nan(self._batches.restored(largest))  # the maximum of a row passes NaN on
         value = float("nan") if broken else int(np.count_nonzero(right)) / right.size
         return Score(value, right, right.size)
 
-    def _checked(self, outputs: Any) -> Tensor:
-        logits = getattr(outputs, "logits", outputs)
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(f"expected outputs of shape (examples, classes), found {found}.")
-        if logits.shape[1] < self._classes:
-            raise InputError(
-                f"expected an output for each label from 0 to {self._classes - 1}, found {logits.shape[1]} outputs."
-            )
-        return logits
+    def _logits(self, model: Any, inputs: Inputs) -> Tensor:
+        found = logits(model, inputs, self.head)
+        check_classes(found, self._classes)
+        return found
 
 
-def _whole(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+@dataclass(frozen=True, eq=False)
+class Entropy:
+    """The mean entropy of the predictions: how unsure a classifier is of inputs without labels.
+
+    H(p) = -sum_c p_c ln p_c in nats, p the softmax of the logits; from 0 (sure) to ln C. AdaMerging minimises it
+    (Yang et al. 2024, arXiv:2310.02575, equation 5). A model that says one class of everything has the least: watch
+    an accuracy beside it.
+
+    Args:
+        goal: Name and direction.
+        inputs: (N, ...) what the module takes, or (N, ...) by name, on its device and in its dtype.
+        batch: Largest number of examples in one forward pass; the N examples are cut evenly.
+        head: Makes the logits of the module's outputs; None takes the outputs, or their ``logits``.
+
+    Raises:
+        InputError: There are no inputs, or batch is below 1.
+    """
+
+    goal: Goal
+    inputs: Inputs
+    batch: int = 512
+    head: Head | None = None
+    _batches: Batches = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_batches", _cut(Examples(self.inputs), self.batch, self.goal))
+
+    def score(self, model: Any) -> Score:
+        """Mean entropy, with one entropy an example. Logits with NaN make the score NaN.
+
+        Raises:
+            InputError: The model is no module, or its logits are not (N, classes) of at least 2 classes.
+        """
+        with torch.inference_mode():
+            found = [entropies(logits(model, inputs, self.head)) for inputs in self._batches]
+            each = self._batches.restored(found).cpu().numpy()
+        return Score(float(each.mean(dtype=np.float64)), each, each.size)
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """(n,) entropies in nats of the softmax of (n, C) logits. Logits of minus infinity are classes ruled out.
+
+    Raises:
+        InputError: There are fewer than 2 classes: the entropy is 0 whatever the model says.
+    """
+    if logits.shape[1] < 2:
+        raise InputError(f"expected at least 2 classes to take an entropy of, found {logits.shape[1]}.")
+    logs = torch.log_softmax(logits, -1).clamp_min(torch.finfo(logits.dtype).min)  # 0 * -inf would be NaN
+    return -(logs.exp() * logs).sum(-1)
+
+
+def check_classes(logits: Tensor, classes: int) -> None:
+    """Raise ``InputError`` unless (n, C) logits have a column for each of so many classes."""
+    if logits.shape[1] < classes:
+        raise InputError(f"expected an output for each label from 0 to {classes - 1}, found {logits.shape[1]} outputs.")
+
+
+def _cut(examples: Examples, batch: int, goal: Goal) -> Batches:
+    where = f"objective {goal.name!r}"
+    check(examples, where)
+    if batch < 1:
+        raise InputError(f"{where}: batch: expected at least 1, found {batch}.")
+    return examples.batches(batch)
 
 
 def _any_nan(values: Tensor) -> bool:
@@ -160,29 +214,34 @@ def build(spec: ObjectiveSpec, device: torch.device, dtype: torch.dtype | None =
     """The objective of ``spec``, its data on ``device`` and floating-point inputs in ``dtype``.
 
     Raises:
-        InputError: A field is missing or does not belong to the type, or its function or data do not fit.
+        InputError: A field is missing or does not belong to the type, or its function, data or head do not fit.
     """
     where = f"objective {spec.goal.name!r}"
     _check_fields(spec, where)
     if spec.call is not None:
         return CallableObjective(spec.goal, resolve(spec.call.call, f"{where}: call"), spec.call.arguments)
     assert spec.data is not None
-    inputs, labels = labelled(spec.data, f"{where}: data")
-    if dtype is not None and inputs.is_floating_point():
-        inputs = inputs.to(dtype)
-    return Accuracy(spec.goal, inputs.to(device).contiguous(), labels.to(device), spec.batch)
+    examples = load(spec.data, f"{where}: data", labelled=spec.type == "accuracy").to(device, dtype)
+    head = heads.build(spec.head, f"{where}: head", device, dtype)
+    if examples.labels is None:
+        return Entropy(spec.goal, examples.inputs, spec.batch, head)
+    return Accuracy(spec.goal, examples.inputs, examples.labels, spec.batch, head)
+
+
+_FIELDS = {"accuracy": ("data", {"data", "head"}), "entropy": ("data", {"data", "head"}), "call": ("call", {"call"})}
+"""By type, the field that it needs and all that it may have."""
 
 
 def _check_fields(spec: ObjectiveSpec, where: str) -> None:
-    needed, other = {"accuracy": ("data", "call"), "call": ("call", "data")}.get(spec.type, ("", ""))
-    if not needed:
-        raise InputError(f"{where}: type: expected accuracy or call, found {spec.type!r}.")
+    if spec.type not in _FIELDS:
+        raise InputError(f"{where}: type: expected accuracy, entropy or call, found {spec.type!r}.")
+    needed, allowed = _FIELDS[spec.type]
     if getattr(spec, needed) is None:
         raise InputError(f"{where}: {needed}: expected 'package.module:function' for type {spec.type}, found nothing.")
-    if getattr(spec, other) is not None:
-        raise InputError(
-            f"{where}: {other}: expected nothing for type {spec.type}, found {getattr(spec, other).call!r}."
-        )
+    for name in ("data", "head", "call"):
+        given = getattr(spec, name)
+        if given is not None and name not in allowed:
+            raise InputError(f"{where}: {name}: expected nothing for type {spec.type}, found {given.call!r}.")
 
 
 def _score_of(returned: Any) -> Score:

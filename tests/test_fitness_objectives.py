@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fitness.callables import call, resolve
-from fitness.data import labelled
+from fitness.data import load
 from fitness.objectives import Accuracy, CallableObjective, Objective, build
 from fitness.specs import CallSpec, ObjectiveSpec
 from populations.errors import InputError
@@ -130,7 +130,7 @@ def test_outputs_with_logits_as_hugging_face_gives_them():
 @pytest.mark.parametrize(
     ("inputs", "labels", "words"),
     [
-        (torch.zeros(4, 3, 2), [0, 1, 2, 0], "shape \\(examples, classes\\), found \\(4, 3, 2\\)"),
+        (torch.zeros(4, 3, 2), [0, 1, 2, 0], "shape \\(4, classes\\), one row an example, found Tensor \\(4, 3, 2\\)"),
         (torch.zeros(4, 3), [0, 1, 2, 3], "an output for each label from 0 to 3, found 3"),
     ],
 )
@@ -256,16 +256,16 @@ def test_what_a_function_raises_is_named(module):
 # -- data and specs ------------------------------------------------------------------------------------------
 
 
-def test_labelled_takes_arrays(module):
-    inputs, labels = labelled(CallSpec(f"{module}:inputs_and_labels", {"n": 6}), "data")
-    assert inputs.shape == (6, 3)
-    assert labels.tolist() == [0, 1, 2, 0, 1, 2]
+def test_data_may_be_arrays(module):
+    examples = load(CallSpec(f"{module}:inputs_and_labels", {"n": 6}), "data", labelled=True)
+    assert examples.inputs.shape == (6, 3)
+    assert examples.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("one", "expected .*:one to return \\(inputs, labels\\), found Tensor"),
+        ("one", "expected .*:one to return \\(inputs, labels\\), found Tensor \\(3, 2\\)"),
         ("short_labels", "labels: expected shape \\(3,\\), one an input, found \\(2,\\)"),
         ("float_labels", "labels: expected integers, found torch.float32"),
         ("negative_labels", "labels: expected class numbers from 0, found -1"),
@@ -283,7 +283,7 @@ def test_data_that_does_not_fit(module, function, words):
     [
         ({}, "data: expected 'package.module:function' for type accuracy, found nothing"),
         ({"type": "call"}, "call: expected 'package.module:function' for type call, found nothing"),
-        ({"type": "recall"}, "type: expected accuracy or call, found 'recall'"),
+        ({"type": "recall"}, "type: expected accuracy, entropy or call, found 'recall'"),
         ({"type": "call", "call": CallSpec("m:f"), "data": CallSpec("m:d")}, "data: expected nothing for type call"),
     ],
 )
