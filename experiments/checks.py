@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments import compose
-from experiments.recipe import Accuracy, Call, M2N2Search, MapBox, NestedMapBox, Recipe, SurrogateBox
+from experiments.recipe import Call, M2N2Search, MapBox, NestedMapBox, PythonObjective, Recipe, SurrogateBox
 from fitness.callables import resolve
 from merging.gram import region_borders
 from merging.layout import Layout
@@ -58,11 +58,22 @@ def _functions(recipe: Recipe) -> Iterator[Finding]:
     for group, objectives in (("search", recipe.objectives.search), ("held_out", recipe.objectives.held_out)):
         for objective in objectives:
             field = f"objectives.{group}.{objective.name}"
-            target = objective.data.call if isinstance(objective, Accuracy) else objective.call
-            resolve(target, field)
+            calls = (objective,) if isinstance(objective, PythonObjective) else (objective.data, objective.head)
+            target = _resolved(calls, field)
             yield Finding(field, f"{objective.type} {target}, {objective.direction}")
+    for task in recipe.calibration:
+        target = _resolved((task.data, task.head), f"calibration.{task.name}")
+        yield Finding(f"calibration.{task.name}", f"{task.loss} of {target}, {task.batch} examples a step")
     if not recipe.objectives.held_out:
         yield Finding("objectives.held_out", "none: results will be known on the data they were searched on only")
+
+
+def _resolved(calls: Sequence[Call | PythonObjective | None], field: str) -> str:
+    """The functions' names, each of which can be imported."""
+    given = [call.call for call in calls if call is not None]
+    for target in given:
+        resolve(target, field)
+    return " with ".join(given)
 
 
 def _models(sources: Sources) -> Iterator[Finding]:

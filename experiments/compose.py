@@ -21,9 +21,10 @@ import numpy as np
 
 from experiments.recipe import (
     PREPARED,
-    Accuracy,
+    AdaMergingSearch,
     BayesianMapBox,
     Box,
+    Calibration,
     Call,
     CmaEsBox,
     M2N2Search,
@@ -41,7 +42,7 @@ from experiments.recipe import (
 )
 from fitness.callables import resolve
 from fitness.pools import Pool, SerialPool
-from fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec, WorkerSpec
 from merging.sources import Sources
 from populations.errors import EcotoneError, InputError, PoolError
 from populations.genome import Floats, Genome
@@ -50,7 +51,7 @@ from populations.niches import NicheArchive
 from populations.population import ElitistArchive, Population
 from populations.space import Space
 from populations.trial import Goal
-from search.coefficients import CoefficientBox
+from search.coefficients import CoefficientBox, borders_of
 from search.m2n2 import M2N2, M2N2Settings
 from search.manager import Schedule
 from search.protocol import Search
@@ -175,10 +176,13 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         experts=tuple(_located(path, prepared) for path in models.experts),
         base=None if models.base is None else _located(models.base, prepared),
         operator=recipe.merge.operator,
+        settings=recipe.merge.settings,
         names=models.names,
         architecture=_call(architecture, prepared) if isinstance(architecture, Call) else architecture,
         search=tuple(_objective(objective, prepared) for objective in recipe.objectives.search),
         held_out=tuple(_objective(objective, prepared) for objective in recipe.objectives.held_out),
+        calibration=tuple(_calibration(task, recipe.seed, prepared) for task in recipe.calibration),
+        checkpointing=recipe.scoring.checkpointing,
         device=recipe.scoring.device,
         dtype=recipe.merge.dtype,
         threads=recipe.scoring.threads,
@@ -233,10 +237,16 @@ def _expanded(value: Any, prepared: Path | None) -> Any:
 
 def _objective(objective: Objective, prepared: Path | None) -> ObjectiveSpec:
     goal = Goal(objective.name, objective.direction)
-    if isinstance(objective, Accuracy):
-        spec = ObjectiveSpec(goal, "accuracy", data=_call(objective.data, prepared))
-        return spec if objective.batch is None else replace(spec, batch=objective.batch)
-    return ObjectiveSpec(goal, "call", call=_call(objective, prepared))
+    if isinstance(objective, PythonObjective):
+        return ObjectiveSpec(goal, "call", call=_call(objective, prepared))
+    head = None if objective.head is None else _call(objective.head, prepared)
+    spec = ObjectiveSpec(goal, objective.type, data=_call(objective.data, prepared), head=head)
+    return spec if objective.batch is None else replace(spec, batch=objective.batch)
+
+
+def _calibration(task: Calibration, seed: int, prepared: Path | None) -> CalibrationSpec:
+    head = None if task.head is None else _call(task.head, prepared)
+    return CalibrationSpec(task.name, _call(task.data, prepared), task.loss, head, task.batch, seed)
 
 
 # -- search ----------------------------------------------------------------------------------------------
@@ -251,6 +261,8 @@ def make_search(recipe: Recipe, space: Space) -> tuple[Search, Population]:
     part, goals = recipe.search, goals_of(recipe.objectives.search)
     if isinstance(part, M2N2Search):
         return _m2n2(part, space, goals, recipe.seed)
+    if isinstance(part, AdaMergingSearch):
+        return _adamerging(recipe, part, space), ElitistArchive(goals, part.archive)
     return _box_search(recipe, part, space), ElitistArchive(goals, part.archive)
 
 
@@ -277,6 +289,15 @@ def _m2n2(part: M2N2Search, space: Space, goals: tuple[Goal, ...], seed: int) ->
         max_segments=part.max_segments,
     )
     return M2N2(space, archive, switches, seed), archive
+
+
+def _adamerging(recipe: Recipe, part: AdaMergingSearch, space: Space) -> Search:
+    from search.adamerging import AdaMerging
+
+    borders = borders_of(space, part.granularity, part.groups)
+    tasks = [task.name for task in recipe.calibration]
+    settings = part.model_dump(exclude={"algorithm", "granularity", "groups", "archive"})
+    return AdaMerging(borders, space.dimension, tasks, goals_of(recipe.objectives.search), recipe.seed, **settings)
 
 
 def _box_search(recipe: Recipe, part: Box, space: Space) -> Search:

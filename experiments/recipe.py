@@ -65,22 +65,55 @@ class Merge(Part):
     """How sources are made of the models.
 
     Attributes:
-        operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to the base.
+        operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to the base,
+            ``ties_vectors`` adds task vectors that were trimmed and whose signs were elected.
+        density: For ``ties_vectors``: the share of each task vector that trimming keeps, 0.2 unless given.
         dtype: What merged weights are rounded to, scored in and exported in; by default what the experts are stored
             in (float32 when an architecture is given and they mix types).
     """
 
     operator: str = "linear"
+    density: float | None = Field(default=None, gt=0, le=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The operator's settings that are given."""
+        return {} if self.density is None else {"density": self.density}
 
 
 class Accuracy(Part):
-    """The share of examples whose highest output is the label; ``data`` returns ``(inputs, labels)``."""
+    """The share of examples whose highest output is the label; ``data`` returns ``(inputs, labels)``.
+
+    Attributes:
+        data: Inputs are a tensor or an array (N, ...), or a mapping of such, as Hugging Face models take.
+        head: Returns the task's classification head where the merged model is only the encoder: a callable from
+            (outputs, inputs) to logits. It is never merged.
+        batch: Examples in one forward pass.
+    """
 
     name: str
     type: Literal["accuracy"] = "accuracy"
     direction: Literal["maximize"] = "maximize"
     data: Call
+    head: Call | None = None
+    batch: int | None = Field(default=None, ge=1, description="examples a forward pass; None lets Ecotone choose")
+
+
+class Entropy(Part):
+    """Mean entropy of a classifier's predictions, in nats; it needs no labels.
+
+    Attributes:
+        data: Returns the inputs, or (inputs, labels), as in ``accuracy``.
+        head: As in ``accuracy``.
+        batch: Examples in one forward pass.
+    """
+
+    name: str
+    type: Literal["entropy"]
+    direction: Literal["minimize"] = "minimize"
+    data: Call
+    head: Call | None = None
     batch: int | None = Field(default=None, ge=1, description="examples a forward pass; None lets Ecotone choose")
 
 
@@ -97,7 +130,7 @@ class PythonObjective(Part):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
-Objective: TypeAlias = Annotated[Accuracy | PythonObjective, Field(discriminator="type")]
+Objective: TypeAlias = Annotated[Accuracy | Entropy | PythonObjective, Field(discriminator="type")]
 
 
 class Objectives(Part):
@@ -113,6 +146,24 @@ class Objectives(Part):
             if len(set(names)) < len(names):
                 raise ValueError(f"{group}: expected objectives of different names, found {names}")
         return self
+
+
+class Calibration(Part):
+    """A task that a gradient search learns coefficients on: a stream of batches, and the loss that is differentiated.
+
+    Attributes:
+        name: The task's name.
+        data: Returns the inputs, or (inputs, labels); labels are used by ``cross_entropy`` alone.
+        loss: ``entropy`` of the predictions, or ``cross_entropy`` with the labels.
+        head: As in objectives of type ``accuracy``.
+        batch: Examples in one batch.
+    """
+
+    name: str
+    data: Call
+    loss: Literal["entropy", "cross_entropy"] = "entropy"
+    head: Call | None = None
+    batch: int = Field(default=16, ge=1)
 
 
 class M2N2Search(Part):
@@ -271,8 +322,42 @@ class OptunaBox(ModelsFirstBox):
     history: int | None = Field(default=None, ge=2)
 
 
+class AdaMergingSearch(Part):
+    """AdaMerging: coefficients learned by gradient on the calibration tasks (``search.adamerging``).
+
+    Attributes:
+        granularity: ``tensor`` is the paper's layer-wise form, ``model`` its task-wise form.
+        groups: With ``granularity: groups``, how many runs of blocks have coefficients of their own.
+        init: Where coefficients begin.
+        rate: Adam's learning rate.
+        steps: Steps of Adam, each over one batch of every task.
+        clamp: Use coefficients cut off at 0 and 1, as in the paper; their gradient is zero outside.
+        weights: By task how much its loss counts; 1 where not given.
+        sweep: Learn so many times, each with another weighting of the tasks, for a front.
+        restarts: Learn so many times, from ``init`` and from points around it.
+        spread: Standard deviation of those points.
+        check_every: Score the objectives every so many steps.
+        patience: Stop after so many such checks without a better one.
+    """
+
+    algorithm: Literal["adamerging"]
+    granularity: Literal["model", "groups", "block", "tensor"] = "tensor"
+    groups: int = Field(default=1, ge=1)
+    init: float = 0.3
+    rate: float = Field(default=1e-3, gt=0)
+    steps: int = Field(default=500, ge=1)
+    clamp: bool = False
+    weights: dict[str, float] | None = None
+    sweep: int | None = Field(default=None, ge=2)
+    restarts: int = Field(default=1, ge=1)
+    spread: float = Field(default=0.1, ge=0)
+    check_every: int = Field(default=25, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    archive: int = Field(default=20, ge=1)
+
+
 SearchPart: TypeAlias = Annotated[
-    M2N2Search | RandomBox | CmaEsBox | MapBox | BayesianMapBox | NestedMapBox | NsgaBox | OptunaBox,
+    M2N2Search | RandomBox | CmaEsBox | MapBox | BayesianMapBox | NestedMapBox | NsgaBox | OptunaBox | AdaMergingSearch,
     Field(discriminator="algorithm"),
 ]
 
@@ -287,6 +372,8 @@ class Scoring(Part):
             ``arrival`` learns at once, for the highest use of workers.
         threads: CPU threads a worker computes with.
         device: ``auto`` takes a GPU when the worker has one.
+        checkpointing: Compute activations again on the way back of a gradient instead of keeping them: less memory,
+            more time (Hugging Face models only).
     """
 
     batch: int = Field(default=8, ge=1)
@@ -294,6 +381,7 @@ class Scoring(Part):
     order: Literal["strict", "arrival"] = "strict"
     threads: int = Field(default=1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpointing: bool = False
 
     @model_validator(mode="after")
     def _room(self) -> Scoring:
@@ -367,6 +455,7 @@ class Recipe(Part):
     budget: Budget
     prepare: Call | None = None
     merge: Merge = Merge()
+    calibration: tuple[Calibration, ...] = ()
     search: SearchPart = M2N2Search()
     scoring: Scoring = Scoring()
     seed: int = Field(default=0, ge=0)
@@ -387,12 +476,25 @@ class Recipe(Part):
                 f"objectives.search: {self.search.algorithm} looks for a front of two objectives or more, found "
                 f"{count}; for one use algorithm cma_es, or optuna with sampler tpe or gp"
             )
+        self._check_calibration()
         if self.prepare is None:
-            written = self.model_dump(include={"models", "objectives"})
+            written = self.model_dump(include={"models", "objectives", "calibration"})
             found = next((field for field in written if _mentions_prepared(written[field])), None)
             if found is not None:
                 raise ValueError(f"{found}: paths begin with {PREPARED!r} but the recipe has no `prepare` step")
         return self
+
+    def _check_calibration(self) -> None:
+        names = [task.name for task in self.calibration]
+        if len(set(names)) < len(names):
+            raise ValueError(f"calibration: expected tasks of different names, found {names}")
+        if isinstance(self.search, AdaMergingSearch):
+            if not names:
+                raise ValueError("calibration: adamerging learns on tasks given there, found none")
+        elif names:
+            raise ValueError(
+                f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does), found {names}"
+            )
 
     @classmethod
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:

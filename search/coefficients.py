@@ -41,8 +41,7 @@ class CoefficientBox:
         Raises:
             InputError: There are fewer blocks than groups.
         """
-        borders = grouped(space, groups) if granularity == "groups" else space.borders(granularity)
-        return cls(np.asarray(borders), space.dimension, low, high)
+        return cls(borders_of(space, granularity, groups), space.dimension, low, high)
 
     @property
     def segments(self) -> int:
@@ -70,6 +69,15 @@ class CoefficientBox:
     def clip(self, points: Floats) -> Floats:
         """Points moved into the box."""
         return np.clip(points, self.low, self.high)
+
+
+def borders_of(space: Space, granularity: Granularity, groups: int = 1) -> Integers:
+    """(S+1,) borders of one segment a ``model``, ``block``, ``tensor``, or one of ``groups`` of blocks.
+
+    Raises:
+        InputError: There are fewer blocks than groups.
+    """
+    return grouped(space, groups) if granularity == "groups" else np.asarray(space.borders(granularity))
 
 
 def grouped(space: Space, groups: int) -> Integers:
