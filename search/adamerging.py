@@ -135,7 +135,8 @@ class AdaMerging:
     scored by the objectives: these trials alone go to population and front, and they alone count for the budget.
     A failed gradient trial ends its line; a failed check is one without a better score.
 
-    There is a line for each of ``starts``, weighting and restart. Lines see the same batches at the same steps.
+    There is a line for each of ``starts``, weighting and restart. Lines see the same batches at the same steps. Where a
+    line gets to depends on no other line and not on the order of results, also with ``order: arrival``.
 
     Args:
         borders: (S+1,) segment borders in the flat parameter vector.
@@ -199,6 +200,11 @@ class AdaMerging:
                 first = len(self._queue)  # the number that the line's first trial will have
                 noise = trial_rng(seed, first).normal(0, spread, start.shape) if restart else 0.0
                 self._add(start + noise, weighting)
+
+    @property
+    def lines(self) -> int:
+        """How many lines there are."""
+        return len(self._lines)
 
     @property
     def evaluations(self) -> int:
@@ -299,10 +305,7 @@ class AdaMerging:
             self._begin(line)
 
     def _judge(self, line: _Line, number: int, score: float | None) -> None:
-        losses, diversities = (self._means(line, row) for row in line.sums)
-        line.checks.append(
-            {"step": line.step, "number": number, "score": score, "losses": losses, "diversity": diversities}
-        )
+        line.checks.append(self._record(line, number, score))
         line.sums, line.summed = np.zeros_like(line.sums), 0
         if score is not None:
             line.parent = number
@@ -310,6 +313,10 @@ class AdaMerging:
             line.best, line.stale = score, 0
         else:
             line.stale += 1
+
+    def _record(self, line: _Line, number: int, score: float | None) -> dict[str, Any]:
+        losses, diversity = (self._means(line, row) for row in line.sums)
+        return {"step": line.step, "number": number, "score": score, "losses": losses, "diversity": diversity}
 
     def _means(self, line: _Line, sums: Floats) -> dict[str, float]:
         """Means by task over the steps since the last check, where they are known."""
@@ -365,16 +372,21 @@ class AdaMerging:
             "weights": dict(zip(self.tasks, line.weights.tolist(), strict=True)),
             "steps": line.step,
             "ended": line.ended or "unfinished",
-            "checks": [dict(check) for check in line.checks],
+            "checks": self._checks(line),
             "coefficients": self._used(line.adam.point).copy(),
         }
+
+    def _checks(self, line: _Line) -> list[dict[str, Any]]:
+        """The line's checks, with one whose step lacks gradients because the run stopped there."""
+        last = [self._record(line, *line.check)] if line.check is not None and line.waiting else []
+        return [*(dict(check) for check in line.checks), *last]
 
     def _warnings(self, line: _Line) -> Iterator[str]:
         where = f"line {line.index}"
         if line.ended.startswith("failed"):
             yield f"{where} {line.ended}"
-        yield from (f"{where}: {text}" for text in _fallen(line.checks, self._loss_of(line)))
-        yield from (f"{where}, task {task!r}: {text}" for task, text in _narrowed(line.checks))
+        yield from (f"{where}: {text}" for text in _fallen(self._checks(line), self._loss_of(line)))
+        yield from (f"{where}, task {task!r}: {text}" for task, text in _narrowed(self._checks(line)))
         stuck = int(np.count_nonzero(self._outside(line)))
         if stuck:
             yield (

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from populations.errors import InputError
+from fitness.pools import Batch, Completed
+from populations.errors import InputError, SearchError
 from populations.genome import Floats
+from populations.gram import GramTable
+from populations.journal import Journal
 from populations.pareto import ParetoFront
+from populations.population import ElitistArchive
+from populations.space import Space
 from populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from search.adamerging import Adam, AdaMerging
+from search.manager import Manager, Schedule
 from search.protocol import numbered
 
 BORDERS = np.array([0, 4, 10, 24])
@@ -409,6 +416,148 @@ def test_when_the_first_gradient_fails_the_rest_of_the_step_is_not_asked_for() -
     assert search.done
     line = search.report()["lines"][0]
     assert [(entry["score"] is None, entry["losses"]) for entry in line["checks"]] == [(False, {})]
+
+
+# -- resuming ------------------------------------------------------------------------------------------------
+
+WINDOW = Schedule(batch=2, in_flight=8)
+
+
+class Crash(BaseException):
+    """A kill -9, as far as one process can have it."""
+
+
+class LatePool:
+    """A pool that gives its batches back out of order, and may crash after so many calls.
+
+    Args:
+        seed: Of the order.
+        calls: Submissions and deliveries before the crash; None for no crash.
+    """
+
+    slots = 4
+
+    def __init__(self, seed: int, calls: int | None = None, measure: Measure = noisy) -> None:
+        self._random, self._calls, self._measure = random.Random(seed), calls, measure
+        self._flying: list[Batch] = []
+        self.submitted: list[int] = []
+
+    def start(self) -> Space:
+        vectors, names = np.eye(2, 24, dtype=np.float32), ("a", "b")
+        whole = np.array([0, 24])
+        return Space(names, ("t",), whole, ("t",), whole, GramTable.from_vectors(vectors), np.eye(2), names, None)
+
+    def _called(self) -> None:
+        if self._calls is not None:
+            self._calls -= 1
+            if self._calls < 0:
+                raise Crash
+
+    def submit(self, batch: Batch) -> None:
+        self._called()
+        self.submitted += [trial.number for trial in batch.trials]
+        self._flying.append(batch)
+
+    def completed(self, timeout: float | None = None) -> Completed:
+        self._called()
+        self._random.shuffle(self._flying)
+        ready, self._flying = self._flying[:2], self._flying[2:]
+        return [(batch, [self._measure(trial) for trial in batch.trials]) for batch in ready]
+
+    def close(self) -> None:
+        self._flying = []
+
+    def __enter__(self) -> LatePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def managed(path: Path, pool: LatePool, schedule: Schedule = WINDOW, **settings: Any) -> tuple[str, AdaMerging]:
+    """Run or resume to the end: why it stopped, and the search."""
+    search = search_of(**({"restarts": 3, "steps": 12, "check_every": 5} | settings))
+    with Journal.open(path, write=True) if path.exists() else Journal.create(path, {}) as journal:
+        archive = ElitistArchive(GOALS, 4)
+        return Manager(search, archive, GOALS, pool, journal, schedule).run(), search
+
+
+def bits(search: AdaMerging) -> str:
+    return json.dumps(search.report(), default=np.ndarray.tolist)
+
+
+def test_results_that_come_late_and_out_of_order_change_nothing(tmp_path: Path) -> None:
+    plain = search_of(restarts=3, steps=12, check_every=5)
+    run(plain, noisy, 2)
+    for seed in range(4):
+        reason, search = managed(tmp_path / str(seed) / "j.sqlite", LatePool(seed))
+        assert reason == "converged"
+        assert [final(search, line).tolist() for line in range(3)] == [final(plain, line).tolist() for line in range(3)]
+
+
+@pytest.mark.parametrize("order", ["strict", "arrival"])
+def test_killed_anywhere_and_resumed_it_has_the_same_coefficients_to_the_last_bit(order: Any, tmp_path: Path) -> None:
+    schedule = Schedule(batch=2, in_flight=8, order=order)
+    whole = LatePool(7)
+    _, through = managed(tmp_path / "whole" / "j.sqlite", whole, schedule)
+    expected = [line["coefficients"].tolist() for line in through.report()["lines"]]
+    for calls in range(0, 70, 7):
+        path = tmp_path / str(calls) / "j.sqlite"
+        with pytest.raises(Crash):
+            managed(path, LatePool(7, calls), schedule)
+        pool = LatePool(3)
+        _, search = managed(path, pool, schedule)
+        assert [line["coefficients"].tolist() for line in search.report()["lines"]] == expected
+        assert order == "arrival" or bits(search) == bits(through)
+        assert calls < 20 or len(pool.submitted) < len(whole.submitted)
+    idle = LatePool(0)
+    _, replayed = managed(tmp_path / "whole" / "j.sqlite", idle, schedule)
+    assert bits(replayed) == bits(through)
+    assert idle.submitted == []
+
+
+def test_the_budget_counts_checks_alone(tmp_path: Path) -> None:
+    pool = LatePool(0)
+    reason, search = managed(tmp_path / "j.sqlite", pool, Schedule(evaluations=5, batch=1, in_flight=4), restarts=1)
+    assert reason == "converged"
+    assert search.evaluations == 4
+    assert len(pool.submitted) == 4 + 12 * 2
+    reason, search = managed(tmp_path / "k.sqlite", LatePool(0), Schedule(evaluations=3, batch=1), restarts=1)
+    assert reason == "evaluations"
+    assert search.report()["lines"][0]["ended"] == "unfinished"
+    assert [check["step"] for check in search.report()["lines"][0]["checks"]] == [0, 5, 10]
+
+
+def test_when_everything_fails_the_cause_is_shown(tmp_path: Path) -> None:
+    def broken(trial: Trial) -> Evaluation:
+        return Evaluation.failed("exception", "KeyError: 'pixel_values'")
+
+    with pytest.raises(SearchError, match="KeyError: 'pixel_values'"):
+        managed(tmp_path / "j.sqlite", LatePool(0, measure=broken))
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 30, 71])
+def test_restored_in_the_middle_of_a_step_it_reports_the_same(at: int) -> None:
+    def driven(search: AdaMerging, flying: list[Trial], trials: int) -> list[Trial]:
+        """One trial asked for and one told at a time, with up to five in flight."""
+        for _ in range(trials):
+            flying += search.ask(min(2, 5 - len(flying)))
+            if flying:
+                trial = flying.pop(len(flying) // 2)
+                search.tell(trial, noisy(trial), Outcome(False))
+        return flying
+
+    settings: dict[str, Any] = {"restarts": 2, "steps": 40, "check_every": 3, "patience": 4}
+    through, resumed = search_of(**settings), search_of(**settings)
+    flying = driven(through, [], at)
+    resumed.restore(through.state())
+    assert bits(resumed) == bits(through)
+    again = list(flying)
+    driven(through, flying, 300)
+    driven(resumed, again, 300)
+    assert bits(resumed) == bits(through)
+    assert through.done
+    assert resumed.done
 
 
 # -- report --------------------------------------------------------------------------------------------------

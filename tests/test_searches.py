@@ -23,6 +23,7 @@ from populations.niches import NicheArchive
 from populations.population import ElitistArchive, Population
 from populations.space import Space
 from populations.trial import Evaluation, Goal, Outcome, Trial
+from search.adamerging import AdaMerging
 from search.bayesian_map import BayesianMap
 from search.cma_es import CmaEs
 from search.coefficients import CoefficientBox, Granularity
@@ -110,6 +111,13 @@ def nested_map(seed: int) -> Pair:
     return search, ElitistArchive(THREE_GOALS, 5)
 
 
+def adamerging(granularity: Granularity, tasks: tuple[str, ...], **settings: Any) -> Callable[[int], Pair]:
+    return lambda seed: (
+        AdaMerging(SPACE.borders(granularity), 3, tasks, TWO_GOALS, seed, rate=0.02, **settings),
+        ElitistArchive(TWO_GOALS, 5),
+    )
+
+
 def niches() -> Population:
     return NicheArchive(GOALS, 5)
 
@@ -141,6 +149,8 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "optuna-qmc": optuna("qmc"),
     "map": plain_map,
     "nested_map": nested_map,
+    "adamerging": adamerging("block", ("odd",), restarts=2, patience=20),
+    "adamerging-sweep": adamerging("tensor", ("odd", "even"), sweep=3, restarts=2, clamp=True, check_every=2),
 }
 NEVER_WAIT = ("random", "nsga", "optuna")
 every_search = pytest.mark.parametrize("kind", MAKERS)
@@ -152,14 +162,31 @@ def expanded(genome: Genome, vectors: NDArray[np.float32] = VECTORS) -> NDArray[
     return (np.repeat(genome.coefficients, np.diff(genome.boundaries), axis=0) * vectors.T).sum(axis=1)
 
 
+def differentiated(trial: Trial) -> Evaluation:
+    """The loss of a gradient trial, half the squared distance to a point of its task and step, and its gradient."""
+    assert trial.calibration is not None
+    if trial.number == 25:
+        return Evaluation.failed("not finite", "unlucky")
+    coefficients, (task, step) = trial.genome.coefficients, (trial.calibration.task, trial.calibration.step)
+    away = coefficients - np.random.default_rng([len(task), step]).standard_normal(coefficients.shape)
+    return Evaluation({task: 0.5 * float(np.sum(away**2))}, details={"diversity": 0.5}, gradient=away)
+
+
 def scored(trial: Trial) -> Evaluation:
     """Real-valued examples, and a failure now and then (never of a seed)."""
+    if trial.calibration is not None:
+        return differentiated(trial)
     if trial.number % 11 == 7:
         return Evaluation.failed("exception", "ValueError: unlucky")
     weights = expanded(trial.genome)
     values = 1 / (1 + np.exp(-PROBES @ weights))
     scores = {"solved": values.mean(), "length": weights @ weights, "some": values[:10].mean()}
     return Evaluation({name: float(score) for name, score in scores.items()}, {"solved": values})
+
+
+def offered(population: Population, trial: Trial, evaluation: Evaluation) -> Outcome:
+    """What becomes of an evaluation; a gradient trial never joins a population."""
+    return Outcome(accepted=False) if trial.calibration is not None else population.add(trial, evaluation)
 
 
 @dataclass
@@ -190,7 +217,7 @@ class Driver:
     def tell(self) -> None:
         trial = self.flying.popleft()
         evaluation = scored(trial)
-        outcome = self.population.add(trial, evaluation)
+        outcome = offered(self.population, trial, evaluation)
         self.search.tell(trial, evaluation, outcome)
         self.log.append(("tell", (trial, evaluation, outcome)))
 
@@ -215,7 +242,8 @@ def test_trials_are_numbered_and_fit_the_space(kind: str) -> None:
         assert (trial.genome.size, trial.genome.sources) == (SIZE, 3)
         assert all(parent < trial.number for parent in trial.parents)
         assert trial.subset == "search"
-    assert len(set(driver.digests)) > 30  # it does look at different merges
+    several = 2 if kind == "adamerging-sweep" else 1  # gradients of one merge, one a task
+    assert len(set(driver.digests)) > 30 / several  # it does look at different merges
 
 
 @every_search
@@ -268,7 +296,7 @@ def test_replaying_the_same_calls_proposes_the_same_trials(kind: str) -> None:
             digests += [trial.genome.digest for trial in search.ask(argument)]
         else:
             trial, evaluation, outcome = argument
-            assert population.add(trial, evaluation) == outcome
+            assert offered(population, trial, evaluation) == outcome
             search.tell(trial, evaluation, outcome)
     assert digests == driver.digests
 
@@ -304,7 +332,7 @@ def test_it_survives_that_everything_fails(kind: str) -> None:
     for _ in range(8):
         for trial in search.ask(4):
             failed = Evaluation.failed("not finite", "NaN")
-            outcome = population.add(trial, failed)
+            outcome = offered(population, trial, failed)
             assert outcome == Outcome(accepted=False)
             search.tell(trial, failed, outcome)
     assert not population.members
