@@ -9,7 +9,8 @@ from torch import nn
 
 from fitness.callables import call, resolve
 from fitness.data import load
-from fitness.objectives import Accuracy, CallableObjective, Objective, build
+from fitness.heads import Head
+from fitness.objectives import Accuracy, CallableObjective, Entropy, Objective, build
 from fitness.specs import CallSpec, ObjectiveSpec
 from populations.errors import InputError
 from populations.trial import Goal
@@ -19,6 +20,11 @@ import numpy as np, torch
 def inputs_and_labels(n=6): return np.eye(3, dtype="float32")[np.arange(n) % 3], np.arange(n) % 3
 def one(): return torch.zeros(3, 2)
 def short_labels(): return torch.zeros(3, 2), torch.zeros(2, dtype=torch.long)
+def halves(): return torch.zeros(3, 2), torch.tensor([0.5, -1.0])
+def by_name():
+    ids = torch.tensor([[1, 2, 0], [2, 0, 0], [0, 1, 2]])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "scale": torch.ones(3, 1)}, torch.tensor([0, 1, 2])
+def head(): return lambda outputs, inputs: outputs * 2
 def float_labels(): return torch.zeros(3, 2), torch.zeros(3)
 def negative_labels(): return torch.zeros(3, 2), torch.tensor([0, -1, 0])
 def infinite(): return torch.full((3, 2), float("inf")), torch.zeros(3, dtype=torch.long)
@@ -149,6 +155,99 @@ def test_accuracy_refuses_a_batch_of_none():
         accuracy(torch.zeros(1, 2), [0], 0)
 
 
+class Named(nn.Module):
+    """Logits (n, 3) that are largest for an example's first token; takes its inputs by name."""
+
+    def forward(self, input_ids, attention_mask, scale):
+        assert torch.equal(attention_mask, (input_ids > 0).long())
+        return nn.functional.one_hot(input_ids[:, 0], 3) * scale
+
+
+@pytest.mark.parametrize("batch", [1, 2, 512])
+def test_inputs_may_have_names(module, batch):
+    spec = ObjectiveSpec(Goal("acc"), data=CallSpec(f"{module}:by_name"), batch=batch)
+    score = build(spec, torch.device("cpu")).score(Named())
+    assert score.per_example.tolist() == [False, False, False]
+    right = Accuracy(Goal("acc"), build(spec, torch.device("cpu")).inputs, torch.tensor([1, 2, 1]), batch)
+    assert right.score(Named()).per_example.tolist() == [True, True, False]
+
+
+def test_a_head_makes_the_logits():
+    def head(outputs, inputs):
+        return outputs.flip(-1) + inputs
+
+    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+    objective = Accuracy(Goal("acc"), torch.zeros(2, 3), torch.tensor([2, 1]), head=Head(head))
+    same = nn.Module()
+    same.forward = lambda inputs: logits
+    assert objective.score(same).value == 1.0
+
+
+# -- entropy -------------------------------------------------------------------------------------------------
+
+
+def entropy(inputs, batch=512):
+    return Entropy(Goal("h", "minimize"), torch.as_tensor(inputs), batch)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 512])
+def test_entropy_of_known_outputs(batch):
+    logits = torch.tensor([[0.0, 0.0], [0.0, float(np.log(3.0))], [50.0, -50.0]])
+    score = entropy(logits, batch).score(identity())
+    expected = [np.log(2), -0.25 * np.log(0.25) - 0.75 * np.log(0.75), 0.0]
+    assert score.per_example == pytest.approx(expected, abs=1e-6)
+    assert score.value == pytest.approx(np.mean(expected), abs=1e-6)
+    assert score.items == 3
+    assert isinstance(score.value, float)
+
+
+def test_entropy_is_at_most_that_of_a_guess():
+    rows = torch.randn(200, 7, generator=torch.Generator().manual_seed(0))
+    per_example = entropy(rows).score(identity()).per_example
+    assert 0 < per_example.min() < per_example.max() < np.log(7)
+
+
+def test_one_nan_output_makes_the_entropy_nan():
+    rows = torch.zeros(5, 3)
+    rows[2, 1] = float("nan")
+    assert np.isnan(entropy(torch.arange(5), 2).score(Table(rows)).value)
+
+
+def test_entropy_of_bfloat16_outputs_is_computed_in_float32():
+    rows = torch.randn(64, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert entropy(rows).score(identity()).value == entropy(rows.float()).score(identity()).value
+
+
+def test_entropy_refuses_one_class_and_no_batch():
+    with pytest.raises(InputError, match="at least 2 classes to take an entropy of, found 1"):
+        entropy(torch.zeros(4, 1)).score(identity())
+    with pytest.raises(InputError, match="objective 'h': batch: expected at least 1, found 0"):
+        entropy(torch.zeros(4, 2), 0)
+    with pytest.raises(InputError, match="expected a torch module"):
+        entropy(torch.zeros(4, 2)).score({"w": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("function", ["one", "inputs_and_labels", "halves"])
+def test_entropy_needs_no_labels_and_ignores_them(module, function):
+    spec = ObjectiveSpec(Goal("h", "minimize"), "entropy", CallSpec(f"{module}:{function}"))
+    objective = build(spec, torch.device("cpu"))
+    assert isinstance(objective, Entropy)
+    assert objective.goal.direction == "minimize"
+    assert 0 < objective.score(identity()).value < 1.1
+
+
+@pytest.mark.parametrize("type", ["accuracy", "entropy"])
+def test_specs_may_name_a_head(module, type):
+    data = CallSpec(f"{module}:inputs_and_labels")
+    plain, doubled = (
+        build(ObjectiveSpec(Goal("o"), type, data, head=head), torch.device("cpu")).score(identity())
+        for head in (None, CallSpec(f"{module}:head"))
+    )
+    assert (plain.value, doubled.value) == (
+        (1, 1) if type == "accuracy" else pytest.approx((0.97531, 0.66557), abs=1e-4)
+    )
+
+
 # -- Python functions ----------------------------------------------------------------------------------------
 
 
@@ -215,8 +314,9 @@ def test_generators_are_restored_after_a_function_that_raises():
     assert random.getstate() == before
 
 
-def test_both_kinds_are_objectives():
+def test_all_kinds_are_objectives():
     assert isinstance(accuracy(torch.zeros(1, 2), [0]), Objective)
+    assert isinstance(entropy(torch.zeros(1, 2)), Objective)
     assert isinstance(CallableObjective(Goal("f"), len), Objective)
 
 
@@ -284,7 +384,13 @@ def test_data_that_does_not_fit(module, function, words):
         ({}, "data: expected 'package.module:function' for type accuracy, found nothing"),
         ({"type": "call"}, "call: expected 'package.module:function' for type call, found nothing"),
         ({"type": "recall"}, "type: expected accuracy, entropy or call, found 'recall'"),
+        ({"type": "entropy"}, "data: expected 'package.module:function' for type entropy, found nothing"),
         ({"type": "call", "call": CallSpec("m:f"), "data": CallSpec("m:d")}, "data: expected nothing for type call"),
+        ({"type": "call", "call": CallSpec("m:f"), "head": CallSpec("m:h")}, "head: expected nothing for type call"),
+        (
+            {"type": "entropy", "data": CallSpec("m:d"), "call": CallSpec("m:f")},
+            "call: expected nothing for type entro",
+        ),
     ],
 )
 def test_specs_with_fields_that_do_not_belong(fields, words):
