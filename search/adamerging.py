@@ -2,11 +2,12 @@
 
 Yang et al. 2024, "AdaMerging: Adaptive Model Merging for Multi-Task Learning" (arXiv:2310.02575). The coefficients of
 
-    theta = theta_0 + sum_k lambda_k tau_k                                (task-wise, eq. 4; layer-wise, eq. 5)
+    theta = theta_0 + sum_k lambda_k tau_k
 
-minimise the entropy of the merged model's predictions, summed over the tasks (eq. 6), by Adam (Kingma and Ba 2015).
-Workers differentiate: a trial with a calibration batch comes back with the loss of one task and its gradient by the
-coefficients. What the segments are (all in one, blocks, tensors) and what loss a task has is the recipe's business.
+(task-wise, or with lambdas of their own for each tensor: layer-wise) minimise the entropy of the merged model's
+predictions, summed over the tasks, by Adam (Kingma and Ba 2015). Workers differentiate: a trial with a calibration
+batch comes back with the loss of one task and its gradient by the coefficients. What the segments are (all in one,
+blocks, tensors) and what loss a task has is the recipe's business.
 
 Entropy also falls when a merge predicts one class for everything. So ordinary trials check every line of descent now
 and then, by the objectives, and the report says when loss and score fell together.
@@ -185,6 +186,8 @@ class AdaMerging:
     ) -> None:
         _check_tasks(tasks)
         _check_ranges(init=init, rate=rate, spread=spread)
+        if restarts > 1 and spread == 0:
+            raise InputError(f"search.spread: with 0 all {restarts} restarts would be the same.", "Raise it.")
         _check_counts(steps=steps, restarts=restarts, check_every=check_every, patience=patience)
         self.borders, self.tasks, self.goals, self.seed = np.asarray(borders), tuple(tasks), tuple(goals), seed
         self.rate, self.steps, self.clamp = rate, steps, clamp
@@ -207,9 +210,14 @@ class AdaMerging:
         return len(self._lines)
 
     @property
+    def lines(self) -> int:
+        """How many lines there are."""
+        return len(self._lines)
+
+    @property
     def evaluations(self) -> int:
         """Checks of all lines, if each takes all its steps: what a complete run needs of the budget."""
-        return len(self._lines) * (1 + math.ceil(self.steps / self.check_every))
+        return self.lines * (1 + math.ceil(self.steps / self.check_every))
 
     @property
     def done(self) -> bool:
@@ -507,8 +515,8 @@ def _check_ranges(init: float, rate: float, spread: float) -> None:
         raise InputError(f"search.rate: expected a number above 0, found {rate}.", "The paper's is 0.001.")
     if not math.isfinite(init):
         raise InputError(f"search.init: expected a finite number, found {init}.", "The paper's is 0.3.")
-    if not 0 < spread < math.inf:
-        raise InputError(f"search.spread: expected a number above 0, found {spread}.")
+    if not 0 <= spread < math.inf:
+        raise InputError(f"search.spread: expected a number of at least 0, found {spread}.")
 
 
 def _check_counts(**counts: int | None) -> None:

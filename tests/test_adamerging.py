@@ -318,8 +318,9 @@ def test_restarts_begin_beside_the_first_and_the_seed_decides_where() -> None:
 
 def test_every_start_weighting_and_restart_has_its_line() -> None:
     starts = [np.full(SHAPE, 0.2), np.full(SHAPE, 0.6)]
-    lines = search_of(starts=starts, sweep=3, restarts=2).report()["lines"]
-    assert len(lines) == 12
+    search = search_of(starts=starts, sweep=3, restarts=2)
+    lines = search.report()["lines"]
+    assert search.lines == len(lines) == 12
     assert [line["start"][0, 0] for line in lines[::2]] == [0.2] * 3 + [0.6] * 3
     assert [line["weights"]["left"] for line in lines[:6]] == [0, 0, 1, 1, 2, 2]
 
@@ -634,7 +635,8 @@ def test_a_report_is_plain_json_also_before_the_end() -> None:
         ({"rate": -1e-3}, "search.rate"),
         ({"rate": float("nan")}, "search.rate"),
         ({"init": float("inf")}, "search.init"),
-        ({"spread": 0.0}, "search.spread"),
+        ({"spread": -0.1}, "search.spread: expected a number of at least 0, found -0.1"),
+        ({"spread": 0.0, "restarts": 3}, "search.spread: with 0 all 3 restarts would be the same"),
         ({"steps": 0}, "search.steps: expected at least 1, found 0"),
         ({"check_every": 0}, "search.check_every: expected at least 1, found 0"),
         ({"patience": 0}, "search.patience"),
