@@ -1,0 +1,136 @@
+"""The gradient of a loss by a genome's coefficients, from the gradient by the merged weights.
+
+Operators are linear, ``theta = sum_j w_j(c) theta_j`` with ``w(c) = w(0) + c A``, so in segment s
+
+    dL/dc[s, k] = <dL/dtheta[s], sum_j A[k, j] theta_j[s]>
+
+which for task arithmetic is the inner product with the task vector (AdaMerging, Yang et al. 2024, arXiv:2310.02575).
+No graph goes through the merge and no source direction is ever held whole: gradients come tensor by tensor, as a
+backward pass makes them, and the directions are formed chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merging.materialise import CHUNK, DEVICE_SPAN, Stretch, over_threads
+from merging.sources import Sources
+from populations.errors import InputError
+from populations.genome import Floats, Genome
+
+Term: TypeAlias = tuple[int, float]
+"""The number of a checkpoint and its weight in a direction."""
+
+
+class Slopes:
+    """Inner products ``<dL/dtheta[segment s], d theta/d c[s, k]>``, collected tensor by tensor.
+
+    Directions and products are taken in float32 (float64 for float64 sources) by chunk and added up in float64, in an
+    order that depends neither on the number of threads nor on when a tensor's gradient comes.
+
+    Args:
+        sources: What the genome mixes.
+        genome: Where the gradient is wanted. Its residual is a constant.
+
+    Raises:
+        InputError: The genome does not fit the sources.
+    """
+
+    def __init__(self, sources: Sources, genome: Genome) -> None:
+        sources.mixture(genome)
+        self._sources = sources
+        self._shape = genome.coefficients.shape
+        self._borders: list[int] = genome.boundaries.tolist()
+        self._places = {name: index for index, name in enumerate(sources.layout.tensors)}
+        self._directions = _directions(sources)
+        self._sums: list[tuple[int, list[int], Tensor]] = []
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Take in dL/dtheta of one tensor. Twice for one name (tied weights) gives the sum.
+
+        Args:
+            name: A tensor of the layout.
+            gradient: Of the tensor's shape (or flat), any floating-point type, any device. It is not kept.
+
+        Raises:
+            InputError: The layout has no such tensor, or one of another size.
+        """
+        index = self._places.get(name)
+        if index is None:
+            raise InputError(f"gradient: expected a tensor of the layout, found {name!r}.")
+        start, stop = self._sources.layout.tensor_borders[index : index + 2].tolist()
+        if gradient.numel() != stop - start:
+            raise InputError(f"gradient: {name}: expected {stop - start} elements, found {gradient.numel()}.")
+        flat = (gradient if gradient.layout == torch.strided else gradient.to_dense()).detach().reshape(-1)
+        on_cpu = flat.device.type == "cpu"
+        parts = self._parts(start, stop, CHUNK if on_cpu else DEVICE_SPAN)
+        stretch = self._sources.near(name, flat.device)
+        sums = flat.new_empty(len(parts), self._shape[1], dtype=_accumulator(stretch.stored))
+        work = partial(_products, stretch, flat, self._directions, sums)
+        rows = [(number, slice(low, high)) for number, (_, low, high) in enumerate(parts)]
+        over_threads(work, rows, torch.get_num_threads() if on_cpu else 1)
+        self._sums.append((index, [segment for segment, _, _ in parts], sums))
+
+    @property
+    def values(self) -> Floats:
+        """(S, K) the derivatives so far; zero where no tensor with a gradient lies."""
+        total = np.zeros(self._shape)
+        for _, segments, sums in sorted(self._sums, key=lambda entry: entry[0]):
+            np.add.at(total, segments, sums.to("cpu", torch.float64).numpy())
+        return total
+
+    def _parts(self, start: int, stop: int, span: int) -> list[tuple[int, int, int]]:
+        """(segment, low, high) of pieces of at most ``span`` elements, positions counted from ``start``."""
+        parts = []
+        first, last = bisect_right(self._borders, start) - 1, bisect_left(self._borders, stop)
+        for segment in range(first, last):
+            low, high = max(start, self._borders[segment]), min(stop, self._borders[segment + 1])
+            parts += [(segment, at - start, min(at + span, high) - start) for at in range(low, high, span)]
+        return parts
+
+
+def _directions(sources: Sources) -> list[list[Term]]:
+    """For each of K coefficients the checkpoints it moves along, those of weight one first."""
+    count = len(sources.experts)
+    table = sources.operator.weights(np.eye(count)) - sources.operator.weights(np.zeros((count, count)))
+    rows = [[(j, weight) for j, weight in enumerate(row) if weight] for row in table.tolist()]
+    return [sorted(row, key=lambda term: term[1] != 1.0) for row in rows]
+
+
+def _products(
+    stretch: Stretch, gradient: Tensor, directions: Sequence[Sequence[Term]], sums: Tensor, at: tuple[int, slice]
+) -> None:
+    """Fill one row of ``sums`` with the K inner products over one part of a stretch."""
+    row, part = at
+    slope = gradient[part].to(sums.dtype)
+    stage = _stager(stretch[part].tensors(sums.device), sums.dtype)
+    room = torch.empty_like(slope)
+    for k, terms in enumerate(directions):
+        # Not torch.dot: its bits depend on the number of threads.
+        torch.sum(torch.mul(_direction(stage, terms, room), slope, out=room), 0, out=sums[row, k])
+
+
+def _stager(sources: Sequence[Tensor], kind: torch.dtype) -> Callable[[int], Tensor]:
+    """A function that gives source j in the type ``kind``; the first, all directions' base if there is one, is kept."""
+    first = sources[0].to(kind)
+    return lambda j: first if j == 0 else sources[j].to(kind)
+
+
+def _direction(stage: Callable[[int], Tensor], terms: Sequence[Term], room: Tensor) -> Tensor:
+    """``d theta / d c_k``, in ``room`` unless it is one of the sources."""
+    (first, weight), *rest = terms
+    total = stage(first) if weight == 1.0 else torch.mul(stage(first), weight, out=room)
+    for j, factor in rest:
+        total = torch.add(total, stage(j), alpha=factor, out=room)
+    return total
+
+
+def _accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
