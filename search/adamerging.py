@@ -210,11 +210,6 @@ class AdaMerging:
         return len(self._lines)
 
     @property
-    def lines(self) -> int:
-        """How many lines there are."""
-        return len(self._lines)
-
-    @property
     def evaluations(self) -> int:
         """Checks of all lines, if each takes all its steps: what a complete run needs of the budget."""
         return self.lines * (1 + math.ceil(self.steps / self.check_every))
