@@ -37,7 +37,7 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._device = _device(spec.device)
-        self._sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names)
+        self._sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names, spec.settings)
         stored = None if spec.architecture is None else self._sources.layout.dtype
         self._resident = Resident(self._sources, spec.architecture, self._device, _dtype(spec.dtype) or stored)
         self._objectives: dict[str, list[Objective]] = {

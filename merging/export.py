@@ -199,12 +199,13 @@ class _Writer:
                 file.write(self.sources.origin.tensor(name).reshape(-1).view(torch.uint8).numpy().data)
             return
         start = int(layout.tensor_borders[layout.tensors.index(name)])
-        sources = self.sources.read(name)
+        stretch = self.sources.stretch(name)
         length = BUFFER_BYTES // info.dtype.itemsize
         buffer = torch.empty(min(length, info.size), dtype=info.dtype)
         for low in range(0, info.size, length):
             part = buffer[: min(length, info.size - low)]
-            mix([s[low : low + part.numel()] for s in sources], start + low, [self.mixture], [part], self.sources.large)
+            piece = stretch[low : low + part.numel()]
+            mix(piece, start + low, [self.mixture], [part], self.sources.large)
             file.write(part.view(torch.uint8).numpy().data)
 
 

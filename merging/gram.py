@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, float64
 
 from merging.layout import Layout
-from merging.materialise import CHUNK, over_threads
+from merging.materialise import CHUNK, Stretch, over_threads
 from populations.genome import Floats, Integers
 from populations.gram import GramTable
 
@@ -41,7 +41,7 @@ def _even(start: int, stop: int, parts: int) -> Integers:
 
 def gram_table(
     layout: Layout,
-    read: Callable[[str], Sequence[Tensor]],
+    read: Callable[[str], Stretch],
     has_base: bool,
     threads: int,
     table_bytes: int = TABLE_BYTES,
@@ -50,24 +50,24 @@ def gram_table(
 
     Args:
         layout: The flat vector.
-        read: By tensor name, the J flat tensors of the checkpoints, the base first when there is one.
+        read: By tensor name, its stretch of the J checkpoints, the base first when there is one.
         has_base: Whether the sources are differences from checkpoint 0 (task vectors) or the checkpoints.
         threads: Threads to spread the work over; the result does not depend on it.
         table_bytes: Memory the table may take.
     """
-    sources = len(read(layout.tensors[0])) - int(has_base)
+    sources = len(read(layout.tensors[0]).stored) - int(has_base)
     borders = region_borders(layout, sources, table_bytes)
     grams = np.zeros((len(borders) - 1, sources, sources))
     for name, start, stop in zip(layout.tensors, layout.tensor_borders[:-1], layout.tensor_borders[1:], strict=True):
-        tensors = read(name)
+        stretch = read(name)
         first, last = np.searchsorted(borders, [start, stop])
         local = borders[first : last + 1] - start
 
         def work(
-            span: tuple[int, int], tensors: Sequence[Tensor] = tensors, first: int = first, local: Integers = local
+            span: tuple[int, int], stretch: Stretch = stretch, first: int = first, local: Integers = local
         ) -> None:
             for low, high in _chunks(int(local[span[0]]), int(local[span[1]])):
-                _accumulate([t[low:high] for t in tensors], low, local, grams[first:], has_base)
+                _accumulate(stretch[low:high].tensors(), low, local, grams[first:], has_base)
 
         over_threads(work, _whole_regions(local), threads)
     return GramTable.from_regions(borders, grams)

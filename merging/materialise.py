@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,44 @@ DEVICE_SPAN = 4_194_304
 SMALL = 16_777_216  # elements of all sources together below which compiling or loading loops does not pay
 
 Part = TypeVar("Part")
+Transform: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
+"""What an operator makes of J flat pieces: as many of the same types and size, on the same device.
+
+Every element depends on the J elements of its own position alone, so pieces may be cut anywhere.
+"""
+
+
+def unchanged(pieces: Sequence[Tensor]) -> list[Tensor]:
+    """The pieces as the checkpoints hold them."""
+    return list(pieces)
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """J flat tensors of one length, which the operator changes where and when they are read.
+
+    Args:
+        stored: J flat tensors as the checkpoints hold them, in main memory or on one device.
+        transform: What is mixed in their place.
+    """
+
+    stored: Sequence[Tensor]
+    transform: Transform = unchanged
+
+    @property
+    def size(self) -> int:
+        """Length of each tensor."""
+        return self.stored[0].numel()
+
+    def __getitem__(self, part: slice) -> Stretch:
+        return Stretch([tensor[part] for tensor in self.stored], self.transform)
+
+    def tensors(self, device: torch.device | None = None) -> list[Tensor]:
+        """J flat tensors to mix, on a device or (None) where they are.
+
+        Those that were moved are valid until the same thread moves others.
+        """
+        return self.transform(self.stored if device is None else _moved(self.stored, device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,23 +109,21 @@ class Mixture:
         return slice(first, last), borders
 
 
-def mix(
-    sources: Sequence[Tensor], start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor], large: bool = False
-) -> None:
+def mix(sources: Stretch, start: int, mixtures: Sequence[Mixture], outs: Sequence[Tensor], large: bool = False) -> None:
     """Fill one flat stretch of every candidate.
 
     Args:
-        sources: J flat tensors of one length, the stretch of each checkpoint, in main memory or on the outputs' device.
+        sources: The stretch of each checkpoint, in main memory or on the outputs' device.
         start: The stretch's first position in the flat vector.
         mixtures: B candidates.
         outs: B flat contiguous tensors of that length, on one device; they must not overlap the sources.
         large: Whether the stretch is part of a model large enough for compiled loops.
     """
-    size, threads = sources[0].numel(), torch.get_num_threads()
+    size, threads, device = sources.size, torch.get_num_threads(), outs[0].device
     kernel: Callable[[list[Tensor], int, list[Tensor]], None] = partial(_by_torch, mixtures)
-    if outs[0].device.type != "cpu":
+    if device.type != "cpu":
         chunk, workers = DEVICE_SPAN, 1
-    elif large and compiled.supports(sources, outs):
+    elif large and compiled.supports(sources.stored, outs):
         chunk, workers, kernel = COMPILED_SPAN, threads, compiled.Batch(mixtures).mix
     elif large:
         chunk, workers = TORCH_SPAN * threads, 1  # torch splits each operation over its own threads
@@ -95,7 +131,7 @@ def mix(
         chunk, workers, kernel = CHUNK, 1, partial(_in_cache, mixtures)
 
     def work(part: slice) -> None:
-        kernel([source[part] for source in sources], start + part.start, [out[part] for out in outs])
+        kernel(sources[part].tensors(device), start + part.start, [out[part] for out in outs])
 
     over_threads(work, [slice(low, min(low + chunk, size)) for low in range(0, size, chunk)], workers)
 
@@ -222,7 +258,7 @@ def _sum(
 
 def _by_torch(mixtures: Sequence[Mixture], sources: Sequence[Tensor], start: int, outs: Sequence[Tensor]) -> None:
     size, kind, device = sources[0].numel(), _accumulator(sources), outs[0].device
-    stage = _stager(_moved(sources, device), device)
+    stage = _stager(sources, device)
     term = _scratch.get("term", size, kind, device)
     for mixture, out in zip(mixtures, outs, strict=True):
         total = out if out.dtype == kind else _scratch.get("total", size, kind, device)

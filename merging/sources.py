@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from merging import operators, preflight
 from merging.checkpoint import Checkpoint
 from merging.gram import gram_table
 from merging.layout import Layout
-from merging.materialise import SMALL, Mixture, mix
+from merging.materialise import SMALL, Mixture, Stretch, Transform, mix
 from merging.operators.base import Operator
 from populations.errors import InputError
 from populations.genome import Genome
@@ -45,7 +46,7 @@ class Sources:
         self.operator = operator
         self.experts = tuple(experts)
         self.base = base
-        self._kept: dict[torch.device, dict[str, list[Tensor]] | None] = {}
+        self._kept: dict[torch.device, dict[str, Stretch] | None] = {}
         self.loads = 0
         """Tensors read so far, each checkpoint's counted."""
 
@@ -56,6 +57,7 @@ class Sources:
         base: str | Path | None = None,
         operator: str = "linear",
         names: Sequence[str] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> Sources:
         """Open the models of a merge and check from their headers that they fit together.
 
@@ -64,12 +66,13 @@ class Sources:
             base: Path of the model they were fine-tuned from; needed by operators on task vectors.
             operator: Name of the merge operator.
             names: K distinct names; by default those of the files or directories, made distinct.
+            settings: The operator's settings by name.
 
         Raises:
-            InputError: No expert, no such operator, a base is lacking, or the names do not fit.
+            InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.
             CheckpointError: A model cannot be read, or two of them differ.
         """
-        chosen = operators.get(operator)
+        chosen = operators.get(operator, settings or {})
         if not experts:
             raise InputError("experts: expected at least one model, found none.")
         if chosen.needs_base and base is None:
@@ -107,10 +110,28 @@ class Sources:
         """Whether a merge is long enough for compiled loops to pay."""
         return len(self.checkpoints) * self.layout.size > SMALL
 
+    def stretch(self, name: str) -> Stretch:
+        """``name`` in every model that is mixed; the operator's work on it is done as pieces of it are used."""
+        return Stretch(self._stored(name), self._transform)
+
+    def near(self, name: str, device: torch.device) -> Stretch:
+        """``stretch(name)``, kept on a CUDA device when all sources take a small part of its free memory."""
+        if device.type != "cuda":
+            return self.stretch(name)
+        if device not in self._kept:
+            needed = sum(checkpoint.nbytes for checkpoint in self.checkpoints)
+            self._kept[device] = {} if needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] else None
+        kept = self._kept[device]
+        if kept is None:
+            return self.stretch(name)
+        if name not in kept:
+            there = Stretch([tensor.to(device) for tensor in self._stored(name)], self._transform)
+            kept[name] = Stretch(there.tensors())
+        return kept[name]
+
     def read(self, name: str) -> list[Tensor]:
-        """J flat tensors, memory-mapped: ``name`` in every model that is mixed."""
-        self.loads += len(self.checkpoints)
-        return [checkpoint.tensor(name).reshape(-1) for checkpoint in self.checkpoints]
+        """J flat tensors: ``name`` in every model that is mixed, memory-mapped where the operator changes nothing."""
+        return self.stretch(name).tensors()
 
     def buffers(self) -> dict[str, Tensor]:
         """Integer, bool and empty tensors of the base (or the first expert), by name."""
@@ -122,7 +143,7 @@ class Sources:
         Args:
             dense: Also give the (K, n) sources themselves, for evolving small models from scratch.
         """
-        gram = gram_table(self.layout, self.read, self.operator.needs_base, torch.get_num_threads())
+        gram = gram_table(self.layout, self.stretch, self.operator.needs_base, torch.get_num_threads())
         return Space(
             sources=self.names,
             tensors=self.layout.tensors,
@@ -178,7 +199,7 @@ class Sources:
             for index, name in enumerate(self.layout.tensors):
                 views = [target[index] for target in targets]
                 flat = [v.view(-1) if v.is_contiguous() else v.new_empty(v.numel()) for v in views]
-                mix(self._near(name, flat[0].device), int(borders[index]), mixtures, flat, self.large)
+                mix(self.near(name, flat[0].device), int(borders[index]), mixtures, flat, self.large)
                 for view, values in zip(views, flat, strict=True):
                     if not view.is_contiguous():
                         view.copy_(values.view(view.shape))
@@ -207,19 +228,17 @@ class Sources:
             self.materialise(genomes, [self._views(row) for row in buffer])
         return self._views(buffer.to(device))
 
-    def _near(self, name: str, device: torch.device) -> list[Tensor]:
-        """``read(name)``, kept on a CUDA device when all sources take a small part of its free memory."""
-        if device.type != "cuda":
-            return self.read(name)
-        if device not in self._kept:
-            needed = sum(checkpoint.nbytes for checkpoint in self.checkpoints)
-            self._kept[device] = {} if needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] else None
-        kept = self._kept[device]
-        if kept is None:
-            return self.read(name)
-        if name not in kept:
-            kept[name] = [tensor.to(device) for tensor in self.read(name)]
-        return kept[name]
+    _near = near
+
+    def _stored(self, name: str) -> list[Tensor]:
+        """J flat tensors, memory-mapped: ``name`` as the checkpoints hold it."""
+        self.loads += len(self.checkpoints)
+        return [checkpoint.tensor(name).reshape(-1) for checkpoint in self.checkpoints]
+
+    @cached_property
+    def _transform(self) -> Transform:
+        """The operator's work on the stored tensors; what it must know of all of them is found at first use."""
+        return self.operator.transform(self.layout, self._stored)
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         """By tensor name, views of a (..., n) buffer."""
@@ -245,13 +264,13 @@ class Sources:
         return found
 
     @cached_property
-    def _matrix(self) -> list[Tensor] | None:
+    def _matrix(self) -> Stretch | None:
         """J float32 vectors (n,) of a model small enough to keep, or None."""
         small = len(self.checkpoints) * self.layout.size * 4 <= RESIDENT_BYTES
         if not small or torch.float64 in self.layout.dtypes:
             return None
         columns = [self.read(name) for name in self.layout.tensors]
-        return [torch.cat([c[j].to(torch.float32) for c in columns]) for j in range(len(self.checkpoints))]
+        return Stretch([torch.cat([c[j].to(torch.float32) for c in columns]) for j in range(len(self.checkpoints))])
 
     def _vectors(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         columns = []

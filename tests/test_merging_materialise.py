@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import merging.compiled
 import merging.materialise as kernel
 import merging.sources
+from merging import operators
 from merging.gram import gram_table, region_borders
 from merging.layout import Layout
 from merging.sources import Sources
@@ -53,11 +54,20 @@ def flat(tensors):
     return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
 
 
+def mixed(sources):
+    """(J, n) what is mixed, in float64."""
+    return torch.cat([torch.stack(sources.read(name)).double() for name in sources.layout.tensors], dim=1)
+
+
+def vectors_of(sources):
+    """(K, n) the experts, or their differences from the base, in float64."""
+    models = mixed(sources)
+    return models[1:] - models[:1] if sources.operator.needs_base else models
+
+
 def reference(sources, genome):
     """The merge, naively, in float64."""
-    vectors = np.stack(
-        [torch.cat([c.tensor(n).reshape(-1).double() for n in sources.layout.tensors]) for c in sources.checkpoints]
-    )
+    vectors = mixed(sources).numpy()
     weights = sources.operator.weights(genome.coefficients)
     merged = np.concatenate(
         [weights[s] @ vectors[:, a:b] for s, (a, b) in enumerate(itertools.pairwise(genome.boundaries))]
@@ -65,7 +75,7 @@ def reference(sources, genome):
     return torch.from_numpy(merged if genome.residual is None else merged + genome.residual)
 
 
-@pytest.fixture(params=["linear", "task_arithmetic"])
+@pytest.fixture(params=sorted(operators.operators))
 def operator(request):
     return request.param
 
@@ -209,6 +219,7 @@ def test_terms_of_weight_zero_are_left_out(tmp_path):
 
 
 def test_one_pass_over_the_sources_serves_all_candidates(sources):
+    sources.read("scale")  # by now an operator has found out what it must know of all tensors
     before = sources.loads
     genomes = [random_genome(sources, 5, seed) for seed in range(6)]
     sources.materialise(genomes, [empty(sources, torch.float32) for _ in genomes])
@@ -264,10 +275,10 @@ def test_fine_gram_agrees_with_direct_products(tmp_path, operator):
     for i, tensor in enumerate(tensors):
         save_file(tensor, tmp_path / f"{i}.safetensors")
     paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
-    space = Sources.open(paths[1:], paths[0], operator).space(dense=True)
+    sources = Sources.open(paths[1:], paths[0], operator)
+    space = sources.space(dense=True)
     assert space.gram.borders.tolist() == list(range(42))
-    base, *experts = (np.concatenate([t["a"].double().numpy().ravel(), t["b"].double().numpy()]) for t in tensors)
-    exact = np.stack(experts) - (base if operator == "task_arithmetic" else 0)
+    exact = vectors_of(sources).numpy()
     direct = GramTable.from_vectors(exact)
     np.testing.assert_allclose(space.gram.prefix, direct.prefix, rtol=1e-12, atol=1e-12)
     rng = np.random.default_rng(0)
@@ -278,7 +289,7 @@ def test_fine_gram_agrees_with_direct_products(tmp_path, operator):
 
 
 def coarse(sources, table_bytes, threads=2):
-    return gram_table(sources.layout, sources.read, sources.operator.needs_base, threads, table_bytes)
+    return gram_table(sources.layout, sources.stretch, sources.operator.needs_base, threads, table_bytes)
 
 
 @pytest.mark.parametrize("table_bytes", [1, 40 * 72, 5000 * 72])
@@ -288,11 +299,7 @@ def test_coarse_gram_agrees_with_direct_products(sources, table_bytes):
     assert set(space.tensor_borders) <= set(borders)
     assert (np.diff(borders) > 0).all()
     assert len(borders) - 1 <= max(len(SHAPES), table_bytes // 72)
-    vectors = np.stack(
-        [torch.cat([c.tensor(n).reshape(-1).double() for n in space.tensors]) for c in sources.checkpoints]
-    )
-    if sources.operator.needs_base:
-        vectors = vectors[1:] - vectors[:1]
+    vectors = vectors_of(sources)
     np.testing.assert_allclose(gram.prefix, GramTable.from_vectors(vectors, borders).prefix, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(space.vectors, vectors, rtol=1e-6)
 

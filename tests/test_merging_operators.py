@@ -1,11 +1,14 @@
 """The conformance suite of merge operators: one in the registry gets every test here."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from merging import operators
+from merging.export import export_file
 from merging.sources import Sources
 from populations.errors import InputError
 from populations.genome import Genome
@@ -49,15 +52,63 @@ def materialised(sources, genome, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_seeds_reproduce_the_experts_bit_for_bit(opened, dtype):
+def test_seeds_reproduce_the_experts_as_they_are_mixed_bit_for_bit(opened, dtype):
     sources = opened(dtype)
     space = sources.space()
     assert space.seeds.shape == (len(space.seed_names), space.dimension)
-    for row, name, expert in zip(space.seeds, space.seed_names, sources.experts, strict=True):
+    first = len(sources.checkpoints) - len(sources.experts)
+    for j, (row, name, expert) in enumerate(zip(space.seeds, space.seed_names, sources.experts, strict=True), first):
         assert name == expert.name
         for merged in (materialised(sources, Genome.uniform(space.size, row), dtype), stacked(sources, row)):
             for tensor, values in merged.items():
-                assert torch.equal(bits(values), bits(expert.tensor(tensor)))
+                assert torch.equal(bits(values), bits(sources.read(tensor)[j]))
+
+
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_these_operators_mix_the_checkpoints_as_they_are(tmp_path, name, dtype):
+    for seed in range(3):
+        save_file(model(seed, dtype), tmp_path / f"{seed}.safetensors")
+    sources = Sources.open([tmp_path / "1.safetensors", tmp_path / "2.safetensors"], tmp_path / "0.safetensors", name)
+    for tensor in sources.layout.tensors:
+        for found, checkpoint in zip(sources.read(tensor), sources.checkpoints, strict=True):
+            assert torch.equal(bits(found), bits(checkpoint.tensor(tensor)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_mixed_does_not_depend_on_where_it_is_cut(opened, dtype):
+    sources = opened(dtype)
+    for name in sources.layout.tensors:
+        whole, stretch = sources.read(name), sources.stretch(name)
+        assert [(t.dtype, t.numel()) for t in whole] == [(dtype, stretch.size)] * len(sources.checkpoints)
+        pieces = [stretch[low : low + 3].tensors() for low in range(0, stretch.size, 3)]
+        for j, values in enumerate(whole):
+            assert torch.equal(bits(torch.cat([piece[j] for piece in pieces])), bits(values))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_order_of_the_models_does_not_matter(opened, operator, dtype):
+    sources = opened(dtype)
+    paths = [expert.path for expert in sources.experts]
+    order = np.random.default_rng(len(paths)).permutation(len(paths))
+    base = None if sources.base is None else sources.base.path
+    turned = Sources.open([paths[i] for i in order], base, operator.name)
+    first = len(sources.checkpoints) - len(sources.experts)
+    for name in sources.layout.tensors:
+        found, expected = turned.read(name), sources.read(name)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found[:first], expected[:first], strict=True))
+        for place, i in enumerate(order, first):
+            assert torch.equal(bits(found[place]), bits(expected[first + i]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_export_holds_what_is_materialised(opened, tmp_path, dtype):
+    sources = opened(dtype)
+    borders = [0, 3, 17, sources.layout.size]
+    genome = Genome(np.array(borders), np.random.default_rng(0).normal(size=(3, len(sources.experts))))
+    written = load_file(export_file(sources, genome, tmp_path / "merged.safetensors", {}))
+    for name, values in materialised(sources, genome, dtype).items():
+        assert torch.equal(bits(written[name]), bits(values))
 
 
 def stacked(sources, row):
@@ -80,7 +131,7 @@ def test_the_mean_of_the_experts(opened, dtype):
     count = len(sources.experts)
     merged = materialised(sources, Genome.uniform(sources.layout.size, np.full(count, 1 / count)), torch.float64)
     for name, values in merged.items():
-        expected = torch.stack([expert.tensor(name).double() for expert in sources.experts]).mean(0)
+        expected = torch.stack(sources.read(name)[-count:]).double().mean(0).view(values.shape)
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -90,8 +141,8 @@ def test_space_holds_the_geometry_of_the_sources_in_the_genomes_sense(opened, op
     assert space.vectors.shape == (space.dimension, space.size)
     base = materialised(sources, Genome.uniform(space.size, np.zeros(space.dimension)), torch.float64)
     anchor = torch.cat([value.flatten() for value in base.values()]).numpy()
-    for row, expert in zip(space.seeds, sources.experts, strict=True):
-        whole = torch.cat([expert.tensor(name).flatten() for name in space.tensors]).numpy()
+    for k, row in enumerate(space.seeds):
+        whole = torch.cat([sources.read(name)[k - space.dimension] for name in space.tensors]).numpy()
         np.testing.assert_allclose(anchor + row @ space.vectors, whole, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
         space.gram.between(np.array([0, space.size]))[0],
@@ -101,12 +152,11 @@ def test_space_holds_the_geometry_of_the_sources_in_the_genomes_sense(opened, op
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_task_arithmetic_without_task_vectors_is_the_base_bit_for_bit(tmp_path, dtype):
-    for seed in range(3):
-        save_file(model(seed, dtype), tmp_path / f"{seed}.safetensors")
-    paths = [tmp_path / f"{seed}.safetensors" for seed in range(3)]
-    sources = Sources.open(paths[1:], paths[0], "task_arithmetic")
-    merged = materialised(sources, Genome.uniform(sources.layout.size, [0.0, 0.0]), dtype)
+def test_without_task_vectors_a_merge_is_the_base_bit_for_bit(opened, operator, dtype):
+    if not operator.needs_base:
+        pytest.skip("no task vectors")
+    sources = opened(dtype)
+    merged = materialised(sources, Genome.uniform(sources.layout.size, np.zeros(len(sources.experts))), dtype)
     for name, values in merged.items():
         assert torch.equal(bits(values), bits(sources.base.tensor(name)))
 
@@ -121,6 +171,15 @@ def test_task_arithmetic_is_the_base_plus_scaled_task_vectors(tmp_path):
     for name, values in merged.items():
         expected = base[name] + 0.3 * (one[name] - base[name]) - 1.2 * (two[name] - base[name])
         torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_operators_are_values_with_settings_by_name(operator):
+    settings = {field.name: getattr(operator, field.name) for field in dataclasses.fields(operator)}
+    assert operators.get(operator.name, settings) == operator
+    assert hash(operators.get(operator.name, settings)) == hash(operator)
+    remedy = f"Known: {', '.join(settings)}" if settings else "It takes none"
+    with pytest.raises(InputError, match=f"zzz: the operator '{operator.name}' has no such setting. {remedy}"):
+        operators.get(operator.name, {**settings, "zzz": 1})
 
 
 def test_an_unknown_operator_names_the_nearest():

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
 
+from torch import Tensor
+
+from merging.layout import Layout
+from merging.materialise import Transform
 from populations.genome import Floats
+
+Read: TypeAlias = Callable[[str], Sequence[Tensor]]
+"""By tensor name, J flat tensors as the checkpoints hold them, memory-mapped."""
 
 
 class Operator(Protocol):
-    """The meaning of a genome's coefficients: weights over the J checkpoints of a merge.
+    """The meaning of a genome's coefficients: weights over the J models of a merge.
 
-    Every operator here is linear in the checkpoints, ``theta = sum_j w_j theta_j`` in each segment, so one kernel
-    (``merging.materialise``) serves them all. With a base, checkpoint 0 is the base and 1..K are the experts.
+    Every operator here is linear in the models it mixes, ``theta = sum_j w_j theta_j`` in each segment, so one kernel
+    (``merging.materialise``) serves them all. With a base, model 0 is the base and 1..K are the experts. An operator
+    may mix changed experts in place of those of the checkpoints (``transform``). Its settings are its fields: it is a
+    frozen dataclass, recipes give them by name, and each has a default.
     """
 
     @property
@@ -25,9 +35,13 @@ class Operator(Protocol):
         ...
 
     def seeds(self, sources: int) -> Floats:
-        """(K, K) coefficient rows that reproduce the K experts."""
+        """(K, K) coefficient rows that reproduce the K experts, as they are mixed."""
         ...
 
     def weights(self, coefficients: Floats) -> Floats:
-        """(S, J) weights over the checkpoints for coefficients (S, K); J is K, or K+1 with a base."""
+        """(S, J) weights over the models for coefficients (S, K); J is K, or K+1 with a base."""
+        ...
+
+    def transform(self, layout: Layout, read: Read) -> Transform:
+        """What is mixed in place of the stored tensors; may stream all of them to find out what that is."""
         ...

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from merging.layout import Layout
+from merging.materialise import Transform, unchanged
+from merging.operators.base import Read
 from populations.genome import Floats
 
 
+@dataclass(frozen=True)
 class Linear:
     """``theta = sum_k c_k theta_k``; coefficients need not sum to one."""
 
@@ -20,3 +26,7 @@ class Linear:
     def weights(self, coefficients: Floats) -> Floats:
         """(S, K): the coefficients."""
         return np.asarray(coefficients, np.float64)
+
+    def transform(self, layout: Layout, read: Read) -> Transform:
+        """The experts are mixed as they are."""
+        return unchanged

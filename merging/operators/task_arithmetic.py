@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from merging.layout import Layout
+from merging.materialise import Transform, unchanged
+from merging.operators.base import Read
 from populations.genome import Floats
 
 
+@dataclass(frozen=True)
 class TaskArithmetic:
     """``theta = base + sum_k c_k (theta_k - base)``; a source is a task vector ``theta_k - base``.
 
@@ -25,3 +31,7 @@ class TaskArithmetic:
         """(S, K+1): the base's weight, then the coefficients."""
         table = np.asarray(coefficients, np.float64)
         return np.column_stack([1.0 - table.sum(axis=1), table])
+
+    def transform(self, layout: Layout, read: Read) -> Transform:
+        """Base and experts are mixed as they are."""
+        return unchanged

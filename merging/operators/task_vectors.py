@@ -1,0 +1,92 @@
+"""Task vectors, streamed: what operators find out about all of them before they change any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merging.layout import Layout
+from merging.materialise import over_threads
+from merging.operators.base import Read
+from populations.genome import Integers
+
+SPAN = 262_144  # elements of a model read at a time
+DIGITS = 16  # bits a pass of the search for a threshold
+
+Result = TypeVar("Result")
+
+
+def task_vectors(pieces: Sequence[Tensor], kind: torch.dtype) -> list[Tensor]:
+    """K new tensors ``expert - base`` of J = K + 1 pieces, each difference rounded to ``kind``."""
+    base, *experts = (piece.to(kind) for piece in pieces)
+    return [expert - base for expert in experts]
+
+
+class Pieces:
+    """The base and K experts of a merge, in pieces.
+
+    Args:
+        layout: The flat vector.
+        read: By tensor name, J = K + 1 flat tensors, the base first.
+    """
+
+    def __init__(self, layout: Layout, read: Read) -> None:
+        self.kind = torch.float64 if torch.float64 in layout.dtypes else torch.float32
+        """The type in which task vectors are formed."""
+        self._pieces = [
+            [tensor[low : low + SPAN] for tensor in stored]
+            for stored in (read(name) for name in layout.tensors)
+            for low in range(0, stored[0].numel(), SPAN)
+        ]
+
+    @property
+    def vectors(self) -> int:
+        """K."""
+        return len(self._pieces[0]) - 1
+
+    def map(self, work: Callable[[Sequence[Tensor]], Result]) -> list[Result]:
+        """What ``work`` makes of every piece, in any order; the pieces are spread over torch's threads."""
+        results: list[Result] = []
+        over_threads(lambda piece: results.append(work(piece)), self._pieces, torch.get_num_threads())
+        return results
+
+
+def largest(pieces: Pieces, rank: int) -> tuple[float, ...]:
+    """The ``rank``-th largest magnitude (1 is the largest) of each of the K task vectors, exactly.
+
+    A radix selection: magnitudes are in the order of their bits, so each pass over the models counts the next 16 bits
+    of those that agree with the bits found so far. That takes two passes (four in float64) and a table of
+    K x 65,536 counts.
+    """
+    width = torch.finfo(pieces.kind).bits
+    unsigned = np.dtype(f"u{width // 8}")
+    found, ranks = [0] * pieces.vectors, [rank] * pieces.vectors
+    for shift in range(width - DIGITS, -1, -DIGITS):
+        counts = _counted(pieces, unsigned, shift, found)
+        for k, row in enumerate(counts):
+            reached = np.cumsum(row[::-1])
+            place = int(np.searchsorted(reached, ranks[k]))  # counted from the largest digit
+            ranks[k] -= int(reached[place - 1]) if place else 0
+            found[k] = found[k] << DIGITS | (len(row) - 1 - place)
+    return tuple(np.array(found, unsigned).view(f"f{width // 8}").tolist())
+
+
+def _counted(pieces: Pieces, unsigned: np.dtype[np.unsignedinteger], shift: int, found: Sequence[int]) -> Integers:
+    """(K, 65536) how often each 16 bits above bit ``shift`` come after the bits ``found``."""
+    counts, lock = np.zeros((pieces.vectors, 1 << DIGITS), np.int64), Lock()
+
+    def count(piece: Sequence[Tensor]) -> None:
+        for k, vector in enumerate(task_vectors(piece, pieces.kind)):
+            leading = vector.abs_().numpy().view(unsigned) >> unsigned.type(shift)
+            digits = leading[leading >> unsigned.type(DIGITS) == found[k]] & unsigned.type((1 << DIGITS) - 1)
+            row = np.bincount(digits.astype(np.int64), minlength=1 << DIGITS)
+            with lock:
+                counts[k] += row
+
+    pieces.map(count)
+    return counts

@@ -1,0 +1,146 @@
+"""Task vectors freed of interference as in TIES, one coefficient each: the sources of AdaMerging++.
+
+TIES-Merging is Yadav et al. 2023 (arXiv:2306.01708, algorithm 1), AdaMerging++ Yang et al. 2024 (arXiv:2310.02575,
+section 3.3). Each task vector tau_k = theta_k - base is trimmed to its largest entries; every position elects the
+sign of the sum of what is left; entries of the other sign become zero. TIES would now average; here the K vectors
+tau'_k stay apart:
+
+    theta = base + sum_k c_k tau'_k
+
+An entry of tau'_k is that of tau_k or zero, so ``base + tau'_k`` takes each element from the expert or from the base,
+unrounded and in their own type, and the merge is task arithmetic of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merging.layout import Layout
+from merging.materialise import CHUNK, DEVICE_SPAN, Transform
+from merging.operators.base import Read
+from merging.operators.task_arithmetic import TaskArithmetic
+from merging.operators.task_vectors import Pieces, largest, task_vectors
+from populations.errors import InputError
+
+
+@dataclass(frozen=True)
+class TiesVectors(TaskArithmetic):
+    """``theta = base + sum_k c_k tau'_k``; one-hot coefficients give an expert without what was trimmed and outvoted.
+
+    Args:
+        density: The share of each task vector's n entries that is kept when trimming, above 0 and at most 1:
+            ``max(1, round(density * n))`` of the largest, and all that are equal to the smallest of these.
+
+    Raises:
+        InputError: The density is out of range.
+    """
+
+    density: float = 0.2
+
+    name = "ties_vectors"
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.density, (int, float)) and not isinstance(self.density, bool)
+        if not number or not 0 < self.density <= 1:
+            raise InputError(
+                f"density: expected a number above 0 and at most 1, found {self.density!r}.",
+                "It is the share of each task vector that is kept; 0.2 is usual.",
+            )
+
+    def transform(self, layout: Layout, read: Read) -> Transform:
+        """Streams the models three times, twice to find the thresholds and once to count the signs."""
+        pieces = Pieces(layout, read)
+        rank = max(1, round(self.density * layout.size))
+        election = _Election(pieces.kind, (0.0,) * pieces.vectors if rank == layout.size else largest(pieces, rank))
+        balance = sum(pieces.map(election.balance)) if pieces.vectors > 1 else 0
+        return _Election(pieces.kind, election.thresholds, 1.0 if balance >= 0 else -1.0)
+
+
+@dataclass(frozen=True)
+class _Election:
+    """Trims and elects in pieces of the base and K experts.
+
+    Every decision is exact, so it does not depend on the order of the experts, on the device or on how the pieces
+    are cut.
+
+    Args:
+        kind: The type in which task vectors are formed.
+        thresholds: K magnitudes below which entries are trimmed.
+        majority: The sign (1 or -1) of positions where what is left sums to zero.
+    """
+
+    kind: torch.dtype
+    thresholds: tuple[float, ...]
+    majority: float = 1.0
+
+    def __call__(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """The base, and K experts with the base's elements in place of those trimmed or outvoted."""
+        base, *experts = pieces
+        changed = [torch.empty_like(expert) for expert in experts]
+        span = CHUNK if base.device.type == "cpu" else DEVICE_SPAN
+        for low in range(0, base.numel(), span):
+            part = slice(low, low + span)
+            self._choose([out[part] for out in changed], [piece[part] for piece in pieces])
+        return [base, *changed]
+
+    def _choose(self, outs: Sequence[Tensor], pieces: Sequence[Tensor]) -> None:
+        base, *experts = pieces
+        vectors = task_vectors(pieces, self.kind)
+        signs = self._signs(vectors)
+        signs = torch.where(signs == 0, self.majority, signs)
+        for out, expert, vector, threshold in zip(outs, experts, vectors, self.thresholds, strict=True):
+            # Small or outvoted; false for NaN, which stays. At threshold 0 zero entries stay, too.
+            torch.where(vector.mul_(signs) < threshold, base, expert, out=out)
+
+    def balance(self, pieces: Sequence[Tensor]) -> int:
+        """By how many positions the positive signs outnumber the negative ones."""
+        signs = self._signs(task_vectors(pieces, self.kind))
+        return int((signs > 0).sum() - (signs < 0).sum())
+
+    def _signs(self, vectors: Sequence[Tensor]) -> Tensor:
+        """The sign (-1, 0 or 1) of the sum of the trimmed vectors at each position."""
+        trimmed = [
+            torch.where(vector.abs() < threshold, 0.0, vector)
+            for vector, threshold in zip(vectors, self.thresholds, strict=True)
+        ]
+        return sign_of_sum(trimmed)
+
+
+def sign_of_sum(terms: Sequence[Tensor]) -> Tensor:
+    """The exact sign (-1, 0 or 1) of the sum of K tensors (n,), elementwise, in their type."""
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total.add_(term)
+    if len(terms) > 2:  # the sum of two numbers never rounds to zero or across it
+        magnitude = torch.zeros_like(total)
+        for term in terms:
+            magnitude.add_(term.abs())
+        # Rounding moves a sum of K terms by at most (K - 1) eps / 2 of the sum of their magnitudes.
+        doubtful = (total.abs() <= len(terms) * torch.finfo(total.dtype).eps * magnitude) & (magnitude > 0)
+        if doubtful.any():
+            total[doubtful] = _distilled([term[doubtful] for term in terms])
+    return total.sign()
+
+
+def _distilled(terms: Sequence[Tensor]) -> Tensor:
+    """The leading part of the exact sum of K tensors (n,); the other parts are too small to change its sign.
+
+    Each pass adds up the terms and puts the rounding errors in their places; K passes leave terms that no longer
+    overlap (Bohlender 1977; Ogita, Rump and Oishi 2005, algorithm 4.3, for one pass).
+    """
+    rows = list(terms)
+    for _ in rows:
+        for low in range(len(rows) - 1):
+            rows[low + 1], rows[low] = _two_sum(rows[low + 1], rows[low])
+    return rows[-1]
+
+
+def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The rounded sum and its error, exactly (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
