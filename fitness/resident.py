@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fitness import checkpointing as recomputing
 from fitness.architectures import make
 from fitness.specs import CallSpec
+from merging.gradient import Slopes
 from merging.sources import Sources
 from populations.errors import InputError, nearest
-from populations.genome import Genome
+from populations.genome import Floats, Genome
 
 STACK_BYTES = 64 * 1024**2
 
@@ -30,9 +34,10 @@ class Resident:
         device: Where the model lives.
         dtype: Its floating-point type; None keeps the architecture's own (for a dict: the checkpoints').
         stack_bytes: Memory for candidates merged in one pass.
+        checkpointing: Whether ``gradient`` computes activations twice instead of keeping them (Hugging Face models).
 
     Raises:
-        InputError: The architecture cannot be made, or its tensors are not the checkpoints'.
+        InputError: The architecture cannot be made, its tensors are not the checkpoints', or it cannot be checkpointed.
     """
 
     def __init__(
@@ -42,6 +47,8 @@ class Resident:
         device: torch.device,
         dtype: torch.dtype | None = None,
         stack_bytes: int = STACK_BYTES,
+        *,
+        checkpointing: bool = False,
     ) -> None:
         self.model: nn.Module | dict[str, Tensor]
         self._sources = sources
@@ -55,12 +62,15 @@ class Resident:
             state = _with_kept_names(state, sources)
             _check_state(state, sources)
         self._tensors = [state[name] for name in sources.layout.tensors]
-        self._tied = [
-            (state[alias], state[name])
-            for alias, name in sources.layout.aliases.items()
-            if alias in state and state[alias] is not state[name]
-        ]
+        twins = [(alias, name) for alias, name in sources.layout.aliases.items() if alias in state]
+        self._tied = [(state[alias], state[name]) for alias, name in twins if state[alias] is not state[name]]
         self._tie()
+        places = {state[name]: name for name in sources.layout.tensors} | {state[alias]: name for alias, name in twins}
+        self._places = {tensor: name for tensor, name in places.items() if isinstance(tensor, nn.Parameter)}
+        self._shown: Genome | None = None  # whose weights these are, if only ``gradient`` has used them
+        self._checkpointing = checkpointing
+        if checkpointing:
+            recomputing.layers(self._module())
         kinds = {tensor.dtype for tensor in self._tensors}
         self.dtype = kinds.pop() if len(kinds) == 1 else None
         """The model's floating-point type; None when it mixes several."""
@@ -83,6 +93,7 @@ class Resident:
     def _show_stack(self, stack: Mapping[str, Tensor], count: int) -> Iterator[nn.Module | dict[str, Tensor]]:
         columns = [stack[name].unbind(0) for name in self._sources.layout.tensors]
         for index in range(count):
+            self._shown = None
             for tensor, column in zip(self._tensors, columns, strict=True):
                 tensor.data = column[index]
             self._tie()
@@ -91,8 +102,63 @@ class Resident:
     def _show_in_place(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
         tensors = dict(zip(self._sources.layout.tensors, self._tensors, strict=True))
         for genome in genomes:
+            self._shown = None
             self._sources.materialise([genome], [tensors])
             yield self._restored()
+
+    def gradient(self, genome: Genome, loss: Callable[[nn.Module], Tensor]) -> tuple[float, Floats]:
+        """A loss of the model with the weights of ``genome``, and its gradient by the genome's coefficients.
+
+        One backward pass to the weights; each weight's gradient is freed as soon as its inner products are taken. So
+        memory is that of one model, its activations and its largest tensor's gradient, whatever the number of
+        experts. Floating-point buffers (running means of batch normalisation) count as constants, and in float16
+        small gradients are lost: bfloat16 and float32 keep them.
+
+        Args:
+            genome: The merge.
+            loss: Called with the model in evaluation mode; returns a scalar with its graph. It may not change weights.
+
+        Returns:
+            The loss and (S, K) its derivatives.
+
+        Raises:
+            InputError: The model is a dict of tensors, the genome does not fit, or the loss is no scalar that depends
+                on the model's parameters.
+        """
+        model, slopes = self._module(), Slopes(self._sources, genome)
+        if self._shown is None or self._shown.digest != genome.digest:
+            next(self.show([genome]))
+            self._shown = genome
+        again = recomputing.checkpointed(model) if self._checkpointing else nullcontext()
+        with again, self._handing_over(slopes):
+            self._restored()
+            value = loss(model)
+            _check_loss(value)
+            value.backward()  # type: ignore[no-untyped-call]
+        return float(value.detach()), slopes.values
+
+    @contextmanager
+    def _handing_over(self, slopes: Slopes) -> Iterator[None]:
+        """Have parameters take gradients and give them to ``slopes``; afterwards all is as before."""
+        handles = []
+        try:
+            for parameter, name in self._places.items():
+                parameter.requires_grad_(True)
+                hook = partial(_hand_over, slopes, name)
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            with torch.enable_grad():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in self._places:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def _module(self) -> nn.Module:
+        if isinstance(self.model, nn.Module):
+            return self.model
+        raise InputError("gradient: expected a torch module, found a dict of tensors.", "Name an architecture.")
 
     def _restored(self) -> nn.Module | dict[str, Tensor]:
         """The model, with its integer buffers as the checkpoint has them."""
@@ -110,6 +176,23 @@ class Resident:
         names = self._sources.layout.tensors
         broken = (n for n, t in zip(names, self._tensors, strict=True) if not bool(torch.isfinite(t).all()))
         return next(broken, "")
+
+
+def _hand_over(slopes: Slopes, name: str, parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    slopes.add(name, parameter.grad)
+    parameter.grad = None
+
+
+def _check_loss(value: object) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"loss: expected one number in a tensor, found {found}.")
+    if not value.requires_grad:
+        raise InputError(
+            "loss: expected one that depends on the model's parameters, found a constant.",
+            "Compute it with torch operations, without detach() or no_grad().",
+        )
 
 
 def _allocated(sources: Sources, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -7,20 +7,24 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from itertools import groupby
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+from fitness import calibration
 from fitness.objectives import Model, Objective, Score, build
 from fitness.resident import Resident
 from fitness.specs import WorkerSpec
 from merging.sources import Sources
-from populations.errors import EcotoneError, InputError
+from populations.errors import EcotoneError, InputError, nearest
 from populations.space import Space
-from populations.trial import Evaluation, Trial
+from populations.trial import CalibrationBatch, Evaluation, Trial
 
 
 class Worker:
-    """Holds the sources, one resident model and the objectives, and scores one batch of trials after the other.
+    """Holds the sources, one resident model, objectives and calibration tasks; measures one batch after the other.
 
     What it says of a trial depends on the spec alone: not on earlier trials, on its batch or on the process.
     The number of CPU threads is set for the whole process.
@@ -39,10 +43,18 @@ class Worker:
         self._device = _device(spec.device)
         self._sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names, spec.settings)
         stored = None if spec.architecture is None else self._sources.layout.dtype
-        self._resident = Resident(self._sources, spec.architecture, self._device, _dtype(spec.dtype) or stored)
+        kind = _dtype(spec.dtype) or stored
+        self._resident = Resident(
+            self._sources, spec.architecture, self._device, kind, checkpointing=spec.checkpointing
+        )
         self._objectives: dict[str, list[Objective]] = {
             "search": [build(objective, self._device, self._resident.dtype) for objective in spec.search],
             "held_out": [build(objective, self._device, self._resident.dtype) for objective in spec.held_out],
+        }
+        if spec.calibration and not isinstance(self._resident.model, nn.Module):
+            raise InputError("calibration: expected a torch module to differentiate.", "Name an architecture.")
+        self._tasks = {
+            task.name: calibration.build(task, self._device, self._resident.dtype) for task in spec.calibration
         }
 
     def space(self) -> Space:
@@ -50,11 +62,19 @@ class Worker:
         return self._sources.space(self._spec.dense)
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
-        """One evaluation a trial, in order. A trial that cannot be scored has a failure; the others are unaffected."""
+        """One evaluation a trial, in order: scores, or for trials with a calibration batch a loss and its gradient.
+
+        A trial that cannot be measured has a failure; the others are unaffected.
+        """
         group = self._resident.group
         evaluations: list[Evaluation] = []
-        for start in range(0, len(trials), group):
-            evaluations += self._measure_group(trials[start : start + group])
+        for batch, run in groupby(trials, lambda trial: trial.calibration):
+            together = list(run)
+            if batch is not None:
+                evaluations += [self._differentiate(trial, batch) for trial in together]
+                continue
+            for start in range(0, len(together), group):
+                evaluations += self._measure_group(together[start : start + group])
         return evaluations
 
     def _measure_group(self, trials: Sequence[Trial]) -> list[Evaluation]:
@@ -82,7 +102,7 @@ class Worker:
             except (Exception, SystemExit) as error:
                 return _failed(f"objective {name!r}", error, began)
             if not math.isfinite(score.value):
-                return self._not_finite(name, score.value, began)
+                return self._not_finite(f"objective {name!r}: expected a finite score, found {score.value}", began)
             scores[name] = score
         return Evaluation(
             {name: score.value for name, score in scores.items()},
@@ -91,11 +111,36 @@ class Worker:
             items=sum(score.items for score in scores.values()),
         )
 
-    def _not_finite(self, name: str, value: float, began: float) -> Evaluation:
+    def _differentiate(self, trial: Trial, batch: CalibrationBatch) -> Evaluation:
+        began = time.perf_counter()
+        where, details, items = f"calibration {batch.task!r}", dict[str, float](), 0
+
+        def loss(model: nn.Module) -> Tensor:
+            nonlocal details, items
+            value, details, items = self._task(batch.task).loss(model, batch.step)
+            return value
+
+        try:
+            value, gradient = self._resident.gradient(trial.genome, loss)
+        except (Exception, SystemExit) as error:
+            return _failed(where, error, began)
+        if not math.isfinite(value):
+            return self._not_finite(f"{where}: expected a finite loss, found {value}", began)
+        if not np.isfinite(gradient).all():
+            return self._not_finite(f"{where}: expected a finite gradient, found NaN or infinity", began)
+        seconds = time.perf_counter() - began
+        return Evaluation({batch.task: value}, seconds=seconds, items=items, details=details, gradient=gradient)
+
+    def _task(self, name: str) -> calibration.Task:
+        if name in self._tasks:
+            return self._tasks[name]
+        remedy = nearest(name, tuple(self._tasks)) if self._tasks else "The worker has no calibration tasks."
+        raise InputError(f"expected a calibration task of that name, found {name!r}.", remedy)
+
+    def _not_finite(self, found: str, began: float) -> Evaluation:
         tensor = self._resident.not_finite()
         cause = f"the merged weights hold NaN or infinity ({tensor})" if tensor else "the merged weights are finite"
-        message = f"objective {name!r}: expected a finite score, found {value}; {cause}."
-        return Evaluation.failed("not finite", message, seconds=time.perf_counter() - began)
+        return Evaluation.failed("not finite", f"{found}; {cause}.", seconds=time.perf_counter() - began)
 
 
 def _failed(where: str, error: BaseException, began: float) -> Evaluation:
