@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from experiments import compose
-from experiments.recipe import Call, M2N2Search, MapBox, NestedMapBox, PythonObjective, Recipe, SurrogateBox
+from experiments.recipe import (
+    AdaMergingSearch,
+    Box,
+    Call,
+    M2N2Search,
+    MapBox,
+    NestedMapBox,
+    PythonObjective,
+    Recipe,
+    SurrogateBox,
+)
 from fitness.callables import resolve
 from merging.gram import region_borders
 from merging.layout import Layout
@@ -90,13 +100,24 @@ def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]
     checked = compose.check_search(recipe, sources)
     if checked is None:
         return
-    search, box = checked
-    size = f"{box.size} coefficients ({box.segments} x {box.sources} models), each from {box.low:g} to {box.high:g}"
-    yield Finding("search", f"{recipe.search.algorithm}: {size}{_samples(recipe.search, search, box.sources)}")
+    search, borders, models = checked
+    segments = len(borders) - 1
+    size = f"{segments * models} coefficients ({segments} x {models} models)"
+    yield Finding(
+        "search", f"{recipe.search.algorithm}: {size}{_bounds(recipe.search)}{_samples(recipe, search, models)}"
+    )
 
 
-def _samples(part: object, search: Any, models: int) -> str:
-    """What a search with surrogates scores before it has one."""
+def _bounds(part: object) -> str:
+    return f", each from {part.low:g} to {part.high:g}" if isinstance(part, Box) else ""
+
+
+def _samples(recipe: Recipe, search: Any, models: int) -> str:
+    """What a search with surrogates scores before it has one, and what a gradient search needs of the budget."""
+    part = recipe.search
+    if isinstance(part, AdaMergingSearch):
+        gradients = f"{search.lines} x {part.steps} steps on {len(recipe.calibration)} tasks"
+        return f"; {gradients}, scored {search.evaluations} times"
     if isinstance(part, NestedMapBox):
         return f"; {models - 1} pairs of {search.samples} samples and {search.front} members of a front"
     if not isinstance(part, SurrogateBox):

@@ -45,7 +45,7 @@ from fitness.pools import Pool, SerialPool
 from fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec, WorkerSpec
 from merging.sources import Sources
 from populations.errors import EcotoneError, InputError, PoolError
-from populations.genome import Floats, Genome
+from populations.genome import Floats, Genome, Integers
 from populations.gram import GramTable
 from populations.niches import NicheArchive
 from populations.population import ElitistArchive, Population
@@ -372,8 +372,9 @@ def _seeds(part: ModelsFirstBox, box: CoefficientBox, space: Space) -> Floats | 
     return np.array([box.point(Genome.uniform(space.size, row)) for row in rows])
 
 
-def check_search(recipe: Recipe, sources: Sources | None = None) -> tuple[Search, CoefficientBox] | None:
-    """The search over coefficients and their box, made before a weight is read, to refuse early what does not fit.
+def check_search(recipe: Recipe, sources: Sources | None = None) -> tuple[Search, Integers, int] | None:
+    """The search over coefficients, made before a weight is read to refuse early what does not fit, the (S+1,) borders
+    of its segments, and the number of models.
 
     Args:
         recipe: What to check.
@@ -386,10 +387,11 @@ def check_search(recipe: Recipe, sources: Sources | None = None) -> tuple[Search
         InputError: As for ``make_search``.
     """
     part = recipe.search
-    if not isinstance(part, Box) or (sources is None and part.granularity in ("block", "tensor")):
+    if isinstance(part, M2N2Search) or (sources is None and part.granularity in ("block", "tensor")):
         return None
     outline = _outline(recipe.models, part.groups) if sources is None else _outline_of(sources)
-    return make_search(recipe, outline)[0], _box(part, outline)
+    borders = borders_of(outline, part.granularity, part.groups)
+    return make_search(recipe, outline)[0], borders, outline.dimension
 
 
 def _outline_of(sources: Sources) -> Space:
