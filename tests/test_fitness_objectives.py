@@ -404,3 +404,6 @@ def test_inputs_take_the_models_dtype_and_token_ids_do_not(module):
     assert isinstance(objective, Accuracy)
     assert objective.inputs.dtype == torch.bfloat16
     assert objective.labels.dtype == torch.int64
+    named = build(ObjectiveSpec(Goal("acc"), data=CallSpec(f"{module}:by_name")), torch.device("cpu"), torch.bfloat16)
+    kinds = {name: tensor.dtype for name, tensor in named.inputs.items()}
+    assert kinds == {"input_ids": torch.int64, "attention_mask": torch.int64, "scale": torch.bfloat16}
