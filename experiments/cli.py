@@ -358,6 +358,8 @@ def _drive(recipe: Recipe, directory: Path, work: Callable[[ProgressLine], Run],
         return
     out = report.console()
     out.print(report.closing_table(finished))
+    for text in report.search_warnings(finished.report() or {}):
+        out.print(text, soft_wrap=True)
     out.print(f"\nThe run is in {finished.directory}. What next:", soft_wrap=True)
     for command, text in (
         ("front", "all members of the front"),

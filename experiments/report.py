@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shlex
 import sys
 import time
@@ -83,6 +84,7 @@ class ProgressLine:
         parts = [
             f"{progress.evaluations}{of} evaluations",
             f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s",
+            *([f"{progress.gradients} gradients"] if progress.gradients else []),
             f"best {best}",
             f"front {progress.front_size}",
             f"failures {progress.failures}",
@@ -175,8 +177,9 @@ def search_report_text(found: Mapping[str, Any], goals: Sequence[Goal]) -> str:
     return captured.get().rstrip()
 
 
-def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[Table | Tree]:
-    """What a search with surrogates reports: how well they predict, and its front as predicted and as measured.
+def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[Table | Tree | Text]:
+    """What a search reports at its end: of surrogates, how well they predict, and the front as predicted and as
+    measured; of lines of gradient descent, how each of them went, and what to beware of.
 
     Args:
         found: The ``report()`` of the search; parts that it lacks are left out.
@@ -188,6 +191,14 @@ def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[T
         yield _predicted_table(found["members"], goals)
     for root in found.get("tree") or ():
         yield _tree(root)
+    if found.get("lines"):
+        yield _descent_table(found["lines"])
+    yield from map(Text, search_warnings(found))
+
+
+def search_warnings(found: Mapping[str, Any]) -> list[str]:
+    """Sentences on what went wrong in a search that can tell."""
+    return [f"Beware: {text}" for text in found.get("warnings") or ()]
 
 
 def _surrogate_table(found: Mapping[str, Any], goals: Sequence[Goal]) -> Table:
@@ -213,6 +224,24 @@ def _predicted_table(members: Sequence[Mapping[str, Any]], goals: Sequence[Goal]
             cells.append(predicted if spread is None else f"{predicted} ±{spread:.3f}")
             cells.append(_number((member.get("measured") or {}).get(goal.name), ".4f"))
         table.add_row(str(member["number"]), *cells)
+    return table
+
+
+def _descent_table(descents: Sequence[Mapping[str, Any]]) -> Table:
+    """First, best and last check of each line of gradient descent."""
+    tasks = list(descents[0]["weights"])
+    columns = ["line", "steps", "ended", "mean score:\nfirst", "best", "last", *(f"loss of\n{task}" for task in tasks)]
+    table = _plain_table("Lines of gradient descent", columns, left=3)
+    for index, line in enumerate(descents):
+        checks = line["checks"]
+        scores = [check["score"] for check in checks if check["score"] is not None] or [None]
+        best = max(scores, key=lambda score: -math.inf if score is None else score)
+        losses = [[check["losses"].get(task) for check in checks if check["losses"]] or [None] for task in tasks]
+        ways = [f"{_number(told[0], '.4f')} to {_number(told[-1], '.4f')}" for told in losses]
+        cells = [_number(score, ".4f") for score in (scores[0], best, scores[-1])]
+        weights = {weight for weight in line["weights"].values() if weight}
+        label = str(index) if len(weights) == 1 else f"{index}: {_point(line['weights'])}"
+        table.add_row(label, str(line["steps"]), line["ended"], *cells, *ways)
     return table
 
 

@@ -69,10 +69,11 @@ class Run:
     def status(self) -> dict[str, Any]:
         """Plain values: state, evaluations, failures, evaluations_per_second, best, digest and more."""
         with self.journal() as journal:
-            rows = list(journal.rows())
+            everything = list(journal.rows(gradients=True))
+            rows = [row for row in everything if row.calibration is None]
             best = best_row(rows, self.goals)
             front = front_rows(rows, self.goals)
-            failed = [row for row in rows if row.failure is not None]
+            failed = [row for row in everything if row.failure is not None]
             elapsed = float(journal.fact("elapsed") or 0.0)
             state = journal.fact("state") or "starting"
             if state == "running" and not journal.in_use:
@@ -85,6 +86,7 @@ class Run:
                 "signature": journal.fact("signature"),
                 "seed": int(journal.fact("seed") or 0),
                 "evaluations": len(rows),
+                "gradients": len(everything) - len(rows),
                 "budget": json.loads(journal.fact("budget") or "{}"),
                 "failures": len(failed),
                 "last_failure": _in_words(failed[-1].failure) if failed else None,

@@ -71,19 +71,8 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What a gradient trial said: the loss of ``task`` on batch ``step`` of its stream; None after a failure."""
-
-    number: int
-    task: str
-    step: int
-    value: float | None
-    time: float
-
-
-@dataclass(frozen=True)
 class Row:
-    """A trial as the journal's overview shows it: without genome and per-example scores."""
+    """A trial as the journal's overview shows it: without genome, gradient and per-example scores."""
 
     number: int
     digest: str
@@ -92,6 +81,7 @@ class Row:
     failure: Failure | None
     seconds: float
     time: float
+    calibration: CalibrationBatch | None = None
 
 
 class Journal:
@@ -276,23 +266,22 @@ class Journal:
             after: A trial's number.
             gradients: Also those whose gradient was wanted, not their scores; their scores are losses by task.
         """
-        for number, digest, parents, scores, failure, seconds, when in self._rows(
-            "SELECT t.number, t.digest, t.parents, e.scores, e.failure, e.seconds, e.time FROM trials t "
-            "JOIN evaluations e USING (number) WHERE number > ? AND (? OR task IS NULL) ORDER BY number",
+        for number, digest, parents, task, step, scores, failure, seconds, when in self._rows(
+            "SELECT t.number, t.digest, t.parents, t.task, t.step, e.scores, e.failure, e.seconds, e.time "
+            "FROM trials t JOIN evaluations e USING (number) "
+            "WHERE number > ? AND (? OR task IS NULL) ORDER BY number",
             (after, gradients),
         ):
             yield Row(
-                number, digest, tuple(json.loads(parents)), _parsed(scores), _failure(failure), float(seconds), when
+                number,
+                digest,
+                tuple(json.loads(parents)),
+                _parsed(scores),
+                _failure(failure),
+                float(seconds),
+                when,
+                None if task is None else CalibrationBatch(task, step),
             )
-
-    def losses(self, after: int = -1) -> Iterator[Loss]:
-        """What the gradient trials numbered above ``after`` said, in order of number."""
-        for number, task, step, scores, when in self._rows(
-            "SELECT number, task, step, scores, time FROM trials JOIN evaluations USING (number) "
-            "WHERE number > ? AND task IS NOT NULL ORDER BY number",
-            (after,),
-        ):
-            yield Loss(number, task, step, (_parsed(scores) or {}).get(task), when)
 
     def trial(self, number: int) -> Trial:
         """The trial with its genome, residual included.

@@ -14,6 +14,7 @@ Metrics, each with the number of evaluations as its step:
 - ``<objective>``: mean over the candidates since the previous step; absent when all of them failed.
 - ``best/<objective>``: the best so far in that objective; ``best/mean``: the best mean of the oriented scores
   (those of minimised objectives count negatively).
+- ``loss/<task>`` of a gradient search: the mean over the steps since the previous evaluations.
 - ``front_size``, ``failures``, ``evaluations``, ``evaluations_per_second`` (over at least the last 100 and 1 s).
 - ``hypervolume`` of the front, while the search goes on when its reference point is known to be 0 and at the end
   otherwise.

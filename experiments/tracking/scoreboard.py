@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.runs import points_of, reference_point
-from experiments.tracking.names import CURSOR, HYPERVOLUME, metric_names
+from experiments.tracking.names import CURSOR, HYPERVOLUME, acceptable, metric_names
 from populations.fronts import hypervolume, hypervolume_over
 from populations.genome import Floats
 from populations.journal import Row
@@ -112,6 +112,7 @@ class Scoreboard:
         self._stepped = 0
         self._records: dict[str, float] = {}
         self._window: list[Mapping[str, float]] = []
+        self._losses: dict[str, list[float]] = {}
         self._arrivals: deque[tuple[int, float]] = deque([(0, created)])
         self._names = metric_names([goal.name for goal in goals])
 
@@ -128,6 +129,11 @@ class Scoreboard:
             return None
         return self._step()
 
+    def learn(self, task: str, row: Row) -> None:
+        """Take the loss of a calibration task, which the next step shows: the mean since the step before."""
+        if row.failure is None and row.scores:
+            self._losses.setdefault(task, []).append(row.scores[task])
+
     def last(self) -> Line | None:
         """The metrics of a last step that is shorter than the others; None when there is none."""
         return None if self.on_border or self.count == self._stepped else self._step()
@@ -137,6 +143,7 @@ class Scoreboard:
         self._stepped = self.count
         self.volumes.step(line.step, line.time)
         self._window.clear()
+        self._losses.clear()
         return line
 
     def line(self) -> Line:
@@ -149,6 +156,8 @@ class Scoreboard:
                 values[name] = math.fsum(scores) / len(scores)
             if goal.name in self._records:
                 values[f"best/{name}"] = self._records[goal.name]
+        for task, losses in self._losses.items():
+            values[f"loss/{acceptable(task)}"] = math.fsum(losses) / len(losses)
         if self.best is not None:
             values["best/mean"] = self._best_mean
         values["front_size"] = len(self.front.numbers)
