@@ -132,7 +132,7 @@ def torch_loop(sources: Sources, weights: np.ndarray, out: list[dict[str, Tensor
     """The plain way: widen a chunk, multiply, add, round."""
     for name in sources.layout.tensors:
         device = out[0][name].device
-        tensors = sources._near(name, device)
+        tensors = sources.near(name, device).tensors()
         for tensors_out, row in zip(out, weights.tolist(), strict=True):
             flat = tensors_out[name].view(-1)
             for low in range(0, flat.numel(), LOOP_CHUNK):

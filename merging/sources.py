@@ -16,20 +16,20 @@ from merging import operators, preflight
 from merging.checkpoint import Checkpoint
 from merging.gram import gram_table
 from merging.layout import Layout
-from merging.materialise import SMALL, Mixture, Stretch, Transform, mix
+from merging.materialise import SMALL, Mixture, Stretch, Transform, mix, unchanged
 from merging.operators.base import Operator
 from populations.errors import InputError
 from populations.genome import Genome
 from populations.space import Space
 
 DEVICE_SHARE = 0.25  # of a CUDA device's free memory: sources that fit in it stay on the device
-RESIDENT_BYTES = 256 * 2**20  # models whose sources fit in this are kept in memory for ``stack``
+RESIDENT_BYTES = 256 * 2**20  # what is mixed is kept in memory where it fits in this and reading it takes work
 
 
 class Sources:
     """The checkpoints of a merge, memory-mapped, with the operator that gives genomes their meaning.
 
-    Use ``Sources.open``. Nothing is kept in memory except, for models small enough, what ``stack`` reads.
+    Use ``Sources.open``. Nothing is kept in memory except, for models small enough, what is mixed.
 
     Args:
         layout: The flat vector that the models share.
@@ -115,12 +115,13 @@ class Sources:
         return Stretch(self._stored(name), self._transform)
 
     def near(self, name: str, device: torch.device) -> Stretch:
-        """``stretch(name)``, kept on a CUDA device when all sources take a small part of its free memory."""
-        if device.type != "cuda":
-            return self.stretch(name)
+        """``stretch(name)``, kept as it is mixed where that saves work and takes little memory.
+
+        That is on a CUDA device, when all sources take a small part of its free memory, and in main memory when the
+        operator changes the experts of a small model.
+        """
         if device not in self._kept:
-            needed = sum(checkpoint.nbytes for checkpoint in self.checkpoints)
-            self._kept[device] = {} if needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] else None
+            self._kept[device] = {} if self._may_keep(device) else None
         kept = self._kept[device]
         if kept is None:
             return self.stretch(name)
@@ -128,6 +129,12 @@ class Sources:
             there = Stretch([tensor.to(device) for tensor in self._stored(name)], self._transform)
             kept[name] = Stretch(there.tensors())
         return kept[name]
+
+    def _may_keep(self, device: torch.device) -> bool:
+        needed = sum(checkpoint.nbytes for checkpoint in self.checkpoints)
+        if device.type == "cuda":
+            return needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        return self._transform is not unchanged and needed <= RESIDENT_BYTES
 
     def read(self, name: str) -> list[Tensor]:
         """J flat tensors: ``name`` in every model that is mixed, memory-mapped where the operator changes nothing."""
@@ -227,8 +234,6 @@ class Sources:
         elif mixtures:
             self.materialise(genomes, [self._views(row) for row in buffer])
         return self._views(buffer.to(device))
-
-    _near = near
 
     def _stored(self, name: str) -> list[Tensor]:
         """J flat tensors, memory-mapped: ``name`` as the checkpoints hold it."""
