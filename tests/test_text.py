@@ -504,7 +504,7 @@ def test_adamerging_on_a_tiny_encoder(tiny_encoder: str, tasks: str, tmp_path: P
     report = run.report()
     assert report is not None
     [line] = report["lines"]
-    assert len(line["coefficients"]) == 38  # one a tensor of the encoder
+    assert len(line["coefficients"]) == 39  # one a tensor of the encoder
     for task in ("kinds", "sizes"):
         assert line["checks"][-1]["losses"][task] < line["checks"][0]["losses"][task]
     best, average = run.best(), run.references()[-1]
