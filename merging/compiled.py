@@ -94,5 +94,29 @@ class Batch:
         loops.mix(_addresses(sources), _addresses(outs), kind, kind.itemsize, start, size, *candidates)
 
 
+def choose(stored: Sequence[Tensor], outs: Sequence[Tensor], thresholds: Sequence[float], majority: float) -> bool:
+    """What ``merging.operators.ties_vectors`` does with a stretch of the base and K experts, if it can be done here.
+
+    Args:
+        stored: K+1 flat tensors in main memory, the base first.
+        outs: K such tensors to fill.
+        thresholds: K magnitudes below which entries are trimmed.
+        majority: The sign of positions that sum to zero.
+
+    Returns:
+        Whether it was done.
+    """
+    if not supports(stored, outs):
+        return False
+    from merging import loops  # imports numba
+
+    kind, single = _KINDS[stored[0].dtype], np.float32
+    doubt = len(outs) * np.finfo(single).eps
+    addresses = _addresses(stored), _addresses(outs)
+    size = stored[0].numel()
+    loops.choose(*addresses, kind, kind.itemsize, size, np.array(thresholds, single), single(majority), single(doubt))
+    return True
+
+
 def _addresses(tensors: Sequence[Tensor]) -> Integers:
     return np.array([tensor.data_ptr() for tensor in tensors], np.int64)

@@ -19,6 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 BLOCK = 16_384  # elements formed at a time; a few blocks fit in a core's own cache
+SHORT = 4_096  # elements whose task vectors are held in float32 at a time
 LINE = 64  # bytes of a cache line
 _LOW = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
@@ -260,6 +261,76 @@ def _mix(sources, outs, kind, width, start, size, edges, first, weights, residua
                     _stream(target + offset, formed.ctypes.data + offset)
 
 
+@_jit
+def _trim_and_add(vector, total, magnitude, expert, base, threshold):
+    for i in range(len(expert)):
+        value = _wide(expert[i]) - _wide(base[i])
+        vector[i] = value
+        kept = np.float32(0.0) if abs(value) < threshold else value
+        total[i] += kept
+        magnitude[i] += abs(kept)
+
+
+@_jit
+def _select(out, vector, signs, expert, base, threshold):
+    for i in range(len(out)):
+        out[i] = base[i] if vector[i] * signs[i] < threshold else expert[i]
+
+
+@_jit
+def _distilled(terms):
+    """The leading part of the exact sum of ``terms``; see ``merging.operators.ties_vectors``."""
+    for _ in range(len(terms)):
+        for low in range(len(terms) - 1):
+            a, b = terms[low + 1], terms[low]
+            total = a + b
+            part = total - a
+            terms[low + 1] = total
+            terms[low] = (a - (total - part)) + (b - part)
+    return terms[-1]
+
+
+def _choose(stored, outs, kind, width, size, thresholds, majority, doubt):
+    """Trim task vectors and elect signs, as ``merging.operators.ties_vectors`` does.
+
+    Args:
+        stored: (K+1,) addresses of a stretch of the base and of every expert.
+        outs: (K,) addresses of what is mixed in place of the experts.
+        kind: Their type, float32 or uint16 (bfloat16).
+        width: Bytes of an element.
+        size: Length of the stretch.
+        thresholds: (K,) float32 magnitudes below which entries are trimmed.
+        majority: The sign of positions that sum to zero, float32.
+        doubt: Share of the sum of magnitudes, float32, within which the sign of a sum is found without rounding.
+    """
+    experts = len(outs)
+    vectors = np.empty((experts, SHORT), np.float32)
+    total, magnitude = np.empty(SHORT, np.float32), np.empty(SHORT, np.float32)
+    terms = np.empty(experts, np.float32)
+    for low in range(0, size, SHORT):
+        n = min(SHORT, size - low)
+        base = carray(_pointer(stored[0] + width * low), (n,), kind)
+        total[:n] = 0.0
+        magnitude[:n] = 0.0
+        for k in range(experts):
+            expert = carray(_pointer(stored[k + 1] + width * low), (n,), kind)
+            _trim_and_add(vectors[k], total, magnitude, expert, base, thresholds[k])
+        if experts > 2:
+            for i in range(n):
+                if magnitude[i] > 0 and abs(total[i]) <= magnitude[i] * doubt:
+                    for k in range(experts):
+                        value = vectors[k, i]
+                        terms[k] = np.float32(0.0) if abs(value) < thresholds[k] else value
+                    total[i] = _distilled(terms)
+        for i in range(n):
+            value = total[i]
+            total[i] = np.float32(1.0) if value > 0 else (np.float32(-1.0) if value < 0 else majority)
+        for k in range(experts):
+            expert = carray(_pointer(stored[k + 1] + width * low), (n,), kind)
+            out = carray(_pointer(outs[k] + width * low), (n,), kind)
+            _select(out, vectors[k], total, expert, base, thresholds[k])
+
+
 def _compiled(function: Callable[..., Any]) -> Any:
     try:
         return _jit(function, cache=True)
@@ -268,3 +339,4 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 mix = _compiled(_mix)
+choose = _compiled(_choose)

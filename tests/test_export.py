@@ -228,7 +228,7 @@ def watch():
     while not stop.wait(0.002):
         peak = max(peak, anonymous())
 
-sources = Sources.open(sys.argv[2:4], sys.argv[1], "task_arithmetic")
+sources = Sources.open(sys.argv[2:4], sys.argv[1], sys.argv[5])
 start = anonymous()
 watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
@@ -254,13 +254,14 @@ def big(path: Path, nbytes: int, seed: int) -> Path:
     [(64_000_000, 300, 150), pytest.param(1_000_000_000, 300, 150, marks=pytest.mark.slow)],
     ids=["64 MB", "1 GB"],
 )
-def test_export_needs_a_few_chunks_of_memory(tmp_path, nbytes, limit, growth):
+@pytest.mark.parametrize("operator", ["task_arithmetic", "ties_vectors"])
+def test_export_needs_a_few_chunks_of_memory(tmp_path, nbytes, limit, growth, operator):
     """``limit`` and ``growth`` are MB of anonymous resident memory: in all (torch included), and by the export.
 
     The export itself takes about 20 MB; numba, where it is installed, 40 more, or 100 when it compiles at first use.
     """
     paths = [big(tmp_path / f"{seed}.safetensors", nbytes, seed) for seed in range(3)]
-    arguments = [sys.executable, "-c", PEAK, *map(str, paths), str(tmp_path / "merged.safetensors")]
+    arguments = [sys.executable, "-c", PEAK, *map(str, paths), str(tmp_path / "merged.safetensors"), operator]
     answer = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=250)
     assert answer.returncode == 0, answer.stderr
     start, peak = map(float, answer.stdout.split())

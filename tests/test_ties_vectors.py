@@ -16,9 +16,9 @@ from fitness.specs import WorkerSpec
 from fitness.worker import Worker
 from merging import operators
 from merging.gradient import Slopes
-from merging.operators import task_vectors
+from merging.operators import task_vectors, ties_vectors
 from merging.operators.task_vectors import Pieces, largest
-from merging.operators.ties_vectors import sign_of_sum
+from merging.operators.ties_vectors import _Election, sign_of_sum
 from merging.sources import Sources
 from populations.errors import InputError
 from populations.genome import Genome
@@ -242,6 +242,7 @@ def test_large_models_get_the_bits_of_small_ones(tmp_path, monkeypatch, dtype):
     expected = sources.stack(genomes)
     monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", 0)
     monkeypatch.setattr(merging.sources, "SMALL", 0)
+    monkeypatch.setattr(ties_vectors, "SMALL", 0)
     threads = torch.get_num_threads()
     try:
         for count, span, compiled in ((1, 2**18, True), (2, 997, True), (2, 997, False), (3, 5003, False)):
@@ -254,6 +255,22 @@ def test_large_models_get_the_bits_of_small_ones(tmp_path, monkeypatch, dtype):
             assert all(torch.equal(bits(again[name]), bits(expected[name])) for name in SHAPES)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("terms", [1, 2, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_loops_choose_as_torch_does(dtype, terms, threshold):
+    pytest.importorskip("numba")
+    table = torch.from_numpy(awkward(np.random.default_rng(terms), terms, 9000, np.float32)).to(dtype)
+    odd = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e-40, -1e-40]).to(dtype)
+    table[:, :2000] = odd[torch.randint(0, len(odd), (terms, 2000), generator=torch.manual_seed(0))]
+    pieces = [torch.randint(-1, 2, (9000,), generator=torch.manual_seed(1)).to(dtype), *table]
+    for majority in (1.0, -1.0):
+        plain = _Election(torch.float32, (threshold,) * terms, majority)(pieces)
+        loops = [torch.empty_like(row) for row in table]
+        assert merging.compiled.choose(pieces, loops, (threshold,) * terms, majority)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(plain[1:], loops, strict=True))
 
 
 # -- what else reads the sources -----------------------------------------------------------------------------

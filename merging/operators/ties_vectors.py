@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from merging import compiled
 from merging.layout import Layout
-from merging.materialise import CHUNK, DEVICE_SPAN, Transform
+from merging.materialise import CHUNK, DEVICE_SPAN, SMALL, Transform
 from merging.operators.base import Read
 from merging.operators.task_arithmetic import TaskArithmetic
 from merging.operators.task_vectors import Pieces, largest, task_vectors
@@ -59,7 +60,8 @@ class TiesVectors(TaskArithmetic):
         rank = max(1, round(self.density * layout.size))
         election = _Election(pieces.kind, (0.0,) * pieces.vectors if rank == layout.size else largest(pieces, rank))
         balance = sum(pieces.map(election.balance)) if pieces.vectors > 1 else 0
-        return _Election(pieces.kind, election.thresholds, 1.0 if balance >= 0 else -1.0)
+        large = (pieces.vectors + 1) * layout.size > SMALL
+        return _Election(pieces.kind, election.thresholds, 1.0 if balance >= 0 else -1.0, large)
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,24 @@ class _Election:
         kind: The type in which task vectors are formed.
         thresholds: K magnitudes below which entries are trimmed.
         majority: The sign (1 or -1) of positions where what is left sums to zero.
+        large: Whether the models are large enough for compiled loops.
     """
 
     kind: torch.dtype
     thresholds: tuple[float, ...]
     majority: float = 1.0
+    large: bool = False
 
     def __call__(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """The base, and K experts with the base's elements in place of those trimmed or outvoted."""
         base, *experts = pieces
         changed = [torch.empty_like(expert) for expert in experts]
+        if (
+            self.large
+            and base.device.type == "cpu"
+            and compiled.choose(pieces, changed, self.thresholds, self.majority)
+        ):
+            return [base, *changed]
         span = CHUNK if base.device.type == "cpu" else DEVICE_SPAN
         for low in range(0, base.numel(), span):
             part = slice(low, low + span)
