@@ -10,9 +10,9 @@ from typing import Any
 
 from experiments import compose
 from experiments.recipe import (
-    AdaMergingSearch,
     Box,
     Call,
+    GradientSearch,
     M2N2Search,
     MapBox,
     NestedMapBox,
@@ -115,8 +115,8 @@ def _bounds(part: object) -> str:
 def _samples(recipe: Recipe, search: Any, models: int) -> str:
     """What a search with surrogates scores before it has one, and what a gradient search needs of the budget."""
     part = recipe.search
-    if isinstance(part, AdaMergingSearch):
-        gradients = f"{search.lines} x {part.steps} steps on {len(recipe.calibration)} tasks"
+    if isinstance(part, GradientSearch):
+        gradients = f"{search.lines} x {search.most_steps} steps on {len(recipe.calibration)} tasks"
         return f"; {gradients}, scored {search.evaluations} times"
     if isinstance(part, NestedMapBox):
         return f"; {models - 1} pairs of {search.samples} samples and {search.front} members of a front"

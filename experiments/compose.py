@@ -27,6 +27,7 @@ from experiments.recipe import (
     Calibration,
     Call,
     CmaEsBox,
+    ExpertMergingSearch,
     M2N2Search,
     MapBox,
     Models,
@@ -42,7 +43,7 @@ from experiments.recipe import (
 )
 from fitness.callables import resolve
 from fitness.pools import Pool, SerialPool
-from fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec, WorkerSpec
+from fitness.specs import CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
 from merging.sources import Sources
 from populations.errors import EcotoneError, InputError, PoolError
 from populations.genome import Floats, Genome, Integers
@@ -246,7 +247,11 @@ def _objective(objective: Objective, prepared: Path | None) -> ObjectiveSpec:
 
 def _calibration(task: Calibration, seed: int, prepared: Path | None) -> CalibrationSpec:
     head = None if task.head is None else _call(task.head, prepared)
-    return CalibrationSpec(task.name, _call(task.data, prepared), task.loss, head, task.batch, seed)
+    spec = CalibrationSpec(task.name, _call(task.data, prepared), task.loss, head, task.batch, seed)
+    if task.loss != "distillation":
+        return spec
+    wanted = Distillation(task.expert or task.name, task.temperature, task.hidden, task.layers)
+    return replace(spec, distillation=wanted)
 
 
 # -- search ----------------------------------------------------------------------------------------------
@@ -263,6 +268,8 @@ def make_search(recipe: Recipe, space: Space) -> tuple[Search, Population]:
         return _m2n2(part, space, goals, recipe.seed)
     if isinstance(part, AdaMergingSearch):
         return _adamerging(recipe, part, space), ElitistArchive(goals, part.archive)
+    if isinstance(part, ExpertMergingSearch):
+        return _expert_merging(recipe, part, space), ElitistArchive(goals, part.archive)
     return _box_search(recipe, part, space), ElitistArchive(goals, part.archive)
 
 
@@ -298,6 +305,14 @@ def _adamerging(recipe: Recipe, part: AdaMergingSearch, space: Space) -> Search:
     tasks = [task.name for task in recipe.calibration]
     settings = part.model_dump(exclude={"algorithm", "granularity", "groups", "archive"})
     return AdaMerging(borders, space.dimension, tasks, goals_of(recipe.objectives.search), recipe.seed, **settings)
+
+
+def _expert_merging(recipe: Recipe, part: ExpertMergingSearch, space: Space) -> Search:
+    from search.expert_merging import ExpertMerging
+
+    tasks = [task.name for task in recipe.calibration]
+    settings = part.model_dump(exclude={"algorithm", "granularity", "groups", "archive"})
+    return ExpertMerging(space, tasks, goals_of(recipe.objectives.search), recipe.seed, **settings)
 
 
 def _box_search(recipe: Recipe, part: Box, space: Space) -> Search:

@@ -154,16 +154,34 @@ class Calibration(Part):
     Attributes:
         name: The task's name.
         data: Returns the inputs, or (inputs, labels); labels are used by ``cross_entropy`` alone.
-        loss: ``entropy`` of the predictions, or ``cross_entropy`` with the labels.
+        loss: ``entropy`` of the predictions, ``cross_entropy`` with the labels, or ``distillation``: how far logits and
+            hidden layers are from those of an expert (Expert Merging), which needs no labels.
         head: As in objectives of type ``accuracy``.
         batch: Examples in one batch.
+        expert: For ``distillation``: the name of the expert to be like; by default the one named as the task.
+        temperature: For ``distillation``: what logits are divided by.
+        hidden: For ``distillation``: weight of the hidden layers' mean squared error.
+        layers: For ``distillation``: which hidden layers: names of the architecture's modules, or positions in a
+            Hugging Face model's ``hidden_states``; by default all of these, or the outputs that the head takes.
     """
 
     name: str
     data: Call
-    loss: Literal["entropy", "cross_entropy"] = "entropy"
+    loss: Literal["entropy", "cross_entropy", "distillation"] = "entropy"
     head: Call | None = None
     batch: int = Field(default=16, ge=1)
+    expert: str | None = None
+    temperature: float = Field(default=1.0, gt=0)
+    hidden: float = Field(default=1.0, ge=0)
+    layers: tuple[int | str, ...] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _distils(self) -> Calibration:
+        plain = {"expert": None, "temperature": 1.0, "hidden": 1.0, "layers": None}
+        given = [name for name, value in plain.items() if getattr(self, name) != value]
+        if given and self.loss != "distillation":
+            raise ValueError(f"{given[0]}: belongs to loss: distillation, found loss: {self.loss}")
+        return self
 
 
 class M2N2Search(Part):
@@ -322,7 +340,32 @@ class OptunaBox(ModelsFirstBox):
     history: int | None = Field(default=None, ge=2)
 
 
-class AdaMergingSearch(Part):
+class GradientSearch(Part):
+    """What searches that follow the gradient of the calibration tasks have in common.
+
+    Attributes:
+        steps: Steps of Adam, each over ``accumulate`` batches of every task.
+        accumulate: Batches of a task in one step.
+        weights: By task how much its loss counts; 1 where not given.
+        sweep: Learn so many times, each with another weighting of the tasks, for a front.
+        restarts: Learn so many times, from ``init`` and from points around it.
+        check_every: Score the objectives every so many steps.
+        patience: Stop after so many such checks without a better one.
+    """
+
+    granularity: Literal["model", "groups", "block", "tensor"] = "tensor"
+    groups: int = Field(default=1, ge=1)
+    steps: int = Field(default=500, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    weights: dict[str, float] | None = None
+    sweep: int | None = Field(default=None, ge=2)
+    restarts: int = Field(default=1, ge=1)
+    check_every: int = Field(default=25, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    archive: int = Field(default=20, ge=1)
+
+
+class AdaMergingSearch(GradientSearch):
     """AdaMerging: coefficients learned by gradient on the calibration tasks (``search.adamerging``).
 
     Attributes:
@@ -330,34 +373,59 @@ class AdaMergingSearch(Part):
         groups: With ``granularity: groups``, how many runs of blocks have coefficients of their own.
         init: Where coefficients begin.
         rate: Adam's learning rate.
-        steps: Steps of Adam, each over one batch of every task.
         clamp: Use coefficients cut off at 0 and 1, as in the paper; their gradient is zero outside.
-        weights: By task how much its loss counts; 1 where not given.
-        sweep: Learn so many times, each with another weighting of the tasks, for a front.
-        restarts: Learn so many times, from ``init`` and from points around it.
-        spread: Standard deviation of those points.
-        check_every: Score the objectives every so many steps.
-        patience: Stop after so many such checks without a better one.
+        spread: Standard deviation of the points around ``init`` at which restarts begin.
     """
 
     algorithm: Literal["adamerging"]
-    granularity: Literal["model", "groups", "block", "tensor"] = "tensor"
-    groups: int = Field(default=1, ge=1)
     init: float = 0.3
     rate: float = Field(default=1e-3, gt=0)
-    steps: int = Field(default=500, ge=1)
     clamp: bool = False
-    weights: dict[str, float] | None = None
-    sweep: int | None = Field(default=None, ge=2)
-    restarts: int = Field(default=1, ge=1)
     spread: float = Field(default=0.1, ge=0)
-    check_every: int = Field(default=25, ge=1)
-    patience: int | None = Field(default=None, ge=1)
-    archive: int = Field(default=20, ge=1)
+
+
+class ExpertMergingSearch(GradientSearch):
+    """Expert Merging, and ++ with ``chunks``: sigmoid coefficients learned from experts (``search.expert_merging``).
+
+    Attributes:
+        granularity: Always ``tensor``.
+        init: Where coefficients begin, and what the regulariser draws them to.
+        rate: Adam's learning rate, in logits.
+        steps: Steps of Adam; with ``chunks`` there are as many again.
+        regulariser: Weight of the mean distance of coefficients from where they began.
+        clip: Longest gradient; a longer one is shortened.
+        exclude: Tensors that stay the base's, as file-name patterns in any case; None means norms, embeddings, biases
+            and heads.
+        chunks: After ``steps``, split tensors into so many chunks each on average, more where it matters more (++).
+        steepness: Power of the importance by which chunks are shared out.
+        spread: Standard deviation, in logits, of the points around ``init`` at which restarts begin.
+    """
+
+    algorithm: Literal["expert_merging"]
+    granularity: Literal["tensor"] = "tensor"
+    groups: Literal[1] = 1
+    init: float = Field(default=0.1, gt=0, lt=1)
+    rate: float = Field(default=0.5, gt=0)
+    steps: int = Field(default=100, ge=1)
+    regulariser: float = Field(default=5.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    exclude: tuple[str, ...] | None = None
+    chunks: float | None = Field(default=None, gt=0)
+    steepness: float = Field(default=1.0, ge=0)
+    spread: float = Field(default=0.5, ge=0)
 
 
 SearchPart: TypeAlias = Annotated[
-    M2N2Search | RandomBox | CmaEsBox | MapBox | BayesianMapBox | NestedMapBox | NsgaBox | OptunaBox | AdaMergingSearch,
+    M2N2Search
+    | RandomBox
+    | CmaEsBox
+    | MapBox
+    | BayesianMapBox
+    | NestedMapBox
+    | NsgaBox
+    | OptunaBox
+    | AdaMergingSearch
+    | ExpertMergingSearch,
     Field(discriminator="algorithm"),
 ]
 
@@ -488,13 +556,15 @@ class Recipe(Part):
         names = [task.name for task in self.calibration]
         if len(set(names)) < len(names):
             raise ValueError(f"calibration: expected tasks of different names, found {names}")
-        if isinstance(self.search, AdaMergingSearch):
+        if isinstance(self.search, GradientSearch):
             if not names:
-                raise ValueError("calibration: adamerging learns on tasks given there, found none")
+                raise ValueError(f"calibration: {self.search.algorithm} learns on tasks given there, found none")
         elif names:
             raise ValueError(
                 f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does), found {names}"
             )
+        if isinstance(self.search, ExpertMergingSearch):
+            _check_expert_merging(self)
 
     @classmethod
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -556,6 +626,20 @@ def _needs_objectives(part: Part) -> int:
         getattr(part, "sampler", ""),
     )
     return 2 if front else 1
+
+
+def _check_expert_merging(recipe: Recipe) -> None:
+    if recipe.merge.operator == "linear":
+        raise ValueError(
+            "merge.operator: expert_merging leaves tensors as the base has them, found linear, which has no base; "
+            "use task_arithmetic or ties_vectors, and give models.base"
+        )
+    if all(task.loss != "distillation" for task in recipe.calibration):
+        found = sorted({task.loss for task in recipe.calibration})
+        raise ValueError(
+            f"calibration: expert_merging learns to be like the experts, found loss {' and '.join(found)} alone; "
+            "say loss: distillation, or use algorithm adamerging"
+        )
 
 
 def _mentions_prepared(value: Any) -> bool:
@@ -662,6 +746,8 @@ _ALGORITHMS: dict[str, type[Part]] = {
     "nsga2": NsgaBox,
     "nsga3": NsgaBox,
     "optuna": OptunaBox,
+    "adamerging": AdaMergingSearch,
+    "expert_merging": ExpertMergingSearch,
 }
 _TAGS = {"type": ("accuracy", "call"), "algorithm": tuple(_ALGORITHMS)}
 _PARTS: dict[str, type[Part]] = {"accuracy": Accuracy, "call": PythonObjective, "Call": Call, **_ALGORITHMS}

@@ -1,7 +1,8 @@
 """Calibration tasks: batches of a task's examples, and the loss on them that merge coefficients are tuned by.
 
 AdaMerging (Yang et al. 2024, arXiv:2310.02575) minimises the entropy of each task's predictions on inputs without
-labels; with labels the loss may be the cross-entropy. The text of ``fitness.data`` tells how a user writes the function
+labels; with labels the loss may be the cross-entropy. Expert Merging (``fitness.distillation``) has a merge be like an
+expert. The text of ``fitness.data`` tells how a user writes the function
 that returns the examples, that of ``fitness.heads`` the one that returns a task's classification head.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, Literal, TypeAlias
 
@@ -17,14 +20,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fitness import heads
+from fitness import distillation, heads
 from fitness.data import Examples, load
+from fitness.distillation import Behaviour, observe
 from fitness.heads import Head, logits
 from fitness.objectives import check_classes, entropies
-from fitness.specs import CalibrationSpec
-from populations.errors import InputError
+from fitness.specs import CalibrationSpec, Distillation
+from populations.errors import InputError, nearest
 
 Loss: TypeAlias = Literal["entropy", "cross_entropy"]
+CACHE_BYTES = 512 * 2**20  # for what an expert says of a task's batches; one batch is always kept
 
 
 class Task:
@@ -71,6 +76,22 @@ class Task:
         rows = [self._order(int(place) // size)[int(place) % size] for place in places]
         return self._examples.rows(torch.tensor(rows))
 
+    def fits(self, model: Any, experts: Sequence[str]) -> None:
+        """Raise ``InputError`` where it is plain before the first batch that the loss cannot be computed.
+
+        Args:
+            model: The module that merges are shown in.
+            experts: Names of the experts.
+        """
+
+    def prepare(self, step: int, expert: Callable[[str], Any]) -> None:
+        """Make ready for ``loss`` on batch ``step``.
+
+        Args:
+            step: Number of the batch.
+            expert: Returns the model with the weights of the expert of that name. Whatever weights it had are gone.
+        """
+
     def loss(self, model: Any, step: int) -> tuple[Tensor, dict[str, float], int]:
         """The mean loss of ``model`` on batch ``step``, with its graph; details; and the number of examples.
 
@@ -106,6 +127,102 @@ class Task:
             raise InputError(f"{where}: loss: cross_entropy needs labels, found none.", "Return (inputs, labels).")
 
 
+class Distilled(Task):
+    """A stream of batches, and how far a merge is from an expert on each.
+
+    Batches are cut once, evenly, and come in another order in each epoch: so what the expert says is found once a
+    batch (``prepare``, before ``loss``), with the same module that shows merges, and kept in the CPU's memory.
+
+    Args:
+        name: The task's name.
+        examples: As for ``Task``; labels are not used.
+        wanted: From which expert, and how.
+        head: As for ``Task``. Without one the logits may also be (n, L, C), a row for each token.
+        batch: The most examples in a batch.
+        seed: Of batches and orders, at least 0.
+        cache_bytes: Memory for what the expert says; the batches that were not used for longest are forgotten first.
+
+    Raises:
+        InputError: Batch is below 1, the seed below 0, or the temperature not above 0.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        examples: Examples,
+        wanted: Distillation,
+        head: Head | None = None,
+        batch: int = 16,
+        seed: int = 0,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        super().__init__(name, examples, "entropy", head, batch, seed)
+        _check_distillation(name, wanted)
+        self._wanted = wanted
+        order = torch.from_numpy(_order(seed, name, len(examples), 0))
+        self._parts = order.tensor_split(-(-len(examples) // self._batch))
+        self._turns = lru_cache(maxsize=2)(partial(_order, seed, name, len(self._parts)))
+        self._said: OrderedDict[int, Behaviour] = OrderedDict()
+        self._cache_bytes = cache_bytes
+
+    def batch(self, step: int) -> Examples:
+        """The examples of batch ``step``, from 0."""
+        return self._examples.rows(self._parts[self._part(step)])
+
+    def fits(self, model: Any, experts: Sequence[str]) -> None:
+        """Raise ``InputError`` unless there is such an expert, and the model has such layers."""
+        where, expert = f"calibration {self.name!r}", self._wanted.expert
+        if expert not in experts:
+            raise InputError(
+                f"{where}: expert: expected one of {', '.join(experts)}, found {expert!r}.",
+                nearest(expert, list(experts)),
+            )
+        try:
+            distillation.check(model, self._examples.inputs, self._head, self._wanted)
+        except InputError as error:
+            raise InputError(f"{where}: {error.message}", error.remedy) from error
+
+    def prepare(self, step: int, expert: Callable[[str], Any]) -> None:
+        """Have what the expert says of batch ``step``; a batch that is known needs no model."""
+        part = self._part(step)
+        if part not in self._said:
+            with torch.no_grad():
+                said = observe(expert(self._wanted.expert), self.batch(step).inputs, self._head, self._wanted)
+            self._said[part] = said.to(torch.device("cpu"))
+        self._said.move_to_end(part)
+        while len(self._said) > 1 and sum(said.nbytes for said in self._said.values()) > self._cache_bytes:
+            self._said.popitem(last=False)
+
+    def loss(self, model: Any, step: int) -> tuple[Tensor, dict[str, float], int]:
+        """The distance of ``model`` from the expert on batch ``step``, with its graph; details; number of examples.
+
+        Details are ``diversity``, as in ``Task.loss``, and the two parts of the loss: ``soft_cross_entropy`` (with its
+        factor T^2) and ``hidden``, the mean squared error without its weight.
+
+        Raises:
+            InputError: Logits or layers are not as ``fitness.distillation`` says, or the loss does not depend on the
+                model's parameters where they ask for gradients.
+        """
+        batch, wanted = self.batch(step), self._wanted
+        found = observe(model, batch.inputs, self._head, wanted)
+        expert = self._said[self._part(step)].to(found.logits.device)
+        loss, soft, apart = distillation.distance(found, expert, wanted.temperature, wanted.hidden)
+        _check_graph(loss, model)
+        details = {"diversity": _diversity(found.logits.detach()), "soft_cross_entropy": float(soft.detach())}
+        return loss, details | {"hidden": float(apart.detach())}, len(batch)
+
+    def _part(self, step: int) -> int:
+        return int(self._turns(step // len(self._parts))[step % len(self._parts)])
+
+
+def _check_distillation(name: str, wanted: Distillation) -> None:
+    where = f"calibration {name!r}"
+    if not 0 < wanted.temperature < math.inf:
+        raise InputError(f"{where}: temperature: expected a number above 0, found {wanted.temperature}.")
+    if not 0 <= wanted.hidden < math.inf:
+        raise InputError(f"{where}: hidden: expected a number of at least 0, found {wanted.hidden}.")
+
+
 def build(spec: CalibrationSpec, device: torch.device, dtype: torch.dtype | None = None) -> Task:
     """The task of ``spec``, its data and head on ``device``, floating-point inputs in ``dtype`` (None: as they are).
 
@@ -115,7 +232,10 @@ def build(spec: CalibrationSpec, device: torch.device, dtype: torch.dtype | None
     where = f"calibration {spec.name!r}"
     examples = load(spec.data, f"{where}: data", labelled=spec.loss == "cross_entropy").to(device, dtype)
     head = heads.build(spec.head, f"{where}: head", device, dtype)
-    return Task(spec.name, examples, spec.loss, head, spec.batch, spec.seed)
+    if spec.loss != "distillation":
+        return Task(spec.name, examples, spec.loss, head, spec.batch, spec.seed)
+    wanted = spec.distillation or Distillation(spec.name)
+    return Distilled(spec.name, examples, wanted, head, spec.batch, spec.seed)
 
 
 def _order(seed: int, name: str, size: int, epoch: int) -> NDArray[np.int64]:

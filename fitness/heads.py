@@ -104,12 +104,29 @@ def logits(model: Any, inputs: Inputs, head: Head | None = None) -> Tensor:
     Raises:
         InputError: ``model`` is no module, or there is not one row of logits an example.
     """
+    return logits_of(outputs(model, inputs), inputs, head)
+
+
+def outputs(model: Any, inputs: Inputs, **options: Any) -> Any:
+    """What ``model`` returns for ``inputs``, called with ``options`` too.
+
+    Raises:
+        InputError: ``model`` is no module.
+    """
     if not isinstance(model, nn.Module):
         raise InputError("expected a torch module to score, found a dict of tensors.", "Name an architecture.")
-    outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return model(**inputs, **options) if isinstance(inputs, Mapping) else model(inputs, **options)
+
+
+def logits_of(outputs: Any, inputs: Inputs, head: Head | None = None, *, tokens: bool = False) -> Tensor:
+    """(n, C) logits from a model's ``outputs`` for ``inputs``; with ``tokens`` also (n, L, C), a row for each token.
+
+    Raises:
+        InputError: There is not one row of logits an example.
+    """
     found = getattr(outputs, "logits", outputs) if head is None else head(outputs, inputs)
     rows = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
-    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != rows:
+    if not isinstance(found, Tensor) or found.ndim not in ((2, 3) if tokens else (2,)) or len(found) != rows:
         raise _unfit(found, rows, head)
     return found.to(torch.promote_types(found.dtype, torch.float32))
 

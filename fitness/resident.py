@@ -106,6 +106,23 @@ class Resident:
             self._sources.materialise([genome], [tensors])
             yield self._restored()
 
+    def expert(self, name: str) -> nn.Module:
+        """The model with an expert's own weights, whatever the operator, rounded to the model's type.
+
+        Raises:
+            InputError: The model is a dict of tensors, or there is no such expert.
+        """
+        model, names = self._module(), self._sources.names
+        if name not in names:
+            raise InputError(f"expert: expected one of {', '.join(names)}, found {name!r}.", nearest(name, names))
+        stored = self._sources.experts[names.index(name)]
+        self._shown = None
+        with torch.no_grad():
+            for key, tensor in zip(self._sources.layout.tensors, self._tensors, strict=True):
+                tensor.copy_(stored.tensor(key))
+        self._restored()
+        return model
+
     def gradient(self, genome: Genome, loss: Callable[[nn.Module], Tensor]) -> tuple[float, Floats]:
         """A loss of the model with the weights of ``genome``, and its gradient by the genome's coefficients.
 

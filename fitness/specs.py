@@ -46,6 +46,24 @@ class ObjectiveSpec:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """Which expert a merge is drawn to on a task, and by what.
+
+    Args:
+        expert: The expert's name.
+        temperature: T, what logits are divided by.
+        hidden: Weight of the mean squared error of hidden layers; 0 leaves them out.
+        layers: Hidden layers: names of modules, or positions in a Hugging Face model's ``hidden_states``. None is all
+            of these, and for other models the outputs that the task's head takes.
+    """
+
+    expert: str
+    temperature: float = 1.0
+    hidden: float = 1.0
+    layers: tuple[int | str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class CalibrationSpec:
     """A task whose loss is differentiated by the coefficients of a merge.
 
@@ -53,19 +71,22 @@ class CalibrationSpec:
         name: The task's name.
         data: The function that returns inputs, or (inputs, labels); inputs are a tensor or array (N, ...), or a mapping
             of such, as Hugging Face models take.
-        loss: ``entropy`` of the predictions (AdaMerging, no labels needed), or ``cross_entropy`` with the labels.
+        loss: ``entropy`` of the predictions (AdaMerging, no labels needed), ``cross_entropy`` with the labels, or
+            ``distillation`` from an expert (Expert Merging, no labels needed).
         head: The function that returns the task's classification head, a callable from (outputs, inputs) to (n, C)
             logits; None when the model's outputs are the logits.
         batch: Examples in one batch.
         seed: Seed of the order in which examples come.
+        distillation: From whom and how, with that loss.
     """
 
     name: str
     data: CallSpec
-    loss: Literal["entropy", "cross_entropy"] = "entropy"
+    loss: Literal["entropy", "cross_entropy", "distillation"] = "entropy"
     head: CallSpec | None = None
     batch: int = 16
     seed: int = 0
+    distillation: Distillation | None = None
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Worker:
         self._tasks = {
             task.name: calibration.build(task, self._device, self._resident.dtype) for task in spec.calibration
         }
+        for task in self._tasks.values():
+            task.fits(self._resident.model, self._sources.names)
 
     def space(self) -> Space:
         """What the search may know of the models; streams the sources once."""
@@ -121,6 +123,7 @@ class Worker:
             return value
 
         try:
+            self._task(batch.task).prepare(batch.step, self._resident.expert)
             value, gradient = self._resident.gradient(trial.genome, loss)
         except (Exception, SystemExit) as error:
             return _failed(where, error, began)

@@ -71,20 +71,24 @@ class Adam:
 
 
 @dataclass(eq=False)
-class _Line:
+class Line:
     """One run of Adam: what it began with, where it stands, and what its checks have shown.
 
     Of the running step, ``waiting`` counts trials that are not told, ``told`` has (loss, diversity, gradient) by
-    task, and ``check`` the number and score of the check. ``sums`` (2, T) are losses and diversities by task over the
+    batch, and ``check`` the number and score of the check. ``sums`` (2, T) are losses and diversities by task over the
     ``summed`` steps since the last check.
     """
 
     index: int
     start: Floats
     weights: Floats
+    last: int  # the step at which it ends
+    borders: Integers
     adam: Adam
     genome: Genome
     sums: Floats
+    before: int = 0  # steps before this Adam's first
+    held: list[int] = field(default_factory=list)  # segments that stay as they are
     summed: int = 0
     waiting: int = 0
     told: dict[int, tuple[float, float, Floats]] = field(default_factory=dict)
@@ -95,12 +99,12 @@ class _Line:
     parent: int | None = None  # the last scored trial
     ended: str = ""  # why; empty while it runs
 
-    _PLAIN = ("waiting", "summed", "best", "stale", "parent", "ended")
+    _PLAIN = ("last", "before", "waiting", "summed", "best", "stale", "parent", "ended")
 
     @property
     def step(self) -> int:
         """Steps done."""
-        return self.adam.t
+        return self.before + self.adam.t
 
     @property
     def tasks(self) -> list[int]:
@@ -108,20 +112,25 @@ class _Line:
         return [int(task) for task in np.flatnonzero(self.weights)]
 
     def state(self) -> dict[str, Any]:
+        """Everything but the genome, which follows from it."""
         return {
             **{name: getattr(self, name) for name in self._PLAIN},
+            "borders": self.borders.copy(),
+            "held": list(self.held),
             "adam": self.adam.state(),
-            "told": {task: list(told) for task, told in self.told.items()},
+            "told": {batch: list(told) for batch, told in self.told.items()},
             "check": None if self.check is None else list(self.check),
             "sums": self.sums.copy(),
             "checks": [dict(check) for check in self.checks],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``; the genome is not made."""
         for name in self._PLAIN:
             setattr(self, name, state[name])
+        self.borders, self.held = state["borders"].copy(), list(state["held"])
         self.adam.restore(state["adam"])
-        self.told = {task: (loss, diversity, gradient) for task, (loss, diversity, gradient) in state["told"].items()}
+        self.told = {batch: (loss, diversity, gradient) for batch, (loss, diversity, gradient) in state["told"].items()}
         self.check = None if state["check"] is None else (state["check"][0], state["check"][1])
         self.sums = state["sums"].copy()
         self.checks = [dict(check) for check in state["checks"]]
@@ -130,11 +139,11 @@ class _Line:
 class AdaMerging:
     """Adam on the coefficients, in one or several independent lines of descent.
 
-    A step of a line takes one gradient trial a task, at the line's coefficients; when all are told, Adam follows the
-    sum of the gradients, weighted by task. Lines take turns, so that several keep several workers busy; while every
-    line waits, nothing is proposed. At step 0, every ``check_every`` steps and at its end a line also has its merge
-    scored by the objectives: these trials alone go to population and front, and they alone count for the budget.
-    A failed gradient trial ends its line; a failed check is one without a better score.
+    A step of a line takes one gradient trial (or ``accumulate``) a task, at the line's coefficients; when all are
+    told, Adam follows the sum of the gradients, weighted by task. Lines take turns, so that several keep several
+    workers busy; while every line waits, nothing is proposed. At step 0, every ``check_every`` steps and at its end a
+    line also has its merge scored by the objectives: these trials alone go to population and front, and they alone
+    count for the budget. A failed gradient trial ends its line; a failed check is one without a better score.
 
     There is a line for each of ``starts``, weighting and restart. Lines see the same batches at the same steps. Where a
     line gets to depends on no other line and not on the order of results, also with ``order: arrival``.
@@ -149,6 +158,7 @@ class AdaMerging:
         starts: (S, K) coefficients to start from.
         rate: Adam's step size, in units of the coefficients.
         steps: Adam steps of a line.
+        accumulate: Batches of each task in a step, whose mean gradient is taken; the authors' code takes two.
         clamp: Use coefficients clamped to [0, 1], as the paper does; Adam moves the unclamped ones, whose gradient is
             zero outside. Without, coefficients are free, and no gradient vanishes.
         weights: Weight of a task's loss, by name; 1 where none is given, as in the paper. A task of weight 0 is left
@@ -164,6 +174,8 @@ class AdaMerging:
         InputError: A setting is out of its range, weights name no task or are all zero, or starts do not fit.
     """
 
+    algorithm = "adamerging"
+
     def __init__(
         self,
         borders: Integers,
@@ -176,6 +188,7 @@ class AdaMerging:
         starts: Sequence[Floats] | None = None,
         rate: float = 1e-3,
         steps: int = 500,
+        accumulate: int = 1,
         clamp: bool = False,
         weights: Mapping[str, float] | None = None,
         sweep: int | None = None,
@@ -188,15 +201,16 @@ class AdaMerging:
         _check_ranges(init=init, rate=rate, spread=spread)
         if restarts > 1 and spread == 0:
             raise InputError(f"search.spread: with 0 all {restarts} restarts would be the same.", "Raise it.")
-        _check_counts(steps=steps, restarts=restarts, check_every=check_every, patience=patience)
+        counts = {"steps": steps, "accumulate": accumulate, "restarts": restarts}
+        _check_counts(**counts, check_every=check_every, patience=patience)
         self.borders, self.tasks, self.goals, self.seed = np.asarray(borders), tuple(tasks), tuple(goals), seed
-        self.rate, self.steps, self.clamp = rate, steps, clamp
+        self.rate, self.steps, self.accumulate, self.clamp = rate, steps, accumulate, clamp
         self.check_every, self.patience = check_every, patience
         self._next = 0
-        self._queue: list[tuple[int, int]] = []  # (line, task or check) to ask for, in this order
+        self._queue: list[tuple[int, int]] = []  # (line, batch or check) to ask for, in this order
         self._flying: dict[int, tuple[int, int]] = {}  # by trial number
-        self._lines: list[_Line] = []
-        begins = _starts(starts, init, (len(self.borders) - 1, sources))
+        self._lines: list[Line] = []
+        begins = [self._point(start) for start in _starts(starts, init, (len(self.borders) - 1, sources))]
         weightings = _weightings(self.tasks, weights, sweep)
         for start, weighting in ((start, weighting) for start in begins for weighting in weightings):
             for restart in range(restarts):
@@ -210,9 +224,15 @@ class AdaMerging:
         return len(self._lines)
 
     @property
+    def most_steps(self) -> int:
+        """Steps of a line that takes them all."""
+        return self.steps
+
+    @property
     def evaluations(self) -> int:
         """Checks of all lines, if each takes all its steps: what a complete run needs of the budget."""
-        return self.lines * (1 + math.ceil(self.steps / self.check_every))
+        due = {*range(0, self.most_steps, self.check_every), *range(self.steps, self.most_steps + 1, self.steps)}
+        return self.lines * len(due)
 
     @property
     def done(self) -> bool:
@@ -229,13 +249,13 @@ class AdaMerging:
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
         """Note a check's score or a task's gradient; with the last of a step, move the line."""
-        index, task = self._flying.pop(trial.number)
+        index, batch = self._flying.pop(trial.number)
         line = self._lines[index]
         line.waiting -= 1
-        if task == _CHECK:
+        if batch == _CHECK:
             line.check = trial.number, quality(evaluation, self.goals) if evaluation.ok else None
         else:
-            self._differentiated(line, task, evaluation)
+            self._differentiated(line, batch, evaluation)
         if not line.waiting:
             self._complete(line)
 
@@ -251,37 +271,45 @@ class AdaMerging:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
         self._next = state["next"]
-        self._queue = [(line, task) for line, task in state["queue"]]
-        self._flying = {number: (line, task) for number, (line, task) in state["flying"].items()}
+        self._queue = [(line, batch) for line, batch in state["queue"]]
+        self._flying = {number: (line, batch) for number, (line, batch) in state["flying"].items()}
         for line, found in zip(self._lines, state["lines"], strict=True):
             line.restore(found)
-            line.genome = self._genome(line.adam.point)
+            line.genome = self._genome(line)
 
     # -- steps -------------------------------------------------------------------------------------------
 
     def _add(self, start: Floats, weights: Floats) -> None:
-        sums = np.zeros((2, len(self.tasks)))
-        line = _Line(len(self._lines), start, weights, Adam(start, self.rate), self._genome(start), sums)
+        adam, sums = Adam(start, self.rate), np.zeros((2, len(self.tasks)))
+        genome = Genome(self.borders, self._used(start))
+        line = Line(len(self._lines), start, weights, self.steps, self.borders, adam, genome, sums)
         self._lines.append(line)
         self._begin(line)
 
-    def _begin(self, line: _Line) -> None:
+    def _begin(self, line: Line) -> None:
         """Queue what the line needs at its coefficients: a check when one is due, and gradients for the next step."""
-        last = line.step == self.steps
-        wanted = [_CHECK] if last or line.step % self.check_every == 0 else []
-        wanted += [] if last else line.tasks
+        last, checked = line.step == line.last, bool(line.checks) and line.checks[-1]["step"] == line.step
+        wanted = [_CHECK] if (last or line.step % self.check_every == 0) and not checked else []
+        wanted += [] if last else self._batches(line)
         line.waiting, line.told, line.check = len(wanted), {}, None
-        self._queue += [(line.index, task) for task in wanted]
+        self._queue += [(line.index, batch) for batch in wanted]
 
-    def _proposed(self, number: int, index: int, task: int) -> Trial:
+    def _batches(self, line: Line) -> list[int]:
+        """Numbers of a step's batches: the task's position, plus T for each batch of it before."""
+        return [task + len(self.tasks) * again for again in range(self.accumulate) for task in line.tasks]
+
+    def _proposed(self, number: int, index: int, batch: int) -> Trial:
         line = self._lines[index]
         parents = () if line.parent is None else (line.parent,)
-        batch = None if task == _CHECK else CalibrationBatch(self.tasks[task], line.step)
-        return Trial(number, line.genome, parents, calibration=batch)
+        if batch == _CHECK:
+            return Trial(number, line.genome, parents)
+        again, task = divmod(batch, len(self.tasks))
+        wanted = CalibrationBatch(self.tasks[task], line.step * self.accumulate + again)
+        return Trial(number, line.genome, parents, calibration=wanted)
 
-    def _differentiated(self, line: _Line, task: int, evaluation: Evaluation) -> None:
-        """Keep a task's loss and gradient; without them the line ends, and asks for nothing more."""
-        name = self.tasks[task]
+    def _differentiated(self, line: Line, batch: int, evaluation: Evaluation) -> None:
+        """Keep a batch's loss and gradient; without them the line ends, and asks for nothing more."""
+        name = self.tasks[batch % len(self.tasks)]
         problem = _problem(evaluation, name, line.genome.coefficients.shape)
         if problem:
             line.ended = line.ended or f"failed at step {line.step}, task {name!r}: {problem}"
@@ -291,23 +319,26 @@ class AdaMerging:
             return
         assert evaluation.gradient is not None
         gradient = np.array(evaluation.gradient, np.float64)
-        line.told[task] = (evaluation.scores[name], float(evaluation.details.get("diversity", math.nan)), gradient)
+        line.told[batch] = (evaluation.scores[name], float(evaluation.details.get("diversity", math.nan)), gradient)
 
-    def _complete(self, line: _Line) -> None:
+    def _complete(self, line: Line) -> None:
         """Everything of the line's step is told: write down the check, and move on unless this was the end."""
         if line.told and not line.ended:
-            for task, (loss, diversity, _) in line.told.items():
-                line.sums[:, task] += loss, diversity
+            for batch, (loss, diversity, _) in sorted(line.told.items(), key=lambda entry: entry[0]):
+                line.sums[:, batch % len(self.tasks)] += loss / self.accumulate, diversity / self.accumulate
             line.summed += 1
         if line.check is not None:
             self._judge(line, *line.check)
-        line.ended = line.ended or self._end(line)
-        if not line.ended:
+        reason = line.ended or self._end(line)
+        if reason and (line.ended or not self._grown(line)):
+            line.ended = reason
+            return
+        if not reason:
             line.adam.step(self._gradient(line))
-            line.genome = self._genome(line.adam.point)
-            self._begin(line)
+        line.genome = self._genome(line)
+        self._begin(line)
 
-    def _judge(self, line: _Line, number: int, score: float | None) -> None:
+    def _judge(self, line: Line, number: int, score: float | None) -> None:
         line.checks.append(self._record(line, number, score))
         line.sums, line.summed = np.zeros_like(line.sums), 0
         if score is not None:
@@ -317,39 +348,56 @@ class AdaMerging:
         else:
             line.stale += 1
 
-    def _record(self, line: _Line, number: int, score: float | None) -> dict[str, Any]:
+    def _record(self, line: Line, number: int, score: float | None) -> dict[str, Any]:
         losses, diversity = (self._means(line, row) for row in line.sums)
         return {"step": line.step, "number": number, "score": score, "losses": losses, "diversity": diversity}
 
-    def _means(self, line: _Line, sums: Floats) -> dict[str, float]:
+    def _means(self, line: Line, sums: Floats) -> dict[str, float]:
         """Means by task over the steps since the last check, where they are known."""
         means = {self.tasks[task]: float(sums[task]) / line.summed for task in line.tasks} if line.summed else {}
         return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
-    def _end(self, line: _Line) -> str:
+    def _end(self, line: Line) -> str:
         """Why the line ends here; empty when it goes on."""
-        if line.step == self.steps:
+        if line.step == line.last:
             return "all steps done"
         if line.check is not None and self.patience is not None and line.stale >= self.patience:
             return f"no better score in {line.stale} checks"
         return ""
 
-    def _gradient(self, line: _Line) -> Floats:
-        """(S, K) gradient of the weighted loss by the unclamped coefficients."""
+    def _gradient(self, line: Line) -> Floats:
+        """(S, K) gradient of the loss by Adam's point."""
         total = np.zeros_like(line.adam.point)
-        for task in line.tasks:  # in this order, whatever order they were told in
-            total += line.weights[task] * line.told[task][2]
-        return np.where(self._outside(line), 0.0, total)
+        for batch in self._batches(line):  # in this order, whatever order they were told in
+            total += line.weights[batch % len(self.tasks)] * line.told[batch][2]
+        pulled = self._pulled(line, total / self.accumulate)
+        pulled[line.held] = 0.0
+        return pulled
 
-    def _outside(self, line: _Line) -> Any:
+    def _genome(self, line: Line) -> Genome:
+        return Genome(line.borders, self._used(line.adam.point))
+
+    # -- what Adam moves: the coefficients, clamped when used or not ------------------------------------------
+
+    def _point(self, coefficients: Floats) -> Floats:
+        """Adam's point (S, K) for coefficients (S, K) to begin with."""
+        return coefficients
+
+    def _used(self, point: Floats) -> Floats:
+        """(S, K) coefficients at Adam's point."""
+        return np.clip(point, 0.0, 1.0) if self.clamp else point
+
+    def _pulled(self, line: Line, gradient: Floats) -> Floats:
+        """The gradient by Adam's point for the weighted tasks' ``gradient`` by the coefficients."""
+        return np.where(self._outside(line), 0.0, gradient)
+
+    def _outside(self, line: Line) -> Any:
         """(S, K) True where clamping changes the coefficient."""
         return line.adam.point != self._used(line.adam.point)
 
-    def _used(self, coefficients: Floats) -> Floats:
-        return np.clip(coefficients, 0.0, 1.0) if self.clamp else coefficients
-
-    def _genome(self, coefficients: Floats) -> Genome:
-        return Genome(self.borders, self._used(coefficients))
+    def _grown(self, line: Line) -> bool:
+        """Whether the line, which has come to its end, goes on with more coefficients."""
+        return False
 
     # -- report ------------------------------------------------------------------------------------------
 
@@ -362,14 +410,14 @@ class AdaMerging:
         since the check before (at step 0, of its one batch).
         """
         return {
-            "algorithm": "adamerging",
+            "algorithm": self.algorithm,
             "tasks": list(self.tasks),
             "objectives": [goal.name for goal in self.goals],
             "lines": [self._told(line) for line in self._lines],
             "warnings": [text for line in self._lines for text in self._warnings(line)],
         }
 
-    def _told(self, line: _Line) -> dict[str, Any]:
+    def _told(self, line: Line) -> dict[str, Any]:
         return {
             "start": line.start.copy(),
             "weights": dict(zip(self.tasks, line.weights.tolist(), strict=True)),
@@ -379,12 +427,12 @@ class AdaMerging:
             "coefficients": self._used(line.adam.point).copy(),
         }
 
-    def _checks(self, line: _Line) -> list[dict[str, Any]]:
+    def _checks(self, line: Line) -> list[dict[str, Any]]:
         """The line's checks, with one whose step lacks gradients because the run stopped there."""
         last = [self._record(line, *line.check)] if line.check is not None and line.waiting else []
         return [*(dict(check) for check in line.checks), *last]
 
-    def _warnings(self, line: _Line) -> Iterator[str]:
+    def _warnings(self, line: Line) -> Iterator[str]:
         where = f"line {line.index}"
         if line.ended.startswith("failed"):
             yield f"{where} {line.ended}"
@@ -397,7 +445,7 @@ class AdaMerging:
                 "gradients vanish; without clamp they stay free."
             )
 
-    def _loss_of(self, line: _Line) -> Callable[[Mapping[str, float]], float]:
+    def _loss_of(self, line: Line) -> Callable[[Mapping[str, float]], float]:
         weights = dict(zip(self.tasks, line.weights.tolist(), strict=True))
         return lambda losses: sum(weights[name] * loss for name, loss in losses.items())
 
