@@ -72,6 +72,7 @@ class BayesianMap:
         paths: Functions drawn of each model.
         candidates: Points among which a proposal begins to look.
         seeds: (J, K) coefficients of the models themselves, for the design; None means one-hot vectors.
+        starts: (n, D) points to score before the design, which has as many more; those outside the box are left out.
 
     Raises:
         InputError: One objective only, too many coefficients, or a setting outside its range.
@@ -91,6 +92,7 @@ class BayesianMap:
         paths: int = 32,
         candidates: int = 512,
         seeds: Floats | None = None,
+        starts: ArrayLike | None = None,
     ) -> None:
         self.box = box
         self.goals = tuple(goals)
@@ -104,7 +106,8 @@ class BayesianMap:
         self.paths = paths
         self.candidates = candidates
         self._check()
-        self._opening = opening(box, self.design, seed, seeds)
+        self._opening = np.vstack([box.inside(starts), opening(box, self.design, seed, seeds)])
+        self.design = len(self._opening)
         self._next = 0
         self._flying: dict[int, Floats] = {}  # by trial number
         self._points: list[Floats] = []  # told, in the order they were

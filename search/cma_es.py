@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from cmaes import CMA, SepCMA
+from numpy.typing import ArrayLike
 
 from populations.population import quality
 from populations.trial import Evaluation, Goal, Outcome, Trial
@@ -28,7 +29,8 @@ class CmaEs:
         box: Where coefficients lie.
         goals: The objectives; their oriented mean is maximised.
         seed: The recipe's seed.
-        start: Initial value of every coefficient; None means 1/K, the plain average.
+        start: Initial value of every coefficient, or of each (D,), moved into the box; None means 1/K, the plain
+            average.
         sigma: Initial step size, in units of the coefficients.
         population_size: Candidates a generation; None means ``4 + floor(3 ln(S K))``.
         separable: Learn a diagonal covariance only.
@@ -39,7 +41,7 @@ class CmaEs:
         box: CoefficientBox,
         goals: Sequence[Goal],
         seed: int,
-        start: float | None = None,
+        start: ArrayLike | None = None,
         sigma: float = 0.2,
         population_size: int | None = None,
         separable: bool = False,
@@ -48,7 +50,9 @@ class CmaEs:
         self.goals = tuple(goals)
         self.seed = seed
         size = box.size
-        mean = np.full(size, 1.0 / box.sources if start is None else start)
+        mean = np.full(size, 1.0 / box.sources)
+        if start is not None:
+            mean = box.clip(np.broadcast_to(np.asarray(start, np.float64), (size,)))
         bounds = np.tile(np.array([box.low, box.high]), (size, 1))
         self._optimiser: Any
         if size == 1:  # the library asks for two dimensions at least; the second is idle

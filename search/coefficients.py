@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from populations.errors import InputError
 from populations.genome import Floats, Genome, Integers
@@ -69,6 +69,17 @@ class CoefficientBox:
     def clip(self, points: Floats) -> Floats:
         """Points moved into the box."""
         return np.clip(points, self.low, self.high)
+
+    def inside(self, points: ArrayLike | None) -> Floats:
+        """(n, D) those of the points (N, D) that lie in the box; none of None.
+
+        Raises:
+            InputError: The points are not of shape (N, D).
+        """
+        rows = np.zeros((0, self.size)) if points is None else np.array(points, np.float64)
+        if rows.ndim != 2 or rows.shape[1] != self.size:
+            raise InputError(f"starts: expected shape (n, {self.size}), found {rows.shape}.")
+        return rows[((rows >= self.low) & (rows <= self.high)).all(axis=1)]
 
 
 def borders_of(space: Space, granularity: Granularity, groups: int = 1) -> Integers:

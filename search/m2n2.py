@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -61,16 +62,18 @@ class M2N2Settings:
 class M2N2:
     """M2N2 over the merges that ``space`` spans, with its members in ``archive``.
 
-    The first trials are the original models themselves. Breeding begins when they have all been told.
+    The first trials are the original models themselves, or ``starts``. Breeding begins when they have all been told.
 
     Args:
         space: Layout, Gram table and seeds; its ``vectors`` are needed when ``settings.mutation`` is above 0.
         archive: The population to breed from; the manager adds to it before ``tell``.
         settings: The switches.
         seed: The recipe's seed.
+        starts: Merges to begin with instead of the models; a single one is joined by the models.
 
     Raises:
-        InputError: The settings leave nothing that could change, or mutation lacks the dense vectors.
+        InputError: The settings leave nothing that could change, mutation lacks the dense vectors, or there are starts
+            with it, which breeds whole vectors.
 
     Example::
 
@@ -82,7 +85,14 @@ class M2N2:
                 search.tell(trial, evaluation, archive.add(trial, evaluation))
     """
 
-    def __init__(self, space: Space, archive: NicheArchive, settings: M2N2Settings, seed: int) -> None:
+    def __init__(
+        self,
+        space: Space,
+        archive: NicheArchive,
+        settings: M2N2Settings,
+        seed: int,
+        starts: Sequence[Genome] = (),
+    ) -> None:
         if not settings.crossover and settings.mutation <= 0:
             raise InputError(
                 "search.crossover: without crossover and with mutation 0 every child is a copy.",
@@ -90,11 +100,15 @@ class M2N2:
             )
         if settings.mutation > 0 and space.vectors is None:
             raise InputError("search.mutation: breeding with noise needs the dense vectors of the sources.")
+        if settings.mutation > 0 and starts:
+            raise InputError("search.mutation: breeding with noise begins with the models, found merges to start from.")
         self.space = space
         self.archive = archive
         self.settings = settings
         self.seed = seed
         self._borders = space.borders(settings.granularity)
+        self._starts = tuple(starts)
+        self._seeds = len(self._starts) + (len(space.seeds) if len(self._starts) < 2 else 0)
         self._next = 0
         self._told = 0
         self._norms: dict[int, float] = {}
@@ -106,12 +120,11 @@ class M2N2:
         return False
 
     def ask(self, n: int) -> list[Trial]:
-        """The seed models first; then, once these are told, children of the archive."""
-        seeds = len(self.space.seeds)
-        if self._next < seeds:
-            numbers = range(self._next, min(self._next + n, seeds))
+        """What it begins with; then, once that is told, children of the archive."""
+        if self._next < self._seeds:
+            numbers = range(self._next, min(self._next + n, self._seeds))
             trials = [Trial(number, self._seed_genome(number)) for number in numbers]
-        elif self._told < seeds or not self.archive.members:
+        elif self._told < self._seeds or not self.archive.members:
             return []
         else:
             trials = self._breed(range(self._next, self._next + n))
@@ -136,7 +149,9 @@ class M2N2:
     # -- one child ---------------------------------------------------------------------------------------
 
     def _seed_genome(self, number: int) -> Genome:
-        row = self.space.seeds[number]
+        if number < len(self._starts):
+            return self._starts[number]
+        row = self.space.seeds[number - len(self._starts)]
         if self.settings.mutation > 0:
             assert self.space.vectors is not None
             return Genome.dense(row.astype(np.float32) @ self.space.vectors, self.space.dimension)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.spatial import KDTree
 from threadpoolctl import threadpool_limits
 
@@ -59,6 +60,8 @@ class MapSearch:
         generations: Of NSGA-III.
         filling: Rounds that fill the gaps in NSGA-III's front; with none, predicted hypervolumes are percents short.
         seeds: (J, K) coefficients of the models themselves, for the mixed design; None means one-hot vectors.
+        starts: (n, D) points to measure before the design, besides ``samples`` and ``evaluations``; those outside
+            the box are left out.
 
     Raises:
         InputError: One objective only, too many variables, or too few samples or evaluations.
@@ -79,6 +82,7 @@ class MapSearch:
         generations: int = GENERATIONS,
         filling: int = FILLING,
         seeds: Floats | None = None,
+        starts: ArrayLike | None = None,
     ) -> None:
         self.box, self.goals, self.seed = box, tuple(goals), seed
         self.samples = enough_samples(box, goals, samples, evaluations)
@@ -86,7 +90,8 @@ class MapSearch:
         self.generations, self.filling = generations, filling
         rest = None if evaluations is None else evaluations - self.samples
         self.front = (FRONT if rest is None else rest) if front is None else front
-        self._design = planned(design, self.samples, box, seed, seeds)
+        first = box.inside(starts)
+        self._design = np.vstack([first, planned(design, self.samples, box, seed, seeds)])
         self._points: list[Floats] = []  # by trial number
         self._scores: dict[int, Floats | None] = {}  # (M,) as measured, by trial number; None is a failure
         self._measured = -1  # trials that the surrogates are fitted to; -1 before
@@ -144,7 +149,7 @@ class MapSearch:
     def _next(self) -> Iterator[Floats]:
         """What may be asked for now, in order."""
         asked = len(self._points)
-        if asked < self.samples:
+        if asked < len(self._design):
             yield from self._design[asked:]
         elif self._chosen is not None:
             yield from self._chosen[asked - self._measured :]

@@ -1,0 +1,396 @@
+"""A chain of searches: each stage begins with what the one before it found.
+
+    MAP finds a front of merges with one coefficient a model -> AdaMerging refines its members tensor by tensor
+
+A stage is a search of its own with a population of its own, and counts its trials from 0. Outside they are numbered on
+through all stages, so that the chain is one search with one journal, one budget and one front. What a stage begins with
+was scored in the stage before: the stage learns these scores again, and nobody pays for them twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from populations.errors import InputError, SearchError
+from populations.genome import Floats, Genome
+from populations.pareto import ParetoFront
+from populations.population import Population, quality
+from populations.trial import Evaluation, Goal, Member, Outcome, Trial, oriented
+from search.map import spread
+from search.protocol import Search
+
+Start: TypeAlias = Literal["front", "best", "archive", "none"]
+Pair: TypeAlias = tuple[Search, Population]
+
+REMEMBERED = 1000  # trials that a stage may have answered from memory: one that only ever repeats itself must end
+KEY = 3_266_489_917  # spawn key of the stages' seeds, with their positions
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One search of a chain.
+
+    Args:
+        name: The algorithm's, for reports.
+        make: Gives the search and its population; takes the genomes to begin with, none of them for the first stage.
+        evaluations: The most trials that are scored for this stage; None means as many as the budget has.
+        start: What of the stage before to begin with: its ``front``, its ``best`` merge, its ``archive``, the members
+            of its population, or ``none`` of these.
+        starts: The most genomes to begin with, spread over their scores; None means all.
+    """
+
+    name: str
+    make: Callable[[Sequence[Genome]], Pair]
+    evaluations: int | None = None
+    start: Start = "none"
+    starts: int | None = None
+
+
+def stage_seed(seed: int, stage: int) -> int:
+    """The seed of stage ``stage`` of a recipe seeded ``seed``: the recipe's own for the first."""
+    if stage == 0:
+        return seed
+    return int(np.random.SeedSequence(seed, spawn_key=(stage, KEY)).generate_state(1, np.uint64)[0])
+
+
+class StagedSearch:
+    """Runs one stage after the other; to the manager it is one search, whose ``population`` is the running stage's.
+
+    A stage ends when its search is done, or has been given its share of the evaluations, and everything is told. Then
+    the next begins; the last may go on until the budget is spent. Where nothing of a stage could be scored there is
+    nothing to begin the next with, and the chain ends.
+
+    Args:
+        stages: In order; the first begins with nothing.
+        goals: The objectives.
+
+    Raises:
+        InputError: There are no stages, the first has something to begin with, or a search refuses its arguments.
+    """
+
+    def __init__(self, stages: Sequence[Stage], goals: Sequence[Goal]) -> None:
+        if not stages:
+            raise InputError("search: expected one stage or more, found none.")
+        if stages[0].start != "none":
+            raise InputError(f"search[0].start: the first stage has none before it, found {stages[0].start!r}.")
+        self.stages, self.goals = tuple(stages), tuple(goals)
+        self.population = StagedPopulation(self)
+        self._next = 0
+        self._reports: list[dict[str, Any]] = []  # of the stages that have ended
+        self.running = _Running(0, self.stages[0], self.goals, ())
+
+    @property
+    def done(self) -> bool:
+        """True when the last stage that can begin has ended."""
+        return self.running.over and self._following() is None
+
+    def ask(self, n: int) -> list[Trial]:
+        """Up to ``n`` trials of the running stage; the next stage begins here."""
+        while True:
+            if self.running.over and not self._begin():
+                return []
+            trials = self._proposed(n)
+            if trials or not self.running.over:
+                return trials
+
+    def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
+        """Let the stage that asked for the trial learn."""
+        self.running.tell(trial, evaluation, outcome)
+
+    def state(self) -> dict[str, Any]:
+        """The running stage, what it began with, and the reports of those before."""
+        return {"next": self._next, "reports": list(self._reports), "running": self.running.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``; to be called before the population's ``restore``."""
+        self._next, self._reports = state["next"], list(state["reports"])
+        index, starts = state["running"]["index"], [_member(record) for record in state["running"]["starts"]]
+        self.running = _Running(index, self.stages[index], self.goals, starts)
+        self.running.restore(state["running"])
+
+    def report(self) -> dict[str, Any]:
+        """By stage its ``algorithm``, ``start``, the numbers of the trials it began with (``starts``), its first trial
+        (``first``, None before there is one), how many ``evaluations`` it was given, and its search's own ``report``,
+        None where it has none; ``warnings`` of all. Plain values; the numbers of trials are those of the chain.
+        """
+        stages = [*self._reports, self.running.report()]
+        texts = [f"stage {i} ({one['algorithm']}): {text}" for i, one in enumerate(stages) for text in _warnings(one)]
+        if self.running.over and len(stages) < len(self.stages) and self._following() is None:
+            texts.append(f"stage {len(stages)} could not begin: nothing of the stage before it could be scored.")
+        return {"algorithm": "+".join(stage.name for stage in self.stages), "stages": stages, "warnings": texts}
+
+    # -- going on ------------------------------------------------------------------------------------------
+
+    def _following(self) -> tuple[int, list[Member]] | None:
+        """The next stage and what it begins with; None when there is none, or nothing that it needs."""
+        index = self.running.index + 1
+        if index == len(self.stages):
+            return None
+        stage = self.stages[index]
+        starts = [] if stage.start == "none" else self.running.found(stage.start, stage.starts)
+        return (index, starts) if starts or stage.start == "none" else None
+
+    def _begin(self) -> bool:
+        """Let the next stage begin; False when there is none."""
+        following = self._following()
+        if following is None:
+            return False
+        self._reports.append(self.running.report())
+        index, starts = following
+        self.running = _Running(index, self.stages[index], self.goals, starts)
+        return True
+
+    def _proposed(self, n: int) -> list[Trial]:
+        """Up to ``n`` trials to be scored; those whose scores are known are told at once."""
+        trials: list[Trial] = []
+        while len(trials) < n and (found := self.running.ask(n - len(trials))):
+            for trial in found:
+                known = self.running.remembered(trial)
+                if known is None:
+                    trials.append(self.running.numbered(trial, self._next))
+                    self._next += 1
+                else:
+                    self.running.learn(trial, known)
+        return trials
+
+
+class StagedPopulation:
+    """The running stage's population, with the numbers of the chain's trials.
+
+    Args:
+        search: The chain.
+    """
+
+    def __init__(self, search: StagedSearch) -> None:
+        self._search = search
+
+    @property
+    def capacity(self) -> int:
+        """The most members that the running stage holds."""
+        return self._search.running.population.capacity
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """The running stage's members, oldest first."""
+        return tuple(self._search.running.members())
+
+    def add(self, trial: Trial, evaluation: Evaluation) -> Outcome:
+        """Offer it to the running stage's population."""
+        return self._search.running.add(trial, evaluation)
+
+    def state(self) -> dict[str, Any]:
+        """The running stage's population."""
+        running = self._search.running
+        return {"stage": running.index, "population": running.population.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``, after the search has been restored.
+
+        Raises:
+            SearchError: The search stands at another stage.
+        """
+        running = self._search.running
+        if state["stage"] != running.index:
+            raise SearchError(
+                f"population: expected the state of stage {running.index}, found that of stage {state['stage']}.",
+                "Restore the search first.",
+            )
+        running.population.restore(state["population"])
+
+
+class _Running:
+    """A stage under way. Its trials have numbers of their own, from 0; ``numbers`` has those of the chain.
+
+    Several trials of a stage may stand for one of the chain, when a search asks more than once for what it began with.
+    """
+
+    def __init__(self, index: int, stage: Stage, goals: Sequence[Goal], starts: Sequence[Member]) -> None:
+        self.index, self.stage, self.goals = index, stage, tuple(goals)
+        self.starts = {member.trial.genome.digest: member for member in starts}
+        self.search, self.population = stage.make([member.trial.genome for member in starts])
+        self.numbers: list[int] = []  # of the chain, by the stage's own
+        self._own: dict[int, list[int]] = {}  # the reverse
+        self._first: int | None = None  # number of the first trial that is not a start
+        self._scored = 0  # trials given to be scored
+        self._waiting = 0  # trials of either kind that are not told
+        self._recalled = 0  # trials answered from memory
+        self._front = ParetoFront(goals)
+        self._on_front: dict[int, Member] = {}
+
+    @property
+    def over(self) -> bool:
+        """True when nothing more is asked for, and everything is told."""
+        return not self._waiting and (self._room() == 0 or self.search.done)
+
+    def _room(self) -> int | None:
+        """Evaluations left of the stage's share; None when it has no share."""
+        return None if self.stage.evaluations is None else self.stage.evaluations - self._scored
+
+    # -- trials --------------------------------------------------------------------------------------------
+
+    def ask(self, n: int) -> list[Trial]:
+        """Up to ``n`` trials, no more than the share allows, with the stage's own numbers."""
+        room = self._room()
+        count = n if room is None else min(n, room)
+        return self.search.ask(count) if count and not self.search.done else []
+
+    def remembered(self, trial: Trial) -> Member | None:
+        """What the stage began with, when the trial is just that."""
+        if trial.calibration is not None or self._recalled == REMEMBERED:
+            return None
+        return self.starts.get(trial.genome.digest)
+
+    def numbered(self, trial: Trial, number: int) -> Trial:
+        """The trial as number ``number`` of the chain."""
+        parents = tuple(dict.fromkeys(self.numbers[parent] for parent in trial.parents))
+        self._note(number)
+        self._first = number if self._first is None else self._first
+        self._scored += trial.calibration is None
+        self._waiting += 1
+        return replace(trial, number=number, parents=parents)
+
+    def learn(self, trial: Trial, known: Member) -> None:
+        """Tell the stage what a trial scored before it."""
+        self._note(known.trial.number)
+        self._recalled += 1
+        trial = replace(known.trial, number=trial.number)
+        outcome = self.population.add(trial, known.evaluation)
+        self._keep(trial, known.evaluation)
+        self.search.tell(trial, known.evaluation, outcome)
+
+    def add(self, trial: Trial, evaluation: Evaluation) -> Outcome:
+        """Offer a trial of the chain to the stage's population."""
+        outcome = self.population.add(self._mine(trial), evaluation)
+        return Outcome(outcome.accepted, tuple(self.numbers[number] for number in outcome.evicted))
+
+    def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
+        """Let the stage learn of a trial of the chain."""
+        self._waiting -= 1
+        mine = self._mine(trial)
+        if trial.calibration is None:
+            self._keep(mine, evaluation)
+        evicted = tuple(own for number in outcome.evicted for own in self._own[number])
+        self.search.tell(mine, evaluation, Outcome(outcome.accepted, evicted))
+
+    def _note(self, number: int) -> None:
+        self._own.setdefault(number, []).append(len(self.numbers))
+        self.numbers.append(number)
+
+    def _mine(self, trial: Trial) -> Trial:
+        return replace(trial, number=self._own[trial.number][0])
+
+    # -- what was found ------------------------------------------------------------------------------------
+
+    def members(self) -> Iterable[Member]:
+        """The population, with the chain's numbers."""
+        return map(self._outward, self.population.members)
+
+    def found(self, start: Start, most: int | None) -> list[Member]:
+        """What a stage that begins with ``start`` begins with, by the chain's numbers."""
+        if start == "archive":
+            members = list(self.members())
+        else:
+            members = [self._outward(member) for member in self._on_front.values()]
+        members = sorted({m.trial.number: m for m in members}.values(), key=lambda m: m.trial.number)
+        if not members:
+            return []
+        best = max(range(len(members)), key=lambda i: (quality(members[i].evaluation, self.goals), -i))
+        if start == "best" or most == 1:
+            return [members[best]]
+        return members if most is None or len(members) <= most else _spread(members, most, self.goals)
+
+    def _keep(self, trial: Trial, evaluation: Evaluation) -> None:
+        """Keep what is on the stage's front."""
+        if evaluation.ok and self._front.add(trial.number, oriented(evaluation.scores, self.goals)):
+            self._on_front[trial.number] = Member(trial, evaluation)
+            self._on_front = {number: self._on_front[number] for number in self._front.numbers}
+
+    def _outward(self, member: Member) -> Member:
+        return replace(member, trial=replace(member.trial, number=self.numbers[member.trial.number]))
+
+    # -- state and report ----------------------------------------------------------------------------------
+
+    _PLAIN = ("_first", "_scored", "_waiting", "_recalled")
+
+    def state(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in self._PLAIN},
+            "index": self.index,
+            "starts": [_record(member) for member in self.starts.values()],
+            "numbers": list(self.numbers),
+            "front": [_record(member) for member in self._on_front.values()],
+            "search": self.search.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
+        self.numbers, self._own = [], {}
+        for number in state["numbers"]:
+            self._note(number)
+        self._front, self._on_front = ParetoFront(self.goals), {}
+        for record in state["front"]:
+            member = _member(record)
+            self._keep(member.trial, member.evaluation)
+        self.search.restore(state["search"])
+
+    def report(self) -> dict[str, Any]:
+        """As ``StagedSearch.report`` says."""
+        own = getattr(self.search, "report", None)
+        return {
+            "algorithm": self.stage.name,
+            "start": self.stage.start,
+            "starts": [member.trial.number for member in self.starts.values()],
+            "first": self._first,
+            "evaluations": self._scored,
+            "report": None if own is None else _renumbered(own(), self.numbers),
+        }
+
+
+def _spread(members: Sequence[Member], most: int, goals: Sequence[Goal]) -> list[Member]:
+    """Up to ``most`` of the members, spread over their scores, in the same order."""
+    scores: Floats = np.array([oriented(member.evaluation.scores, goals) for member in members])
+    return [members[i] for i in sorted(spread(scores, most).tolist())]
+
+
+def _renumbered(value: Any, numbers: Sequence[int], key: str = "") -> Any:
+    """A report with the chain's numbers: of ``number``, ``design``, and of trials that ``warnings`` mention."""
+    if isinstance(value, Mapping):
+        return {name: _renumbered(one, numbers, name) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_renumbered(one, numbers, key) for one in value]
+    if key in ("number", "design") and isinstance(value, int):
+        return numbers[value]
+    if key == "warnings":
+        return re.sub(r"\btrial (\d+)", lambda found: f"trial {numbers[int(found[1])]}", value)
+    return value
+
+
+def _warnings(stage: Mapping[str, Any]) -> list[str]:
+    return list((stage["report"] or {}).get("warnings", ()))
+
+
+def _record(member: Member) -> dict[str, Any]:
+    """A member as plain values and arrays."""
+    trial, evaluation = member.trial, member.evaluation
+    return {
+        "number": trial.number,
+        "genome": trial.genome.to_json(),
+        "parents": list(trial.parents),
+        "scores": dict(evaluation.scores),
+        "per_example": {name: np.array(values) for name, values in evaluation.per_example.items()},
+        "seconds": evaluation.seconds,
+        "items": evaluation.items,
+        "details": dict(evaluation.details),
+    }
+
+
+def _member(record: Mapping[str, Any]) -> Member:
+    trial = Trial(record["number"], Genome.from_json(record["genome"]), tuple(record["parents"]))
+    kept = {name: record[name] for name in ("scores", "per_example", "seconds", "items", "details")}
+    return Member(trial, Evaluation(**kept))
