@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from search.manager import Manager, Progress, Schedule, measure
 from search.nsga import Nsga
 from search.protocol import Search
 from search.random_search import RandomSearch
+from search.stages import Stage, StagedSearch
 
 SIZE = 20
 GOALS = (Goal("first"), Goal("second"))
@@ -133,6 +134,25 @@ def m2n2(**settings: Any) -> tuple[Search, Population]:
     return M2N2(SPACE, archive, M2N2Settings(**settings), 3), archive
 
 
+def stages() -> tuple[Search, Population]:
+    """NSGA-II, then M2N2 from its front, then CMA-ES from the best of that."""
+
+    def first(starts: Sequence[Genome]) -> tuple[Search, Population]:
+        return Nsga(BOX, GOALS, 3, population=6, seeds=np.eye(2)), ElitistArchive(GOALS, 5)
+
+    def second(starts: Sequence[Genome]) -> tuple[Search, Population]:
+        archive = NicheArchive(GOALS, 5)
+        return M2N2(SPACE, archive, M2N2Settings(), 4, starts), archive
+
+    def third(starts: Sequence[Genome]) -> tuple[Search, Population]:
+        box = CoefficientBox(starts[0].boundaries, 2, -1.0, 1.0)
+        return CmaEs(box, GOALS, 5, box.point(starts[0])), ElitistArchive(GOALS, 5)
+
+    chain = [Stage("nsga2", first, 22), Stage("m2n2", second, 31, "front"), Stage("cma_es", third, None, "best")]
+    search = StagedSearch(chain, GOALS)
+    return search, search.population
+
+
 SEARCHES: dict[str, Callable[[], tuple[Search, Population]]] = {
     "m2n2": m2n2,
     "m2n2-dense": lambda: m2n2(mutation=0.1),
@@ -144,6 +164,7 @@ SEARCHES: dict[str, Callable[[], tuple[Search, Population]]] = {
     ),
     "nsga2": lambda: (Nsga(BOX, GOALS, 3, population=6, seeds=np.eye(2)), ElitistArchive(GOALS, 5)),
     "nsga3": lambda: (Nsga(BOX, GOALS, 3, "nsga3", population=6), ElitistArchive(GOALS, 5)),
+    "stages": stages,
 }
 STRICT = Schedule(evaluations=83, batch=3, in_flight=9)
 ARRIVAL = Schedule(evaluations=83, batch=3, in_flight=9, order="arrival")

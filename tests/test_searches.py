@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from search.nsga import Nsga, Variant
 from search.optuna_search import OptunaSearch, Sampler
 from search.protocol import Search, numbered, trial_rng
 from search.random_search import RandomSearch
+from search.stages import Stage, StagedSearch, stage_seed
 
 SIZE = 24
 GOALS = (Goal("solved"),)
@@ -118,6 +119,53 @@ def adamerging(granularity: Granularity, tasks: tuple[str, ...], **settings: Any
     )
 
 
+def staged(goals: tuple[Goal, ...], *stages: Callable[[int], Stage]) -> Callable[[int], Pair]:
+    def make(seed: int) -> Pair:
+        search = StagedSearch([stage(stage_seed(seed, i)) for i, stage in enumerate(stages)], goals)
+        return search, search.population
+
+    return make
+
+
+def first(kind: str, evaluations: int) -> Callable[[int], Stage]:
+    return lambda seed: Stage(kind, lambda starts: MAKERS[kind](seed), evaluations)
+
+
+def then_m2n2(seed: int) -> Stage:
+    def make(starts: Sequence[Genome]) -> Pair:
+        archive = NicheArchive(GOALS, 5)
+        return M2N2(SPACE, archive, M2N2Settings(), seed, starts), archive
+
+    return Stage("m2n2", make, 30, "archive")
+
+
+def then_cma_es(seed: int) -> Stage:
+    def make(starts: Sequence[Genome]) -> Pair:
+        box = CoefficientBox(np.unique(starts[0].boundaries), 3, -1.0, 1.0)
+        return CmaEs(box, GOALS, seed, box.point(starts[0])), elite()
+
+    return Stage("cma_es", make, None, "best")
+
+
+def then_adamerging(seed: int) -> Stage:
+    def make(starts: Sequence[Genome]) -> Pair:
+        coefficients = [start.refined(SPACE.tensor_borders) for start in starts]
+        arguments = SPACE.tensor_borders, 3, ("odd",), TWO_GOALS, seed
+        search = AdaMerging(*arguments, rate=0.02, steps=6, check_every=3, restarts=2, starts=coefficients)
+        return search, ElitistArchive(TWO_GOALS, 5)
+
+    return Stage("adamerging", make, 14, "front", 3)
+
+
+def then_nsga(seed: int) -> Stage:
+    def make(starts: Sequence[Genome]) -> Pair:
+        box = CoefficientBox.of(SPACE, "tensor", -1.0, 1.0)
+        seeds = [box.point(start) for start in starts]
+        return Nsga(box, TWO_GOALS, seed, population=8, seeds=seeds), ElitistArchive(TWO_GOALS, 5)
+
+    return Stage("nsga2", make, None, "archive")
+
+
 def niches() -> Population:
     return NicheArchive(GOALS, 5)
 
@@ -151,6 +199,8 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "nested_map": nested_map,
     "adamerging": adamerging("block", ("odd",), restarts=2, patience=20),
     "adamerging-sweep": adamerging("tensor", ("odd", "even"), sweep=3, restarts=2, clamp=True, check_every=2),
+    "stages": staged(GOALS, first("cma_es-elite", 14), then_m2n2, then_cma_es),
+    "stages-gradients": staged(TWO_GOALS, first("nsga2", 12), then_adamerging, then_nsga),
 }
 NEVER_WAIT = ("random", "nsga", "optuna")
 every_search = pytest.mark.parametrize("kind", MAKERS)
