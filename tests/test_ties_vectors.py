@@ -101,6 +101,19 @@ def test_agrees_with_the_paper_on_whole_vectors(tmp_path, count, density, dtype)
         assert (kept <= density + 1 / SIZE).all()
 
 
+@pytest.mark.parametrize("small", [0, 2**24])
+@pytest.mark.parametrize(("one", "two"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_models_that_mix_types(tmp_path, monkeypatch, one, two, small):
+    monkeypatch.setattr(ties_vectors, "SMALL", small)
+    models = [{n: t.to(one if n == "a" else two) for n, t in model.items()} for model in fine_tuned(4, torch.float64)]
+    sources = opened(tmp_path, *models)
+    kind = torch.promote_types(one, torch.float32)
+    base, *experts = (np.concatenate([t.to(kind).numpy().ravel() for t in model.values()]) for model in models)
+    read = [[t.to(kind) for t in sources.read(name)] for name in sources.layout.tensors]
+    found = np.concatenate([np.stack([t - tensors[0] for t in tensors[1:]]) for tensors in read], axis=1)
+    np.testing.assert_array_equal(found, naive(base, experts, 0.2))
+
+
 def test_known_answers(tmp_path):
     one, two, base = [3.0, -1.0, 0.5, 2.0], [-1.0, -2.0, 0.5, 0.1], [0.0] * 4
     sources = opened(tmp_path, base, one, two, density=1)

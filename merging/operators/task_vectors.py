@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merging.layout import Layout
-from merging.materialise import over_threads
+from merging.materialise import CHUNK, DEVICE_SPAN, over_threads
 from merging.operators.base import Read
 from populations.genome import Integers
 
@@ -27,6 +27,13 @@ def task_vectors(pieces: Sequence[Tensor], kind: torch.dtype) -> list[Tensor]:
     return [expert - base for expert in experts]
 
 
+def chunks(pieces: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cuts of flat pieces, small enough for a core's cache and for torch to use one thread (larger on a GPU)."""
+    span = CHUNK if pieces[0].device.type == "cpu" else DEVICE_SPAN
+    for low in range(0, pieces[0].numel(), span):
+        yield [piece[low : low + span] for piece in pieces]
+
+
 class Pieces:
     """The base and K experts of a merge, in pieces.
 
@@ -38,8 +45,8 @@ class Pieces:
     def __init__(self, layout: Layout, read: Read) -> None:
         self.kind = torch.float64 if torch.float64 in layout.dtypes else torch.float32
         """The type in which task vectors are formed."""
-        self._pieces = [
-            [tensor[low : low + SPAN] for tensor in stored]
+        self._places = [
+            (stored, slice(low, low + SPAN))
             for stored in (read(name) for name in layout.tensors)
             for low in range(0, stored[0].numel(), SPAN)
         ]
@@ -47,12 +54,17 @@ class Pieces:
     @property
     def vectors(self) -> int:
         """K."""
-        return len(self._pieces[0]) - 1
+        return len(self._places[0][0]) - 1
 
     def map(self, work: Callable[[Sequence[Tensor]], Result]) -> list[Result]:
         """What ``work`` makes of every piece, in any order; the pieces are spread over torch's threads."""
         results: list[Result] = []
-        over_threads(lambda piece: results.append(work(piece)), self._pieces, torch.get_num_threads())
+
+        def do(place: tuple[Sequence[Tensor], slice]) -> None:
+            stored, part = place
+            results.append(work([tensor[part] for tensor in stored]))
+
+        over_threads(do, self._places, torch.get_num_threads())
         return results
 
 
@@ -81,8 +93,9 @@ def _counted(pieces: Pieces, unsigned: np.dtype[np.unsignedinteger], shift: int,
     counts, lock = np.zeros((pieces.vectors, 1 << DIGITS), np.int64), Lock()
 
     def count(piece: Sequence[Tensor]) -> None:
-        for k, vector in enumerate(task_vectors(piece, pieces.kind)):
-            leading = vector.abs_().numpy().view(unsigned) >> unsigned.type(shift)
+        parts = [[vector.abs_().numpy() for vector in task_vectors(cut, pieces.kind)] for cut in chunks(piece)]
+        for k, magnitudes in enumerate(zip(*parts, strict=True)):
+            leading = np.concatenate(magnitudes).view(unsigned) >> unsigned.type(shift)
             digits = leading[leading >> unsigned.type(DIGITS) == found[k]] & unsigned.type((1 << DIGITS) - 1)
             row = np.bincount(digits.astype(np.int64), minlength=1 << DIGITS)
             with lock:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from merging import compiled
 from merging.layout import Layout
-from merging.materialise import CHUNK, DEVICE_SPAN, SMALL, Transform
+from merging.materialise import SMALL, Transform
 from merging.operators.base import Read
 from merging.operators.task_arithmetic import TaskArithmetic
-from merging.operators.task_vectors import Pieces, largest, task_vectors
+from merging.operators.task_vectors import Pieces, chunks, largest, task_vectors
 from populations.errors import InputError
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,7 +36,8 @@ class TiesVectors(TaskArithmetic):
 
     Args:
         density: The share of each task vector's n entries that is kept when trimming, above 0 and at most 1:
-            ``max(1, round(density * n))`` of the largest, and all that are equal to the smallest of these.
+            ``max(1, round(density * n))`` of the largest, and all that are equal to the smallest of these
+            (many, in models of 16 bits).
 
     Raises:
         InputError: The density is out of range.
@@ -55,12 +56,12 @@ class TiesVectors(TaskArithmetic):
             )
 
     def transform(self, layout: Layout, read: Read) -> Transform:
-        """Streams the models three times, twice to find the thresholds and once to count the signs."""
+        """Streams the models twice (float64: four times) to find the thresholds and once to count the signs."""
         pieces = Pieces(layout, read)
         rank = max(1, round(self.density * layout.size))
         election = _Election(pieces.kind, (0.0,) * pieces.vectors if rank == layout.size else largest(pieces, rank))
         balance = sum(pieces.map(election.balance)) if pieces.vectors > 1 else 0
-        large = (pieces.vectors + 1) * layout.size > SMALL
+        large = pieces.kind == torch.float32 and (pieces.vectors + 1) * layout.size > SMALL
         return _Election(pieces.kind, election.thresholds, 1.0 if balance >= 0 else -1.0, large)
 
 
@@ -75,7 +76,7 @@ class _Election:
         kind: The type in which task vectors are formed.
         thresholds: K magnitudes below which entries are trimmed.
         majority: The sign (1 or -1) of positions where what is left sums to zero.
-        large: Whether the models are large enough for compiled loops.
+        large: Whether compiled loops may be used and pay.
     """
 
     kind: torch.dtype
@@ -87,16 +88,10 @@ class _Election:
         """The base, and K experts with the base's elements in place of those trimmed or outvoted."""
         base, *experts = pieces
         changed = [torch.empty_like(expert) for expert in experts]
-        if (
-            self.large
-            and base.device.type == "cpu"
-            and compiled.choose(pieces, changed, self.thresholds, self.majority)
-        ):
-            return [base, *changed]
-        span = CHUNK if base.device.type == "cpu" else DEVICE_SPAN
-        for low in range(0, base.numel(), span):
-            part = slice(low, low + span)
-            self._choose([out[part] for out in changed], [piece[part] for piece in pieces])
+        here = self.large and base.device.type == "cpu"
+        if not (here and compiled.choose(pieces, changed, self.thresholds, self.majority)):
+            for outs, cut in zip(chunks(changed), chunks(pieces), strict=True):
+                self._choose(outs, cut)
         return [base, *changed]
 
     def _choose(self, outs: Sequence[Tensor], pieces: Sequence[Tensor]) -> None:
@@ -111,17 +106,13 @@ class _Election:
 
     def balance(self, pieces: Sequence[Tensor]) -> int:
         """By how many positions the positive signs outnumber the negative ones."""
-        signs = self._signs(task_vectors(pieces, self.kind))
-        return int((signs > 0).sum() - (signs < 0).sum())
+        signs = [self._signs(task_vectors(cut, self.kind)) for cut in chunks(pieces)]
+        return sum(int((each > 0).sum() - (each < 0).sum()) for each in signs)
 
     def _signs(self, vectors: Sequence[Tensor]) -> Tensor:
         """The sign (-1, 0 or 1) of the sum of the trimmed vectors at each position, in their type."""
-        return sign_of_sum(
-            [
-                vector.abs().ge_(threshold).mul_(vector)
-                for vector, threshold in zip(vectors, self.thresholds, strict=True)
-            ]
-        )
+        pairs = zip(vectors, self.thresholds, strict=True)
+        return sign_of_sum([vector.abs().ge_(threshold).mul_(vector) for vector, threshold in pairs])
 
 
 def _select(flags: Tensor, chosen: Tensor, other: Tensor, out: Tensor) -> None:
