@@ -18,6 +18,7 @@ from experiments.recipe import (
     NestedMapBox,
     PythonObjective,
     Recipe,
+    Stages,
     SurrogateBox,
 )
 from fitness.callables import resolve
@@ -46,13 +47,14 @@ def validate(recipe: Recipe) -> list[Finding]:
 def _findings(recipe: Recipe) -> Iterator[Finding]:
     yield Finding("recipe", f"{recipe.name}, signature {recipe.signature}")
     yield from _functions(recipe)
+    compose.check_operator(recipe)
     prepared = compose.prepared_folder(recipe)
     if prepared is not None and not prepared.is_dir():
         yield Finding("models", "not written yet: the preparation step makes them when the recipe is run")
         yield from _search(recipe)
         return
     spec = compose.worker_spec(recipe, prepared)
-    sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names)
+    sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names, spec.settings)
     yield from _models(sources)
     yield from _search(recipe, sources)
     yield from _needs(recipe, sources)
@@ -98,14 +100,32 @@ def _models(sources: Sources) -> Iterator[Finding]:
 def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]:
     """How large the problem is, as far as it is known; refuses what the algorithm cannot take on."""
     checked = compose.check_search(recipe, sources)
+    if isinstance(recipe.search, Stages):
+        for index, one in enumerate(compose.stage_recipes(recipe)):
+            yield Finding(f"search[{index}]", "; ".join([*_sizes(one, sources), _place(recipe.search, index)]))
+    elif checked is not None:
+        yield Finding("search", "".join(_sizes(recipe, sources)))
+
+
+def _sizes(recipe: Recipe, sources: Sources | None) -> Iterator[str]:
+    """The algorithm and how many coefficients it has, as far as they are known."""
+    checked = compose.check_search(recipe, sources)
     if checked is None:
+        yield recipe.search.algorithm
         return
     search, borders, models = checked
     segments = len(borders) - 1
     size = f"{segments * models} coefficients ({segments} x {models} models)"
-    yield Finding(
-        "search", f"{recipe.search.algorithm}: {size}{_bounds(recipe.search)}{_samples(recipe, search, models)}"
-    )
+    yield f"{recipe.search.algorithm}: {size}{_bounds(recipe.search)}{_samples(recipe, search, models)}"
+
+
+def _place(chain: Stages, index: int) -> str:
+    """What a stage begins with, and its share of the budget."""
+    stage, start = chain.stages[index], chain.starts[index]
+    most = f", at most {stage.most} merges" if stage.most not in (None, 1) and start in ("front", "archive") else ""
+    begins = "" if start == "none" else f"begins with the {start} of stage {index - 1}{most}, "
+    share = "the rest of the budget" if stage.evaluations is None else f"{stage.evaluations} evaluations"
+    return f"{begins}{share}"
 
 
 def _bounds(part: object) -> str:
@@ -137,8 +157,9 @@ def _needs(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
         "memory",
         f"{_bytes(resident)} a worker ({workers}) and activations; {_bytes(stored)} of sources mapped from disk",
     )
-    if isinstance(recipe.search, M2N2Search) and recipe.search.mutation > 0:
-        dense = 4 * layout.size * (recipe.search.archive + recipe.scoring.window)
+    breeders = [part for part in recipe.searches if isinstance(part, M2N2Search) and part.mutation > 0]
+    if breeders:
+        dense = 4 * layout.size * (max(part.archive for part in breeders) + recipe.scoring.window)
         yield Finding("dense archive", f"{_bytes(dense)} in the manager: mutation breeds whole vectors")
     free = shutil.disk_usage(Path.cwd()).free
     yield Finding("export", f"{_bytes(resident)} of disk; {_bytes(free)} are free here")

@@ -273,7 +273,8 @@ def compare(runs: Sequence[Run], reference: str | None = None, reach: str = REAC
 def algorithm_name(journal: Journal) -> str:
     """The algorithm of a run, with the sampler where the algorithm is a library of them."""
     search = json.loads(journal.fact("recipe") or "{}").get("search", {})
-    return " ".join(filter(None, [journal.fact("algorithm") or "unknown", str(search.get("sampler") or "")])).strip()
+    sampler = search.get("sampler") if isinstance(search, dict) else None  # a list of stages names its algorithms
+    return " ".join(filter(None, [journal.fact("algorithm") or "unknown", str(sampler or "")])).strip()
 
 
 def search_seconds(rows: Sequence[Row], created: float, elapsed: float) -> Floats:

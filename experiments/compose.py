@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from experiments.recipe import (
     AdaMergingSearch,
     BayesianMapBox,
     Box,
+    Budget,
     Calibration,
     Call,
     CmaEsBox,
     ExpertMergingSearch,
+    GradientSearch,
     M2N2Search,
     MapBox,
     Models,
@@ -39,11 +42,15 @@ from experiments.recipe import (
     PythonObjective,
     RandomBox,
     Recipe,
+    SearchPart,
+    Stages,
     SurrogateBox,
 )
 from fitness.callables import resolve
 from fitness.pools import Pool, SerialPool
 from fitness.specs import CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
+from merging import operators
+from merging.operators.base import Operator
 from merging.sources import Sources
 from populations.errors import EcotoneError, InputError, PoolError
 from populations.genome import Floats, Genome, Integers
@@ -187,9 +194,21 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         device=recipe.scoring.device,
         dtype=recipe.merge.dtype,
         threads=recipe.scoring.threads,
-        dense=isinstance(recipe.search, M2N2Search) and recipe.search.mutation > 0,
+        dense=any(isinstance(part, M2N2Search) and part.mutation > 0 for part in recipe.searches),
         sys_path=tuple(sys_path),
     )
+
+
+def check_operator(recipe: Recipe) -> Operator:
+    """The merge operator with its settings.
+
+    Raises:
+        InputError: There is no such operator, or a setting does not fit it.
+    """
+    try:
+        return operators.get(recipe.merge.operator, recipe.merge.settings)
+    except InputError as error:
+        raise InputError(f"merge.{error.message}", error.remedy) from error
 
 
 def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
@@ -257,20 +276,108 @@ def _calibration(task: Calibration, seed: int, prepared: Path | None) -> Calibra
 # -- search ----------------------------------------------------------------------------------------------
 
 
-def make_search(recipe: Recipe, space: Space) -> tuple[Search, Population]:
+def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = ()) -> tuple[Search, Population]:
     """The algorithm and the population that ``search`` asks for.
 
+    Args:
+        recipe: What is asked for.
+        space: The models.
+        starts: Merges for the algorithm to begin with, where it can.
+
     Raises:
-        InputError: The algorithm does not fit the objectives or the number of coefficients, or is not installed.
+        InputError: The algorithm does not fit the objectives or the number of coefficients, or is not installed; or the
+            segments of a stage's merges do not fit those of the next.
     """
     part, goals = recipe.search, goals_of(recipe.objectives.search)
+    if isinstance(part, Stages):
+        return _staged(recipe, part, space)
     if isinstance(part, M2N2Search):
-        return _m2n2(part, space, goals, recipe.seed)
+        return _m2n2(part, space, goals, recipe.seed, starts)
     if isinstance(part, AdaMergingSearch):
-        return _adamerging(recipe, part, space), ElitistArchive(goals, part.archive)
+        return _adamerging(recipe, part, space, starts), ElitistArchive(goals, part.archive)
     if isinstance(part, ExpertMergingSearch):
-        return _expert_merging(recipe, part, space), ElitistArchive(goals, part.archive)
-    return _box_search(recipe, part, space), ElitistArchive(goals, part.archive)
+        return _expert_merging(recipe, part, space, starts), ElitistArchive(goals, part.archive)
+    return _box_search(recipe, part, space, starts), ElitistArchive(goals, part.archive)
+
+
+def _staged(recipe: Recipe, chain: Stages, space: Space) -> tuple[Search, Population]:
+    from search.stages import Stage, StagedSearch
+
+    _check_segments(chain, space)
+    stages = []
+    for index, one in enumerate(stage_recipes(recipe)):
+        make = partial(_begun, one, space, index)
+        if index:  # the first is made at once; what does not fit the others is refused before anything is scored
+            make(())
+        part = chain.stages[index]
+        stages.append(Stage(part.search.algorithm, make, part.evaluations, chain.starts[index], part.most))
+    search = StagedSearch(stages, goals_of(recipe.objectives.search))
+    return search, search.population
+
+
+def _begun(recipe: Recipe, space: Space, index: int, starts: Sequence[Genome]) -> tuple[Search, Population]:
+    with _of_stage(index):
+        return make_search(recipe, space, starts)
+
+
+@contextlib.contextmanager
+def _of_stage(index: int) -> Iterator[None]:
+    """Have errors name the stage's fields as the recipe has them."""
+    try:
+        yield
+    except InputError as error:
+        place = f"search[{index}]."
+
+        def named(text: str) -> str:
+            return text.replace("search.", place).replace("budget.evaluations", f"{place}evaluations")
+
+        raise InputError(named(error.message), named(error.remedy)) from error
+
+
+def stage_recipes(recipe: Recipe) -> tuple[Recipe, ...]:
+    """The recipe of each stage as a search of its own, with its seed and share; without stages the recipe itself."""
+    from search.stages import stage_seed
+
+    chain, budget = recipe.search, recipe.budget
+    if not isinstance(chain, Stages):
+        return (recipe,)
+    rest = None if budget.evaluations is None else budget.evaluations - chain.shared_out
+    return tuple(
+        recipe.model_copy(
+            update={
+                "search": stage.search,
+                "seed": stage_seed(recipe.seed, index),
+                "budget": Budget.model_construct(evaluations=stage.evaluations or rest, seconds=budget.seconds),
+            }
+        )
+        for index, stage in enumerate(chain.stages)
+    )
+
+
+def _check_segments(chain: Stages, space: Space) -> None:
+    """Refuse a stage whose segments lack borders that the merges of the stage before it may have."""
+    reached = np.zeros(0, np.int64)
+    for index, stage in enumerate(chain.stages):
+        part, own = stage.search, _borders(stage.search, space)
+        begins = chain.starts[index] != "none"
+        if begins and not isinstance(part, M2N2Search) and not np.isin(reached, own).all():
+            raise InputError(
+                f"search[{index}].granularity: the segments of the merges of stage {index - 1} have borders that its "
+                f"own, {part.granularity}, lack.",
+                "Make it finer, the stage before coarser, or say start: none.",
+            )
+        reached = np.union1d(own, reached) if begins else own
+
+
+def _borders(part: SearchPart, space: Space) -> Integers:
+    """(S+1,) borders that the segments of a search's merges may have, when it begins with nothing else."""
+    if isinstance(part, ExpertMergingSearch) and part.chunks is not None:
+        return np.asarray(space.borders("element"))
+    return np.asarray(space.borders(part.granularity) if isinstance(part, M2N2Search) else _segments(part, space))
+
+
+def _segments(part: Box | GradientSearch, space: Space) -> Integers:
+    return borders_of(space, part.granularity, part.groups)
 
 
 def _check_budget(recipe: Recipe, design: int) -> None:
@@ -284,7 +391,9 @@ def _check_budget(recipe: Recipe, design: int) -> None:
         )
 
 
-def _m2n2(part: M2N2Search, space: Space, goals: tuple[Goal, ...], seed: int) -> tuple[Search, Population]:
+def _m2n2(
+    part: M2N2Search, space: Space, goals: tuple[Goal, ...], seed: int, starts: Sequence[Genome]
+) -> tuple[Search, Population]:
     archive = NicheArchive(goals, part.archive, part.alpha, part.resource)
     switches = M2N2Settings(
         attraction=part.attraction,
@@ -295,54 +404,59 @@ def _m2n2(part: M2N2Search, space: Space, goals: tuple[Goal, ...], seed: int) ->
         mutation=part.mutation,
         max_segments=part.max_segments,
     )
-    return M2N2(space, archive, switches, seed), archive
+    return M2N2(space, archive, switches, seed, starts), archive
 
 
-def _adamerging(recipe: Recipe, part: AdaMergingSearch, space: Space) -> Search:
+def _adamerging(recipe: Recipe, part: AdaMergingSearch, space: Space, starts: Sequence[Genome]) -> Search:
     from search.adamerging import AdaMerging
 
-    borders = borders_of(space, part.granularity, part.groups)
+    borders = _segments(part, space)
     tasks = [task.name for task in recipe.calibration]
     settings = part.model_dump(exclude={"algorithm", "granularity", "groups", "archive"})
+    settings["starts"] = [start.refined(borders) for start in starts] or None
     return AdaMerging(borders, space.dimension, tasks, goals_of(recipe.objectives.search), recipe.seed, **settings)
 
 
-def _expert_merging(recipe: Recipe, part: ExpertMergingSearch, space: Space) -> Search:
+def _expert_merging(recipe: Recipe, part: ExpertMergingSearch, space: Space, starts: Sequence[Genome]) -> Search:
     from search.expert_merging import ExpertMerging
 
     tasks = [task.name for task in recipe.calibration]
     settings = part.model_dump(exclude={"algorithm", "granularity", "groups", "archive"})
+    settings["starts"] = [start.refined(_segments(part, space)) for start in starts] or None
     return ExpertMerging(space, tasks, goals_of(recipe.objectives.search), recipe.seed, **settings)
 
 
-def _box_search(recipe: Recipe, part: Box, space: Space) -> Search:
+def _box_search(recipe: Recipe, part: Box, space: Space, starts: Sequence[Genome]) -> Search:
     """A search over coefficients; modules that import much are imported when they are asked for."""
     box, goals, seed = _box(part, space), goals_of(recipe.objectives.search), recipe.seed
     if isinstance(part, SurrogateBox):
-        return _surrogate_search(recipe, part, box, space)
+        return _surrogate_search(recipe, part, box, space, starts)
     if isinstance(part, NsgaBox):
         from search.nsga import Nsga
 
-        return Nsga(box, goals, seed, part.algorithm, **_settings(part), seeds=_seeds(part, box, space))
+        return Nsga(box, goals, seed, part.algorithm, **_settings(part), seeds=_seeds(part, box, space, starts))
     if isinstance(part, OptunaBox):
         from search.optuna_search import OptunaSearch
 
-        return OptunaSearch(box, goals, seed, **_settings(part), seeds=_seeds(part, box, space))
+        return OptunaSearch(box, goals, seed, **_settings(part), seeds=_seeds(part, box, space, starts))
     if isinstance(part, CmaEsBox):
         from search.cma_es import CmaEs
 
-        return CmaEs(box, goals, seed, **_settings(part), separable=part.algorithm == "sep_cma_es")
+        settings = _settings(part) | ({"start": box.point(starts[0])} if starts else {})
+        return CmaEs(box, goals, seed, **settings, separable=part.algorithm == "sep_cma_es")
     assert isinstance(part, RandomBox)
     return RandomSearch(box, seed)
 
 
-def _surrogate_search(recipe: Recipe, part: SurrogateBox, box: CoefficientBox, space: Space) -> Search:
+def _surrogate_search(
+    recipe: Recipe, part: SurrogateBox, box: CoefficientBox, space: Space, starts: Sequence[Genome]
+) -> Search:
     goals, seed, budget = goals_of(recipe.objectives.search), recipe.seed, recipe.budget.evaluations
-    settings = _settings(part)
+    settings, points = _settings(part), [box.point(start) for start in starts] or None
     if isinstance(part, MapBox):
         from search.map import MapSearch
 
-        return MapSearch(box, goals, seed, **settings, evaluations=budget, seeds=space.seeds)
+        return MapSearch(box, goals, seed, **settings, evaluations=budget, seeds=space.seeds, starts=points)
     if isinstance(part, NestedMapBox):
         from search.nested_map import NestedMapSearch
 
@@ -355,8 +469,10 @@ def _surrogate_search(recipe: Recipe, part: SurrogateBox, box: CoefficientBox, s
     links = checked_links(part.links, goals)
     settings["links"] = [None if links[goal.name] == "auto" else links[goal.name] for goal in goals]
     settings["reference"] = _reference(part, goals)
-    search = BayesianMap(box, goals, seed, design=settings.pop("samples"), **settings, seeds=space.seeds)
-    _check_budget(recipe, search.design)
+    design = settings.pop("samples")
+    search = BayesianMap(box, goals, seed, design=design, **settings, seeds=space.seeds, starts=points)
+    if points is None:
+        _check_budget(recipe, search.design)
     return search
 
 
@@ -379,8 +495,11 @@ def _settings(part: Box) -> dict[str, Any]:
     return part.model_dump(exclude={"algorithm", *ModelsFirstBox.model_fields})
 
 
-def _seeds(part: ModelsFirstBox, box: CoefficientBox, space: Space) -> Floats | None:
-    """(J+1, D) the models themselves and their average, when they are to be scored first."""
+def _seeds(part: ModelsFirstBox, box: CoefficientBox, space: Space, starts: Sequence[Genome]) -> Floats | None:
+    """(n, D) what to score first: the starts, moved into the box; without any, where asked for, models and average."""
+    if starts:
+        points = box.clip(np.array([box.point(start) for start in starts]))
+        return points[np.sort(np.unique(points, axis=0, return_index=True)[1])]
     if not part.models_first:
         return None
     rows = [*space.seeds, space.seeds.mean(axis=0)]
@@ -396,12 +515,20 @@ def check_search(recipe: Recipe, sources: Sources | None = None) -> tuple[Search
         sources: The models; without them only searches with coefficients a model or a group can be checked.
 
     Returns:
-        None when there is nothing to check: for M2N2, and where coefficients a block or tensor cannot be counted.
+        None when there is nothing to tell: for M2N2, where coefficients a block or tensor cannot be counted, and for
+        stages, each of which is checked.
 
     Raises:
         InputError: As for ``make_search``.
     """
     part = recipe.search
+    if isinstance(part, Stages):
+        for index, one in enumerate(stage_recipes(recipe)):
+            with _of_stage(index):
+                check_search(one, sources)
+        if sources is not None:
+            _check_segments(part, _outline_of(sources))
+        return None
     if isinstance(part, M2N2Search) or (sources is None and part.granularity in ("block", "tensor")):
         return None
     outline = _outline(recipe.models, part.groups) if sources is None else _outline_of(sources)

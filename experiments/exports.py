@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments import compose
-from experiments.recipe import Recipe
+from experiments.recipe import Recipe, algorithm_of
 from experiments.runs import Run, Scored
 from fitness.pools import Batch, SerialPool
 from merging.checkpoint import Checkpoint
 from merging.export import RECORD, export_directory, export_file, export_plain_directory
+from merging.operators.base import Operator
 from merging.sources import Sources
 from populations.errors import CheckpointError, SearchError
 from populations.genome import Genome
@@ -42,8 +44,8 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
     scored = run.scored(trial.number)
     recipe = _recipe(run)
     spec = compose.worker_spec(recipe, compose.prepare(recipe))
-    sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names)
-    record = _record(run, recipe, trial, scored)
+    sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names, spec.settings)
+    record = {**_record(run, recipe, trial, scored), "operator": operator_record(sources.operator)}
     dtype = recipe.merge.dtype or (None if spec.architecture is None else str(sources.layout.dtype).split(".")[-1])
     target = Path(to)
     if target.suffix == ".safetensors":
@@ -53,6 +55,11 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
         return export_directory(sources, trial.genome, target, card, record, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     return export_plain_directory(sources, trial.genome, target, card, record, dtype)
+
+
+def operator_record(operator: Operator) -> dict[str, Any]:
+    """Its name and settings, those that no recipe gives included."""
+    return {"name": operator.name, **dataclasses.asdict(operator)}  # type: ignore[call-overload]
 
 
 def _recipe(run: Run) -> Recipe:
@@ -112,8 +119,8 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
             "",
             f"# {record['run']}, member {record['member']}",
             "",
-            f"A merge found by Ecotone: search `{record['recipe']['search']['algorithm']}`, operator "
-            f"`{sources.operator.name}`, {genome.segments} segment(s).",
+            f"A merge found by Ecotone: search `{algorithm_of(record['recipe'])}`, operator "
+            f"{_in_words(record['operator'])}, {genome.segments} segment(s).",
             "",
             *base,
             *(dense if record["dense"] else ["| source | mean coefficient |", "| --- | --- |", *made, ""]),
@@ -122,6 +129,11 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
             "",
         ]
     )
+
+
+def _in_words(operator: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{key} {value:g}" for key, value in operator.items() if key != "name")
+    return f"`{operator['name']}`" + (f" ({settings})" if settings else "")
 
 
 def _score_lines(scored: Scored) -> list[str]:
@@ -170,7 +182,8 @@ def verify(path: str | Path) -> list[Comparison]:
     recipe = Recipe.from_record(record["recipe"])
     paths = compose.python_paths(tuple(record.get("sys_path", ())))
     spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
-    spec = replace(spec, experts=(str(target),), base=None, operator="linear", names=("export",), dense=False)
+    alone = {"experts": (str(target),), "base": None, "operator": "linear", "settings": {}, "names": ("export",)}
+    spec = replace(spec, **alone, dense=False, calibration=())  # type: ignore[arg-type]
     with SerialPool(spec) as pool:
         space = pool.start()
         genome = Genome.uniform(space.size, [1.0])

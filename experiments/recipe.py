@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from populations.errors import InputError, nearest
 
@@ -430,6 +440,159 @@ SearchPart: TypeAlias = Annotated[
 ]
 
 
+Start: TypeAlias = Literal["front", "best", "archive", "none"]
+FINENESS = ("model", "groups", "block", "tensor", "element")
+LINES = 4  # merges that a search by gradient begins with, unless said otherwise: it follows each one
+
+
+class Stage(Part):
+    """One search of a chain, written as a search with these keys beside its own.
+
+    Attributes:
+        search: The search.
+        evaluations: Its share of the budget; the last stage may leave it out and has the rest.
+        start: What of the stage before it begins with: its ``front``, its ``best`` merge, its ``archive`` (the members
+            of its population) or ``none``. By default the front, where the algorithm can begin with given merges. What
+            it begins with is not scored again. M2N2, NSGA and Optuna's samplers take it in place of the models
+            themselves, CMA-ES takes the best as its mean.
+        starts: The most merges to begin with, spread over their scores; by default 4 for searches by gradient, which
+            learn from each, and all for others.
+    """
+
+    search: SearchPart
+    evaluations: int | None = Field(default=None, ge=1)
+    start: Start | None = None
+    starts: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sorted(cls, value: Any) -> Any:
+        """Tell the stage's keys from the search's; a ``start`` that is a number is CMA-ES's own."""
+        if not isinstance(value, Mapping) or "search" in value:
+            return value
+        placed = isinstance(value.get("start"), int | float) and value.get("algorithm") in ("cma_es", "sep_cma_es")
+        own = {"evaluations", "starts"} | (set() if placed else {"start"})
+        rest = {key: one for key, one in value.items() if key not in own}
+        return {"search": rest, **{key: value[key] for key in own if key in value}}
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = handler(self)
+        search = fields.pop("search")
+        start = fields.pop("start")
+        return {**search, **fields, "start": search.get("start") if start is None else start}
+
+    @property
+    def begins(self) -> Start:
+        """What it begins with when it is not the first."""
+        if self.start is not None:
+            return self.start
+        placed = isinstance(self.search, CmaEsBox) and self.search.start is not None
+        return "none" if placed or _cannot_begin(self.search) else "front"
+
+    @property
+    def most(self) -> int | None:
+        """The most merges that it begins with; None means all."""
+        if isinstance(self.search, CmaEsBox):
+            return 1
+        return LINES if self.starts is None and isinstance(self.search, GradientSearch) else self.starts
+
+
+class Stages(Part):
+    """A chain of searches: a list under ``search``, each of which begins with what the one before it found."""
+
+    stages: tuple[Stage, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_list(cls, value: Any) -> Any:
+        return {"stages": value} if isinstance(value, list | tuple) else value
+
+    @model_serializer(mode="wrap")
+    def _listed(self, handler: SerializerFunctionWrapHandler) -> list[dict[str, Any]]:
+        stages: list[dict[str, Any]] = handler(self)["stages"]
+        return stages
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> Stages:
+        if not self.stages:
+            raise ValueError("expected one stage or more, found none")
+        first = self.stages[0]
+        if first.start not in (None, "none") or first.starts is not None:
+            raise ValueError("stage 0: there is none before it that it could begin with; leave start and starts out")
+        without = [i for i, stage in enumerate(self.stages[:-1]) if stage.evaluations is None]
+        if without:
+            raise ValueError(
+                f"stage {without[0]}: expected evaluations, its share of the budget; only the last may leave it out"
+            )
+        reach = _reach(first.search)
+        for index, stage in enumerate(self.stages[1:], 1):
+            if stage.begins != "none":
+                self._check_start(index, reach)
+            joined = stage.begins != "none" and isinstance(stage.search, M2N2Search)
+            reach = max(reach, _reach(stage.search)) if joined else _reach(stage.search)
+        return self
+
+    def _check_start(self, index: int, reach: int) -> None:
+        """Refuse a start that the stage cannot take, or whose segments are finer than the stage's own."""
+        search, before = self.stages[index].search, self.stages[index - 1].search
+        place = f"stage {index} ({search.algorithm})"
+        if why := _cannot_begin(search):
+            raise ValueError(f"{place}: {why}; say start: none")
+        if isinstance(before, M2N2Search) and before.mutation > 0:
+            raise ValueError(
+                f"{place}: it cannot begin with what stage {index - 1} finds: with mutation m2n2 breeds whole vectors "
+                "of weights, which have no coefficients; say start: none"
+            )
+        if not isinstance(search, M2N2Search) and reach > _reach(search):
+            raise ValueError(
+                f"{place}: its granularity, {search.granularity}, is coarser than that of the merges of stage "
+                f"{index - 1}, {FINENESS[reach]}; make this one finer, the other coarser, or say start: none"
+            )
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithms, joined by plus signs."""
+        return "+".join(stage.search.algorithm for stage in self.stages)
+
+    @property
+    def starts(self) -> tuple[Start, ...]:
+        """What each stage begins with."""
+        return ("none", *(stage.begins for stage in self.stages[1:]))
+
+    @property
+    def shared_out(self) -> int:
+        """Evaluations of the stages that say how many."""
+        return sum(stage.evaluations or 0 for stage in self.stages)
+
+
+def _reach(search: SearchPart) -> int:
+    """How fine the segments of a search's merges are, by position in ``FINENESS``."""
+    if isinstance(search, ExpertMergingSearch) and search.chunks is not None:
+        return FINENESS.index("element")
+    return FINENESS.index(search.granularity)
+
+
+def _cannot_begin(search: SearchPart) -> str:
+    """Why a search cannot begin with given merges; empty when it can."""
+    if isinstance(search, RandomBox):
+        return "random search has no use for merges to begin with"
+    if isinstance(search, NestedMapBox):
+        return "nested_map builds its tree from the models themselves"
+    if isinstance(search, M2N2Search) and search.mutation > 0:
+        return "with mutation m2n2 breeds whole vectors of weights, beginning with the models"
+    return ""
+
+
+def _one_or_stages(value: Any) -> str:
+    return "stages" if isinstance(value, list | tuple | Stages) else "one"
+
+
+AnySearch: TypeAlias = Annotated[
+    Annotated[SearchPart, Tag("one")] | Annotated[Stages, Tag("stages")], Discriminator(_one_or_stages)
+]
+
+
 class Scoring(Part):
     """How candidates are scored; floating-point results depend on it, so it is part of the signature.
 
@@ -524,7 +687,7 @@ class Recipe(Part):
     prepare: Call | None = None
     merge: Merge = Merge()
     calibration: tuple[Calibration, ...] = ()
-    search: SearchPart = M2N2Search()
+    search: AnySearch = M2N2Search()
     scoring: Scoring = Scoring()
     seed: int = Field(default=0, ge=0)
     runtime: Runtime = Runtime()
@@ -532,19 +695,10 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        minimised = [o.name for o in self.objectives.search if o.direction == "minimize"]
-        if self.search.algorithm == "m2n2" and minimised:
-            raise ValueError(
-                f"objectives.search: m2n2 shares out scores to maximise, found direction minimize for {minimised}; "
-                "give a score in which more is better, such as exp(-loss)"
-            )
-        count, needs = len(self.objectives.search), _needs_objectives(self.search)
-        if count < needs:
-            raise ValueError(
-                f"objectives.search: {self.search.algorithm} looks for a front of two objectives or more, found "
-                f"{count}; for one use algorithm cma_es, or optuna with sampler tpe or gp"
-            )
+        for part in self.searches:
+            self._check_objectives(part)
         self._check_calibration()
+        self._check_shares()
         if self.prepare is None:
             written = self.model_dump(include={"models", "objectives", "calibration"})
             found = next((field for field in written if _mentions_prepared(written[field])), None)
@@ -552,18 +706,49 @@ class Recipe(Part):
                 raise ValueError(f"{found}: paths begin with {PREPARED!r} but the recipe has no `prepare` step")
         return self
 
+    @property
+    def searches(self) -> tuple[SearchPart, ...]:
+        """The search, or those of its stages."""
+        search = self.search
+        return tuple(stage.search for stage in search.stages) if isinstance(search, Stages) else (search,)
+
+    def _check_objectives(self, part: SearchPart) -> None:
+        minimised = [o.name for o in self.objectives.search if o.direction == "minimize"]
+        if part.algorithm == "m2n2" and minimised:
+            raise ValueError(
+                f"objectives.search: m2n2 shares out scores to maximise, found direction minimize for {minimised}; "
+                "give a score in which more is better, such as exp(-loss)"
+            )
+        count, needs = len(self.objectives.search), _needs_objectives(part)
+        if count < needs:
+            raise ValueError(
+                f"objectives.search: {part.algorithm} looks for a front of two objectives or more, found "
+                f"{count}; for one use algorithm cma_es, or optuna with sampler tpe or gp"
+            )
+
+    def _check_shares(self) -> None:
+        if not isinstance(self.search, Stages) or self.budget.evaluations is None:
+            return
+        shares, whole = self.search.shared_out, self.budget.evaluations
+        rest = self.search.stages[-1].evaluations is None
+        if shares > whole or (rest and shares == whole):
+            raise ValueError(
+                f"budget.evaluations: expected {'more than' if rest else 'at least'} {shares}, which the stages of the "
+                f"search share out, found {whole}"
+            )
+
     def _check_calibration(self) -> None:
         names = [task.name for task in self.calibration]
         if len(set(names)) < len(names):
             raise ValueError(f"calibration: expected tasks of different names, found {names}")
-        if isinstance(self.search, GradientSearch):
-            if not names:
-                raise ValueError(f"calibration: {self.search.algorithm} learns on tasks given there, found none")
-        elif names:
+        learning = [part for part in self.searches if isinstance(part, GradientSearch)]
+        if learning and not names:
+            raise ValueError(f"calibration: {learning[0].algorithm} learns on tasks given there, found none")
+        if names and not learning:
             raise ValueError(
                 f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does), found {names}"
             )
-        if isinstance(self.search, ExpertMergingSearch):
+        if any(isinstance(part, ExpertMergingSearch) for part in learning):
             _check_expert_merging(self)
 
     @classmethod
@@ -617,6 +802,12 @@ class Recipe(Part):
             }
         )
         return self.model_copy(update={"models": models})
+
+
+def algorithm_of(record: Mapping[str, Any]) -> str:
+    """The algorithm of a recorded recipe; those of stages are joined by plus signs."""
+    search = record.get("search", {})
+    return "+".join(str(one.get("algorithm")) for one in (search if isinstance(search, list) else [search]))
 
 
 def _needs_objectives(part: Part) -> int:
@@ -720,8 +911,10 @@ def _line(entry: dict[str, Any]) -> str:
     kind, message = entry["type"], entry["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
         place, part = _place(entry["loc"][:-1])
-        key = str(entry["loc"][-1])
-        return f"{_written([*place, key])}: unknown key. {nearest(key, list(part.model_fields))}"
+        key, known = str(entry["loc"][-1]), list(part.model_fields)
+        if "stages" in entry["loc"]:
+            known += [name for name in Stage.model_fields if name != "search"]
+        return f"{_written([*place, key])}: unknown key. {nearest(key, known)}"
     field = _written(_place(entry["loc"])[0])
     if kind == "missing":
         return f"{field}: missing; {_article(field)}."
@@ -749,8 +942,15 @@ _ALGORITHMS: dict[str, type[Part]] = {
     "adamerging": AdaMergingSearch,
     "expert_merging": ExpertMergingSearch,
 }
-_TAGS = {"type": ("accuracy", "call"), "algorithm": tuple(_ALGORITHMS)}
-_PARTS: dict[str, type[Part]] = {"accuracy": Accuracy, "call": PythonObjective, "Call": Call, **_ALGORITHMS}
+_TAGS = {"type": ("accuracy", "entropy", "call"), "algorithm": tuple(_ALGORITHMS)}
+_PARTS: dict[str, type[Part]] = {
+    "accuracy": Accuracy,
+    "entropy": Entropy,
+    "call": PythonObjective,
+    "Call": Call,
+    "stages": Stages,
+    **_ALGORITHMS,
+}
 
 
 def _article(field: str) -> str:
@@ -765,7 +965,8 @@ def _place(steps: tuple[int | str, ...]) -> tuple[list[int | str], type[Part]]:
         if isinstance(step, int):
             written.append(step)
         elif step in part.model_fields:
-            written.append(step)
+            if (part, step) not in ((Stages, "stages"), (Stage, "search")):
+                written.append(step)
             part = _part(part.model_fields[step].annotation) or part
         else:
             part = _PARTS.get(step, part)

@@ -12,6 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
+from experiments.recipe import algorithm_of
 from experiments.tracking.notes import status
 from experiments.tracking.store import ENVIRONMENT, TrackingError, client_of, in_words, require_mlflow
 from experiments.tracking.target import Target
@@ -187,7 +188,7 @@ def _tags(record: dict[str, Any], path: Path, size: int, uploaded: bool) -> dict
 
 def _words(record: dict[str, Any]) -> str:
     """A sentence for the model's page."""
-    lines = [f"Member {record['member']} of the search {record['run']} ({record['recipe']['search']['algorithm']})."]
+    lines = [f"Member {record['member']} of the search {record['run']} ({algorithm_of(record['recipe'])})."]
     for subset, found in (("Search data", record["scores"]["search"]), ("Held-out data", record["scores"]["held_out"])):
         if found:
             lines.append(f"{subset}: {', '.join(f'{name} {value:.4f}' for name, value in found.items())}.")
