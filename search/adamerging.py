@@ -115,6 +115,7 @@ class Line:
         """Everything but the genome, which follows from it."""
         return {
             **{name: getattr(self, name) for name in self._PLAIN},
+            "start": self.start.copy(),
             "borders": self.borders.copy(),
             "held": list(self.held),
             "adam": self.adam.state(),
@@ -128,7 +129,7 @@ class Line:
         """Continue from ``state``; the genome is not made."""
         for name in self._PLAIN:
             setattr(self, name, state[name])
-        self.borders, self.held = state["borders"].copy(), list(state["held"])
+        self.start, self.borders, self.held = state["start"].copy(), state["borders"].copy(), list(state["held"])
         self.adam.restore(state["adam"])
         self.told = {batch: (loss, diversity, gradient) for batch, (loss, diversity, gradient) in state["told"].items()}
         self.check = None if state["check"] is None else (state["check"][0], state["check"][1])
