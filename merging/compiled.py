@@ -118,5 +118,25 @@ def choose(stored: Sequence[Tensor], outs: Sequence[Tensor], thresholds: Sequenc
     return True
 
 
+def products(
+    sources: Sequence[Tensor], gradient: Tensor, directions: Sequence[Sequence[int]], lanes: NDArray[np.float32]
+) -> None:
+    """Add inner products of a gradient with directions to ``lanes``: that at position i to lane i modulo L.
+
+    Args:
+        sources: J flat tensors.
+        gradient: Of their length and type.
+        directions: For each of K the source it is, or two sources whose difference it is.
+        lanes: (K, L) float32.
+    """
+    from merging import loops  # imports numba
+
+    kind = _KINDS[gradient.dtype]
+    plus = np.array([numbers[0] for numbers in directions])
+    minus = np.array([numbers[1] if len(numbers) > 1 else -1 for numbers in directions])
+    places = _addresses(sources), gradient.data_ptr()
+    loops.products(*places, kind, kind.itemsize, gradient.numel(), plus, minus, lanes)
+
+
 def _addresses(tensors: Sequence[Tensor]) -> Integers:
     return np.array([tensor.data_ptr() for tensor in tensors], np.int64)

@@ -14,19 +14,27 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from merging import compiled
 from merging.materialise import CHUNK, DEVICE_SPAN, Stretch, over_threads
 from merging.sources import Sources
 from populations.errors import InputError
 from populations.genome import Floats, Genome
 
+LANES = 1020  # partial sums of a chunk
+
 Term: TypeAlias = tuple[int, float]
 """The number of a checkpoint and its weight in a direction."""
+Directions: TypeAlias = Sequence[Sequence[Term]]
+Place: TypeAlias = tuple[int, slice]
+"""A row of the table of sums, and the part of the stretch that it is about."""
+Kernel: TypeAlias = Callable[[Stretch, Tensor, Directions, Tensor, Place], None]
 
 
 class Slopes:
@@ -72,11 +80,17 @@ class Slopes:
         on_cpu = flat.device.type == "cpu"
         parts = self._parts(start, stop, CHUNK if on_cpu else DEVICE_SPAN)
         stretch = self._sources.near(name, flat.device)
-        sums = flat.new_empty(len(parts), self._shape[1], dtype=_accumulator(stretch.stored))
-        work = partial(_products, stretch, flat, self._directions, sums)
+        sums = flat.new_empty(len(parts), self._shape[1], dtype=torch.float64)
+        work = partial(self._kernel(stretch, flat), stretch, flat, self._directions, sums)
         rows = [(number, slice(low, high)) for number, (_, low, high) in enumerate(parts)]
         over_threads(work, rows, torch.get_num_threads() if on_cpu else 1)
         self._sums.append((index, [segment for segment, _, _ in parts], sums))
+
+    def _kernel(self, stretch: Stretch, gradient: Tensor) -> Kernel:
+        if gradient.device.type != "cpu":
+            return _on_device
+        compiles = self._sources.large and compiled.supports(stretch.stored, [gradient])
+        return _by_loops if compiles and _simple(self._directions) else _in_cache
 
     @property
     def values(self) -> Floats:
@@ -96,7 +110,7 @@ class Slopes:
         return parts
 
 
-def _directions(sources: Sources) -> list[list[Term]]:
+def _directions(sources: Sources) -> Directions:
     """For each of K coefficients the checkpoints it moves along, those of weight one first."""
     count = len(sources.experts)
     table = sources.operator.weights(np.eye(count)) - sources.operator.weights(np.zeros((count, count)))
@@ -104,17 +118,47 @@ def _directions(sources: Sources) -> list[list[Term]]:
     return [sorted(row, key=lambda term: term[1] != 1.0) for row in rows]
 
 
-def _products(
-    stretch: Stretch, gradient: Tensor, directions: Sequence[Sequence[Term]], sums: Tensor, at: tuple[int, slice]
-) -> None:
-    """Fill one row of ``sums`` with the K inner products over one part of a stretch."""
+# -- the inner products over one part of a stretch, into one row of a (parts, K) table -----------------------
+
+
+def _by_loops(stretch: Stretch, gradient: Tensor, directions: Directions, sums: Tensor, at: Place) -> None:
+    """Compiled loops, with the bits of ``_in_cache``."""
     row, part = at
-    slope = gradient[part].to(sums.dtype)
-    stage = _stager(stretch[part].tensors(sums.device), sums.dtype)
+    lanes = np.zeros((len(directions), LANES), np.float32)
+    compiled.products(stretch[part].tensors(), gradient[part], [[j for j, _ in terms] for terms in directions], lanes)
+    sums.numpy()[row] = lanes.sum(axis=1, dtype=np.float64)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # a bad candidate is a result
+def _in_cache(stretch: Stretch, gradient: Tensor, directions: Directions, sums: Tensor, at: Place) -> None:
+    row, part = at
+    kind = _accumulator(stretch.stored)
+    slope = gradient[part].to(kind)
+    stage = _stager(stretch[part].tensors(), kind)
+    room = torch.empty_like(slope)
+    lanes = np.zeros((len(directions), LANES), room.numpy().dtype)
+    for terms, into in zip(directions, lanes, strict=True):
+        np.multiply(_direction(stage, terms, room).numpy(), slope.numpy(), out=room.numpy())
+        _deal(room.numpy(), into)
+    sums.numpy()[row] = lanes.sum(axis=1, dtype=np.float64)
+
+
+def _deal(values: NDArray[Any], lanes: NDArray[Any]) -> None:
+    """Add element i to lane i modulo ``LANES``, one after the other."""
+    whole = values.size // LANES * LANES
+    if whole:
+        np.add.reduce(values[:whole].reshape(-1, LANES), axis=0, out=lanes)
+    lanes[: values.size - whole] += values[whole:]
+
+
+def _on_device(stretch: Stretch, gradient: Tensor, directions: Directions, sums: Tensor, at: Place) -> None:
+    row, part = at
+    kind = _accumulator(stretch.stored)
+    slope = gradient[part].to(kind)
+    stage = _stager(stretch[part].tensors(sums.device), kind)
     room = torch.empty_like(slope)
     for k, terms in enumerate(directions):
-        # Not torch.dot: its bits depend on the number of threads.
-        torch.sum(torch.mul(_direction(stage, terms, room), slope, out=room), 0, out=sums[row, k])
+        sums[row, k] = torch.sum(torch.mul(_direction(stage, terms, room), slope, out=room))
 
 
 def _stager(sources: Sequence[Tensor], kind: torch.dtype) -> Callable[[int], Tensor]:
@@ -130,6 +174,11 @@ def _direction(stage: Callable[[int], Tensor], terms: Sequence[Term], room: Tens
     for j, factor in rest:
         total = torch.add(total, stage(j), alpha=factor, out=room)
     return total
+
+
+def _simple(directions: Directions) -> bool:
+    """Whether each direction is a source or the difference of two."""
+    return all([weight for _, weight in terms] in ([1.0], [1.0, -1.0]) for terms in directions)
 
 
 def _accumulator(tensors: Sequence[Tensor]) -> torch.dtype:

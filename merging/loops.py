@@ -20,6 +20,7 @@ from numba.extending import intrinsic, overload
 
 BLOCK = 16_384  # elements formed at a time; a few blocks fit in a core's own cache
 SHORT = 4_096  # elements whose task vectors are held in float32 at a time
+ROWS = 4  # rows of lanes for which the base and the gradient stay in the nearest cache
 LINE = 64  # bytes of a cache line
 _LOW = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
@@ -331,6 +332,44 @@ def _choose(stored, outs, kind, width, size, thresholds, majority, doubt):
             _select(out, vectors[k], total, expert, base, thresholds[k])
 
 
+@_jit
+def _add_products(lanes, a, g):
+    for i in range(len(a)):
+        lanes[i] = lanes[i] + _wide(a[i]) * _wide(g[i])
+
+
+@_jit
+def _add_differences(lanes, a, b, g):
+    for i in range(len(a)):
+        lanes[i] = lanes[i] + (_wide(a[i]) - _wide(b[i])) * _wide(g[i])
+
+
+def _products(sources, gradient, kind, width, size, plus, minus, lanes):
+    """Inner products of a gradient with K directions over one stretch, as partial sums.
+
+    Args:
+        sources: (J,) addresses of the stretch in each checkpoint.
+        gradient: The gradient's address.
+        kind: Their type, float32 or uint16 (bfloat16).
+        width: Bytes of an element.
+        size: Length of the stretch.
+        plus: (K,) the source that each direction is.
+        minus: (K,) the source that is subtracted from it, -1 for none.
+        lanes: (K, L) float32; the product at position i is added to lane i modulo L.
+    """
+    step = lanes.shape[1]
+    for low in range(0, size, ROWS * step):
+        for k in range(len(plus)):
+            for at in range(low, min(low + ROWS * step, size), step):
+                n = min(step, size - at)
+                a = carray(_pointer(sources[plus[k]] + width * at), (n,), kind)
+                g = carray(_pointer(gradient + width * at), (n,), kind)
+                if minus[k] < 0:
+                    _add_products(lanes[k], a, g)
+                else:
+                    _add_differences(lanes[k], a, carray(_pointer(sources[minus[k]] + width * at), (n,), kind), g)
+
+
 def _compiled(function: Callable[..., Any]) -> Any:
     try:
         return _jit(function, cache=True)
@@ -339,4 +378,5 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 mix = _compiled(_mix)
+products = _compiled(_products)
 choose = _compiled(_choose)

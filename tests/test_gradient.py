@@ -13,6 +13,7 @@ from fitness.pools import Batch, SerialPool
 from fitness.resident import Resident
 from fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec, WorkerSpec
 from fitness.worker import Worker
+from merging import compiled
 from merging import gradient as gradients
 from merging.gradient import Slopes
 from merging.sources import Sources
@@ -243,11 +244,34 @@ def test_slopes_depend_neither_on_threads_nor_on_the_order_of_tensors(wide):
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compiled_loops_give_the_same_bits(folder, monkeypatch, operator, dtype):
+    pytest.importorskip("numba")
+    rng = torch.Generator().manual_seed(0)
+    for number in range(4):
+        tensors = {"a": torch.randn(70_001, generator=rng), "b": torch.randn(33, generator=rng)}
+        save_file({name: value.to(dtype) for name, value in tensors.items()}, folder / f"{number}.safetensors")
+    sources = opened([folder / f"{number}.safetensors" for number in range(4)], operator)
+    found = {name: torch.randn(info.shape, generator=rng).to(dtype) for name, info in sources.layout.parameters.items()}
+    used, products = [], compiled.products
+    monkeypatch.setattr(compiled, "products", lambda *given: (used.append(given), products(*given)))
+    for cuts in ("uniform", "inside"):
+        genome = genome_of(sources, cuts)
+        plain = collected(sources, genome, found.items())
+        assert not used
+        with monkeypatch.context() as patch:
+            patch.setattr("merging.sources.SMALL", 0)
+            assert np.array_equal(collected(sources, genome, found.items()), plain)
+        assert used
+        used.clear()
+
+
 def test_chunks_change_rounding_only(wide, monkeypatch):
     sources, found = wide
     genome = genome_of(sources, "inside")
     whole = collected(sources, genome, found.items())
-    monkeypatch.setattr(gradients, "CHUNK", 999)
+    monkeypatch.setattr(gradients, "CHUNK", 9999)
     np.testing.assert_allclose(collected(sources, genome, found.items()), whole, rtol=1e-4, atol=1e-3)
 
 
