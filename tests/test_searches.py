@@ -27,6 +27,7 @@ from search.adamerging import AdaMerging
 from search.bayesian_map import BayesianMap
 from search.cma_es import CmaEs
 from search.coefficients import CoefficientBox, Granularity
+from search.expert_merging import ExpertMerging
 from search.m2n2 import M2N2, M2N2Settings
 from search.map import MapSearch
 from search.nested_map import NestedMapSearch
@@ -166,6 +167,13 @@ def then_nsga(seed: int) -> Stage:
     return Stage("nsga2", make, None, "archive")
 
 
+def expert_merging(tasks: tuple[str, ...], **settings: Any) -> Callable[[int], Pair]:
+    return lambda seed: (
+        ExpertMerging(SPACE, tasks, TWO_GOALS, seed, exclude=["b"], **settings),
+        ElitistArchive(TWO_GOALS, 5),
+    )
+
+
 def niches() -> Population:
     return NicheArchive(GOALS, 5)
 
@@ -199,6 +207,8 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "nested_map": nested_map,
     "adamerging": adamerging("block", ("odd",), restarts=2, patience=20),
     "adamerging-sweep": adamerging("tensor", ("odd", "even"), sweep=3, restarts=2, clamp=True, check_every=2),
+    "expert_merging": expert_merging(("odd",), restarts=2),
+    "expert_merging-chunks": expert_merging(("odd",), restarts=3, steps=8, check_every=3, chunks=2.0, accumulate=2),
     "stages": staged(GOALS, first("cma_es-elite", 14), then_m2n2, then_cma_es),
     "stages-gradients": staged(TWO_GOALS, first("nsga2", 12), then_adamerging, then_nsga),
 }
@@ -292,7 +302,7 @@ def test_trials_are_numbered_and_fit_the_space(kind: str) -> None:
         assert (trial.genome.size, trial.genome.sources) == (SIZE, 3)
         assert all(parent < trial.number for parent in trial.parents)
         assert trial.subset == "search"
-    several = 2 if kind == "adamerging-sweep" else 1  # gradients of one merge, one a task
+    several = 2 if kind in ("adamerging-sweep", "expert_merging-chunks") else 1  # gradients of one merge
     assert len(set(driver.digests)) > 30 / several  # it does look at different merges
 
 
