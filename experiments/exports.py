@@ -182,8 +182,14 @@ def verify(path: str | Path) -> list[Comparison]:
     recipe = Recipe.from_record(record["recipe"])
     paths = compose.python_paths(tuple(record.get("sys_path", ())))
     spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
-    alone = {"experts": (str(target),), "base": None, "operator": "linear", "settings": {}, "names": ("export",)}
-    spec = replace(spec, **alone, dense=False, calibration=())  # type: ignore[arg-type]
+    alone: dict[str, Any] = {
+        "experts": (str(target),),
+        "base": None,
+        "operator": "linear",
+        "settings": {},
+        "names": ("export",),
+    }
+    spec = replace(spec, **alone, dense=False, calibration=())
     with SerialPool(spec) as pool:
         space = pool.start()
         genome = Genome.uniform(space.size, [1.0])

@@ -63,6 +63,7 @@ def launch(
     if (directory / JOURNAL).exists():
         raise InputError(f"{directory}: a run is there already.", f"`ecotone resume {directory}`, or another --out.")
     paths = compose.python_paths(folders)
+    compose.check_operator(recipe)
     compose.check_search(recipe)
     notify("Preparing the models ..." if _must_prepare(recipe) else "Starting the workers ...")
     spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
@@ -161,13 +162,17 @@ def _judge(recipe: Recipe, journal: Journal, pool: Pool, space: Space) -> None:
 
 
 def _references(recipe: Recipe, space: Space) -> Iterator[tuple[str, Genome]]:
-    """The models themselves (the base too, where there are task vectors) and the average of the experts."""
+    """The models themselves (the base too, where there are task vectors) and the average of the experts.
+
+    They are named after the operator when it mixes changed models.
+    """
+    operator = compose.check_operator(recipe)
+    changed = f" ({operator.name})" if operator.changes else ""
     if recipe.models.base is not None and recipe.merge.operator != "linear":
         yield "base", Genome.uniform(space.size, np.zeros(space.dimension))
-    yield from (
-        (name, Genome.uniform(space.size, row)) for name, row in zip(space.seed_names, space.seeds, strict=True)
-    )
-    yield "average", Genome.uniform(space.size, space.seeds.mean(axis=0))
+    for name, row in zip(space.seed_names, space.seeds, strict=True):
+        yield f"{name}{changed}", Genome.uniform(space.size, row)
+    yield f"average{changed}", Genome.uniform(space.size, space.seeds.mean(axis=0))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from experiments.checks import validate
 from experiments.compose import check_search
-from experiments.recipe import Recipe
+from experiments.recipe import Box, Recipe
 from experiments.running import launch, resume
 from experiments.runs import Run
 from populations.errors import EcotoneError, InputError
@@ -245,5 +245,7 @@ def test_ready_recipes_take_any_search_for_a_front(name: str, algorithm: str) ->
     recipe = Recipe.from_yaml(ROOT / "experiments" / "recipes" / f"{name}.yaml", {"search.algorithm": algorithm})
     checked = check_search(recipe)
     assert checked is not None
-    assert checked[1].size == len(recipe.models.experts)
-    assert (checked[1].low, checked[1].high) == (0.0, 1.5)
+    _, borders, models = checked
+    assert (len(borders) - 1) * models == len(recipe.models.experts)
+    assert isinstance(recipe.search, Box)
+    assert (recipe.search.low, recipe.search.high) == (0.0, 1.5)

@@ -34,6 +34,11 @@ class Operator(Protocol):
         """Whether the sources are differences from a base model."""
         ...
 
+    @property
+    def changes(self) -> bool:
+        """Whether changed experts are mixed in place of those of the checkpoints."""
+        ...
+
     def seeds(self, sources: int) -> Floats:
         """(K, K) coefficient rows that reproduce the K experts, as they are mixed."""
         ...

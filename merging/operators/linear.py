@@ -18,6 +18,7 @@ class Linear:
 
     name = "linear"
     needs_base = False
+    changes = False
 
     def seeds(self, sources: int) -> Floats:
         """(K, K) one-hot rows: each is an expert, bit for bit."""

@@ -22,6 +22,7 @@ class TaskArithmetic:
 
     name = "task_arithmetic"
     needs_base = True
+    changes = False
 
     def seeds(self, sources: int) -> Floats:
         """(K, K) one-hot rows: base plus one whole task vector is the expert."""

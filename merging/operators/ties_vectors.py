@@ -46,6 +46,7 @@ class TiesVectors(TaskArithmetic):
     density: float = 0.2
 
     name = "ties_vectors"
+    changes = True
 
     def __post_init__(self) -> None:
         number = isinstance(self.density, (int, float)) and not isinstance(self.density, bool)
