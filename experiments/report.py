@@ -182,9 +182,13 @@ def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[T
     measured; of lines of gradient descent, how each of them went, and what to beware of.
 
     Args:
-        found: The ``report()`` of the search; parts that it lacks are left out.
+        found: The ``report()`` of the search; parts that it lacks are left out. Of a chain, each stage's is shown.
         goals: The objectives.
     """
+    for index, stage in enumerate(found.get("stages") or ()):
+        yield Text(_stage_words(index, stage))
+        own = {key: value for key, value in (stage["report"] or {}).items() if key != "warnings"}
+        yield from search_report(own, goals)
     if found.get("leave_one_out"):
         yield _surrogate_table(found, goals)
     if found.get("members"):
@@ -194,6 +198,13 @@ def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[T
     if found.get("lines"):
         yield _descent_table(found["lines"])
     yield from map(Text, search_warnings(found))
+
+
+def _stage_words(index: int, stage: Mapping[str, Any]) -> str:
+    """What a stage of a chain was, and what it began with."""
+    begun = f"began with {', '.join(map(str, stage['starts']))} ({stage['start']})" if stage["starts"] else ""
+    words = [f"Stage {index}: {stage['algorithm']}", f"{stage['evaluations']} evaluations", begun]
+    return "; ".join(filter(None, words))
 
 
 def search_warnings(found: Mapping[str, Any]) -> list[str]:
