@@ -52,7 +52,7 @@ from fitness.specs import CalibrationSpec, CallSpec, Distillation, ObjectiveSpec
 from merging import operators
 from merging.operators.base import Operator
 from merging.sources import Sources
-from populations.errors import EcotoneError, InputError, PoolError
+from populations.errors import EcotoneError, InputError, PoolError, nearest
 from populations.genome import Floats, Genome, Integers
 from populations.gram import GramTable
 from populations.niches import NicheArchive
@@ -358,7 +358,9 @@ def _check_segments(chain: Stages, space: Space) -> None:
     """Refuse a stage whose segments lack borders that the merges of the stage before it may have."""
     reached = np.zeros(0, np.int64)
     for index, stage in enumerate(chain.stages):
-        part, own = stage.search, _borders(stage.search, space)
+        part = stage.search
+        with _of_stage(index):
+            own = _borders(part, space)
         begins = chain.starts[index] != "none"
         if begins and not isinstance(part, M2N2Search) and not np.isin(reached, own).all():
             raise InputError(
@@ -522,6 +524,7 @@ def check_search(recipe: Recipe, sources: Sources | None = None) -> tuple[Search
         InputError: As for ``make_search``.
     """
     part = recipe.search
+    _check_experts(recipe, _names(recipe.models) if sources is None else sources.names)
     if isinstance(part, Stages):
         for index, one in enumerate(stage_recipes(recipe)):
             with _of_stage(index):
@@ -553,11 +556,28 @@ def _outline_of(sources: Sources) -> Space:
 
 def _outline(models: Models, groups: int) -> Space:
     """The space of models of which only the recipe is known, with one block a group."""
-    paths = [expert.removeprefix(PREPARED).rstrip("/") for expert in models.experts]
-    names = models.names or tuple(Path(path).name.removesuffix(".safetensors") for path in paths)
+    names = _names(models)
     blocks, borders, count = tuple(map(str, range(groups))), np.arange(groups + 1), len(names)
     gram = GramTable.from_regions([0, groups], np.zeros((1, count, count)))
     return Space(names, blocks, borders, blocks, borders, gram, np.eye(count), names)
+
+
+def _names(models: Models) -> tuple[str, ...]:
+    """Names of the experts as far as the recipe tells; those of files may come twice."""
+    paths = [expert.removeprefix(PREPARED).rstrip("/") for expert in models.experts]
+    return models.names or tuple(Path(path).name.removesuffix(".safetensors") for path in paths)
+
+
+def _check_experts(recipe: Recipe, names: Sequence[str]) -> None:
+    """Refuse tasks that are drawn to an expert there is not, unless ``names`` (K,) are not all known yet."""
+    for task in recipe.calibration:
+        expert = task.expert or task.name
+        if task.loss != "distillation" or expert in names or len(set(names)) < len(names):
+            continue
+        raise InputError(
+            f"calibration {task.name!r}: expert: expected one of {', '.join(names)}, found {expert!r}.",
+            nearest(expert, list(names)) if task.expert else "Say which expert the task is to be like.",
+        )
 
 
 def make_schedule(recipe: Recipe) -> Schedule:

@@ -146,9 +146,10 @@ class StagedSearch:
         return True
 
     def _proposed(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials to be scored; those whose scores are known are told at once."""
+        """Up to ``n`` trials to be scored; those whose scores are known are told at once, and others asked for."""
         trials: list[Trial] = []
-        while len(trials) < n and (found := self.running.ask(n - len(trials))):
+        while n:
+            found, n = self.running.ask(n), 0
             for trial in found:
                 known = self.running.remembered(trial)
                 if known is None:
@@ -156,6 +157,7 @@ class StagedSearch:
                     self._next += 1
                 else:
                     self.running.learn(trial, known)
+                    n += 1
         return trials
 
 
@@ -247,7 +249,7 @@ class _Running:
 
     def numbered(self, trial: Trial, number: int) -> Trial:
         """The trial as number ``number`` of the chain."""
-        parents = tuple(dict.fromkeys(self.numbers[parent] for parent in trial.parents))
+        parents = tuple(self.numbers[parent] for parent in trial.parents)
         self._note(number)
         self._first = number if self._first is None else self._first
         self._scored += trial.calibration is None
@@ -365,7 +367,7 @@ def _renumbered(value: Any, numbers: Sequence[int], key: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [_renumbered(one, numbers, key) for one in value]
     if key in ("number", "design") and isinstance(value, int):
-        return numbers[value]
+        return numbers[value] if value < len(numbers) else None  # None: not asked for yet
     if key == "warnings":
         return re.sub(r"\btrial (\d+)", lambda found: f"trial {numbers[int(found[1])]}", value)
     return value
