@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -896,6 +897,33 @@ def test_recipes_that_do_not_fit_are_refused(changes, words):
     with pytest.raises(InputError) as caught:
         Recipe.from_record(record(**changes))
     assert words in str(caught.value)
+
+
+def test_an_unknown_expert_is_known_before_the_models_are():
+    recipe = Recipe.from_record(record(search={"algorithm": "expert_merging"}))
+    assert compose.check_search(recipe) is None
+    task = record()["calibration"][0]
+    for changes, words in (
+        (
+            {"name": "first"},
+            "calibration 'first': expert: expected one of left, right, found 'first'. Say which expert",
+        ),
+        ({"expert": "rihgt"}, "found 'rihgt'. Did you mean 'right'?"),
+    ):
+        with pytest.raises(InputError) as caught:
+            compose.check_search(Recipe.from_record(record(calibration=[task | changes])))
+        assert words in str(caught.value)
+
+
+def test_the_ready_recipe():
+    """Each task is drawn to the expert of its name, and what a complete run needs is within its budget."""
+    file = Path(__file__).parents[1] / "experiments" / "recipes" / "digits-expert-merging.yaml"
+    recipe = Recipe.from_yaml(file)
+    assert compose.check_search(recipe) is None
+    worker = compose.worker_spec(recipe, Path("prepared"))
+    assert [task.distillation.expert for task in worker.calibration] == [task.name for task in recipe.calibration]
+    made, _ = compose.make_search(recipe, space_of())
+    assert made.evaluations == 7 <= recipe.budget.evaluations
 
 
 def test_default_patterns_are_names_in_lower_case():
