@@ -9,13 +9,14 @@ kinds of short text (``text-adamerging.yaml``). Tasks have frozen heads; only th
 the experts' training, the split of the texts and the search.
 
 A method learns from the recipe's search part alone: searches that need scores see its accuracies, gradient searches
-its inputs without labels (``text`` has other texts for that), and whatever is chosen (a lambda, a learning rate of
-``--rates``, which of a run's merges) is the one with the best mean accuracy there. The test part scores what was
-chosen. The table has test accuracies by task, their mean, and the share of the gap between the average and the experts,
-each on its own task, that is closed: means over seeds and their standard errors. ``cost`` is in evaluations of all
-search examples, over all that a method tried: an example costs one forward pass, or three when its gradient is wanted.
-A second table has each learning rate: the merge of the best check, at which check that was (0 is the start, 10 the
-end), and the merge of the last step, which no label has chosen.
+its inputs without labels (``text`` has other texts for that). Whatever is chosen (a lambda, a learning rate of
+``--rates``, a regulariser, which of a run's merges) is the one with the best mean accuracy there, and the test part
+scores what was chosen. The first table has test accuracies by task, their mean, and how much is closed of the gap
+between the average and the experts, each on its own task: means over seeds and their standard errors. ``cost`` is
+in evaluations of all search examples, over all that a method tried: an example costs one forward pass, or three when
+its gradient is wanted (four when an expert is asked too). The second table has the gradient searches by setting: the
+merge of the best check, at which check that was (0 is the start, 10 the end; after MAP they are counted on from its
+evaluations), and the merge of the last step, which no label has chosen.
 
 Writes ``benchmarks/results/multitask.json`` and ``multitask.md``. Digits take minutes on two cores. Texts take hours;
 with ``--cache`` what is finished is kept, and a search that was stopped goes on where it was.
@@ -80,6 +81,7 @@ PROBLEMS = {
 CHECKS = 10  # of a gradient search, besides the first
 LAMBDAS = [round(0.1 * i, 1) for i in range(1, 16)]
 RATES = [0.001, 0.01]  # the paper's, and ten times that
+REGULARISERS = [5.0, 0.1]  # of Expert Merging: its own, and one that leaves coefficients freer
 
 
 @dataclass(frozen=True)
@@ -196,31 +198,32 @@ def supervised(case: Case) -> list[Found]:
 
 
 def expert_merging(case: Case) -> list[Found]:
+    """Coefficients by which the merge behaves like the experts on unlabelled examples, each on its own task."""
     settings = {f"calibration.{i}.loss": "distillation" for i in range(len(case.tasks))}
-    found = descent(case) | {"algorithm": "expert_merging"}
-    return [searched(case, {}, {"search": found, **settings})]
-
-
-def map_then_adamerging(case: Case) -> list[Found]:
-    """Two thirds of the budget for coefficients of models, then a third of the steps from the best of them."""
-    first = case.problem.evaluations * 2 // 3
+    search = descent(case) | {"algorithm": "expert_merging"}
     return [
-        searched(
-            case,
-            {"rate": rate},
-            {
-                "search": [
-                    {**MAP, "evaluations": first},
-                    descent(case, share=1 / 3, granularity="tensor", rate=rate, start="best"),
-                ],
-                "budget.evaluations": first + CHECKS + 1,
-            },
-        )
-        for rate in case.rates
+        searched(case, {"regulariser": weight}, {"search": {**search, "regulariser": weight}, **settings})
+        for weight in REGULARISERS
     ]
 
 
+def then_adamerging(search: Mapping[str, Any]) -> Callable[[Case], list[Found]]:
+    """Two thirds of the budget for coefficients of models, then a third of the steps from the best of them."""
+
+    def tries(case: Case) -> list[Found]:
+        first = case.problem.evaluations * 2 // 3
+        found = []
+        for rate in case.rates:
+            last = descent(case, share=1 / 3, granularity="tensor", rate=rate, start="best")
+            chain = {"search": [{**search, "evaluations": first}, last], "budget.evaluations": first + CHECKS + 1}
+            found.append(searched(case, {"rate": rate}, chain))
+        return found
+
+    return tries
+
+
 MAP = {"algorithm": "map", "granularity": "model", "low": 0.0, "high": 1.5}
+BAYESIAN_MAP = MAP | {"algorithm": "bayesian_map"}
 TIES = {"merge.operator": "ties_vectors"}
 METHODS = {
     "experts": Method("experts, each on its own task", experts),
@@ -229,7 +232,7 @@ METHODS = {
     "lambda": Method("task arithmetic, one lambda", one_lambda({})),
     "ties": Method("TIES vectors, one lambda", one_lambda(TIES)),
     "map": Method("MAP", by_scores(MAP)),
-    "bayesian_map": Method("Bayesian MAP", by_scores(MAP | {"algorithm": "bayesian_map"})),
+    "bayesian_map": Method("Bayesian MAP", by_scores(BAYESIAN_MAP)),
     "m2n2": Method("M2N2", by_scores({"algorithm": "m2n2"})),
     "model": Method("AdaMerging, task-wise", by_gradient({"granularity": "model"}), True),
     "block": Method("AdaMerging, by block", by_gradient({"granularity": "block"}), True),
@@ -237,7 +240,8 @@ METHODS = {
     "plus": Method("AdaMerging++, layer-wise", by_gradient({"granularity": "tensor"}, **TIES), True),
     "supervised": Method("cross-entropy of labels, layer-wise", supervised, True),
     "expert_merging": Method("Expert Merging", expert_merging, True),
-    "map_tensor": Method("MAP, then AdaMerging layer-wise", map_then_adamerging, True),
+    "map_tensor": Method("MAP, then AdaMerging layer-wise", then_adamerging(MAP), True),
+    "bayesian_map_tensor": Method("Bayesian MAP, then AdaMerging layer-wise", then_adamerging(BAYESIAN_MAP), True),
 }
 
 
@@ -276,7 +280,7 @@ def searched(case: Case, setting: Mapping[str, Any], settings: Mapping[str, Any]
     found: Found = {part: judge.scores(best, part) for part in PARTS}
     found["last"] = {part: judge.scores(last, part) for part in PARTS}
     found["check"] = scored.index(number)
-    found |= {"cost": cost_of(run), "seconds": run.status()["seconds"], "digest": run.status()["digest"]}
+    found |= {"cost": cost_of(run, recipe), "seconds": run.status()["seconds"], "digest": run.status()["digest"]}
     kept.write_text(json.dumps(found))
     return {**found, "setting": dict(setting)}
 
@@ -287,12 +291,13 @@ def recipe_key(recipe: Recipe) -> str:
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-def cost_of(run: Run) -> float:
+def cost_of(run: Run, recipe: Recipe) -> float:
     """Of all trials, in evaluations of the search examples."""
+    passes = 4 if any(task.loss == "distillation" for task in recipe.calibration) else 3
     with run.journal() as journal:
         evaluations = [one for _, one in journal.evaluations() if one.ok]
     whole = next(one.items for one in evaluations if one.gradient is None)
-    return sum(one.items * (1 if one.gradient is None else 3) for one in evaluations) / whole
+    return sum(one.items * (1 if one.gradient is None else passes) for one in evaluations) / whole
 
 
 @dataclass(frozen=True, eq=False)

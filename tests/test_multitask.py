@@ -26,7 +26,7 @@ def multitask(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_what_is_tried_chosen_and_kept(multitask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = "experts,average,lambda,m2n2,tensor,supervised"
+    names = "experts,average,lambda,m2n2,tensor,supervised,expert_merging"
     arguments = [*FAST, "--methods", names, "--cache", str(tmp_path / "kept"), "--out", str(tmp_path / "first.json")]
     multitask.main(arguments)
     record = json.loads((tmp_path / "first.json").read_text())
