@@ -311,7 +311,7 @@ class AdaMerging:
     def _differentiated(self, line: Line, batch: int, evaluation: Evaluation) -> None:
         """Keep a batch's loss and gradient; without them the line ends, and asks for nothing more."""
         name = self.tasks[batch % len(self.tasks)]
-        problem = _problem(evaluation, name, line.genome.coefficients.shape)
+        problem = problem(evaluation, name, line.genome.coefficients.shape)
         if problem:
             line.ended = line.ended or f"failed at step {line.step}, task {name!r}: {problem}"
             waiting = len(self._queue)
@@ -479,7 +479,7 @@ def _narrowed(checks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
             )
 
 
-def _problem(evaluation: Evaluation, task: str, shape: tuple[int, ...]) -> str:
+def problem(evaluation: Evaluation, task: str, shape: tuple[int, ...]) -> str:
     """What is wrong with the evaluation of a gradient trial; empty when nothing is."""
     if evaluation.failure is not None:
         return f"{evaluation.failure.kind}: {evaluation.failure.message}"
