@@ -311,9 +311,9 @@ class AdaMerging:
     def _differentiated(self, line: Line, batch: int, evaluation: Evaluation) -> None:
         """Keep a batch's loss and gradient; without them the line ends, and asks for nothing more."""
         name = self.tasks[batch % len(self.tasks)]
-        problem = problem(evaluation, name, line.genome.coefficients.shape)
-        if problem:
-            line.ended = line.ended or f"failed at step {line.step}, task {name!r}: {problem}"
+        wrong = problem(evaluation, name, line.genome.coefficients.shape)
+        if wrong:
+            line.ended = line.ended or f"failed at step {line.step}, task {name!r}: {wrong}"
             waiting = len(self._queue)
             self._queue = [request for request in self._queue if request[0] != line.index]
             line.waiting -= waiting - len(self._queue)
