@@ -14,8 +14,9 @@ task, the entropies' gradient, one update. Contenders:
   the sum of all tasks' losses
 - textbook, by task: the same with a backward pass a task, through a merge whose graph is kept
 
-Each is measured in a process of its own: the median seconds of its steps, then peak memory over more of them. On a
-CPU that is anonymous memory (RssAnon) beyond what the process took after imports; pages of checkpoint files count
+Each is measured in processes of its own: the median seconds of its steps in one, peak memory over two steps in
+another. On a CPU that is anonymous memory (RssAnon) beyond what the process took after imports, with glibc told to give
+blocks of a megabyte back as soon as they are free, so that what counts is what is used; pages of checkpoint files count
 for neither side, as the system takes them back when memory is short. On CUDA it is ``max_memory_allocated``. The
 gradients of the first step are compared as well. ``ratio`` is to ecotone.
 """
@@ -100,6 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--directory", help="where to write the models (default: the temporary directory)")
     parser.add_argument("--quick", action="store_true", help="K = 2, 4, two layers of 128, 5000 words, 2 steps")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=["seconds", "megabytes"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.experts, arguments.steps = [2, 4], 2
@@ -264,15 +266,21 @@ def in_own_process(name: str, count: int, directory: str, arguments: argparse.Na
     options = [part for key in plain for part in (f"--{key}", str(getattr(arguments, key)))]
     command = [sys.executable, __file__, *options, "--experts", str(count), "--directory", directory]
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "--contender", name], stdout=subprocess.PIPE, text=True, check=True, env=environment
-    )
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    row: dict[str, Any] = {"contender": name, "experts": count}
+    for measure, more in (("seconds", {}), ("megabytes", {"MALLOC_MMAP_THRESHOLD_": str(2**20)})):
+        done = subprocess.run(
+            [*command, "--contender", name, "--measure", measure],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=environment | more,
+        )
+        row |= json.loads(done.stdout.splitlines()[-1])
     return row
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak memory of one contender."""
+    """Seconds or peak memory of one contender, and its first gradient."""
     import transformers  # what importing takes is not counted
 
     transformers.logging.disable_progress_bar()
@@ -290,24 +298,18 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     adam = Adam(np.full((segments, arguments.experts[0]), START))
     first = step(0, adam.values)
     adam.step(first)
+    if arguments.measure == "megabytes":
+        with Peak(arguments.device) as peak:
+            for number in (1, 2):
+                adam.step(step(number, adam.values))
+        used = peak.bytes - (0 if arguments.device == "cuda" else before)
+        return {"megabytes": used / 1e6, "megabytes_before": before / 1e6}
     seconds = []
     for number in range(1, arguments.steps + 1):
         began = time.perf_counter()
         adam.step(step(number, adam.values))
         seconds.append(time.perf_counter() - began)
-    with Peak(arguments.device) as peak:
-        for number in range(2):
-            adam.step(step(arguments.steps + 1 + number, adam.values))
-    megabytes = (peak.bytes - (0 if arguments.device == "cuda" else before)) / 1e6
-    return {
-        "contender": name,
-        "experts": arguments.experts[0],
-        "megabytes": megabytes,
-        "megabytes_before": before / 1e6,
-        "seconds": statistics.median(seconds),
-        "all_seconds": seconds,
-        "gradient": first.tolist(),
-    }
+    return {"seconds": statistics.median(seconds), "all_seconds": seconds, "gradient": first.tolist()}
 
 
 class Adam:
