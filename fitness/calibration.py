@@ -29,7 +29,7 @@ from fitness.specs import CalibrationSpec, Distillation
 from populations.errors import InputError, nearest
 
 Loss: TypeAlias = Literal["entropy", "cross_entropy"]
-CACHE_BYTES = 512 * 2**20  # for what an expert says of a task's batches; one batch is always kept
+CACHE_BYTES = 256 * 2**20  # for what an expert says of a task's batches; one batch is always kept
 
 
 class Task:

@@ -62,7 +62,7 @@ def observe(model: Any, inputs: Inputs, head: Head | None, wanted: Distillation)
     logits = _rows(heads.logits_of(outputs, inputs, head, tokens=True), inputs)
     if wanted.hidden == 0:
         return Behaviour(logits.reshape(-1, logits.shape[-1]))
-    found = _all(outputs) if layers is None else [_one(layer, outputs, seen) for layer in layers]
+    found = [_last(outputs)] if layers is None else [_one(layer, outputs, seen) for layer in layers]
     hidden = tuple(_rows(layer, inputs) for layer in found)
     return Behaviour(logits.reshape(-1, logits.shape[-1]), tuple(rows.reshape(len(rows), -1) for rows in hidden))
 
@@ -121,12 +121,10 @@ def _note(seen: dict[str, Any], name: str, _module: nn.Module, _inputs: Any, out
     seen[name] = output
 
 
-def _all(outputs: Any) -> Sequence[Tensor]:
-    """All hidden states of a Hugging Face model; of others the outputs."""
+def _last(outputs: Any) -> Tensor:
+    """The last hidden state of a Hugging Face model; of others the outputs."""
     states = getattr(outputs, "hidden_states", None)
-    if states:
-        return tuple(states)
-    return (_tensor("outputs", outputs),)
+    return _tensor("outputs", states[-1] if states else outputs)
 
 
 def _one(layer: int | str, outputs: Any, seen: Mapping[str, Any]) -> Tensor:

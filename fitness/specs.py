@@ -53,8 +53,8 @@ class Distillation:
         expert: The expert's name.
         temperature: T, what logits are divided by.
         hidden: Weight of the mean squared error of hidden layers; 0 leaves them out.
-        layers: Hidden layers: names of modules, or positions in a Hugging Face model's ``hidden_states``. None is all
-            of these, and for other models the outputs that the task's head takes.
+        layers: Hidden layers: names of modules, or positions in a Hugging Face model's ``hidden_states``. None is the
+            last of these, and for other models the outputs that the task's head takes.
     """
 
     expert: str

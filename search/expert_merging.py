@@ -51,7 +51,8 @@ class ExpertMerging(AdaMerging):
         goals: The objectives of the checks.
         seed: The recipe's seed, for restarts.
         init: Every coefficient's start when there are no ``starts``; between 0 and 1.
-        starts: (S, K) coefficients of the S tensors to start from; clipped to between 0.001 and 0.999.
+        starts: (S, K) coefficients of the S tensors to start from; clipped to between 0.001 and 0.999, and 0 where a
+            tensor is excluded.
         rate: Adam's step size, in logits.
         regulariser: Weight of the mean distance of the coefficients from the line's start.
         clip: Longest gradient (Euclidean, over all raw coefficients); a longer one is shortened to it.
