@@ -103,7 +103,7 @@ def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]
     if isinstance(recipe.search, Stages):
         for index, one in enumerate(compose.stage_recipes(recipe)):
             yield Finding(f"search[{index}]", "; ".join([*_sizes(one, sources), _place(recipe.search, index)]))
-    elif checked is not None:
+    elif checked is not None or _refinement(recipe):
         yield Finding("search", "".join(_sizes(recipe, sources)))
 
 
@@ -111,12 +111,21 @@ def _sizes(recipe: Recipe, sources: Sources | None) -> Iterator[str]:
     """The algorithm and how many coefficients it has, as far as they are known."""
     checked = compose.check_search(recipe, sources)
     if checked is None:
-        yield recipe.search.algorithm
+        yield f"{recipe.search.algorithm}{_refinement(recipe)}"
         return
     search, borders, models = checked
     segments = len(borders) - 1
     size = f"{segments * models} coefficients ({segments} x {models} models)"
     yield f"{recipe.search.algorithm}: {size}{_bounds(recipe.search)}{_samples(recipe, search, models)}"
+
+
+def _refinement(recipe: Recipe) -> str:
+    """What M2N2's children learn before they are scored; empty when they do not."""
+    refine = recipe.search.refine if isinstance(recipe.search, M2N2Search) else None
+    if refine is None:
+        return ""
+    each = "every child" if refine.every == 1 else f"one child in {refine.every}"
+    return f": {each} takes {refine.steps} steps on {len(recipe.calibration)} tasks before it is scored"
 
 
 def _place(chain: Stages, index: int) -> str:

@@ -292,7 +292,7 @@ def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = ()) -> 
     if isinstance(part, Stages):
         return _staged(recipe, part, space)
     if isinstance(part, M2N2Search):
-        return _m2n2(part, space, goals, recipe.seed, starts)
+        return _m2n2(recipe, part, space, starts)
     if isinstance(part, AdaMergingSearch):
         return _adamerging(recipe, part, space, starts), ElitistArchive(goals, part.archive)
     if isinstance(part, ExpertMergingSearch):
@@ -393,10 +393,8 @@ def _check_budget(recipe: Recipe, design: int) -> None:
         )
 
 
-def _m2n2(
-    part: M2N2Search, space: Space, goals: tuple[Goal, ...], seed: int, starts: Sequence[Genome]
-) -> tuple[Search, Population]:
-    archive = NicheArchive(goals, part.archive, part.alpha, part.resource)
+def _m2n2(recipe: Recipe, part: M2N2Search, space: Space, starts: Sequence[Genome]) -> tuple[Search, Population]:
+    archive = NicheArchive(goals_of(recipe.objectives.search), part.archive, part.alpha, part.resource)
     switches = M2N2Settings(
         attraction=part.attraction,
         split=part.split,
@@ -406,7 +404,12 @@ def _m2n2(
         mutation=part.mutation,
         max_segments=part.max_segments,
     )
-    return M2N2(space, archive, switches, seed, starts), archive
+    search = M2N2(space, archive, switches, recipe.seed, starts)
+    if part.refine is None:
+        return search, archive
+    from search.refined import Refined
+
+    return Refined(search, [task.name for task in recipe.calibration], **part.refine.model_dump()), archive
 
 
 def _adamerging(recipe: Recipe, part: AdaMergingSearch, space: Space, starts: Sequence[Genome]) -> Search:

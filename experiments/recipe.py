@@ -172,7 +172,7 @@ class Calibration(Part):
         temperature: For ``distillation``: what logits are divided by.
         hidden: For ``distillation``: weight of the hidden layers' mean squared error.
         layers: For ``distillation``: which hidden layers: names of the architecture's modules, or positions in a
-            Hugging Face model's ``hidden_states``; by default all of these, or the outputs that the head takes.
+            Hugging Face model's ``hidden_states``; by default the last of these, or the outputs that the head takes.
     """
 
     name: str
@@ -194,6 +194,20 @@ class Calibration(Part):
         return self
 
 
+class Refine(Part):
+    """Refinement of M2N2's children by gradient on the calibration tasks, before they are scored (``search.refined``).
+
+    Attributes:
+        every: Refine every so many children.
+        steps: Steps of Adam for each, over one batch of every task.
+        rate: Adam's learning rate.
+    """
+
+    every: int = Field(default=4, ge=1)
+    steps: int = Field(default=5, ge=1)
+    rate: float = Field(default=0.01, gt=0)
+
+
 class M2N2Search(Part):
     """M2N2: evolution with niches, attraction and split points (``search.m2n2``)."""
 
@@ -208,9 +222,12 @@ class M2N2Search(Part):
     granularity: Literal["element", "tensor", "block"] = "element"
     mutation: float = Field(default=0.0, ge=0)
     max_segments: int = Field(default=1024, ge=2)
+    refine: Refine | None = None
 
     @model_validator(mode="after")
     def _changes_something(self) -> M2N2Search:
+        if self.refine is not None and self.mutation > 0:
+            raise ValueError("refine: with mutation children are whole vectors, without coefficients; leave one out")
         if not self.crossover and self.mutation == 0:
             raise ValueError("crossover: without it and with mutation 0 every child is a copy; set mutation above 0")
         return self
@@ -741,9 +758,10 @@ class Recipe(Part):
         names = [task.name for task in self.calibration]
         if len(set(names)) < len(names):
             raise ValueError(f"calibration: expected tasks of different names, found {names}")
-        learning = [part for part in self.searches if isinstance(part, GradientSearch)]
+        learning = [part for part in self.searches if isinstance(part, GradientSearch) or _refines(part)]
         if learning and not names:
-            raise ValueError(f"calibration: {learning[0].algorithm} learns on tasks given there, found none")
+            what = "m2n2 with refine" if _refines(learning[0]) else learning[0].algorithm
+            raise ValueError(f"calibration: {what} learns on tasks given there, found none")
         if names and not learning:
             raise ValueError(
                 f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does), found {names}"
@@ -808,6 +826,10 @@ def algorithm_of(record: Mapping[str, Any]) -> str:
     """The algorithm of a recorded recipe; those of stages are joined by plus signs."""
     search = record.get("search", {})
     return "+".join(str(one.get("algorithm")) for one in (search if isinstance(search, list) else [search]))
+
+
+def _refines(part: Part) -> bool:
+    return isinstance(part, M2N2Search) and part.refine is not None
 
 
 def _needs_objectives(part: Part) -> int:

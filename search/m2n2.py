@@ -119,6 +119,11 @@ class M2N2:
         """Never: evolution goes on until the budget is spent."""
         return False
 
+    @property
+    def first_child(self) -> int:
+        """Number of the first trial that is bred."""
+        return self._seeds
+
     def ask(self, n: int) -> list[Trial]:
         """What it begins with; then, once that is told, children of the archive."""
         if self._next < self._seeds:

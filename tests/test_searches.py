@@ -35,6 +35,7 @@ from search.nsga import Nsga, Variant
 from search.optuna_search import OptunaSearch, Sampler
 from search.protocol import Search, numbered, trial_rng
 from search.random_search import RandomSearch
+from search.refined import Refined
 from search.stages import Stage, StagedSearch, stage_seed
 
 SIZE = 24
@@ -69,6 +70,14 @@ def m2n2(settings: M2N2Settings) -> Callable[[int], Pair]:
     def make(seed: int) -> Pair:
         archive = NicheArchive(GOALS, 5)
         return M2N2(SPACE, archive, settings, seed), archive
+
+    return make
+
+
+def refined(tasks: tuple[str, ...], **settings: Any) -> Callable[[int], Pair]:
+    def make(seed: int) -> Pair:
+        archive = NicheArchive(GOALS, 5)
+        return Refined(M2N2(SPACE, archive, M2N2Settings(), seed), tasks, rate=0.02, **settings), archive
 
     return make
 
@@ -187,6 +196,8 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "m2n2-blocks-linear": m2n2(M2N2Settings(granularity="block", interpolation="linear", attraction=False)),
     "m2n2-dense": m2n2(M2N2Settings(mutation=0.05)),
     "m2n2-mutation-alone": m2n2(M2N2Settings(mutation=0.05, crossover=False)),
+    "m2n2-refined": refined(("odd",), every=3, steps=2),
+    "m2n2-refined-all": refined(("odd", "even"), every=1, steps=1),
     "random-elite": boxed("random", elite),
     "random-niches": boxed("random", niches, "tensor"),
     "cma_es-elite": boxed("cma_es", elite),
@@ -302,7 +313,8 @@ def test_trials_are_numbered_and_fit_the_space(kind: str) -> None:
         assert (trial.genome.size, trial.genome.sources) == (SIZE, 3)
         assert all(parent < trial.number for parent in trial.parents)
         assert trial.subset == "search"
-    several = 2 if kind in ("adamerging-sweep", "expert_merging-chunks") else 1  # gradients of one merge
+    of_two_tasks = ("adamerging-sweep", "expert_merging-chunks", "m2n2-refined-all")
+    several = 2 if kind in of_two_tasks else 1  # gradients of one merge
     assert len(set(driver.digests)) > 30 / several  # it does look at different merges
 
 
