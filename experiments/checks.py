@@ -75,7 +75,8 @@ def _functions(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(field, f"{objective.type} {target}, {objective.direction}")
     for task in recipe.calibration:
         target = _resolved((task.data, task.head), f"calibration.{task.name}")
-        yield Finding(f"calibration.{task.name}", f"{task.loss} of {target}, {task.batch} examples a step")
+        loss = f"distillation from {task.expert or task.name}" if task.loss == "distillation" else task.loss
+        yield Finding(f"calibration.{task.name}", f"{loss} of {target}, {task.batch} examples a step")
     if not recipe.objectives.held_out:
         yield Finding("objectives.held_out", "none: results will be known on the data they were searched on only")
 
