@@ -207,6 +207,12 @@ def expert_merging(case: Case) -> list[Found]:
     ]
 
 
+def refined(case: Case) -> list[Found]:
+    """M2N2 whose children, every fourth, learn a little from unlabelled examples before they are scored."""
+    search = {"algorithm": "m2n2", "refine": {"every": 4, "steps": 5, "rate": 0.01}}
+    return [searched(case, {}, {"search": search, "budget.evaluations": case.problem.evaluations})]
+
+
 def then_adamerging(search: Mapping[str, Any]) -> Callable[[Case], list[Found]]:
     """Two thirds of the budget for coefficients of models, then a third of the steps from the best of them."""
 
@@ -234,6 +240,7 @@ METHODS = {
     "map": Method("MAP", by_scores(MAP)),
     "bayesian_map": Method("Bayesian MAP", by_scores(BAYESIAN_MAP)),
     "m2n2": Method("M2N2", by_scores({"algorithm": "m2n2"})),
+    "m2n2_refined": Method("M2N2, every fourth child refined", refined),
     "model": Method("AdaMerging, task-wise", by_gradient({"granularity": "model"}), True),
     "block": Method("AdaMerging, by block", by_gradient({"granularity": "block"}), True),
     "tensor": Method("AdaMerging, layer-wise", by_gradient({"granularity": "tensor"}), True),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from experiments import compose
 from experiments.runs import Run
 
 pytest.importorskip("sklearn")
@@ -54,6 +55,31 @@ def test_what_is_tried_chosen_and_kept(multitask: Any, tmp_path: Path, monkeypat
     monkeypatch.setattr(multitask, "resume", None)
     multitask.main([*arguments[:-1], str(tmp_path / "second.json")])
     assert (tmp_path / "second.json").read_text() == (tmp_path / "first.json").read_text()
+
+
+@pytest.mark.parametrize("problem", ["digits", "text"])
+def test_the_recipe_of_every_search_fits(
+    multitask: Any, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def searched(case: Any, setting: Any, settings: Any) -> dict[str, Any]:
+        recipe = case.recipe({**settings, "objectives.held_out": []})
+        compose.check_search(recipe)
+        found.append(recipe)
+        return {}
+
+    monkeypatch.undo()  # with the problem's own budget
+    monkeypatch.setattr(multitask, "searched", searched)
+    monkeypatch.setattr(multitask, "fixed", lambda *_, **__: dict.fromkeys(multitask.PARTS, dict.fromkeys(case.tasks)))
+    case = multitask.Case(problem, 7, (0.001, 0.01), {"merge.dtype": "bfloat16"}, tmp_path)
+    for method in multitask.METHODS.values():
+        method.tries(case)
+    assert len({multitask.recipe_key(recipe) for recipe in found}) == len(found) == 20
+    assert {recipe.search.algorithm for recipe in found} >= {"map", "m2n2", "map+adamerging", "expert_merging"}
+    for recipe in found:
+        assert (recipe.seed, recipe.prepare.arguments["seed"], recipe.merge.dtype) == (7, 7, "bfloat16")
+        assert recipe.objectives.held_out == ()
 
 
 def test_means_and_errors_are_over_seeds(multitask: Any) -> None:
