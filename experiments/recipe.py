@@ -472,8 +472,8 @@ class Stage(Part):
             of its population) or ``none``. By default the front, where the algorithm can begin with given merges. What
             it begins with is not scored again. M2N2, NSGA and Optuna's samplers take it in place of the models
             themselves, CMA-ES takes the best as its mean.
-        starts: The most merges to begin with, spread over their scores; by default 4 for searches by gradient, which
-            learn from each, and all for others.
+        starts: The most merges to begin with, the best and others spread over the scores; by default 4 for searches by
+            gradient, which learn from each, and all for others.
     """
 
     search: SearchPart

@@ -21,7 +21,6 @@ from populations.genome import Floats, Genome
 from populations.pareto import ParetoFront
 from populations.population import Population, quality
 from populations.trial import Evaluation, Goal, Member, Outcome, Trial, oriented
-from search.map import spread
 from search.protocol import Search
 
 Start: TypeAlias = Literal["front", "best", "archive", "none"]
@@ -41,7 +40,7 @@ class Stage:
         evaluations: The most trials that are scored for this stage; None means as many as the budget has.
         start: What of the stage before to begin with: its ``front``, its ``best`` merge, its ``archive``, the members
             of its population, or ``none`` of these.
-        starts: The most genomes to begin with, spread over their scores; None means all.
+        starts: The most genomes to begin with, the best and others spread over the scores; None means all.
     """
 
     name: str
@@ -301,9 +300,7 @@ class _Running:
         members = sorted({m.trial.number: m for m in members}.values(), key=lambda m: m.trial.number)
         if not members:
             return []
-        best = max(range(len(members)), key=lambda i: (quality(members[i].evaluation, self.goals), -i))
-        if start == "best" or most == 1:
-            return [members[best]]
+        most = 1 if start == "best" else most
         return members if most is None or len(members) <= most else _spread(members, most, self.goals)
 
     def _keep(self, trial: Trial, evaluation: Evaluation) -> None:
@@ -355,9 +352,18 @@ class _Running:
 
 
 def _spread(members: Sequence[Member], most: int, goals: Sequence[Goal]) -> list[Member]:
-    """Up to ``most`` of the members, spread over their scores, in the same order."""
+    """``most`` of the members, in the same order: the best, then always the one whose scores are farthest from those
+    of the others taken, in ranges of the scores.
+    """
     scores: Floats = np.array([oriented(member.evaluation.scores, goals) for member in members])
-    return [members[i] for i in sorted(spread(scores, most).tolist())]
+    extent = np.ptp(scores, axis=0)
+    scaled = scores / np.where(extent > 0, extent, 1.0)
+    taken = [max(range(len(members)), key=lambda i: (quality(members[i].evaluation, goals), -i))]
+    away = np.full(len(members), np.inf)
+    while len(taken) < most:
+        away = np.minimum(away, np.linalg.norm(scaled - scaled[taken[-1]], axis=1))
+        taken.append(int(np.argmax(np.where(np.isin(np.arange(len(away)), taken), -1.0, away))))
+    return [members[i] for i in sorted(taken)]
 
 
 def _renumbered(value: Any, numbers: Sequence[int], key: str = "") -> Any:
