@@ -305,7 +305,8 @@ class BayesianMapBox(SurrogateBox):
     """Bayesian MAP: batches chosen by surrogates that say how sure they are (``search.bayesian_map``).
 
     Attributes:
-        reference: By objective the score from which hypervolume counts.
+        reference: By objective the score from which hypervolume counts; for shares the worst that the models alone
+            score unless given.
     """
 
     algorithm: Literal["bayesian_map"]

@@ -64,8 +64,8 @@ class BayesianMap:
         design: Trials before the first model; None means ``2 D + 2`` or ``(D+1)(D+2)/2``, whichever is less.
         acquisition: ``hypervolume``, or ``bins`` for the paper's angular bins (at most six coefficients).
         links: A link for each objective, None for the one suited to its scores; None for all suited.
-        reference: (M,) scores, in the objectives' own units, from which hypervolume counts; None means 0 for scores
-            within [0, 1] that are maximised, else a tenth of the front's extent beyond the worst score on it.
+        reference: (M,) scores, in the objectives' own units, from which hypervolume counts; None means the worst that
+            the models alone score for shares, else a tenth of the front's extent beyond the worst score on it.
         patience: Stop when the front's hypervolume has grown by less than ``tolerance`` in so many evaluations
             after the design; None means never.
         tolerance: Relative growth of the hypervolume.
@@ -106,7 +106,9 @@ class BayesianMap:
         self.paths = paths
         self.candidates = candidates
         self._check()
-        self._opening = np.vstack([box.inside(starts), opening(box, self.design, seed, seeds)])
+        first = box.inside(starts)
+        self._opening = np.vstack([first, opening(box, self.design, seed, seeds)])
+        self._alone = self._opening[len(first) :][: box.sources if seeds is None else len(np.atleast_2d(seeds))]
         self.design = len(self._opening)
         self._next = 0
         self._flying: dict[int, Floats] = {}  # by trial number
@@ -340,10 +342,17 @@ class BayesianMap:
         extent = np.where(high > low, high - low, np.ptp(known.scores, axis=0))
         reference = low - 0.1 * extent
         shares = [link.name == "sigmoid" for link in self._chosen(known)]
-        reference = np.where(shares, 0.0, reference)
+        reference = np.where(shares, self._worst_of_models(known), reference)
         if self.reference is not None:
             reference = known.signs * self.reference
         return Frame(reference, np.where(high > reference, high - reference, 1.0))
+
+    def _worst_of_models(self, known: Known) -> Floats:
+        """(M,) oriented scores that each of the models alone reaches, as far as they are told; 0 for shares else."""
+        told = [i for i, point in enumerate(self._points) if np.abs(self._alone - point).max(axis=1).min() == 0]
+        scores = known.signs * np.array([self._scores[i] for i in told]).reshape(-1, len(self.goals))
+        scores = scores[np.isfinite(scores).all(axis=1)]
+        return np.asarray(scores.min(axis=0)) if len(scores) else np.zeros(len(self.goals))
 
 
 @dataclass(frozen=True, eq=False)
