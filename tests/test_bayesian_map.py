@@ -96,6 +96,17 @@ def test_unbounded_scores_and_one_of_each_direction() -> None:
     assert np.abs(late).max(axis=1).mean() < 0.6
 
 
+def test_hypervolume_counts_from_the_worst_of_the_models() -> None:
+    """Where every merge scores .7 and more, what is below the models alone is of no use."""
+    search = BayesianMap(box_of(2, high=1.5), goals_of(2), 0, **SMALL)
+    known = {(1, 0): (0.9, 0.75), (0, 1): (0.72, 0.85)}
+    for trial in search.ask(search.design):
+        scores = np.array(known.get(tuple(trial.genome.coefficients.ravel()), (0.95, 0.6)))
+        search.tell(trial, evaluation(search, scores), Outcome(True))
+    frame = search._frame(search._known(search.design))
+    assert frame.reference.tolist() == [0.72, 0.75]
+
+
 @pytest.mark.parametrize("reference", [(0.6, 0.0), (0.0, 0.6)])
 def test_the_reference_says_which_part_of_the_front_counts(reference: tuple[float, float]) -> None:
     search = BayesianMap(box_of(2), goals_of(2), 0, reference=reference, patience=None, **SMALL)
