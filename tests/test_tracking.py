@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments import tracking
@@ -36,7 +37,7 @@ from experiments.tracking.view import view_key, view_tag, view_value
 from populations.errors import JournalError
 from populations.genome import Genome
 from populations.journal import Journal, Row
-from populations.trial import Evaluation, Goal, Trial
+from populations.trial import CalibrationBatch, Evaluation, Goal, Trial
 
 pytest.importorskip("mlflow")
 
@@ -288,6 +289,35 @@ def test_rate_is_over_the_recent_past() -> None:
         line = board.add(Row(1000 + n, "d", (), {"acc": 0.5}, None, 0.0, 1000.0 + n // 50 + 1))
     assert line is not None
     assert line.values["evaluations_per_second"] == pytest.approx(50, rel=0.35)
+
+
+def test_losses_of_calibration_tasks_are_means_since_the_step_before(runs: Path) -> None:
+    """Gradient trials count as no evaluation, and hold none of them up while the search goes on."""
+    directory = runs / "gradients"
+    directory.mkdir(parents=True)
+    (directory / "recipe.yaml").write_text("seed: 3\n")
+
+    def learned(journal: Journal, first: int, losses: Sequence[float]) -> None:
+        trials = [Trial(first + i, genome(0), calibration=CalibrationBatch("math 1", i)) for i in range(len(losses))]
+        journal.asked(first, len(trials), trials)
+        told = [Evaluation({"math 1": loss}, gradient=np.zeros((1, 2))) for loss in losses]
+        journal.arrived(zip(trials, told, strict=True))
+        journal.told(first)
+
+    with Journal.create(directory / "journal.sqlite", facts(3)) as journal:
+        tell(journal, 0, 1)
+        learned(journal, 1, [2.0, 4.0])
+        tell(journal, 3, 4)
+        learned(journal, 4, [1.0])
+        report = tracking.mirror(directory)
+        assert report.evaluations == 2
+        tell(journal, 5, 6)
+        finish(journal)
+        journal.note("stop_reason", "the budget is spent")
+    report = tracking.mirror(directory)
+    assert (report.evaluations, report.complete) == (3, True)
+    history = history_of(report.uri, report.run_id)
+    assert [(step, value) for step, value, _ in history["loss/math 1"]] == [(2, 3.0), (3, 1.0)]
 
 
 def test_mirroring_again_logs_nothing(runs: Path) -> None:
