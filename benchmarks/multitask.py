@@ -199,12 +199,27 @@ def supervised(case: Case) -> list[Found]:
 
 def expert_merging(case: Case) -> list[Found]:
     """Coefficients by which the merge behaves like the experts on unlabelled examples, each on its own task."""
-    settings = {f"calibration.{i}.loss": "distillation" for i in range(len(case.tasks))}
-    search = descent(case) | {"algorithm": "expert_merging"}
     return [
-        searched(case, {"regulariser": weight}, {"search": {**search, "regulariser": weight}, **settings})
+        searched(case, {"regulariser": weight}, distilled(case, descent(case), hidden=1.0, regulariser=weight))
         for weight in REGULARISERS
     ]
+
+
+def expert_merging_plus(case: Case) -> list[Found]:
+    """The same in chunks, half of the steps to find out which matter; with and without hidden layers."""
+    own = {"regulariser": 0.0, "rate": 0.1, "chunks": 16}
+    return [
+        searched(case, {"hidden": hidden}, distilled(case, descent(case, share=0.5), hidden=hidden, **own))
+        for hidden in (0.0, 1.0)
+    ]
+
+
+def distilled(case: Case, search: Mapping[str, Any], hidden: float, **own: Any) -> dict[str, Any]:
+    """Settings of a recipe for Expert Merging."""
+    losses: dict[str, Any] = {}
+    for i in range(len(case.tasks)):
+        losses |= {f"calibration.{i}.loss": "distillation", f"calibration.{i}.hidden": hidden}
+    return {"search": {**search, "algorithm": "expert_merging", **own}, **losses}
 
 
 def refined(case: Case) -> list[Found]:
@@ -247,6 +262,7 @@ METHODS = {
     "plus": Method("AdaMerging++, layer-wise", by_gradient({"granularity": "tensor"}, **TIES), True),
     "supervised": Method("cross-entropy of labels, layer-wise", supervised, True),
     "expert_merging": Method("Expert Merging", expert_merging, True),
+    "expert_merging_plus": Method("Expert Merging++", expert_merging_plus, True),
     "map_tensor": Method("MAP, then AdaMerging layer-wise", then_adamerging(MAP), True),
     "bayesian_map_tensor": Method("Bayesian MAP, then AdaMerging layer-wise", then_adamerging(BAYESIAN_MAP), True),
 }
