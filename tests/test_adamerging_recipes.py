@@ -302,7 +302,7 @@ def test_what_is_refused_before_anything_is_scored(settings: dict[str, Any], mes
 
 @pytest.mark.parametrize("changes", [{}, {"search.granularity": "model"}, {"merge.operator": "ties_vectors"}])
 def test_the_digits_recipe(changes: dict[str, Any], tmp_path: Path) -> None:
-    few = {"search.steps": 20, "search.check_every": 10, "tracking.mlflow": False, **changes}
+    few = {"search.steps": 20, "search.check_every": 10, "search.rate": 0.01, "tracking.mlflow": False, **changes}
     recipe = Recipe.from_yaml(ROOT / "experiments" / "recipes" / "digits-adamerging.yaml", few)
     run = launch(recipe, tmp_path / "run")
     found = run.report()
