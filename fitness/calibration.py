@@ -2,8 +2,8 @@
 
 AdaMerging (Yang et al. 2024, arXiv:2310.02575) minimises the entropy of each task's predictions on inputs without
 labels; with labels the loss may be the cross-entropy. Expert Merging (``fitness.distillation``) has a merge be like an
-expert. The text of ``fitness.data`` tells how a user writes the function
-that returns the examples, that of ``fitness.heads`` the one that returns a task's classification head.
+expert. The text of ``fitness.data`` tells how a user writes the function that returns the examples, that of
+``fitness.heads`` the one that returns a task's classification head.
 """
 
 from __future__ import annotations

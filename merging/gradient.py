@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merging import compiled
-from merging.materialise import CHUNK, DEVICE_SPAN, Stretch, over_threads
+from merging.materialise import CHUNK, DEVICE_SPAN, Stretch, accumulator, over_threads
 from merging.sources import Sources
 from populations.errors import InputError
 from populations.genome import Floats, Genome
@@ -132,7 +132,7 @@ def _by_loops(stretch: Stretch, gradient: Tensor, directions: Directions, sums: 
 @np.errstate(over="ignore", invalid="ignore")  # a bad candidate is a result
 def _in_cache(stretch: Stretch, gradient: Tensor, directions: Directions, sums: Tensor, at: Place) -> None:
     row, part = at
-    kind = _accumulator(stretch.stored)
+    kind = accumulator(stretch.stored)
     slope = gradient[part].to(kind)
     stage = _stager(stretch[part].tensors(), kind)
     room = torch.empty_like(slope)
@@ -153,7 +153,7 @@ def _deal(values: NDArray[Any], lanes: NDArray[Any]) -> None:
 
 def _on_device(stretch: Stretch, gradient: Tensor, directions: Directions, sums: Tensor, at: Place) -> None:
     row, part = at
-    kind = _accumulator(stretch.stored)
+    kind = accumulator(stretch.stored)
     slope = gradient[part].to(kind)
     stage = _stager(stretch[part].tensors(sums.device), kind)
     room = torch.empty_like(slope)
@@ -179,7 +179,3 @@ def _direction(stage: Callable[[int], Tensor], terms: Sequence[Term], room: Tens
 def _simple(directions: Directions) -> bool:
     """Whether each direction is a source or the difference of two."""
     return all([weight for _, weight in terms] in ([1.0], [1.0, -1.0]) for terms in directions)
-
-
-def _accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

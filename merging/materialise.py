@@ -181,13 +181,14 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _accumulator(sources: Sequence[Tensor]) -> torch.dtype:
+def accumulator(sources: Sequence[Tensor]) -> torch.dtype:
+    """The type that sums over the sources are taken in: float32, float64 where one of them is."""
     return torch.float64 if any(source.dtype == torch.float64 for source in sources) else torch.float32
 
 
 def _stager(sources: Sequence[Tensor], device: torch.device) -> Callable[[int], Tensor]:
     """A function that gives source j in the accumulator's type on a device, converted at its first use."""
-    kind = _accumulator(sources)
+    kind = accumulator(sources)
     staged: dict[int, Tensor] = {}
 
     def stage(index: int) -> Tensor:
@@ -208,7 +209,7 @@ def _stager(sources: Sequence[Tensor], device: torch.device) -> Callable[[int], 
 
 @np.errstate(over="ignore", invalid="ignore")  # a bad candidate is a result
 def _in_cache(mixtures: Sequence[Mixture], sources: Sequence[Tensor], start: int, outs: Sequence[Tensor]) -> None:
-    size, kind, here = sources[0].numel(), _accumulator(sources), outs[0].device
+    size, kind, here = sources[0].numel(), accumulator(sources), outs[0].device
     stage = _stager(sources, here)
     term = _scratch.get("term", size, kind, here).numpy()
     for mixture, out in zip(mixtures, outs, strict=True):
@@ -257,7 +258,7 @@ def _sum(
 
 
 def _by_torch(mixtures: Sequence[Mixture], sources: Sequence[Tensor], start: int, outs: Sequence[Tensor]) -> None:
-    size, kind, device = sources[0].numel(), _accumulator(sources), outs[0].device
+    size, kind, device = sources[0].numel(), accumulator(sources), outs[0].device
     stage = _stager(sources, device)
     term = _scratch.get("term", size, kind, device)
     for mixture, out in zip(mixtures, outs, strict=True):

@@ -349,9 +349,9 @@ class BayesianMap:
 
     def _worst_of_models(self, known: Known) -> Floats:
         """(M,) oriented scores that each of the models alone reaches, as far as they are told; 0 for shares else."""
-        told = [i for i, point in enumerate(self._points) if np.abs(self._alone - point).max(axis=1).min() == 0]
-        scores = known.signs * np.array([self._scores[i] for i in told]).reshape(-1, len(self.goals))
-        scores = scores[np.isfinite(scores).all(axis=1)]
+        points, scores = np.array(self._points), np.array(self._scores)
+        alone = (points[:, None] == self._alone).all(axis=2).any(axis=1)
+        scores = known.signs * scores[alone & np.isfinite(scores).all(axis=1)]
         return np.asarray(scores.min(axis=0)) if len(scores) else np.zeros(len(self.goals))
 
 

@@ -30,6 +30,7 @@ from populations.genome import Floats, Integers
 from populations.space import Space
 from populations.trial import Goal
 from search.adamerging import Adam, AdaMerging, Line
+from search.surrogates import sigmoid
 
 EXCLUDED = (
     *("*norm*", "*ln_*", "*layer_norm*"),
@@ -196,12 +197,6 @@ class ExpertMerging(AdaMerging):
             for name, count, out in zip(self._space.tensors, counts, self._excluded, strict=True)
             if not out
         }
-
-
-def sigmoid(raw: Floats) -> Floats:
-    """1 / (1 + exp(-raw)), exactly 0 at minus infinity, without overflow."""
-    small = np.exp(-np.abs(raw))
-    return np.where(raw >= 0, 1 / (1 + small), small / (1 + small))
 
 
 def shares(importance: Floats, budget: float) -> Integers:

@@ -64,7 +64,7 @@ class Link:
     def forward(self, latent: Floats) -> Floats:
         """The score at a latent value."""
         if self.name == "sigmoid":
-            return _sigmoid(latent)
+            return sigmoid(latent)
         return np.logaddexp(0.0, latent) if self.name == "softplus" else np.asarray(latent, np.float64)
 
     def inverse(self, score: Floats, clip: float = CLIP) -> Floats:
@@ -79,8 +79,8 @@ class Link:
     def derivative(self, latent: Floats) -> Floats:
         """Derivative of ``forward``."""
         if self.name == "sigmoid":
-            return np.asarray(_sigmoid(latent) * _sigmoid(-np.asarray(latent)))
-        return _sigmoid(latent) if self.name == "softplus" else np.ones_like(latent, np.float64)
+            return np.asarray(sigmoid(latent) * sigmoid(-np.asarray(latent)))
+        return sigmoid(latent) if self.name == "softplus" else np.ones_like(latent, np.float64)
 
 
 def checked_links(links: Links, goals: Sequence[Goal]) -> dict[str, str]:
@@ -100,8 +100,8 @@ def checked_links(links: Links, goals: Sequence[Goal]) -> dict[str, str]:
     return by_goal
 
 
-def _sigmoid(latent: Floats) -> Floats:
-    """1 / (1 + exp(-u)), exact in both tails."""
+def sigmoid(latent: Floats) -> Floats:
+    """1 / (1 + exp(-u)), exact in both tails, without overflow."""
     small = np.exp(-np.abs(latent))
     return np.asarray(np.where(np.asarray(latent) >= 0, 1.0, small) / (1.0 + small))
 

@@ -31,8 +31,9 @@ from populations.population import ElitistArchive
 from populations.space import Space
 from populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
 from search.adamerging import AdaMerging
-from search.expert_merging import EXCLUDED, ExpertMerging, shares, sigmoid
+from search.expert_merging import EXCLUDED, ExpertMerging, shares
 from search.manager import Manager, Schedule
+from search.surrogates import sigmoid
 
 CPU = torch.device("cpu")
 GOALS = (Goal("acc"),)
