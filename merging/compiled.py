@@ -118,6 +118,11 @@ def choose(stored: Sequence[Tensor], outs: Sequence[Tensor], thresholds: Sequenc
     return True
 
 
+def multiplies(sources: Sequence[Tensor], gradient: Tensor) -> bool:
+    """Whether ``products`` can be used: sources are all float32 or all bfloat16, the gradient is one of the two."""
+    return supports(sources, sources) and gradient.dtype in _KINDS
+
+
 def products(
     sources: Sequence[Tensor], gradient: Tensor, directions: Sequence[Sequence[int]], lanes: NDArray[np.float32]
 ) -> None:
@@ -125,17 +130,17 @@ def products(
 
     Args:
         sources: J flat tensors.
-        gradient: Of their length and type.
+        gradient: Of their length, float32 or bfloat16 as they are.
         directions: For each of K the source it is, or two sources whose difference it is.
         lanes: (K, L) float32.
     """
     from merging import loops  # imports numba
 
-    kind = _KINDS[gradient.dtype]
     plus = np.array([numbers[0] for numbers in directions])
     minus = np.array([numbers[1] if len(numbers) > 1 else -1 for numbers in directions])
     places = _addresses(sources), gradient.data_ptr()
-    loops.products(*places, kind, kind.itemsize, gradient.numel(), plus, minus, lanes)
+    kinds = _KINDS[sources[0].dtype], _KINDS[gradient.dtype]
+    loops.products(*places, *kinds, *(kind.itemsize for kind in kinds), gradient.numel(), plus, minus, lanes)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Integers:

@@ -6,7 +6,8 @@ Operators are linear, ``theta = sum_j w_j(c) theta_j`` with ``w(c) = w(0) + c A`
 
 which for task arithmetic is the inner product with the task vector (AdaMerging, Yang et al. 2024, arXiv:2310.02575).
 No graph goes through the merge and no source direction is ever held whole: gradients come tensor by tensor, as a
-backward pass makes them, and the directions are formed chunk by chunk.
+backward pass makes them, and the directions are formed chunk by chunk. In main memory a chunk whose gradient is zero is
+passed over: that of an embedding has few rows that are not.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Slopes:
         on_cpu = flat.device.type == "cpu"
         parts = self._parts(start, stop, CHUNK if on_cpu else DEVICE_SPAN)
         stretch = self._sources.near(name, flat.device)
-        sums = flat.new_empty(len(parts), self._shape[1], dtype=torch.float64)
+        sums = flat.new_zeros(len(parts), self._shape[1], dtype=torch.float64)
         work = partial(self._kernel(stretch, flat), stretch, flat, self._directions, sums)
         rows = [(number, slice(low, high)) for number, (_, low, high) in enumerate(parts)]
         over_threads(work, rows, torch.get_num_threads() if on_cpu else 1)
@@ -89,7 +90,7 @@ class Slopes:
     def _kernel(self, stretch: Stretch, gradient: Tensor) -> Kernel:
         if gradient.device.type != "cpu":
             return _on_device
-        compiles = self._sources.large and compiled.supports(stretch.stored, [gradient])
+        compiles = self._sources.large and compiled.multiplies(stretch.stored, gradient)
         return _by_loops if compiles and _simple(self._directions) else _in_cache
 
     @property
@@ -124,6 +125,8 @@ def _directions(sources: Sources) -> Directions:
 def _by_loops(stretch: Stretch, gradient: Tensor, directions: Directions, sums: Tensor, at: Place) -> None:
     """Compiled loops, with the bits of ``_in_cache``."""
     row, part = at
+    if not _any(gradient[part]):
+        return
     lanes = np.zeros((len(directions), LANES), np.float32)
     compiled.products(stretch[part].tensors(), gradient[part], [[j for j, _ in terms] for terms in directions], lanes)
     sums.numpy()[row] = lanes.sum(axis=1, dtype=np.float64)
@@ -132,6 +135,8 @@ def _by_loops(stretch: Stretch, gradient: Tensor, directions: Directions, sums: 
 @np.errstate(over="ignore", invalid="ignore")  # a bad candidate is a result
 def _in_cache(stretch: Stretch, gradient: Tensor, directions: Directions, sums: Tensor, at: Place) -> None:
     row, part = at
+    if not _any(gradient[part]):
+        return
     kind = accumulator(stretch.stored)
     slope = gradient[part].to(kind)
     stage = _stager(stretch[part].tensors(), kind)
@@ -141,6 +146,11 @@ def _in_cache(stretch: Stretch, gradient: Tensor, directions: Directions, sums: 
         np.multiply(_direction(stage, terms, room).numpy(), slope.numpy(), out=room.numpy())
         _deal(room.numpy(), into)
     sums.numpy()[row] = lanes.sum(axis=1, dtype=np.float64)
+
+
+def _any(values: Tensor) -> bool:
+    """Whether some value in main memory is not zero; numpy tells several times as fast."""
+    return bool((values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy().any())
 
 
 def _deal(values: NDArray[Any], lanes: NDArray[Any]) -> None:

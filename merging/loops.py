@@ -344,26 +344,45 @@ def _add_differences(lanes, a, b, g):
         lanes[i] = lanes[i] + (_wide(a[i]) - _wide(b[i])) * _wide(g[i])
 
 
-def _products(sources, gradient, kind, width, size, plus, minus, lanes):
+@_jit
+def _any(g):
+    found = False
+    for i in range(len(g)):
+        found |= _wide(g[i]) != 0
+    return found
+
+
+def _products(sources, gradient, kind, kind_of_gradient, width, width_of_gradient, size, plus, minus, lanes):
     """Inner products of a gradient with K directions over one stretch, as partial sums.
+
+    Sources are not read where the gradient is zero, as an embedding's is for all words that a batch has not.
 
     Args:
         sources: (J,) addresses of the stretch in each checkpoint.
         gradient: The gradient's address.
-        kind: Their type, float32 or uint16 (bfloat16).
-        width: Bytes of an element.
+        kind: Type of the sources, float32 or uint16 (bfloat16).
+        kind_of_gradient: The gradient's, one of the same two.
+        width: Bytes of an element of the sources.
+        width_of_gradient: Bytes of an element of the gradient.
         size: Length of the stretch.
         plus: (K,) the source that each direction is.
         minus: (K,) the source that is subtracted from it, -1 for none.
         lanes: (K, L) float32; the product at position i is added to lane i modulo L.
     """
     step = lanes.shape[1]
+    live = np.zeros(ROWS, np.bool_)
     for low in range(0, size, ROWS * step):
+        high = min(low + ROWS * step, size)
+        for at in range(low, high, step):
+            n = min(step, size - at)
+            live[(at - low) // step] = _any(carray(_pointer(gradient + width_of_gradient * at), (n,), kind_of_gradient))
         for k in range(len(plus)):
-            for at in range(low, min(low + ROWS * step, size), step):
+            for at in range(low, high, step):
+                if not live[(at - low) // step]:
+                    continue
                 n = min(step, size - at)
                 a = carray(_pointer(sources[plus[k]] + width * at), (n,), kind)
-                g = carray(_pointer(gradient + width * at), (n,), kind)
+                g = carray(_pointer(gradient + width_of_gradient * at), (n,), kind_of_gradient)
                 if minus[k] < 0:
                     _add_products(lanes[k], a, g)
                 else:

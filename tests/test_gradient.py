@@ -244,16 +244,18 @@ def test_slopes_depend_neither_on_threads_nor_on_the_order_of_tensors(wide):
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("resident", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_compiled_loops_give_the_same_bits(folder, monkeypatch, operator, dtype):
+def test_compiled_loops_give_the_same_bits(folder, monkeypatch, operator, dtype, resident):
     pytest.importorskip("numba")
     rng = torch.Generator().manual_seed(0)
     for number in range(4):
         tensors = {"a": torch.randn(70_001, generator=rng), "b": torch.randn(33, generator=rng)}
         save_file({name: value.to(dtype) for name, value in tensors.items()}, folder / f"{number}.safetensors")
     sources = opened([folder / f"{number}.safetensors" for number in range(4)], operator)
-    found = {name: torch.randn(info.shape, generator=rng).to(dtype) for name, info in sources.layout.parameters.items()}
+    found = {name: torch.randn(info.shape, generator=rng) for name, info in sources.layout.parameters.items()}
+    found = {name: gradient.to(resident) for name, gradient in found.items()}
     used, products = [], compiled.products
     monkeypatch.setattr(compiled, "products", lambda *given: (used.append(given), products(*given)))
     for cuts in ("uniform", "inside"):
@@ -265,6 +267,28 @@ def test_compiled_loops_give_the_same_bits(folder, monkeypatch, operator, dtype)
             assert np.array_equal(collected(sources, genome, found.items()), plain)
         assert used
         used.clear()
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_weights_without_a_gradient_are_passed_over(folder, monkeypatch, operator, compiles):
+    if compiles:
+        pytest.importorskip("numba")
+        monkeypatch.setattr("merging.sources.SMALL", 0)
+    rng = torch.Generator().manual_seed(0)
+    for number in range(4):
+        save_file({"words": torch.randn(5000, 30, generator=rng)}, folder / f"{number}.safetensors")
+    sources = opened([folder / f"{number}.safetensors" for number in range(4)], operator)
+    genome, gradient = genome_of(sources, "inside"), torch.zeros(5000, 30)
+    used = torch.tensor([0, 7, 8, 4990, 4999])  # of five chunks the second to fourth have none of them
+    gradient[used] = torch.randn(5, 30, generator=rng)
+    read, slices = [], gradients.Stretch.__getitem__
+    monkeypatch.setattr(gradients.Stretch, "__getitem__", lambda self, part: read.append(part) or slices(self, part))
+    slopes = collected(sources, genome, [("words", gradient)])
+    assert read
+    assert all(part.start < 9 * 30 or part.stop > 4990 * 30 for part in read)
+    dense = collected(sources, genome, [("words", gradient + 1e-30)])  # moves nothing that float32 can tell
+    np.testing.assert_allclose(slopes, dense, rtol=1e-6, atol=1e-20)
 
 
 def test_chunks_change_rounding_only(wide, monkeypatch):
