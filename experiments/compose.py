@@ -22,7 +22,6 @@ import numpy as np
 
 from experiments.recipe import (
     PREPARED,
-    AdaMergingSearch,
     BayesianMapBox,
     Box,
     Budget,
@@ -246,6 +245,10 @@ def _call(call: Call | PythonObjective, prepared: Path | None) -> CallSpec:
     return CallSpec(call.call, {name: _expanded(value, prepared) for name, value in call.arguments.items()})
 
 
+def _head(call: Call | None, prepared: Path | None) -> CallSpec | None:
+    return None if call is None else _call(call, prepared)
+
+
 def _expanded(value: Any, prepared: Path | None) -> Any:
     """``value`` with the paths in it, at any depth, that begin with ``prepared:`` made whole."""
     if isinstance(value, dict):
@@ -259,14 +262,14 @@ def _objective(objective: Objective, prepared: Path | None) -> ObjectiveSpec:
     goal = Goal(objective.name, objective.direction)
     if isinstance(objective, PythonObjective):
         return ObjectiveSpec(goal, "call", call=_call(objective, prepared))
-    head = None if objective.head is None else _call(objective.head, prepared)
-    spec = ObjectiveSpec(goal, objective.type, data=_call(objective.data, prepared), head=head)
+    data, head = _call(objective.data, prepared), _head(objective.head, prepared)
+    spec = ObjectiveSpec(goal, objective.type, data=data, head=head)
     return spec if objective.batch is None else replace(spec, batch=objective.batch)
 
 
 def _calibration(task: Calibration, seed: int, prepared: Path | None) -> CalibrationSpec:
-    head = None if task.head is None else _call(task.head, prepared)
-    spec = CalibrationSpec(task.name, _call(task.data, prepared), task.loss, head, task.batch, seed)
+    data, head = _call(task.data, prepared), _head(task.head, prepared)
+    spec = CalibrationSpec(task.name, data, task.loss, head, task.batch, seed)
     if task.loss != "distillation":
         return spec
     wanted = Distillation(task.expert or task.name, task.temperature, task.hidden, task.layers)
@@ -293,10 +296,8 @@ def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = ()) -> 
         return _staged(recipe, part, space)
     if isinstance(part, M2N2Search):
         return _m2n2(recipe, part, space, starts)
-    if isinstance(part, AdaMergingSearch):
-        return _adamerging(recipe, part, space, starts), ElitistArchive(goals, part.archive)
-    if isinstance(part, ExpertMergingSearch):
-        return _expert_merging(recipe, part, space, starts), ElitistArchive(goals, part.archive)
+    if isinstance(part, GradientSearch):
+        return _gradient_search(recipe, part, space, starts), ElitistArchive(goals, part.archive)
     return _box_search(recipe, part, space, starts), ElitistArchive(goals, part.archive)
 
 
@@ -409,26 +410,24 @@ def _m2n2(recipe: Recipe, part: M2N2Search, space: Space, starts: Sequence[Genom
         return search, archive
     from search.refined import Refined
 
-    return Refined(search, [task.name for task in recipe.calibration], **part.refine.model_dump()), archive
+    return Refined(search, _tasks(recipe), **part.refine.model_dump()), archive
 
 
-def _adamerging(recipe: Recipe, part: AdaMergingSearch, space: Space, starts: Sequence[Genome]) -> Search:
-    from search.adamerging import AdaMerging
-
-    borders = _segments(part, space)
-    tasks = [task.name for task in recipe.calibration]
+def _gradient_search(recipe: Recipe, part: GradientSearch, space: Space, starts: Sequence[Genome]) -> Search:
+    borders, goals, tasks = _segments(part, space), goals_of(recipe.objectives.search), _tasks(recipe)
     settings = part.model_dump(exclude={"algorithm", "granularity", "groups", "archive"})
     settings["starts"] = [start.refined(borders) for start in starts] or None
-    return AdaMerging(borders, space.dimension, tasks, goals_of(recipe.objectives.search), recipe.seed, **settings)
+    if isinstance(part, ExpertMergingSearch):
+        from search.expert_merging import ExpertMerging
+
+        return ExpertMerging(space, tasks, goals, recipe.seed, **settings)
+    from search.adamerging import AdaMerging
+
+    return AdaMerging(borders, space.dimension, tasks, goals, recipe.seed, **settings)
 
 
-def _expert_merging(recipe: Recipe, part: ExpertMergingSearch, space: Space, starts: Sequence[Genome]) -> Search:
-    from search.expert_merging import ExpertMerging
-
-    tasks = [task.name for task in recipe.calibration]
-    settings = part.model_dump(exclude={"algorithm", "granularity", "groups", "archive"})
-    settings["starts"] = [start.refined(_segments(part, space)) for start in starts] or None
-    return ExpertMerging(space, tasks, goals_of(recipe.objectives.search), recipe.seed, **settings)
+def _tasks(recipe: Recipe) -> list[str]:
+    return [task.name for task in recipe.calibration]
 
 
 def _box_search(recipe: Recipe, part: Box, space: Space, starts: Sequence[Genome]) -> Search:
@@ -538,8 +537,7 @@ def check_search(recipe: Recipe, sources: Sources | None = None) -> tuple[Search
     if isinstance(part, M2N2Search) or (sources is None and part.granularity in ("block", "tensor")):
         return None
     outline = _outline(recipe.models, part.groups) if sources is None else _outline_of(sources)
-    borders = borders_of(outline, part.granularity, part.groups)
-    return make_search(recipe, outline)[0], borders, outline.dimension
+    return make_search(recipe, outline)[0], _segments(part, outline), outline.dimension
 
 
 def _outline_of(sources: Sources) -> Space:
