@@ -233,11 +233,22 @@ class M2N2Search(Part):
         return self
 
 
-class Box(Part):
-    """Coefficients between two bounds, one set a model, block or tensor, or one of ``groups`` runs of blocks."""
+class Segmented(Part):
+    """Coefficients of segments: one set a model, block or tensor, or one of ``groups`` runs of blocks."""
 
     granularity: Literal["model", "groups", "block", "tensor"] = "block"
     groups: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _groups_are_asked_for(self) -> Segmented:
+        if self.groups > 1 and self.granularity != "groups":
+            raise ValueError(f"groups: expected granularity: groups with it, found granularity: {self.granularity}")
+        return self
+
+
+class Box(Segmented):
+    """Coefficients of segments between two bounds."""
+
     low: float = 0.0
     high: float = 1.0
     archive: int = Field(default=20, ge=1)
@@ -246,8 +257,6 @@ class Box(Part):
     def _box_is_open(self) -> Box:
         if not self.low < self.high:
             raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
-        if self.groups > 1 and self.granularity != "groups":
-            raise ValueError(f"groups: expected granularity: groups with it, found granularity: {self.granularity}")
         return self
 
 
@@ -368,7 +377,7 @@ class OptunaBox(ModelsFirstBox):
     history: int | None = Field(default=None, ge=2)
 
 
-class GradientSearch(Part):
+class GradientSearch(Segmented):
     """What searches that follow the gradient of the calibration tasks have in common.
 
     Attributes:
@@ -382,7 +391,6 @@ class GradientSearch(Part):
     """
 
     granularity: Literal["model", "groups", "block", "tensor"] = "tensor"
-    groups: int = Field(default=1, ge=1)
     steps: int = Field(default=500, ge=1)
     accumulate: int = Field(default=1, ge=1)
     weights: dict[str, float] | None = None
@@ -766,6 +774,11 @@ class Recipe(Part):
         if names and not learning:
             raise ValueError(
                 f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does), found {names}"
+            )
+        if learning and self.models.architecture is None:
+            raise ValueError(
+                "models.architecture: expected a function that returns the torch module which calibration "
+                "differentiates, found none; name it, or say auto for Hugging Face directories"
             )
         if any(isinstance(part, ExpertMergingSearch) for part in learning):
             _check_expert_merging(self)

@@ -273,6 +273,8 @@ def test_validate_tells_lines_steps_and_checks(tmp_path: Path) -> None:
         ({"calibration.0.loss": "entrpy"}, r"calibration\[0\]\.loss: input should be .entropy., .* found .entrpy."),
         ({"calibration.0.batch": 0}, r"calibration\[0\]\.batch"),
         ({"search.rate": 0}, r"search\.adamerging\.rate|search\.rate"),
+        ({"search.groups": 2}, "search: groups: expected granularity: groups with it, found granularity: tensor"),
+        ({"models.architecture": None}, r"models\.architecture: expected a function .*calibration .*none; .*say auto"),
         ({"merge.density": 1.5, "merge.operator": "ties_vectors"}, r"merge\.density"),
         ({"objectives.search.0.type": "entropy", "objectives.search.0.direction": "maximize"}, "direction"),
     ],

@@ -848,7 +848,11 @@ def record(**changes):
     task = {"name": "left", "data": data, "loss": "distillation", "hidden": 0.0}
     return {
         "name": "tested",
-        "models": {"base": "base.safetensors", "experts": ["left.safetensors", "right.safetensors"]},
+        "models": {
+            "base": "base.safetensors",
+            "experts": ["left.safetensors", "right.safetensors"],
+            "architecture": {"call": "distillation_tested:net"},
+        },
         "merge": {"operator": "task_arithmetic"},
         "objectives": {"search": [{"name": "acc", "type": "accuracy", "data": data}]},
         "budget": {"evaluations": 10},

@@ -385,7 +385,11 @@ ADA: dict[str, Any] = {"algorithm": "adamerging", "steps": 4, "check_every": 2, 
 CALL = {"type": "call", "call": "m:f"}
 RECIPE: dict[str, Any] = {
     "name": "chain",
-    "models": {"experts": ["a.safetensors", "b.safetensors"], "base": "c.safetensors"},
+    "models": {
+        "experts": ["a.safetensors", "b.safetensors"],
+        "base": "c.safetensors",
+        "architecture": {"call": "m:f"},
+    },
     "merge": {"operator": "task_arithmetic"},
     "objectives": {"search": [{"name": "one", **CALL}, {"name": "two", **CALL}]},
     "calibration": [{"name": "one", "data": {"call": "m:f"}}],
