@@ -20,7 +20,7 @@ the search's scores, and scores both on the other examples. Means over seeds, an
 
 On two cores the digits take minutes, but for Optuna's GP: an hour or more. For four objectives it would also take
 12 GB and most of its time for page faults, because it forms its acquisition function of 2,048 points at once; here
-it does so for eight at a time, to the same values. A candidate of ``text`` takes about a second, so that all its
+it does so for four at a time, to the same values. A candidate of ``text`` takes about a second, so that all its
 searches take hours (``--cache`` keeps those that are finished, ``--jobs`` runs several at a time), and its encoders
 are tuned first, once, in some minutes. Writes ``benchmarks/results/fronts.json`` and ``fronts.svg``.
 """
@@ -80,19 +80,22 @@ def gaussian_process(box: CoefficientBox, goals: Sequence[Goal], seed: int) -> S
 
 @lru_cache(maxsize=1)
 def _in_parts() -> None:
-    """Have Optuna form the expected improvement of hypervolume of a few points at a time."""
+    """Have Optuna form the improvement of hypervolume of a few points at a time, with and without points pending."""
     import torch
     from optuna._gp import acqf
 
-    whole = acqf.logehvi
+    def parted(improvement: Callable[..., Any]) -> Callable[..., Any]:
+        def one_by_one(*place: Any, Y_post: Any, **boxes: Any) -> Any:  # noqa: N803
+            if Y_post.ndim < 3:  # of one point
+                return improvement(*place, Y_post, **boxes)
+            return torch.cat([improvement(*place, part, **boxes) for part in Y_post.split(4)])
 
-    def in_parts(**given: Any) -> Any:
-        posterior = given.pop("Y_post")
-        if posterior.ndim < 3:  # of one point
-            return whole(posterior, **given)
-        return torch.cat([whole(part, **given) for part in posterior.split(8)])
+        return one_by_one
 
-    acqf.logehvi = in_parts
+    alone = parted(acqf.logehvi)
+    pending = parted(acqf._PerSampleParetoBaseline.compute_per_sample_log_hvi)
+    acqf.logehvi = alone
+    acqf._PerSampleParetoBaseline.compute_per_sample_log_hvi = lambda self, posterior: pending(self, Y_post=posterior)
 
 
 def models_first(box: CoefficientBox) -> Floats:
