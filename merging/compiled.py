@@ -19,12 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from merging.lazy import Source
 from populations.genome import Integers
 
 _KINDS: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.bfloat16: np.dtype(np.uint16)}
 
 
-def supports(sources: Sequence[Tensor], outs: Sequence[Tensor]) -> bool:
+def supports(sources: Sequence[Source], outs: Sequence[Source]) -> bool:
     """Whether compiled loops can be used: numba is there, and all tensors are float32 or all are bfloat16."""
     types = {tensor.dtype for tensor in (*sources, *outs)}
     return len(types) == 1 and _works(sources[0].dtype)
@@ -118,7 +119,7 @@ def choose(stored: Sequence[Tensor], outs: Sequence[Tensor], thresholds: Sequenc
     return True
 
 
-def multiplies(sources: Sequence[Tensor], gradient: Tensor) -> bool:
+def multiplies(sources: Sequence[Source], gradient: Tensor) -> bool:
     """Whether ``products`` can be used: sources are all float32 or all bfloat16, the gradient is one of the two."""
     return supports(sources, sources) and gradient.dtype in _KINDS
 

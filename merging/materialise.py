@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merging import compiled
+from merging.lazy import Source, formed
 from populations.genome import Floats, Integers
 
 CHUNK = 32_640  # elements: the float32 copies stay in L2, and torch splits nothing below 32,768 over threads
@@ -39,7 +40,8 @@ Part = TypeVar("Part")
 Transform: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 """What an operator makes of J flat pieces: as many of the same types and size, on the same device.
 
-Every element depends on the J elements of its own position alone, so pieces may be cut anywhere.
+Every element depends on the J elements of its own position alone, so pieces may be cut anywhere. Pieces that differ in
+type are widened to the accumulator's before they are changed.
 """
 
 
@@ -57,7 +59,7 @@ class Stretch:
         transform: What is mixed in their place.
     """
 
-    stored: Sequence[Tensor]
+    stored: Sequence[Source]
     transform: Transform = unchanged
 
     @property
@@ -66,14 +68,22 @@ class Stretch:
         return self.stored[0].numel()
 
     def __getitem__(self, part: slice) -> Stretch:
-        return Stretch([tensor[part] for tensor in self.stored], self.transform)
+        return Stretch([tensor[part] for tensor in self.stored], self.transform, self.start + (part.start or 0))
+
+    def sample(self) -> Sequence[Tensor]:
+        """J tensors of the types that are mixed."""
+        return self.stored if self.transform is unchanged else self[:1].tensors()
 
     def tensors(self, device: torch.device | None = None) -> list[Tensor]:
         """J flat tensors to mix, on a device or (None) where they are.
 
         Those that were moved are valid until the same thread moves others.
         """
-        return self.transform(self.stored if device is None else _moved(self.stored, device))
+        pieces = [formed(piece) for piece in (self.stored if device is None else _moved(self.stored, device))]
+        if self.transform is not unchanged and len({piece.dtype for piece in pieces}) > 1:
+            kind = accumulator(pieces)
+            pieces = [piece.to(kind) for piece in pieces]
+        return self.transform(pieces)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +133,7 @@ def mix(sources: Stretch, start: int, mixtures: Sequence[Mixture], outs: Sequenc
     kernel: Callable[[list[Tensor], int, list[Tensor]], None] = partial(_by_torch, mixtures)
     if device.type != "cpu":
         chunk, workers = DEVICE_SPAN, 1
-    elif large and compiled.supports(sources.stored, outs):
+    elif large and compiled.supports(sources.sample(), outs):
         chunk, workers, kernel = COMPILED_SPAN, threads, compiled.Batch(mixtures).mix
     elif large:
         chunk, workers = TORCH_SPAN * threads, 1  # torch splits each operation over its own threads
@@ -181,7 +191,7 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def accumulator(sources: Sequence[Tensor]) -> torch.dtype:
+def accumulator(sources: Sequence[Source]) -> torch.dtype:
     """The type that sums over the sources are taken in: float32, float64 where one of them is."""
     return torch.float64 if any(source.dtype == torch.float64 for source in sources) else torch.float32
 
@@ -274,11 +284,13 @@ def _by_torch(mixtures: Sequence[Mixture], sources: Sequence[Tensor], start: int
             out.copy_(total)
 
 
-def _moved(sources: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def _moved(sources: Sequence[Source], device: torch.device) -> list[Source]:
     """The sources in their own types on the device; those in main memory go through page-locked memory."""
-    moved = []
+    moved: list[Source] = []
     for index, source in enumerate(sources):
-        if source.device != device:
+        if not isinstance(source, Tensor):
+            moved.append(source if source.device == device else source.to(device))
+        elif source.device != device:
             target = _scratch.get(f"moved {index}", source.numel(), source.dtype, device)
             held = source.pin_memory() if device.type == "cuda" else source
             moved.append(target.copy_(held, non_blocking=True))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from torch import Tensor
-
 from merging.layout import Layout
+from merging.lazy import Source
 from merging.materialise import Transform
 from populations.genome import Floats
 
-Read: TypeAlias = Callable[[str], Sequence[Tensor]]
-"""By tensor name, J flat tensors as the checkpoints hold them, memory-mapped."""
+Read: TypeAlias = Callable[[str], Sequence[Source]]
+"""By tensor name, J flat tensors as the checkpoints hold them: memory-mapped, or formed a piece at a time."""
 
 
 class Operator(Protocol):

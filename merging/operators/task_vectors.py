@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from merging.layout import Layout
+from merging.lazy import Source, formed
 from merging.materialise import CHUNK, DEVICE_SPAN, over_threads
 from merging.operators.base import Read
 from populations.genome import Integers
@@ -60,9 +61,9 @@ class Pieces:
         """What ``work`` makes of every piece, in any order; the pieces are spread over torch's threads."""
         results: list[Result] = []
 
-        def do(place: tuple[Sequence[Tensor], slice]) -> None:
+        def do(place: tuple[Sequence[Source], slice]) -> None:
             stored, part = place
-            results.append(work([tensor[part] for tensor in stored]))
+            results.append(work([formed(tensor[part]) for tensor in stored]))
 
         over_threads(do, self._places, torch.get_num_threads())
         return results

@@ -1,0 +1,50 @@
+"""Flat tensors that are formed as they are read, a piece at a time: what no file holds as it is mixed."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+class Lazy(Protocol):
+    """A flat tensor of which any piece can be formed.
+
+    A piece has the same bits however the tensor is cut and on whatever device it is formed.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which it is formed."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is formed."""
+        ...
+
+    def numel(self) -> int:
+        """Its length."""
+        ...
+
+    def __getitem__(self, part: slice) -> Lazy:
+        """A piece of it, not yet formed."""
+        ...
+
+    def to(self, device: torch.device) -> Lazy:
+        """The same, formed on another device; what it is formed from goes there now."""
+        ...
+
+    def formed(self) -> Tensor:
+        """The elements."""
+        ...
+
+
+Source: TypeAlias = Tensor | Lazy
+"""A flat tensor, mapped or to be formed."""
+
+
+def formed(source: Source) -> Tensor:
+    """The elements of a flat tensor; those of a file are not copied."""
+    return source if isinstance(source, Tensor) else source.formed()
