@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments import compose
+from experiments.parts import Call, PythonObjective
 from experiments.recipe import (
     Box,
-    Call,
     GradientSearch,
     M2N2Search,
     MapBox,
     NestedMapBox,
-    PythonObjective,
     Recipe,
     Stages,
     SurrogateBox,

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from experiments.parts import Call, Objective, PythonObjective
 from experiments.recipe import (
     PREPARED,
     BayesianMapBox,
     Box,
     Budget,
     Calibration,
-    Call,
     CmaEsBox,
     ExpertMergingSearch,
     GradientSearch,
@@ -36,9 +36,7 @@ from experiments.recipe import (
     ModelsFirstBox,
     NestedMapBox,
     NsgaBox,
-    Objective,
     OptunaBox,
-    PythonObjective,
     RandomBox,
     Recipe,
     SearchPart,

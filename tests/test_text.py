@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from experiments import text
 from experiments.exports import verify
-from experiments.recipe import PythonObjective, Recipe
+from experiments.parts import PythonObjective
+from experiments.recipe import Recipe
 from experiments.running import launch
 from experiments.text import Example
 from fitness import calibration
