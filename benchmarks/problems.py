@@ -105,7 +105,7 @@ def trained(images: Any, labels: Any, groups: Sequence[Sequence[int]], seed: int
     """Parameters of the random start, and of each specialist less those."""
     import torch
 
-    from experiments.digits import mlp
+    from experiments.digits import fit, mlp
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -115,13 +115,7 @@ def trained(images: Any, labels: Any, groups: Sequence[Sequence[int]], seed: int
     for group in groups:
         base.load_state_dict(start)
         mine = np.isin(labels, group)
-        inputs, targets = torch.from_numpy(images[mine]), torch.from_numpy(labels[mine])
-        optimiser = torch.optim.Adam(base.parameters(), lr=1e-3)
-        for _ in range(60):
-            for rows in torch.randperm(len(targets)).split(32):
-                optimiser.zero_grad()
-                torch.nn.functional.cross_entropy(base(inputs[rows]), targets[rows]).backward()
-                optimiser.step()
+        fit(base, torch.from_numpy(images[mine]), torch.from_numpy(labels[mine]), epochs=60)
         vectors.append({name: (tensor - start[name]).numpy() for name, tensor in base.state_dict().items()})
     return {name: tensor.numpy() for name, tensor in start.items()}, vectors
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from experiments.digits import Split, shuffled
+from experiments.digits import Split, fit, shuffled
 from experiments.heads import fit_head
 from populations.errors import InputError, nearest
 
@@ -88,7 +88,7 @@ def experts(directory: str, seed: int = 0, epochs: int = 30) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         base, decoder = encoder(), nn.Linear(FEATURES, 64)
-        _train(base, decoder, pixels, pixels, nn.functional.mse_loss, 40)
+        fit(nn.Sequential(base, decoder), pixels, pixels, 40, nn.functional.mse_loss)
         save_file(base.state_dict(), folder / "base.safetensors")
         with torch.no_grad():
             features = base(pixels)
@@ -97,20 +97,7 @@ def experts(directory: str, seed: int = 0, epochs: int = 30) -> None:
             kept = fit_head(features, labels, int(labels.max()) + 1, strength=0.01)
             expert = encoder()
             expert.load_state_dict(base.state_dict())
-            _train(expert, kept, pixels, labels, nn.functional.cross_entropy, epochs)
+            fit(nn.Sequential(expert, kept), pixels, labels, epochs)
             save_file(expert.state_dict(), folder / f"{question}.safetensors")
             tensors |= {f"{question}.{name}": tensor for name, tensor in kept.state_dict().items()}
     save_file(tensors, folder / "heads.safetensors")
-
-
-def _train(model: nn.Module, last: nn.Module, inputs: Tensor, targets: Tensor, loss: Any, epochs: int) -> None:
-    """Train ``model``, and what of ``last`` is not frozen, to give the targets."""
-    learned = [*model.parameters(), *(p for p in last.parameters() if p.requires_grad)]
-    optimiser = torch.optim.Adam(learned, lr=1e-3)
-    for _ in range(epochs):
-        order = torch.randperm(len(targets))
-        for start in range(0, len(order), 32):
-            rows = order[start : start + 32]
-            optimiser.zero_grad()
-            torch.autograd.backward(loss(last(model(inputs[rows])), targets[rows]))
-            optimiser.step()

@@ -8,7 +8,7 @@ specialists, a quarter scores the search, a quarter is held out, pixels scaled t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from populations.errors import InputError
 
 Split: TypeAlias = Literal["train", "search", "test"]
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def mlp(inputs: int = 64, hidden: int = 256, classes: int = 10) -> nn.Sequential:
@@ -76,20 +77,23 @@ def specialists(
         for name, digits in groups.items():
             model = mlp(hidden=hidden)
             model.load_state_dict(base.state_dict())
-            _train(model, *shuffled("train", digits), epochs=epochs)
+            images, labels = shuffled("train", digits)
+            fit(model, torch.from_numpy(images), torch.from_numpy(labels), epochs)
             save_file(model.state_dict(), Path(directory) / f"{name}.safetensors")
 
 
-def _train(model: nn.Module, images: NDArray[np.float32], labels: NDArray[np.int64], epochs: int) -> None:
-    inputs, targets = torch.from_numpy(images), torch.from_numpy(labels)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+def fit(
+    model: nn.Module, inputs: Tensor, targets: Tensor, epochs: int, loss: Loss = nn.functional.cross_entropy
+) -> None:
+    """Train what of ``model`` is not frozen to give ``targets`` (N, ...) from ``inputs`` (N, ...).
+
+    Adam 1e-3, batches of 32 in an order that torch's global generator draws.
+    """
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(epochs):
-        order = torch.randperm(len(targets))
-        for start in range(0, len(order), 32):
-            rows = order[start : start + 32]
+        for rows in torch.split(torch.randperm(len(targets)), 32):
             optimiser.zero_grad()
-            loss: torch.Tensor = nn.functional.cross_entropy(model(inputs[rows]), targets[rows])
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss(model(inputs[rows]), targets[rows]))
             optimiser.step()
 
 
