@@ -1,4 +1,4 @@
-"""Tools for Pareto fronts: sorting, hypervolume, distances between fronts, attainment. moocore does the work.
+"""Tools for Pareto fronts: sorting, choosing, hypervolume, distances between fronts, attainment; most by moocore.
 
 Everything here is in *oriented* scores (``populations.trial.oriented``): larger is better in every column,
 and the number of columns M is any. A point dominates another when it is at least as good in every column and
@@ -47,6 +47,24 @@ def ranks(points: ArrayLike) -> Integers:
     if table.shape[1] == 1:  # there moocore numbers equal points apart
         return np.unique(-table[:, 0], return_inverse=True)[1].astype(np.int64)
     return np.asarray(moocore.pareto_rank(table, maximise=True), np.int64)
+
+
+def farthest_first(points: Floats, first: Sequence[int], count: int, apart: float = -1.0) -> list[int]:
+    """Positions of up to ``count`` of ``points`` (N, M): those of ``first``, then always the farthest from all taken.
+
+    What lies no farther than ``apart`` from one taken is left out; below 0, equal points are all taken.
+    """
+    order: list[int] = []
+    away = np.full(len(points), np.inf)
+    while len(order) < min(count, len(points)):
+        waiting = [row for row in first if away[row] > apart]
+        new = waiting[0] if waiting else int(np.argmax(away))
+        if away[new] <= apart:
+            break
+        order.append(new)
+        away = np.minimum(away, np.linalg.norm(points - points[new], axis=1))
+        away[new] = -np.inf
+    return order
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:

@@ -18,7 +18,7 @@ from scipy.spatial import KDTree
 from threadpoolctl import threadpool_limits
 
 from populations.errors import InputError
-from populations.fronts import non_dominated
+from populations.fronts import farthest_first, non_dominated
 from populations.genome import Floats, Integers
 from populations.trial import Evaluation, Goal, Outcome, Trial
 from search.coefficients import CoefficientBox
@@ -397,16 +397,7 @@ def spread(scores: Floats, count: int) -> Integers:
     scaled = (scores - scores.min(axis=0)) / np.where(extent > 0, extent, 1.0)
     # of several rows that are best in one objective, the one that is best in the others
     ends = [int(np.argmax(scaled[:, j] + 1e-6 * scaled.mean(axis=1))) for j in range(scaled.shape[1])]
-    order: list[int] = []
-    away = np.full(len(scaled), np.inf)
-    while len(order) < min(count, len(scaled)):
-        waiting = [end for end in ends if away[end] > 1e-9]
-        new = waiting[0] if waiting else int(np.argmax(away))
-        if away[new] <= 1e-9:
-            break
-        order.append(new)
-        away = np.minimum(away, np.linalg.norm(scaled - scaled[new], axis=1))
-    return np.array(order, np.int64)
+    return np.array(farthest_first(scaled, ends, count, apart=1e-9), np.int64)
 
 
 def _kept(points: Floats, scores: Floats) -> tuple[Floats, Floats]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from populations.errors import InputError, SearchError
+from populations.fronts import farthest_first
 from populations.genome import Floats, Genome
 from populations.pareto import ParetoFront
 from populations.population import Population, quality
@@ -357,12 +358,8 @@ def _spread(members: Sequence[Member], most: int, goals: Sequence[Goal]) -> list
     """
     scores: Floats = np.array([oriented(member.evaluation.scores, goals) for member in members])
     extent = np.ptp(scores, axis=0)
-    scaled = scores / np.where(extent > 0, extent, 1.0)
-    taken = [max(range(len(members)), key=lambda i: (quality(members[i].evaluation, goals), -i))]
-    away = np.full(len(members), np.inf)
-    while len(taken) < most:
-        away = np.minimum(away, np.linalg.norm(scaled - scaled[taken[-1]], axis=1))
-        taken.append(int(np.argmax(np.where(np.isin(np.arange(len(away)), taken), -1.0, away))))
+    best = max(range(len(members)), key=lambda i: (quality(members[i].evaluation, goals), -i))
+    taken = farthest_first(scores / np.where(extent > 0, extent, 1.0), [best], most)
     return [members[i] for i in sorted(taken)]
 
 
