@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from materialise import machine
+from materialise import save
 
 from fitness import calibration
 from fitness.specs import CalibrationSpec, CallSpec, WorkerSpec
@@ -50,7 +50,6 @@ from merging import compiled, sources
 from populations.genome import Floats, Genome
 from populations.trial import CalibrationBatch, Trial
 
-RESULTS = Path(__file__).parent / "results"
 CONTENDERS = ("ecotone", "ecotone, checkpointing", "ecotone, streamed", "textbook", "textbook, by task")
 CLASSES = 10
 START = 0.3
@@ -80,11 +79,7 @@ def main() -> None:
                 row["ratio"] = {key: row[key] / first[key] for key in ("megabytes", "seconds")}
                 rows.append(row)
                 print_row(row, header=len(rows) == 1)
-    record = {"machine": machine(), "arguments": vars(arguments), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"adamerging_memory{'-quick' if arguments.quick else ''}.json"
-    target.write_text(json.dumps(record, indent=2, default=str) + "\n", "utf-8")
-    print(f"written: benchmarks/results/{target.name}")
+    save(f"adamerging_memory{'-quick' if arguments.quick else ''}", arguments, rows)
 
 
 def parse() -> argparse.Namespace:

@@ -58,11 +58,7 @@ def main() -> None:
                     for candidates in (1, 8):
                         rows.append(measure(paths[:count], candidates, dtype, device, arguments.repeats))
                         print_row(rows[-1], header=len(rows) == 1)
-    record = {"machine": machine(), "arguments": vars(arguments), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"materialise-{'quick-' if arguments.quick else ''}{devices[-1]}.json"
-    target.write_text(json.dumps(record, indent=2, default=str) + "\n", "utf-8")
-    print(f"written: benchmarks/results/{target.name}")
+    save(f"materialise-{'quick-' if arguments.quick else ''}{devices[-1]}", arguments, rows)
 
 
 def parse() -> argparse.Namespace:
@@ -164,6 +160,15 @@ def print_row(row: dict[str, Any], header: bool) -> None:
         cells.append(f"{'-':>16}" if speed is None else f"{speed:8.2f} ({ratio:5.2f})")
     left = f"{row['device']:6} {row['dtype']:9} {row['sources']:>2} {row['candidates']:>2}"
     print(f"{left}  " + "  ".join(f"{cell:>16}" for cell in cells), flush=True)
+
+
+def save(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write ``benchmarks/results/NAME.json``: the machine, what was asked for and what was measured."""
+    record = {"machine": machine(), "arguments": vars(arguments), "rows": rows}
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{name}.json"
+    target.write_text(json.dumps(record, indent=2, default=str) + "\n", "utf-8")
+    print(f"written: benchmarks/results/{target.name}")
 
 
 def machine() -> dict[str, str | int | None]:
