@@ -68,11 +68,7 @@ class Stretch:
         return self.stored[0].numel()
 
     def __getitem__(self, part: slice) -> Stretch:
-        return Stretch([tensor[part] for tensor in self.stored], self.transform, self.start + (part.start or 0))
-
-    def sample(self) -> Sequence[Tensor]:
-        """J tensors of the types that are mixed."""
-        return self.stored if self.transform is unchanged else self[:1].tensors()
+        return Stretch([tensor[part] for tensor in self.stored], self.transform)
 
     def tensors(self, device: torch.device | None = None) -> list[Tensor]:
         """J flat tensors to mix, on a device or (None) where they are.
@@ -133,7 +129,7 @@ def mix(sources: Stretch, start: int, mixtures: Sequence[Mixture], outs: Sequenc
     kernel: Callable[[list[Tensor], int, list[Tensor]], None] = partial(_by_torch, mixtures)
     if device.type != "cpu":
         chunk, workers = DEVICE_SPAN, 1
-    elif large and compiled.supports(sources.sample(), outs):
+    elif large and compiled.supports(sources.stored, outs):
         chunk, workers, kernel = COMPILED_SPAN, threads, compiled.Batch(mixtures).mix
     elif large:
         chunk, workers = TORCH_SPAN * threads, 1  # torch splits each operation over its own threads
