@@ -1,0 +1,565 @@
+"""lm-eval tasks as objectives: the scores of ``simple_evaluate``, nothing tokenised twice, refusals in words."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fitness import language
+from fitness.objectives import Objective
+from populations.errors import InputError
+from populations.trial import Goal
+
+pytest.importorskip("lm_eval.models.huggingface")
+transformers = pytest.importorskip("transformers")
+
+COLOURS = ["red", "green", "blue", "grey", "pink"]
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}<assistant>"
+CPU = torch.device("cpu")
+GOAL = Goal("skill")
+RANKED = [
+    {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+    {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+    {"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True},
+    {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False},
+]
+TASKS: dict[str, dict[str, Any]] = {
+    "colours": {
+        "output_type": "multiple_choice",
+        "training_split": "train",
+        "num_fewshot": 2,
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": RANKED,
+    },
+    "letters": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": ["A", "B", "C"],
+        "doc_to_target": "{{answer % 3}}",
+    },
+    "guessed": {
+        "output_type": "generate_until",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["e", "\n"], "do_sample": False, "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [
+            {"name": "whole", "filter": [{"function": "take_first"}]},
+            {
+                "name": "first",
+                "filter": [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}],
+            },
+        ],
+    },
+    "last_word": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": " {{choices[answer]}}",
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        ],
+    },
+    "whole_texts": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{(question + ' ') * (answer + 1)}}",
+        "metric_list": [
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
+            {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
+        ],
+    },
+}
+
+
+def documents(count: int, seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    found = []
+    for number in range(count):
+        words = rng.choices(COLOURS, k=rng.randint(1, 9))
+        choices = [rng.choice(COLOURS) + rng.choice(["", " and blue"]) for _ in range(3)]
+        found.append({"question": f"{number} {' '.join(words)}", "choices": choices, "answer": rng.randrange(3)})
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of task files over 23 documents, and some to show."""
+    path = tmp_path_factory.mktemp("tasks")
+    files = {}
+    for split, count in (("train", 8), ("test", 23)):
+        files[split] = str(path / f"{split}.jsonl")
+        Path(files[split]).write_text("\n".join(json.dumps(each) for each in documents(count, count)))
+    data = {"data_files": files, "cache_dir": str(path / "cache")}
+    for name, task in TASKS.items():
+        write(path, name, {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test", **task})
+    return str(path)
+
+
+def write(folder: Path, name: str, task: dict[str, Any]) -> None:
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **task}))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a Llama of two layers of 32, random, with a byte-level tokenizer that knows some words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    path = str(tmp_path_factory.mktemp("tiny-llama"))
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    made.train_from_iterator([" ".join(COLOURS)] * 9, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(path)
+    config = transformers.LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def model(tokenizer: str) -> Any:
+    made = transformers.AutoModelForCausalLM.from_pretrained(tokenizer).eval().requires_grad_(False)
+    change(made, 0)
+    return made
+
+
+def change(model: Any, seed: int) -> None:
+    """Other weights, and large enough that answers differ, in the way of ``Resident``: pointers are swapped."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        parameter.data = parameter.data + 0.3 * noise
+
+
+def built(folder: str, tokenizer: str, task: str, **settings: Any) -> language.LanguageTask:
+    return language.build(GOAL, {"task": task, "folder": folder, "batch": 4, **settings}, tokenizer, CPU)
+
+
+@pytest.fixture(autouse=True)
+def no_report_of_the_machine(monkeypatch):
+    """``simple_evaluate`` runs pip and git for its report, which takes most of its time."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+
+
+def reference(model: Any, folder: str, tokenizer: str, task: str, batch: int = 4, **settings: Any) -> Any:
+    """What ``simple_evaluate`` says: results by metric, and samples in document order."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    lm = HFLM(
+        pretrained=model,
+        tokenizer=transformers.AutoTokenizer.from_pretrained(tokenizer),
+        batch_size=batch,
+        max_length=settings.pop("max_length", None),
+    )
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    with torch.random.fork_rng():
+        found = simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0, **settings)
+    return found["results"][task], sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "filter_"),
+    [
+        ("colours", "acc", "none"),
+        ("colours", "acc_norm", "none"),
+        ("letters", "acc", "none"),
+        ("guessed", "exact_match", "whole"),
+        ("guessed", "exact_match", "first"),
+        ("last_word", "acc", "none"),
+    ],
+)
+def test_scores_are_those_of_simple_evaluate(folder, tokenizer, model, task, metric, filter_):
+    objective = built(folder, tokenizer, task, metric=metric, filter=filter_)
+    assert isinstance(objective, Objective)
+    for seed in (1, 2):
+        change(model, seed)
+        score = objective.score(model)
+        results, samples = reference(model, folder, tokenizer, task)
+        assert score.value == results[f"{metric},{filter_}"]
+        assert score.per_example.tolist() == [each[metric] for each in samples if each["filter"] == filter_]
+        assert score.per_example.dtype == bool
+        assert score.items == 23
+
+
+@pytest.mark.parametrize("task", ["colours", "letters", "guessed", "last_word", "whole_texts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_models_answers_are_the_same_bits(folder, tokenizer, model, task, dtype):
+    model.to(dtype)
+    objective = built(folder, tokenizer, task)
+    objective.score(model)
+    change(model, 3)
+    objective.score(model)
+    found = [instance.resps for _, instances in objective.documents for instance in instances]
+    _, samples = reference(model, folder, tokenizer, task)
+    names = {each["filter"] for each in samples}
+    assert found == [resps for each in samples if each["filter"] == min(names) for resps in each["resps"]]
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [("last_word", "perplexity"), ("whole_texts", "bits_per_byte"), ("whole_texts", "word_perplexity")],
+)
+def test_perplexities_have_one_value_a_document(folder, tokenizer, model, task, metric):
+    score = built(folder, tokenizer, task, metric=metric, max_length=24).score(model)
+    results, samples = reference(model, folder, tokenizer, task, max_length=24)
+    assert score.value == results[f"{metric},none"]
+    logarithms = np.array(
+        [each["resps"][0][0] if task == "whole_texts" else each["resps"][0][0][0] for each in samples]
+    )
+    texts = [each["target"] for each in samples]
+    weights = {
+        "perplexity": np.ones(len(texts)),
+        "bits_per_byte": np.array([len(text) for text in texts]) * np.log(2),
+        "word_perplexity": np.array([len(text.split(" ")) for text in texts]),
+    }[metric]
+    expected = -logarithms / weights if metric == "bits_per_byte" else np.exp(-logarithms / weights)
+    np.testing.assert_allclose(score.per_example, expected, rtol=1e-12)
+
+
+def test_a_metric_of_all_documents_together_has_no_value_for_one(folder, tokenizer, model):
+    results, _ = reference(model, folder, tokenizer, "colours")
+    score = built(folder, tokenizer, "colours", metric="mcc").score(model)
+    assert score.value == results["mcc,none"]
+    assert score.per_example is None
+    brier = built(folder, tokenizer, "colours", metric="brier_score").score(model)
+    assert brier.value == results["brier_score,none"]
+    assert brier.per_example.mean() == pytest.approx(brier.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shots": 1},
+        {"shots": 0, "system_instruction": "Say a colour."},
+        {"chat_template": True, "system_instruction": "Say a colour."},
+        {"chat_template": True, "fewshot_as_multiturn": False},
+        {"max_length": 20},
+        {"batch": 7},
+    ],
+)
+@pytest.mark.parametrize("task", ["colours", "guessed"])
+def test_settings_mean_what_they_mean_to_simple_evaluate(folder, tokenizer, model, task, settings):
+    objective = built(folder, tokenizer, task, **settings)
+    objective.score(model)
+    names = {"shots": "num_fewshot", "chat_template": "apply_chat_template"}
+    _, samples = reference(
+        model, folder, tokenizer, task, **{names.get(name, name): value for name, value in settings.items()}
+    )
+    samples = [each for each in samples if each["filter"] in ("none", "whole")]
+    found = [
+        ([each.args for each in instances], [each.resps for each in instances]) for _, instances in objective.documents
+    ]
+    assert found == [(each["arguments"], each["resps"]) for each in samples]
+
+
+def test_search_and_rest_share_no_document_and_make_up_the_task(folder, tokenizer, model):
+    parts = {}
+    for part, count in (("search", 9), ("rest", 14)):
+        objective = built(folder, tokenizer, "colours", limit=9, seed=5, part=part)
+        score = objective.score(model)
+        parts[part] = [document["question"] for document, _ in objective.documents]
+        assert score.items == len(score.per_example) == count
+        every = [each["question"] for each in documents(23, 23)]
+        numbers = [every.index(question) for question in parts[part]]
+        results, samples = reference(model, folder, tokenizer, "colours", samples={"colours": numbers})
+        assert score.value == results["acc,none"]
+        assert score.per_example.tolist() == [each["acc"] for each in samples]
+    assert sorted(parts["search"] + parts["rest"]) == sorted(every)
+    smaller = built(folder, tokenizer, "colours", limit=4, seed=5)
+    assert {document["question"] for document, _ in smaller.documents} < set(parts["search"])
+    other = built(folder, tokenizer, "colours", limit=9, seed=6)
+    assert [document["question"] for document, _ in other.documents] != parts["search"]
+    assert built(folder, tokenizer, "colours", part="all").score(model).items == 23
+    assert built(folder, tokenizer, "colours", limit=99).score(model).items == 23
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_nothing_is_tokenised_after_build(folder, tokenizer, model, task, monkeypatch):
+    calls = []
+    kind = transformers.PreTrainedTokenizerFast
+    encode = kind._encode_plus
+
+    def counted(self, *arguments, **options):
+        calls.append(arguments)
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(kind, "_encode_plus", counted)
+    objective = built(folder, tokenizer, task)
+    assert calls
+    calls.clear()
+    for seed in (1, 2):
+        change(model, seed)
+        objective.score(model)
+    assert calls == []
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_do_not_depend_on_what_was_scored_before(folder, tokenizer, model, task):
+    objective = built(folder, tokenizer, task)
+    first = objective.score(model)
+    weights = [parameter.data for parameter in model.parameters()]
+    change(model, 4)
+    objective.score(model)
+    for parameter, value in zip(model.parameters(), weights, strict=True):
+        parameter.data = value
+    again = objective.score(model)
+    assert again.value == first.value
+    np.testing.assert_array_equal(again.per_example, first.per_example)
+    np.testing.assert_array_equal(built(folder, tokenizer, task).score(model).per_example, first.per_example)
+
+
+def test_samples_are_drawn_as_simple_evaluate_draws_them(folder, tokenizer, model, tmp_path):
+    task = yaml.safe_load((Path(folder) / "guessed.yaml").read_text())
+    task["generation_kwargs"] |= {"do_sample": True, "temperature": 1.0}
+    write(tmp_path, "sampled", task | {"task": "sampled", "repeats": 2})
+    objective = built(str(tmp_path), tokenizer, "sampled")
+    objective.score(model)
+    found = [instances[0].resps for _, instances in objective.documents]
+    _, samples = reference(model, str(tmp_path), tokenizer, "sampled")
+    assert found == [each["resps"][0] for each in samples if each["filter"] == "whole"]
+    assert any(len(set(texts)) == 2 for texts in found)
+
+
+def test_global_generators_stay_as_they_are(folder, tokenizer, model):
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+
+    random.seed(8), np.random.seed(8), torch.manual_seed(8)
+    before = states()
+    objective = built(folder, tokenizer, "colours")
+    assert states() == before
+    objective.score(model)
+    assert states() == before
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_nan_makes_the_score_nan(folder, tokenizer, model, task):
+    model.model.norm.weight.data = torch.full_like(model.model.norm.weight, float("nan"))
+    assert np.isnan(built(folder, tokenizer, task).score(model).value)
+
+
+@pytest.mark.parametrize("task", ["colours", "guessed", "whole_texts"])
+def test_a_batch_that_does_not_fit_is_halved_once(folder, tokenizer, model, task, monkeypatch):
+    tried = []
+    forward = type(model).forward
+
+    def small(self, input_ids, *arguments, **options):
+        tried.append(len(input_ids))
+        if len(input_ids) > 5:
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, input_ids, *arguments, **options)
+
+    monkeypatch.setattr(type(model), "forward", small)
+    objective = built(folder, tokenizer, task, batch=None)
+    assert objective.batch == language.BATCH
+    score = objective.score(model)
+    assert objective.batch == 4
+    assert score.value == built(folder, tokenizer, task, batch=4).score(model).value
+    tried.clear()
+    objective.score(model)
+    assert max(tried) <= 4
+    with pytest.raises(InputError, match=r"batch: 64 rows in one forward pass do not fit in memory"):
+        built(folder, tokenizer, task, batch=64).score(model)
+
+
+def test_on_a_cpu_logits_stay_small(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(language, "LOGITS_BYTES", 50 * 300 * 4 * 10)
+    assert built(folder, tokenizer, "colours", batch=None).batch in (4, 8)
+
+
+def test_other_errors_of_a_model_are_not_taken_for_memory(folder, tokenizer, model, monkeypatch):
+    def broken(self, *_, **__):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(type(model), "forward", broken)
+    with pytest.raises(RuntimeError, match=r"shapes differ"):
+        built(folder, tokenizer, "colours", batch=None).score(model)
+
+
+def test_a_task_is_described_without_a_model(folder):
+    found = language.describe({"task": "last_word", "folder": folder, "limit": 9, "part": "rest"})
+    assert found == language.Description(14, 23, "perplexity", False, "loglikelihood")
+    assert language.describe({"task": "colours", "folder": folder}).documents == 23
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "colour"}, "has none called 'colour'. Nearest: colours"),
+        ({"task": "hella_swag"}, "has none called 'hella_swag'. Nearest: .*hellaswag"),
+        ({"task": "hellaswag"}, "lm-eval has one: leave folder out"),
+        ({"task": "zzzzzzzzzzzzzzz"}, "Known: colours, guessed, last_word, letters, whole_texts"),
+        ({"metric": "acc_nrm"}, "has .acc, acc_norm, mcc, brier_score., found 'acc_nrm'. Did you mean 'acc_norm'"),
+        ({"filter": "strict"}, "filter: expected one that 'colours' has .none., found 'strict'"),
+        ({"folder": "no/such"}, "expected a folder of task files, found none at 'no/such'"),
+        ({"batch": 0}, "batch: expected at least 1, found 0"),
+        ({"limit": 0}, "limit: expected at least 1, found 0"),
+        ({"part": "rest"}, "limit: expected the number of documents that part 'rest' leaves out"),
+        ({"part": "all", "limit": 3}, "limit: expected nothing with part 'all', found 3"),
+        ({"part": "rest", "limit": 23}, "limit: expected fewer than the 23 documents"),
+        ({"shots": 9}, "the requests of 'colours' cannot be built .*ample"),
+        ({"max_length": 2}, "expected continuations of 1 to 2 tokens"),
+        ({"task": "guessed", "max_length": 6}, "generates up to 6 tokens, and the model takes 6"),
+    ],
+)
+def test_bad_settings_are_refused_in_words(folder, tokenizer, monkeypatch, settings, message):
+    class Own:
+        task_index = dict.fromkeys(["hellaswag", "arc_easy"])
+
+    monkeypatch.setattr(language, "_own_tasks", Own)
+    with pytest.raises(InputError, match=message) as caught:
+        built(**{"folder": folder, "tokenizer": tokenizer, "task": "colours", **settings})
+    assert str(caught.value).startswith("objective 'skill': ")
+
+
+def test_zero_shots_that_a_task_fixes_are_kept(folder, tokenizer, tmp_path):
+    write(
+        tmp_path,
+        "fixed",
+        yaml.safe_load((Path(folder) / "colours.yaml").read_text()) | {"task": "fixed", "num_fewshot": 0},
+    )
+    with pytest.raises(InputError, match=r"shots: expected none, as 'fixed' fixes num_fewshot at 0, found 3"):
+        built(str(tmp_path), tokenizer, "fixed", shots=3)
+    assert built(str(tmp_path), tokenizer, "fixed").task.get_config("num_fewshot") == 0
+
+
+def test_groups_are_refused_with_their_members(folder, tokenizer, tmp_path):
+    write(
+        tmp_path, "one", yaml.safe_load((Path(folder) / "colours.yaml").read_text()) | {"task": "one", "tag": "tagged"}
+    )
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump({"group": "all_of_them", "task": ["one", {"task": "two"}]}))
+    with pytest.raises(InputError, match=r"found 'all_of_them', a group of 2: one, two. Make an objective of each"):
+        built(str(tmp_path), tokenizer, "all_of_them")
+    with pytest.raises(InputError, match=r"found 'tagged', a group of 1: one"):
+        built(str(tmp_path), tokenizer, "tagged")
+
+
+def test_files_that_cannot_be_read_are_named(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "broken.yaml").write_text("task: [unclosed")
+    monkeypatch.setattr(language, "_own_tasks", lambda: type("Own", (), {"task_index": {}}))
+    with pytest.raises(InputError, match=r"cannot be read as YAML: broken.yaml"):
+        built(str(tmp_path), tokenizer, "broken")
+
+
+def test_data_that_cannot_be_had_is_named(tokenizer, tmp_path):
+    write(tmp_path, "far", TASKS["letters"] | {"dataset_path": "nobody/nothing", "test_split": "test"})
+    with pytest.raises(InputError, match=r"the dataset .'nobody/nothing'. of 'far' cannot be loaded .*HF_HUB_OFFLINE"):
+        built(str(tmp_path), tokenizer, "far")
+
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_suffix(".ran").touch()
+def text(document): return document["question"]
+def results(document, answers):
+    document["question"] += "!"
+    return {"length": len(document["question"]), "none_so_far": 1}
+"""
+
+
+@pytest.fixture
+def coded(folder: str, tmp_path: Path) -> Path:
+    """A folder whose tasks name functions: in the file, and in one that it includes."""
+    plain = yaml.safe_load((Path(folder) / "letters.yaml").read_text())
+    del plain["task"], plain["doc_to_text"]
+    (tmp_path / "tricks.py").write_text(CODE)
+    (tmp_path / "base").write_text(yaml.safe_dump(plain) + "doc_to_text: !function tricks.text\n")
+    (tmp_path / "included.yaml").write_text("task: included\ninclude: base\n")
+    own = "metric_list: [{metric: length, aggregation: mean, higher_is_better: true}]\n"
+    own += "process_results: !function tricks.results\n"
+    (tmp_path / "direct.yaml").write_text("task: direct\ninclude: base\n" + own)
+    return tmp_path
+
+
+@pytest.mark.parametrize("task", ["included", "direct"])
+def test_code_of_a_folder_is_not_run(coded, tokenizer, task):
+    with pytest.raises(InputError, match=r"runs code of its own .!function tricks.*allow_code: true"):
+        built(str(coded), tokenizer, task)
+    assert not (coded / "tricks.ran").exists()
+
+
+def test_code_of_a_folder_is_run_if_allowed(coded, tokenizer, model):
+    objective = built(str(coded), tokenizer, "direct", allow_code=True)
+    lengths = [len(each["question"]) + 1 for each in documents(23, 23)]
+    for _ in range(2):
+        assert objective.score(model).per_example.tolist() == lengths
+    assert built(str(coded), tokenizer, "direct", allow_code=True, metric="none_so_far").score(model).value == 1
+    with pytest.raises(InputError, match=r"expected 'width' among the task's results, found length, none_so_far"):
+        built(str(coded), tokenizer, "direct", allow_code=True, metric="width").score(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_prompt": "prompts.yaml:one"}, "uses a prompt file"),
+        ({"dataset_path": "pandas"}, "reads pickles"),
+        ({"metric_list": [{"metric": "user/metric"}]}, "lm-eval has no metric 'user/metric'"),
+        ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, "a metric that is fetched as code"),
+        ({"generation_kwargs": {"custom_generate": "user/code"}}, "code that generates"),
+        ({"dataset_kwargs": {"trust_remote_code": True}}, "code that comes with data"),
+        ({"unsafe_code": True}, "runs the model's answers as code"),
+        ({"doc_to_text": "{{question.__class__.__mro__}}"}, "SecurityError"),
+    ],
+)
+def test_ways_around_are_closed(folder, tokenizer, tmp_path, fields, message):
+    task = yaml.safe_load((Path(folder) / "letters.yaml").read_text())
+    write(tmp_path, "sly", task | {"task": "sly"} | fields)
+    with pytest.raises(InputError, match=message):
+        built(str(tmp_path), tokenizer, "sly")
+
+
+def test_tokenizers_that_do_not_fit_are_refused(folder, tokenizer, tmp_path):
+    made = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    made.chat_template = None
+    made.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"chat_template: the tokenizer of .* has none"):
+        built(folder, str(tmp_path), "colours", chat_template=True)
+    with pytest.raises(InputError, match=r"expected a config.json in .*Give max_length"):
+        built(folder, str(tmp_path), "colours")
+    assert built(folder, str(tmp_path), "colours", max_length=96).documents
+    with pytest.raises(InputError, match=r"tokenizer: none can be read from no/such"):
+        built(folder, "no/such", "colours")
+
+
+def test_a_missing_lm_eval_is_named(folder, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    with pytest.raises(InputError, match=r"needs lm-eval .*pip install 'ecotone.language.'"):
+        built(folder, tokenizer, "colours")
+
+
+@pytest.mark.slow
+def test_lm_evals_own_tasks_are_found_and_nearest_names_given(tokenizer):
+    with pytest.raises(InputError, match=r"lm-eval has none called 'hella_swag'. Nearest: .*hellaswag"):
+        language.build(GOAL, {"task": "hella_swag"}, tokenizer, CPU)
+    with pytest.raises(InputError, match=r"the dataset \('.*hellaswag'\) of 'hellaswag' cannot be loaded"):
+        language.build(GOAL, {"task": "hellaswag"}, tokenizer, CPU)
+    with pytest.raises(InputError, match=r"found 'mmlu', a group"):
+        language.build(GOAL, {"task": "mmlu"}, tokenizer, CPU)
