@@ -484,13 +484,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row(Case(problem, seed, tuple(options.rates), given, folder), method)
             for problem, seed, method in product(options.problems, options.seeds, options.methods)
         ]
-    settings = {"seeds": options.seeds, "rates": options.rates, "given": given}
-    text = markdown(rows)
-    print(f"\n{text}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "summary": {problem: summary(rows, problem) for problem in options.problems}}
-    options.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(text + "\n")
+    print(f"\n{markdown(rows)}")
+    save(options.out, {"seeds": options.seeds, "rates": options.rates, "given": given}, rows)
+
+
+def save(out: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the tables as ``.md``, and as JSON beside what was chosen for each problem, seed and method."""
+    problems = list(dict.fromkeys(one["problem"] for one in rows))
+    record = {
+        "settings": settings,
+        "summary": {problem: summary(rows, problem) for problem in problems},
+        "details": {problem: details(rows, problem) for problem in problems},
+        "rows": [{key: value for key, value in one.items() if key != "tries"} for one in rows],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(rows) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -29,10 +29,19 @@ def multitask(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_what_is_tried_chosen_and_kept(multitask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = "experts,average,lambda,m2n2,tensor,supervised,expert_merging"
     arguments = [*FAST, "--methods", names, "--cache", str(tmp_path / "kept"), "--out", str(tmp_path / "first.json")]
+    rows: list[dict[str, Any]] = []
+    row = multitask.row
+
+    def kept(*wanted: Any) -> dict[str, Any]:
+        rows.append(row(*wanted))
+        return rows[-1]
+
+    monkeypatch.setattr(multitask, "row", kept)
     multitask.main(arguments)
     record = json.loads((tmp_path / "first.json").read_text())
     assert [(one["seed"], one["method"]) for one in record["rows"]] == [(1, name) for name in names.split(",")]
-    for one in record["rows"]:
+    for one, written in zip(rows, record["rows"], strict=True):
+        assert written == {key: value for key, value in one.items() if key != "tries"}
         best = max(one["tries"], key=lambda tried: sum(tried["search"].values()))
         assert (one["search"], one["test"]) == (best["search"], best["test"])
         assert list(one["test"]) == ["odd", "above_four", "remainder", "enclosed"]
@@ -41,8 +50,9 @@ def test_what_is_tried_chosen_and_kept(multitask: Any, tmp_path: Path, monkeypat
     assert lines["m2n2"]["cost"] == 32
     assert lines["lambda"]["cost"] == len(multitask.LAMBDAS)
     assert 10 < lines["tensor"]["cost"] < 20  # of two rates, 5 checks each and 4 steps of 16 of 449 images
-    tries = next(one["tries"] for one in record["rows"] if one["method"] == "lambda")
-    average = next(one for one in record["rows"] if one["method"] == "average")
+    assert [line["setting"] for line in record["details"]["digits"]][:2] == ["rate 0.01", "rate 0.3"]
+    tries = next(one["tries"] for one in rows if one["method"] == "lambda")
+    average = next(one for one in rows if one["method"] == "average")
     weaker, same, stronger = tries[1]["test"], average["test"], tries[2]["test"]  # lambda .2, .25 and .3
     assert any(weaker[task] != same[task] or same[task] != stronger[task] for task in same)
 
