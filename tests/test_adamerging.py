@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from managing import begun, ended
 
 from fitness.pools import Batch, Completed
 from populations.errors import InputError, SearchError
 from populations.genome import Floats
 from populations.gram import GramTable
-from populations.journal import Journal
 from populations.pareto import ParetoFront
 from populations.population import ElitistArchive
 from populations.space import Space
 from populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from search.adamerging import Adam, AdaMerging
-from search.manager import Manager, Schedule
+from search.manager import Schedule
 from search.protocol import numbered
 
 BORDERS = np.array([0, 4, 10, 24])
@@ -478,9 +478,7 @@ class LatePool:
 def managed(path: Path, pool: LatePool, schedule: Schedule = WINDOW, **settings: Any) -> tuple[str, AdaMerging]:
     """Run or resume to the end: why it stopped, and the search."""
     search = search_of(**({"restarts": 3, "steps": 12, "check_every": 5} | settings))
-    with Journal.open(path, write=True) if path.exists() else Journal.create(path, {}) as journal:
-        archive = ElitistArchive(GOALS, 4)
-        return Manager(search, archive, GOALS, pool, journal, schedule).run(), search
+    return ended(begun(path, search, ElitistArchive(GOALS, 4), GOALS, pool, schedule)), search
 
 
 def bits(search: AdaMerging) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from managing import begun, ended
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,13 +27,12 @@ from merging.sources import Sources
 from populations.errors import InputError
 from populations.genome import Genome
 from populations.gram import GramTable
-from populations.journal import Journal
 from populations.population import ElitistArchive
 from populations.space import Space
 from populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
 from search.adamerging import AdaMerging
 from search.expert_merging import EXCLUDED, ExpertMerging, shares
-from search.manager import Manager, Schedule
+from search.manager import Schedule
 from search.surrogates import sigmoid
 
 CPU = torch.device("cpu")
@@ -660,10 +660,9 @@ def managed(spec, path, pool=None, make=ExpertMerging, **settings):
             search = ExpertMerging(space, NAMES, GOALS, 0, **settings)
         else:
             search = AdaMerging(space.tensor_borders, 2, NAMES, GOALS, 0, **settings)
-        with Journal.open(path, write=True) if path.exists() else Journal.create(path, {}) as journal:
-            archive = ElitistArchive(GOALS, 4)
-            manager = Manager(search, archive, GOALS, open_pool, journal, Schedule(batch=2, in_flight=4))
-            assert manager.run() == "converged"
+        schedule = Schedule(batch=2, in_flight=4)
+        manager = begun(path, search, ElitistArchive(GOALS, 4), GOALS, open_pool, schedule)
+        assert ended(manager) == "converged"
     return search
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from managing import begun, ended
 from numpy.typing import NDArray
 
 from fitness.pools import Batch, Completed
@@ -172,16 +173,12 @@ ARRIVAL = Schedule(evaluations=83, batch=3, in_flight=9, order="arrival")
 
 def managed(kind: str, path: Path, pool: Simulated, schedule: Schedule = STRICT, **others: Any) -> Manager:
     """A manager of a new or existing journal; close its journal after use."""
-    journal = Journal.open(path, write=True) if path.exists() else Journal.create(path, {})
-    return Manager(*SEARCHES[kind](), GOALS, pool, journal, schedule, **others)
+    return begun(path, *SEARCHES[kind](), GOALS, pool, schedule, **others)
 
 
 def carried_out(kind: str, path: Path, pool: Simulated, schedule: Schedule = STRICT, **others: Any) -> Manager:
     manager = managed(kind, path, pool, schedule, **others)
-    try:
-        manager.run()
-    finally:
-        manager.journal.close()
+    ended(manager)
     return manager
 
 

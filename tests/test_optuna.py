@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from managing import begun, ended
 from numpy.typing import NDArray
 
 from fitness.pools import Batch, Completed
@@ -24,7 +25,7 @@ from populations.population import ElitistArchive
 from populations.space import Space
 from populations.trial import Evaluation, Goal, Outcome, Trial
 from search.coefficients import CoefficientBox
-from search.manager import Manager, Schedule
+from search.manager import Schedule
 from search.optuna_search import GP_COEFFICIENTS, OptunaSearch, Sampler
 from search.random_search import RandomSearch
 
@@ -143,10 +144,9 @@ class Simulated:
 def managed(sampler: str, path: Path, steps: int | None = None, evaluations: int = 40) -> str:
     """Run or resume a search; the digest of its journal."""
     search = made(sampler, seeds=np.eye(3))
-    journal = Journal.open(path, write=True) if path.exists() else Journal.create(path, {})
     schedule = Schedule(evaluations=evaluations, batch=2, in_flight=6)
-    with journal:
-        Manager(search, ElitistArchive(GOALS, 5), GOALS, Simulated(steps), journal, schedule).run()
+    ended(begun(path, search, ElitistArchive(GOALS, 5), GOALS, Simulated(steps), schedule))
+    with Journal.open(path) as journal:
         return journal.digest()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from managing import begun, ended
 from test_adamerging_recipes import toy_recipe
 from test_manager import GOALS, SPACE, Crash, Simulated, scored
 
@@ -193,14 +194,9 @@ def test_learning_finds_what_crossover_alone_does_not() -> None:
 
 
 def managed(path: Path, pool: Simulated, order: Any = "strict") -> Manager:
-    search, archive = refined(every=2, steps=2)
-    journal = Journal.open(path, write=True) if path.exists() else Journal.create(path, {})
     schedule = Schedule(evaluations=30, batch=2, in_flight=8, order=order)
-    manager = Manager(search, archive, GOALS, pool, journal, schedule)
-    try:
-        manager.run()
-    finally:
-        journal.close()
+    manager = begun(path, *refined(every=2, steps=2), GOALS, pool, schedule)
+    ended(manager)
     return manager
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from managing import begun, ended
 from test_adamerging_recipes import toy_recipe
 from test_manager import Crash, Simulated
 from test_searches import GOALS, MAKERS, SPACE, TWO_GOALS, Driver, Pair, expanded, scored
@@ -293,13 +294,9 @@ CHAINS: dict[str, Chain] = {
 
 def managed(chain: str, path: Path, pool: Simulated, order: Any = "strict") -> Manager:
     search = CHAINS[chain]()
-    journal = Journal.open(path, write=True) if path.exists() else Journal.create(path, {})
     schedule = Schedule(evaluations=27, batch=2, in_flight=6, order=order)
-    manager = Manager(search, search.population, TWO_GOALS, pool, journal, schedule)
-    try:
-        manager.run()
-    finally:
-        journal.close()
+    manager = begun(path, search, search.population, TWO_GOALS, pool, schedule)
+    ended(manager)
     return manager
 
 
