@@ -11,7 +11,7 @@ from torch import nn
 
 from fitness.callables import call
 from fitness.specs import CallSpec
-from merging.checkpoint import Checkpoint
+from merging.checkpoint import Model
 from merging.sources import Sources
 from populations.errors import InputError
 
@@ -40,7 +40,7 @@ def make(architecture: CallSpec | Literal["auto"], sources: Sources, dtype: torc
     return _hugging_face(sources.origin, dtype)
 
 
-def _hugging_face(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
+def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
     remedy = "Give the architecture as a function (package.module:function) that returns the module."
     names = (checkpoint.config or {}).get("architectures") or []
     if not names:

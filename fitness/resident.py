@@ -14,6 +14,7 @@ from fitness import checkpointing as recomputing
 from fitness.architectures import make
 from fitness.specs import CallSpec
 from merging.gradient import Slopes
+from merging.lazy import fill
 from merging.sources import Sources
 from populations.errors import InputError, nearest
 from populations.genome import Floats, Genome
@@ -119,7 +120,7 @@ class Resident:
         self._shown = None
         with torch.no_grad():
             for key, tensor in zip(self._sources.layout.tensors, self._tensors, strict=True):
-                tensor.copy_(stored.tensor(key))
+                fill(tensor, stored.flat(key))
         self._restored()
         return model
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from merging import hub
+from merging.lazy import Source
 from populations.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -39,6 +41,8 @@ DTYPES: dict[str, torch.dtype] = {
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors format
 
 
@@ -98,6 +102,53 @@ class Shard:
         return data.view(info.dtype).view(info.shape)
 
 
+class Model(Protocol):
+    """A model of a merge: a checkpoint, or what is formed from one as it is read."""
+
+    @property
+    def path(self) -> Path:
+        """Where it was opened from."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The model's ``config.json``, None for a plain state dict."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By name, the shape and type of every tensor as it is read."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The headers' free text."""
+        ...
+
+    @property
+    def is_hugging_face(self) -> bool:
+        """True with a ``config.json``."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its own on disk."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``, whole."""
+        ...
+
+    def flat(self, name: str) -> Source:
+        """The tensor ``name``, flat: mapped, or formed a piece at a time."""
+        ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model's weights on disk, opened without reading one. Use ``Checkpoint.open``.
@@ -121,15 +172,15 @@ class Checkpoint:
 
         Args:
             path: A ``.safetensors`` file, or a directory that holds ``model.safetensors``, or
-                ``model.safetensors.index.json`` and its shards, or exactly one ``.safetensors`` file.
+                ``model.safetensors.index.json`` and its shards, or exactly one ``.safetensors`` file; or a
+                repository of the Hugging Face hub (``merging.hub``).
             name: What reports call it; the directory's or the file's name by default.
 
         Raises:
             CheckpointError: The file is missing, is not safetensors (pickles run code when loaded), is
                 corrupt or truncated, or a shard is missing or holds other tensors than the index says.
         """
-        place = Path(path).expanduser()
-        _check_exists(place)
+        place = located(path)
         directory = place if place.is_dir() else None
         shards = _directory_shards(place) if directory else (read_header(place),)
         home: dict[str, Shard] = {}
@@ -168,6 +219,10 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """The tensor ``name``, memory-mapped copy-on-write."""
         return self._home[name].tensor(name)
+
+    def flat(self, name: str) -> Tensor:
+        """The tensor ``name``, flat."""
+        return self.tensor(name).reshape(-1)
 
 
 def read_header(path: Path) -> Shard:
@@ -215,22 +270,34 @@ def _corrupt(path: Path, reason: str) -> CheckpointError:
     )
 
 
-def _check_exists(path: Path) -> None:
-    if path.exists():
-        return
-    siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-    close = get_close_matches(path.name, siblings, n=1, cutoff=0.6)
+def located(path: str | Path) -> Path:
+    """The file or directory that a path or the name of a hub's repository (``merging.hub``) means.
+
+    Raises:
+        CheckpointError: There is no such file (the nearest name is given), or the hub does not give the repository.
+    """
+    place = Path(path).expanduser()
+    if place.exists():
+        return place
+    siblings = sorted(p.name for p in place.parent.iterdir()) if place.parent.is_dir() else []
+    close = get_close_matches(place.name, siblings, n=1, cutoff=0.6)
     if close:
-        raise CheckpointError(f"{path}: no such file or directory.", f"Did you mean {str(path.parent / close[0])!r}?")
+        raise CheckpointError(f"{place}: no such file or directory.", f"Did you mean {str(place.parent / close[0])!r}?")
+    if hub.is_repository(str(path)):
+        return hub.located(str(path))
     remedy = "Check the path; it is taken from the directory the command runs in."
-    if not path.is_absolute() and len(path.parts) == 2 and not path.suffix:
-        remedy = f"For a model of the Hugging Face hub, first: hf download {path} --local-dir {path.name}"
-    raise CheckpointError(f"{path}: no such file or directory.", remedy)
+    raise CheckpointError(f"{place}: no such file or directory.", remedy)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds a PEFT adapter and no model."""
+    models = (path / SINGLE, path / INDEX)
+    return (path / ADAPTER_CONFIG).is_file() and not any(model.is_file() for model in models)
 
 
 def _refuse_other_formats(path: Path) -> None:
     if path.suffix.lower() == ".gguf":
-        raise CheckpointError(f"{path}: GGUF files are quantised.", "Give the original safetensors checkpoint instead.")
+        raise _gguf(path)
     with path.open("rb") as file:
         start = file.read(2)
     zipped_or_pickled = start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"))
@@ -247,15 +314,26 @@ def _pickle(path: Path, files: Sequence[Path]) -> CheckpointError:
     )
 
 
+def _gguf(file: Path) -> CheckpointError:
+    folder = str(file.parent / file.stem)
+    return CheckpointError(
+        f"{file}: expected safetensors, found GGUF, which holds quantised weights.",
+        "Give the checkpoint that it was made from, or convert it (pip install transformers gguf accelerate): "
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"[k.from_pretrained('{file.parent}', gguf_file='{file.name}').save_pretrained('{folder}') for k in (M, T)]\"",
+    )
+
+
 def _directory_shards(path: Path) -> tuple[Shard, ...]:
     if (path / SINGLE).is_file():  # transformers, too, prefers it to an index
         return (read_header(path / SINGLE),)
     if (path / INDEX).is_file():
         return _indexed_shards(path)
-    if (path / "adapter_config.json").is_file():
+    if is_adapter(path):
         raise CheckpointError(
             f"{path}: expected a full model, found a LoRA adapter.",
-            "Merge it into its base first: peft's PeftModel.merge_and_unload(), then save_pretrained().",
+            "Give it as an expert beside its base, or merge it first: peft's merge_and_unload(), then "
+            "save_pretrained().",
         )
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
@@ -269,6 +347,9 @@ def _directory_shards(path: Path) -> tuple[Shard, ...]:
     pickles = sorted(file for file in path.iterdir() if file.suffix.lower() in PICKLES and file.is_file())
     if pickles:
         raise _pickle(path, pickles)
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs:
+        raise _gguf(ggufs[0])
     raise CheckpointError(
         f"{path}: expected {SINGLE}, {INDEX} or one .safetensors file, found none.", "Is it the right directory?"
     )
@@ -310,6 +391,9 @@ def _config(directory: Path | None) -> dict[str, Any] | None:
 
 
 def _default_name(path: Path) -> str:
+    of_hub = hub.name_of(path)
+    if of_hub:
+        return of_hub
     resolved = path.resolve()
     if resolved.is_dir():
         return resolved.name

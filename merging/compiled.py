@@ -144,5 +144,25 @@ def products(
     loops.products(*places, *kinds, *(kind.itemsize for kind in kinds), gradient.numel(), plus, minus, lanes)
 
 
+def add_product(out: Tensor, left: Tensor, right: Tensor, start: int) -> bool:
+    """Add a stretch of the flattened matrix ``left @ right`` as ``merging.lora`` does, if it can be done here.
+
+    Args:
+        out: (N,) float32 or float64 in main memory.
+        left: (R, r) of that type.
+        right: (r, C) of that type.
+        start: Position of the stretch in the flattened matrix.
+
+    Returns:
+        Whether it was done.
+    """
+    if not _works(torch.float32):
+        return False
+    from merging import loops  # imports numba
+
+    loops.add_product(out.numpy(), left.numpy(), right.numpy(), start)
+    return True
+
+
 def _addresses(tensors: Sequence[Tensor]) -> Integers:
     return np.array([tensor.data_ptr() for tensor in tensors], np.int64)

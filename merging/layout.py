@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from merging.checkpoint import Checkpoint, TensorInfo
+from merging.checkpoint import Model, TensorInfo
 from populations.errors import CheckpointError
 from populations.genome import Integers
 
 MERGEABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INPUT_EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+INPUT_EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+OUTPUT_BIASES = ("lm_head.bias", "embed_out.bias", "cls.predictions.bias", "cls.predictions.decoder.bias")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Layout:
     """The layout of the flat vector of n parameters. Use ``Layout.of``.
 
     Args:
-        parameters: By name in flat order, the shape and type of each tensor.
+        parameters: By name in flat order, the shape of each tensor and its type in the model that the layout is of.
         buffers: By name, integer, bool and empty tensors, which are copied and not merged.
         aliases: By name, the tensor that takes the place of a tied one.
     """
@@ -42,7 +43,7 @@ class Layout:
     aliases: Mapping[str, str]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Layout:
+    def of(cls, checkpoint: Model) -> Layout:
         """The layout of a checkpoint, from its headers.
 
         Raises:
@@ -128,7 +129,7 @@ def block_of(name: str) -> str:
     return ".".join(components[: max(1, min(2, len(components) - 1))])
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
+def _refuse_quantised(checkpoint: Model) -> None:
     remedy = "Give the unquantised checkpoint (bfloat16, float16 or float32)."
     if checkpoint.config and checkpoint.config.get("quantization_config"):
         raise CheckpointError(f"{checkpoint.path}: its config.json says that the weights are quantised.", remedy)
@@ -137,23 +138,30 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} has the type {info.dtype}.", remedy)
 
 
-def _aliases(checkpoint: Checkpoint) -> dict[str, str]:
+def _aliases(checkpoint: Model) -> dict[str, str]:
     """Tied tensors, by the name that is left out: the output embedding, and what ``safetensors.save_model`` dropped."""
     stored = checkpoint.tensors
     dropped = {alias: kept for alias, kept in checkpoint.metadata.items() if alias not in stored and kept in stored}
-    if not _says_tied(checkpoint.config or {}):
+    kept = tied_embedding(checkpoint)
+    if kept is None:
         return dropped
-    inputs = sorted((name for name in stored if name.endswith(_INPUT_EMBEDDINGS)), key=_rank)
-    if not inputs:
-        return dropped
-    kept = inputs[0]
-    tied = inputs[1:] if kept.endswith("shared.weight") else []
-    tied += [name for name in stored if name.endswith(_OUTPUT_EMBEDDINGS)]
+    tied = _inputs(checkpoint)[1:] if kept.endswith("shared.weight") else []
+    tied += [name for name in stored if name.endswith(OUTPUT_EMBEDDINGS)]
     return dropped | {name: kept for name in tied if stored[name] == stored[kept]}
 
 
+def tied_embedding(checkpoint: Model) -> str | None:
+    """The input embedding that is the output's, too, as the ``config.json`` says, or None."""
+    inputs = _inputs(checkpoint) if _says_tied(checkpoint.config or {}) else []
+    return inputs[0] if inputs else None
+
+
+def _inputs(checkpoint: Model) -> list[str]:
+    return sorted((name for name in checkpoint.tensors if name.endswith(INPUT_EMBEDDINGS)), key=_rank)
+
+
 def _rank(name: str) -> tuple[int, int, str]:
-    ending = next(index for index, suffix in enumerate(_INPUT_EMBEDDINGS) if name.endswith(suffix))
+    ending = next(index for index, suffix in enumerate(INPUT_EMBEDDINGS) if name.endswith(suffix))
     return ending, name.count("."), name
 
 
@@ -161,3 +169,8 @@ def _says_tied(config: Mapping[str, Any]) -> bool:
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings", False) if isinstance(text, dict) else False
     return bool(config.get("tie_word_embeddings", nested))
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token: the embeddings, and the output's weights and bias."""
+    return name.endswith((*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, *OUTPUT_BIASES))

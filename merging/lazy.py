@@ -28,7 +28,7 @@ class Lazy(Protocol):
         """Its length."""
         ...
 
-    def __getitem__(self, part: slice) -> Lazy:
+    def __getitem__(self, part: slice) -> Source:
         """A piece of it, not yet formed."""
         ...
 
@@ -44,7 +44,18 @@ class Lazy(Protocol):
 Source: TypeAlias = Tensor | Lazy
 """A flat tensor, mapped or to be formed."""
 
+SPAN = 1_048_576  # elements formed at a time where a whole tensor is wanted
+
 
 def formed(source: Source) -> Tensor:
     """The elements of a flat tensor; those of a file are not copied."""
     return source if isinstance(source, Tensor) else source.formed()
+
+
+def fill(out: Tensor, source: Source) -> None:
+    """Write a flat tensor into one of its size, of any shape, floating-point type and device, a piece at a time."""
+    flat = out.view(-1) if out.is_contiguous() else out.new_empty(out.numel())
+    for low in range(0, flat.numel(), SPAN):
+        flat[low : low + SPAN].copy_(formed(source[low : low + SPAN]))
+    if not out.is_contiguous():
+        out.copy_(flat.view(out.shape))

@@ -389,6 +389,38 @@ def _products(sources, gradient, kind, kind_of_gradient, width, width_of_gradien
                     _add_differences(lanes[k], a, carray(_pointer(sources[minus[k]] + width * at), (n,), kind), g)
 
 
+@_jit
+def _more2(total, a, u, b, v):
+    for i in range(len(total)):
+        total[i] = total[i] + u * a[i] + v * b[i]
+
+
+def _add_product(out, left, right, start):
+    """Add a stretch of the flattened product ``left @ right``, summed over the ranks in their order.
+
+    Args:
+        out: (N,) float32 or float64.
+        left: (R, r) of that type.
+        right: (r, C) of that type.
+        start: Position of the stretch in the flattened (R, C) matrix.
+    """
+    rank, columns = right.shape
+    sums = np.empty(SHORT, out.dtype)
+    at = 0
+    while at < len(out):
+        row, column = (start + at) // columns, (start + at) % columns
+        n = min(SHORT, columns - column, len(out) - at)
+        total, last = sums[:n], column + n
+        total[:] = -0.0  # what leaves every other number as it is
+        for k in range(0, rank - 1, 2):
+            _more2(total, right[k, column:last], left[row, k], right[k + 1, column:last], left[row, k + 1])
+        if rank % 2:
+            _more1(total, right[rank - 1, column:last], left[row, rank - 1])
+        for i in range(n):
+            out[at + i] = out[at + i] + total[i]
+        at += n
+
+
 def _compiled(function: Callable[..., Any]) -> Any:
     try:
         return _jit(function, cache=True)
@@ -398,4 +430,5 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 mix = _compiled(_mix)
 products = _compiled(_products)
+add_product = _compiled(_add_product)
 choose = _compiled(_choose)

@@ -1,17 +1,23 @@
-"""Whether checkpoints can be merged, from their headers: the same names, shapes and types."""
+"""Whether models can be merged, from their headers: the same names and shapes, and types that can be mixed.
+
+Floating-point types other than float64 mix: sums are taken in float32, and merged tensors have the types of the first
+model (the base) unless others are asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from merging.checkpoint import Checkpoint, TensorInfo
-from merging.layout import Layout, natural
+import torch
+
+from merging.checkpoint import Model, TensorInfo
+from merging.layout import Layout, is_vocabulary, natural
 from populations.errors import CheckpointError
 
 _REMEDY = "All models of a merge must be fine-tuned from one architecture and saved in the same way."
 
 
-def check(checkpoints: Sequence[Checkpoint]) -> Layout:
+def check(checkpoints: Sequence[Model]) -> Layout:
     """Refuse checkpoints that do not fit together before a weight is read.
 
     Args:
@@ -32,9 +38,7 @@ def check(checkpoints: Sequence[Checkpoint]) -> Layout:
     return layout
 
 
-def _compare(
-    first: Checkpoint, expected: Mapping[str, TensorInfo], other: Checkpoint, found: Mapping[str, TensorInfo]
-) -> None:
+def _compare(first: Model, expected: Mapping[str, TensorInfo], other: Model, found: Mapping[str, TensorInfo]) -> None:
     for name in sorted({*expected, *found}, key=natural):
         if name not in found:
             raise _differ(
@@ -45,22 +49,33 @@ def _compare(
                 f"tensor {name!r} is in {_label(other)} but not in {_label(first)}{_how_many(found, expected)}"
             )
         ours, theirs = expected[name], found[name]
+        if ours.shape[1:] == theirs.shape[1:] and ours.shape != theirs.shape and is_vocabulary(name):
+            raise _differ(
+                f"{name!r} has {ours.shape[0]} rows, one a token, in {_label(first)} and {theirs.shape[0]} in "
+                f"{_label(other)}",
+                "Choose with the option vocabulary: 'base' cuts all to the base's rows, 'union' gives all as many as "
+                "the largest has.",
+            )
         if ours.shape != theirs.shape:
             raise _differ(
                 f"tensor {name!r} has shape {ours.shape} in {_label(first)} and {theirs.shape} in {_label(other)}"
             )
-        if ours.dtype != theirs.dtype:
+        if not _mixes(ours.dtype, theirs.dtype):
             raise _differ(
                 f"tensor {name!r} is {ours.dtype} in {_label(first)} and {theirs.dtype} in {_label(other)}",
                 f"Save one of them again as the other's type, for example model.to({ours.dtype}).",
             )
 
 
+def _mixes(ours: torch.dtype, theirs: torch.dtype) -> bool:
+    return ours == theirs or all(kind.is_floating_point and kind != torch.float64 for kind in (ours, theirs))
+
+
 def _differ(message: str, remedy: str = _REMEDY) -> CheckpointError:
     return CheckpointError(f"The models differ: {message}.", remedy)
 
 
-def _label(checkpoint: Checkpoint) -> str:
+def _label(checkpoint: Model) -> str:
     return f"{checkpoint.name!r} ({checkpoint.path})"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from merging import operators, preflight
-from merging.checkpoint import Checkpoint
+from merging.checkpoint import Checkpoint, Model, is_adapter, located
 from merging.gram import gram_table
 from merging.layout import Layout
+from merging.lazy import Source
+from merging.lora import Adapter
 from merging.materialise import SMALL, Mixture, Stretch, Transform, mix, unchanged
 from merging.operators.base import Operator
+from merging.vocabulary import Vocabulary, fitted
 from populations.errors import InputError
 from populations.genome import Genome
 from populations.space import Space
@@ -29,7 +33,8 @@ RESIDENT_BYTES = 256 * 2**20  # what is mixed is kept in memory where it fits in
 class Sources:
     """The checkpoints of a merge, memory-mapped, with the operator that gives genomes their meaning.
 
-    Use ``Sources.open``. Nothing is kept in memory except, for models small enough, what is mixed.
+    Use ``Sources.open``. Nothing is kept in memory except, for models small enough, what is mixed: LoRA adapters are
+    formed as they are read.
 
     Args:
         layout: The flat vector that the models share.
@@ -39,9 +44,7 @@ class Sources:
             on export, the configuration and tokenizer.
     """
 
-    def __init__(
-        self, layout: Layout, operator: Operator, experts: Sequence[Checkpoint], base: Checkpoint | None = None
-    ) -> None:
+    def __init__(self, layout: Layout, operator: Operator, experts: Sequence[Model], base: Model | None = None) -> None:
         self.layout = layout
         self.operator = operator
         self.experts = tuple(experts)
@@ -58,15 +61,19 @@ class Sources:
         operator: str = "linear",
         names: Sequence[str] | None = None,
         settings: Mapping[str, Any] | None = None,
+        vocabulary: Vocabulary = "same",
     ) -> Sources:
         """Open the models of a merge and check from their headers that they fit together.
 
         Args:
-            experts: Paths of the K models to merge: safetensors files or directories.
-            base: Path of the model they were fine-tuned from; needed by operators on task vectors.
+            experts: Paths of the K models to merge: safetensors files, directories, directories of LoRA adapters, or
+                repositories of the Hugging Face hub that hold one of these.
+            base: Path of the model they were fine-tuned from; needed by operators on task vectors and by adapters.
             operator: Name of the merge operator.
             names: K distinct names; by default those of the files or directories, made distinct.
             settings: The operator's settings by name.
+            vocabulary: What to do with models of other vocabulary sizes: refuse them (``same``), cut them to the
+                base's, or take the ``union`` (``merging.vocabulary``).
 
         Raises:
             InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.
@@ -79,14 +86,13 @@ class Sources:
             raise InputError(f"base: the operator {operator!r} needs the model the experts were fine-tuned from.")
         if names is not None and (len(names) != len(experts) or len(set(names)) != len(names)):
             raise InputError(f"names: expected {len(experts)} distinct names, found {list(names)}.")
-        opened = [Checkpoint.open(path) for path in experts]
-        labels = _distinct([checkpoint.name for checkpoint in opened]) if names is None else list(names)
-        named = [
-            Checkpoint(c.path, label, c.shards, c.config, c._home) for c, label in zip(opened, labels, strict=True)
-        ]
         root = None if base is None else Checkpoint.open(base)
-        layout = preflight.check(([root] if root else []) + named)
-        return cls(layout, chosen, named, root)
+        opened = [_expert(path, root) for path in experts]
+        labels = _distinct([expert.name for expert in opened]) if names is None else list(names)
+        named: list[Model] = [replace(expert, name=label) for expert, label in zip(opened, labels, strict=True)]
+        models = fitted(([root] if root else []) + named, root, vocabulary)
+        layout = preflight.check(models)
+        return cls(layout, chosen, models[-len(named) :], models[0] if root else None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,14 +100,14 @@ class Sources:
         return tuple(expert.name for expert in self.experts)
 
     @property
-    def checkpoints(self) -> tuple[Checkpoint, ...]:
+    def checkpoints(self) -> tuple[Model, ...]:
         """The J models that are mixed: the experts, after the base when the operator needs it."""
         if self.operator.needs_base and self.base is not None:
             return (self.base, *self.experts)
         return self.experts
 
     @property
-    def origin(self) -> Checkpoint:
+    def origin(self) -> Model:
         """Where buffers, configuration and tokenizer come from: the base, or else the first expert."""
         return self.base or self.experts[0]
 
@@ -118,7 +124,7 @@ class Sources:
         """``stretch(name)``, kept as it is mixed where that saves work and takes little memory.
 
         That is on a CUDA device, when all sources take a small part of its free memory, and in main memory when the
-        operator changes the experts of a small model.
+        models are small and the operator changes the experts or some of them are formed as they are read.
         """
         if device not in self._kept:
             self._kept[device] = {} if self._may_keep(device) else None
@@ -131,13 +137,14 @@ class Sources:
         return kept[name]
 
     def _may_keep(self, device: torch.device) -> bool:
-        needed = sum(checkpoint.nbytes for checkpoint in self.checkpoints)
+        needed = sum(info.nbytes for checkpoint in self.checkpoints for info in checkpoint.tensors.values())
         if device.type == "cuda":
             return needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
-        return self._transform is not unchanged and needed <= RESIDENT_BYTES
+        mapped = all(isinstance(checkpoint, Checkpoint) for checkpoint in self.checkpoints)
+        return not (mapped and self._transform is unchanged) and needed <= RESIDENT_BYTES
 
     def read(self, name: str) -> list[Tensor]:
-        """J flat tensors: ``name`` in every model that is mixed, memory-mapped where the operator changes nothing."""
+        """J flat tensors: ``name`` in every model that is mixed, memory-mapped where nothing is changed or formed."""
         return self.stretch(name).tensors()
 
     def buffers(self) -> dict[str, Tensor]:
@@ -235,10 +242,10 @@ class Sources:
             self.materialise(genomes, [self._views(row) for row in buffer])
         return self._views(buffer.to(device))
 
-    def _stored(self, name: str) -> list[Tensor]:
-        """J flat tensors, memory-mapped: ``name`` as the checkpoints hold it."""
+    def _stored(self, name: str) -> list[Source]:
+        """J flat tensors, memory-mapped or formed as they are read: ``name`` as the checkpoints hold it."""
         self.loads += len(self.checkpoints)
-        return [checkpoint.tensor(name).reshape(-1) for checkpoint in self.checkpoints]
+        return [checkpoint.flat(name) for checkpoint in self.checkpoints]
 
     @cached_property
     def _transform(self) -> Transform:
@@ -283,6 +290,15 @@ class Sources:
             table = torch.stack([tensor.to(torch.float64) for tensor in self.read(name)])
             columns.append((table[1:] - table[:1] if self.operator.needs_base else table).to(torch.float32))
         return np.ascontiguousarray(torch.cat(columns, dim=1).numpy())
+
+
+def _expert(path: str | Path, base: Checkpoint | None) -> Checkpoint | Adapter:
+    place = located(path)
+    if not is_adapter(place):
+        return Checkpoint.open(place)
+    if base is None:
+        raise InputError(f"base: the expert {str(path)!r} is a LoRA adapter and needs the model it was trained on.")
+    return Adapter.open(place, base)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -78,10 +78,15 @@ def test_missing_file_suggests_the_nearest_name(tmp_path):
         Checkpoint.open(tmp_path / "expert-mth.safetensors")
 
 
-def test_hub_name_says_how_to_download(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="hf download org/model --local-dir model"):
-        Checkpoint.open("org/model")
+def test_gguf_is_refused_with_the_command_that_converts_it(tmp_path):
+    (tmp_path / "tiny.Q4.gguf").write_bytes(b"GGUF" + bytes(20))
+    for path in (tmp_path / "tiny.Q4.gguf", tmp_path):
+        with pytest.raises(CheckpointError, match="GGUF, which holds quantised weights") as caught:
+            Checkpoint.open(path)
+        code = caught.value.remedy.partition("python -c ")[2].strip('"')
+        compile(code, "remedy", "exec")
+        assert f"from_pretrained('{tmp_path}', gguf_file='tiny.Q4.gguf')" in code
+        assert f"save_pretrained('{tmp_path / 'tiny.Q4'}') for k in (M, T)" in code
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights"])
@@ -177,6 +182,9 @@ def test_preflight_names_the_first_difference_and_both_files(tmp_path):
 
     same = [opened("a", tiny(0)), opened("b", tiny(1))]
     assert preflight.check(same).size == 16
+    mixed = preflight.check([opened("half", tiny(0, torch.bfloat16)), *same])
+    assert mixed.size == 16
+    assert set(mixed.dtypes) == {torch.bfloat16}
 
     cases = {
         "missing": (
@@ -186,8 +194,8 @@ def test_preflight_names_the_first_difference_and_both_files(tmp_path):
         "extra": (tiny() | {"head.bias": torch.zeros(2)}, r"'head\.bias' is in 'extra'.*not in 'a'"),
         "shape": (tiny() | {"layers.0.weight": torch.zeros(4, 5)}, r"shape \(4, 3\) in 'a'.*\(4, 5\) in 'shape'"),
         "dtype": (
-            tiny(dtype=torch.bfloat16),
-            r"'layers\.0\.bias' is torch\.float32 in 'a'.*torch\.bfloat16 in 'dtype'",
+            tiny(dtype=torch.float64),
+            r"'layers\.0\.bias' is torch\.float32 in 'a'.*torch\.float64 in 'dtype'",
         ),
         "buffer": (tiny() | {"steps": torch.tensor([1, 2])}, r"'steps' has shape"),
     }
