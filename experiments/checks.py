@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import compose
-from experiments.parts import Call, PythonObjective
+from experiments.parts import Call, LanguageObjective, PythonObjective
 from experiments.recipe import (
     Box,
     GradientSearch,
@@ -69,6 +69,9 @@ def _functions(recipe: Recipe) -> Iterator[Finding]:
     for group, objectives in (("search", recipe.objectives.search), ("held_out", recipe.objectives.held_out)):
         for objective in objectives:
             field = f"objectives.{group}.{objective.name}"
+            if isinstance(objective, LanguageObjective):
+                yield Finding(field, f"{objective.type}, {objective.direction}")
+                continue
             calls = (objective,) if isinstance(objective, PythonObjective) else (objective.data, objective.head)
             target = _resolved(calls, field)
             yield Finding(field, f"{objective.type} {target}, {objective.direction}")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.parts import Call, Objective, PythonObjective
+from experiments.parts import Call, LanguageObjective, Objective, PythonObjective
 from experiments.recipe import (
     PREPARED,
     BayesianMapBox,
@@ -70,7 +70,7 @@ def goals_of(objectives: Sequence[Objective]) -> tuple[Goal, ...]:
 
 _PACKAGES = (
     *("ecotone", "numpy", "scipy", "torch", "cmaes", "pymoo", "moocore", "optuna"),
-    *("ray", "mlflow", "transformers"),
+    *("ray", "mlflow", "transformers", "lm_eval", "peft"),
 )
 
 
@@ -184,8 +184,8 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         settings=recipe.merge.settings,
         names=models.names,
         architecture=_call(architecture, prepared) if isinstance(architecture, Call) else architecture,
-        search=tuple(_objective(objective, prepared) for objective in recipe.objectives.search),
-        held_out=tuple(_objective(objective, prepared) for objective in recipe.objectives.held_out),
+        search=tuple(_objective(objective, recipe, prepared) for objective in recipe.objectives.search),
+        held_out=tuple(_objective(objective, recipe, prepared) for objective in recipe.objectives.held_out),
         calibration=tuple(_calibration(task, recipe.seed, prepared) for task in recipe.calibration),
         checkpointing=recipe.scoring.checkpointing,
         device=recipe.scoring.device,
@@ -256,13 +256,22 @@ def _expanded(value: Any, prepared: Path | None) -> Any:
     return _located(value, prepared) if isinstance(value, str) else value
 
 
-def _objective(objective: Objective, prepared: Path | None) -> ObjectiveSpec:
+def _objective(objective: Objective, recipe: Recipe, prepared: Path | None) -> ObjectiveSpec:
     goal = Goal(objective.name, objective.direction)
     if isinstance(objective, PythonObjective):
         return ObjectiveSpec(goal, "call", call=_call(objective, prepared))
+    if isinstance(objective, LanguageObjective):
+        settings: dict[str, Any] = _expanded(objective.settings, prepared)
+        return ObjectiveSpec(goal, objective.type, settings=settings, tokenizer=tokenizer_of(recipe, prepared))
     data, head = _call(objective.data, prepared), _head(objective.head, prepared)
     spec = ObjectiveSpec(goal, objective.type, data=data, head=head)
     return spec if objective.batch is None else replace(spec, batch=objective.batch)
+
+
+def tokenizer_of(recipe: Recipe, prepared: Path | None) -> str:
+    """The directory of the tokenizer: that of the recipe, or else the base's or the first expert's."""
+    models = recipe.models
+    return _located(models.tokenizer or models.base or models.experts[0], prepared)
 
 
 def _calibration(task: Calibration, seed: int, prepared: Path | None) -> CalibrationSpec:

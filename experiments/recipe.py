@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -23,10 +23,11 @@ from pydantic import (
     model_validator,
 )
 
-from experiments.parts import Accuracy, Call, Entropy, Objective, Part, PythonObjective
+from experiments.parts import OBJECTIVES, Call, LanguageObjective, Objective, Part
 from populations.errors import InputError, nearest
 
 PREPARED = "prepared:"
+PATHS = ("data", "examples", "folder")  # fields of objectives of language models that name files
 
 
 class Models(Part):
@@ -36,6 +37,8 @@ class Models(Part):
         experts: safetensors files or Hugging Face directories, relative to the recipe's folder; a path that
             begins with ``prepared:`` is relative to what the preparation step wrote.
         base: The model they were fine-tuned from; needed by operators that work on task vectors.
+        tokenizer: Hugging Face directory of the tokenizer, for objectives of language models; by default the base, or
+            else the first expert.
         names: What to call the experts; by default their file names.
         architecture: ``auto`` for Hugging Face directories, a call that returns a ``torch.nn.Module`` whose
             state-dict names match the files, or nothing when objectives take plain tensors.
@@ -43,6 +46,7 @@ class Models(Part):
 
     experts: tuple[str, ...] = Field(min_length=1)
     base: str | None = None
+    tokenizer: str | None = None
     names: tuple[str, ...] | None = None
     architecture: Call | Literal["auto"] | None = None
 
@@ -762,9 +766,27 @@ class Recipe(Part):
             update={
                 "experts": tuple(resolved(path) for path in self.models.experts),
                 "base": None if self.models.base is None else resolved(self.models.base),
+                "tokenizer": None if self.models.tokenizer is None else resolved(self.models.tokenizer),
             }
         )
-        return self.model_copy(update={"models": models})
+        objectives = Objectives.model_construct(
+            search=tuple(_with_paths(objective, resolved) for objective in self.objectives.search),
+            held_out=tuple(_with_paths(objective, resolved) for objective in self.objectives.held_out),
+        )
+        return self.model_copy(update={"models": models, "objectives": objectives})
+
+
+def _with_paths(objective: Objective, resolved: Callable[[str], str]) -> Objective:
+    """The objective with the paths of its files made absolute."""
+    if not isinstance(objective, LanguageObjective):
+        return objective
+    given = {name: getattr(objective, name) for name in PATHS if getattr(objective, name, None) is not None}
+    return objective.model_copy(
+        update={
+            name: resolved(value) if isinstance(value, str) else tuple(map(resolved, value))
+            for name, value in given.items()
+        }
+    )
 
 
 def algorithm_of(record: Mapping[str, Any]) -> str:
@@ -909,11 +931,9 @@ _ALGORITHMS: dict[str, type[Part]] = {
     "adamerging": AdaMergingSearch,
     "expert_merging": ExpertMergingSearch,
 }
-_TAGS = {"type": ("accuracy", "entropy", "call"), "algorithm": tuple(_ALGORITHMS)}
+_TAGS = {"type": tuple(OBJECTIVES), "algorithm": tuple(_ALGORITHMS)}
 _PARTS: dict[str, type[Part]] = {
-    "accuracy": Accuracy,
-    "entropy": Entropy,
-    "call": PythonObjective,
+    **OBJECTIVES,
     "Call": Call,
     "stages": Stages,
     **_ALGORITHMS,

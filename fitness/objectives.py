@@ -1,8 +1,9 @@
 """What a model is measured by.
 
 An objective takes a model that already carries a candidate's weights and returns a score. It may also give
-one score an example, which M2N2's competition and Pareto fronts by example need. Everything that is not
-classification accuracy, or the entropy of a classifier, is a Python function (``CallableObjective``).
+one score an example, which M2N2's competition and Pareto fronts by example need. Measures of language models are in
+modules of their own (``LANGUAGE``). Everything else that is not classification accuracy, or the entropy of a
+classifier, is a Python function (``CallableObjective``).
 
 A stack of small candidates is scored one after the other with its tensors swapped into one module. Batching
 them with ``torch.func.vmap`` was measured and is slower on a CPU wherever speed matters (a 64-256-10 MLP over
@@ -29,7 +30,7 @@ from fitness.callables import resolve
 from fitness.data import Batches, Examples, Inputs, check, load
 from fitness.heads import Head, logits
 from fitness.specs import ObjectiveSpec
-from populations.errors import InputError
+from populations.errors import InputError, nearest
 from populations.trial import Goal
 
 Model: TypeAlias = nn.Module | dict[str, Tensor]
@@ -218,6 +219,9 @@ def build(spec: ObjectiveSpec, device: torch.device, dtype: torch.dtype | None =
     """
     where = f"objective {spec.goal.name!r}"
     _check_fields(spec, where)
+    if spec.type in LANGUAGE:
+        made: Objective = resolve(LANGUAGE[spec.type], where)(spec.goal, spec.settings, spec.tokenizer, device)
+        return made
     if spec.call is not None:
         return CallableObjective(spec.goal, resolve(spec.call.call, f"{where}: call"), spec.call.arguments)
     assert spec.data is not None
@@ -228,16 +232,33 @@ def build(spec: ObjectiveSpec, device: torch.device, dtype: torch.dtype | None =
     return Accuracy(spec.goal, examples.inputs, examples.labels, spec.batch, head)
 
 
-_FIELDS = {"accuracy": ("data", {"data", "head"}), "entropy": ("data", {"data", "head"}), "call": ("call", {"call"})}
+LANGUAGE = {
+    "lm_eval": "fitness.language:build",
+    "bits_per_byte": "fitness.perplexity:build",
+    "perplexity": "fitness.perplexity:build_perplexity",
+    "multiple_choice": "fitness.choices:build",
+    "tokens_generated": "fitness.generation:build_tokens_generated",
+    "exact_match": "fitness.generation:build_exact_match",
+}
+"""Measures of causal language models, and the functions that build them; their packages are imported when needed."""
+
+_FIELDS = {
+    "accuracy": ("data", {"data", "head"}),
+    "entropy": ("data", {"data", "head"}),
+    "call": ("call", {"call"}),
+    **dict.fromkeys(LANGUAGE, ("tokenizer", {"tokenizer", "settings"})),
+}
 """By type, the field that it needs and all that it may have."""
 
 
 def _check_fields(spec: ObjectiveSpec, where: str) -> None:
     if spec.type not in _FIELDS:
-        raise InputError(f"{where}: type: expected accuracy, entropy or call, found {spec.type!r}.")
+        remedy = nearest(spec.type, tuple(_FIELDS))
+        raise InputError(f"{where}: type: expected one of {', '.join(_FIELDS)}, found {spec.type!r}.", remedy)
     needed, allowed = _FIELDS[spec.type]
     if getattr(spec, needed) is None:
-        raise InputError(f"{where}: {needed}: expected 'package.module:function' for type {spec.type}, found nothing.")
+        what = "a directory" if needed == "tokenizer" else "'package.module:function'"
+        raise InputError(f"{where}: {needed}: expected {what} for type {spec.type}, found nothing.")
     for name in ("data", "head", "call"):
         given = getattr(spec, name)
         if given is not None and name not in allowed:

@@ -28,21 +28,25 @@ class ObjectiveSpec:
 
     Args:
         goal: Its name and direction.
-        type: ``accuracy`` of a classifier over ``data``, mean ``entropy`` of its predictions there, or ``call`` for a
-            Python function.
+        type: ``accuracy`` of a classifier over ``data``, mean ``entropy`` of its predictions there, ``call`` for a
+            Python function, or one of the measures of language models (``fitness.objectives.LANGUAGE``).
         data: For ``accuracy`` and ``entropy``: the function that returns (inputs, labels), or for entropy the inputs.
         call: For ``call``: the function that scores a model.
         batch: Examples in one forward pass; bounds the memory for activations.
         head: For ``accuracy`` and ``entropy``: the function that returns the task's classification head, a callable
             from (outputs, inputs) to (n, C) logits; None when the model's outputs are the logits.
+        settings: For measures of language models: those of the type.
+        tokenizer: For these: the tokenizer's directory.
     """
 
     goal: Goal
-    type: Literal["accuracy", "entropy", "call"] = "accuracy"
+    type: str = "accuracy"
     data: CallSpec | None = None
     call: CallSpec | None = None
     batch: int = 512
     head: CallSpec | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)

@@ -383,7 +383,7 @@ def test_data_that_does_not_fit(module, function, words):
     [
         ({}, "data: expected 'package.module:function' for type accuracy, found nothing"),
         ({"type": "call"}, "call: expected 'package.module:function' for type call, found nothing"),
-        ({"type": "recall"}, "type: expected accuracy, entropy or call, found 'recall'"),
+        ({"type": "recall"}, "type: expected one of accuracy, entropy, call, .*found 'recall'"),
         ({"type": "entropy"}, "data: expected 'package.module:function' for type entropy, found nothing"),
         ({"type": "call", "call": CallSpec("m:f"), "data": CallSpec("m:d")}, "data: expected nothing for type call"),
         ({"type": "call", "call": CallSpec("m:f"), "head": CallSpec("m:h")}, "head: expected nothing for type call"),
