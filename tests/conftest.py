@@ -1,9 +1,15 @@
-"""What every test run needs: no network, quiet Ray, and a cache folder of its own."""
+"""What every test run needs (no network, quiet Ray, a cache folder of its own), and fixtures of several files."""
 
 import os
+import signal
+import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from processes import Ecotone, Said
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -24,3 +30,77 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))
+
+
+@pytest.fixture
+def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ecotone]:
+    """The console script in this process; signals and the Python path stay as they were."""
+    from experiments import cli
+
+    before, path = signal.getsignal(signal.SIGTERM), list(sys.path)
+
+    def call(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["ecotone", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Said(int(ended.value.code or 0), out, err)
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+    sys.path[:] = path
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Torch's number of threads, which workers set for the whole process, stays as it was."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# -- Hugging Face models -------------------------------------------------------------------------------------
+
+DROPPED = 0.4  # in training only, which nothing here does
+SMALL = {"vocab_size": 32, "max_position_embeddings": 12}
+LAYERS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def bert(transformers: Any) -> Any:
+    config = transformers.BertConfig(**SMALL, **LAYERS, hidden_dropout_prob=DROPPED, num_labels=3)
+    return transformers.BertForSequenceClassification(config)
+
+
+def llama(transformers: Any) -> Any:
+    config = transformers.LlamaConfig(
+        **SMALL, **LAYERS, num_key_value_heads=1, tie_word_embeddings=True, attention_dropout=DROPPED
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def bart(transformers: Any) -> Any:
+    config = transformers.BartConfig(
+        **SMALL, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, dropout=DROPPED,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+MAKERS = {"bert": bert, "llama": llama, "bart": bart}
+
+
+@pytest.fixture(scope="session", params=MAKERS)
+def hugging_face(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base and two experts as directories, in float64."""
+    import torch
+
+    transformers = pytest.importorskip("transformers")
+    paths = [tmp_path_factory.mktemp(request.param) for _ in range(3)]
+    with torch.random.fork_rng():
+        for seed, path in enumerate(paths):
+            torch.manual_seed(seed)
+            MAKERS[request.param](transformers).double().save_pretrained(path)
+    return paths

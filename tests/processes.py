@@ -1,15 +1,34 @@
-"""The command line in processes of its own, for tests that stop and kill it."""
+"""The command line in this process and in processes of its own, for tests that read what it says, stop and kill it."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command of the console script ended with and printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Ecotone: TypeAlias = Callable[..., Said]  # of the ``ecotone`` fixture: takes the command and its arguments
 
 
 @contextlib.contextmanager
@@ -32,3 +51,11 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
             raise AssertionError(f"it ended early: {process.communicate()[1]}")
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.002)
+
+
+def killed(*arguments: object, when: Callable[[], bool]) -> None:
+    """The command line in a process of its own, killed (-9) as soon as ``when()`` is true."""
+    with started(*arguments) as process:
+        wait_until(when, process)
+        process.kill()
+        process.wait()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from processes import ROOT, started, wait_until
+from processes import ROOT, killed
 from safetensors.numpy import save_file
 
 from experiments import digit_questions, report
@@ -170,10 +170,7 @@ def test_killed_and_resumed_it_is_the_same_at_the_same_price(
     tmp_path: Path, undisturbed: Callable[[], Outcome]
 ) -> None:
     recipe, run = toy_recipe(tmp_path, delay=0.1), tmp_path / "run"
-    with started("run", recipe, "--out", run) as process:
-        wait_until(lambda: calls(tmp_path) >= 11, process)
-        process.kill()
-        process.wait()
+    killed("run", recipe, "--out", run, when=lambda: calls(tmp_path) >= 11)
     status, before = Run(run).status(), calls(tmp_path)
     assert status["state"] == "killed"
     assert before - status["gradients"] <= 4  # only what was in flight is lost

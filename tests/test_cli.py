@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from processes import Ecotone, Said
 from safetensors.numpy import load_file, save_file
 
 from experiments import cli
@@ -58,38 +56,6 @@ def write_models(directory, seed=0):
         tensors = {"w": rng.standard_normal((8, 3)).astype(np.float32), "b": np.zeros(3, np.float32)}
         save_file(tensors, Path(directory, f"{name}.safetensors"))
 '''
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Ecotone = Callable[..., Said]
-
-
-@pytest.fixture
-def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ecotone]:
-    """The console script in this process: exit code, stdout, stderr."""
-    before, path = signal.getsignal(signal.SIGTERM), list(sys.path)
-
-    def call(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["ecotone", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Said(int(ended.value.code or 0), out, err)
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
-    sys.path[:] = path
 
 
 def toy_models(folder: Path, **shapes: tuple[int, ...]) -> None:

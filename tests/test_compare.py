@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import Ecotone
 
-from experiments import cli
 from experiments.compare import compare, search_seconds
 from experiments.pages import page
 from experiments.runs import Run, front_rows, reference_point
@@ -82,37 +79,6 @@ def write_run(
             journal.refer(name, merge)
             journal.measured(merge, "search", evaluation(point))
     return Run(directory)
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Ecotone = Callable[..., Said]
-
-
-@pytest.fixture
-def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ecotone]:
-    """The console script in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["ecotone", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Said(int(ended.value.code or 0), out, err)
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

@@ -35,7 +35,9 @@ from search.expert_merging import EXCLUDED, ExpertMerging, shares
 from search.manager import Schedule
 from search.surrogates import sigmoid
 
+pytestmark = pytest.mark.usefixtures("threads")
 CPU = torch.device("cpu")
+with_states = pytest.mark.parametrize("hugging_face", ["bert", "llama"], indirect=True)
 GOALS = (Goal("acc"),)
 NAMES = ("left", "right")
 MODULE = """
@@ -63,13 +65,11 @@ def sentences(): return texts(), torch.arange(5) % 3
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """A folder with the module of architectures and data, and threads as they were."""
+    """A folder with the module of architectures and data."""
     (tmp_path / "distillation_tested.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "distillation_tested", raising=False)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path
 
 
 def function(name, **arguments):
@@ -316,31 +316,6 @@ def test_scores_between_gradients_are_those_of_the_merge_not_of_an_expert(folder
 # -- Hugging Face models -------------------------------------------------------------------------------------
 
 
-def bert(transformers):
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 12}
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, num_labels=3)
-    )
-
-
-def llama(transformers):
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 12}
-    config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    return transformers.LlamaForCausalLM(config)
-
-
-@pytest.fixture(scope="module", params=[bert, llama], ids=lambda make: make.__name__)
-def hugging_face(request, tmp_path_factory):
-    """A base and two experts as directories, in float64."""
-    transformers = pytest.importorskip("transformers")
-    paths = [tmp_path_factory.mktemp(request.param.__name__) for _ in range(3)]
-    with torch.random.fork_rng():
-        for seed, path in enumerate(paths):
-            torch.manual_seed(seed)
-            request.param(transformers).double().save_pretrained(path)
-    return paths
-
-
 def hugging_spec(paths, checkpointing=False, **wanted):
     task = CalibrationSpec(
         "texts", function("texts"), "distillation", batch=5, distillation=Distillation("left", **wanted)
@@ -350,6 +325,7 @@ def hugging_spec(paths, checkpointing=False, **wanted):
     return WorkerSpec(experts, str(paths[0]), "task_arithmetic", architecture="auto", **options)
 
 
+@with_states
 @pytest.mark.parametrize("wanted", [{}, {"layers": (1, -1)}, {"layers": (1,), "hidden": 3.0}])
 def test_hidden_states_and_logits_of_hugging_face_models_by_token(hugging_face, wanted):
     """Against the models called as they are, padding taken out by hand."""
@@ -366,13 +342,14 @@ def test_hidden_states_and_logits_of_hugging_face_models_by_token(hugging_face, 
     by_token = mine[0].ndim == 3
     logits, other = (t[keep] if by_token else t for t in (mine[0], theirs.logits))
     soft = -(other.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean().item()
-    layers = wanted.get("layers", [2])
+    layers = wanted.get("layers", [-1])
     apart = np.mean([((mine[1:][i][keep] - theirs.hidden_states[i][keep]) ** 2).mean().item() for i in layers])
     assert found.details["soft_cross_entropy"] == pytest.approx(soft, rel=1e-9)
     assert found.details["hidden"] == pytest.approx(apart, rel=1e-9)
     assert found.scores["texts"] == pytest.approx(soft + wanted.get("hidden", 1.0) * apart, rel=1e-9)
 
 
+@with_states
 def test_checkpointing_changes_neither_loss_nor_gradient(hugging_face):
     names = [name for name, _ in Worker(hugging_spec(hugging_face))._resident.model.named_modules()]
     layer = next(name for name in names if name.endswith("layers.1") or name.endswith("layer.1"))
@@ -385,6 +362,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(hugging_face):
         np.testing.assert_array_equal(one.gradient, two.gradient)
 
 
+@with_states
 def test_the_names_of_norms_embeddings_biases_and_heads_are_excluded(hugging_face):
     sources = Sources.open(hugging_face[1:], hugging_face[0], "task_arithmetic", NAMES)
     search = ExpertMerging(sources.space(), NAMES, GOALS, 0)
@@ -809,11 +787,12 @@ def test_tasks_that_cannot_be_distilled_are_refused_before_the_first_batch(folde
     assert words in str(caught.value)
 
 
+@with_states
 def test_a_position_beyond_the_hidden_states_fails_the_trial_in_words(hugging_face):
     worker = Worker(hugging_spec(hugging_face, layers=(7,)))
     genome = Genome.uniform(worker._sources.layout.size, [0.1, 0.1])
     (evaluation,) = worker.measure([Trial(0, genome, calibration=CalibrationBatch("texts", 0))])
-    assert "layers: expected a position among 3 hidden states, found 7" in evaluation.failure.message
+    assert "layers: expected a position among 4 hidden states, found 7" in evaluation.failure.message
 
 
 def test_a_layer_that_gives_no_tensor_fails_in_words():

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from processes import ROOT, started, wait_until
+from processes import ROOT, Ecotone, killed, started, wait_until
 from safetensors.numpy import save_file
 
-from experiments import cli, compose
+from experiments import compose
 from experiments.exports import verify
 from experiments.recipe import Recipe
 from experiments.running import launch, resume
@@ -124,10 +123,7 @@ def test_killed_twice_and_resumed_it_is_the_same_search_at_the_same_price(
     moments = random.Random(kind)
     first, second = moments.randint(3, 60), moments.randint(70, 140)
     recipe, run = toy_recipe(tmp_path, kind), tmp_path / "run"
-    with started("run", recipe, "--out", run) as process:
-        wait_until(lambda: len(calls(tmp_path)) >= first, process)
-        process.kill()
-        process.wait()
+    killed("run", recipe, "--out", run, when=lambda: len(calls(tmp_path)) >= first)
     assert Run(run).status()["state"] == "killed"
     paid = recorded(run)
     before = len(calls(tmp_path))
@@ -136,10 +132,7 @@ def test_killed_twice_and_resumed_it_is_the_same_search_at_the_same_price(
     if kind == "m2n2-dense":
         export_everything_shown(run, tmp_path)
 
-    with started("resume", run) as process:
-        wait_until(lambda: len(calls(tmp_path)) >= second, process)
-        process.kill()
-        process.wait()
+    killed("resume", run, when=lambda: len(calls(tmp_path)) >= second)
     again = recorded(run)
     assert again[: len(paid)] == paid
     between = len(calls(tmp_path))
@@ -166,11 +159,11 @@ def export_everything_shown(run: Path, folder: Path) -> None:
 def test_ready_recipes_survive_kills_at_any_moment(name: str, tmp_path: Path) -> None:
     """Killed after random times: while it starts, replays, searches, or judges."""
     recipe, run = ROOT / "experiments" / "recipes" / f"{name}.yaml", tmp_path / "run"
+    journal = run / "journal.sqlite"
     settings = {"budget.evaluations": 3000, "runtime.pool": "serial", "tracking.mlflow": False}
     options = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     moments, kills = random.Random(name), 0
-    with started("run", recipe, "--out", run, *options) as process:
-        wait_until(lambda: (run / "journal.sqlite").exists() and len(recorded_or_none(run)) > 0, process)
+    killed("run", recipe, "--out", run, *options, when=lambda: journal.exists() and bool(recorded_or_none(run)))
     while True:
         kills += 1
         before = recorded(run)
@@ -273,19 +266,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def ecotone(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The exit code of the console script, in this process."""
-    handler, path = signal.getsignal(signal.SIGTERM), list(sys.path)
-    monkeypatch.setattr(sys, "argv", ["ecotone", *map(str, arguments)])
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        sys.path[:] = path
-    return int(ended.value.code or 0)
-
-
 @pytest.mark.parametrize("left", [400_000, 150_000])
 @pytest.mark.parametrize("kind", ["m2n2", "m2n2-dense"])
 def test_a_disk_that_fills_up(
@@ -293,37 +273,34 @@ def test_a_disk_that_fills_up(
     left: int,
     small_disk: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    ecotone: Ecotone,
     undisturbed: Callable[[str], str],
 ) -> None:
     recipe, run = toy_recipe(tmp_path, kind, delay=0.0), small_disk / "run"
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * (2 * 1024 * 1024 - left))
-    assert ecotone(monkeypatch, "run", recipe, "--out", run) == 1
-    err = capsys.readouterr().err
-    assert "error: " in err
-    assert "Traceback" not in err
-    assert "journal.sqlite: the journal cannot be written" in err
-    assert f"Free some space, then `ecotone resume {run}`" in err
+    said = ecotone("run", recipe, "--out", run)
+    assert said.code == 1
+    assert "error: " in said.err
+    assert "Traceback" not in said.err
+    assert "journal.sqlite: the journal cannot be written" in said.err
+    assert f"Free some space, then `ecotone resume {run}`" in said.err
     paid = len(recorded(run))
     assert 0 < paid < EVALUATIONS
-    assert ecotone(monkeypatch, "resume", run) == 1  # still full
+    assert ecotone("resume", run).code == 1  # still full
     filler.unlink()
-    assert ecotone(monkeypatch, "resume", run) == 0
+    assert ecotone("resume", run).code == 0
     assert digest(run) == undisturbed(kind)
 
 
-def test_a_disk_that_is_full_from_the_start(
-    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_that_is_full_from_the_start(small_disk: Path, tmp_path: Path, ecotone: Ecotone) -> None:
     with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
         while filler.write(b"x" * 4096):
             filler.flush()
-    assert ecotone(monkeypatch, "run", toy_recipe(tmp_path, delay=0.0), "--out", small_disk / "run") == 1
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    assert "No space left" in err or "full" in err
+    said = ecotone("run", toy_recipe(tmp_path, delay=0.0), "--out", small_disk / "run")
+    assert said.code == 1
+    assert "Traceback" not in said.err
+    assert "No space left" in said.err or "full" in said.err
 
 
 # -- the same everywhere -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from populations.errors import InputError
 from populations.genome import Genome
 from populations.trial import Goal, Trial
 
+pytestmark = pytest.mark.usefixtures("threads")
 MODULE = """
 import torch
 from torch import nn
@@ -71,13 +72,6 @@ def folder(tmp_path, monkeypatch):
         w[seed] = 1.0
         save_file({"w": w, "counter": torch.tensor([7, 8])}, tmp_path / f"v{name}.safetensors")
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def accuracy(name="acc", **arguments):

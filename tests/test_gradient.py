@@ -21,6 +21,7 @@ from populations.errors import InputError
 from populations.genome import Genome
 from populations.trial import CalibrationBatch, Goal, Trial
 
+pytestmark = pytest.mark.usefixtures("threads")
 CPU = torch.device("cpu")
 OPERATORS = {"linear": {}, "task_arithmetic": {}, "ties_vectors": {"density": 0.5}}
 STACKS = [0, 1 << 26]
@@ -63,13 +64,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "gradients_tested", raising=False)
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def architecture(name, **arguments):
@@ -423,45 +417,6 @@ def test_tensors_without_an_architecture_have_no_gradient(folder):
 
 
 # -- Hugging Face models -------------------------------------------------------------------------------------
-
-DROPPED = 0.4  # in training only, which gradients are not
-
-
-def bert(transformers):
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 12}
-    config = transformers.BertConfig(
-        **sizes, num_hidden_layers=3, num_attention_heads=2, hidden_dropout_prob=DROPPED, num_labels=3
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def llama(transformers):
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 12}
-    config = transformers.LlamaConfig(
-        **sizes, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-        attention_dropout=DROPPED,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def bart(transformers):
-    config = transformers.BartConfig(
-        vocab_size=32, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=12, dropout=DROPPED,
-    )  # fmt: skip
-    return transformers.BartForConditionalGeneration(config)
-
-
-@pytest.fixture(scope="module", params=[bert, llama, bart], ids=lambda make: make.__name__)
-def hugging_face(request, tmp_path_factory):
-    """A base and two experts as directories in float64."""
-    transformers = pytest.importorskip("transformers")
-    paths = [tmp_path_factory.mktemp(request.param.__name__) for _ in range(3)]
-    with torch.random.fork_rng():
-        for seed, path in enumerate(paths):
-            torch.manual_seed(seed)
-            request.param(transformers).double().save_pretrained(path)
-    return paths
 
 
 def word_entropy(model):

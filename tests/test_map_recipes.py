@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import yaml
-from processes import ROOT, started, wait_until
+from processes import ROOT, killed
 from safetensors.numpy import save_file
 
 from experiments.checks import validate
@@ -158,10 +158,7 @@ def test_killed_and_resumed_it_is_the_same_search_at_the_same_price(
     kind: str, tmp_path: Path, undisturbed: Callable[[str], Outcome]
 ) -> None:
     recipe, run = toy_recipe(tmp_path, kind, delay=0.05), tmp_path / "run"
-    with started("run", recipe, "--out", run) as process:
-        wait_until(lambda: calls(tmp_path) >= 21, process)
-        process.kill()
-        process.wait()
+    killed("run", recipe, "--out", run, when=lambda: calls(tmp_path) >= 21)
     status, before = Run(run).status(), calls(tmp_path)
     assert status["state"] == "killed"
     assert before - status["evaluations"] <= 8  # only what was in flight is lost

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import Ecotone
 from safetensors.numpy import save_file
 
-from experiments import cli
 from experiments.preferences import choose, in_words, parse, shortfalls
 from experiments.recipe import Recipe
 from experiments.running import launch
@@ -124,7 +121,6 @@ def test_an_empty_front_has_nothing_to_choose() -> None:
 
 # -- on the command line -------------------------------------------------------------------------------------
 
-Ecotone = Callable[..., tuple[int, str, str]]
 
 TOYS = '''
 import numpy as np
@@ -161,40 +157,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture
-def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ecotone]:
-    """The console script in this process: exit code, stdout, stderr."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ecotone", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
-
-
 def test_a_preference_marks_and_exports_a_member(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:
-    code, out, _ = ecotone("front", finished, "--preference", "zero=1", "--json")
-    front = json.loads(out)
+    said = ecotone("front", finished, "--preference", "zero=1", "--json")
+    front = said.json
     best = max(front["members"], key=lambda member: member["scores"]["zero"])
-    assert code == 0
+    assert said.code == 0
     assert front["chosen"]["id"] == best["id"]
     assert front["chosen"]["export"] == f"ecotone export {finished} --member {best['id']} --to merged-{best['id']}"
     assert front["hypervolume"] > 0
     assert front["reference_point"] == {"zero": 0.0, "one": 0.0}
-    code, out, _ = ecotone("front", finished, "--preference", "at:zero=2,one=2", "--reference", "one=0.1")
-    assert code == 0
-    assert "no member reaches at:zero=2,one=2" in out
-    assert "reference point zero=0, one=0.1" in out
-    assert "> " in out
-    code, out, _ = ecotone("export", finished, "--preference", "zero=1", "--to", tmp_path / "merged", "--json")
-    assert code == 0
-    assert json.loads(out)["member"] == best["id"]
+    said = ecotone("front", finished, "--preference", "at:zero=2,one=2", "--reference", "one=0.1")
+    assert said.code == 0
+    assert "no member reaches at:zero=2,one=2" in said.out
+    assert "reference point zero=0, one=0.1" in said.out
+    assert "> " in said.out
+    said = ecotone("export", finished, "--preference", "zero=1", "--to", tmp_path / "merged", "--json")
+    assert said.code == 0
+    assert said.json["member"] == best["id"]
     assert (tmp_path / "merged").exists()
 
 
@@ -211,8 +190,8 @@ def test_a_preference_that_cannot_be_followed_ends_in_words(
     ecotone: Ecotone, finished: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
     places = {"RUN": finished, "NEW": tmp_path / "new"}
-    code, _, err = ecotone(*(places.get(argument, argument) for argument in arguments))
-    assert code == 1
-    assert words in err
-    assert "Traceback" not in err
+    said = ecotone(*(places.get(argument, argument) for argument in arguments))
+    assert said.code == 1
+    assert words in said.err
+    assert "Traceback" not in said.err
     assert not (tmp_path / "new").exists()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import socket
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from processes import Ecotone
 from safetensors.numpy import save_file
 
-from experiments import cli, running, tracking
+from experiments import running, tracking
 from experiments.recipe import Recipe
 from experiments.tracking.registry import Registrar
 from experiments.tracking.server import await_answer, free_port, serving
@@ -34,7 +32,6 @@ def left(model):
 def right(model):
     return 1 / (1 + (flat(model) - 3) ** 2)
 """
-Ecotone = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -71,38 +68,18 @@ def runs(finished: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ecotone]:
-    """The command line: what it prints as JSON, or its error."""
-    before, path = signal.getsignal(signal.SIGTERM), list(sys.path)
-
-    def call(*arguments: object) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["ecotone", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        said = capsys.readouterr()
-        if end.value.code:
-            return {"error": said.err}
-        result: dict[str, Any] = json.loads(said.out)
-        return result
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
-    sys.path[:] = path
-
-
 def client(runs: Path) -> Any:
     return mlflow.MlflowClient(tracking_uri=tracking.default_uri(runs))
 
 
 def test_a_member_becomes_a_version_with_an_alias(ecotone: Ecotone, runs: Path) -> None:
-    member = ecotone("front", runs / "run", "--json")["members"][-1]
+    member = ecotone("front", runs / "run", "--json").json["members"][-1]
     for version in ("1", "2"):
         said = ecotone(
             *("export", runs / "run", "--member", member["id"], "--to", runs / f"merged-{version}"),
             *("--register", "toy-merge", "--alias", "champion", "--json"),
         )
-        assert said["registered"] == {
+        assert said.json["registered"] == {
             "name": "toy-merge",
             "version": version,
             "alias": "champion",
@@ -128,7 +105,7 @@ def test_a_member_becomes_a_version_with_an_alias(ecotone: Ecotone, runs: Path) 
 def test_a_single_file_is_registered_too(ecotone: Ecotone, runs: Path) -> None:
     file = runs / "merged.safetensors"
     said = ecotone("export", runs / "run", "--to", file, "--register", "toy merge", "--json")
-    assert said["registered"]["uri"] == "models:/toy merge/1"
+    assert said.json["registered"]["uri"] == "models:/toy merge/1"
     source = Path(client(runs).get_model_version("toy merge", "1").source)
     assert (source / file.name).read_bytes() == file.read_bytes()
 
@@ -160,7 +137,7 @@ def test_large_weights_stay_where_they_are(runs: Path, finished: Path) -> None:
 def test_names_that_mlflow_refuses_write_nothing(
     ecotone: Ecotone, finished: Path, tmp_path: Path, options: list[str], parts: list[str]
 ) -> None:
-    error = ecotone("export", finished / "run", "--to", tmp_path / "merged", *options)["error"]
+    error = ecotone("export", finished / "run", "--to", tmp_path / "merged", *options).err
     assert "Traceback" not in error
     assert all(part in error for part in parts)
     assert not (tmp_path / "merged").exists()
@@ -169,10 +146,10 @@ def test_names_that_mlflow_refuses_write_nothing(
 def test_a_run_that_mlflow_does_not_have(ecotone: Ecotone, runs: Path) -> None:
     run_id = tracking.status(runs / "run")["run_id"]
     client(runs).delete_run(run_id)
-    error = ecotone("export", runs / "run", "--to", runs / "merged", "--register", "a")["error"]
+    error = ecotone("export", runs / "run", "--to", runs / "merged", "--register", "a").err
     assert f"{run_id} was deleted" in error
     (runs / "run" / "tracking.json").unlink()
-    error = ecotone("export", runs / "run", "--to", runs / "merged", "--register", "a")["error"]
+    error = ecotone("export", runs / "run", "--to", runs / "merged", "--register", "a").err
     assert "MLflow does not have the run" in error
     assert "ecotone sync" in error
     assert not (runs / "merged").exists()
@@ -184,7 +161,7 @@ def test_a_server_that_is_down(ecotone: Ecotone, runs: Path) -> None:
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
     known = json.loads((runs / "run" / "tracking.json").read_text())
     (runs / "run" / "tracking.json").write_text(json.dumps({**known, "uri": uri}))
-    error = ecotone("export", runs / "run", "--to", runs / "merged", "--register", "a")["error"]
+    error = ecotone("export", runs / "run", "--to", runs / "merged", "--register", "a").err
     assert "the tracking server at 127.0.0.1 does not answer" in error
     assert not (runs / "merged").exists()
 
