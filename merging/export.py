@@ -70,7 +70,7 @@ def export_directory(
             "from, found plain weights.",
             "Export to a .safetensors file instead.",
         )
-    writer = _Writer(sources, sources.mixture(genome), _dtype(dtype))
+    writer = _Writer(sources.tuned(genome), sources.mixture(genome), _dtype(dtype))
     with _renamed(target, writer.nbytes) as partial:
         partial.mkdir()
         _copy_files(sources.origin.path, partial)
@@ -93,7 +93,7 @@ def export_plain_directory(
     For models that are no Hugging Face directories; arguments, result and errors as for ``export_directory``.
     """
     target = _empty(directory)
-    writer = _Writer(sources, sources.mixture(genome), _dtype(dtype))
+    writer = _Writer(sources.tuned(genome), sources.mixture(genome), _dtype(dtype))
     with _renamed(target, writer.nbytes) as partial:
         partial.mkdir()
         metadata = {"ecotone": json.dumps({"record": RECORD}), **sources.layout.aliases}
@@ -130,7 +130,7 @@ def export_file(
         raise InputError(f"{target}: expected a path that ends in .safetensors.")
     if target.exists():
         raise InputError(f"{target}: the file exists.", "Choose another name, or remove it.")
-    writer = _Writer(sources, sources.mixture(genome), _dtype(dtype))
+    writer = _Writer(sources.tuned(genome), sources.mixture(genome), _dtype(dtype))
     with _renamed(target, writer.nbytes) as partial:
         writer.write(partial, list(writer.entries), {"ecotone": json.dumps(record), **sources.layout.aliases})
     return target

@@ -24,14 +24,13 @@ from torch import Tensor
 
 from merging import compiled
 from merging.materialise import CHUNK, DEVICE_SPAN, Stretch, accumulator, over_threads
+from merging.operators.base import Term, directions
 from merging.sources import Sources
 from populations.errors import InputError
 from populations.genome import Floats, Genome
 
 LANES = 1020  # partial sums of a chunk
 
-Term: TypeAlias = tuple[int, float]
-"""The number of a checkpoint and its weight in a direction."""
 Directions: TypeAlias = Sequence[Sequence[Term]]
 Place: TypeAlias = tuple[int, slice]
 """A row of the table of sums, and the part of the stretch that it is about."""
@@ -49,12 +48,12 @@ class Slopes:
         genome: Where the gradient is wanted. Its residual is a constant.
 
     Raises:
-        InputError: The genome does not fit the sources.
+        InputError: The genome does not fit the sources, or its operator is not linear in the coefficients.
     """
 
     def __init__(self, sources: Sources, genome: Genome) -> None:
         sources.mixture(genome)
-        self._sources = sources
+        self._sources = sources = sources.tuned(genome)
         self._shape = genome.coefficients.shape
         self._borders: list[int] = genome.boundaries.tolist()
         self._places = {name: index for index, name in enumerate(sources.layout.tensors)}
@@ -90,7 +89,7 @@ class Slopes:
     def _kernel(self, stretch: Stretch, gradient: Tensor) -> Kernel:
         if gradient.device.type != "cpu":
             return _on_device
-        compiles = self._sources.large and compiled.multiplies(stretch.stored, gradient)
+        compiles = self._sources.large and compiled.multiplies(stretch.sample(), gradient)
         return _by_loops if compiles and _simple(self._directions) else _in_cache
 
     @property
@@ -112,11 +111,17 @@ class Slopes:
 
 
 def _directions(sources: Sources) -> Directions:
-    """For each of K coefficients the checkpoints it moves along, those of weight one first."""
-    count = len(sources.experts)
-    table = sources.operator.weights(np.eye(count)) - sources.operator.weights(np.zeros((count, count)))
-    rows = [[(j, weight) for j, weight in enumerate(row) if weight] for row in table.tolist()]
-    return [sorted(row, key=lambda term: term[1] != 1.0) for row in rows]
+    """For each of K coefficients the models that it moves along.
+
+    Raises:
+        InputError: They depend on the coefficients.
+    """
+    if not sources.operator.affine:
+        raise InputError(
+            f"operator: expected one that is linear in its coefficients, found {sources.operator.name!r}.",
+            "Gradients are inner products with fixed directions; use a search without gradients.",
+        )
+    return directions(sources.operator, len(sources.operator.columns(sources.names)))
 
 
 # -- the inner products over one part of a stretch, into one row of a (parts, K) table -----------------------

@@ -15,6 +15,7 @@ from torch import Tensor, float64
 
 from merging.layout import Layout
 from merging.materialise import CHUNK, Stretch, over_threads
+from merging.operators.base import Term
 from populations.genome import Floats, Integers
 from populations.gram import GramTable
 
@@ -42,7 +43,7 @@ def _even(start: int, stop: int, parts: int) -> Integers:
 def gram_table(
     layout: Layout,
     read: Callable[[str], Stretch],
-    has_base: bool,
+    directions: Sequence[Sequence[Term]],
     threads: int,
     table_bytes: int = TABLE_BYTES,
 ) -> GramTable:
@@ -50,12 +51,12 @@ def gram_table(
 
     Args:
         layout: The flat vector.
-        read: By tensor name, its stretch of the J checkpoints, the base first when there is one.
-        has_base: Whether the sources are differences from checkpoint 0 (task vectors) or the checkpoints.
+        read: By tensor name, its stretch of the J models that are mixed.
+        directions: Each of the K sources as a sum over these models.
         threads: Threads to spread the work over; the result does not depend on it.
         table_bytes: Memory the table may take.
     """
-    sources = len(read(layout.tensors[0]).stored) - int(has_base)
+    sources = len(directions)
     borders = region_borders(layout, sources, table_bytes)
     grams = np.zeros((len(borders) - 1, sources, sources))
     for name, start, stop in zip(layout.tensors, layout.tensor_borders[:-1], layout.tensor_borders[1:], strict=True):
@@ -67,7 +68,7 @@ def gram_table(
             span: tuple[int, int], stretch: Stretch = stretch, first: int = first, local: Integers = local
         ) -> None:
             for low, high in _chunks(int(local[span[0]]), int(local[span[1]])):
-                _accumulate(stretch[low:high].tensors(), low, local, grams[first:], has_base)
+                _accumulate(stretch[low:high].tensors(), low, local, grams[first:], directions)
 
         over_threads(work, _whole_regions(local), threads)
     return GramTable.from_regions(borders, grams)
@@ -84,10 +85,10 @@ def _chunks(start: int, stop: int) -> list[tuple[int, int]]:
     return [(low, min(low + CHUNK, stop)) for low in range(start, stop, CHUNK)]
 
 
-def _accumulate(pieces: Sequence[Tensor], start: int, local: Integers, grams: Floats, has_base: bool) -> None:
-    vectors = [piece.to(float64).numpy() for piece in pieces]
-    if has_base:
-        vectors = [vector - vectors[0] for vector in vectors[1:]]
+def _accumulate(
+    pieces: Sequence[Tensor], start: int, local: Integers, grams: Floats, directions: Sequence[Sequence[Term]]
+) -> None:
+    vectors = vectors_of(pieces, directions)
     stop = start + len(vectors[0])
     first = int(np.searchsorted(local, start, side="right")) - 1
     last = int(np.searchsorted(local, stop))
@@ -98,3 +99,15 @@ def _accumulate(pieces: Sequence[Tensor], start: int, local: Integers, grams: Fl
             grams[first:last, j, k] += sums
             if k != j:
                 grams[first:last, k, j] += sums
+
+
+def vectors_of(pieces: Sequence[Tensor], directions: Sequence[Sequence[Term]]) -> list[Floats]:
+    """Each of the K sources, summed over J flat pieces in float64."""
+    models = [piece.to(float64).numpy() for piece in pieces]
+    vectors = []
+    for (first, weight), *rest in directions:
+        total = weight * models[first]
+        for j, factor in rest:
+            total = total + factor * models[j]
+        vectors.append(total)
+    return vectors

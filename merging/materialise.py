@@ -37,15 +37,16 @@ DEVICE_SPAN = 4_194_304
 SMALL = 16_777_216  # elements of all sources together below which compiling or loading loops does not pay
 
 Part = TypeVar("Part")
-Transform: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
-"""What an operator makes of J flat pieces: as many of the same types and size, on the same device.
+Transform: TypeAlias = Callable[[Sequence[Tensor], int], list[Tensor]]
+"""What an operator makes of J flat pieces that begin at a position of the flat vector.
 
-Every element depends on the J elements of its own position alone, so pieces may be cut anywhere. Pieces that differ in
-type are widened to the accumulator's before they are changed.
+As many pieces of that size on the same device, of types that depend on the given ones alone. Every element depends on
+its position and the J elements there alone, so pieces may be cut anywhere. Pieces that differ in type are widened to
+the accumulator's before they are changed.
 """
 
 
-def unchanged(pieces: Sequence[Tensor]) -> list[Tensor]:
+def unchanged(pieces: Sequence[Tensor], _start: int) -> list[Tensor]:
     """The pieces as the checkpoints hold them."""
     return list(pieces)
 
@@ -57,10 +58,12 @@ class Stretch:
     Args:
         stored: J flat tensors as the checkpoints hold them, in main memory or on one device.
         transform: What is mixed in their place.
+        start: Their first position in the flat vector.
     """
 
     stored: Sequence[Source]
     transform: Transform = unchanged
+    start: int = 0
 
     @property
     def size(self) -> int:
@@ -68,7 +71,11 @@ class Stretch:
         return self.stored[0].numel()
 
     def __getitem__(self, part: slice) -> Stretch:
-        return Stretch([tensor[part] for tensor in self.stored], self.transform)
+        return Stretch([tensor[part] for tensor in self.stored], self.transform, self.start + (part.start or 0))
+
+    def sample(self) -> Sequence[Source]:
+        """J flat tensors, short ones where that takes work, of the types that are mixed."""
+        return self.stored if self.transform is unchanged else self[:1].tensors()
 
     def tensors(self, device: torch.device | None = None) -> list[Tensor]:
         """J flat tensors to mix, on a device or (None) where they are.
@@ -79,7 +86,7 @@ class Stretch:
         if self.transform is not unchanged and len({piece.dtype for piece in pieces}) > 1:
             kind = accumulator(pieces)
             pieces = [piece.to(kind) for piece in pieces]
-        return self.transform(pieces)
+        return self.transform(pieces, self.start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +136,7 @@ def mix(sources: Stretch, start: int, mixtures: Sequence[Mixture], outs: Sequenc
     kernel: Callable[[list[Tensor], int, list[Tensor]], None] = partial(_by_torch, mixtures)
     if device.type != "cpu":
         chunk, workers = DEVICE_SPAN, 1
-    elif large and compiled.supports(sources.stored, outs):
+    elif large and compiled.supports(sources.sample(), outs):
         chunk, workers, kernel = COMPILED_SPAN, threads, compiled.Batch(mixtures).mix
     elif large:
         chunk, workers = TORCH_SPAN * threads, 1  # torch splits each operation over its own threads

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,19 +16,22 @@ from torch import Tensor
 
 from merging import operators, preflight
 from merging.checkpoint import Checkpoint, Model, is_adapter, located
-from merging.gram import gram_table
+from merging.gram import gram_table, vectors_of
 from merging.layout import Layout
 from merging.lazy import Source
 from merging.lora import Adapter
 from merging.materialise import SMALL, Mixture, Stretch, Transform, mix, unchanged
-from merging.operators.base import Operator
+from merging.operators.base import Operator, directions, weights_of
+from merging.operators.task_vectors import Pieces
 from merging.vocabulary import Vocabulary, fitted
 from populations.errors import InputError
 from populations.genome import Genome
+from populations.gram import GramTable
 from populations.space import Space
 
 DEVICE_SHARE = 0.25  # of a CUDA device's free memory: sources that fit in it stay on the device
 RESIDENT_BYTES = 256 * 2**20  # what is mixed is kept in memory where it fits in this and reading it takes work
+TUNED = 2  # settings of genomes' own for which what is mixed is kept
 
 
 class Sources:
@@ -50,6 +54,7 @@ class Sources:
         self.experts = tuple(experts)
         self.base = base
         self._kept: dict[torch.device, dict[str, Stretch] | None] = {}
+        self._tuned: dict[Operator, Sources] = {}  # the latest comes last
         self.loads = 0
         """Tensors read so far, each checkpoint's counted."""
 
@@ -89,6 +94,7 @@ class Sources:
         root = None if base is None else Checkpoint.open(base)
         opened = [_expert(path, root) for path in experts]
         labels = _distinct([expert.name for expert in opened]) if names is None else list(names)
+        chosen.columns(labels)
         named: list[Model] = [replace(expert, name=label) for expert, label in zip(opened, labels, strict=True)]
         models = fitted(([root] if root else []) + named, root, vocabulary)
         layout = preflight.check(models)
@@ -118,7 +124,8 @@ class Sources:
 
     def stretch(self, name: str) -> Stretch:
         """``name`` in every model that is mixed; the operator's work on it is done as pieces of it are used."""
-        return Stretch(self._stored(name), self._transform)
+        start = int(self.layout.tensor_borders[self.layout.tensors.index(name)])
+        return Stretch(self._stored(name), self._transform, start)
 
     def near(self, name: str, device: torch.device) -> Stretch:
         """``stretch(name)``, kept as it is mixed where that saves work and takes little memory.
@@ -132,8 +139,9 @@ class Sources:
         if kept is None:
             return self.stretch(name)
         if name not in kept:
-            there = Stretch([tensor.to(device) for tensor in self._stored(name)], self._transform)
-            kept[name] = Stretch(there.tensors())
+            here = self.stretch(name)
+            there = Stretch([tensor.to(device) for tensor in here.stored], here.transform, here.start)
+            kept[name] = Stretch(there.tensors(), start=here.start)
         return kept[name]
 
     def _may_keep(self, device: torch.device) -> bool:
@@ -157,9 +165,10 @@ class Sources:
         Args:
             dense: Also give the (K, n) sources themselves, for evolving small models from scratch.
         """
-        gram = gram_table(self.layout, self.stretch, self.operator.needs_base, torch.get_num_threads())
+        columns = self.operator.columns(self.names)
+        gram = gram_table(self.layout, self.stretch, directions(self.operator, len(columns)), torch.get_num_threads())
         return Space(
-            sources=self.names,
+            sources=columns,
             tensors=self.layout.tensors,
             tensor_borders=self.layout.tensor_borders,
             blocks=self.layout.blocks,
@@ -178,14 +187,38 @@ class Sources:
         """
         if genome.size != self.layout.size:
             raise InputError(f"genome: expected {self.layout.size} parameters, found {genome.size}.")
-        if genome.sources != len(self.experts):
+        columns = self.operator.columns(self.names)
+        if genome.sources != len(columns):
             raise InputError(
-                f"genome: expected {len(self.experts)} coefficients a segment ({', '.join(self.names)}), "
+                f"genome: expected {len(columns)} coefficients a segment ({', '.join(columns)}), "
                 f"found {genome.sources}."
             )
-        for parameter in genome.parameters:
-            raise InputError(f"genome: the operator {self.operator.name!r} takes no parameters, found {parameter!r}.")
-        return Mixture(genome.boundaries, self.operator.weights(genome.coefficients), genome.residual)
+        operator = operators.tuned(self.operator, genome.parameters)
+        borders, weights = weights_of(operator, genome, self.layout, lambda: self.tuned(genome)._geometry)
+        return Mixture(borders, weights, genome.residual)
+
+    def tuned(self, genome: Genome) -> Sources:
+        """The same models under the operator with a genome's own settings (``Genome.parameters``).
+
+        What is found out and kept for settings is forgotten when others have been asked for since.
+
+        Raises:
+            InputError: The operator has no such setting to search over, or it is out of range.
+        """
+        operator = operators.tuned(self.operator, genome.parameters)
+        if operator == self.operator:
+            return self
+        if operator not in self._tuned:
+            while len(self._tuned) >= TUNED:
+                del self._tuned[next(iter(self._tuned))]
+            other = copy(self)
+            other.operator, other._kept, other._tuned = operator, {}, {}
+            other._pieces = self._pieces
+            for name in ("_transform", "_matrix", "_geometry"):
+                other.__dict__.pop(name, None)
+            self._tuned[operator] = other
+        self._tuned[operator] = self._tuned.pop(operator)
+        return self._tuned[operator]
 
     def materialise(self, genomes: Sequence[Genome], out: Sequence[Mapping[str, Tensor]]) -> None:
         """Write the merged weights into existing tensors, all genomes in one pass over the sources.
@@ -206,8 +239,19 @@ class Sources:
         if len(out) != len(mixtures):
             raise InputError(f"out: expected one mapping for each of {len(mixtures)} genomes, found {len(out)}.")
         targets = [self._targets(tensors) for tensors in out]
-        if not mixtures:
-            return
+        for tuned, members in self._groups(genomes):
+            tuned._fill([mixtures[i] for i in members], [targets[i] for i in members])
+
+    def _groups(self, genomes: Sequence[Genome]) -> Iterator[tuple[Sources, list[int]]]:
+        """What genomes of the same settings mix, and their places."""
+        groups: dict[Operator, list[int]] = {}
+        for index, genome in enumerate(genomes):
+            groups.setdefault(operators.tuned(self.operator, genome.parameters), []).append(index)
+        for members in groups.values():
+            yield self.tuned(genomes[members[0]]), members
+
+    def _fill(self, mixtures: Sequence[Mixture], targets: Sequence[Sequence[Tensor]]) -> None:
+        """Write merges into tensors in the order of the layout."""
         borders = self.layout.tensor_borders
         with torch.no_grad():
             for index, name in enumerate(self.layout.tensors):
@@ -236,10 +280,12 @@ class Sources:
         """
         mixtures = [self.mixture(genome) for genome in genomes]
         buffer = torch.empty(len(mixtures), self.layout.size, dtype=dtype or self.layout.dtype)
-        if self._matrix is not None and mixtures:
-            mix(self._matrix, 0, mixtures, list(buffer), self.large)
-        elif mixtures:
-            self.materialise(genomes, [self._views(row) for row in buffer])
+        for tuned, members in self._groups(genomes):
+            rows = [buffer[i] for i in members]
+            if tuned._matrix is not None:
+                mix(tuned._matrix, 0, [mixtures[i] for i in members], rows, self.large)
+            else:
+                self.materialise([genomes[i] for i in members], [self._views(row) for row in rows])
         return self._views(buffer.to(device))
 
     def _stored(self, name: str) -> list[Source]:
@@ -250,7 +296,18 @@ class Sources:
     @cached_property
     def _transform(self) -> Transform:
         """The operator's work on the stored tensors; what it must know of all of them is found at first use."""
-        return self.operator.transform(self.layout, self._stored)
+        return self.operator.transform(self._pieces)
+
+    @cached_property
+    def _pieces(self) -> Pieces:
+        """The stored tensors as operators stream them, the same for all settings."""
+        return Pieces(self.layout, self._stored)
+
+    @cached_property
+    def _geometry(self) -> GramTable:
+        """Inner products of the J models, by tensor."""
+        each = [[(j, 1.0)] for j in range(len(self.checkpoints))]
+        return gram_table(self.layout, self.stretch, each, torch.get_num_threads(), 0)
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         """By tensor name, views of a (..., n) buffer."""
@@ -285,11 +342,9 @@ class Sources:
         return Stretch([torch.cat([c[j].to(torch.float32) for c in columns]) for j in range(len(self.checkpoints))])
 
     def _vectors(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        columns = []
-        for name in self.layout.tensors:
-            table = torch.stack([tensor.to(torch.float64) for tensor in self.read(name)])
-            columns.append((table[1:] - table[:1] if self.operator.needs_base else table).to(torch.float32))
-        return np.ascontiguousarray(torch.cat(columns, dim=1).numpy())
+        moves = directions(self.operator, len(self.operator.columns(self.names)))
+        columns = [np.array(vectors_of(self.read(name), moves), np.float32) for name in self.layout.tensors]
+        return np.concatenate(columns, axis=1)
 
 
 def _expert(path: str | Path, base: Checkpoint | None) -> Checkpoint | Adapter:

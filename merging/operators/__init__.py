@@ -6,17 +6,23 @@ then runs over it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from merging.operators.base import Operator
+from merging.operators.dare import Dare
+from merging.operators.dare_ties import DareTies
 from merging.operators.linear import Linear
+from merging.operators.slerp import Slerp
 from merging.operators.task_arithmetic import TaskArithmetic
+from merging.operators.ties import Ties
 from merging.operators.ties_vectors import TiesVectors
 from populations.errors import InputError, nearest
+from populations.genome import Scalar
 
-operators = {operator.name: operator for operator in (Linear, TaskArithmetic, TiesVectors)}
+_ALL = (Linear, Slerp, TaskArithmetic, Ties, TiesVectors, Dare, DareTies)
+operators: dict[str, Callable[..., Operator]] = {operator.name: operator for operator in _ALL}
 
 
 def get(name: str, settings: Mapping[str, Any] | None = None) -> Operator:
@@ -32,9 +38,26 @@ def get(name: str, settings: Mapping[str, Any] | None = None) -> Operator:
     if name not in operators:
         raise InputError(f"operator: expected a merge operator, found {name!r}.", nearest(name, tuple(operators)))
     kind, given = operators[name], dict(settings or {})
-    known = tuple(field.name for field in fields(kind))
+    known = tuple(field.name for field in fields(kind))  # type: ignore[arg-type]
     for setting in given:
         if setting not in known:
             remedy = nearest(setting, known) if known else "It takes none."
             raise InputError(f"{setting}: the operator {name!r} has no such setting.", remedy)
     return kind(**given)
+
+
+def tuned(operator: Operator, parameters: Mapping[str, Scalar]) -> Operator:
+    """``operator`` with a genome's own settings.
+
+    Raises:
+        InputError: It has no such setting to search over (the nearest name is given), or one is out of range.
+    """
+    known = tuple(operator.searchable)
+    for parameter in parameters:
+        if not known:
+            raise InputError(f"genome: the operator {operator.name!r} takes no parameters, found {parameter!r}.")
+        if parameter not in known:
+            raise InputError(
+                f"genome: the operator {operator.name!r} has no parameter {parameter!r}.", nearest(parameter, known)
+            )
+    return replace(operator, **parameters) if parameters else operator  # type: ignore[type-var]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from merging.layout import Layout
 from merging.materialise import Transform, unchanged
-from merging.operators.base import Read
+from merging.operators.task_vectors import Pieces
 from populations.genome import Floats
 
 
@@ -19,15 +20,22 @@ class Linear:
     name = "linear"
     needs_base = False
     changes = False
+    affine = True
+    geometry = None
+    searchable: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
-    def seeds(self, sources: int) -> Floats:
+    def columns(self, experts: Sequence[str]) -> tuple[str, ...]:
+        """The experts: one coefficient each."""
+        return tuple(experts)
+
+    def seeds(self, experts: int) -> Floats:
         """(K, K) one-hot rows: each is an expert, bit for bit."""
-        return np.eye(sources)
+        return np.eye(experts)
 
-    def weights(self, coefficients: Floats) -> Floats:
+    def weights(self, coefficients: Floats, grams: Floats | None = None) -> Floats:
         """(S, K): the coefficients."""
         return np.asarray(coefficients, np.float64)
 
-    def transform(self, layout: Layout, read: Read) -> Transform:
+    def transform(self, pieces: Pieces) -> Transform:
         """The experts are mixed as they are."""
         return unchanged

@@ -13,19 +13,18 @@ unrounded and in their own type, and the merge is task arithmetic of these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from merging import compiled
-from merging.layout import Layout
 from merging.materialise import SMALL, Transform
-from merging.operators.base import Read
+from merging.operators.prepared import check_density
 from merging.operators.task_arithmetic import TaskArithmetic
 from merging.operators.task_vectors import Pieces, chunks, largest, task_vectors
-from populations.errors import InputError
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -47,23 +46,23 @@ class TiesVectors(TaskArithmetic):
 
     name = "ties_vectors"
     changes = True
+    searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
 
     def __post_init__(self) -> None:
-        number = isinstance(self.density, (int, float)) and not isinstance(self.density, bool)
-        if not number or not 0 < self.density <= 1:
-            raise InputError(
-                f"density: expected a number above 0 and at most 1, found {self.density!r}.",
-                "It is the share of each task vector that is kept; 0.2 is usual.",
-            )
+        check_density(self.density, "It is the share of each task vector that is kept; 0.2 is usual.")
 
-    def transform(self, layout: Layout, read: Read) -> Transform:
-        """Streams the models twice (float64: four times) to find the thresholds and once to count the signs."""
-        pieces = Pieces(layout, read)
-        rank = max(1, round(self.density * layout.size))
-        election = _Election(pieces.kind, (0.0,) * pieces.vectors if rank == layout.size else largest(pieces, rank))
-        balance = sum(pieces.map(election.balance)) if pieces.vectors > 1 else 0
-        large = pieces.kind == torch.float32 and (pieces.vectors + 1) * layout.size > SMALL
-        return _Election(pieces.kind, election.thresholds, 1.0 if balance >= 0 else -1.0, large)
+    def transform(self, pieces: Pieces) -> Transform:
+        """Streams the models to find the thresholds (``largest``) and once to count the signs."""
+        return elected(pieces, self.density)
+
+
+def elected(pieces: Pieces, density: float) -> Transform:
+    """Trimming to ``density`` and electing signs: experts become ``base + tau'``."""
+    rank = max(1, round(density * pieces.size))
+    election = _Election(pieces.kind, (0.0,) * pieces.vectors if rank == pieces.size else largest(pieces, rank))
+    balance = sum(pieces.map(election.balance)) if pieces.vectors > 1 else 0
+    large = pieces.kind == torch.float32 and (pieces.vectors + 1) * pieces.size > SMALL
+    return _Election(pieces.kind, election.thresholds, 1.0 if balance >= 0 else -1.0, large)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class _Election:
     majority: float = 1.0
     large: bool = False
 
-    def __call__(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, pieces: Sequence[Tensor], start: int = 0) -> list[Tensor]:
         """The base, and K experts with the base's elements in place of those trimmed or outvoted."""
         base, *experts = pieces
         changed = [torch.empty_like(expert) for expert in experts]
@@ -105,7 +104,7 @@ class _Election:
             replaced = vector.mul_(signs).lt_(threshold)
             _select(replaced, base, expert, out)
 
-    def balance(self, pieces: Sequence[Tensor]) -> int:
+    def balance(self, pieces: Sequence[Tensor], start: int) -> int:
         """By how many positions the positive signs outnumber the negative ones."""
         signs = [self._signs(task_vectors(cut, self.kind)) for cut in chunks(pieces)]
         return sum(int((each > 0).sum() - (each < 0).sum()) for each in signs)

@@ -1,0 +1,75 @@
+"""TIES-Merging: task vectors trimmed, their signs elected, what agrees averaged (Yadav et al. 2023, arXiv:2306.01708).
+
+Algorithm 1. Each task vector tau_k = theta_k - base is trimmed to its largest entries over the whole model; every
+position elects the sign of the sum of what is left; entries of the other sign become zero, and those that agree are
+divided by their number, A of them at a position (``mean``, the paper's), or not (``sum``):
+
+    theta = base + sum_k c_k v_k,   v_k = tau'_k / A
+
+Trimming and the election know no coefficients, so the merge is linear in these, and c_k = lambda for all k is the
+paper's ``base + lambda tau_m``. (mergekit has the experts' weights take part in the election: another method.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from merging.materialise import Transform
+from merging.operators.prepared import Combine, PreparedVectors, check_combine, check_density, prepared, shared
+from merging.operators.task_vectors import Pieces, task_vectors
+from merging.operators.ties_vectors import elected
+
+
+@dataclass(frozen=True)
+class Ties(PreparedVectors):
+    """``theta = base + sum_k c_k v_k`` with v_k of TIES; zero coefficients give the base.
+
+    Args:
+        density: The share of each task vector's n entries that is kept when trimming, above 0 and at most 1, as for
+            ``ties_vectors``.
+        combine: ``mean`` divides entries by how many agree, ``sum`` does not (then the merge is ``ties_vectors``').
+
+    Raises:
+        InputError: A setting is out of range.
+    """
+
+    density: float = 0.2
+    combine: Combine = "mean"
+
+    name = "ties"
+    searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
+
+    def __post_init__(self) -> None:
+        check_density(self.density, "It is the share of each task vector that is kept; 0.2 is usual.")
+        check_combine(self.combine)
+
+    def transform(self, pieces: Pieces) -> Transform:
+        """Streams the models to find the thresholds and once to count the signs, as ``ties_vectors`` does."""
+        return _Disjoint(pieces.kind, elected(pieces, self.density), self.combine)
+
+
+@dataclass(frozen=True)
+class _Disjoint:
+    """What is left of task vectors, in pieces of the base and K experts.
+
+    Args:
+        kind: The type in which task vectors are formed.
+        election: Gives the base and ``base + tau'_k``.
+        combine: Whether entries are divided by how many agree.
+    """
+
+    kind: torch.dtype
+    election: Transform
+    combine: Combine
+
+    def __call__(self, pieces: Sequence[Tensor], start: int) -> list[Tensor]:
+        """The base, and K vectors ``v_k``."""
+        return prepared(pieces, start, self._vectors)
+
+    def _vectors(self, pieces: Sequence[Tensor], start: int) -> Sequence[Tensor]:
+        return shared(task_vectors(self.election(pieces, start), self.kind), self.combine)
