@@ -53,8 +53,8 @@ class Head(nn.Module):
         self.log, self.delay, self.stop = log, delay, stop
 
     def forward(self, outputs, inputs):
+        time.sleep(self.delay)
         if self.log and torch.is_grad_enabled():
-            time.sleep(self.delay)
             with open(self.log, "a") as file:
                 file.write("x\\n")
             if self.stop and len(open(self.log).readlines()) == self.stop:

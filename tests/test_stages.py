@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from managing import begun, ended
+from processes import Ecotone, killed
 from test_adamerging_recipes import toy_recipe
 from test_manager import Crash, Simulated
 from test_searches import GOALS, MAKERS, SPACE, TWO_GOALS, Driver, Pair, expanded, scored
@@ -19,7 +22,8 @@ from experiments.checks import validate
 from experiments.compose import make_search
 from experiments.recipe import Recipe, Stages
 from experiments.running import launch, resume
-from populations.errors import InputError, SearchError
+from experiments.runs import Run
+from populations.errors import InputError, JournalError, SearchError
 from populations.genome import Genome
 from populations.journal import Journal
 from populations.niches import NicheArchive
@@ -606,3 +610,38 @@ def test_stopped_in_its_second_stage_it_goes_on(tmp_path: Path) -> None:
         assert len(list(journal.rows(gradients=True))) > len(list(journal.rows())) >= 16
     resume(tmp_path / "s")
     assert outcome_of(tmp_path / "s") == outcome_of(whole.directory)
+
+
+def recorded(run: Path) -> list[tuple[int, bool]]:
+    """Number of each trial with a result, and whether it is a gradient; none while the journal is being begun."""
+    with contextlib.suppress(JournalError), Journal.open(run / "journal.sqlite") as journal:
+        return [(row.number, row.calibration is not None) for row in journal.rows(gradients=True)]
+    return []
+
+
+@pytest.mark.parametrize("stages", [pytest.param(RUN, marks=pytest.mark.slow), QUICK], ids=["map", "nsga2"])
+def test_killed_in_each_stage_it_goes_on_to_the_same(
+    stages: list[dict[str, Any]], tmp_path: Path, ecotone: Ecotone
+) -> None:
+    share, moments = stages[0]["evaluations"], random.Random(stages[0]["algorithm"])
+    first, second = moments.randint(1, share // 2), share + moments.randint(1, 10)
+    whole = launch(
+        Recipe.from_yaml(toy_recipe(tmp_path / "a", search=stages)), tmp_path / "w", folders=(str(tmp_path / "a"),)
+    )
+    recipe, run = toy_recipe(tmp_path / "b", delay=0.1, search=stages), tmp_path / "run"
+    slowed = "--set=objectives.search.0.head.arguments.delay=0.1"
+    killed("run", recipe, "--out", run, slowed, when=lambda: len(recorded(run)) >= first)
+    paid = recorded(run)
+    assert first <= len(paid) < share  # in the first stage
+    assert Run(run).status()["state"] == "killed"
+
+    killed("resume", run, when=lambda: len(recorded(run)) >= second)
+    later = recorded(run)
+    assert later[: len(paid)] == paid
+    assert any(gradient for _, gradient in later)  # in the second
+    assert Run(run).status()["state"] == "killed"
+
+    assert ecotone("resume", run).code == 0
+    assert recorded(run)[: len(later)] == later
+    assert len(recorded(run)) > len(later)
+    assert outcome_of(run) == outcome_of(whole.directory)
