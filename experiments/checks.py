@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import compose
-from experiments.parts import Call, LanguageObjective, PythonObjective
+from experiments.parts import Call, LanguageObjective, LmEval, PythonObjective
 from experiments.recipe import (
     Box,
     GradientSearch,
@@ -21,6 +21,8 @@ from experiments.recipe import (
     SurrogateBox,
 )
 from fitness.callables import resolve
+from fitness.worker import open_sources
+from merging import tokenizers
 from merging.gram import region_borders
 from merging.layout import Layout
 from merging.sources import Sources
@@ -53,8 +55,9 @@ def _findings(recipe: Recipe) -> Iterator[Finding]:
         yield from _search(recipe)
         return
     spec = compose.worker_spec(recipe, prepared)
-    sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names, spec.settings)
+    sources = open_sources(spec)
     yield from _models(sources)
+    yield from _language(recipe, sources)
     yield from _search(recipe, sources)
     yield from _needs(recipe, sources)
 
@@ -98,6 +101,22 @@ def _models(sources: Sources) -> Iterator[Finding]:
     yield Finding("layout", f"{layout.size:,} parameters, {tensors} tensors, {blocks} blocks, {_kinds(layout)}")
     if layout.aliases:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
+
+
+def _language(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
+    """For recipes with objectives of language models: what differs between tokenizers, and how large tasks are."""
+    measured = [one for one in (*recipe.objectives.search, *recipe.objectives.held_out) if isinstance(one, LmEval)]
+    if not any(isinstance(one, LanguageObjective) for one in recipe.objectives.search):
+        return
+    models = [sources.origin, *(expert for expert in sources.experts if expert is not sources.origin)]
+    differences = tokenizers.compare([(model.name, model.path) for model in models])
+    yield Finding("tokenizers", " ".join(differences) or "no differences")
+    for one in measured:
+        from fitness.language import describe
+
+        found = describe(one.settings, f"objective {one.name!r}")
+        text = f"{one.task}: {found.metric} on {found.documents} of {found.available} documents, {found.kind}"
+        yield Finding(f"lm_eval.{one.name}", text)
 
 
 def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]:

@@ -183,6 +183,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         operator=recipe.merge.operator,
         settings=recipe.merge.settings,
         names=models.names,
+        vocabulary=models.vocabulary,
         architecture=_call(architecture, prepared) if isinstance(architecture, Call) else architecture,
         search=tuple(_objective(objective, recipe, prepared) for objective in recipe.objectives.search),
         held_out=tuple(_objective(objective, recipe, prepared) for objective in recipe.objectives.held_out),

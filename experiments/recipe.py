@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from experiments.parts import OBJECTIVES, Call, LanguageObjective, Objective, Part
+from merging.hub import is_repository
 from populations.errors import InputError, nearest
 
 PREPARED = "prepared:"
@@ -34,11 +35,14 @@ class Models(Part):
     """The models to merge.
 
     Attributes:
-        experts: safetensors files or Hugging Face directories, relative to the recipe's folder; a path that
-            begins with ``prepared:`` is relative to what the preparation step wrote.
+        experts: safetensors files, Hugging Face directories or LoRA adapters (which need the base), relative to the
+            recipe's folder, or repositories of the hub (``organisation/name``, ``organisation/name@revision``); a path
+            that begins with ``prepared:`` is relative to what the preparation step wrote.
         base: The model they were fine-tuned from; needed by operators that work on task vectors.
         tokenizer: Hugging Face directory of the tokenizer, for objectives of language models; by default the base, or
             else the first expert.
+        vocabulary: What to do with models whose vocabularies have other sizes: refuse them (``same``), cut them to the
+            ``base``'s, or take the ``union``.
         names: What to call the experts; by default their file names.
         architecture: ``auto`` for Hugging Face directories, a call that returns a ``torch.nn.Module`` whose
             state-dict names match the files, or nothing when objectives take plain tensors.
@@ -47,6 +51,7 @@ class Models(Part):
     experts: tuple[str, ...] = Field(min_length=1)
     base: str | None = None
     tokenizer: str | None = None
+    vocabulary: Literal["same", "base", "union"] = "same"
     names: tuple[str, ...] | None = None
     architecture: Call | Literal["auto"] | None = None
 
@@ -762,11 +767,16 @@ class Recipe(Part):
         def resolved(path: str) -> str:
             return path if path.startswith(PREPARED) else str(folder / Path(path).expanduser())
 
+        def model(path: str) -> str:
+            """Of a repository of the hub its name, unless the recipe's folder holds one of its organisation's name."""
+            local = not is_repository(path) or (folder / path).parent.exists()
+            return resolved(path) if local else path
+
         models = self.models.model_copy(
             update={
-                "experts": tuple(resolved(path) for path in self.models.experts),
-                "base": None if self.models.base is None else resolved(self.models.base),
-                "tokenizer": None if self.models.tokenizer is None else resolved(self.models.tokenizer),
+                "experts": tuple(model(path) for path in self.models.experts),
+                "base": None if self.models.base is None else model(self.models.base),
+                "tokenizer": None if self.models.tokenizer is None else model(self.models.tokenizer),
             }
         )
         objectives = Objectives.model_construct(

@@ -30,6 +30,7 @@ from fitness.callables import resolve
 from fitness.data import Batches, Examples, Inputs, check, load
 from fitness.heads import Head, logits
 from fitness.specs import ObjectiveSpec
+from merging.checkpoint import located
 from populations.errors import InputError, nearest
 from populations.trial import Goal
 
@@ -220,7 +221,10 @@ def build(spec: ObjectiveSpec, device: torch.device, dtype: torch.dtype | None =
     where = f"objective {spec.goal.name!r}"
     _check_fields(spec, where)
     if spec.type in LANGUAGE:
-        made: Objective = resolve(LANGUAGE[spec.type], where)(spec.goal, spec.settings, spec.tokenizer, device)
+        assert spec.tokenizer is not None
+        made: Objective = resolve(LANGUAGE[spec.type], where)(
+            spec.goal, spec.settings, str(located(spec.tokenizer)), device
+        )
         return made
     if spec.call is not None:
         return CallableObjective(spec.goal, resolve(spec.call.call, f"{where}: call"), spec.call.arguments)

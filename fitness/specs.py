@@ -103,6 +103,7 @@ class WorkerSpec:
         operator: Name of the merge operator.
         settings: The operator's settings, by name.
         names: Names of the experts; None takes them from their files.
+        vocabulary: What to do with models whose vocabularies have other sizes (``merging.vocabulary``).
         architecture: A function that returns the ``torch.nn.Module`` to fill; ``auto`` for a Hugging Face
             directory; None when objectives take a dict of tensors.
         search: Objectives that guide the search.
@@ -123,6 +124,7 @@ class WorkerSpec:
     operator: str = "linear"
     settings: Mapping[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
+    vocabulary: Literal["same", "base", "union"] = "same"
     architecture: CallSpec | Literal["auto"] | None = None
     search: tuple[ObjectiveSpec, ...] = ()
     held_out: tuple[ObjectiveSpec, ...] = ()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fitness import calibration
+from fitness.generation import same_model
 from fitness.objectives import Model, Objective, Score, build
 from fitness.resident import Resident
 from fitness.specs import WorkerSpec
@@ -21,6 +22,15 @@ from merging.sources import Sources
 from populations.errors import EcotoneError, InputError, nearest
 from populations.space import Space
 from populations.trial import CalibrationBatch, Evaluation, Trial
+
+
+def open_sources(spec: WorkerSpec) -> Sources:
+    """The models of a worker, opened; only headers are read.
+
+    Raises:
+        EcotoneError: As ``Sources.open``.
+    """
+    return Sources.open(spec.experts, spec.base, spec.operator, spec.names, spec.settings, spec.vocabulary)
 
 
 class Worker:
@@ -41,7 +51,7 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._device = _device(spec.device)
-        self._sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names, spec.settings)
+        self._sources = open_sources(spec)
         stored = None if spec.architecture is None else self._sources.layout.dtype
         kind = _dtype(spec.dtype) or stored
         self._resident = Resident(
@@ -97,15 +107,16 @@ class Worker:
 
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
         scores: dict[str, Score] = {}
-        for objective in self._objectives[trial.subset]:
-            name = objective.goal.name
-            try:
-                score = objective.score(model)
-            except (Exception, SystemExit) as error:
-                return _failed(f"objective {name!r}", error, began)
-            if not math.isfinite(score.value):
-                return self._not_finite(f"objective {name!r}: expected a finite score, found {score.value}", began)
-            scores[name] = score
+        with same_model(self._objectives[trial.subset]):
+            for objective in self._objectives[trial.subset]:
+                name = objective.goal.name
+                try:
+                    score = objective.score(model)
+                except (Exception, SystemExit) as error:
+                    return _failed(f"objective {name!r}", error, began)
+                if not math.isfinite(score.value):
+                    return self._not_finite(f"objective {name!r}: expected a finite score, found {score.value}", began)
+                scores[name] = score
         return Evaluation(
             {name: score.value for name, score in scores.items()},
             {name: score.per_example for name, score in scores.items() if score.per_example is not None},

@@ -271,11 +271,19 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
     record = changed(
         models__experts=["a.safetensors", "sub/b", "/absolute/c", "prepared:d", "../e"], prepare={"call": "m:f"}
     )
-    models = Recipe.from_yaml(written(tmp_path / "folder", record)).models
     folder = (tmp_path / "folder").resolve()
+    (folder / "sub").mkdir(parents=True)
+    models = Recipe.from_yaml(written(tmp_path / "folder", record)).models
     assert models.experts[:4] == (f"{folder}/a.safetensors", f"{folder}/sub/b", "/absolute/c", "prepared:d")
     assert Path(models.experts[4]).resolve() == folder.parent / "e"
     assert models.base == f"{folder}/base.safetensors"
+
+
+def test_repositories_of_the_hub_keep_their_names(tmp_path: Path) -> None:
+    models = Recipe.from_yaml(
+        written(tmp_path, changed(models__experts=["org/name", "org/name@v1", "./org/name"]))
+    ).models
+    assert models.experts == ("org/name", "org/name@v1", f"{tmp_path.resolve()}/org/name")
 
 
 def test_the_ready_recipes_are_valid() -> None:
