@@ -1,0 +1,600 @@
+"""Merges as mergekit's YAML, and mergekit-evolve's YAML as recipes.
+
+mergekit (https://github.com/arcee-ai/mergekit) is a program of its own; nothing here imports it. An exact export rests
+on what its documentation says: ``linear`` with ``normalize: false`` is a plain weighted sum; ``dtype`` is what it
+computes in and ``out_dtype`` what it writes; a parameter may be a list of filters, of which the first that is part of
+a tensor's name gives the value. So it can express every merge that weighs each tensor as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+import torch
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from experiments.parts import Part
+from merging.checkpoint import Model
+from merging.layout import Layout
+from merging.lora import Adapter
+from merging.sources import Sources
+from merging.vocabulary import Resized
+from populations.errors import InputError, nearest
+from populations.genome import Genome
+
+IN_ORDER = 4  # models whose weighted sum torch takes from the first to the last
+_AS_CHECKPOINT = "Export a checkpoint instead: leave the format out."
+
+
+@dataclass(frozen=True)
+class Snap:
+    """A genome whose split points were moved to tensor borders, and what that changed.
+
+    Args:
+        genome: The genome; each tensor has the coefficients that most of it had.
+        elements: How many parameters have other coefficients than before.
+        share: The same as a share of all parameters.
+        largest: The largest change of a coefficient.
+    """
+
+    genome: Genome
+    elements: int
+    share: float
+    largest: float
+
+    def __str__(self) -> str:
+        return f"{self.share:.2%} of the parameters get other coefficients (the largest change is {self.largest:.4g})"
+
+
+@dataclass(frozen=True)
+class MergekitMerge:
+    """A merge as mergekit reads it.
+
+    Args:
+        config: The file's content.
+        genome: The merge that it describes.
+        snap: What moving split points to tensor borders changed; None when none had to be moved.
+        adapters: Whether mergekit will merge LoRA adapters into their base first.
+        notes: What its user has to know, a sentence each.
+    """
+
+    config: Mapping[str, Any]
+    genome: Genome
+    snap: Snap | None
+    adapters: bool
+    notes: tuple[str, ...]
+
+    def text(self, title: str) -> str:
+        """The file: title and notes as comments, then YAML. Numbers are read back as the same float64."""
+        body = yaml.safe_dump(dict(self.config), sort_keys=False, default_flow_style=None, width=1_000_000)
+        return "".join(f"# {line}\n" for line in (title, *self.notes)) + body
+
+
+def mergekit_config(
+    genome: Genome, sources: Sources, dtype: torch.dtype | str | None = None, snap: bool = False
+) -> MergekitMerge:
+    """The mergekit configuration whose result has the genome's weights.
+
+    mergekit computes in float32 and rounds once, as ``Sources.materialise`` does. With up to four models the results
+    agree bit for bit; the sum of more is torch's own, some of it in another order, and differs in last bits. Models are
+    named by their absolute paths, those in the Hugging Face hub's cache by repository and commit.
+
+    Args:
+        genome: The merge.
+        sources: The models, Hugging Face directories, and the operator.
+        dtype: Type of the result; by default that of the models (float32 when they mix types).
+        snap: Move split points inside tensors to tensor borders instead of refusing the genome.
+
+    Raises:
+        InputError: mergekit cannot express the merge: the operator changes the experts, the genome has a residual or
+            split points inside tensors, or the models are no Hugging Face directories, or in float64.
+    """
+    _check_expressible(genome, sources)
+    moved = snapped(genome, sources.layout)
+    if moved is not None and not snap:
+        raise _splits_tensors(genome, sources.layout, moved)
+    plain = genome if moved is None else moved.genome
+    kind = str(dtype or sources.layout.dtype).removeprefix("torch.")
+    columns: dict[str, dict[str, float]] = {}
+    for model, weights in _weights(plain, sources):
+        column = columns.setdefault(reference(model), dict.fromkeys(weights, 0.0))
+        for name, weight in weights.items():  # mergekit refuses to read a model twice
+            column[name] += weight
+    config = {
+        "merge_method": "linear",
+        "base_model": reference(sources.origin),
+        "dtype": "float32",
+        "out_dtype": kind,
+        "parameters": {"normalize": False},
+        "models": [{"model": model, "parameters": {"weight": _setting(column)}} for model, column in columns.items()],
+    }
+    adapters = any(isinstance(model, Adapter) for model in sources.checkpoints)
+    return MergekitMerge(config, plain, moved, adapters, tuple(_notes(list(columns), sources, dtype, kind, moved)))
+
+
+def snapped(genome: Genome, layout: Layout) -> Snap | None:
+    """The genome with its split points moved to tensor borders, or None when they all are there.
+
+    A tensor that is split takes the coefficients that most of its elements have; where there is one split point, that
+    moves it to the nearest border.
+    """
+    plain, borders = genome.simplified(), layout.tensor_borders
+    union = np.union1d(plain.boundaries, borders)
+    if len(union) == len(borders):
+        return None
+    rows, lengths = plain.refined(union), np.diff(union)
+    home = np.searchsorted(borders, union[:-1], side="right") - 1
+    taken = np.empty((len(borders) - 1, plain.sources))
+    for tensor in range(len(taken)):
+        pieces = np.flatnonzero(home == tensor)
+        kinds, kind = np.unique(rows[pieces], axis=0, return_inverse=True)
+        taken[tensor] = kinds[np.argmax(np.bincount(kind.ravel(), lengths[pieces]))]
+    changes = np.abs(rows - taken[home])
+    elements = int(lengths[changes.any(axis=1)].sum())
+    result = Genome(borders, taken, plain.parameters, plain.residual).simplified()
+    return Snap(result, elements, elements / layout.size, float(changes.max()))
+
+
+def filters(values: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Substring filters, of which the first that is part of a name gives that name's value.
+
+    A filter is the beginning of several names, up to a dot, where all names that contain it have the same value;
+    otherwise a full name. Full names that are part of other names come last, the longest first: none takes another's
+    value.
+
+    Args:
+        values: By tensor name, its value.
+
+    Returns:
+        Filters with their values, in the order of the names as far as that is possible.
+    """
+    shared: dict[str, bool] = {}
+    chosen: dict[str, float] = {}
+    for name, value in values.items():
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            start = ".".join(parts[:depth]) + "."
+            if start not in shared:
+                there = [values[other] for other in values if start in other]
+                shared[start] = len(there) > 1 and all(one == value for one in there)
+            if shared[start]:
+                chosen[start] = value
+                break
+        else:
+            chosen[name] = value
+    text = "\n".join(values)
+    last = sorted((one for one in chosen if one in values and text.count(one) > 1), key=len, reverse=True)
+    return [(one, chosen[one]) for one in (*(one for one in chosen if one not in last), *last)]
+
+
+def reference(model: Model) -> str:
+    """What mergekit loads a model by: a path or a repository of the hub, an adapter behind its base.
+
+    Raises:
+        InputError: A path has a character that mergekit reads otherwise.
+    """
+    if isinstance(model, Adapter):
+        return f"{reference(model.base)}+{_place(model.path)}"
+    return _place(model.path)
+
+
+def _place(path: Path) -> str:
+    place = path.absolute()
+    repository = place.parent.parent.name
+    if place.parent.name == "snapshots" and repository.startswith("models--"):  # the cache of huggingface_hub
+        return f"{repository.removeprefix('models--').replace('--', '/', 1)}@{place.name}"
+    if "@" in str(place) or "+" in str(place):
+        raise InputError(
+            f"{place}: mergekit reads @ as the beginning of a revision and + as that of an adapter, found in a path.",
+            "Rename the directory, or link to it by another name.",
+        )
+    return str(place)
+
+
+def _setting(values: Mapping[str, float]) -> float | list[dict[str, str | float]]:
+    """A parameter of mergekit's: a number where all tensors share it, otherwise filters."""
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    return [{"filter": one, "value": value} for one, value in filters(values)]
+
+
+def _weights(genome: Genome, sources: Sources) -> list[tuple[Model, dict[str, float]]]:
+    """The models, and each one's weight by tensor; tied tensors have theirs by every name that a model stores.
+
+    The model that configuration and tokenizer come from is among them, if need be with weights of zero. Tensors that
+    are not merged are its.
+    """
+    layout, mixture = sources.layout, sources.mixture(genome)
+    segments = np.searchsorted(mixture.borders, layout.tensor_borders[:-1], side="right") - 1
+    places = dict(zip(layout.tensors, segments.tolist(), strict=True))
+    for model in sources.checkpoints:
+        places |= {name: places[kept] for name, kept in Layout.of(model).aliases.items()}
+    models = [(model, mixture.weights[:, j].tolist()) for j, model in enumerate(sources.checkpoints)]
+    if all(model is not sources.origin for model, _ in models):
+        models.insert(0, (sources.origin, [0.0] * len(mixture.weights)))
+    return [
+        (
+            model,
+            {name: weights[segment] for name, segment in places.items()}
+            | dict.fromkeys(layout.buffers, float(model is sources.origin)),
+        )
+        for model, weights in models
+    ]
+
+
+def _check_expressible(genome: Genome, sources: Sources) -> None:
+    if sources.operator.changes:
+        raise InputError(
+            f"merge.operator: mergekit cannot express {sources.operator.name!r}, which changes the experts in a way of "
+            "its own before they are mixed (mergekit's methods of like names do it otherwise).",
+            _AS_CHECKPOINT,
+        )
+    if genome.residual is not None:
+        raise InputError(
+            "genome: expected coefficients of models, found whole weights that were evolved: mergekit cannot express "
+            "them.",
+            _AS_CHECKPOINT,
+        )
+    for model in (sources.origin, *sources.checkpoints):
+        if isinstance(model, Resized):
+            raise InputError(
+                f"{model.path}: mergekit has its own ways to make vocabularies alike, found one that was resized.",
+                _AS_CHECKPOINT,
+            )
+        if not model.is_hugging_face:
+            raise InputError(
+                f"{model.path}: mergekit merges Hugging Face directories, found no config.json.", _AS_CHECKPOINT
+            )
+        if any(info.dtype == torch.float64 for info in model.tensors.values()):
+            raise InputError(f"{model.path}: mergekit knows no float64, which this model is in.", _AS_CHECKPOINT)
+
+
+def _splits_tensors(genome: Genome, layout: Layout, moved: Snap) -> InputError:
+    borders = layout.tensor_borders
+    inside = np.setdiff1d(genome.simplified().boundaries, borders)
+    first = layout.tensors[int(np.searchsorted(borders, inside[0], side="right")) - 1]
+    return InputError(
+        f"genome: mergekit gives a tensor one weight a model, found {len(inside)} split point(s) inside tensors, the "
+        f"first in {first!r}.",
+        f"Snap them to tensor borders (--snap): {moved}; or export a checkpoint, which is exact.",
+    )
+
+
+def _notes(
+    models: Sequence[str], sources: Sources, dtype: torch.dtype | str | None, kind: str, moved: Snap | None
+) -> list[str]:
+    notes = []
+    if any(isinstance(model, Adapter) for model in sources.checkpoints):
+        notes.append(
+            "mergekit merges adapters into their base first, with --lora-merge-dtype float32 almost without rounding; "
+            "its result differs in last bits."
+        )
+    if len(models) > IN_ORDER:
+        notes.append(f"mergekit sums more than {IN_ORDER} models in an order of its own: last bits may differ.")
+    if moved is not None:
+        notes.append(f"NOT the merge that was scored, as split points were moved to tensor borders: {moved}.")
+    if any(Path(model).is_absolute() for model in models):
+        notes.append("Models are named by their paths on one machine; elsewhere put others, or ids of the hub.")
+    if dtype is None and len(set(sources.layout.dtypes)) > 1:
+        notes.append(f"The models mix types; mergekit writes all tensors in {kind}.")
+    if sources.layout.buffers:
+        notes.append(f"mergekit leaves out, or writes in {kind}: {', '.join(sources.layout.buffers)}.")
+    return notes
+
+
+# -- mergekit-evolve's configuration ---------------------------------------------------------------------
+
+METHODS = {  # by mergekit's method, the operator for weights that are normalised and that are not
+    "linear": ("task_arithmetic", "linear"),
+    "task_arithmetic": ("task_arithmetic", "task_arithmetic"),
+    "ties": ("ties", "ties_vectors"),
+    "dare_ties": ("dare_ties", "dare_ties"),
+    "slerp": ("slerp", "slerp"),
+}
+_ELECTION = "Signs are elected without the coefficients' say, and magnitudes trimmed over the whole model."
+
+
+def _plain_reference(value: Any) -> Any:
+    """A model of mergekit's as ``path[@revision][+adapter[@revision]]``; it may be written as a mapping, too."""
+    if isinstance(value, Mapping) and set(value) <= {"path", "revision"}:
+        return f"{value.get('path')}@{value['revision']}" if value.get("revision") else value.get("path")
+    if isinstance(value, Mapping) and set(value) <= {"model", "lora"}:
+        model, lora = (_plain_reference(value.get(key)) for key in ("model", "lora"))
+        return f"{model}+{lora}" if lora else model
+    return value
+
+
+ModelName: TypeAlias = Annotated[str, BeforeValidator(_plain_reference)]
+
+
+class EvolveTask(Part):
+    """A task of lm-eval; ``metric`` is its name and its filter's, joined by a comma."""
+
+    name: str
+    weight: float = 1.0
+    metric: str = "acc,none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class EvolveGenome(Part):
+    """What mergekit-evolve searches over."""
+
+    models: tuple[ModelName, ...] = Field(min_length=1)
+    merge_method: str
+    base_model: ModelName | None = None
+    tokenizer_source: str | None = None
+    layer_granularity: int = 0
+    normalize: bool | None = None
+    allow_negative_weights: bool = False
+    filters: tuple[str, ...] | None = None
+    smooth: bool = False
+
+
+class EvolveFile(Part):
+    """mergekit-evolve's configuration: a genome, and the tasks that it is scored on."""
+
+    genome: EvolveGenome
+    tasks: tuple[EvolveTask, ...] = Field(min_length=1)
+    limit: int | None = Field(default=None, ge=1)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    shuffle: bool = False
+    random_init: bool = False
+    apply_chat_template: bool = True
+    fewshot_as_multiturn: bool = True
+
+    @classmethod
+    def read(cls, file: Path) -> EvolveFile:
+        """Read and check a file.
+
+        Raises:
+            InputError: It is missing, not YAML or another kind of file, or a field is unknown or does not fit.
+        """
+        try:
+            record = yaml.safe_load(file.read_text("utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{file}: no such file.") from error
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise InputError(f"{file}: cannot be read as YAML: {error}") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{file}: expected a mapping with genome and tasks, found {type(record).__name__}.")
+        if "genome" not in record and "merge_method" in record:
+            raise InputError(
+                f"{file}: expected mergekit-evolve's genome and tasks, found a merge with weights already chosen: "
+                "there is nothing in it to search for, or by.",
+                "Write its models under genome.models, and under tasks what to score merges on.",
+            )
+        try:
+            return cls.model_validate(record)
+        except ValidationError as error:
+            raise InputError("\n".join(_line(dict(one), file) for one in error.errors()[:5])) from error
+
+
+def _line(entry: dict[str, Any], file: Path) -> str:
+    steps = entry["loc"]
+    field = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
+    if entry["type"] == "extra_forbidden":
+        inner: dict[int | str, type[Part]] = {"genome": EvolveGenome, "tasks": EvolveTask}
+        part = inner[steps[0]] if len(steps) > 1 else EvolveFile
+        return f"{file}: {field}: unknown key. {nearest(str(steps[-1]), list(part.model_fields))}"
+    if entry["type"] == "missing":
+        return f"{file}: {field}: missing; mergekit-evolve needs it."
+    return f"{file}: {field}: {entry['msg'][0].lower()}{entry['msg'][1:]}, found {entry['input']!r}."
+
+
+def import_mergekit(path: str | Path, layers: int | None = None) -> str:
+    """mergekit-evolve's configuration as a recipe.
+
+    Args:
+        path: The YAML file.
+        layers: How many layers the models have; needed with ``layer_granularity`` above 1 unless the first model is a
+            local directory.
+
+    Returns:
+        The recipe's text; the comments at its top say what is otherwise than in mergekit-evolve.
+
+    Raises:
+        InputError: The file cannot be read or is no such configuration, a key is unknown, the method is not supported,
+            or the number of layers is needed.
+    """
+    file = Path(path)
+    evolve = EvolveFile.read(file)
+    reader = _Importer(evolve, file.parent, layers)
+    models, merge, box = reader.merges()
+    record = {
+        "name": re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "imported",
+        "models": models,
+        "merge": merge,
+        "objectives": reader.objectives(),
+        "search": {"algorithm": "cma_es", **reader.segments(), **box, "sigma": 0.1667},
+        "budget": {"evaluations": 100},
+    }
+    reader.note_the_rest()
+    comments = [
+        f"Made of {file.name}, a configuration of mergekit-evolve. What is otherwise than there:",
+        *(f"- {note}" for note in reader.notes),
+    ]
+    body = yaml.safe_dump(record, sort_keys=False, default_flow_style=None, width=110)
+    return "".join(f"# {line}\n" for line in comments) + body
+
+
+class _Importer:
+    """Turns mergekit-evolve's fields into a recipe's, and notes what differs."""
+
+    def __init__(self, evolve: EvolveFile, folder: Path, layers: int | None) -> None:
+        self.evolve, self.folder, self.layers = evolve, folder, layers
+        self.notes: list[str] = []
+
+    def merges(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
+        """The recipe's models and merge operator, and the search's bounds and start."""
+        genome, method = self.evolve.genome, self.evolve.genome.merge_method
+        if method not in METHODS:
+            raise InputError(
+                f"genome.merge_method: expected one of {', '.join(METHODS)}, found {method!r}.",
+                nearest(method, tuple(METHODS)),
+            )
+        base = None if genome.base_model is None else self._place(genome.base_model)
+        if base is None and method in ("task_arithmetic", "ties", "dare_ties"):
+            raise InputError(f"genome.base_model: missing; {method} adds to a base model.")
+        experts = [self._expert(name) for name in genome.models]
+        if base in experts and method != "linear":
+            self.notes.append("genome.models: the base is no expert, too; its task vector is zero.")
+            experts.remove(base)
+        if len(experts) < 2:
+            raise InputError(f"genome.models: expected two models or more to merge, found {len(experts)}.")
+        normalised = method in ("ties", "dare_ties", "linear") if genome.normalize is None else genome.normalize
+        operator = METHODS[method][0 if normalised else 1]
+        start, high = round(1 / len(genome.models), 4), 1.0
+        if method == "linear" and normalised:
+            base, *experts = experts
+            self.notes.append(
+                "normalize: weights that sum to one are written as task arithmetic on the first model, whose weight is "
+                "what the others leave."
+            )
+        elif method in ("ties", "dare_ties"):
+            self.notes.append(
+                f"density: mergekit-evolve searches for one a model; here all have the operator's. {_ELECTION}"
+            )
+            if normalised:
+                start, high = 1.0, 2.0
+                self.notes.append("normalize: what agrees is averaged, and coefficients scale the average.")
+        elif method == "slerp":
+            if len(experts) != 2:
+                raise InputError(
+                    f"genome.models: slerp interpolates between two models, found {len(experts)} (of which "
+                    "mergekit-evolve takes the two of largest weight, layer by layer).",
+                    "Give two, or merge_method: linear.",
+                )
+            start = 0.5
+        elif normalised:
+            self.notes.append("normalize: weights are not divided by their sum.")
+        low = -high if genome.allow_negative_weights and method != "slerp" else 0.0
+        self.notes.append(f"Coefficients are searched between {low:g} and {high:g}; mergekit-evolve has no bounds.")
+        models: dict[str, Any] = {
+            "experts": experts,
+            **({} if base is None else {"base": base}),
+            "architecture": "auto",
+        }
+        if genome.tokenizer_source == "union" or (genome.tokenizer_source == "base" and base is not None):
+            models["vocabulary"] = genome.tokenizer_source
+        elif genome.tokenizer_source not in (None, "base"):
+            models["tokenizer"] = self._place(genome.tokenizer_source)
+        box = {"low": low, "high": high, "start": start}
+        return models, {"operator": operator, "dtype": "bfloat16"}, box
+
+    def segments(self) -> dict[str, Any]:
+        """The search's granularity."""
+        genome = self.evolve.genome
+        step = genome.layer_granularity
+        if step < 1:
+            return {"granularity": "model"}
+        if step == 1:
+            self.notes.append(
+                "layer_granularity: embeddings, final norm and head have coefficients of their own; in mergekit-evolve "
+                "they share those of the first or the last layer."
+            )
+            return {"granularity": "block"}
+        layers = self.layers or self._layers()
+        if layers is None:
+            raise InputError(
+                f"genome.layer_granularity: with {step} the number of layers is needed, and {genome.models[0]} is no "
+                "local directory to find it in.",
+                "Give it: --layers 32, say.",
+            )
+        if layers % step:
+            raise InputError(f"genome.layer_granularity: expected a divisor of {layers}, the layers, found {step}.")
+        if layers == step:
+            return {"granularity": "model"}
+        self.notes.append(
+            f"layer_granularity: {layers // step} runs of layers, embeddings and head among them, of about as many "
+            f"parameters each, in place of {step} layers each."
+        )
+        return {"granularity": "groups", "groups": layers // step}
+
+    def objectives(self) -> dict[str, Any]:
+        """The recipe's objectives; with a limit the examples that are left judge the result."""
+        evolve = self.evolve
+        weights = {abs(task.weight) for task in evolve.tasks}
+        names: list[str] = []
+        searched = []
+        for task in evolve.tasks:
+            metric, _, kept = task.metric.partition(",")
+            name = task.name if task.name not in names else f"{task.name}-{metric}"
+            names.append(name)
+            entry: dict[str, Any] = {"name": name, "type": "lm_eval", "task": task.name, "metric": metric}
+            if kept not in ("", "none"):
+                entry["filter"] = kept
+            if evolve.num_fewshot is not None:
+                entry["shots"] = evolve.num_fewshot
+            if evolve.apply_chat_template:
+                entry |= {"chat_template": True, "fewshot_as_multiturn": evolve.fewshot_as_multiturn}
+            if task.weight < 0:
+                entry["direction"] = "minimize"
+            searched.append(entry if evolve.limit is None else {**entry, "limit": evolve.limit})
+        if len(weights) > 1:
+            given = ",".join(f"{name}={abs(task.weight):g}" for name, task in zip(names, evolve.tasks, strict=True))
+            self.notes.append(
+                "tasks.weight: the search maximises the plain mean of the scores. Of its front, `ecotone export "
+                f'--preference "{given}"` takes what suits the weights.'
+            )
+        if evolve.limit is None:
+            return {"search": searched}
+        self.notes.append(
+            f"limit: {evolve.limit} examples drawn by seed, not the first; the others of each task are held out."
+        )
+        return {"search": searched, "held_out": [{**entry, "part": "rest"} for entry in searched]}
+
+    def note_the_rest(self) -> None:
+        """Note what has no counterpart."""
+        evolve, genome = self.evolve, self.evolve.genome
+        if genome.filters:
+            self.notes.append(
+                f"filters: not carried over ({', '.join(genome.filters)}); for coefficients by tensor say granularity: "
+                "tensor and algorithm: sep_cma_es."
+            )
+        if genome.smooth:
+            self.notes.append("smooth: not carried over; coefficients are not interpolated between layers.")
+        if evolve.shuffle and evolve.limit is None:
+            self.notes.append("shuffle: not carried over; all examples are scored.")
+        if evolve.random_init:
+            self.notes.append("random_init: not carried over; the search begins with equal weights.")
+        self.notes.append(
+            "The command line's options are not in that file: its budget is 100 evaluations (--max-fevals), its first "
+            "step 1/6 (--sigma0), and tasks of a folder (--task-search-path) need `folder` in each objective."
+        )
+
+    def _expert(self, name: str) -> str:
+        """A model's place, or its adapter's; the adapter's base is the recipe's."""
+        model, plus, adapter = name.partition("+")
+        if plus and model != self.evolve.genome.base_model:
+            raise InputError(
+                f"genome.models: expected an adapter of base_model ({self.evolve.genome.base_model}), found {name}.",
+                "Merge it into its base first: peft's merge_and_unload(), then save_pretrained().",
+            )
+        return self._place(adapter or model)
+
+    def _place(self, name: str) -> str:
+        """A local directory's absolute path, otherwise the hub's name as it is.
+
+        mergekit takes paths from where it runs; the file's own folder is a second guess.
+        """
+        places = (Path(name).expanduser(), self.folder / name)
+        return next((str(place.resolve()) for place in places if place.exists()), name)
+
+    def _layers(self) -> int | None:
+        config = Path(self._place(self.evolve.genome.models[0].partition("+")[0])) / "config.json"
+        if not config.is_file():
+            return None
+        record = json.loads(config.read_text("utf-8"))
+        found = record.get("num_hidden_layers", (record.get("text_config") or {}).get("num_hidden_layers"))
+        return found if isinstance(found, int) else None
