@@ -13,6 +13,7 @@ from fitness.callables import call
 from fitness.specs import CallSpec
 from merging.checkpoint import Model
 from merging.sources import Sources
+from merging.vocabulary import Resized
 from populations.errors import InputError
 
 
@@ -61,6 +62,8 @@ def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
     option = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     with _no_progress_bars(transformers):
         module = kind.from_pretrained(checkpoint.path, local_files_only=True, **{option: dtype or "auto"})
+        if isinstance(checkpoint, Resized) and checkpoint.rows is not None:
+            module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
     assert isinstance(module, nn.Module)
     return module
 

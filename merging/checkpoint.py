@@ -194,7 +194,7 @@ class Checkpoint:
                 home[tensor] = shard
         if not home:
             raise CheckpointError(f"{place}: expected tensors, found none.", "Export the model again.")
-        return cls(place, name or _default_name(place), shards, _config(directory), home)
+        return cls(place, name or default_name(place), shards, _config(directory), home)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -390,7 +390,8 @@ def _config(directory: Path | None) -> dict[str, Any] | None:
     return config
 
 
-def _default_name(path: Path) -> str:
+def default_name(path: Path) -> str:
+    """What reports call the model of a file or directory: the name of the repository, the directory or the file."""
     of_hub = hub.name_of(path)
     if of_hub:
         return of_hub

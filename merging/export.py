@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from merging import tokenizers
 from merging.checkpoint import DTYPES, INDEX, SINGLE, TensorInfo
 from merging.layout import MERGEABLE
 from merging.materialise import Mixture, mix
@@ -44,8 +45,8 @@ def export_directory(
 ) -> Path:
     """Write a merged model that ``from_pretrained`` loads.
 
-    The configuration, tokenizer and licence files are copied from the base (or from the first expert); code and
-    weights in other formats are not.
+    The configuration, tokenizer and licence files are copied from the base (or from the first expert), the tokenizer
+    of united vocabularies from the model with the most tokens; code and weights in other formats are not.
 
     Args:
         sources: The models of the merge; the one the files come from must be a Hugging Face directory.
@@ -74,6 +75,8 @@ def export_directory(
     with _renamed(target, writer.nbytes) as partial:
         partial.mkdir()
         _copy_files(sources.origin.path, partial)
+        if sources.tokenizer != sources.origin.path:
+            _copy_tokenizer(sources.tokenizer, partial)
         _write_json(partial / "config.json", _config(sources.origin.config or {}, writer.dtype))
         writer.write_shards(partial, shard_bytes)
         _describe(partial, card, record)
@@ -264,6 +267,13 @@ def _copy_files(origin: Path, target: Path) -> None:
         wanted = file.suffix in _COPIED_SUFFIXES or file.name.upper().startswith(_COPIED_NAMES)
         if file.is_file() and wanted and file.name not in _LEFT_OUT and not file.name.endswith(".index.json"):
             shutil.copyfile(file, target / file.name)
+
+
+def _copy_tokenizer(origin: Path, target: Path) -> None:
+    for name in tokenizers.FILES:
+        (target / name).unlink(missing_ok=True)
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, target / name)
 
 
 def _config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

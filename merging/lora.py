@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from merging import compiled
-from merging.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint, TensorInfo, located
+from merging.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint, TensorInfo, default_name, located
 from merging.layout import OUTPUT_EMBEDDINGS, Layout, is_vocabulary, tied_embedding
 from merging.lazy import Source, formed
 from merging.materialise import CHUNK, DEVICE_SPAN, SMALL
@@ -167,7 +167,7 @@ class Adapter:
             CheckpointError: It cannot be read, is not plain LoRA, or does not fit the base.
         """
         place = located(path)
-        stored = Checkpoint.open(_weights(place), name or place.resolve().name)
+        stored = Checkpoint.open(_weights(place), name or default_name(place))
         return cls(place, stored.name, base, stored, *_Reader(place, base, stored).read())
 
     @property

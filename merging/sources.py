@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merging import operators, preflight
+from merging import operators, preflight, tokenizers
 from merging.checkpoint import Checkpoint, Model, is_adapter, located
 from merging.gram import gram_table, vectors_of
 from merging.layout import Layout
@@ -23,7 +23,7 @@ from merging.lora import Adapter
 from merging.materialise import SMALL, Mixture, Stretch, Transform, mix, unchanged
 from merging.operators.base import Operator, directions, weights_of
 from merging.operators.task_vectors import Pieces
-from merging.vocabulary import Vocabulary, fitted
+from merging.vocabulary import Resized, Vocabulary, fitted
 from populations.errors import InputError
 from populations.genome import Genome
 from populations.gram import GramTable
@@ -114,8 +114,19 @@ class Sources:
 
     @property
     def origin(self) -> Model:
-        """Where buffers, configuration and tokenizer come from: the base, or else the first expert."""
+        """Where buffers and configuration come from: the base, or else the first expert."""
         return self.base or self.experts[0]
+
+    @cached_property
+    def tokenizer(self) -> Path:
+        """Where the tokenizer that goes with every merge is: the origin's directory, or the first that has one.
+
+        Where vocabularies are united it is the one with the most tokens.
+        """
+        places = [model.path for model in (self.origin, *self.experts)]
+        if isinstance(self.origin, Resized):
+            return max(places, key=lambda place: len(tokenizers.vocabulary(place) or ()))
+        return next((place for place in places if tokenizers.has_tokenizer(place)), self.origin.path)
 
     @property
     def large(self) -> bool:

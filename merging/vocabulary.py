@@ -14,7 +14,7 @@ merge).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -74,12 +74,16 @@ def _rows(model: Model) -> dict[str, int]:
 
 
 def _counts(models: Sequence[Model]) -> dict[str, list[int]]:
-    """By name, how many rows the models have of tensors in which they differ."""
-    counts: dict[str, list[int]] = {}
+    """By name, how many rows the models have of tensors in which they differ, and differ in nothing else."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
     for model in models:
-        for name, rows in _rows(model).items():
-            counts.setdefault(name, []).append(rows)
-    return {name: rows for name, rows in counts.items() if len(set(rows)) > 1}
+        for name in _rows(model):
+            shapes.setdefault(name, []).append(model.tensors[name].shape)
+    return {
+        name: [shape[0] for shape in each]
+        for name, each in shapes.items()
+        if len(set(each)) > 1 and len({shape[1:] for shape in each}) == 1
+    }
 
 
 def check_numbers(models: Sequence[Model], stop: int | None = None) -> None:
@@ -142,11 +146,16 @@ class Resized:
         """What reports call it."""
         return self.model.name
 
+    @property
+    def rows(self) -> int | None:
+        """Rows of its input embedding, if their number is another."""
+        return next((rows for name, rows in self.sizes.items() if name.endswith(INPUT_EMBEDDINGS)), None)
+
     @cached_property
     def config(self) -> Mapping[str, Any] | None:
         """The model's ``config.json`` with the number of tokens that its embeddings have now."""
         config = self.model.config
-        rows = next((rows for name, rows in self.sizes.items() if name.endswith(INPUT_EMBEDDINGS)), None)
+        rows = self.rows
         if config is None or rows is None:
             return config
         text = config.get("text_config")
@@ -171,11 +180,11 @@ class Resized:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """By name, the shape and type of every tensor as it is read."""
+        """By name, the shape and the model's own type of every tensor; lacking rows may be read in a wider one."""
         infos = dict(self.model.tensors)
         for name, rows in self.sizes.items():
             if name in infos:
-                infos[name] = TensorInfo((rows, *infos[name].shape[1:]), self.flat(name).dtype)
+                infos[name] = replace(infos[name], shape=(rows, *infos[name].shape[1:]))
         return infos
 
     def tensor(self, name: str) -> Tensor:

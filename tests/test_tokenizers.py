@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from merging import tokenizers
+
+VOCABULARY = {"a": 0, "b": 1, "ab": 2}
+SETTINGS = {"eos_token": "</s>", "chat_template": "{{ messages }}"}
+
+
+def model(directory: Path, name: str, vocabulary=VOCABULARY, added=(), settings=SETTINGS, **parts) -> tuple[str, Path]:
+    folder = directory / name
+    folder.mkdir()
+    kind = {"type": "BPE", "vocab": vocabulary, "merges": parts.pop("merges", ["a b"])}
+    listed = [{"id": number, "content": token, "special": True} for token, number in added]
+    (folder / "tokenizer.json").write_text(json.dumps({"model": kind, "added_tokens": listed, **parts}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return name, folder
+
+
+def test_tokenizers_that_agree_give_no_sentence(tmp_path):
+    models = [model(tmp_path, "base"), model(tmp_path, "same"), model(tmp_path, "pairs", merges=[["a", "b"]])]
+    assert tokenizers.compare(models) == []
+    assert tokenizers.compare([]) == []
+
+
+def test_plain_files_are_passed_over(tmp_path):
+    assert tokenizers.compare([model(tmp_path, "base"), ("plain", tmp_path / "plain.safetensors")]) == []
+
+
+CASES = {
+    "number": (
+        {"vocabulary": {"a": 0, "c": 1, "ab": 2}},
+        ["In the tokenizers of 'base' and 'other' token 1 differs: 'b' and 'c'."],
+    ),
+    "added": (
+        {"added": [("<x>", 3), ("<y>", 4)]},
+        ["The tokenizer of 'other' has 2 tokens that 'base' has not: '<x>', '<y>'."],
+    ),
+    "fewer": ({"vocabulary": {"a": 0, "b": 1}}, ["The tokenizer of 'base' has 1 tokens that 'other' has not: 'ab'."]),
+    "merges": (
+        {"merges": []},
+        ["In the tokenizers of 'base' and 'other' the merge rules differ: the same text may become other tokens."],
+    ),
+    "parts": (
+        {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "ByteLevel"}},
+        ["In the tokenizers of 'base' and 'other' normalizer and pre-tokenizer differ."],
+    ),
+    "special": (
+        {"settings": {**SETTINGS, "eos_token": {"content": "<|im_end|>", "lstrip": False}}},
+        ["In the tokenizers of 'base' and 'other' eos_token differs: '</s>' and '<|im_end|>'."],
+    ),
+    "template": (
+        {"settings": {**SETTINGS, "chat_template": "{{ other }}"}},
+        ["The chat templates of 'base' and 'other' differ: prompts are to be written as each was trained on."],
+    ),
+    "no template": ({"settings": {"eos_token": "</s>"}}, ["'other' has no chat template and 'base' has one."]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_difference_is_a_sentence(tmp_path, case):
+    options, sentences = CASES[case]
+    assert tokenizers.compare([model(tmp_path, "base"), model(tmp_path, "other", **options)]) == sentences
+
+
+def test_a_template_is_the_same_wherever_it_is_kept(tmp_path):
+    base = model(tmp_path, "base")
+    other = model(tmp_path, "other", settings={"eos_token": "</s>"})
+    (other[1] / "chat_template.jinja").write_text("{{ messages }}\n")
+    assert tokenizers.compare([base, other]) == []
+
+
+def test_a_model_without_a_tokenizer_is_named(tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    assert tokenizers.compare([model(tmp_path, "base"), ("bare", bare)]) == [
+        "'bare' has no tokenizer that can be compared with that of 'base'."
+    ]
+
+
+def test_vocabularies_of_every_kind_of_file(tmp_path):
+    def written(name, **files):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, content in files.items():
+            (folder / f"{file}.json").write_text(json.dumps(content))
+        return tokenizers.vocabulary(folder)
+
+    expected = {0: "a", 1: "b", 2: "<x>"}
+    added = [{"id": 2, "content": "<x>"}]
+    assert written("bpe", tokenizer={"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": added}) == expected
+    assert (
+        written("unigram", tokenizer={"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": added})
+        == expected
+    )
+    assert written("slow", vocab={"a": 0, "b": 1}, added_tokens={"<x>": 2}) == expected
+    assert written("none") is None
+    (tmp_path / "none" / "tokenizer.json").write_text("{")
+    assert tokenizers.vocabulary(tmp_path / "none") is None
