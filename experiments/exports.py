@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments import compose
+from experiments.mergekit import MergekitMerge, mergekit_config
 from experiments.recipe import Recipe, algorithm_of
 from experiments.runs import Run, Scored
 from fitness.pools import Batch, SerialPool
+from fitness.worker import open_sources
 from merging.checkpoint import Checkpoint
 from merging.export import RECORD, export_directory, export_file, export_plain_directory
 from merging.operators.base import Operator
 from merging.sources import Sources
-from populations.errors import CheckpointError, SearchError
+from populations.errors import CheckpointError, InputError, SearchError
 from populations.genome import Genome
 from populations.trial import Subset, Trial
 
@@ -43,10 +45,8 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
     trial = run.trial(member)
     scored = run.scored(trial.number)
     recipe = _recipe(run)
-    spec = compose.worker_spec(recipe, compose.prepare(recipe))
-    sources = Sources.open(spec.experts, spec.base, spec.operator, spec.names, spec.settings)
+    sources, dtype = _opened(recipe)
     record = {**_record(run, recipe, trial, scored), "operator": operator_record(sources.operator)}
-    dtype = recipe.merge.dtype or (None if spec.architecture is None else str(sources.layout.dtype).split(".")[-1])
     target = Path(to)
     if target.suffix == ".safetensors":
         return export_file(sources, trial.genome, target, record, dtype)
@@ -55,6 +55,60 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
         return export_directory(sources, trial.genome, target, card, record, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     return export_plain_directory(sources, trial.genome, target, card, record, dtype)
+
+
+def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = False) -> MergekitMerge:
+    """Write a member as the file of which mergekit makes the weights that were scored.
+
+    Args:
+        run: The run.
+        member: A trial's number, or ``best``.
+        to: A new file that ends in ``.yaml`` or ``.yml``.
+        snap: Move split points inside tensors to tensor borders; the result says what that changed.
+
+    Returns:
+        What was written, and of which genome; ``rescored`` measures that of a snapped one.
+
+    Raises:
+        EcotoneError: There is no such member, the models are gone, the target is in the way, or mergekit cannot express
+            the merge.
+    """
+    target = Path(to)
+    if target.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{target}: expected a path that ends in .yaml, as mergekit reads.")
+    if target.exists():
+        raise InputError(f"{target}: the file exists.", "Choose another name, or remove it.")
+    trial = run.trial(member)
+    run.scored(trial.number)
+    sources, dtype = _opened(_recipe(run))
+    merge = mergekit_config(trial.genome, sources, dtype, snap)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    options = " --lora-merge-dtype float32" if merge.adapters else ""
+    title = f"{run.name}, member {trial.number}, found by Ecotone. Make it: mergekit-yaml {target.name} DIR{options}"
+    target.write_text(merge.text(title), "utf-8")
+    return merge
+
+
+def rescored(run: Run, genome: Genome) -> dict[str, dict[str, float]]:
+    """By subset of the data, the scores of another merge of a run's models, measured now.
+
+    Raises:
+        SearchError: It cannot be scored.
+    """
+    recipe = _recipe(run)
+    spec = replace(compose.worker_spec(recipe, compose.prepare(recipe)), dense=False, calibration=())
+    subsets: tuple[Subset, ...] = ("search", "held_out") if recipe.objectives.held_out else ("search",)
+    with SerialPool(spec) as pool:
+        pool.start()
+        return {subset: dict(_measured(pool, genome, subset)) for subset in subsets}
+
+
+def _opened(recipe: Recipe) -> tuple[Sources, str | None]:
+    """A recipe's models, and the type that its merges are scored in; None where each tensor keeps its own."""
+    spec = compose.worker_spec(recipe, compose.prepare(recipe))
+    sources = open_sources(spec)
+    own = None if spec.architecture is None else str(sources.layout.dtype).split(".")[-1]
+    return sources, recipe.merge.dtype or own
 
 
 def operator_record(operator: Operator) -> dict[str, Any]:
@@ -202,11 +256,16 @@ def verify(path: str | Path) -> list[Comparison]:
 
 
 def _compared(pool: SerialPool, genome: Genome, subset: Subset, recorded: Mapping[str, float]) -> list[Comparison]:
+    found = _measured(pool, genome, subset)
+    return [Comparison(subset, name, value, found[name]) for name, value in recorded.items()]
+
+
+def _measured(pool: SerialPool, genome: Genome, subset: Subset) -> Mapping[str, float]:
     pool.submit(Batch(0, (Trial(0, genome, subset=subset),)))
     ((_, (evaluation,)),) = pool.completed()
     if evaluation.failure is not None:
         raise SearchError(f"the export cannot be scored: {evaluation.failure.message}\n{evaluation.failure.details}")
-    return [Comparison(subset, name, value, evaluation.scores[name]) for name, value in recorded.items()]
+    return evaluation.scores
 
 
 def read_record(target: Path) -> dict[str, Any]:

@@ -298,7 +298,6 @@ METHODS = {  # by mergekit's method, the operator for weights that are normalise
     "dare_ties": ("dare_ties", "dare_ties"),
     "slerp": ("slerp", "slerp"),
 }
-_ELECTION = "Signs are elected without the coefficients' say, and magnitudes trimmed over the whole model."
 
 
 def _plain_reference(value: Any) -> Any:
@@ -462,12 +461,16 @@ class _Importer:
                 "what the others leave."
             )
         elif method in ("ties", "dare_ties"):
+            trimmed = "magnitudes are trimmed over the whole model" if method == "ties" else "masks are fixed by a seed"
             self.notes.append(
-                f"density: mergekit-evolve searches for one a model; here all have the operator's. {_ELECTION}"
+                f"density: mergekit-evolve searches for one a model; here all have merge.density. Also, {trimmed}, and "
+                "signs are elected without the coefficients' say."
             )
-            if normalised:
+            if operator != "ties_vectors":
                 start, high = 1.0, 2.0
-                self.notes.append("normalize: what agrees is averaged, and coefficients scale the average.")
+                self.notes.append(
+                    "normalize: entries that agree are averaged, and the coefficients scale what results."
+                )
         elif method == "slerp":
             if len(experts) != 2:
                 raise InputError(
