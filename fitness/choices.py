@@ -11,7 +11,8 @@ keys and values are kept for all. The likelihoods are the same but for rounding.
 
 Not every architecture can do this: it takes one that follows a 4-D attention mask, positions and a cache. This is
 found out with the first model that is scored: if the largest question's likelihoods are not those computed plainly,
-all is computed plainly, with a warning. The tolerance is ``TOLERANCE`` for each token.
+all is computed plainly, with a warning. A model settles it only if its likelihoods would be off with choices that
+see each other: one that says the same whatever it reads leaves it to the next.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ from populations.trial import Goal
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.25
 """Largest difference of a token's log-probability, in nats, by the model's type; the second for 16-bit types."""
+
+TELLING = 4
+"""How many times further off the likelihoods of choices that see each other must be, for a model to settle it."""
 
 SHARED = 16  # tokens that all questions begin with, from which on their keys and values are kept
 
@@ -224,17 +228,19 @@ class MultipleChoice:
         tolerance = tokens * TOLERANCE.get(_dtype(model), HALF_TOLERANCE)
         try:
             found = trial.likelihoods(model)
-        except torch.cuda.OutOfMemoryError:
+        except (MemoryError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
+            if "can't allocate memory" in str(error):
+                raise
             return self._cannot(model, f"{type(error).__name__}: {error}")
-        if not (abs(found - expected) <= tolerance).all():
-            apart = abs(found - expected).max()
-            return self._cannot(model, f"log-likelihoods differ by {apart:.2g} from those computed plainly")
+        apart = abs(found - expected)
+        if not (apart <= tolerance).all():
+            return self._cannot(model, f"log-likelihoods differ by {apart.max():.2g} from those computed plainly")
         if trial.each[0].parts is None:
             return True
         unmasked = Passes([trial.each[0].unmasked], trial.count, trial.shared).likelihoods(model)
-        return None if (abs(unmasked - expected) <= tolerance).all() else True
+        return True if abs(unmasked - expected).max() > TELLING * apart.max() else None
 
     def _cannot(self, model: Any, why: str) -> bool:
         warnings.warn(

@@ -394,6 +394,8 @@ def _prompts(texts: Sequence[str], given: Settings, tokenizer: Any, where: str) 
 def _check_lengths(
     chosen: Sequence[tuple[str, Record]], prompts: Sequence[Sequence[int]], most: int, context: int | None, where: str
 ) -> None:
+    if context is not None and most > context:
+        raise InputError(f"{where}: most: expected at most {context}, which is what the model can take, found {most}.")
     for (place, _), prompt in zip(chosen, prompts, strict=True):
         if not prompt:
             raise InputError(f"{where}: {place}: expected a prompt with tokens, found none.")

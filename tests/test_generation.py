@@ -233,9 +233,12 @@ def test_objectives_share_what_one_model_writes(lines: str, folder: str) -> None
 def test_what_is_shared_is_gone_after_a_failure(lines: str, folder: str) -> None:
     made = build_tokens_generated(LENGTH, {"data": lines, "most": 2}, folder, tiny.CPU)
     before = made.generator.written(tiny.llama(1))
-    with pytest.raises(ZeroDivisionError), same_model([made]):
+    broken = tiny.llama(1)
+    del broken.model.norm
+    with same_model([made]):
         made.score(tiny.llama(1))
-        raise ZeroDivisionError
+    with pytest.raises(AttributeError), same_model([made]):
+        made.score(broken)
     assert made.generator.written(tiny.llama(2)) != before
 
 
@@ -267,13 +270,17 @@ def test_prompts(folder: str, tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"most": 0}, "most: expected at least 1, found 0"),
+        ({"most": 257}, "most: expected at most 256, which is what the model can take, found 257"),
         ({"most": 250}, r"prompts.jsonl:\d+: expected a prompt of at most 7 tokens, so that 250 more fit"),
         ({"batch": 0}, "batch: expected at least 1, found 0"),
         ({"stop": [""]}, "stop: expected texts, found an empty one"),
         ({"template": "{promt}"}, "expected a field 'promt', as the template names, found none. Did you mean 'prompt'"),
         ({"template": ""}, "prompts.jsonl:1: expected a prompt with tokens, found none"),
         ({"extract": "("}, r"extract: expected a regular expression, found '\('"),
-        ({"answer": "anwser"}, "prompts.jsonl:1: expected a field 'anwser', found none. Did you mean 'answer'"),
+        (
+            {"answer": "anwser", "most": 2},
+            "prompts.jsonl:1: expected a field 'anwser', found none. Did you mean 'answer'",
+        ),
         ({"mots": 3}, "found 'mots'. Did you mean 'most'"),
     ],
 )
