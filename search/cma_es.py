@@ -29,10 +29,10 @@ class CmaEs:
         box: Where coefficients lie.
         goals: The objectives; their oriented mean is maximised.
         seed: The recipe's seed.
-        start: Initial value of every coefficient, or of each (D,), moved into the box; None means 1/K, the plain
-            average.
+        start: Initial value of every coefficient, or a point (D,), moved into the box; None means 1/K, the plain
+            average. Settings start at their defaults.
         sigma: Initial step size, in units of the coefficients.
-        population_size: Candidates a generation; None means ``4 + floor(3 ln(S K))``.
+        population_size: Candidates a generation; None means ``4 + floor(3 ln D)``.
         separable: Learn a diagonal covariance only.
     """
 
@@ -50,9 +50,10 @@ class CmaEs:
         self.goals = tuple(goals)
         self.seed = seed
         size = box.size
-        mean = np.full(size, 1.0 / box.sources)
+        middle = np.asarray(1.0 / box.sources if start is None else start, np.float64)
+        mean = middle if middle.ndim else box.filled(np.full(box.coefficients, middle))
         if start is not None:
-            mean = box.clip(np.broadcast_to(np.asarray(start, np.float64), (size,)))
+            mean = box.clip(np.broadcast_to(mean, (size,)))
         bounds = np.tile(np.array([box.low, box.high]), (size, 1))
         self._optimiser: Any
         if size == 1:  # the library asks for two dimensions at least; the second is idle

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -9,39 +11,102 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from populations.errors import InputError
-from populations.genome import Floats, Genome, Integers
+from populations.genome import Floats, Genome, Integers, Scalar
 from populations.space import Space
 from search.protocol import trial_rng
 
 Granularity: TypeAlias = Literal["model", "groups", "block", "tensor"]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A setting of the merge operator that is searched beside the coefficients (``Genome.parameters``).
+
+    Args:
+        name: As the operator calls it.
+        low: Its smallest value.
+        high: Its largest value.
+        scale: ``linear``, ``log`` (then ``low`` is above 0), or ``integer`` (then all from low to high).
+        default: What genomes without it stand for; None means the middle of its scale.
+
+    Raises:
+        InputError: The bounds are not two finite numbers in order, or do not fit the scale.
+    """
+
+    name: str
+    low: float
+    high: float
+    scale: Literal["linear", "log", "integer"] = "linear"
+    default: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise InputError(f"{self.name}: expected low below high, found {self.low:g} and {self.high:g}.")
+        if self.scale == "log" and self.low <= 0:
+            raise InputError(f"{self.name}: expected bounds above 0 for a log scale, found {self.low:g}.")
+        if self.scale == "integer" and (self.low % 1 or self.high % 1):
+            raise InputError(f"{self.name}: expected whole numbers, found {self.low:g} and {self.high:g}.")
+
+    def value(self, share: float) -> float | int:
+        """The value at ``share`` (0 to 1) of the way from low to high."""
+        if self.scale == "integer":
+            return int(min(max(self.low + math.floor(share * (self.high - self.low + 1)), self.low), self.high))
+        if self.scale == "log":
+            value = self.low * (self.high / self.low) ** share
+        else:
+            value = self.low + (self.high - self.low) * share
+        return float(min(max(value, self.low), self.high))
+
+    def share(self, parameters: Mapping[str, Scalar]) -> float:
+        """How far from low to high a genome with these parameters is; outside 0 to 1 where it is out of bounds."""
+        found = parameters.get(self.name, self.default)
+        if found is None:
+            return 0.5
+        value = float(found)
+        if self.scale == "integer":
+            return (value - self.low + 0.5) / (self.high - self.low + 1)
+        if self.scale == "log":
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
 @dataclass(frozen=True, eq=False)
 class CoefficientBox:
-    """One coefficient a segment and source, each between ``low`` and ``high``.
+    """One coefficient a segment and source, each between ``low`` and ``high``, and settings of the operator.
 
-    A point is a vector of D = S K numbers, segment by segment: the K coefficients of the first segment first.
+    A point is a vector of D = S K + P numbers, segment by segment: the K coefficients of the first segment first. P
+    settings come last, scaled so that the bounds of each are ``low`` and ``high``, too: searches see a cube.
 
     Args:
         borders: (S+1,) segment borders in the flat parameter vector.
         sources: K.
         low: Smallest coefficient.
         high: Largest coefficient.
+        settings: P settings of the merge operator that genomes are given.
     """
 
     borders: Integers
     sources: int
     low: float = 0.0
     high: float = 1.0
+    settings: tuple[Setting, ...] = ()
 
     @classmethod
-    def of(cls, space: Space, granularity: Granularity, low: float, high: float, groups: int = 1) -> CoefficientBox:
+    def of(
+        cls,
+        space: Space,
+        granularity: Granularity,
+        low: float,
+        high: float,
+        groups: int = 1,
+        settings: tuple[Setting, ...] = (),
+    ) -> CoefficientBox:
         """The box over ``space`` with one segment a ``model``, ``block``, ``tensor``, or one of ``groups`` of blocks.
 
         Raises:
             InputError: There are fewer blocks than groups.
         """
-        return cls(borders_of(space, granularity, groups), space.dimension, low, high)
+        return cls(borders_of(space, granularity, groups), space.dimension, low, high, settings)
 
     @property
     def segments(self) -> int:
@@ -49,22 +114,39 @@ class CoefficientBox:
         return len(self.borders) - 1
 
     @property
-    def size(self) -> int:
-        """D = S K, the number of coefficients."""
+    def coefficients(self) -> int:
+        """S K, the number of coefficients."""
         return self.segments * self.sources
 
+    @property
+    def size(self) -> int:
+        """D = S K + P, the number of variables."""
+        return self.coefficients + len(self.settings)
+
     def genome(self, point: NDArray[np.floating]) -> Genome:
-        """The merge that the (D,) coefficients ``point`` describe."""
-        return Genome(self.borders, np.asarray(point, np.float64).reshape(self.segments, self.sources))
+        """The merge that the (D,) ``point`` describes."""
+        numbers = np.asarray(point, np.float64)
+        table = numbers[: self.coefficients].reshape(self.segments, self.sources)
+        shares = (numbers[self.coefficients :] - self.low) / (self.high - self.low)
+        values = zip(self.settings, shares.tolist(), strict=True)
+        return Genome(self.borders, table, {setting.name: setting.value(share) for setting, share in values})
 
     def point(self, genome: Genome) -> Floats:
-        """(D,) coefficients of a genome whose boundaries are among ours; the inverse of ``genome``."""
-        return genome.refined(self.borders).ravel()
+        """(D,) the point of a genome whose boundaries are among ours; the inverse of ``genome``, but for rounding."""
+        return self._with(genome.refined(self.borders).ravel(), genome.parameters)
+
+    def filled(self, coefficients: ArrayLike) -> Floats:
+        """(..., D) points with the (..., S K) ``coefficients`` and every setting at its default."""
+        return self._with(np.asarray(coefficients, np.float64), {})
+
+    def _with(self, coefficients: Floats, parameters: Mapping[str, Scalar]) -> Floats:
+        shares = np.array([setting.share(parameters) for setting in self.settings])
+        scaled = self.low + (self.high - self.low) * shares
+        return np.concatenate([coefficients, np.broadcast_to(scaled, (*coefficients.shape[:-1], len(shares)))], axis=-1)
 
     def draw(self, seed: int, number: int) -> Floats:
-        """(D,) coefficients drawn evenly from the box, for trial ``number`` of a search seeded ``seed``."""
-        shape = (self.segments, self.sources)
-        return trial_rng(seed, number).uniform(self.low, self.high, shape).ravel()
+        """(D,) a point drawn evenly from the box, for trial ``number`` of a search seeded ``seed``."""
+        return trial_rng(seed, number).uniform(self.low, self.high, self.size)
 
     def clip(self, points: Floats) -> Floats:
         """Points moved into the box."""

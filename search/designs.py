@@ -104,7 +104,7 @@ def _tiled(box: CoefficientBox, seeds: Floats) -> Floats:
         return box.clip(rows)
     if rows.shape[1] != box.sources:
         raise InputError(f"seeds: expected {box.sources} coefficients a model, found {rows.shape[1]}.")
-    return box.clip(np.tile(rows, (1, box.segments)))
+    return box.clip(box.filled(np.tile(rows, (1, box.segments))))
 
 
 def _grid(count: int, box: CoefficientBox, rng: np.random.Generator) -> Floats:

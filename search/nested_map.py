@@ -374,6 +374,11 @@ class NestedMapSearch:
 def _check_box(box: CoefficientBox, sources: tuple[str, ...]) -> None:
     if len(sources) < 2 or len(sources) != box.sources:
         raise InputError(f"models: nested MAP merges two or more models, found {len(sources)}.")
+    if box.settings:
+        raise InputError(
+            f"merge: nested MAP searches over coefficients alone, found bounds for {box.settings[0].name}.",
+            "Give one value, or use another algorithm: map, bayesian_map, nsga2 or cma_es search over settings, too.",
+        )
     if box.segments != 1:
         raise InputError(
             f"search.granularity: nested MAP has one coefficient a model, found {box.segments} segments.",

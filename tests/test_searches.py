@@ -26,7 +26,7 @@ from populations.trial import Evaluation, Goal, Outcome, Trial
 from search.adamerging import AdaMerging
 from search.bayesian_map import BayesianMap
 from search.cma_es import CmaEs
-from search.coefficients import CoefficientBox, Granularity
+from search.coefficients import CoefficientBox, Granularity, Setting
 from search.expert_merging import ExpertMerging
 from search.m2n2 import M2N2, M2N2Settings
 from search.map import MapSearch
@@ -107,6 +107,21 @@ def plain_map(seed: int) -> Pair:
     box = CoefficientBox.of(SPACE, "model", 0.0, 1.5)
     search = MapSearch(box, TWO_GOALS, seed, samples=14, front=120, generations=10, filling=0)
     return search, ElitistArchive(TWO_GOALS, 5)
+
+
+def with_settings(make: Callable[[CoefficientBox, int], Search]) -> Callable[[int], Pair]:
+    """A search over one coefficient a model and two settings of the operator."""
+    settings = Setting("density", 0.05, 1.0, "log"), Setting("mask_seed", 0, 7, "integer")
+    box = CoefficientBox.of(SPACE, "model", -0.5, 1.5, settings=settings)
+    return lambda seed: (make(box, seed), ElitistArchive(TWO_GOALS, 5))
+
+
+def map_with_settings(box: CoefficientBox, seed: int) -> Search:
+    return MapSearch(box, TWO_GOALS, seed, samples=24, front=120, generations=10, filling=1, seeds=np.eye(3))
+
+
+def bayesian_with_settings(box: CoefficientBox, seed: int) -> Search:
+    return BayesianMap(box, TWO_GOALS, seed, patience=None, paths=4, candidates=32)
 
 
 def bayesian(**settings: Any) -> Callable[[int], Pair]:
@@ -220,6 +235,12 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "adamerging-sweep": adamerging("tensor", ("odd", "even"), sweep=3, restarts=2, clamp=True, check_every=2),
     "expert_merging": expert_merging(("odd",), restarts=2),
     "expert_merging-chunks": expert_merging(("odd",), restarts=3, steps=8, check_every=3, chunks=2.0, accumulate=2),
+    "random-settings": with_settings(RandomSearch),
+    "cma_es-settings": with_settings(lambda box, seed: CmaEs(box, TWO_GOALS, seed)),
+    "nsga2-settings": with_settings(lambda box, seed: Nsga(box, TWO_GOALS, seed, population=8)),
+    "optuna-tpe-settings": with_settings(lambda box, seed: OptunaSearch(box, TWO_GOALS, seed, "tpe")),
+    "map-settings": with_settings(map_with_settings),
+    "bayesian_map-settings": with_settings(bayesian_with_settings),
     "stages": staged(GOALS, first("cma_es-elite", 14), then_m2n2, then_cma_es),
     "stages-gradients": staged(TWO_GOALS, first("nsga2", 12), then_adamerging, then_nsga),
 }
@@ -316,6 +337,18 @@ def test_trials_are_numbered_and_fit_the_space(kind: str) -> None:
     of_two_tasks = ("adamerging-sweep", "expert_merging-chunks", "m2n2-refined-all")
     several = 2 if kind in of_two_tasks else 1  # gradients of one merge
     assert len(set(driver.digests)) > 30 / several  # it does look at different merges
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind.endswith("settings")])
+def test_settings_of_the_operator_are_searched_within_their_bounds(kind: str) -> None:
+    driver = Driver(*MAKERS[kind](0)).to(60)
+    parameters = [entry[1][0].genome.parameters for entry in driver.log if entry[0] == "tell"]
+    assert all(list(each) == ["density", "mask_seed"] for each in parameters)
+    densities, seeds = {each["density"] for each in parameters}, {each["mask_seed"] for each in parameters}
+    assert 0.05 <= min(densities) < 0.2 < 0.3 < max(densities) <= 1.0
+    assert all(type(seed) is int for seed in seeds)
+    assert len(seeds) > 2
+    assert seeds <= set(range(8))
 
 
 @every_search
