@@ -114,7 +114,7 @@ class LanguageTask:
         metric: The metric's name.
         filter: The name of the filter that answers pass through.
         requests: All requests of the task, ready to run.
-        documents: Each document with its requests, in order.
+        documents: The requests of each document, in order.
         sandboxed: Whether templates come from a folder that may not run code.
     """
 
@@ -123,7 +123,7 @@ class LanguageTask:
     metric: str
     filter: str
     requests: Requests
-    documents: Sequence[tuple[Any, Sequence[Any]]]
+    documents: Sequence[Sequence[Any]]
     sandboxed: bool = False
 
     @property
@@ -150,14 +150,15 @@ class LanguageTask:
                 found = ", ".join(sorted({name for each in self._results() for name in each})) or "none"
                 raise InputError(f"metric: expected {self.metric!r} among the task's results, found {found}.")
             aggregate = self.task.aggregation().get(self.metric) or metrics.mean
-            value = float("nan") if broken else float(aggregate(values))
+            value = float("nan") if broken else _aggregated(aggregate, values)
             each = _by_document(values, aggregate) if len(values) == len(self.documents) else None
         return Score(value, each, len(self.documents))
 
     def _results(self) -> Iterator[Mapping[str, Any]]:
         """The task's metrics of one document after the other."""
         own = callable(self.task.get_config("process_results"))
-        for document, instances in self.documents:
+        for instances in self.documents:
+            document = instances[0].doc
             answers = [instance.filtered_resps[self.filter] for instance in instances]
             # A function of the task's might change the document, and the next candidate would be scored on another.
             yield self.task.process_results(deepcopy(document) if own else document, answers)
@@ -184,13 +185,12 @@ def build(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch
         reader = _reader(options, tokenizer, device, where)
         chosen = _chosen(len(task.eval_docs), options, where)
         _build_requests(task, reader, options, chosen, where)
-        requests = Requests(reader, task.instances, options.batch, where)
+        requests = Requests(reader, task.instances, options.batch, _asks_for_greedy(task), where)
     _remember(task)
-    instances: dict[int, list[Any]] = {}
+    documents: dict[int, list[Any]] = {}
     for instance in sorted(task.instances, key=lambda instance: (instance.doc_id, instance.idx)):
-        instances.setdefault(instance.doc_id, []).append(instance)
-    documents = [(document, instances[number]) for number, document in task.doc_iterator(samples=chosen)]
-    return LanguageTask(goal, task, metric, name, requests, documents, _is_sandboxed(options))
+        documents.setdefault(instance.doc_id, []).append(instance)
+    return LanguageTask(goal, task, metric, name, requests, list(documents.values()), _is_sandboxed(options))
 
 
 def describe(settings: Mapping[str, Any], where: str = "objective") -> Description:
@@ -217,10 +217,11 @@ class Requests:
         reader: lm-eval's model class without a model: what it says of tokens and lengths.
         instances: lm-eval's requests, which receive the answers.
         batch: Rows in one forward pass; None finds the largest that fits when the first model is asked.
+        greedy: Whether the task asks if a continuation is what greedy decoding gives; if not, all are said not to be.
         where: The objective, for error messages.
     """
 
-    def __init__(self, reader: Any, instances: Sequence[Any], batch: int | None, where: str) -> None:
+    def __init__(self, reader: Any, instances: Sequence[Any], batch: int | None, greedy: bool, where: str) -> None:
         kinds: dict[str, type[_Continuations | _Generations]] = {
             "loglikelihood": _Continuations,
             "loglikelihood_rolling": _Texts,
@@ -229,7 +230,7 @@ class Requests:
         by_kind: dict[str, list[Any]] = {}
         for instance in instances:
             by_kind.setdefault(instance.request_type, []).extend([instance] * (instance.repeats or 1))
-        self._groups = [(asked, kinds[kind](reader, asked, where)) for kind, asked in by_kind.items()]
+        self._groups = [(asked, kinds[kind](reader, asked, greedy, where)) for kind, asked in by_kind.items()]
         self._instances, self._where = instances, where
         self._settled = batch is not None
         self._cut(batch or _first_batch(reader, max(group.longest for _, group in self._groups)))
@@ -279,8 +280,7 @@ class _Pass:
     Args:
         sizes: Tokens of each of the M continuations.
         tokens: (B, L) padded on the right.
-        rows: (T,) row of each scored position.
-        columns: (T,) its column.
+        positions: (T,) the scored ones among the B * L.
         wanted: (C,) for each token of the continuations, laid end to end, which of the T positions scores it.
         greedy: (C,) which of them says whether it is the likeliest token.
         targets: (C,) the tokens.
@@ -288,26 +288,32 @@ class _Pass:
 
     sizes: list[int]
     tokens: Tensor
-    rows: Tensor
-    columns: Tensor
+    positions: Tensor
     wanted: Tensor
     greedy: Tensor
     targets: Tensor
 
-    def score(self, model: Any) -> tuple[Tensor, Tensor]:
-        """(M,) log-likelihoods, and (C,) whether each token is the likeliest."""
-        logits = model(self.tokens, use_cache=False).logits[self.rows, self.columns]
+    def score(self, model: Any, greedy: bool) -> tuple[Tensor, Tensor]:
+        """(M,) log-likelihoods, and (C,) whether each token is the likeliest, or no such if not ``greedy``."""
+        logits = model(self.tokens, use_cache=False).logits.flatten(0, 1).index_select(0, self.positions)
         logs = torch.log_softmax(logits, -1)
-        likeliest = logs.argmax(-1)[self.greedy] == self.targets
         each = torch.split(logs[self.wanted, self.targets], self.sizes)
+        likeliest = self._likeliest(logs) if greedy else torch.zeros_like(self.targets, dtype=torch.bool)
         return torch.stack([logarithms.sum() for logarithms in each]), likeliest
+
+    def _likeliest(self, logs: Tensor) -> Tensor:
+        """(C,) whether each token is the first of the largest; ``argmax`` is slow, and few rows need it for ties."""
+        largest = logs[self.greedy, self.targets] == logs.amax(-1)[self.greedy]
+        rows = self.greedy[largest]
+        largest[largest.clone()] = logs[rows].argmax(-1) == self.targets[largest]
+        return largest
 
 
 class _Continuations:
     """Requests for the log-likelihood of a continuation, and whether greedy decoding would give it."""
 
-    def __init__(self, reader: Any, instances: Sequence[Any], where: str) -> None:
-        self._reader, self._rows = reader, list[Row]()
+    def __init__(self, reader: Any, instances: Sequence[Any], greedy: bool, where: str) -> None:
+        self._reader, self._rows, self._greedy = reader, list[Row](), greedy
         # HFLM's own tokenising, handed over where it would start to compute.
         reader._loglikelihood_tokens = self._record
         self._ask(reader, instances)
@@ -337,7 +343,7 @@ class _Continuations:
 
     def answers(self, model: Any) -> tuple[list[Any], bool]:
         """(log-likelihood, is greedy) of each request, and whether any is NaN."""
-        found = [[each.score(model) for each in passes] for passes, _ in self._blocks]
+        found = [[each.score(model, self._greedy) for each in passes] for passes, _ in self._blocks]
         answers: list[tuple[float, bool]] = []
         for (passes, order), scored in zip(self._blocks, found, strict=True):
             sizes = [size for each in passes for size in each.sizes]
@@ -353,9 +359,8 @@ class _Texts(_Continuations):
     """Requests for the log-likelihood of whole texts, in windows of the model's longest input that do not overlap."""
 
     def _ask(self, reader: Any, instances: Sequence[Any]) -> None:
-        with _batch_size(reader, 1):
-            # Each window is answered by 1, so that a text's sum is the number of its windows.
-            self._windows = [int(count) for count in reader.loglikelihood_rolling(instances, disable_tqdm=True)]
+        # Each window is answered by 1, so that a text's sum is the number of its windows.
+        self._windows = [int(count) for count in reader.loglikelihood_rolling(instances, disable_tqdm=True)]
 
     def _in_blocks(self, batch: int) -> list[list[Row]]:
         return [self._rows[start : start + batch] for start in range(0, len(self._rows), batch)]
@@ -372,7 +377,7 @@ class _Generations:
 
     longest = 1  # columns whose logits are held at once
 
-    def __init__(self, reader: Any, instances: Sequence[Any], where: str) -> None:
+    def __init__(self, reader: Any, instances: Sequence[Any], greedy: bool, where: str) -> None:
         if reader.eot_token_id is None:
             raise InputError(f"{where}: tokenizer: expected one with an end-of-text token, found none.")
         self._reader, self._asked, self._where = reader, [instance.args for instance in instances], where
@@ -464,12 +469,11 @@ def _passes(rows: Sequence[Row], batch: int, reader: Any) -> tuple[list[_Pass], 
 def _pass(chunk: Sequence[tuple[str, Tokens, Tokens]], order: Any, reader: Any) -> _Pass:
     inputs = [(context + continuation)[-(reader.max_length + 1) :][:-1] for _, context, continuation in chunk]
     width = max(map(len, inputs))
-    rows, columns, wanted, greedy, targets, sizes = (list[int]() for _ in range(6))
+    positions, wanted, greedy, targets, sizes = (list[int]() for _ in range(5))
     unused = torch.zeros(1, 1, 1)
     for row, ((text, context, continuation), tokens) in enumerate(zip(chunk, inputs, strict=True)):
-        first, count = len(rows), len(continuation)
-        rows += [row] * count
-        columns += range(len(tokens) - count, len(tokens))
+        first, count, end = len(positions), len(continuation), row * width + len(tokens)
+        positions += range(end - count, end)
         for _, answer, _ in order.get_cache(text, context, continuation, unused):
             # The same but for where contexts of unlike length meet in one row; there HFLM reads these two places.
             wanted += range(first, first + len(answer))
@@ -477,8 +481,16 @@ def _pass(chunk: Sequence[tuple[str, Tokens, Tokens]], order: Any, reader: Any) 
             targets += answer
             sizes.append(len(answer))
     padded = [tokens + [0] * (width - len(tokens)) for tokens in inputs]
-    places = (torch.tensor(each).to(reader.device) for each in (padded, rows, columns, wanted, greedy, targets))
+    places = (torch.tensor(each).to(reader.device) for each in (padded, positions, wanted, greedy, targets))
     return _Pass(sizes, *places)
+
+
+def _asks_for_greedy(task: Any) -> bool:
+    """Whether a task may use if a continuation is what greedy decoding gives, which takes time to find."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return False
+    own = callable(task.get_config("process_results")) or task.get_config("filter_list")
+    return task.OUTPUT_TYPE != "multiple_choice" or bool(own) or "exact_match" in task.aggregation()
 
 
 def _first_batch(reader: Any, longest: int) -> int:
@@ -491,16 +503,7 @@ def _first_batch(reader: Any, longest: int) -> int:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-@contextmanager
-def _batch_size(reader: Any, rows: int) -> Iterator[None]:
-    before, reader.batch_size_per_gpu = reader.batch_size_per_gpu, rows
-    try:
-        yield
-    finally:
-        reader.batch_size_per_gpu = before
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _check(options: Settings, where: str) -> None:
@@ -620,7 +623,7 @@ def _unknown(options: Settings, names: list[str], where: str) -> tuple[str, str]
 
 def _is_readable(path: Path) -> bool:
     try:
-        return isinstance(_parsed(path)[0], dict)
+        return bool(list(_with_includes(path)))
     except (yaml.YAMLError, OSError):
         return False
 
@@ -631,12 +634,13 @@ def _not_loaded(error: Exception, config: Mapping[str, Any], name: str, where: s
     passed = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
     if "datasets" not in passed:
         return f"{where}: task: {name!r} cannot be loaded ({found}).", ""
-    data = [config.get("dataset_path"), config.get("dataset_name")]
-    arguments = ", ".join(repr(each) for each in data if each)
-    return (
-        f"{where}: task: the dataset ({arguments}) of {name!r} cannot be loaded ({found}).",
+    arguments = ", ".join(repr(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key))
+    message = f"{where}: task: the dataset ({arguments}) of {name!r} cannot be loaded ({found})."
+    if "data_files" in (config.get("dataset_kwargs") or {}):
+        return message, "Check data_files: a relative path starts at the folder in which the run was started."
+    return message, (
         "If it must be fetched and the network is off (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE), fetch it once where it is "
-        f'on: python -c "import datasets; datasets.load_dataset({arguments})".'.replace('"', "'"),
+        f'on: python -c "import datasets; datasets.load_dataset({arguments})".'
     )
 
 
@@ -698,7 +702,7 @@ def _with_includes(path: Path) -> Iterator[tuple[Path, dict[str, Any], list[str]
         waiting += [(here.parent / each).resolve() for each in ([included] if isinstance(included, str) else included)]
 
 
-def _parsed(path: Path) -> tuple[Any, list[str]]:
+def _parsed(path: Path) -> tuple[dict[str, Any], list[str]]:
     """A YAML file's contents with the names of functions in place of them, and these names."""
     functions: list[str] = []
 
@@ -710,7 +714,10 @@ def _parsed(path: Path) -> tuple[Any, list[str]]:
         return functions[-1]
 
     Loader.add_constructor("!function", named)
-    return yaml.load(path.read_bytes(), Loader=Loader), functions  # noqa: S506 (a SafeLoader)
+    found = yaml.load(path.read_bytes(), Loader=Loader)  # noqa: S506 (a SafeLoader)
+    if not isinstance(found, dict):
+        raise yaml.YAMLError(f"expected a mapping, found {type(found).__name__}")
+    return found, functions
 
 
 def _metric(task: Any, options: Settings, where: str) -> str:
@@ -748,7 +755,7 @@ def _reader(options: Settings, folder: str, device: torch.device, where: str) ->
     from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{where}: tokenizer: none can be read from {folder} ({error}).") from error
     if options.chat_template and not tokenizer.chat_template:
@@ -759,7 +766,7 @@ def _reader(options: Settings, folder: str, device: torch.device, where: str) ->
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise InputError(f"{where}: tokenizer: expected one with a begin- or end-of-text token, found neither.")
     if (Path(folder) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     elif options.max_length is not None:
         config = PretrainedConfig()
     else:
@@ -810,12 +817,20 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
     return remembering
 
 
+def _aggregated(aggregate: Callable[..., Any], values: Sequence[Any]) -> float:
+    """One number of all values; infinity where a perplexity is beyond floating point."""
+    try:
+        return float(aggregate(values))
+    except OverflowError:
+        return math.inf
+
+
 def _by_document(values: Sequence[Any], aggregate: Callable[..., Any]) -> np.ndarray[Any, np.dtype[Any]] | None:
     """(N,) one number a document; None where the metric has no meaning for a single one."""
     from lm_eval.api import metrics
 
     if aggregate in (metrics.perplexity, metrics.weighted_perplexity, metrics.bits_per_byte, metrics.brier_score):
-        values = [float(aggregate([value])) for value in values]
+        values = [_aggregated(aggregate, [value]) for value in values]
     if not all(isinstance(value, (int, float, np.number, np.bool_)) for value in values):
         return None
     found = np.asarray(values)
@@ -865,9 +880,9 @@ def _as_lm_eval(sandboxed: bool) -> Iterator[None]:
 
 
 def _sandbox(rendering: Any) -> Any:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import SandboxedEnvironment
 
-    sandbox = ImmutableSandboxedEnvironment(
+    sandbox = SandboxedEnvironment(
         loader=rendering.loader, undefined=rendering.undefined, keep_trailing_newline=rendering.keep_trailing_newline
     )
     sandbox.filters |= rendering.filters
