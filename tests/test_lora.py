@@ -10,7 +10,7 @@ import merging.lora
 import merging.materialise as kernel
 import merging.sources
 from fitness.resident import Resident
-from merging import compiled
+from merging import compiled, operators
 from merging.checkpoint import Checkpoint
 from merging.export import export_directory, export_file
 from merging.gradient import Slopes
@@ -19,7 +19,7 @@ from merging.sources import Sources
 from populations.errors import CheckpointError, InputError
 from populations.genome import Genome
 
-OPERATORS = ["linear", "task_arithmetic", "ties_vectors"]
+OPERATORS = sorted(operators.operators)
 LINEAR, EMBEDDING = "layers.0.weight", "embed_tokens.weight"
 SHAPES = {EMBEDDING: (40, 6), "layers.0.bias": (7,), LINEAR: (7, 6), "layers.1.weight": (6, 7), "norm.weight": (6,)}
 
@@ -73,7 +73,7 @@ def pair(directory: Path, dtype: torch.dtype, operator: str) -> tuple[Sources, S
 def genome_of(sources: Sources, seed: int = 0) -> Genome:
     rng = np.random.default_rng(seed)
     borders = np.unique([0, *rng.integers(1, sources.layout.size, 9), sources.layout.size])
-    return Genome(borders, rng.normal(size=(len(borders) - 1, len(sources.experts))))
+    return Genome(borders, rng.normal(size=(len(borders) - 1, len(sources.operator.columns(sources.names)))))
 
 
 def materialised(sources: Sources, genome: Genome, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -103,6 +103,8 @@ def test_a_merge_of_adapters_is_that_of_the_full_checkpoints(tmp_path, dtype, op
         *(space.gram.between(np.array([0, low.layout.size])) for space in (ours, theirs)), rtol=1e-5, atol=1e-6
     )
     np.testing.assert_allclose(ours.vectors, theirs.vectors, rtol=1e-4, atol=1e-5)
+    if not low.operator.affine:
+        return
     rows = [Slopes(sources, genome) for sources in (low, full)]
     for name, shape in zip(low.layout.tensors, low.layout.shapes, strict=True):
         for slopes in rows:
@@ -158,7 +160,7 @@ def test_no_merged_copy_is_held(tmp_path, monkeypatch):
     rows, columns = 700, 90
     save_file({"layers.0.weight": torch.zeros(rows, columns)}, tmp_path / "base.safetensors")
     parts = {"layers.0.lora_A.weight": torch.randn(2, columns), "layers.0.lora_B.weight": torch.randn(rows, 2)}
-    path = adapter(tmp_path / "low", parts)
+    paths = [adapter(tmp_path / name, parts) for name in ("low", "same")]
     monkeypatch.setattr(LowRank, "formed", counted)
     monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", 0)
     monkeypatch.setattr("merging.export.BUFFER_BYTES", 4 * 9000)
@@ -167,14 +169,15 @@ def test_no_merged_copy_is_held(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "CHUNK", 9000)
     monkeypatch.setattr("merging.operators.task_vectors.SPAN", 9000)
     for operator in OPERATORS:
-        sources = Sources.open([path], tmp_path / "base.safetensors", operator)
+        sources = Sources.open(paths, tmp_path / "base.safetensors", operator)
         assert sources.experts[0].nbytes == 4 * 2 * (rows + columns)
         assert sizes == []
-        genome = Genome.uniform(sources.layout.size, [0.5])
+        genome = Genome.uniform(sources.layout.size, np.full(len(sources.operator.columns(sources.names)), 0.5))
         materialised(sources, genome, torch.float32)
         export_file(sources, genome, tmp_path / f"{operator}.safetensors", {})
         sources.space()
-        Slopes(sources, genome).add("layers.0.weight", torch.ones(rows, columns))
+        if sources.operator.affine:
+            Slopes(sources, genome).add("layers.0.weight", torch.ones(rows, columns))
         assert sizes
         assert max(sizes) <= 9000
         sizes.clear()
