@@ -16,7 +16,12 @@ from populations.errors import InputError
 from populations.genome import Genome
 from populations.gram import GramTable
 from populations.space import Space
+from populations.trial import Goal
+from search.bayesian_map import opening
+from search.cma_es import CmaEs
 from search.coefficients import CoefficientBox, Setting
+from search.designs import design
+from search.nested_map import NestedMapSearch
 
 SHAPES = {"a": (40, 31), "b.0": (7,), "b.1": (13, 90)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
@@ -113,6 +118,7 @@ SPACE = Space(
     np.eye(2),
     ("x", "y"),
 )
+GOALS = (Goal("one"), Goal("two"))
 SETTINGS = (
     Setting("density", 0.01, 1.0, "log"),
     Setting("mask_seed", 3, 6, "integer"),
@@ -174,3 +180,22 @@ def test_without_settings_it_is_the_box_of_coefficients():
 def test_bounds_that_do_not_fit_are_refused(arguments, match):
     with pytest.raises(InputError, match=match):
         Setting("density", *arguments)
+
+
+def test_searches_begin_at_the_defaults():
+    box = CoefficientBox.of(SPACE, "block", 0.0, 2.0, settings=(Setting("density", 0.1, 0.9, default=0.2),))
+    for start, coefficient in ((None, 0.5), (1.2, 1.2), (box.filled(np.full(4, 0.7)), 0.7)):
+        genome = CmaEs(box, GOALS, 0, start=start, sigma=1e-6).ask(1)[0].genome
+        assert genome.coefficients == pytest.approx(np.full((2, 2), coefficient), abs=1e-4)
+        assert genome.parameters["density"] == pytest.approx(0.2, abs=1e-4)
+    seeds = np.array([[1.0, 0.0], [0.0, 1.0]])
+    for first in (opening(box, 6, 0, seeds)[:2], design("mixed", 25, box, 0, seeds)[:2]):
+        genomes = [box.genome(point) for point in first]
+        assert [genome.coefficients[1].tolist() for genome in genomes] == seeds.tolist()
+        assert [genome.parameters["density"] for genome in genomes] == pytest.approx([0.2, 0.2])
+
+
+def test_nested_map_searches_coefficients_alone():
+    box = CoefficientBox.of(SPACE, "model", 0.0, 1.5, settings=SETTINGS)
+    with pytest.raises(InputError, match="nested MAP searches over coefficients alone, found bounds for density"):
+        NestedMapSearch(box, GOALS, 0, SPACE.sources)
