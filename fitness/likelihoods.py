@@ -20,6 +20,9 @@ from populations.errors import InputError
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 """By kind of device, memory of one chunk of logits in float32."""
 
+CACHE_BYTES = 2**21
+"""Memory of the logits in float32 normalised at once on a CPU: three times as fast where they stay in its cache."""
+
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
@@ -63,17 +66,17 @@ def log_probabilities(model: Any, inputs: Mapping[str, Any], asked: Wanted) -> T
         end = start + len(logits)
         if asked.of is None or asked.counts is None:
             chosen = logits.gather(1, asked.targets[start:end, None])[:, 0]
-            told.append(chosen - logits.logsumexp(-1))
+            told.append(_precise(chosen) - _normalisers(logits))
         else:
             here = slice(int(asked.counts[start]), int(asked.counts[end]))
             row = asked.of[here] - start
-            told.append(logits[row, asked.targets[here]] - logits.logsumexp(-1)[row])
+            told.append(_precise(logits[row, asked.targets[here]]) - _normalisers(logits)[row])
         start = end
     return torch.cat(told)
 
 
 def logits_at(model: Any, inputs: Mapping[str, Any], rows: Tensor) -> Iterator[Tensor]:
-    """Chunks (r, V) of the logits at ``rows``, in order, in float32 at least.
+    """Chunks (r, V) of the logits at ``rows``, in order, in the model's type.
 
     The model runs once on ``inputs``. Whatever it does to logits after its output layer (a scale, a soft cap) is done
     to each chunk, by running the rest of the model on one token beside it.
@@ -91,19 +94,19 @@ def logits_at(model: Any, inputs: Mapping[str, Any], rows: Tensor) -> Iterator[T
     layer = _output_layer(model)
     if layer is None:
         logits = _flat(_logits(model(**inputs)), inputs)[rows]
-        yield from _split(logits, _chunk(logits.shape[1], rows.device))
+        yield from torch.split(logits, _chunk(logits.shape[1], rows.device))
         return
     size = _chunk(len(layer.weight), rows.device)
     first = _Output(layer, rows, size)
     logits = first.logits(model, inputs)
     if first.states is None:
-        yield from _split(_flat(logits, inputs)[rows], size)
+        yield from torch.split(_flat(logits, inputs)[rows], size)
         return
-    yield _precise(logits[0])
+    yield logits[0]
     one = {"input_ids": inputs["input_ids"][:1, :1], "use_cache": False}
     for states in torch.split(first.states, size)[1:]:
         logits = layer(states[None]) if first.last else _Output(layer, None, size, states).logits(model, one)
-        yield _precise(logits[0])
+        yield logits[0]
 
 
 def _output_layer(model: Any) -> Any:
@@ -150,10 +153,6 @@ class _Output:
         self._made = made
 
 
-def _split(logits: Tensor, size: int) -> Iterator[Tensor]:
-    return (_precise(part) for part in torch.split(logits, size))
-
-
 def _logits(outputs: Any) -> Tensor:
     found = getattr(outputs, "logits", outputs)
     if not isinstance(found, Tensor) or found.ndim != 3:
@@ -175,6 +174,12 @@ def _flat(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
 
 def _chunk(vocabulary: int, device: torch.device) -> int:
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+
+
+def _normalisers(logits: Tensor) -> Tensor:
+    """(r,) logarithms of the sums of exponentials of (r, V) logits, in float32 at least."""
+    size = len(logits) if logits.is_cuda else max(1, CACHE_BYTES // (4 * logits.shape[1]))
+    return torch.cat([_precise(part).logsumexp(-1) for part in torch.split(logits, size)])
 
 
 def _precise(logits: Tensor) -> Tensor:
