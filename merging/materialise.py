@@ -138,7 +138,7 @@ def mix(sources: Stretch, start: int, mixtures: Sequence[Mixture], outs: Sequenc
         chunk, workers = DEVICE_SPAN, 1
     elif large and compiled.supports(sources.sample(), outs):
         chunk, workers, kernel = COMPILED_SPAN, threads, compiled.Batch(mixtures).mix
-    elif large and len({source.dtype for source in sources.stored}) > 1:  # as where adapters are formed on 16 bits
+    elif large and len({source.dtype for source in sources.sample()}) > 1:  # as where 16 bits are widened for some
         chunk, workers, kernel = CHUNK, threads, partial(_in_cache, mixtures)
     elif large:
         chunk, workers = TORCH_SPAN * threads, 1  # torch splits each operation over its own threads
