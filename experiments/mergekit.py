@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -157,21 +159,29 @@ def filters(values: Mapping[str, float]) -> list[tuple[str, float]]:
     """
     shared: dict[str, bool] = {}
     chosen: dict[str, float] = {}
-    for name, value in values.items():
+    for (name, value), following in zip(values.items(), [*list(values)[1:], ""], strict=True):
         parts = name.split(".")
         for depth in range(1, len(parts)):
             start = ".".join(parts[:depth]) + "."
-            if start not in shared:
-                there = [values[other] for other in values if start in other]
-                shared[start] = len(there) > 1 and all(one == value for one in there)
+            if start not in shared:  # the name that follows spares most searches
+                alike = following.startswith(start) and values[following] == value
+                shared[start] = alike and all(values[other] == value for other in values if start in other)
             if shared[start]:
                 chosen[start] = value
                 break
         else:
             chosen[name] = value
-    text = "\n".join(values)
-    last = sorted((one for one in chosen if one in values and text.count(one) > 1), key=len, reverse=True)
-    return [(one, chosen[one]) for one in (*(one for one in chosen if one not in last), *last)]
+    inside = _parts_of_others(tuple(values))
+    last = sorted((one for one in chosen if one in inside), key=len, reverse=True)
+    return [(one, chosen[one]) for one in (*(one for one in chosen if one not in inside), *last)]
+
+
+@lru_cache(maxsize=1)
+def _parts_of_others(names: tuple[str, ...]) -> frozenset[str]:
+    """The names that are part of another: of all ends of names, in order, the one after them begins with them, too."""
+    ends = sorted(name[start:] for name in names for start in range(len(name)))
+    following = ((name, bisect_left(ends, name) + 1) for name in names)
+    return frozenset(name for name, place in following if place < len(ends) and ends[place].startswith(name))
 
 
 def reference(model: Model) -> str:
