@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+MERGEKIT := .venv-mergekit/.installed
+SITE := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all mergekit lint install clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +24,17 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1200
 
+# mergekit does not start on today's transformers, so it has an environment of its own, with the project's torch.
+$(MERGEKIT): $(INSTALLED)
+	$(PYTHON) -m venv .venv-mergekit
+	$(BIN)/python $(SITE) > $$(.venv-mergekit/bin/python $(SITE))/project.pth
+	.venv-mergekit/bin/pip install -q --no-deps mergekit==0.1.4 immutables==0.21 pydantic==2.10.6 \
+	  pydantic-core==2.27.2 transformers==4.57.3 tokenizers==0.22.2 huggingface_hub==0.36.2
+	touch $@
+
+mergekit: $(MERGEKIT)
+	ECOTONE_MERGEKIT=.venv-mergekit/bin/python $(BIN)/python -m pytest tests/test_mergekit_program.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,4 +42,4 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf .venv .venv-mergekit .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

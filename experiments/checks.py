@@ -26,6 +26,7 @@ from merging import tokenizers
 from merging.gram import region_borders
 from merging.layout import Layout
 from merging.sources import Sources
+from populations.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,34 @@ def _models(sources: Sources) -> Iterator[Finding]:
 
 def _language(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
     """For recipes with objectives of language models: what differs between tokenizers, and how large tasks are."""
-    measured = [one for one in (*recipe.objectives.search, *recipe.objectives.held_out) if isinstance(one, LmEval)]
-    if not any(isinstance(one, LanguageObjective) for one in recipe.objectives.search):
+    measured = (*recipe.objectives.search, *recipe.objectives.held_out)
+    if not any(isinstance(one, LanguageObjective) for one in measured):
         return
     models = [sources.origin, *(expert for expert in sources.experts if expert is not sources.origin)]
     differences = tokenizers.compare([(model.name, model.path) for model in models])
     yield Finding("tokenizers", " ".join(differences) or "no differences")
-    for one in measured:
-        from fitness.language import describe
+    for group, objectives in (("search", recipe.objectives.search), ("held_out", recipe.objectives.held_out)):
+        for one in objectives:
+            if isinstance(one, LmEval):
+                yield Finding(f"objectives.{group}.{one.name}", _task(one))
 
-        found = describe(one.settings, f"objective {one.name!r}")
-        text = f"{one.task}: {found.metric} on {found.documents} of {found.available} documents, {found.kind}"
-        yield Finding(f"lm_eval.{one.name}", text)
+
+def _task(objective: LmEval) -> str:
+    """What lm-eval says of a task.
+
+    Raises:
+        InputError: There is no such task or metric, or for lm-eval more of it is worse and for the recipe better.
+    """
+    from fitness.language import describe
+
+    where = f"objective {objective.name!r}"
+    found = describe(objective.settings, where)
+    right = {True: "maximize", False: "minimize", None: objective.direction}[found.higher_is_better]
+    if right != objective.direction:
+        raise InputError(
+            f"{where}: direction: expected {right} for the metric {found.metric!r}, found {objective.direction}."
+        )
+    return f"{objective.task}: {found.metric} on {found.documents} of {found.available} documents, {found.kind}"
 
 
 def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]:
@@ -180,7 +197,7 @@ def _samples(recipe: Recipe, search: Any, models: int) -> str:
 def _needs(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
     layout, count = sources.layout, len(sources.experts)
     stored = sum(checkpoint.nbytes for checkpoint in sources.checkpoints)
-    resident = sources.origin.nbytes
+    resident = sum(info.nbytes for info in sources.origin.tensors.values())
     regions = len(region_borders(layout, count)) - 1
     yield Finding("split points", f"{regions:,} regions of about {max(1, layout.size // regions):,} parameters")
     workers = recipe.runtime.workers if recipe.runtime.pool == "ray" else 1

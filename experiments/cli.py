@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -60,6 +61,13 @@ WorkersOption = Annotated[
 AddressOption = Annotated[
     str | None, typer.Option(help="Address of a Ray cluster to run on. Overrides runtime.address.")
 ]
+
+
+class ExportFormat(str, Enum):
+    """What `export` writes."""
+
+    checkpoint = "checkpoint"
+    mergekit = "mergekit"
 
 
 @app.command()
@@ -202,7 +210,9 @@ def compare(
 @app.command()
 def export(
     run: RunArgument,
-    to: Annotated[Path, typer.Option(metavar="DIR", help="A new directory, or a path that ends in .safetensors.")],
+    to: Annotated[
+        Path, typer.Option(metavar="DIR", help="A new directory, or a path that ends in .safetensors (or .yaml).")
+    ],
     member: Annotated[
         str | None, typer.Option(help="The number of a trial, as `front` lists them, or 'best', the default.")
     ] = None,
@@ -216,11 +226,25 @@ def export(
     alias: Annotated[
         str | None, typer.Option(metavar="NAME", help="With --register: an alias of that version, e.g. champion.")
     ] = None,
+    kind: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="checkpoint: the weights; mergekit: a YAML file of which mergekit makes them."),
+    ] = ExportFormat.checkpoint,
+    snap: Annotated[
+        bool, typer.Option("--snap", help="For mergekit: move split points inside tensors to their borders.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a member's weights as a checkpoint, with a model card and the record that `verify` needs."""
     found = _run(run)
     trial = found.trial(_wanted_member(found, member, preference))
+    if kind is ExportFormat.mergekit:
+        if register or alias:
+            raise InputError("--register: expected --format checkpoint with it, found --format mergekit.")
+        _export_mergekit(found, trial.number, to, snap, as_json)
+        return
+    if snap:
+        raise InputError("--snap: expected --format mergekit with it, found --format checkpoint.")
     registrar = _registrar(found, register, alias)
     path = found.export(trial.number, to)
     version = registrar.register(path) if registrar else None
@@ -232,6 +256,51 @@ def export(
     if version is not None:
         where = "" if version.uploaded else f" Its weights are too large to upload and stay in {path}."
         typer.echo(f"MLflow has it as {version.uri}, version {version.version} of {version.name}.{where}")
+
+
+def _export_mergekit(found: Run, member: int, to: Path, snap: bool, as_json: bool) -> None:
+    from experiments import report
+    from experiments.exports import export_mergekit, rescored
+
+    merge = export_mergekit(found, member, to, snap)
+    with _stdout_to_stderr():
+        scores = rescored(found, merge.genome) if merge.snap else {}
+    if as_json:
+        moved = {} if merge.snap is None else {"snap": str(merge.snap), "scores": scores}
+        _print_json({"member": member, "path": str(to), "notes": merge.notes, **moved})
+        return
+    typer.echo(f"Member {member} is in {to}. Make it with: mergekit-yaml {to} DIR")
+    for note in merge.notes:
+        typer.echo(note)
+    if merge.snap is not None:
+        typer.echo(f"It is not the member itself: {merge.snap}. It scores, in the member's place:")
+        rows = [
+            (f"{subset} {name}", f"{score:.6f}") for subset, named in scores.items() for name, score in named.items()
+        ]
+        report.console().print(report.lines(rows))
+
+
+@app.command("import-mergekit")
+def import_mergekit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A configuration of mergekit-evolve (YAML).")],
+    to: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="A new file for the recipe; otherwise it is printed.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of the models; needed with layer_granularity for models not here.")
+    ] = None,
+) -> None:
+    """Turn a configuration of mergekit-evolve into a recipe; comments tell what is otherwise."""
+    from experiments.mergekit import import_mergekit as imported
+
+    text = imported(file, layers)
+    if to is None:
+        typer.echo(text, nl=False)
+        return
+    if to.exists():
+        raise InputError(f"{to}: the file exists.", "Choose another name, or remove it.")
+    to.write_text(text, "utf-8")
+    typer.echo(f"The recipe is {to}. Read its comments, then: ecotone validate {to}")
 
 
 @app.command()

@@ -152,8 +152,8 @@ class TextObjective(LanguageObjective):
     bos: bool | None = None
 
 
-class Perplexity(TextObjective):
-    """Bits per byte, or perplexity, of texts (``fitness.perplexity``).
+class Reading(TextObjective):
+    """What objectives have in common for which a model reads texts (``fitness.perplexity``).
 
     Attributes:
         context: Tokens in a window; None is 1024, or what the model can take if that is less.
@@ -161,11 +161,23 @@ class Perplexity(TextObjective):
         field: The field of a ``.jsonl`` file's lines that holds the text.
     """
 
-    type: Literal["bits_per_byte", "perplexity"]
-    direction: Literal["minimize"] = "minimize"
     context: int | None = Field(default=None, ge=2)
     stride: int | None = Field(default=None, ge=1)
     field: str = "text"
+
+
+class Perplexity(Reading):
+    """Bits per byte, or perplexity, of texts."""
+
+    type: Literal["bits_per_byte", "perplexity"]
+    direction: Literal["minimize"] = "minimize"
+
+
+class Likelihood(Reading):
+    """The geometric mean of a byte's probability, 2 to the minus bits per byte: what M2N2 can share out."""
+
+    type: Literal["likelihood"]
+    direction: Literal["maximize"] = "maximize"
 
 
 class MultipleChoice(TextObjective):
@@ -235,7 +247,7 @@ class ExactMatch(Generation):
     extract: str | None = None
 
 
-Language: TypeAlias = LmEval | Perplexity | MultipleChoice | TokensGenerated | ExactMatch
+Language: TypeAlias = LmEval | Perplexity | Likelihood | MultipleChoice | TokensGenerated | ExactMatch
 Objective: TypeAlias = Annotated[Accuracy | Entropy | PythonObjective | Language, Field(discriminator="type")]
 OBJECTIVES: dict[str, type[Part]] = {
     "accuracy": Accuracy,
@@ -243,6 +255,7 @@ OBJECTIVES: dict[str, type[Part]] = {
     "call": PythonObjective,
     "lm_eval": LmEval,
     "bits_per_byte": Perplexity,
+    "likelihood": Likelihood,
     "perplexity": Perplexity,
     "multiple_choice": MultipleChoice,
     "tokens_generated": TokensGenerated,

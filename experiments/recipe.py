@@ -683,7 +683,7 @@ class Recipe(Part):
         if part.algorithm == "m2n2" and minimised:
             raise ValueError(
                 f"objectives.search: m2n2 shares out scores to maximise, found direction minimize for {minimised}; "
-                "give a score in which more is better, such as exp(-loss)"
+                "give a score in which more is better, such as exp(-loss), or of texts their likelihood"
             )
         count, needs = len(self.objectives.search), _needs_objectives(part)
         if count < needs:

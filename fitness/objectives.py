@@ -239,6 +239,7 @@ def build(spec: ObjectiveSpec, device: torch.device, dtype: torch.dtype | None =
 LANGUAGE = {
     "lm_eval": "fitness.language:build",
     "bits_per_byte": "fitness.perplexity:build",
+    "likelihood": "fitness.perplexity:build_likelihood",
     "perplexity": "fitness.perplexity:build_perplexity",
     "multiple_choice": "fitness.choices:build",
     "tokens_generated": "fitness.generation:build_tokens_generated",

@@ -1,4 +1,4 @@
-"""Bits per byte and perplexity of texts: how well a language model predicts them.
+"""Bits per byte, likelihood and perplexity of texts: how well a language model predicts them.
 
 A document's tokens x_1 ... x_n follow a start token x_0, which is not scored: the tokenizer's BOS, or else its EOS. So
 every token is scored exactly once, and bytes are all of the text's. Without a start token x_1 is not scored, and its
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from populations.errors import InputError
 from populations.trial import Goal
 
 CONTEXT = 1024
+Unit: TypeAlias = Literal["bits_per_byte", "likelihood", "perplexity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +79,20 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class Perplexity:
-    """``bits_per_byte``: the sum of -log2 p over tokens, divided by the UTF-8 bytes that they stand for; or
-    ``perplexity``: exp of the mean of -ln p over tokens.
+    """``bits_per_byte``: the sum of -log2 p over tokens, divided by the UTF-8 bytes that they stand for;
+    ``likelihood``: the geometric mean of a byte's probability, 2 to the minus bits per byte, of which more is better;
+    or ``perplexity``: exp of the mean of -ln p over tokens.
 
     Args:
         goal: Name and direction.
-        unit: Which of the two.
+        unit: Which of the three.
         passes: The windows.
         items: (T,) the document (or window) of each scored token, as the passes come.
         sizes: (N,) what each item's loss is divided by: bytes, or tokens.
     """
 
     goal: Goal
-    unit: Literal["bits_per_byte", "perplexity"]
+    unit: Unit
     passes: Sequence[Pass]
     items: NDArray[np.int64]
     sizes: NDArray[np.int64]
@@ -115,7 +117,9 @@ class Perplexity:
 
     def _measure(self, nats: Any) -> Any:
         with np.errstate(over="ignore"):
-            return nats / math.log(2) if self.unit == "bits_per_byte" else np.exp(nats)
+            if self.unit == "bits_per_byte":
+                return nats / math.log(2)
+            return np.exp(nats if self.unit == "perplexity" else -nats)
 
 
 def build(
@@ -123,7 +127,7 @@ def build(
     settings: Mapping[str, Any],
     tokenizer: str,
     device: torch.device,
-    unit: Literal["bits_per_byte", "perplexity"] = "bits_per_byte",
+    unit: Unit = "bits_per_byte",
 ) -> Perplexity:
     """The objective, its texts tokenised once.
 
@@ -132,7 +136,7 @@ def build(
         settings: Those of ``Settings``.
         tokenizer: A checkpoint's folder.
         device: Where the model is.
-        unit: ``bits_per_byte`` or ``perplexity``.
+        unit: What is measured.
 
     Raises:
         InputError: A setting or a file cannot be used.
@@ -163,6 +167,16 @@ def build(
     return _made(goal, unit, windows, bytes_each, given.batch, device)
 
 
+def build_likelihood(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device) -> Perplexity:
+    """As ``build``, of likelihood."""
+    return build(goal, settings, tokenizer, device, "likelihood")
+
+
+def build_perplexity(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device) -> Perplexity:
+    """As ``build``, of perplexity."""
+    return build(goal, settings, tokenizer, device, "perplexity")
+
+
 @dataclass(frozen=True)
 class _Window:
     """Input tokens, the tokens they predict, how many of these are not scored, and the item they belong to."""
@@ -186,7 +200,7 @@ def _cut(tokens: Sequence[int], context: int, stride: int) -> list[tuple[Sequenc
 
 def _made(
     goal: Goal,
-    unit: Literal["bits_per_byte", "perplexity"],
+    unit: Unit,
     windows: Sequence[_Window],
     bytes_each: Sequence[int],
     batch: int | None,

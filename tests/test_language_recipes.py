@@ -1,0 +1,140 @@
+"""Objectives of language models in recipes: fields, paths, and a search over real (tiny) models."""
+
+import dataclasses
+import json
+from typing import get_args
+
+import pytest
+import yaml
+
+from experiments import compose, launch
+from experiments.checks import validate
+from experiments.parts import OBJECTIVES, Language
+from experiments.recipe import Recipe
+from fitness import choices, generation, language, perplexity
+from fitness.objectives import LANGUAGE
+from populations.errors import InputError
+
+SETTINGS = {
+    "lm_eval": language.Settings,
+    "bits_per_byte": perplexity.Settings,
+    "likelihood": perplexity.Settings,
+    "perplexity": perplexity.Settings,
+    "multiple_choice": choices.Settings,
+    "tokens_generated": generation.Settings,
+    "exact_match": generation.AnswerSettings,
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_recipes_have_the_settings_of_the_objectives_with_their_defaults(kind):
+    part, settings = OBJECTIVES[kind], {field.name: field for field in dataclasses.fields(SETTINGS[kind])}
+    own = {name: field for name, field in part.model_fields.items() if name not in ("name", "type", "direction")}
+    assert set(own) == set(settings)
+    defaults = {name: field.default for name, field in own.items() if not field.is_required()}
+    assert defaults == {name: settings[name].default for name in defaults}
+    needed = {name for name, field in settings.items() if field.default is dataclasses.MISSING}
+    assert needed == set(own) - set(defaults)
+
+
+def test_every_language_objective_can_be_built():
+    kinds = {kind for part in get_args(Language) for kind in get_args(part.model_fields["type"].annotation)}
+    assert kinds == set(LANGUAGE) == set(SETTINGS)
+
+
+@pytest.fixture
+def family(tmp_path):
+    """A base, two experts and a tokenizer of letters; questions and texts."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = {letter: number for number, letter in enumerate(["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz .:?\nQA"])}
+    plain = Tokenizer(models.WordLevel(letters, unk_token="."))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>")
+    config = transformers.LlamaConfig(
+        vocab_size=len(letters),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    for number, name in enumerate(["base", "one", "two"]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+        torch.manual_seed(number)
+        for parameter in model.parameters():
+            parameter.data += number * 0.3 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    words = ["the cat sat", "a dog ran off", "to be or not", "all that glitters", "now is the time", "so it goes"]
+    lines = [{"text": text, "question": text, "choices": ["yes", "no", "maybe"], "answer": i % 3, "prompt": text}
+             for i, text in enumerate(words)]  # fmt: skip
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def recipe_of(folder, **objective):
+    second = {"name": "bits", "type": "bits_per_byte", "data": "data.jsonl", "batch": 2}
+    record = {
+        "name": "letters",
+        "models": {"base": "base", "experts": ["one", "two"], "architecture": "auto"},
+        "merge": {"operator": "task_arithmetic"},
+        "objectives": {
+            "search": [{**second, "part": "search"}, {"name": "it", "data": "data.jsonl", **objective}],
+            "held_out": [{**second, "part": "held_out"}],
+        },
+        "search": {"algorithm": "random", "granularity": "model"},
+        "scoring": {"batch": 2},
+        "budget": {"evaluations": 4},
+        "runtime": {"pool": "serial"},
+        "tracking": {"mlflow": False},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(record))
+    return Recipe.from_yaml(folder / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"type": "multiple_choice"},
+        {"type": "multiple_choice", "reuse": False, "normalise": "bytes"},
+        {"type": "perplexity", "context": 8},
+        {"type": "likelihood"},
+        {"type": "tokens_generated", "most": 4},
+        {"type": "exact_match", "most": 4, "answer": "text"},
+    ],
+    ids=lambda objective: "-".join(map(str, objective.values())),
+)
+def test_a_search_scores_language_models(family, objective):
+    recipe = recipe_of(family, **objective)
+    assert [finding.subject for finding in validate(recipe)].count("objectives.search.it") == 1
+    run = launch(recipe, family / "run")
+    with run.journal() as journal:
+        rows = list(journal.rows())
+    assert len(rows) >= 4
+    assert all(row.failure is None for row in rows)
+    assert len({row.scores["bits"] for row in rows}) == len(rows)
+
+
+def test_files_are_found_from_the_recipe_s_folder(family):
+    recipe = recipe_of(family, type="multiple_choice", examples="data.jsonl", shots=1)
+    [_, chosen] = compose.worker_spec(recipe, None).search
+    assert chosen.settings["data"] == chosen.settings["examples"] == str(family / "data.jsonl")
+    assert chosen.tokenizer == str(family / "base")
+
+
+def test_a_mistyped_setting_is_refused_with_the_nearest(family):
+    with pytest.raises(InputError, match=r"objectives.search\[1\].normalize: unknown key. Did you mean 'normalise'"):
+        recipe_of(family, type="multiple_choice", normalize="bytes")
+
+
+def test_a_missing_file_is_refused_before_anything_is_scored(family):
+    recipe = recipe_of(family, type="multiple_choice", data="dat.jsonl")
+    with pytest.raises(InputError, match=r"objective 'it': data: .*dat.jsonl"):
+        launch(recipe, family / "run")
