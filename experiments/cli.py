@@ -289,18 +289,22 @@ def import_mergekit(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of the models; needed with layer_granularity for models not here.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Turn a configuration of mergekit-evolve into a recipe; comments tell what is otherwise."""
     from experiments.mergekit import import_mergekit as imported
 
     text = imported(file, layers)
-    if to is None:
+    if to is not None:
+        if to.exists():
+            raise InputError(f"{to}: the file exists.", "Choose another name, or remove it.")
+        to.write_text(text, "utf-8")
+    if as_json:
+        _print_json({"recipe": text} if to is None else {"path": str(to)})
+    elif to is None:
         typer.echo(text, nl=False)
-        return
-    if to.exists():
-        raise InputError(f"{to}: the file exists.", "Choose another name, or remove it.")
-    to.write_text(text, "utf-8")
-    typer.echo(f"The recipe is {to}. Read its comments, then: ecotone validate {to}")
+    else:
+        typer.echo(f"The recipe is {to}. Read its comments, then: ecotone validate {to}")
 
 
 @app.command()

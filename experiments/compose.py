@@ -38,6 +38,7 @@ from experiments.recipe import (
     NsgaBox,
     OptunaBox,
     RandomBox,
+    Range,
     Recipe,
     SearchPart,
     Stages,
@@ -56,7 +57,7 @@ from populations.niches import NicheArchive
 from populations.population import ElitistArchive, Population
 from populations.space import Space
 from populations.trial import Goal
-from search.coefficients import CoefficientBox, borders_of
+from search.coefficients import CoefficientBox, Setting, borders_of
 from search.m2n2 import M2N2, M2N2Settings
 from search.manager import Schedule
 from search.protocol import Search
@@ -201,12 +202,39 @@ def check_operator(recipe: Recipe) -> Operator:
     """The merge operator with its settings.
 
     Raises:
-        InputError: There is no such operator, or a setting does not fit it.
+        InputError: There is no such operator, a setting or one of its bounds does not fit it, or the search cannot take
+            what its coefficients mean.
     """
+    merge = recipe.merge
     try:
-        return operators.get(recipe.merge.operator, recipe.merge.settings)
+        operator = operators.get(merge.operator, merge.settings)
+        for name, bounds in merge.ranges.items():
+            for bound in (bounds.low, bounds.high):
+                value = int(bound) if bounds.scale == "integer" else bound
+                operators.tuned(operators.get(merge.operator, {**merge.settings, name: value}), {name: value})
     except InputError as error:
-        raise InputError(f"merge.{error.message}", error.remedy) from error
+        raise InputError(f"merge.{error.message.removeprefix('genome: ')}", error.remedy) from error
+    for part in recipe.searches:
+        if not operator.affine and isinstance(part, M2N2Search | GradientSearch):
+            raise InputError(
+                f"merge.operator: {part.algorithm} needs merges that are linear in their coefficients, found "
+                f"{merge.operator!r}.",
+                "Use linear or task_arithmetic, or search with cma_es, random, map, nsga2 or optuna.",
+            )
+    return operator
+
+
+def _searched(recipe: Recipe) -> tuple[Setting, ...]:
+    """The operator's settings that are searched beside the coefficients."""
+    operator = check_operator(recipe)
+    return tuple(
+        Setting(name, bounds.low, bounds.high, bounds.scale, _inside(getattr(operator, name), bounds))
+        for name, bounds in recipe.merge.ranges.items()
+    )
+
+
+def _inside(value: float, bounds: Range) -> float | None:
+    return value if bounds.low <= value <= bounds.high else None
 
 
 def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
@@ -440,7 +468,7 @@ def _tasks(recipe: Recipe) -> list[str]:
 
 def _box_search(recipe: Recipe, part: Box, space: Space, starts: Sequence[Genome]) -> Search:
     """A search over coefficients; modules that import much are imported when they are asked for."""
-    box, goals, seed = _box(part, space), goals_of(recipe.objectives.search), recipe.seed
+    box, goals, seed = _box(recipe, part, space), goals_of(recipe.objectives.search), recipe.seed
     if isinstance(part, SurrogateBox):
         return _surrogate_search(recipe, part, box, space, starts)
     if isinstance(part, NsgaBox):
@@ -455,6 +483,8 @@ def _box_search(recipe: Recipe, part: Box, space: Space, starts: Sequence[Genome
         from search.cma_es import CmaEs
 
         settings = _settings(part) | ({"start": box.point(starts[0])} if starts else {})
+        if settings["start"] is None and not check_operator(recipe).affine:
+            settings["start"] = (part.low + part.high) / 2  # halfway from one model to the other
         return CmaEs(box, goals, seed, **settings, separable=part.algorithm == "sep_cma_es")
     assert isinstance(part, RandomBox)
     return RandomSearch(box, seed)
@@ -498,8 +528,8 @@ def _reference(part: BayesianMapBox, goals: Sequence[Goal]) -> list[float] | Non
     return [part.reference[name] for name in names]
 
 
-def _box(part: Box, space: Space) -> CoefficientBox:
-    return CoefficientBox.of(space, part.granularity, part.low, part.high, part.groups)
+def _box(recipe: Recipe, part: Box, space: Space) -> CoefficientBox:
+    return CoefficientBox.of(space, part.granularity, part.low, part.high, part.groups, _searched(recipe))
 
 
 def _settings(part: Box) -> dict[str, Any]:
@@ -544,31 +574,33 @@ def check_search(recipe: Recipe, sources: Sources | None = None) -> tuple[Search
         return None
     if isinstance(part, M2N2Search) or (sources is None and part.granularity in ("block", "tensor")):
         return None
-    outline = _outline(recipe.models, part.groups) if sources is None else _outline_of(sources)
+    outline = _outline(recipe, part.groups) if sources is None else _outline_of(sources)
     return make_search(recipe, outline)[0], _segments(part, outline), outline.dimension
 
 
 def _outline_of(sources: Sources) -> Space:
     """The space of models of which only the headers are known: it lacks their geometry."""
-    layout, count = sources.layout, len(sources.experts)
+    layout, columns = sources.layout, sources.operator.columns(sources.names)
+    count = len(columns)
     return Space(
-        sources=sources.names,
+        sources=columns,
         tensors=layout.tensors,
         tensor_borders=layout.tensor_borders,
         blocks=layout.blocks,
         block_borders=layout.block_borders,
         gram=GramTable.from_regions([0, layout.size], np.zeros((1, count, count))),
-        seeds=sources.operator.seeds(count),
+        seeds=sources.operator.seeds(len(sources.experts)),
         seed_names=sources.names,
     )
 
 
-def _outline(models: Models, groups: int) -> Space:
+def _outline(recipe: Recipe, groups: int) -> Space:
     """The space of models of which only the recipe is known, with one block a group."""
-    names = _names(models)
-    blocks, borders, count = tuple(map(str, range(groups))), np.arange(groups + 1), len(names)
+    names, operator = _names(recipe.models), check_operator(recipe)
+    columns = operator.columns(names)
+    blocks, borders, count = tuple(map(str, range(groups))), np.arange(groups + 1), len(columns)
     gram = GramTable.from_regions([0, groups], np.zeros((1, count, count)))
-    return Space(names, blocks, borders, blocks, borders, gram, np.eye(count), names)
+    return Space(columns, blocks, borders, blocks, borders, gram, operator.seeds(len(names)), names)
 
 
 def _names(models: Models) -> tuple[str, ...]:

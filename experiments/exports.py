@@ -46,7 +46,7 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
     scored = run.scored(trial.number)
     recipe = _recipe(run)
     sources, dtype = _opened(recipe)
-    record = {**_record(run, recipe, trial, scored), "operator": operator_record(sources.operator)}
+    record = {**_record(run, recipe, trial, scored), "operator": operator_record(sources.tuned(trial.genome).operator)}
     target = Path(to)
     if target.suffix == ".safetensors":
         return export_file(sources, trial.genome, target, record, dtype)
@@ -160,7 +160,8 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
     genome = Genome.from_json(json.dumps(record["genome"]))
     widths = (genome.boundaries[1:] - genome.boundaries[:-1]) / genome.size
     shares = widths @ genome.coefficients
-    made = [f"| {name} | {share:.4f} |" for name, share in zip(sources.names, shares, strict=True)]
+    columns = sources.operator.columns(sources.names)
+    made = [f"| {name} | {share:.4f} |" for name, share in zip(columns, shares, strict=True)]
     base = [] if sources.base is None else [f"Base model: {sources.base.name}.", ""]
     library = ["library_name: transformers"] if sources.origin.is_hugging_face else []
     dense = ["Its parameters were evolved from scratch; the coefficients describe no part of it.", ""]
@@ -186,7 +187,8 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
 
 
 def _in_words(operator: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key} {value:g}" for key, value in operator.items() if key != "name")
+    given = {key: value for key, value in operator.items() if key != "name"}
+    settings = ", ".join(f"{key} {value if isinstance(value, str) else f'{value:g}'}" for key, value in given.items())
     return f"`{operator['name']}`" + (f" ({settings})" if settings else "")
 
 

@@ -62,25 +62,79 @@ class Models(Part):
         return self
 
 
+class Range(Part):
+    """Bounds between which a search chooses a setting of the merge operator, for every merge anew.
+
+    Attributes:
+        low: The smallest value.
+        high: The largest value.
+        scale: ``linear``, ``log``, or ``integer`` for whole numbers alone.
+    """
+
+    low: float
+    high: float
+    scale: Literal["linear", "log", "integer"] = "linear"
+
+    @model_validator(mode="after")
+    def _is_open(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f"low: expected more than 0 with scale log, found {self.low}")
+        return self
+
+
+def _value_or_range(value: Any) -> str:
+    return "range" if isinstance(value, Mapping | Range) else "value"
+
+
+Density: TypeAlias = Annotated[
+    Annotated[Annotated[float, Field(gt=0, le=1)], Tag("value")] | Annotated[Range, Tag("range")],
+    Discriminator(_value_or_range),
+]
+MaskSeed: TypeAlias = Annotated[
+    Annotated[Annotated[int, Field(ge=0)], Tag("value")] | Annotated[Range, Tag("range")],
+    Discriminator(_value_or_range),
+]
+
+
 class Merge(Part):
     """How sources are made of the models.
 
     Attributes:
-        operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to the base,
-            ``ties_vectors`` adds task vectors that were trimmed and whose signs were elected.
-        density: For ``ties_vectors``: the share of each task vector that trimming keeps, 0.2 unless given.
+        operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to the base, ``ties``,
+            ``dare`` and ``dare_ties`` add thinned ones, ``ties_vectors`` those of AdaMerging++; ``slerp`` goes from one
+            of two models to the other. Each is described in its file in ``merging/operators``.
+        density: The share of each task vector that is kept, for operators that thin. With ``{low, high}`` it is
+            searched beside the coefficients.
+        mask_seed: For ``dare`` and ``dare_ties``: of the draw of what is kept. It, too, may be searched.
+        combine: For ``ties`` and ``dare_ties``: the ``mean`` or the ``sum`` of the task vectors that agree.
+        per: For ``slerp``: the angle is that of the whole ``model``, or of each ``tensor``.
         dtype: What merged weights are rounded to, scored in and exported in; by default what the experts are stored
             in (float32 when an architecture is given and they mix types).
     """
 
     operator: str = "linear"
-    density: float | None = Field(default=None, gt=0, le=1)
+    density: Density | None = None
+    mask_seed: MaskSeed | None = None
+    combine: Literal["mean", "sum"] | None = None
+    per: Literal["model", "tensor"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @property
-    def settings(self) -> dict[str, float]:
-        """The operator's settings that are given."""
-        return {} if self.density is None else {"density": self.density}
+    def settings(self) -> dict[str, Any]:
+        """The operator's settings that are given and the same for all merges."""
+        return {name: value for name, value in self._given.items() if not isinstance(value, Range)}
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """Those that are searched."""
+        return {name: value for name, value in self._given.items() if isinstance(value, Range)}
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        found = {name: getattr(self, name) for name in ("density", "mask_seed", "combine", "per")}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Objectives(Part):
@@ -663,6 +717,7 @@ class Recipe(Part):
     def _fits_together(self) -> Recipe:
         for part in self.searches:
             self._check_objectives(part)
+            self._check_ranges(part)
         self._check_calibration()
         self._check_shares()
         if self.prepare is None:
@@ -690,6 +745,13 @@ class Recipe(Part):
             raise ValueError(
                 f"objectives.search: {part.algorithm} looks for a front of two objectives or more, found "
                 f"{count}; for one use algorithm cma_es, or optuna with sampler tpe or gp"
+            )
+
+    def _check_ranges(self, part: SearchPart) -> None:
+        if self.merge.ranges and (not isinstance(part, Box) or isinstance(part, NestedMapBox)):
+            raise ValueError(
+                f"merge.{next(iter(self.merge.ranges))}: {part.algorithm} searches coefficients alone, found bounds; "
+                "give one value, or use random, cma_es, map, bayesian_map, nsga2 or optuna"
             )
 
     def _check_shares(self) -> None:
@@ -945,6 +1007,7 @@ _TAGS = {"type": tuple(OBJECTIVES), "algorithm": tuple(_ALGORITHMS)}
 _PARTS: dict[str, type[Part]] = {
     **OBJECTIVES,
     "Call": Call,
+    "range": Range,
     "stages": Stages,
     **_ALGORITHMS,
 }

@@ -204,7 +204,7 @@ def combine(genomes: Sequence[Genome], weights: ArrayLike, borders: ArrayLike | 
         The genome whose mixture and residual are ``sum_p weights[w, p] * genomes[p]`` in each interval w.
 
     Raises:
-        InputError: The genomes are not of the same sources, or the weights do not fit.
+        InputError: The genomes are not of the same sources and parameters, or the weights do not fit.
     """
     first = genomes[0]
     for genome in genomes:
@@ -212,6 +212,11 @@ def combine(genomes: Sequence[Genome], weights: ArrayLike, borders: ArrayLike | 
             raise InputError(
                 f"genomes: expected size {first.size} and {first.sources} sources, as the first has, "
                 f"found {genome.size} and {genome.sources}."
+            )
+        if genome.parameters != first.parameters:
+            raise InputError(
+                f"genomes: expected the parameters of the first, {dict(first.parameters)}, found "
+                f"{dict(genome.parameters)}."
             )
     table = np.atleast_2d(np.asarray(weights, np.float64))
     edges = np.array([0, first.size]) if borders is None else np.asarray(borders, np.int64)

@@ -122,7 +122,10 @@ def in_words(said: Said, *parts: str, code: int = 1) -> None:
 
 # -- help ----------------------------------------------------------------------------------------------------
 
-COMMANDS = ("run", "resume", "validate", "status", "front", "compare", "export", "verify", "ui", "sync")
+COMMANDS = (
+    *("run", "resume", "validate", "status", "front", "compare"),
+    *("export", "import-mergekit", "verify", "ui", "sync"),
+)
 
 
 def test_help_lists_every_command(ecotone: Ecotone) -> None:

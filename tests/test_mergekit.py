@@ -14,6 +14,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Ecotone
 from safetensors.numpy import save_file
 
 from experiments.compose import check_operator
@@ -619,3 +620,30 @@ def test_a_snapped_member_is_scored_again(recipe: Path, tmp_path: Path) -> None:
     scores = rescored(run, merge.genome)
     assert set(scores) == {"search", "held_out"}
     assert scores["search"] != run.scored(split[0]).scores
+
+
+# -- the command line ----------------------------------------------------------------------------------------
+
+
+def test_a_run_becomes_mergekits_file_on_the_command_line(ecotone: Ecotone, recipe: Path, tmp_path: Path) -> None:
+    assert ecotone("run", recipe, "--out", tmp_path / "run").code == 0
+    said = ecotone("export", tmp_path / "run", "--to", tmp_path / "best.yaml", "--format", "mergekit", "--snap")
+    assert said.code == 0, said.err
+    assert f"mergekit-yaml {tmp_path / 'best.yaml'} DIR" in said.out
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["merge_method"] == "linear"
+    again = ecotone("export", tmp_path / "run", "--to", tmp_path / "best.yaml", "--format", "mergekit")
+    assert (again.code, "the file exists" in again.err) == (1, True)
+    wrong = ecotone("export", tmp_path / "run", "--to", tmp_path / "x", "--snap")
+    assert "--snap: expected --format mergekit" in wrong.err
+
+
+def test_an_evolution_becomes_a_recipe_on_the_command_line(ecotone: Ecotone, tmp_path: Path) -> None:
+    genome = {"models": ["org/one", "org/two"], "base_model": "org/base", "merge_method": "task_arithmetic"}
+    evolve = {"genome": genome, "tasks": [{"name": "arc_easy", "metric": "acc,none"}]}
+    (tmp_path / "evolve.yaml").write_text(yaml.safe_dump(evolve))
+    said = ecotone("import-mergekit", tmp_path / "evolve.yaml", "--to", tmp_path / "recipe.yaml")
+    assert said.code == 0, said.err
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml").models.experts == ("org/one", "org/two")
+    printed = ecotone("import-mergekit", tmp_path / "evolve.yaml")
+    assert printed.out == (tmp_path / "recipe.yaml").read_text()
+    assert ecotone("import-mergekit", tmp_path / "no.yaml").code == 1
