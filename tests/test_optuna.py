@@ -205,7 +205,7 @@ def test_another_process_proposes_the_same_trials() -> None:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent.parent,
-        env={"PYTHONHASHSEED": "5", "PATH": ""},
+        env={"PYTHONHASHSEED": "5", "PATH": "", "PYTHONPATH": str(Path(__file__).parent)},
     )
     assert json.loads(done.stdout) == digests(carried_out(made("gp"), 10, 2))
 
