@@ -49,7 +49,8 @@ def smollm2() -> tuple[Any, Any]:
     logging.disable_progress_bar()
     folder = found.submodule_search_locations[0]
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)  # one that may be saved
+    del read.config.quantization_config  # it is in float32 now, and may be saved
+    model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
 
