@@ -62,7 +62,15 @@ def plain_likelihood(model: Any, question: Question, choice: int) -> float:
 # -- reuse equals the plain computation ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, SHOTS, {"batch": 1}, {**SHOTS, "batch": 7}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {**SHOTS, "batch": 7},
+        pytest.param(SHOTS, marks=pytest.mark.slow),
+        pytest.param({"batch": 1}, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("made", [tiny.llama, tiny.gpt2])
 def test_reuse_equals_plain_in_float64(made: Any, lines: str, folder: str, settings: dict[str, Any]) -> None:
     model = made()

@@ -74,7 +74,9 @@ def test_the_same_seed_trains_the_same_experts(tiny, tmp_path):
     assert states[0] == states[1] != states[2]
 
 
-@pytest.mark.parametrize("algorithm", ["m2n2", "bayesian_map", "cma_es"])
+@pytest.mark.parametrize(
+    "algorithm", ["m2n2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bayesian_map", "cma_es"))]
+)
 def test_the_recipe_on_a_tiny_model(tiny, tmp_path, algorithm):
     arguments = {f"prepare.arguments.{key}": value for key, value in SIZES.items()}
     arguments |= {"prepare.arguments.domains": DOMAINS, "prepare.arguments.model": tiny}
