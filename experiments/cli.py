@@ -269,7 +269,7 @@ def _export_mergekit(found: Run, member: int, to: Path, snap: bool, as_json: boo
         moved = {} if merge.snap is None else {"snap": str(merge.snap), "scores": scores}
         _print_json({"member": member, "path": str(to), "notes": merge.notes, **moved})
         return
-    typer.echo(f"Member {member} is in {to}. Make it with: mergekit-yaml {to} DIR")
+    typer.echo(f"Member {member} is in {to}. Make it with: {merge.command(to)}")
     for note in merge.notes:
         typer.echo(note)
     if merge.snap is not None:

@@ -83,8 +83,8 @@ def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = Fa
     sources, dtype = _opened(_recipe(run))
     merge = mergekit_config(trial.genome, sources, dtype, snap)
     target.parent.mkdir(parents=True, exist_ok=True)
-    options = " --lora-merge-dtype float32" if merge.adapters else ""
-    title = f"{run.name}, member {trial.number}, found by Ecotone. Make it: mergekit-yaml {target.name} DIR{options}"
+    made_by = merge.command(Path(target.name))
+    title = f"{run.name}, member {trial.number}, found by Ecotone. Make it: {made_by}"
     target.write_text(merge.text(title), "utf-8")
     return merge
 

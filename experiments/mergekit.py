@@ -73,6 +73,11 @@ class MergekitMerge:
     adapters: bool
     notes: tuple[str, ...]
 
+    def command(self, file: Path) -> str:
+        """What makes the merge of ``file``, once it is written there."""
+        options = " --lora-merge-dtype float32" if self.adapters else ""
+        return f"mergekit-yaml {file} DIR{options}"
+
     def text(self, title: str) -> str:
         """The file: title and notes as comments, then YAML. Numbers are read back as the same float64."""
         body = yaml.safe_dump(dict(self.config), sort_keys=False, default_flow_style=None, width=1_000_000)

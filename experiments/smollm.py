@@ -111,9 +111,9 @@ def experts(
             adapter = name in adapters
             tuned = _adapted(base, rank) if adapter else copy.deepcopy(base)
             loss = _tune(tuned, windows, batch, adapter_rate if adapter else rate)
-            tuned.save_pretrained(Path(directory) / name) if adapter else _save(
-                tuned, tokenizer, Path(directory) / name
-            )
+            tuned.save_pretrained(Path(directory) / name)
+            if not adapter:
+                tokenizer.save_pretrained(Path(directory) / name)
             print(f"{name}: loss {loss[0]:.2f} in the first step, {loss[-1]:.2f} in the last", flush=True)
 
 
