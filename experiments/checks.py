@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import compose
-from experiments.parts import Call, LanguageObjective, LmEval, PythonObjective
+from experiments.parts import Call, LanguageObjective, PythonObjective
 from experiments.recipe import (
     Box,
     GradientSearch,
@@ -21,6 +21,8 @@ from experiments.recipe import (
     SurrogateBox,
 )
 from fitness.callables import resolve
+from fitness.objectives import LANGUAGE
+from fitness.specs import ObjectiveSpec, WorkerSpec
 from fitness.worker import open_sources
 from merging import tokenizers
 from merging.gram import region_borders
@@ -58,7 +60,7 @@ def _findings(recipe: Recipe) -> Iterator[Finding]:
     spec = compose.worker_spec(recipe, prepared)
     sources = open_sources(spec)
     yield from _models(sources)
-    yield from _language(recipe, sources)
+    yield from _language(spec, sources)
     yield from _search(recipe, sources)
     yield from _needs(recipe, sources)
 
@@ -104,21 +106,20 @@ def _models(sources: Sources) -> Iterator[Finding]:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
 
 
-def _language(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
-    """For recipes with objectives of language models: what differs between tokenizers, and how large tasks are."""
-    measured = (*recipe.objectives.search, *recipe.objectives.held_out)
-    if not any(isinstance(one, LanguageObjective) for one in measured):
+def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
+    """Where language models are measured: what differs between tokenizers, and how large tasks are."""
+    objectives = (*spec.search, *spec.held_out)
+    if not any(one.type in LANGUAGE for one in objectives):
         return
     models = [sources.origin, *(expert for expert in sources.experts if expert is not sources.origin)]
     differences = tokenizers.compare([(model.name, model.path) for model in models])
     yield Finding("tokenizers", " ".join(differences) or "no differences")
-    for group, objectives in (("search", recipe.objectives.search), ("held_out", recipe.objectives.held_out)):
-        for one in objectives:
-            if isinstance(one, LmEval):
-                yield Finding(f"objectives.{group}.{one.name}", _task(one))
+    for one in objectives:
+        if one.type == "lm_eval":
+            yield Finding(f"lm_eval {one.settings['task']}", _task(one))
 
 
-def _task(objective: LmEval) -> str:
+def _task(objective: ObjectiveSpec) -> str:
     """What lm-eval says of a task.
 
     Raises:
@@ -126,14 +127,15 @@ def _task(objective: LmEval) -> str:
     """
     from fitness.language import describe
 
-    where = f"objective {objective.name!r}"
+    goal = objective.goal
+    where = f"objective {goal.name!r}"
     found = describe(objective.settings, where)
-    right = {True: "maximize", False: "minimize", None: objective.direction}[found.higher_is_better]
-    if right != objective.direction:
+    right = {True: "maximize", False: "minimize", None: goal.direction}[found.higher_is_better]
+    if right != goal.direction:
         raise InputError(
-            f"{where}: direction: expected {right} for the metric {found.metric!r}, found {objective.direction}."
+            f"{where}: direction: expected {right} for the metric {found.metric!r}, found {goal.direction}."
         )
-    return f"{objective.task}: {found.metric} on {found.documents} of {found.available} documents, {found.kind}"
+    return f"{found.metric} on {found.documents} of {found.available} documents, {found.kind}"
 
 
 def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]:

@@ -79,14 +79,15 @@ def family(tmp_path):
     return tmp_path
 
 
-def recipe_of(folder, **objective):
+def recipe_of(folder, /, **objective):
+    data = {} if objective["type"] == "lm_eval" else {"data": "data.jsonl"}
     second = {"name": "bits", "type": "bits_per_byte", "data": "data.jsonl", "batch": 2}
     record = {
         "name": "letters",
         "models": {"base": "base", "experts": ["one", "two"], "architecture": "auto"},
         "merge": {"operator": "task_arithmetic"},
         "objectives": {
-            "search": [{**second, "part": "search"}, {"name": "it", "data": "data.jsonl", **objective}],
+            "search": [{**second, "part": "search"}, {"name": "it", **data, **objective}],
             "held_out": [{**second, "part": "held_out"}],
         },
         "search": {"algorithm": "random", "granularity": "model"},
@@ -138,3 +139,25 @@ def test_a_missing_file_is_refused_before_anything_is_scored(family):
     recipe = recipe_of(family, type="multiple_choice", data="dat.jsonl")
     with pytest.raises(InputError, match=r"objective 'it': data: .*dat.jsonl"):
         launch(recipe, family / "run")
+
+
+def test_validate_asks_lm_eval_what_a_task_is(family):
+    pytest.importorskip("lm_eval")
+    task = {
+        "task": "letters",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(family / "data.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (family / "tasks").mkdir()
+    (family / "tasks" / "letters.yaml").write_text(yaml.safe_dump(task))
+    named = {"type": "lm_eval", "task": "letters", "folder": "tasks"}
+    found = {finding.subject: finding.text for finding in validate(recipe_of(family, **named, limit=4))}
+    assert found["lm_eval letters"] == "acc on 4 of 6 documents, multiple_choice"
+    with pytest.raises(InputError, match="direction: expected maximize for the metric 'acc', found minimize"):
+        validate(recipe_of(family, **named, direction="minimize"))
