@@ -76,7 +76,7 @@ class Problem:
 
 PROBLEMS = {
     "digits": Problem("four questions about a digit", "digits-adamerging.yaml"),
-    "text": Problem("four kinds of text", "text-adamerging.yaml"),
+    "text": Problem("four kinds of text", "text-adamerging.yaml", evaluations=30, steps=200),
 }
 CHECKS = 10  # of a gradient search, besides the first
 LAMBDAS = [round(0.1 * i, 1) for i in range(1, 16)]
