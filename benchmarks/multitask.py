@@ -66,17 +66,19 @@ class Problem:
         recipe: Its file.
         evaluations: Merges that a search by scores may score.
         steps: Of a gradient search, which with their checks cost about as much.
+        samples: What MAP fits its surrogates to; None leaves it to MAP.
     """
 
     title: str
     recipe: str
     evaluations: int = 60
     steps: int = 500
+    samples: int | None = None
 
 
 PROBLEMS = {
     "digits": Problem("four questions about a digit", "digits-adamerging.yaml"),
-    "text": Problem("four kinds of text", "text-adamerging.yaml", evaluations=30, steps=200),
+    "text": Problem("four kinds of text", "text-adamerging.yaml", evaluations=30, steps=200, samples=16),
 }
 CHECKS = 10  # of a gradient search, besides the first
 LAMBDAS = [round(0.1 * i, 1) for i in range(1, 16)]
@@ -165,9 +167,15 @@ def by_scores(search: Mapping[str, Any]) -> Callable[[Case], list[Found]]:
 
     def tries(case: Case) -> list[Found]:
         budget = case.problem.evaluations
-        return [searched(case, {}, {"search": dict(search), "calibration": [], "budget.evaluations": budget})]
+        return [searched(case, {}, {"search": sized(case, search), "calibration": [], "budget.evaluations": budget})]
 
     return tries
+
+
+def sized(case: Case, search: Mapping[str, Any]) -> dict[str, Any]:
+    """A search with as many samples as the problem says, if it is MAP."""
+    own = case.problem.samples is not None and search["algorithm"] == "map"
+    return {**search, "samples": case.problem.samples} if own else dict(search)
 
 
 def by_gradient(search: Mapping[str, Any], **settings: Any) -> Callable[[Case], list[Found]]:
@@ -236,7 +244,7 @@ def then_adamerging(search: Mapping[str, Any]) -> Callable[[Case], list[Found]]:
         found = []
         for rate in case.rates:
             last = descent(case, share=1 / 3, granularity="tensor", rate=rate, start="best")
-            chain = {"search": [{**search, "evaluations": first}, last], "budget.evaluations": first + CHECKS + 1}
+            chain = {"search": [{**sized(case, search), "evaluations": first}, last], "budget.evaluations": first + CHECKS + 1}
             found.append(searched(case, {"rate": rate}, chain))
         return found
 
