@@ -244,7 +244,10 @@ def then_adamerging(search: Mapping[str, Any]) -> Callable[[Case], list[Found]]:
         found = []
         for rate in case.rates:
             last = descent(case, share=1 / 3, granularity="tensor", rate=rate, start="best")
-            chain = {"search": [{**sized(case, search), "evaluations": first}, last], "budget.evaluations": first + CHECKS + 1}
+            chain = {
+                "search": [{**sized(case, search), "evaluations": first}, last],
+                "budget.evaluations": first + CHECKS + 1,
+            }
             found.append(searched(case, {"rate": rate}, chain))
         return found
 
