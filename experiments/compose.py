@@ -105,12 +105,21 @@ def cache_folder() -> Path:
 def prepared_folder(recipe: Recipe) -> Path | None:
     """The folder of the recipe's preparation step; None without a step.
 
-    It is named by the function, its arguments and the source of its module: after an edit the step runs again.
+    It is named by the recipe, and by the function, its arguments and the source of its module: after an edit the step
+    runs again. What a recipe of another name has prepared by the same step is taken as it is.
     """
     if recipe.prepare is None:
         return None
+    folders, key = cache_folder() / "prepared", _preparation_key(recipe)
+    own = folders / f"{recipe.name}-{key}"
+    return own if own.is_dir() else min(folders.glob(f"*-{key}"), default=own)
+
+
+def _preparation_key(recipe: Recipe) -> str:
+    """16 hexadecimal digits of all that changes what the step writes."""
+    assert recipe.prepare is not None
     text = json.dumps([recipe.prepare.call, _preparation_arguments(recipe), _module_source(recipe)], sort_keys=True)
-    return cache_folder() / "prepared" / f"{recipe.name}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def prepare(recipe: Recipe) -> Path | None:
@@ -125,7 +134,9 @@ def prepare(recipe: Recipe) -> Path | None:
     assert recipe.prepare is not None
     function = resolve(recipe.prepare.call, "prepare.call")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder.with_suffix(".lock")):
+    with _only_one(folder.parent / f"{_preparation_key(recipe)}.lock"):
+        folder = prepared_folder(recipe)  # a recipe of another name may have come first
+        assert folder is not None
         if folder.is_dir():
             return folder
         work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))

@@ -779,6 +779,20 @@ def test_preparation_is_done_once_and_depends_on_its_arguments(preparing: Any) -
     assert seedless == compose.prepare(preparing(prepare__call="preparing_module:seedless", seed=77))
 
 
+def test_recipes_of_one_step_share_what_it_writes(preparing: Any) -> None:
+    first = compose.prepare(preparing(name="first"))
+    assert first is not None
+    assert compose.prepare(preparing(name="second")) == first
+    own = first.with_name(first.name.replace("first-", "second-"))
+    first.rename(own)
+    assert compose.prepared_folder(preparing(name="first")) == own
+    own.rename(first)
+    own.mkdir()
+    assert compose.prepare(preparing(name="second")) == own
+    assert compose.prepare(preparing(name="first")) == first
+    assert compose.prepare(preparing(name="second", seed=1)) not in (first, own)
+
+
 def test_an_edited_preparation_runs_again(preparing: Any, tmp_path: Path) -> None:
     before = compose.prepare(preparing())
     (tmp_path / "preparing_module.py").write_text(MODULE.replace("str(seed)", "f'edited {seed}'"))
