@@ -25,17 +25,15 @@ with ``--cache`` what is finished is kept, and a search that was stopped goes on
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -44,17 +42,25 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+from merges import (
+    HERE,
+    PARTS,
+    RECIPES,
+    Found,
+    finished,
+    judge_of,
+    kept,
+    mean,
+    number,
+    parser_of,
+    recipe_key,
+    spread,
+    table,
+)
 
-from experiments import Recipe, Run, compose, launch, resume
+from experiments import Recipe, Run
 from experiments.recipe import parse_settings
-from fitness.worker import Worker
 from populations.genome import Genome
-from populations.trial import Subset, Trial
-
-HERE = Path(__file__).parent
-RECIPES = HERE.parent / "experiments" / "recipes"
-Scores: TypeAlias = dict[str, float]  # by task
-Found: TypeAlias = dict[str, Any]  # what one try of a method found
 
 
 @dataclass(frozen=True)
@@ -281,8 +287,6 @@ METHODS = {
 
 # -- measuring -----------------------------------------------------------------------------------------------
 
-PARTS: dict[str, Subset] = {"search": "search", "test": "held_out"}
-
 
 def fixed(
     case: Case,
@@ -292,7 +296,7 @@ def fixed(
     cost: float = 0.0,
 ) -> Found:
     """Scores of the merge with (K,) coefficients."""
-    judge = judge_of(case, merge or {})
+    judge = judge_of(case.recipe(merge or {}))
     genome = Genome.uniform(judge.size, np.asarray(coefficients, np.float64))
     scores = {part: judge.scores(genome, part) for part in PARTS}
     return {"setting": dict(setting or {}), **scores, "cost": cost, "seconds": 0.0}
@@ -302,27 +306,21 @@ def searched(case: Case, setting: Mapping[str, Any], settings: Mapping[str, Any]
     """What a search finds: its best merge, and the last that it scored. It has no test data."""
     recipe = case.recipe({**settings, "objectives.held_out": []})
     folder = case.folder / f"{case.name}-{case.seed}-{recipe_key(recipe)}"
-    kept = folder / "found.json"
-    if kept.exists():
-        return {**json.loads(kept.read_text()), "setting": dict(setting)}
-    run = resume(folder) if (folder / "journal.sqlite").exists() else launch(recipe, folder)
-    judge = judge_of(case, {key: value for key, value in settings.items() if key.startswith("merge")})
-    with run.journal() as journal:
-        scored = [row.number for row in journal.rows() if row.failure is None]
-    number = int(run.status()["best"]["id"])
-    best, last = run.trial(number).genome, run.trial(scored[-1]).genome
-    found: Found = {part: judge.scores(best, part) for part in PARTS}
-    found["last"] = {part: judge.scores(last, part) for part in PARTS}
-    found["check"] = scored.index(number)
-    found |= {"cost": cost_of(run, recipe), "seconds": run.status()["seconds"], "digest": run.status()["digest"]}
-    kept.write_text(json.dumps(found))
-    return {**found, "setting": dict(setting)}
 
+    def result() -> Found:
+        run = finished(recipe, folder)
+        judge = judge_of(case.recipe({key: value for key, value in settings.items() if key.startswith("merge")}))
+        with run.journal() as journal:
+            scored = [row.number for row in journal.rows() if row.failure is None]
+        number = int(run.status()["best"]["id"])
+        best, last = run.trial(number).genome, run.trial(scored[-1]).genome
+        found: Found = {part: judge.scores(best, part) for part in PARTS}
+        found["last"] = {part: judge.scores(last, part) for part in PARTS}
+        found["check"] = scored.index(number)
+        status = run.status()
+        return found | {"cost": cost_of(run, recipe), "seconds": status["seconds"], "digest": status["digest"]}
 
-def recipe_key(recipe: Recipe) -> str:
-    """Of all but where it runs."""
-    record = {key: value for key, value in recipe.record().items() if key not in ("runtime", "tracking")}
-    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return {**kept(folder / "found.json", result), "setting": dict(setting)}
 
 
 def cost_of(run: Run, recipe: Recipe) -> float:
@@ -334,42 +332,7 @@ def cost_of(run: Run, recipe: Recipe) -> float:
     return sum(one.items * (1 if one.gradient is None else passes) for one in evaluations) / whole
 
 
-@dataclass(frozen=True, eq=False)
-class Judge:
-    """Scores merges of one problem and seed, one at a time."""
-
-    worker: Worker
-    size: int  # parameters
-    known: dict[tuple[str, Subset], Scores] = field(default_factory=dict)
-
-    def scores(self, genome: Genome, part: str) -> Scores:
-        """Accuracies by task."""
-        key = (genome.digest, PARTS[part])
-        if key not in self.known:
-            [evaluation] = self.worker.measure([Trial(0, genome, subset=PARTS[part])])
-            if evaluation.failure is not None:
-                raise RuntimeError(evaluation.failure)
-            self.known[key] = dict(evaluation.scores)
-        return self.known[key]
-
-
-def judge_of(case: Case, merge: Mapping[str, Any]) -> Judge:
-    return _judge(case.recipe(merge).model_dump_json())
-
-
-@lru_cache(maxsize=2)
-def _judge(recipe_json: str) -> Judge:
-    recipe = Recipe.model_validate_json(recipe_json)
-    spec = compose.worker_spec(recipe, compose.prepare(recipe))
-    worker = Worker(replace(spec, calibration=()))
-    return Judge(worker, worker.space().size)
-
-
 # -- tables --------------------------------------------------------------------------------------------------
-
-
-def mean(scores: Mapping[str, float]) -> float:
-    return statistics.fmean(scores.values())
 
 
 def chosen(tries: Sequence[Found]) -> Found:
@@ -428,12 +391,6 @@ def details(rows: Sequence[Mapping[str, Any]], problem: str) -> list[dict[str, A
     ]
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, which is NaN for one value."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return statistics.fmean(values), error
-
-
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(
         part for problem in dict.fromkeys(one["problem"] for one in rows) for part in told(rows, problem)
@@ -473,16 +430,6 @@ def told(rows: Sequence[Mapping[str, Any]], problem: str) -> list[str]:
     return found
 
 
-def number(found: tuple[float, float], digits: int = 3) -> str:
-    value, error = (f"{one:.{digits}f}".replace("0.", ".", 1) for one in found)
-    return value if error == "nan" else f"{value} ± {error}"
-
-
-def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-
-
 # -- command line --------------------------------------------------------------------------------------------
 
 
@@ -515,16 +462,10 @@ def save(out: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any
 
 def parser() -> argparse.ArgumentParser:
     from fronts import names_of
-    from seeds import numbers
 
-    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found = parser_of(__doc__, METHODS, HERE / "results" / "multitask.json")
     found.add_argument("--problems", type=names_of(PROBLEMS), default=["digits"], help=f"of {','.join(PROBLEMS)}")
-    found.add_argument("--methods", type=names_of(METHODS), default=list(METHODS), help=f"of {','.join(METHODS)}")
-    found.add_argument("--seeds", type=numbers, default=numbers("0-2"), help="such as 0-23 or 0,3,8-11")
     found.add_argument("--rates", type=lambda text: [float(one) for one in text.split(",")], default=RATES)
-    found.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="of the recipe")
-    found.add_argument("--cache", type=Path, help="folder that keeps runs, for the next time")
-    found.add_argument("--out", type=Path, default=HERE / "results" / "multitask.json")
     return found
 
 

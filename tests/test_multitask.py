@@ -61,8 +61,7 @@ def test_what_is_tried_chosen_and_kept(multitask: Any, tmp_path: Path, monkeypat
     for folder in (tmp_path / "kept").iterdir():
         assert Run(folder).held_out_goals == ()  # no search has test data
 
-    monkeypatch.setattr(multitask, "launch", None)
-    monkeypatch.setattr(multitask, "resume", None)
+    monkeypatch.setattr(multitask, "finished", None)
     multitask.main([*arguments[:-1], str(tmp_path / "second.json")])
     assert (tmp_path / "second.json").read_text() == (tmp_path / "first.json").read_text()
 
@@ -122,6 +121,7 @@ def test_numbers_of_a_table(multitask: Any) -> None:
     assert multitask.number(multitask.spread([0.7, 0.8])) == ".750 ± .050"
     assert multitask.number((-0.5, 0.125), 2) == "-.50 ± .12"
     assert multitask.number((1.0, math.nan)) == "1.000"
+    assert multitask.number((10.25, math.nan)) == "10.250"
 
 
 def test_an_unknown_method_is_refused(multitask: Any, capsys: pytest.CaptureFixture[str]) -> None:

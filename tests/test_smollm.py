@@ -1,5 +1,7 @@
-"""The SmolLM2 recipe on a tiny model: what its preparation step writes, and whole runs with adapters as experts."""
+"""The SmolLM2 recipes on a tiny model: what their preparation step writes, whole runs with an adapter as an expert, and
+the benchmark that compares them."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -11,12 +13,13 @@ pytest.importorskip("peft")
 
 from tiny_language import llama, save_tokenizer
 
-from experiments import launch
+from experiments import compose, launch
 from experiments.recipe import Recipe
 from experiments.smollm import experts
 from populations.errors import InputError
 
-RECIPE = Path(__file__).parents[1] / "experiments" / "recipes" / "smollm2-m2n2.yaml"
+RECIPES = Path(__file__).parents[1] / "experiments" / "recipes"
+NAMES = ("m2n2", "map", "cma_es")
 DOMAINS = {"glosses": "smollm_toys:first", "packages": "smollm_toys:second", "fortunes": "smollm_toys:third"}
 TOYS = """
 import sys
@@ -74,16 +77,33 @@ def test_the_same_seed_trains_the_same_experts(tiny, tmp_path):
     assert states[0] == states[1] != states[2]
 
 
-@pytest.mark.parametrize(
-    "algorithm", ["m2n2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bayesian_map", "cma_es"))]
-)
-def test_the_recipe_on_a_tiny_model(tiny, tmp_path, algorithm):
-    arguments = {f"prepare.arguments.{key}": value for key, value in SIZES.items()}
-    arguments |= {"prepare.arguments.domains": DOMAINS, "prepare.arguments.model": tiny}
-    search = {"algorithm": algorithm, "granularity": "tensor" if algorithm == "m2n2" else "model"}
-    settings = {"search": search, "budget.evaluations": 26, "runtime.pool": "serial", "tracking.mlflow": False}
-    recipe = Recipe.from_yaml(RECIPE, {**arguments, **settings, "merge.operator": "task_arithmetic"})
-    run = launch(recipe, tmp_path / "run")
+def recipe_of(name, settings=None):
+    return Recipe.from_yaml(RECIPES / f"smollm2-{name}.yaml", settings)
+
+
+def tiny_settings(model):
+    """What makes the recipes those of a tiny model."""
+    sizes = {f"prepare.arguments.{key}": value for key, value in SIZES.items()}
+    return {**sizes, "prepare.arguments.domains": DOMAINS, "prepare.arguments.model": model, "merge.dtype": "float32"}
+
+
+def test_the_recipes_differ_in_the_search_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("ECOTONE_CACHE", str(tmp_path))
+    recipes = [recipe_of(name) for name in NAMES]
+    assert [recipe.name for recipe in recipes] == [f"smollm2-{name}" for name in NAMES]
+    assert [recipe.search.algorithm for recipe in recipes] == ["m2n2", "bayesian_map", "cma_es"]
+    rest = [{key: value for key, value in one.record().items() if key not in ("name", "search")} for one in recipes]
+    assert rest[0] == rest[1] == rest[2]
+    compose.prepared_folder(recipes[1]).mkdir(parents=True)
+    assert len({compose.prepared_folder(recipe) for recipe in recipes}) == 1
+    for recipe in recipes:
+        compose.check_search(recipe)
+
+
+@pytest.mark.parametrize("name", ["m2n2", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+def test_the_recipe_on_a_tiny_model(tiny, tmp_path, name):
+    settings = {"budget.evaluations": 26, "runtime.pool": "serial", "tracking.mlflow": False}
+    run = launch(recipe_of(name, {**tiny_settings(tiny), **settings}), tmp_path / "run")
     with run.journal() as journal:
         rows = list(journal.rows())
     assert all(row.failure is None for row in rows)
@@ -97,3 +117,55 @@ def test_the_recipe_on_a_tiny_model(tiny, tmp_path, algorithm):
 def test_an_adapter_of_no_domain_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="adapters: expected domains, glosses, packages, fortunes, found 'verses'"):
         experts(str(tmp_path), DOMAINS, ["verses"], model=tiny)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES.parents[1] / "benchmarks")
+    return importlib.import_module("smollm2")
+
+
+def test_the_benchmark_on_a_tiny_model(tiny, tmp_path, benchmark, monkeypatch):
+    given = [
+        argument for pair in tiny_settings(tiny).items() for argument in ("--set", f"{pair[0]}={json.dumps(pair[1])}")
+    ]
+    arguments = ["--evaluations", "10", "--seeds", "1,2", "--cache", str(tmp_path / "kept"), *given]
+    names = "base,glosses,packages,fortunes,experts,average,lambda,m2n2,cma_es"
+    monkeypatch.setattr(benchmark, "LAMBDAS", [0.2, 0.5])
+    benchmark.main([*arguments, "--methods", names, "--out", str(tmp_path / "first.json")])
+    record = json.loads((tmp_path / "first.json").read_text())
+    rows = {(one["method"], one["seed"]): one for one in record["rows"]}
+    seeded = [(name, seed) for name in ("m2n2", "cma_es") for seed in (1, 2)]
+    assert list(rows) == [(name, None) for name in names.split(",")[:-2]] + seeded
+    assert [rows[key]["evaluations"] for key in seeded] == [10] * 4
+    assert rows["lambda", None]["evaluations"] == 2
+    assert rows["lambda", None]["coefficients"] in ([0.2] * 3, [0.5] * 3)
+    assert rows["m2n2", 1]["digest"] != rows["m2n2", 2]["digest"]
+    for name in DOMAINS:
+        assert rows["experts", None]["test"][name] == rows[name, None]["test"][name]
+    for one in rows.values():
+        assert all(0 < value < 1 for value in one["search"].values())
+        assert all(value > 1 for value in one["test"].values())  # bits per byte, not likelihoods
+    lines = {line["method"]: line for line in record["summary"]}
+    assert "below" not in lines["lambda"]
+    assert lines["average"]["below"][1] > 0
+    assert "| base |" in (tmp_path / "first.md").read_text()
+
+    merges = importlib.import_module("merges")
+    merges._judge.cache_clear()
+    monkeypatch.setattr(merges, "Worker", None)
+    monkeypatch.setattr(benchmark, "finished", None)
+    benchmark.main([*arguments, "--methods", names, "--out", str(tmp_path / "second.json")])
+    assert (tmp_path / "second.json").read_text() == (tmp_path / "first.json").read_text()
+
+
+def test_a_method_is_compared_document_by_document(benchmark):
+    reference = {"glosses": [1.0, 3.0], "packages": [2.0, 2.0], "fortunes": [4.0, 5.0]}
+    better = {"glosses": [0.9, 2.9], "packages": [1.7, 1.9], "fortunes": [4.0, 5.0]}
+    other = {"glosses": [0.7, 2.7], "packages": [1.9, 1.7], "fortunes": [4.0, 5.0]}
+    value, error = benchmark.below([{"documents": better}, {"documents": other}], reference)
+    assert value == pytest.approx((0.2 + 0.2 + 0.0) / 3)
+    assert error == pytest.approx(0.0)
+    value, error = benchmark.below([{"documents": better}], reference)
+    assert value == pytest.approx((0.1 + 0.2 + 0.0) / 3)
+    assert error == pytest.approx(0.1 / 3)
