@@ -124,6 +124,16 @@ def test_numbers_of_a_table(multitask: Any) -> None:
     assert multitask.number((10.25, math.nan)) == "10.250"
 
 
+def test_results_are_kept_whole(multitask: Any, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "found.json"
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        multitask.kept(file, lambda: {"score": 0.5, "wrong": object()})
+    assert not list(tmp_path.iterdir())
+    assert multitask.kept(file, lambda: {"score": 0.5}) == {"score": 0.5}
+    assert multitask.kept(file, lambda: {"score": 0.6}) == {"score": 0.5}
+    assert list(file.parent.iterdir()) == [file]
+
+
 def test_an_unknown_method_is_refused(multitask: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         multitask.main(["--methods", "averag"])
