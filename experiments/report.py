@@ -46,7 +46,7 @@ class ProgressLine:
         self.seconds = seconds
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._last = 0.0
-        self._began: tuple[float, int] | None = None
+        self._began: tuple[float, float] | None = None
 
     def __enter__(self) -> ProgressLine:
         if self._live is not None:
@@ -65,7 +65,7 @@ class ProgressLine:
         """Show the progress, at most four times a second."""
         now = time.monotonic()
         if self._began is None:
-            self._began = (now, progress.evaluations)
+            self._began = (now, progress.spent)
         if now - self._last < (0.25 if self._live is not None else 10.0):
             return
         self._last = now
@@ -78,12 +78,13 @@ class ProgressLine:
     def _line(self, progress: Progress, now: float) -> str:
         assert self._began is not None
         since = now - self._began[0]
-        rate = (progress.evaluations - self._began[1]) / since if since > 0.5 else 0.0
+        rate = (progress.spent - self._began[1]) / since if since > 0.5 else 0.0
         of = "" if self.evaluations is None else f"/{self.evaluations}"
         best = " ".join(f"{name} {value:.4g}" for name, value in progress.best_scores.items()) or "none yet"
         parts = [
-            f"{progress.evaluations}{of} evaluations",
+            f"{progress.spent:.0f}{of} evaluations",
             f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s",
+            *([f"{progress.evaluations} in full"] if progress.samples else []),
             *([f"{progress.gradients} gradients"] if progress.gradients else []),
             f"best {best}",
             f"front {progress.front_size}",
@@ -95,7 +96,7 @@ class ProgressLine:
     def _left(self, progress: Progress, rate: float) -> float | None:
         estimates = []
         if self.evaluations is not None and rate > 0:
-            estimates.append((self.evaluations - progress.evaluations) / rate)
+            estimates.append((self.evaluations - progress.spent) / rate)
         if self.seconds is not None:
             estimates.append(max(0.0, self.seconds - progress.elapsed))
         return min(estimates, default=None)

@@ -69,8 +69,8 @@ class Run:
     def status(self) -> dict[str, Any]:
         """Plain values: state, evaluations, failures, evaluations_per_second, best, digest and more."""
         with self.journal() as journal:
-            everything = list(journal.rows(gradients=True))
-            rows = [row for row in everything if row.calibration is None]
+            everything = list(journal.rows(unscored=True))
+            rows = [row for row in everything if row.scored]
             best = best_row(rows, self.goals)
             front = front_rows(rows, self.goals)
             failed = [row for row in everything if row.failure is not None]
@@ -86,7 +86,8 @@ class Run:
                 "signature": journal.fact("signature"),
                 "seed": int(journal.fact("seed") or 0),
                 "evaluations": len(rows),
-                "gradients": len(everything) - len(rows),
+                "samples": sum(row.partial for row in everything),
+                "gradients": sum(row.calibration is not None for row in everything),
                 "budget": json.loads(journal.fact("budget") or "{}"),
                 "failures": len(failed),
                 "last_failure": _in_words(failed[-1].failure) if failed else None,

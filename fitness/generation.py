@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from fitness.likelihoods import logits_at
-from fitness.objectives import Objective, Score
+from fitness.objectives import Objective, Score, pooled_mean
 from fitness.texts import (
     Record,
     Source,
@@ -44,6 +44,7 @@ from fitness.texts import (
     tokenizer_of,
 )
 from populations.errors import InputError, nearest
+from populations.genome import Integers
 from populations.trial import Goal
 
 ROWS = {"cpu": 32, "cuda": 256}
@@ -129,6 +130,20 @@ class Generator:
         self._parts = batches([len(prompt) for prompt in prompts], rows, device)
         self._sharing = 0
         self._written: Written | None = None
+        self._batch = batch
+        self._subsets: dict[bytes, Generator] = {}
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def subset(self, numbers: Integers) -> Generator:
+        """The same of the prompts ``numbers`` alone; one for all that ask for these."""
+        key = np.asarray(numbers, np.int64).tobytes()
+        if key not in self._subsets:
+            prompts = [self._prompts[number] for number in numbers]
+            made = Generator(prompts, self._tokenizer, self._device, self._most, self._stop, self._batch)
+            self._subsets[key] = made
+        return self._subsets[key]
 
     def written(self, model: Any) -> Written:
         """What the model writes after each prompt.
@@ -236,6 +251,19 @@ class TokensGenerated:
         each = np.asarray([len(tokens) for tokens in written.tokens], dtype=np.float64)
         return Score(mean(each) if written.finite else float("nan"), each, each.size)
 
+    @property
+    def count(self) -> int:
+        """Prompts."""
+        return len(self.generator)
+
+    def subset(self, numbers: Integers) -> TokensGenerated:
+        """The mean over these prompts."""
+        return TokensGenerated(self.goal, self.generator.subset(numbers))
+
+    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
+        """The mean."""
+        return pooled_mean(each, self.count)
+
 
 @dataclass(frozen=True, eq=False)
 class ExactMatch:
@@ -264,6 +292,20 @@ class ExactMatch:
         right: NDArray[np.bool_] = np.asarray([self._answer(text) in answers for text, answers in pairs])
         value = int(np.count_nonzero(right)) / right.size
         return Score(value if written.finite else float("nan"), right, right.size)
+
+    @property
+    def count(self) -> int:
+        """Prompts."""
+        return len(self.generator)
+
+    def subset(self, numbers: Integers) -> ExactMatch:
+        """The share of these prompts."""
+        answers = [self.answers[number] for number in numbers]
+        return ExactMatch(self.goal, self.generator.subset(numbers), answers, self.extract)
+
+    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
+        """The share that is right."""
+        return pooled_mean(each, self.count)
 
     def _answer(self, text: str) -> str | None:
         if self.extract is None:

@@ -32,6 +32,8 @@ from fitness.heads import Head, logits
 from fitness.specs import ObjectiveSpec
 from merging.checkpoint import located
 from populations.errors import InputError, nearest
+from populations.genome import Integers
+from populations.samples import error_of_mean
 from populations.trial import Goal
 
 Model: TypeAlias = nn.Module | dict[str, Tensor]
@@ -64,6 +66,32 @@ class Objective(Protocol):
     def score(self, model: Any) -> Score:
         """The score of ``model``: an ``nn.Module`` in evaluation mode, or a dict of tensors by name."""
         ...
+
+
+@runtime_checkable
+class Divisible(Objective, Protocol):
+    """An objective that can be asked of some of its examples: one that races (``search.racing``) can use."""
+
+    @property
+    def count(self) -> int:
+        """N, how many examples there are."""
+        ...
+
+    def subset(self, numbers: Integers) -> Objective:
+        """The same of the examples ``numbers`` (n,) alone, which it gives scores of in this order."""
+        ...
+
+    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
+        """The score of a model that has ``each`` (n,) on the examples ``numbers``, and its standard error as an
+        estimate of the score on all: 0 where these are all.
+        """
+        ...
+
+
+def pooled_mean(each: NDArray[Any], count: int) -> tuple[float, float]:
+    """``Divisible.pooled`` of an objective whose score is the mean of its examples', ``count`` of them in all."""
+    mean = np.count_nonzero(each) / each.size if each.dtype == np.bool_ else float(each.mean(dtype=np.float64))
+    return mean, error_of_mean(each, count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +134,21 @@ class Accuracy:
             broken = _any_nan(self._batches.restored(largest))  # the maximum of a row passes NaN on
         value = float("nan") if broken else int(np.count_nonzero(right)) / right.size
         return Score(value, right, right.size)
+
+    @property
+    def count(self) -> int:
+        """Examples."""
+        return len(self.labels)
+
+    def subset(self, numbers: Integers) -> Accuracy:
+        """The accuracy on these examples."""
+        part = Examples(self.inputs, self.labels).rows(torch.from_numpy(numbers.copy()))
+        assert part.labels is not None
+        return Accuracy(self.goal, part.inputs, part.labels, self.batch, self.head)
+
+    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
+        """The share that is right."""
+        return pooled_mean(each, self.count)
 
     def _logits(self, model: Any, inputs: Inputs) -> Tensor:
         found = logits(model, inputs, self.head)
@@ -150,6 +193,20 @@ class Entropy:
             found = [entropies(logits(model, inputs, self.head)) for inputs in self._batches]
             each = self._batches.restored(found).cpu().numpy()
         return Score(float(each.mean(dtype=np.float64)), each, each.size)
+
+    @property
+    def count(self) -> int:
+        """Examples."""
+        return len(Examples(self.inputs))
+
+    def subset(self, numbers: Integers) -> Entropy:
+        """The entropy on these examples."""
+        part = Examples(self.inputs).rows(torch.from_numpy(numbers.copy()))
+        return Entropy(self.goal, part.inputs, self.batch, self.head)
+
+    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
+        """The mean."""
+        return pooled_mean(each, self.count)
 
 
 def entropies(logits: Tensor) -> Tensor:

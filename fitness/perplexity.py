@@ -14,8 +14,8 @@ without a start token.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -37,6 +37,8 @@ from fitness.texts import (
     tokenizer_of,
 )
 from populations.errors import InputError
+from populations.genome import Integers
+from populations.samples import error_of_mean
 from populations.trial import Goal
 
 CONTEXT = 1024
@@ -89,6 +91,7 @@ class Perplexity:
         passes: The windows.
         items: (T,) the document (or window) of each scored token, as the passes come.
         sizes: (N,) what each item's loss is divided by: bytes, or tokens.
+        part: Makes the measure of some of the items.
     """
 
     goal: Goal
@@ -96,6 +99,7 @@ class Perplexity:
     passes: Sequence[Pass]
     items: NDArray[np.int64]
     sizes: NDArray[np.int64]
+    part: Callable[[Integers], Perplexity]
 
     def score(self, model: Any) -> Score:
         """The measure over all tokens, and by document (by window where there is one document).
@@ -114,6 +118,28 @@ class Perplexity:
         sums = np.bincount(self.items, losses, len(self.sizes))
         each = self._measure(sums / np.maximum(self.sizes, 1))
         return Score(float(self._measure(math.fsum(sums) / int(self.sizes.sum()))), each, each.size)
+
+    @property
+    def count(self) -> int:
+        """Documents (windows where there is one document)."""
+        return len(self.sizes)
+
+    def subset(self, numbers: Integers) -> Perplexity:
+        """The measure of these."""
+        return self.part(numbers)
+
+    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
+        """The measure over all their tokens: a ratio of sums, whose error is that of its linear part (Cochran 1977,
+        equation 6.10).
+        """
+        scale = {"bits_per_byte": math.log(2), "likelihood": -1.0, "perplexity": 1.0}[self.unit]
+        sizes = self.sizes[numbers]
+        with np.errstate(divide="ignore"):
+            nats = scale * (each if self.unit == "bits_per_byte" else np.log(each))
+        mean = math.fsum(nats * sizes) / int(sizes.sum())
+        error = error_of_mean((nats - mean) * sizes / sizes.mean(), self.count)
+        value = float(self._measure(mean))
+        return value, error / math.log(2) if self.unit == "bits_per_byte" else error * value
 
     def _measure(self, nats: Any) -> Any:
         with np.errstate(over="ignore"):
@@ -220,7 +246,13 @@ def _made(
         passes.append(Pass(ids, wanted(rows, targets, None, device)))
     placed = np.asarray(items, dtype=np.int64)
     sizes = np.bincount(placed, minlength=len(bytes_each)) if unit == "perplexity" else np.asarray(bytes_each)
-    return Perplexity(goal, unit, passes, placed, sizes.astype(np.int64))
+
+    def some(numbers: Integers) -> Perplexity:
+        place = {int(number): index for index, number in enumerate(numbers)}
+        mine = [replace(window, item=place[window.item]) for window in windows if window.item in place]
+        return _made(goal, unit, mine, [bytes_each[number] for number in numbers], batch, device)
+
+    return Perplexity(goal, unit, passes, placed, sizes.astype(np.int64), some)
 
 
 def _window(given: Settings, most: int | None, where: str) -> tuple[int, int]:

@@ -5,7 +5,8 @@ and nothing in it is a pickle. Tables:
 
 - ``facts``: text by key (recipe, state, versions, elapsed seconds).
 - ``events``: the order of things: ``ask`` (a batch of trials was proposed) and ``tell`` (a batch was learned).
-- ``trials``: number, batch, genome, digest, parents; task and step of those that want a gradient.
+- ``trials``: number, batch, genome, digest, parents; task and step of those that want a gradient; seed, start and
+  stop of those that are scored on a sample, ``partial`` while that is not of all examples.
 - ``evaluations``: what came back for a trial, committed on arrival, before it is told.
 - ``gradients``: those of gradient trials, in float64.
 - ``residuals``: dense parts of genomes evolved from scratch, kept for members and the front only.
@@ -41,20 +42,21 @@ from populations.errors import JournalError
 from populations.genome import Genome
 from populations.trial import CalibrationBatch, Evaluation, Failure, Subset, Trial
 
-FORMAT = 2
+FORMAT = 3
 
 _SCHEMA = """
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER);
 CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
-    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, task TEXT, step INTEGER);
+    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, task TEXT, step INTEGER,
+    seed INTEGER, start REAL, stop REAL, partial INTEGER NOT NULL);
 CREATE INDEX trials_by_batch ON trials (batch);
 CREATE TABLE evaluations (number INTEGER PRIMARY KEY, scores TEXT, shapes TEXT, per_example BLOB, failure TEXT,
-    seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, time REAL NOT NULL);
+    seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL);
 CREATE TABLE gradients (number INTEGER PRIMARY KEY, segments INTEGER NOT NULL, gradient BLOB NOT NULL);
 CREATE TABLE residuals (number INTEGER PRIMARY KEY, residual BLOB NOT NULL);
 CREATE TABLE measurements (digest TEXT NOT NULL, subset TEXT NOT NULL, scores TEXT, shapes TEXT, per_example BLOB,
-    failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, time REAL NOT NULL,
+    failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL,
     PRIMARY KEY (digest, subset)) WITHOUT ROWID;
 CREATE TABLE reference_merges (name TEXT PRIMARY KEY, position INTEGER NOT NULL, genome TEXT NOT NULL,
     digest TEXT NOT NULL) WITHOUT ROWID;
@@ -82,6 +84,12 @@ class Row:
     seconds: float
     time: float
     calibration: CalibrationBatch | None = None
+    partial: bool = False
+
+    @property
+    def scored(self) -> bool:
+        """Whether it has scores of all examples, unless it failed."""
+        return self.calibration is None and not self.partial
 
 
 class Journal:
@@ -187,7 +195,8 @@ class Journal:
         with self.transaction():
             self._connection.execute("INSERT INTO events VALUES (NULL, 'ask', ?, ?)", (batch, requested))
             self._connection.executemany(
-                "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [_trial_row(trial, batch) for trial in trials]
+                "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [_trial_row(trial, batch) for trial in trials],
             )
 
     def arrived(self, results: Iterable[tuple[Trial, Evaluation]]) -> None:
@@ -195,7 +204,7 @@ class Journal:
         now, found = time.time(), list(results)
         with self.transaction():
             self._connection.executemany(
-                "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [(trial.number, *_evaluation_row(evaluation, now)) for trial, evaluation in found],
             )
             self._connection.executemany(
@@ -229,7 +238,7 @@ class Journal:
         """Record the scores of a genome outside the search."""
         with self.transaction():
             self._connection.execute(
-                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (genome.digest, subset, *_evaluation_row(evaluation, time.time())),
             )
 
@@ -259,18 +268,19 @@ class Journal:
         """Numbers and genome digests of the trials of a batch."""
         return list(self._rows("SELECT number, digest FROM trials WHERE batch = ? ORDER BY number", (number,)))
 
-    def rows(self, after: int = -1, gradients: bool = False) -> Iterator[Row]:
+    def rows(self, after: int = -1, unscored: bool = False) -> Iterator[Row]:
         """The trials numbered above ``after`` that have been evaluated, in order of number.
 
         Args:
             after: A trial's number.
-            gradients: Also those whose gradient was wanted, not their scores; their scores are losses by task.
+            unscored: Also those whose gradient was wanted (their scores are losses by task), and those that were
+                scored on some of the examples only.
         """
-        for number, digest, parents, task, step, scores, failure, seconds, when in self._rows(
-            "SELECT t.number, t.digest, t.parents, t.task, t.step, e.scores, e.failure, e.seconds, e.time "
+        for number, digest, parents, task, step, partial, scores, failure, seconds, when in self._rows(
+            "SELECT t.number, t.digest, t.parents, t.task, t.step, t.partial, e.scores, e.failure, e.seconds, e.time "
             "FROM trials t JOIN evaluations e USING (number) "
-            "WHERE number > ? AND (? OR task IS NULL) ORDER BY number",
-            (after, gradients),
+            f"WHERE number > ? AND (? OR {_SCORED}) ORDER BY number",
+            (after, unscored),
         ):
             yield Row(
                 number,
@@ -281,10 +291,11 @@ class Journal:
                 float(seconds),
                 when,
                 None if task is None else CalibrationBatch(task, step),
+                bool(partial),
             )
 
     def trial(self, number: int) -> Trial:
-        """The trial with its genome, residual included.
+        """The trial with its genome, residual included, but without its sample.
 
         Raises:
             JournalError: There is no such trial, or its dense weights were not kept.
@@ -321,7 +332,7 @@ class Journal:
     def evaluation_of(self, digest: str) -> Evaluation | None:
         """What the first trial of that genome that was scored has scored, or None."""
         query = (
-            f"SELECT {_COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? AND task IS NULL "
+            f"SELECT {_COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? AND {_SCORED} "
             "ORDER BY number LIMIT 1"
         )
         return next((_evaluation(row) for row in self._rows(query, (digest,))), None)
@@ -343,7 +354,7 @@ class Journal:
     def digest(self) -> str:
         """A hash over every evaluated trial's number, genome digest and scores: equal searches have equal digests."""
         hasher = hashlib.blake2b(digest_size=16)
-        for row in self.rows(gradients=True):
+        for row in self.rows(unscored=True):
             hasher.update(f"{row.number}:{row.digest}:".encode())
             if row.failure is not None:
                 hasher.update(f"failed {row.failure.kind}".encode())
@@ -379,7 +390,8 @@ class Journal:
 
 # -- rows ------------------------------------------------------------------------------------------------
 
-_COLUMNS = "scores, shapes, per_example, failure, seconds, items, details"
+_SCORED = "(task IS NULL AND NOT partial)"
+_COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors"
 
 
 @lru_cache(maxsize=8)
@@ -392,8 +404,10 @@ def _trial_row(trial: Trial, batch: int) -> tuple[Any, ...]:
     genome = trial.genome
     text = _dense_text(genome.size, genome.sources) if genome.is_dense else genome.to_json(residual=False)
     wanted = (None, None) if trial.calibration is None else (trial.calibration.task, trial.calibration.step)
+    part = trial.sample
+    sample = (None, None, None, 0) if part is None else (part.seed, part.start, part.stop, int(part.partial))
     dense = int(genome.residual is not None)
-    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), dense, *wanted
+    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), dense, *wanted, *sample
 
 
 def _evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
@@ -411,6 +425,7 @@ def _evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
         float(evaluation.seconds),
         int(evaluation.items),
         json.dumps(dict(evaluation.details)) if evaluation.details else None,
+        json.dumps(dict(evaluation.errors)) if evaluation.errors else None,
         now,
     )
 
@@ -421,13 +436,19 @@ def _shapes_text(shapes: tuple[tuple[str, str, int, int], ...]) -> str:
 
 
 def _evaluation(row: Sequence[Any]) -> Evaluation:
-    scores, shapes, blob, failure, seconds, items, details = row[:7]
+    scores, shapes, blob, failure, seconds, items, details, errors = row
     per_example, start = {}, 0
     for name, kind, size, length in json.loads(shapes) if shapes else ():
         per_example[name] = _unpacked(kind, size, blob[start : start + length])
         start += length
     return Evaluation(
-        _parsed(scores) or {}, per_example, _failure(failure), seconds, items, json.loads(details) if details else {}
+        _parsed(scores) or {},
+        per_example,
+        _failure(failure),
+        seconds,
+        items,
+        json.loads(details) if details else {},
+        errors=json.loads(errors) if errors else {},
     )
 
 

@@ -93,6 +93,32 @@ class NicheArchive:
         self._known_worth = None
         return Outcome(gone != trial.number, () if gone == trial.number else (gone,))
 
+    def may_accept(self, best: Evaluation) -> bool:
+        """While there is room, or if its shared fitness could reach that of a member.
+
+        On an example that it scores s, of demand z without it, it has ``s c / (z + s)^alpha``, which grows with s;
+        the others lose by it until s exceeds what any of them scores, from where on capacity grows. So the most that
+        it can have is compared with the least that each of them can be left with. Above alpha 1 scores between right
+        and wrong do not grow so, and nothing is ruled out.
+        """
+        if len(self._members) < self.capacity:
+            return True
+        row = self._row(Trial(-1, self._members[0].trial.genome), best)
+        if not np.isfinite(row).all() or (self.alpha > 1.0 and not self._binary):
+            return True
+        scores = self._scores[self._slots]
+        demand, top = scores.sum(axis=0), scores.max(axis=0)
+        own = float(row @ self._share(np.maximum(top, row), demand + row))
+        harm = row if self.resource == "one" else np.minimum(row, top)  # what of it takes most from the others
+        left = scores @ self._share(top, demand + harm)
+        return own >= float(left.min()) * (1.0 - 1e-9)
+
+    def _share(self, top: Floats, demand: Floats) -> Floats:
+        """(N,) ``c_j / z_j^alpha`` at the largest scores ``top`` and the demand z."""
+        powered = demand**self.alpha
+        worth: Floats = np.divide(1.0, powered, out=np.zeros_like(demand), where=powered > 1e-150)
+        return worth * top if self.resource == "max" and not self._binary else worth
+
     def fitness(self) -> Floats:
         """(P,) shared fitness of the members, oldest first. At alpha 1 it sums to what the members solve together."""
         shared: Floats = self._scores @ self._worth()

@@ -26,6 +26,9 @@ class Population(Protocol):
     def add(self, trial: Trial, evaluation: Evaluation) -> Outcome:
         """Take an evaluation; a failed one is never accepted."""
 
+    def may_accept(self, best: Evaluation) -> bool:
+        """False only if a new trial that is no better than ``best`` in any objective or example cannot be accepted."""
+
     def state(self) -> dict[str, Any]:
         """Everything that later calls depend on."""
 
@@ -75,6 +78,12 @@ class ElitistArchive:
         gone = self._members.pop(worst).trial.number
         del self._quality[worst]
         return Outcome(gone != trial.number, () if gone == trial.number else (gone,))
+
+    def may_accept(self, best: Evaluation) -> bool:
+        """While there is room, or when it would be better than the worst member."""
+        if len(self._members) < self.capacity:
+            return True
+        return quality(best, self.goals) > min(self._quality)
 
     def state(self) -> dict[str, Any]:
         """The members."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from populations.genome import Floats, Genome
+from populations.samples import Sample
 
 Direction: TypeAlias = Literal["maximize", "minimize"]
 Subset: TypeAlias = Literal["search", "held_out"]
@@ -51,6 +52,7 @@ class Trial:
         parents: Numbers of the trials it was bred from.
         subset: Which objectives score it: those that guide the search, or those held out from it.
         calibration: When given, no objective scores it: its loss on that batch is wanted, and the loss's gradient.
+        sample: When given, it is scored on these examples, and has scores of them and of those seen before.
     """
 
     number: int
@@ -58,6 +60,19 @@ class Trial:
     parents: tuple[int, ...] = ()
     subset: Subset = "search"
     calibration: CalibrationBatch | None = None
+    sample: Sample | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether it is to have scores of all examples: others are in no population and on no front."""
+        return self.calibration is None and (self.sample is None or not self.sample.partial)
+
+    @property
+    def cost(self) -> float:
+        """What it takes of a budget of evaluations: 1, less for a sample, nothing for a gradient."""
+        if self.calibration is not None:
+            return 0
+        return 1 if self.sample is None else self.sample.cost
 
 
 @dataclass(frozen=True)
@@ -82,12 +97,14 @@ class Evaluation:
     Args:
         scores: By objective name, as the objective reports them (not sign-flipped); empty on failure. Of a gradient
             trial: the loss, by the task's name.
-        per_example: By objective name, (N,) one score an example (bool for right or wrong), where given.
+        per_example: By objective name, (N,) one score an example (bool for right or wrong), where given. Of a sample:
+            (n,) in its order, unless it reaches all examples.
         failure: None when all objectives gave finite scores.
         seconds: Worker time spent on this candidate.
-        items: Examples scored.
+        items: Examples scored for it.
         details: Small facts worth keeping (attempts, worker name); never part of the result.
         gradient: (S, K) derivatives of a gradient trial's loss by the genome's coefficients.
+        errors: Of a sample: by objective name, standard errors of the scores as estimates of those of all examples.
     """
 
     scores: Mapping[str, float]
@@ -97,6 +114,7 @@ class Evaluation:
     items: int = 0
     details: Mapping[str, str | int | float] = field(default_factory=dict)
     gradient: Floats | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

@@ -26,7 +26,7 @@ from populations.journal import Event, Journal
 from populations.pareto import ParetoFront
 from populations.population import Population, quality
 from populations.trial import Evaluation, Failure, Goal, Outcome, Subset, Trial, oriented
-from search.protocol import Search, numbered
+from search.protocol import SLACK, Search, numbered
 
 StopReason: TypeAlias = Literal["evaluations", "seconds", "converged"]
 
@@ -36,7 +36,8 @@ class Schedule:
     """How much is asked for, and when.
 
     Args:
-        evaluations: Stop after so many trials that are scored; None for no limit.
+        evaluations: Stop after so many trials that are scored, one scored on a sample counted for its share of the
+            examples; None for no limit.
         seconds: Stop asking after so many seconds of searching (all resumed stretches together); None for no limit.
         batch: Trials asked for and scored together.
         in_flight: The most trials asked for and not yet told, at least ``batch``.
@@ -56,12 +57,15 @@ class Schedule:
 class Progress:
     """Where the search stands; given to the observer after every step.
 
-    ``evaluations`` counts told trials that were scored, ``gradients`` those whose gradient was wanted, ``failures``
-    both kinds; ``best`` is the number of the best one so far, by mean oriented score ``quality``.
+    ``evaluations`` counts told trials that were scored on all examples, ``samples`` those scored on some and
+    ``gradients`` those whose gradient was wanted, ``failures`` all kinds; ``spent`` is what they took of the budget of
+    evaluations; ``best`` is the number of the best one so far, by mean oriented score ``quality``.
     """
 
     evaluations: int = 0
+    samples: int = 0
     gradients: int = 0
+    spent: float = 0.0
     failures: int = 0
     replayed: int = 0
     elapsed: float = 0.0
@@ -74,8 +78,8 @@ class Progress:
 
     @property
     def told(self) -> int:
-        """Trials of both kinds."""
-        return self.evaluations + self.gradients
+        """Trials of all kinds."""
+        return self.evaluations + self.samples + self.gradients
 
 
 Observer: TypeAlias = Callable[[Progress], None]
@@ -117,7 +121,7 @@ class Manager:
         self._observe = observe
         self._clock = clock
         self._asked = 0  # trials
-        self._asked_scores = 0  # those that are scored
+        self._spent = 0.0  # evaluations asked for; a sample counts for its share
         self._batches = 0
         self._flying: deque[Batch] = deque()  # asked and not yet told, oldest first
         self._arrived: dict[int, list[Evaluation]] = {}  # by batch number, not yet told
@@ -177,7 +181,7 @@ class Manager:
         schedule = self.schedule
         if schedule.seconds is not None and self.progress.elapsed >= schedule.seconds:
             return 0
-        left = schedule.batch if schedule.evaluations is None else schedule.evaluations - self._asked_scores
+        left = schedule.batch if schedule.evaluations is None else math.ceil(schedule.evaluations - self._spent - SLACK)
         flying = sum(len(batch.trials) for batch in self._flying)
         wanted = min(schedule.batch, left)
         return wanted if flying == 0 or flying + wanted <= schedule.in_flight else 0
@@ -191,7 +195,7 @@ class Manager:
         batch = Batch(self._batches, tuple(trials))
         self._batches += 1
         self._asked += len(trials)
-        self._asked_scores += sum(trial.calibration is None for trial in trials)
+        self._spent += sum(trial.cost for trial in trials)
         self._flying.append(batch)
         return batch
 
@@ -214,8 +218,7 @@ class Manager:
     def _tell(self, batch: Batch) -> None:
         """Population first, then the search."""
         for trial, evaluation in zip(batch.trials, self._arrived.pop(batch.number), strict=True):
-            scored = trial.calibration is None
-            outcome = self.population.add(trial, evaluation) if scored else Outcome(False)
+            outcome = self.population.add(trial, evaluation) if trial.scored else Outcome(False)
             self.search.tell(trial, evaluation, outcome)
             on_front = self._count(trial, evaluation)
             if trial.genome.residual is not None and (outcome.accepted or on_front):
@@ -224,13 +227,14 @@ class Manager:
     def _count(self, trial: Trial, evaluation: Evaluation) -> bool:
         """Keep the books; True when the trial is on the front now."""
         progress = self.progress
-        scored = trial.calibration is None
-        progress.evaluations += scored
-        progress.gradients += not scored
+        progress.evaluations += trial.scored
+        progress.gradients += trial.calibration is not None
+        progress.samples += trial.sample is not None and trial.sample.partial
+        progress.spent += trial.cost
         if not evaluation.ok:
             progress.failures += 1
             progress.last_failure = evaluation.failure
-        if not (evaluation.ok and scored):
+        if not (evaluation.ok and trial.scored):
             return False
         value = quality(evaluation, self.goals)
         older = progress.best is not None and trial.number < progress.best
@@ -263,7 +267,7 @@ class Manager:
             for batch in (self._flying if self._arrived else ())
             for trial, evaluation in zip(batch.trials, self._arrived.get(batch.number, ()), strict=False)
             if trial.genome.residual is not None
-            and trial.calibration is None
+            and trial.scored
             and evaluation.ok
             and self.front.takes(trial.number, oriented(evaluation.scores, self.goals))
         }
@@ -278,7 +282,7 @@ class Manager:
         schedule, progress = self.schedule, self.progress
         if progress.told and progress.failures == progress.told:
             raise SearchError(_all_failed(progress))
-        if schedule.evaluations is not None and self._asked_scores >= schedule.evaluations:
+        if schedule.evaluations is not None and self._spent >= schedule.evaluations - SLACK:
             return "evaluations"
         if schedule.seconds is not None and progress.elapsed >= schedule.seconds:
             return "seconds"

@@ -10,6 +10,10 @@ import numpy as np
 from populations.trial import Evaluation, Outcome, Trial
 
 
+SLACK = 1e-6
+"""Evaluations by which a sum of shares of them may be off."""
+
+
 class Search(Protocol):
     """An algorithm that proposes merges.
 

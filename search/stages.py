@@ -9,6 +9,7 @@ was scored in the stage before: the stage learns these scores again, and nobody 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from populations.genome import Floats, Genome
 from populations.pareto import ParetoFront
 from populations.population import Population, quality
 from populations.trial import Evaluation, Goal, Member, Outcome, Trial, oriented
-from search.protocol import Search
+from search.protocol import SLACK, Search
 
 Start: TypeAlias = Literal["front", "best", "archive", "none"]
 Pair: TypeAlias = tuple[Search, Population]
@@ -185,6 +186,10 @@ class StagedPopulation:
         """Offer it to the running stage's population."""
         return self._search.running.add(trial, evaluation)
 
+    def may_accept(self, best: Evaluation) -> bool:
+        """Ask the running stage's population."""
+        return self._search.running.population.may_accept(best)
+
     def state(self) -> dict[str, Any]:
         """The running stage's population."""
         running = self._search.running
@@ -218,7 +223,7 @@ class _Running:
         self.numbers: list[int] = []  # of the chain, by the stage's own
         self._own: dict[int, list[int]] = {}  # the reverse
         self._first: int | None = None  # number of the first trial that is not a start
-        self._scored = 0  # trials given to be scored
+        self._scored: float = 0  # evaluations asked for; a sample counts for its share
         self._waiting = 0  # trials of either kind that are not told
         self._recalled = 0  # trials answered from memory
         self._front = ParetoFront(goals)
@@ -231,7 +236,7 @@ class _Running:
 
     def _room(self) -> int | None:
         """Evaluations left of the stage's share; None when it has no share."""
-        return None if self.stage.evaluations is None else self.stage.evaluations - self._scored
+        return None if self.stage.evaluations is None else math.ceil(self.stage.evaluations - self._scored - SLACK)
 
     # -- trials --------------------------------------------------------------------------------------------
 
@@ -243,7 +248,7 @@ class _Running:
 
     def remembered(self, trial: Trial) -> Member | None:
         """What the stage began with, when the trial is just that."""
-        if trial.calibration is not None or self._recalled == REMEMBERED:
+        if trial.calibration is not None or trial.sample is not None or self._recalled == REMEMBERED:
             return None
         return self.starts.get(trial.genome.digest)
 
@@ -252,7 +257,7 @@ class _Running:
         parents = tuple(self.numbers[parent] for parent in trial.parents)
         self._note(number)
         self._first = number if self._first is None else self._first
-        self._scored += trial.calibration is None
+        self._scored += trial.cost
         self._waiting += 1
         return replace(trial, number=number, parents=parents)
 
@@ -274,7 +279,7 @@ class _Running:
         """Let the stage learn of a trial of the chain."""
         self._waiting -= 1
         mine = self._mine(trial)
-        if trial.calibration is None:
+        if trial.scored:
             self._keep(mine, evaluation)
         evicted = tuple(own for number in outcome.evicted for own in self._own[number])
         self.search.tell(mine, evaluation, Outcome(outcome.accepted, evicted))
@@ -347,7 +352,7 @@ class _Running:
             "start": self.stage.start,
             "starts": [member.trial.number for member in self.starts.values()],
             "first": self._first,
-            "evaluations": self._scored,
+            "evaluations": round(self._scored, 6),
             "report": None if own is None else _renumbered(own(), self.numbers),
         }
 

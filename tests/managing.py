@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fitness.objectives import pooled_mean
 from fitness.pools import Pool
 from populations.journal import Journal
 from populations.population import Population
-from populations.trial import Goal
+from populations.trial import Evaluation, Goal, Trial
 from search.manager import Manager, Schedule, StopReason
 from search.protocol import Search
 
@@ -32,3 +35,21 @@ def ended(manager: Manager) -> StopReason:
     """Run to the end, and close the journal whatever happens; why it ended."""
     with manager.journal:
         return manager.run()
+
+
+def of_sample(trial: Trial, whole: Evaluation) -> Evaluation:
+    """What a worker says of a trial that is scored on a sample, of whose genome ``whole`` is known; scores are means of
+    the examples' scores.
+    """
+    sample = trial.sample
+    if sample is None or not whole.ok:
+        return whole
+    scores, errors, per_example, items = {}, {}, {}, 0
+    for name, values in whole.per_example.items():
+        now = values[sample.now(len(values))]
+        each = np.concatenate([sample.seen[name], now]) if sample.start else now
+        assert np.array_equal(each, values[sample.then(len(values))])
+        scores[name], errors[name] = pooled_mean(each, len(values))
+        per_example[name] = each if sample.partial else values
+        items += len(now)
+    return Evaluation(scores, per_example, items=items, errors=errors if sample.partial else {})

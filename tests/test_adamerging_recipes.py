@@ -198,7 +198,7 @@ def test_front_and_best_are_scored_merges(tmp_path: Path) -> None:
     run = launch(Recipe.from_yaml(toy_recipe(tmp_path)), tmp_path / "run")
     with run.journal() as journal:
         scored = {row.number for row in journal.rows()}
-        rows = list(journal.rows(gradients=True))
+        rows = list(journal.rows(unscored=True))
     assert len(rows) == CHECKS + GRADIENTS
     assert {member.id for member in run.front()} <= scored
     best = run.best()

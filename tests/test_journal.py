@@ -152,8 +152,8 @@ def test_gradients_come_back_exactly_and_are_no_scores(path: Path) -> None:
         assert back[0].gradient.shape == (2, 2)
         assert back[1].gradient is None
         assert [row.number for row in journal.rows()] == [1]
-        assert [row.number for row in journal.rows(0, gradients=True)] == [1, 2]
-        rows = list(journal.rows(gradients=True))
+        assert [row.number for row in journal.rows(0, unscored=True)] == [1, 2]
+        rows = list(journal.rows(unscored=True))
         assert [row.calibration for row in rows] == [trial.calibration for trial in asked]
         assert [row.scores for row in rows] == [{"math": 2.5}, {"acc": 0.5}, {}]
         of_genome = journal.evaluation_of(genome(0).digest)
@@ -393,8 +393,8 @@ def test_another_database(path: Path) -> None:
 def test_a_journal_of_a_later_format(path: Path) -> None:
     written(path)
     with Journal.open(path, write=True) as journal:
-        journal.note("format", "3")
-    with pytest.raises(JournalError, match=r"expected journal format 2, found 3.*version that wrote it"):
+        journal.note("format", "4")
+    with pytest.raises(JournalError, match=r"expected journal format 3, found 4.*version that wrote it"):
         Journal.open(path)
 
 

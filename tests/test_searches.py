@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from managing import of_sample
 from numpy.typing import NDArray
 
 from populations.genome import Genome
@@ -34,6 +35,7 @@ from search.nested_map import NestedMapSearch
 from search.nsga import Nsga, Variant
 from search.optuna_search import OptunaSearch, Sampler
 from search.protocol import Search, numbered, trial_rng
+from search.racing import RaceSettings, Racing
 from search.random_search import RandomSearch
 from search.refined import Refined
 from search.stages import Stage, StagedSearch, stage_seed
@@ -92,10 +94,10 @@ def boxed(kind: str, population: Callable[[], Population], granularity: Granular
     return make
 
 
-def nsga(variant: Variant) -> Callable[[int], Pair]:
+def nsga(variant: Variant, goals: tuple[Goal, ...] = TWO_GOALS) -> Callable[[int], Pair]:
     return lambda seed: (
-        Nsga(BLOCKS, TWO_GOALS, seed, variant, population=8, seeds=np.eye(6)),
-        ElitistArchive(TWO_GOALS, 5),
+        Nsga(BLOCKS, goals, seed, variant, population=8, seeds=np.eye(6)),
+        ElitistArchive(goals, 5),
     )
 
 
@@ -206,6 +208,20 @@ def elite() -> Population:
     return ElitistArchive(GOALS, 5)
 
 
+def raced(
+    make: Callable[[int], Pair], whole: int = 0, own_parents: bool = False, **settings: Any
+) -> Callable[[int], Pair]:
+    """Examples are between 0 and 1."""
+    race = RaceSettings(**{"fidelities": (0.2, 0.5), "eta": 2.0, "group": 4, "slices": 2, **settings})
+
+    def made(seed: int) -> Pair:
+        search, population = make(seed)
+        limits = {"solved": (0.0, 1.0)}
+        return Racing(search, population, GOALS, seed, race, limits, whole, own_parents=own_parents), population
+
+    return made
+
+
 MAKERS: dict[str, Callable[[int], Pair]] = {
     "m2n2": m2n2(M2N2Settings()),
     "m2n2-blocks-linear": m2n2(M2N2Settings(granularity="block", interpolation="linear", attraction=False)),
@@ -241,6 +257,10 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "optuna-tpe-settings": with_settings(lambda box, seed: OptunaSearch(box, TWO_GOALS, seed, "tpe")),
     "map-settings": with_settings(map_with_settings),
     "bayesian_map-settings": with_settings(bayesian_with_settings),
+    "raced-m2n2": raced(m2n2(M2N2Settings()), whole=3),
+    "raced-cma_es": raced(boxed("cma_es", elite), group=3),
+    "random-raced": raced(boxed("random", elite), fidelities=(), slices=3),
+    "nsga2-raced": raced(nsga("nsga2", GOALS), own_parents=True, bound=False),
     "stages": staged(GOALS, first("cma_es-elite", 14), then_m2n2, then_cma_es),
     "stages-gradients": staged(TWO_GOALS, first("nsga2", 12), then_adamerging, then_nsga),
 }
@@ -273,12 +293,13 @@ def scored(trial: Trial) -> Evaluation:
     weights = expanded(trial.genome)
     values = 1 / (1 + np.exp(-PROBES @ weights))
     scores = {"solved": values.mean(), "length": weights @ weights, "some": values[:10].mean()}
-    return Evaluation({name: float(score) for name, score in scores.items()}, {"solved": values})
+    found = Evaluation({name: float(score) for name, score in scores.items()}, {"solved": values})
+    return of_sample(trial, found)
 
 
 def offered(population: Population, trial: Trial, evaluation: Evaluation) -> Outcome:
-    """What becomes of an evaluation; a gradient trial never joins a population."""
-    return Outcome(accepted=False) if trial.calibration is not None else population.add(trial, evaluation)
+    """What becomes of an evaluation; only a trial that is scored on all examples may join a population."""
+    return population.add(trial, evaluation) if trial.scored else Outcome(accepted=False)
 
 
 @dataclass
@@ -335,7 +356,7 @@ def test_trials_are_numbered_and_fit_the_space(kind: str) -> None:
         assert all(parent < trial.number for parent in trial.parents)
         assert trial.subset == "search"
     of_two_tasks = ("adamerging-sweep", "expert_merging-chunks", "m2n2-refined-all")
-    several = 2 if kind in of_two_tasks else 1  # gradients of one merge
+    several = 2 if kind in of_two_tasks else 3 if "raced" in kind else 1  # gradients, or samples, of one merge
     assert len(set(driver.digests)) > 30 / several  # it does look at different merges
 
 

@@ -607,7 +607,7 @@ def test_stopped_in_its_second_stage_it_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         launch(stopping, tmp_path / "s", folders=(str(tmp_path / "b"),))
     with Journal.open(tmp_path / "s" / "journal.sqlite") as journal:
-        assert len(list(journal.rows(gradients=True))) > len(list(journal.rows())) >= 16
+        assert len(list(journal.rows(unscored=True))) > len(list(journal.rows())) >= 16
     resume(tmp_path / "s")
     assert outcome_of(tmp_path / "s") == outcome_of(whole.directory)
 
@@ -615,7 +615,7 @@ def test_stopped_in_its_second_stage_it_goes_on(tmp_path: Path) -> None:
 def recorded(run: Path) -> list[tuple[int, bool]]:
     """Number of each trial with a result, and whether it is a gradient; none while the journal is being begun."""
     with contextlib.suppress(JournalError), Journal.open(run / "journal.sqlite") as journal:
-        return [(row.number, row.calibration is not None) for row in journal.rows(gradients=True)]
+        return [(row.number, row.calibration is not None) for row in journal.rows(unscored=True)]
     return []
 
 

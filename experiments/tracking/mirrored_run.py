@@ -86,13 +86,15 @@ class MirroredRun:
     def _lines(self, journal: Journal, finished: bool) -> Iterator[Line]:
         """The lines after the cursor. Trials in flight hold up those behind them until the search is finished."""
         # Read in portions: a reader that lingers keeps the journal's write-ahead log from being folded in.
-        while rows := list(islice(journal.rows(self._after, gradients=True), _PORTION)):
+        while rows := list(islice(journal.rows(self._after, unscored=True), _PORTION)):
             for row in rows:
                 if row.number != self._after + 1 and not finished:
                     return
                 self._after = row.number
                 if row.calibration is not None:
                     self.board.learn(row.calibration.task, row)
+                    continue
+                if row.partial:
                     continue
                 line = self.board.add(row)
                 if line is not None and line.step > self.cursor:

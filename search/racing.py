@@ -1,0 +1,402 @@
+"""Races: candidates are scored on a few examples first, and only the promising ones on all.
+
+Two rules end a candidate early, and each may be used alone:
+
+- Successive halving (Jamieson and Talwalkar 2016). A group of candidates is scored on a small share of the examples;
+  the best one in ``eta`` of them go on to a larger share, and so on. What counts is an estimate of the score on all
+  examples, with its standard error (``populations.samples.estimate``); of several objectives, the front it is on comes
+  first, then its mean. This is a guess, and may lose a good candidate.
+- A bound. Whatever a candidate scores on the examples it has not seen, it would enter neither the population nor the
+  front: then it need not be scored on them. This loses nothing.
+
+Examples come in one seeded order, so that all candidates are compared on the same ones, and a larger share holds the
+smaller. What was scored is not scored again. Only candidates that come through to all examples are members of the
+population and of the front; a search is told that the others have failed, which all of them can take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from populations.errors import InputError
+from populations.fronts import ranks
+from populations.genome import Floats, Genome
+from populations.pareto import ParetoFront
+from populations.population import Population
+from populations.samples import Estimate, Sample, estimate, order
+from populations.trial import Evaluation, Goal, Outcome, Trial, oriented
+from search.protocol import Search
+
+KEY = 2_246_822_519  # spawn key of the order of examples
+
+
+@dataclass(frozen=True)
+class RaceSettings:
+    """How candidates race.
+
+    Args:
+        fidelities: Shares of the examples after which a group is cut, ascending, in (0, 1); none for no halving.
+        eta: One candidate in so many goes on, at least 1; the number is rounded up.
+        group: Candidates that race one another.
+        slices: Parts in which the rest of the examples is scored; after each the bound is looked at.
+        bound: Whether candidates end that can enter neither population nor front.
+    """
+
+    fidelities: tuple[float, ...] = (0.0625, 0.25)
+    eta: float = 4.0
+    group: int = 16
+    slices: int = 3
+    bound: bool = True
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip((0.0, *self.fidelities), (*self.fidelities, 1.0), strict=True))
+        if not ascending:
+            raise InputError(
+                f"search.race.fidelities: expected ascending shares between 0 and 1, found {list(self.fidelities)}."
+            )
+        for name, least in (("eta", 1.0), ("group", 1), ("slices", 1)):
+            if not getattr(self, name) >= least:
+                raise InputError(f"search.race.{name}: expected at least {least:g}, found {getattr(self, name)}.")
+
+    @property
+    def stops(self) -> tuple[float, ...]:
+        """Shares of the examples at which a candidate is looked at, the last of them 1."""
+        last = self.fidelities[-1] if self.fidelities else 0.0
+        rest = [last + (1.0 - last) * part / self.slices for part in range(1, self.slices)]
+        return (*self.fidelities, *rest, 1.0)
+
+
+@dataclass(eq=False)
+class _Runner:
+    """A candidate in a race."""
+
+    trial: Trial
+    group: int
+    stop: int = 0  # position in the stops of what it is, or was last, scored up to
+    seen: dict[str, NDArray[Any]] = field(default_factory=dict)
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Candidates that race one another. ``waiting`` counts those that are to be told at this level."""
+
+    level: int = 0
+    size: int = 0  # candidates that began
+    waiting: int = 0
+    open: bool = True
+    ready: list[int] = field(default_factory=list)  # that wait for the others
+
+    _PLAIN = ("level", "size", "waiting", "open")
+
+    def state(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in self._PLAIN}, "ready": list(self.ready)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> _Group:
+        return cls(**{**state, "ready": list(state["ready"])})
+
+
+class Racing:
+    """A search whose candidates race. To the manager it is one search, whose trials are scored on samples.
+
+    Trials are numbered over samples and whole scores together; the population has these numbers.
+
+    Args:
+        search: Proposes the candidates; it is told of each once, when its race is over.
+        population: What the manager adds to before ``tell``.
+        goals: The objectives, whose evaluations must give one score an example.
+        seed: The recipe's seed.
+        settings: The race.
+        limits: By name of an objective whose score is its examples' mean, the least and the most that one can score.
+            Without those of an objective nothing is ruled out by the bound.
+        whole: The first so many candidates are scored on all examples at once, such as models that others are bred of.
+        own_parents: Whether the search names parents by its own numbers, not by those of the population's members.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        population: Population,
+        goals: Sequence[Goal],
+        seed: int,
+        settings: RaceSettings | None = None,
+        limits: Mapping[str, tuple[float, float]] | None = None,
+        whole: int = 0,
+        own_parents: bool = False,
+    ) -> None:
+        self.search, self.population, self.goals = search, population, tuple(goals)
+        self.settings = settings = settings or RaceSettings()
+        self.whole, self.own_parents = whole, own_parents
+        self.order = int(np.random.SeedSequence(seed, spawn_key=(KEY,)).generate_state(1, np.uint32)[0])
+        self._limits = dict(limits or {})
+        self._stops = settings.stops
+        self._next = 0
+        self._numbers: dict[int, int] = {}  # by trial number, the search's, of those in flight
+        self._runners: dict[int, _Runner] = {}  # by the search's numbers; those whose race is on
+        self._groups: dict[int, _Group] = {}
+        self._begun = 0  # the group that candidates join
+        self._queue: deque[int] = deque()  # the search's numbers of those to ask for, in this order
+        self._front = ParetoFront(goals)
+        self._known: dict[int, Mapping[str, NDArray[Any]]] = {}  # scores by example of the population, by its numbers
+        self._told: dict[int, int] = {}  # by the search's numbers, those of candidates that came through
+        self._counts = dict.fromkeys(("candidates", "whole", "halving", "bound", "failed"), 0)
+        self._spent = 0.0
+        self._misses: list[float] = []  # of estimates: how many standard errors the whole score is away
+
+    @property
+    def done(self) -> bool:
+        """True when the search is, and all races are over."""
+        return self.search.done and not self._runners
+
+    def ask(self, n: int) -> list[Trial]:
+        """Up to ``n`` trials: the next samples of candidates in a race, then new candidates."""
+        trials: list[Trial] = []
+        while len(trials) < n and (self._queue or self._enter()):
+            trials.append(self._proposed(self._queue.popleft()))
+        return trials
+
+    def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
+        """Let a candidate go on, wait for its group, or end."""
+        number = self._numbers.pop(trial.number)
+        runner = self._runners[number]
+        if not evaluation.ok:
+            self._leave(number, "failed", evaluation, outcome)
+        elif trial.scored:
+            self._note(trial, evaluation, outcome, runner)
+            self._leave(number, "whole", evaluation, outcome)
+        else:
+            runner.seen = dict(evaluation.per_example)
+            runner.estimates = self._estimates(runner.trial, evaluation)
+            if self.settings.bound and not self._has_a_chance(runner, trial):
+                self._leave(number, "bound", _ended(f"on {self._share(runner)} it could not enter any more"), outcome)
+            elif runner.stop < len(self.settings.fidelities):
+                self._groups[runner.group].ready.append(number)
+                self._arrived(runner.group)
+            else:
+                self._go_on(number)
+
+    def state(self) -> dict[str, Any]:
+        """The search, the races that are on, and what estimates need of the population."""
+        runners = {
+            number: {
+                "genome": one.trial.genome.to_json(),
+                "parents": list(one.trial.parents),
+                "group": one.group,
+                "stop": one.stop,
+                "seen": {name: values.copy() for name, values in one.seen.items()},
+                "estimates": {name: [it.value, it.error, it.items] for name, it in one.estimates.items()},
+            }
+            for number, one in self._runners.items()
+        }
+        return {
+            "search": self.search.state(),
+            "next": self._next,
+            "numbers": dict(self._numbers),
+            "runners": runners,
+            "groups": {number: group.state() for number, group in self._groups.items()},
+            "begun": self._begun,
+            "queue": list(self._queue),
+            "front": [list(self._front.numbers), self._front.points.copy()],
+            "known": {number: dict(scores) for number, scores in self._known.items()},
+            "told": dict(self._told),
+            "counts": dict(self._counts),
+            "spent": self._spent,
+            "misses": list(self._misses),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self.search.restore(state["search"])
+        self._next, self._begun, self._spent = state["next"], state["begun"], state["spent"]
+        self._numbers, self._queue = dict(state["numbers"]), deque(state["queue"])
+        self._runners = {
+            number: _Runner(
+                Trial(number, Genome.from_json(one["genome"]), tuple(one["parents"])),
+                one["group"],
+                one["stop"],
+                {name: values.copy() for name, values in one["seen"].items()},
+                {name: Estimate(*values) for name, values in one["estimates"].items()},
+            )
+            for number, one in state["runners"].items()
+        }
+        self._groups = {number: _Group.of(group) for number, group in state["groups"].items()}
+        self._front = ParetoFront(self.goals)
+        for number, point in zip(*state["front"], strict=True):
+            self._front.add(number, np.array(point))
+        self._known = {number: dict(scores) for number, scores in state["known"].items()}
+        self._told, self._counts, self._misses = dict(state["told"]), dict(state["counts"]), list(state["misses"])
+
+    def report(self) -> dict[str, Any]:
+        """How many ``candidates`` raced or were scored at once, how many of them came through (``whole``), ended by
+        ``halving`` or by the ``bound``, or ``failed``; what that took in evaluations on all examples (``spent``); of
+        the estimates of those that came through, how many there were (``estimates``) and the root mean square of their
+        errors in standard errors (``miss``, about 1 when these are right, None without estimates). Plain values.
+        """
+        miss = math.sqrt(sum(one * one for one in self._misses) / len(self._misses)) if self._misses else None
+        texts = []
+        if miss is not None and len(self._misses) >= 10 and miss > 2.0:
+            texts.append(f"scores on all examples were {miss:.1f} standard errors away from their estimates")
+        inner = getattr(self.search, "report", None)
+        found = {"algorithm": "race", **self._counts, "spent": self._spent}
+        return {
+            **found,
+            "estimates": len(self._misses),
+            "miss": miss,
+            "search": inner() if inner else None,
+            "warnings": texts,
+        }
+
+    # -- the race ------------------------------------------------------------------------------------------
+
+    def _enter(self) -> bool:
+        """Let the search's next candidate begin; False when there is nothing to ask for."""
+        for trial in () if self.search.done else self.search.ask(1):
+            self._counts["candidates"] += 1
+            if self.own_parents:
+                trial = replace(trial, parents=tuple(self._told[parent] for parent in trial.parents))
+            if trial.number < self.whole:
+                self._runners[trial.number] = _Runner(trial, -1, len(self._stops) - 1)
+                self._queue.append(trial.number)
+                return True
+            self._runners[trial.number] = _Runner(trial, self._joined())
+            self._queue.append(trial.number)
+            return True
+        group = self._groups.get(self._begun)
+        if group is not None:  # the search waits: nobody joins any more
+            self._close(group)
+            self._arrived(self._begun - 1, told=0)
+        return bool(self._queue)
+
+    def _joined(self) -> int:
+        """The group of one more candidate; 0 where there are no groups to be cut."""
+        if not self.settings.fidelities:
+            return 0
+        group = self._groups.setdefault(self._begun, _Group())
+        group.size, group.waiting = group.size + 1, group.waiting + 1
+        if group.size == self.settings.group:
+            self._close(group)
+            return self._begun - 1
+        return self._begun
+
+    def _close(self, group: _Group) -> None:
+        group.open = False
+        self._begun += 1
+
+    def _proposed(self, number: int) -> Trial:
+        """What the candidate is to be scored on now, as a trial."""
+        runner = self._runners[number]
+        self._numbers[self._next] = number
+        self._next += 1
+        sample = None
+        if runner.group >= 0:
+            start = self._stops[runner.stop - 1] if runner.stop else 0.0
+            sample = Sample(self.order, start, self._stops[runner.stop], runner.seen)
+        made = replace(runner.trial, number=self._next - 1, sample=sample)
+        self._spent += made.cost
+        return made
+
+    def _go_on(self, number: int) -> None:
+        self._runners[number].stop += 1
+        self._queue.append(number)
+
+    def _arrived(self, index: int, told: int = 1) -> None:
+        """Somebody of a group has been told, or ended; cut the group when it waits for nobody."""
+        group = self._groups[index]
+        group.waiting -= told
+        if group.open or group.waiting:
+            return
+        count = math.ceil(group.size / self.settings.eta)
+        ranking = self._ranking(group.ready)
+        going, gone = sorted(ranking[:count]), ranking[count:]
+        group.level, group.size, group.waiting, group.ready = group.level + 1, len(going), len(going), []
+        if group.level == len(self.settings.fidelities) or not going:
+            del self._groups[index]
+        for number in sorted(gone):
+            told_why = f"on {self._share(self._runners[number])} others of its group were better"
+            self._leave(number, "halving", _ended(told_why), Outcome(False))
+        for number in going:
+            self._go_on(number)
+
+    def _ranking(self, numbers: Sequence[int]) -> list[int]:
+        """Candidates by the estimates of their scores, the best first, the older of equals first."""
+        if not numbers:
+            return []
+        points = np.array([self._oriented(self._runners[number].estimates) for number in numbers])
+        front, means = ranks(points), points.mean(axis=1)
+        return [numbers[i] for i in sorted(range(len(numbers)), key=lambda i: (front[i], -means[i], numbers[i]))]
+
+    def _oriented(self, estimates: Mapping[str, Estimate]) -> Floats:
+        return oriented({name: one.value for name, one in estimates.items()}, self.goals)
+
+    def _leave(self, number: int, why: str, evaluation: Evaluation, outcome: Outcome) -> None:
+        """The candidate's race is over: tell the search."""
+        runner = self._runners.pop(number)
+        self._counts[why] += 1
+        self.search.tell(runner.trial, evaluation, outcome)
+        group = self._groups.get(runner.group)
+        if group is not None and why in ("failed", "bound") and runner.stop == group.level:
+            self._arrived(runner.group)
+
+    # -- estimates -----------------------------------------------------------------------------------------
+
+    def _estimates(self, trial: Trial, evaluation: Evaluation) -> dict[str, Estimate]:
+        """What its scores on all examples are likely to be, with the help of its parents'."""
+        parents = [self._known[parent] for parent in dict.fromkeys(trial.parents) if parent in self._known]
+        return {
+            goal.name: estimate(
+                evaluation.scores[goal.name],
+                evaluation.errors[goal.name],
+                evaluation.per_example[goal.name],
+                [scores[goal.name] for scores in parents],
+                self.order,
+            )
+            for goal in self.goals
+        }
+
+    def _note(self, trial: Trial, evaluation: Evaluation, outcome: Outcome, runner: _Runner) -> None:
+        """Learn of a candidate that was scored on all examples."""
+        self._front.add(trial.number, oriented(evaluation.scores, self.goals))
+        if self.own_parents:
+            self._told[runner.trial.number] = trial.number
+        if outcome.accepted and all(goal.name in evaluation.per_example for goal in self.goals):
+            self._known[trial.number] = evaluation.per_example
+        for gone in outcome.evicted:
+            self._known.pop(gone, None)
+        for name, one in runner.estimates.items():
+            if one.error > 0:
+                self._misses.append((evaluation.scores[name] - one.value) / one.error)
+
+    def _has_a_chance(self, runner: _Runner, trial: Trial) -> bool:
+        """Whether it would enter population or front if the rest of the examples came out best."""
+        if not self._known:
+            return True
+        whole = next(iter(self._known.values()))
+        scores, per_example = {}, {}
+        for goal in self.goals:
+            seen, count = runner.seen[goal.name], len(whole[goal.name])
+            least, most = self._limits.get(goal.name, (-math.inf, math.inf))
+            best = most if goal.direction == "maximize" else least
+            if not math.isfinite(best):
+                return True
+            each = np.full(count, best, np.bool_ if seen.dtype == np.bool_ else np.float64)
+            each[order(self.order, count)[: len(seen)]] = seen
+            per_example[goal.name] = each
+            scores[goal.name] = float(each.mean(dtype=np.float64))
+        found = Evaluation(scores, per_example)
+        return self.population.may_accept(found) or self._front.takes(trial.number, oriented(scores, self.goals))
+
+    def _share(self, runner: _Runner) -> str:
+        return f"{self._stops[runner.stop]:.1%} of the examples"
+
+
+def _ended(text: str) -> Evaluation:
+    """What a search is told of a candidate that was not scored on all examples."""
+    return Evaluation.failed("ended early", text)
