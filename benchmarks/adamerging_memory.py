@@ -169,8 +169,6 @@ def tasks(arguments: argparse.Namespace) -> tuple[CalibrationSpec, ...]:
 
 def ecotone(arguments: argparse.Namespace, checkpointing: bool, streamed: bool) -> tuple[Step, int]:
     """A step by gradient trials, and the number of segments."""
-    if streamed:
-        sources.DEVICE_SHARE = 0.0
     specs, directory = tasks(arguments), Path(arguments.directory)
     paths = [str(directory / str(number)) for number in range(len(specs) + 1)]
     spec = WorkerSpec(
@@ -182,6 +180,7 @@ def ecotone(arguments: argparse.Namespace, checkpointing: bool, streamed: bool) 
         checkpointing=checkpointing,
         device=arguments.device,
         threads=arguments.threads,
+        sources="mapped" if streamed else "auto",
     )
     worker = Worker(spec)
     borders = worker._sources.layout.tensor_borders

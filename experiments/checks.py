@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiments import compose
 from experiments.parts import Call, LanguageObjective, PythonObjective
 from experiments.recipe import (
@@ -23,10 +25,11 @@ from experiments.recipe import (
 from fitness.callables import resolve
 from fitness.objectives import LANGUAGE
 from fitness.specs import ObjectiveSpec, WorkerSpec
-from fitness.worker import open_sources
+from fitness.worker import needs_of, open_sources
 from merging import tokenizers
 from merging.gram import region_borders
 from merging.layout import Layout
+from merging.placement import Bytes, Free, Needs, Placement, readable, settled
 from merging.sources import Sources
 from populations.errors import InputError
 
@@ -62,6 +65,7 @@ def _findings(recipe: Recipe) -> Iterator[Finding]:
     yield from _models(sources)
     yield from _language(spec, sources)
     yield from _search(recipe, sources)
+    yield from _memory(recipe, spec, sources)
     yield from _needs(recipe, sources)
 
 
@@ -196,33 +200,82 @@ def _samples(recipe: Recipe, search: Any, models: int) -> str:
     return f"; {samples} samples before it proposes anything"
 
 
+def _memory(recipe: Recipe, spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
+    """Where a worker keeps the models, and the memory that it takes.
+
+    Raises:
+        InputError: This machine's workers have no memory for the model, or for the sources where they are to be.
+    """
+    device, here = _device(recipe)
+    needs = needs_of(spec, sources, device, settings=bool(recipe.merge.ranges))
+    why = "auto" if spec.sources == "auto" else "runtime.sources"
+    if not here:
+        known = f"the model takes {_amount(needs.model)}, buffers {_amount(needs.buffers)}; sources "
+        known += ", ".join(f"{place} {_amount(taken)}" for place, taken in needs.sources.items() if place != "mapped")
+        yield Finding("sources", f"{spec.sources}: settled where the workers are; {_held(sources)} in files")
+        yield Finding("memory", f"a worker: {known} or mapped; and activations, data and Python")
+        return
+    free = Free.here(device).divided(spec.device_share, spec.neighbours)
+    placement = settled(spec.sources, needs, free, free, device)
+    text = f"{placement} ({why}): {_held(sources)} in files, {_KEPT[placement]}"
+    yield Finding("sources", text)
+    yield Finding("memory", f"a worker (of {spec.neighbours}): {_parts(needs, placement, free)}")
+
+
+_KEPT: dict[Placement, str] = {
+    "device": "kept on the GPU",
+    "host": "kept in main memory",
+    "mapped": "mapped: read through the page cache for each candidate",
+}
+
+
+def _device(recipe: Recipe) -> tuple[torch.device, bool]:
+    """Where workers merge, and whether that is on this machine."""
+    runtime, wish = recipe.runtime, recipe.scoring.device
+    ray = runtime.pool == "ray"
+    no_gpu = wish == "cpu" or (wish == "auto" and ray and runtime.gpus_per_worker == 0)
+    cuda = not no_gpu and (torch.cuda.is_available() or wish == "cuda" or (ray and runtime.address is not None))
+    here = not (ray and runtime.address is not None) and (torch.cuda.is_available() or not cuda)
+    return torch.device("cuda" if cuda else "cpu"), here
+
+
+def _held(sources: Sources) -> str:
+    return readable(sum(checkpoint.nbytes for checkpoint in sources.checkpoints))
+
+
+def _amount(taken: Bytes) -> str:
+    """Bytes on a GPU and in main memory, as far as there are any."""
+    given = [(taken.device, "on the GPU"), (taken.host, "in main memory")]
+    return " and ".join(f"{readable(count)} {where}" for count, where in given if count) or "none"
+
+
+def _parts(needs: Needs, placement: Placement, free: Free) -> str:
+    """All that a worker takes, where there are bounds to it."""
+    total, parts = needs.total(placement), (needs.model, needs.sources[placement], needs.buffers)
+    texts = []
+    for where, all_, each, found in (
+        ("GPU", total.device, [part.device for part in parts], free.device),
+        ("main memory", total.host, [part.host for part in parts], free.host),
+    ):
+        if all_:
+            model, kept, buffers = map(readable, each)
+            room = "" if found is None else f" of {readable(found)} free"
+            texts.append(f"{where} {readable(all_)}{room} (model {model}, sources {kept}, buffers {buffers})")
+    return "; ".join([*texts, "and activations, data and Python"])
+
+
 def _needs(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
     layout, count = sources.layout, len(sources.experts)
-    stored = sum(checkpoint.nbytes for checkpoint in sources.checkpoints)
     resident = sum(info.nbytes for info in sources.origin.tensors.values())
     regions = len(region_borders(layout, count)) - 1
     yield Finding("split points", f"{regions:,} regions of about {max(1, layout.size // regions):,} parameters")
-    workers = recipe.runtime.workers if recipe.runtime.pool == "ray" else 1
-    yield Finding(
-        "memory",
-        f"{_bytes(resident)} a worker ({workers}) and activations; {_bytes(stored)} of sources mapped from disk",
-    )
     breeders = [part for part in recipe.searches if isinstance(part, M2N2Search) and part.mutation > 0]
     if breeders:
         dense = 4 * layout.size * (max(part.archive for part in breeders) + recipe.scoring.window)
-        yield Finding("dense archive", f"{_bytes(dense)} in the manager: mutation breeds whole vectors")
+        yield Finding("dense archive", f"{readable(dense)} in the manager: mutation breeds whole vectors")
     free = shutil.disk_usage(Path.cwd()).free
-    yield Finding("export", f"{_bytes(resident)} of disk; {_bytes(free)} are free here")
+    yield Finding("export", f"{readable(resident)} of disk; {readable(free)} are free here")
 
 
 def _kinds(layout: Layout) -> str:
     return "/".join(sorted({str(dtype).removeprefix("torch.") for dtype in layout.dtypes}))
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

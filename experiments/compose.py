@@ -187,8 +187,9 @@ def _only_one(lock: Path) -> Iterator[None]:
 
 def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] = ()) -> WorkerSpec:
     """What a worker of this recipe is made of."""
-    models = recipe.models
+    models, runtime = recipe.models, recipe.runtime
     architecture = models.architecture
+    ray = runtime.pool == "ray"
     return WorkerSpec(
         experts=tuple(_located(path, prepared) for path in models.experts),
         base=None if models.base is None else _located(models.base, prepared),
@@ -206,6 +207,10 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         threads=recipe.scoring.threads,
         dense=any(isinstance(part, M2N2Search) and part.mutation > 0 for part in recipe.searches),
         sys_path=tuple(sys_path),
+        sources=runtime.sources,
+        batch=recipe.scoring.batch,
+        neighbours=runtime.workers if ray else 1,
+        device_share=min(1.0, runtime.gpus_per_worker or 1.0) if ray else 1.0,
     )
 
 

@@ -671,6 +671,9 @@ class Runtime(Part):
         resources: Custom Ray resources of each worker.
         start_timeout: Seconds to wait for the first worker.
         attempts: How often a batch that killed its worker is tried again before its candidates are tried alone.
+        sources: Where a worker keeps the models that it mixes: on the ``device``, in main memory (``host``; with a GPU
+            page-locked), or ``mapped`` from their files; ``auto`` is the first of these that free memory has room for,
+            and on a CPU, where copies gain nothing, ``mapped`` unless models are small and forming them takes work.
     """
 
     pool: Literal["serial", "ray"] = "ray"
@@ -681,6 +684,7 @@ class Runtime(Part):
     resources: dict[str, float] = Field(default_factory=dict)
     start_timeout: float = Field(default=120.0, gt=0)
     attempts: int = Field(default=3, ge=1)
+    sources: Literal["auto", "device", "host", "mapped"] = "auto"
 
 
 class Tracking(Part):

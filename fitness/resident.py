@@ -14,12 +14,30 @@ from fitness import checkpointing as recomputing
 from fitness.architectures import make
 from fitness.specs import CallSpec
 from merging.gradient import Slopes
+from merging.layout import Layout
 from merging.lazy import fill
 from merging.sources import Sources
 from populations.errors import InputError, nearest
 from populations.genome import Floats, Genome
 
 STACK_BYTES = 64 * 1024**2
+
+
+def stack_of(
+    layout: Layout, dtype: torch.dtype | None, stack_bytes: int = STACK_BYTES, batch: int | None = None
+) -> int:
+    """Bytes of the candidates that are merged in one pass: 0 for models that are merged in place.
+
+    Args:
+        layout: The flat vector.
+        dtype: The model's floating-point type; None is the checkpoints'.
+        stack_bytes: Memory for candidates merged in one pass.
+        batch: How many there are at most.
+    """
+    kinds = {dtype} if dtype else set(layout.dtypes)
+    each = layout.size * kinds.pop().itemsize if len(kinds) == 1 else 0
+    count = stack_bytes // each if each else 0
+    return each * (count if batch is None else min(batch, count))
 
 
 class Resident:
@@ -76,10 +94,10 @@ class Resident:
         self.dtype = kinds.pop() if len(kinds) == 1 else None
         """The model's floating-point type; None when it mixes several."""
         self._buffers = [(state[name], value.to(device)) for name, value in sources.buffers().items() if name in state]
-        bytes_each = sources.layout.size * (self.dtype.itemsize if self.dtype else 0)
-        self.group = max(1, stack_bytes // bytes_each) if bytes_each else 1
+        stack = stack_of(sources.layout, self.dtype, stack_bytes) if self.dtype else 0
+        self.group = stack // (sources.layout.size * self.dtype.itemsize) if self.dtype and stack else 1
         """How many candidates are merged in one pass."""
-        self._stacked = 0 < bytes_each <= stack_bytes
+        self._stacked = stack > 0
 
     def show(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
         """The model with the weights of one genome after the other (at most ``group``); all are the same object.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from merging.placement import Wish
 from populations.trial import Goal
 
 
@@ -117,6 +118,10 @@ class WorkerSpec:
         threads: CPU threads of one worker. Results may depend on it in the last bit, so it belongs to the recipe.
         dense: Put the sources themselves into the space, for evolution from scratch.
         sys_path: Folders put on the worker's Python path, for the user's own modules.
+        sources: Where the models that are mixed are kept (``merging.placement``); no score depends on it.
+        batch: The most candidates scored together, which bounds the memory they take; None if it is not known.
+        neighbours: How many workers, this one among them, may share main memory: ``auto`` leaves the others theirs.
+        device_share: The share of a GPU's memory that ``auto`` may plan with.
     """
 
     experts: tuple[str, ...]
@@ -135,3 +140,7 @@ class WorkerSpec:
     threads: int = 1
     dense: bool = False
     sys_path: tuple[str, ...] = ()
+    sources: Wish = "auto"
+    batch: int | None = None
+    neighbours: int = 1
+    device_share: float = 1.0

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fitness import calibration
 from fitness.generation import same_model
 from fitness.objectives import Model, Objective, Score, build
-from fitness.resident import Resident
+from fitness.resident import Resident, stack_of
 from fitness.specs import WorkerSpec
+from merging.placement import Free, Needs, settled
 from merging.sources import Sources
 from populations.errors import EcotoneError, InputError, nearest
 from populations.space import Space
@@ -30,7 +31,25 @@ def open_sources(spec: WorkerSpec) -> Sources:
     Raises:
         EcotoneError: As ``Sources.open``.
     """
-    return Sources.open(spec.experts, spec.base, spec.operator, spec.names, spec.settings, spec.vocabulary)
+    models = (spec.experts, spec.base, spec.operator, spec.names, spec.settings, spec.vocabulary)
+    return Sources.open(*models, spec.sources)
+
+
+def needs_of(spec: WorkerSpec, sources: Sources, device: torch.device, *, settings: bool = False) -> Needs:
+    """The memory that a worker takes, from headers alone.
+
+    Args:
+        spec: What the worker is made of.
+        sources: Its models.
+        device: Where it merges.
+        settings: Whether genomes have settings of their own.
+
+    Raises:
+        InputError: The spec's type is none.
+    """
+    kind = _kind(spec, sources)
+    stack = stack_of(sources.layout, kind, batch=spec.batch)
+    return sources.needs(device, kind, spec.threads, stack, settings)
 
 
 class Worker:
@@ -43,7 +62,8 @@ class Worker:
         spec: All of it.
 
     Raises:
-        EcotoneError: A checkpoint, the architecture, an objective or its data cannot be used.
+        EcotoneError: A checkpoint, the architecture, an objective or its data cannot be used, or there is no memory for
+            the model, or for the sources where the spec wants them.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -52,8 +72,8 @@ class Worker:
         self._spec = spec
         self._device = _device(spec.device)
         self._sources = open_sources(spec)
-        stored = None if spec.architecture is None else self._sources.layout.dtype
-        kind = _dtype(spec.dtype) or stored
+        self._place()
+        kind = _kind(spec, self._sources)
         self._resident = Resident(
             self._sources, spec.architecture, self._device, kind, checkpointing=spec.checkpointing
         )
@@ -68,6 +88,14 @@ class Worker:
         }
         for task in self._tasks.values():
             task.fits(self._resident.model, self._sources.names)
+
+    def _place(self) -> None:
+        """Settle where the sources are kept, before anything is."""
+        spec, device = self._spec, self._device
+        free = Free.here(device)
+        share = free.divided(spec.device_share, spec.neighbours)
+        needs = needs_of(spec, self._sources, device)
+        self._sources.place(device, settled(spec.sources, needs, free, share, device))
 
     def space(self) -> Space:
         """What the search may know of the models; streams the sources once."""
@@ -182,6 +210,12 @@ def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise InputError(f"device: expected auto, cpu or cuda, found {name!r}.")
     return torch.device(name)
+
+
+def _kind(spec: WorkerSpec, sources: Sources) -> torch.dtype | None:
+    """The floating-point type of the resident model; None for the types of the tensors of a dict."""
+    stored = None if spec.architecture is None else sources.layout.dtype
+    return _dtype(spec.dtype) or stored
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

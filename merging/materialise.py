@@ -297,7 +297,7 @@ def _moved(sources: Sequence[Source], device: torch.device) -> list[Source]:
             moved.append(source if source.device == device else source.to(device))
         elif source.device != device:
             target = _scratch.get(f"moved {index}", source.numel(), source.dtype, device)
-            held = source.pin_memory() if device.type == "cuda" else source
+            held = source.pin_memory() if device.type == "cuda" and not source.is_pinned() else source
             moved.append(target.copy_(held, non_blocking=True))
         else:
             moved.append(source)

@@ -16,29 +16,31 @@ from torch import Tensor
 
 from merging import operators, preflight, tokenizers
 from merging.checkpoint import Checkpoint, Model, is_adapter, located
-from merging.gram import gram_table, vectors_of
+from merging.gram import gram_table, region_borders, vectors_of
 from merging.layout import Layout
-from merging.lazy import Source
+from merging.lazy import SPAN, Source, fill
 from merging.lora import Adapter
-from merging.materialise import SMALL, Mixture, Stretch, Transform, mix, unchanged
+from merging.materialise import COMPILED_SPAN, DEVICE_SPAN, SMALL, Mixture, Stretch, Transform, mix
 from merging.operators.base import Operator, directions, weights_of
 from merging.operators.task_vectors import Pieces
+from merging.placement import Bytes, Free, Needs, Placement, Wish, chosen
 from merging.vocabulary import Resized, Vocabulary, fitted
 from populations.errors import InputError
 from populations.genome import Genome
 from populations.gram import GramTable
 from populations.space import Space
 
-DEVICE_SHARE = 0.25  # of a CUDA device's free memory: sources that fit in it stay on the device
-RESIDENT_BYTES = 256 * 2**20  # what is mixed is kept in memory where it fits in this and reading it takes work
+RESIDENT_BYTES = 256 * 2**20  # what is mixed is kept in main memory, as rows, where it fits in this
 TUNED = 2  # settings of genomes' own for which what is mixed is kept
+CPU = torch.device("cpu")
 
 
 class Sources:
     """The checkpoints of a merge, memory-mapped, with the operator that gives genomes their meaning.
 
-    Use ``Sources.open``. Nothing is kept in memory except, for models small enough, what is mixed: LoRA adapters are
-    formed as they are read.
+    Use ``Sources.open``. What of them is kept in memory is a matter of their placement (``merging.placement``): as the
+    checkpoints hold them, adapters formed. Models that are small are kept as they are mixed, too, unless they are to be
+    mapped: as a row of float32 each.
 
     Args:
         layout: The flat vector that the models share.
@@ -46,14 +48,24 @@ class Sources:
         experts: K models.
         base: The base model, if there is one. Operators that need no base take from it only integer buffers and,
             on export, the configuration and tokenizer.
+        placement: Where they are kept; no bit of a merge depends on it.
     """
 
-    def __init__(self, layout: Layout, operator: Operator, experts: Sequence[Model], base: Model | None = None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        operator: Operator,
+        experts: Sequence[Model],
+        base: Model | None = None,
+        placement: Wish = "auto",
+    ) -> None:
         self.layout = layout
         self.operator = operator
         self.experts = tuple(experts)
         self.base = base
-        self._kept: dict[torch.device, dict[str, Stretch] | None] = {}
+        self.placement = placement
+        self._placed: dict[torch.device, Placement] = {}
+        self._kept: dict[torch.device, dict[str, list[Tensor]]] = {}
         self._tuned: dict[Operator, Sources] = {}  # the latest comes last
         self.loads = 0
         """Tensors read so far, each checkpoint's counted."""
@@ -67,6 +79,7 @@ class Sources:
         names: Sequence[str] | None = None,
         settings: Mapping[str, Any] | None = None,
         vocabulary: Vocabulary = "same",
+        placement: Wish = "auto",
     ) -> Sources:
         """Open the models of a merge and check from their headers that they fit together.
 
@@ -79,26 +92,27 @@ class Sources:
             settings: The operator's settings by name.
             vocabulary: What to do with models of other vocabulary sizes: refuse them (``same``), cut them to the
                 base's, or take the ``union`` (``merging.vocabulary``).
+            placement: Where the models are kept (``merging.placement``).
 
         Raises:
             InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.
             CheckpointError: A model cannot be read, or two of them differ.
         """
-        chosen = operators.get(operator, settings or {})
+        operation = operators.get(operator, settings or {})
         if not experts:
             raise InputError("experts: expected at least one model, found none.")
-        if chosen.needs_base and base is None:
+        if operation.needs_base and base is None:
             raise InputError(f"base: the operator {operator!r} needs the model the experts were fine-tuned from.")
         if names is not None and (len(names) != len(experts) or len(set(names)) != len(names)):
             raise InputError(f"names: expected {len(experts)} distinct names, found {list(names)}.")
         root = None if base is None else Checkpoint.open(base)
         opened = [_expert(path, root) for path in experts]
         labels = _distinct([expert.name for expert in opened]) if names is None else list(names)
-        chosen.columns(labels)
+        operation.columns(labels)
         named: list[Model] = [replace(expert, name=label) for expert, label in zip(opened, labels, strict=True)]
         models = fitted(([root] if root else []) + named, root, vocabulary)
         layout = preflight.check(models)
-        return cls(layout, chosen, models[-len(named) :], models[0] if root else None)
+        return cls(layout, operation, models[-len(named) :], models[0] if root else None, placement)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,28 +153,117 @@ class Sources:
         return Stretch(self._stored(name), self._transform, start)
 
     def near(self, name: str, device: torch.device) -> Stretch:
-        """``stretch(name)``, kept as it is mixed where that saves work and takes little memory.
-
-        That is on a CUDA device, when all sources take a small part of its free memory, and in main memory when the
-        models are small and the operator changes the experts or some of them are formed as they are read.
-        """
-        if device not in self._kept:
-            self._kept[device] = {} if self._may_keep(device) else None
-        kept = self._kept[device]
-        if kept is None:
+        """``stretch(name)`` from where the sources are kept for merges on ``device``; what is not yet kept is now."""
+        placement = self.placed(device)
+        if placement == "mapped":
             return self.stretch(name)
+        index = self.layout.tensors.index(name)
+        start, stop = self.layout.tensor_borders[index : index + 2].tolist()
+        if device.type == "cpu" and self._formed and self._matrix is not None:
+            return self._matrix[start:stop]
+        kept = self._kept.setdefault(device if placement == "device" else CPU, {})
         if name not in kept:
-            here = self.stretch(name)
-            there = Stretch([tensor.to(device) for tensor in here.stored], here.transform, here.start)
-            kept[name] = Stretch(there.tensors(), start=here.start)
-        return kept[name]
+            kept[name] = self._held(name, device, placement)
+        return Stretch(kept[name], self._transform, start)
 
-    def _may_keep(self, device: torch.device) -> bool:
-        needed = sum(info.nbytes for checkpoint in self.checkpoints for info in checkpoint.tensors.values())
-        if device.type == "cuda":
-            return needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
-        mapped = all(isinstance(checkpoint, Checkpoint) for checkpoint in self.checkpoints)
-        return not (mapped and self._transform is unchanged) and needed <= RESIDENT_BYTES
+    def placed(self, device: torch.device) -> Placement:
+        """Where the sources are kept for merges on a device; ``auto`` is settled at its first use there."""
+        if self.placement == "device" and device.type == "cpu":
+            return "host"
+        if self.placement != "auto":
+            return self.placement
+        if device not in self._placed:
+            self._placed[device] = chosen(self.needs(device), Free.here(device), device)
+        return self._placed[device]
+
+    def place(self, device: torch.device, placement: Placement) -> None:
+        """Settle what ``auto`` means on a device."""
+        self._placed[device] = placement
+
+    def needs(
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        threads: int = 1,
+        stack: int = 0,
+        settings: bool = False,
+    ) -> Needs:
+        """The memory that a worker takes, from headers alone.
+
+        Args:
+            device: Where it merges.
+            dtype: Type of its model; None is the checkpoints' own.
+            threads: CPU threads.
+            stack: Bytes of the candidates that it merges in one pass; 0 where they are merged in place.
+            settings: Whether genomes have settings of their own, for the latest of which rows are kept, too.
+        """
+        cuda = device.type == "cuda"
+        model = sum(info.nbytes for info in self.layout.buffers.values())
+        model += sum(info.size * (dtype or info.dtype).itemsize for info in self.layout.parameters.values())
+        rows = self._row_bytes * (1 + TUNED if settings and self.operator.changes else 1)
+        if not cuda and self._formed and rows:
+            kept, buffers = rows, 2 * stack
+        else:
+            kept, buffers = self._stored_bytes(rounded=cuda), 2 * stack + (rows if stack else 0)
+        buffers += self._chunk_bytes(COMPILED_SPAN, 2) * threads + self._gram_bytes
+        places: dict[Placement, Bytes]
+        if cuda:
+            staged = 2 * _power_of_two(self._chunk_bytes(DEVICE_SPAN, 1))
+            on_device = Bytes(2 * stack + self._chunk_bytes(DEVICE_SPAN, 4), buffers + staged)
+            places = {"device": Bytes(self._stored_bytes()), "host": Bytes(host=kept), "mapped": Bytes()}
+            return Needs(Bytes(model), on_device, places)
+        places = {"device": Bytes(host=kept), "host": Bytes(host=kept), "mapped": Bytes()}
+        return Needs(Bytes(host=model), Bytes(host=buffers), places, formed=self._formed and rows > 0)
+
+    @property
+    def _formed(self) -> bool:
+        """Whether what is mixed is not what files hold."""
+        return self.operator.changes or not all(isinstance(model, Checkpoint) for model in self.checkpoints)
+
+    def _held(self, name: str, device: torch.device, placement: Placement) -> list[Tensor]:
+        """J flat tensors in memory: what several models share is there once."""
+        held: dict[tuple[int, torch.dtype], Tensor] = {}
+        stored = self._stored(name)
+        keys = [(s.data_ptr() if isinstance(s, Tensor) else id(s), s.dtype) for s in stored]
+        for key, source in zip(keys, stored, strict=True):
+            if key in held:
+                continue
+            if placement == "device":
+                held[key] = torch.empty(source.numel(), dtype=source.dtype, device=device)
+                fill(held[key], source if isinstance(source, Tensor) else source.to(device))
+            else:
+                held[key] = torch.empty(source.numel(), dtype=source.dtype, pin_memory=device.type == "cuda")
+                fill(held[key], source)
+        return [held[key] for key in keys]
+
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes of a row a model where they are kept as rows, else 0."""
+        types = {dtype == torch.float64 for dtype in self.layout.dtypes}
+        size = len(self.checkpoints) * self.layout.size * (8 if True in types else 4)
+        return size if len(types) == 1 and size <= RESIDENT_BYTES and self.placement != "mapped" else 0
+
+    def _stored_bytes(self, *, rounded: bool = False) -> int:
+        """Bytes of the J models as they are kept; page-locked tensors take a power of two."""
+        infos = [
+            holder.tensors[name]
+            for name in self.layout.tensors
+            for holder in {id(h): h for h in (_holder(model, name) for model in self.checkpoints)}.values()
+        ]
+        return sum(_power_of_two(info.nbytes) if rounded else info.nbytes for info in infos)
+
+    def _chunk_bytes(self, span: int, copies: int) -> int:
+        """The most that a thread takes for a chunk: ``copies`` of each source, and what the sum takes."""
+        span = min(span, max(info.size for info in self.layout.parameters.values()))
+        width = 8 if torch.float64 in self.layout.dtypes else 4
+        return span * width * (copies * len(self.checkpoints) + (6 if copies > 1 else 0))
+
+    @property
+    def _gram_bytes(self) -> int:
+        """The Gram table, its sums, and a copy to send."""
+        columns = len(self.operator.columns(self.names))
+        regions = len(region_borders(self.layout, columns))
+        return 8 * regions * (3 * columns**2 + 2)
 
     def read(self, name: str) -> list[Tensor]:
         """J flat tensors: ``name`` in every model that is mixed, memory-mapped where nothing is changed or formed."""
@@ -223,7 +326,7 @@ class Sources:
             while len(self._tuned) >= TUNED:
                 del self._tuned[next(iter(self._tuned))]
             other = copy(self)
-            other.operator, other._kept, other._tuned = operator, {}, {}
+            other.operator, other._tuned = operator, {}
             other._pieces = self._pieces
             for name in ("_transform", "_matrix", "_geometry"):
                 other.__dict__.pop(name, None)
@@ -290,7 +393,8 @@ class Sources:
             InputError: A genome does not fit.
         """
         mixtures = [self.mixture(genome) for genome in genomes]
-        buffer = torch.empty(len(mixtures), self.layout.size, dtype=dtype or self.layout.dtype)
+        here = CPU if self._row_bytes else torch.device(device)
+        buffer = torch.empty(len(mixtures), self.layout.size, dtype=dtype or self.layout.dtype, device=here)
         for tuned, members in self._groups(genomes):
             rows = [buffer[i] for i in members]
             if tuned._matrix is not None:
@@ -345,12 +449,17 @@ class Sources:
 
     @cached_property
     def _matrix(self) -> Stretch | None:
-        """J float32 vectors (n,) of a model small enough to keep, or None."""
-        small = len(self.checkpoints) * self.layout.size * 4 <= RESIDENT_BYTES
-        if not small or torch.float64 in self.layout.dtypes:
+        """J vectors (n,) in the type they are summed in, of models small enough to keep, or None."""
+        if not self._row_bytes:
             return None
-        columns = [self.read(name) for name in self.layout.tensors]
-        return Stretch([torch.cat([c[j].to(torch.float32) for c in columns]) for j in range(len(self.checkpoints))])
+        kind = torch.float64 if torch.float64 in self.layout.dtypes else torch.float32
+        rows = list(torch.empty(len(self.checkpoints), self.layout.size, dtype=kind))
+        for name, start in zip(self.layout.tensors, self.layout.tensor_borders[:-1].tolist(), strict=True):
+            stretch = self.stretch(name)
+            for low in range(0, stretch.size, SPAN):
+                for row, piece in zip(rows, stretch[low : low + SPAN].tensors(), strict=True):
+                    row[start + low : start + low + piece.numel()] = piece
+        return Stretch(rows)
 
     def _vectors(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         moves = directions(self.operator, len(self.operator.columns(self.names)))
@@ -378,3 +487,17 @@ def _distinct(names: Sequence[str]) -> list[str]:
             candidate = f"{name}-{seen[name] + 1}"
         distinct.append(candidate)
     return distinct
+
+
+def _holder(model: Model, name: str) -> Model:
+    """The model that has a tensor of its own: an adapter's is often its base."""
+    if isinstance(model, Resized) and name not in model.sizes:
+        return _holder(model.model, name)
+    if isinstance(model, Adapter) and name not in model.factors and name not in model.whole:
+        return model.base
+    return model
+
+
+def _power_of_two(count: int) -> int:
+    """What torch takes of page-locked memory for ``count`` bytes."""
+    return 1 << max(0, count - 1).bit_length()

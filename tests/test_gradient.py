@@ -634,10 +634,10 @@ def test_checkpointing_is_the_spec_s(folder):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("share", [0.0, 0.25])
-def test_cuda_gives_the_slopes_of_the_cpu(wide, monkeypatch, share):
-    monkeypatch.setattr("merging.sources.DEVICE_SHARE", share)
+@pytest.mark.parametrize("placement", ["device", "host", "mapped"])
+def test_cuda_gives_the_slopes_of_the_cpu(wide, placement):
     sources, found = wide
+    sources = Sources(sources.layout, sources.operator, sources.experts, sources.base, placement)
     for cuts in ("uniform", "inside"):
         genome = genome_of(sources, cuts)
         here = collected(sources, genome, found.items())

@@ -333,11 +333,11 @@ def test_the_sign_of_a_sum_is_exact_on_a_gpu(kind):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("placement", ["device", "host", "mapped"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_gpu_changes_the_experts_as_a_cpu_does(tmp_path, monkeypatch, dtype, share):
-    monkeypatch.setattr(merging.sources, "DEVICE_SHARE", share)
+def test_a_gpu_changes_the_experts_as_a_cpu_does(tmp_path, dtype, placement):
     sources = opened(tmp_path, *fine_tuned(5, dtype))
+    sources.placement = placement
     for name in sources.layout.tensors:
         there = sources.near(name, torch.device("cuda"))
         found = there.tensors(torch.device("cuda"))
