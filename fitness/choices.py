@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -53,6 +53,9 @@ HALF_TOLERANCE = 0.25
 
 TELLING = 4
 """How many times further off the likelihoods of choices that see each other must be, for a model to settle it."""
+
+KEPT_BYTES = 2**24
+"""Memory of the attention masks that an objective keeps; those beyond are made again for each model."""
 
 SHARED = 16  # tokens that all questions begin with, from which on their keys and values are kept
 
@@ -143,15 +146,33 @@ class Passes:
     each: Sequence[Pass]
     count: int
     shared: Tensor | None = None
+    _masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def likelihoods(self, model: Any) -> NDArray[np.float64]:
         """(C,) natural log-likelihoods of the choices."""
         before = None if self.shared is None else _keys_and_values(model, self.shared)
-        told = [log_probabilities(model, _inputs(model, part, before), part.asked) for part in self.each]
+        told = []
+        for number, part in enumerate(self.each):
+            inputs: dict[str, Any] = {"input_ids": part.ids, "use_cache": before is not None}
+            if before is not None:
+                inputs["past_key_values"] = _cache(before, len(part.ids))
+            if part.parts is not None:
+                inputs["attention_mask"] = self._mask(number, part.parts, _dtype(model))
+                inputs["position_ids"] = part.positions
+            told.append(log_probabilities(model, inputs, part.asked))
         tokens = torch.cat(told).double().cpu().numpy()
         sums = np.zeros(self.count)
         np.add.at(sums, np.concatenate([part.items for part in self.each]), tokens)
         return sums
+
+    def _mask(self, number: int, parts: Tensor, dtype: torch.dtype) -> Tensor:
+        """That of a pass, which is the same for all models."""
+        if (number, dtype) in self._masks:
+            return self._masks[number, dtype]
+        made = _mask(parts, 0 if self.shared is None else self.shared.shape[1], dtype)
+        if sum(mask.nbytes for mask in self._masks.values()) + made.nbytes <= KEPT_BYTES:
+            self._masks[number, dtype] = made
+        return made
 
 
 class MultipleChoice:
@@ -342,18 +363,6 @@ def _pass(rows: Sequence[_Row], device: torch.device, shared: int) -> Pass:
         parts[place, : len(row.parts)] = torch.tensor(row.parts)
         positions[place, : len(row.parts)] += torch.tensor(row.positions)
     return Pass(ids, asked, placed, parts.to(device), positions.to(device))
-
-
-def _inputs(model: Any, part: Pass, before: Sequence[tuple[Tensor, Tensor]] | None) -> dict[str, Any]:
-    """What the model is called with; ``before`` are each layer's keys and values of the shared tokens."""
-    inputs: dict[str, Any] = {"input_ids": part.ids, "use_cache": before is not None}
-    if before is not None:
-        inputs["past_key_values"] = _cache(before, len(part.ids))
-    if part.parts is not None:
-        shared = 0 if before is None else before[0][0].shape[-2]
-        inputs["attention_mask"] = _mask(part.parts, shared, _dtype(model))
-        inputs["position_ids"] = part.positions
-    return inputs
 
 
 def _mask(parts: Tensor, shared: int, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fitness.objectives import Score
@@ -116,6 +117,7 @@ class LanguageTask:
         requests: All requests of the task, ready to run.
         documents: The requests of each document, in order.
         sandboxed: Whether templates come from a folder that may not run code.
+        verdicts: A faster way to the metric's values, where there is one.
     """
 
     goal: Goal
@@ -125,6 +127,7 @@ class LanguageTask:
     requests: Requests
     documents: Sequence[Sequence[Any]]
     sandboxed: bool = False
+    verdicts: Verdicts | None = None
 
     @property
     def batch(self) -> int:
@@ -144,8 +147,7 @@ class LanguageTask:
 
         with _as_lm_eval(self.sandboxed), torch.inference_mode():
             broken = self.requests.run(model)
-            self.task.apply_filters()
-            values = [found[self.metric] for found in self._results() if self.metric in found]
+            values = self._values()
             if not values:
                 found = ", ".join(sorted({name for each in self._results() for name in each})) or "none"
                 raise InputError(f"metric: expected {self.metric!r} among the task's results, found {found}.")
@@ -153,6 +155,14 @@ class LanguageTask:
             value = float("nan") if broken else _aggregated(aggregate, values)
             each = _by_document(values, aggregate) if len(values) == len(self.documents) else None
         return Score(value, each, len(self.documents))
+
+    def _values(self) -> list[Any]:
+        """The metric of one document after the other; of none where the task does not give it."""
+        if self.verdicts is not None:
+            answers = [instance.resps[0][0] for instances in self.documents for instance in instances]
+            return self.verdicts.values(np.array(answers))
+        self.task.apply_filters()
+        return [found[self.metric] for found in self._results() if self.metric in found]
 
     def _results(self) -> Iterator[Mapping[str, Any]]:
         """The task's metrics of one document after the other."""
@@ -190,7 +200,10 @@ def build(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch
     documents: dict[int, list[Any]] = {}
     for instance in sorted(task.instances, key=lambda instance: (instance.doc_id, instance.idx)):
         documents.setdefault(instance.doc_id, []).append(instance)
-    return LanguageTask(goal, task, metric, name, requests, list(documents.values()), _is_sandboxed(options))
+    asked = list(documents.values())
+    with _as_lm_eval(_is_sandboxed(options)):
+        verdicts = _verdicts(task, metric, asked)
+    return LanguageTask(goal, task, metric, name, requests, asked, _is_sandboxed(options), verdicts)
 
 
 def describe(settings: Mapping[str, Any], where: str = "objective") -> Description:
@@ -271,6 +284,65 @@ class Requests:
             group.cut(batch)
 
 
+_SIZES: dict[str, Callable[[str], float]] = {
+    "acc": lambda choice: 1.0,
+    "acc_norm": lambda choice: float(len(choice)),
+    "acc_bytes": lambda choice: float(len(choice.encode())),
+}
+"""Metrics of a multiple choice's likeliest answer, and what they divide its log-likelihood by."""
+
+
+class Verdicts:
+    """Whether the likeliest choice is the right one, for all documents of a task at once.
+
+    The task itself takes them one by one, which is as long as a small model needs for some of its passes.
+
+    Args:
+        sizes: For each document what each choice's log-likelihood is divided by.
+        answers: (N,) numbers of the right ones.
+    """
+
+    def __init__(self, sizes: Sequence[Sequence[float]], answers: Sequence[int]) -> None:
+        counts = [len(each) for each in sizes]
+        self._rows = np.repeat(np.arange(len(counts)), counts)
+        self._columns = np.concatenate([np.arange(count) for count in counts])
+        self._sizes = np.concatenate(sizes)
+        self._answers = np.asarray(answers)
+
+    def values(self, likelihoods: NDArray[np.float64]) -> list[float]:
+        """1 for each document that is answered right, else 0; of (C,) log-likelihoods of all documents' choices."""
+        table = np.full((len(self._answers), self._columns.max() + 1), -np.inf)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            table[self._rows, self._columns] = likelihoods / self._sizes
+        right: list[float] = (table.argmax(1) == self._answers).astype(np.float64).tolist()
+        return right
+
+
+def _verdicts(task: Any, metric: str, documents: Sequence[Sequence[Any]]) -> Verdicts | None:
+    """What gives the metric of all documents at once; None where that is not what the task says of random answers."""
+    from lm_eval.api.task import ConfigurableTask
+
+    if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice" or metric not in _SIZES:
+        return None
+    if callable(task.get_config("process_results")) or task.get_config("filter_list"):
+        return None
+    asked = [instances[0].doc for instances in documents]
+    choices = [task.doc_to_choice(document) for document in asked]
+    answers = [
+        task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document) for document in asked
+    ]
+    for each, answer, instances in zip(choices, answers, documents, strict=True):
+        if len(instances) != len(each) or type(answer) is not int or not 0 <= answer < len(each):
+            return None
+    made = Verdicts([[_SIZES[metric](choice) for choice in each] for each in choices], answers)
+    said = [-np.random.default_rng(number).random(len(each)) for number, each in enumerate(choices)]
+    expected = [
+        task.process_results(document, [(float(logarithm), False) for logarithm in each])[metric]
+        for document, each in zip(asked, said, strict=True)
+    ]
+    return made if made.values(np.concatenate(said)) == expected else None
+
+
 @dataclass(frozen=True, eq=False)
 class _Pass:
     """One forward pass over B rows, and which of its log-probabilities make up the answers to M requests.
@@ -294,12 +366,11 @@ class _Pass:
     targets: Tensor
 
     def score(self, model: Any, greedy: bool) -> tuple[Tensor, Tensor]:
-        """(M,) log-likelihoods, and (C,) whether each token is the likeliest, or no such if not ``greedy``."""
+        """(C,) log-probabilities, and whether each token is the likeliest, or none of them if not ``greedy``."""
         logits = model(self.tokens, use_cache=False).logits.flatten(0, 1).index_select(0, self.positions)
         logs = torch.log_softmax(logits, -1)
-        each = torch.split(logs[self.wanted, self.targets], self.sizes)
         likeliest = self._likeliest(logs) if greedy else torch.zeros_like(self.targets, dtype=torch.bool)
-        return torch.stack([logarithms.sum() for logarithms in each]), likeliest
+        return logs[self.wanted, self.targets], likeliest
 
     def _likeliest(self, logs: Tensor) -> Tensor:
         """(C,) whether each token is the first of the largest; ``argmax`` is slow, and few rows need it for ties."""
@@ -335,7 +406,17 @@ class _Continuations:
 
     def cut(self, batch: int) -> None:
         """Lay the rows out in passes of at most ``batch``."""
-        self._blocks = [_passes(rows, batch, self._reader) for rows in self._in_blocks(batch)]
+        self._passes, self._order = list[_Pass](), list[int]()
+        for rows in self._in_blocks(batch):
+            passes, order = _passes(rows, batch, self._reader)
+            first = len(self._order)
+            self._order += order.get_original(list(range(first, first + sum(len(each.sizes) for each in passes))))
+            self._passes += passes
+        self._sizes = [size for each in self._passes for size in each.sizes]
+        sizes = np.asarray(self._sizes)
+        self._starts = np.cumsum(sizes) - sizes
+        self._alike = [(sizes == size).nonzero()[0] for size in np.unique(sizes)]
+        """Requests with as many tokens as each other."""
 
     def _in_blocks(self, batch: int) -> list[list[Row]]:
         """The rows in the groups within which HFLM sorts them by length."""
@@ -343,16 +424,22 @@ class _Continuations:
 
     def answers(self, model: Any) -> tuple[list[Any], bool]:
         """(log-likelihood, is greedy) of each request, and whether any is NaN."""
-        found = [[each.score(model, self._greedy) for each in passes] for passes, _ in self._blocks]
-        answers: list[tuple[float, bool]] = []
-        for (passes, order), scored in zip(self._blocks, found, strict=True):
-            sizes = [size for each in passes for size in each.sizes]
-            starts = np.cumsum([0, *sizes[:-1]])
-            logarithms = torch.cat([each for each, _ in scored]).tolist()
-            likeliest = torch.cat([each for _, each in scored]).cpu().numpy()
-            greedy = np.logical_and.reduceat(likeliest, starts).tolist()
-            answers += order.get_original(list(zip(logarithms, greedy, strict=True)))
-        return answers, any(math.isnan(logarithm) for logarithm, _ in answers)
+        found = [each.score(model, self._greedy) for each in self._passes]
+        logarithms = self._sums(torch.cat([each for each, _ in found])).tolist()
+        likeliest = torch.cat([each for _, each in found]).cpu().numpy()
+        greedy = np.logical_and.reduceat(likeliest, self._starts).tolist()
+        answers = [(logarithms[place], greedy[place]) for place in self._order]
+        return answers, any(map(math.isnan, logarithms))
+
+    def _sums(self, logs: Tensor) -> Tensor:
+        """(M,) for each request the sum of its tokens' log-probabilities, as HFLM adds them up: one row of them."""
+        if logs.is_cuda:  # where sums of several rows at once may add in another order
+            return torch.stack([each.sum() for each in torch.split(logs, self._sizes)])
+        sums = logs.new_empty(len(self._sizes))
+        for alike in self._alike:
+            tokens = self._starts[alike][:, None] + np.arange(self._sizes[alike[0]])
+            sums[torch.from_numpy(alike)] = logs[torch.from_numpy(tokens)].sum(-1)
+        return sums
 
 
 class _Texts(_Continuations):

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from fitness import choices
 from fitness.choices import MultipleChoice, Question, build, packed
 from fitness.objectives import Objective
 from fitness.texts import tokenizer_of
@@ -128,6 +129,30 @@ def test_logits_are_made_for_choices_only(lines: str, folder: str) -> None:
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[0] * logits.shape[1]))
     made.score(model)
     assert sum(seen) == sum(1 + sum(len(choice) - 1 for choice in q.choices) for q in made._questions)
+
+
+def test_masks_are_made_once_as_far_as_memory_is_given(
+    lines: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def counted(*given: Any) -> torch.Tensor:
+        made.append(1)
+        return real(*given)
+
+    real = choices._mask
+    monkeypatch.setattr(choices, "_mask", counted)
+    kept, found = objective(lines, folder, batch=3, **SHOTS), []
+    for model in (tiny.llama(1), tiny.llama(2)):
+        made.clear()
+        found.append(kept.likelihoods(model))
+    assert not made
+    monkeypatch.setattr(choices, "KEPT_BYTES", kept._packed._masks[0, torch.float64].nbytes)
+    again = objective(lines, folder, batch=3, **SHOTS)
+    again.likelihoods(tiny.llama(1))
+    made.clear()
+    assert np.array_equal(again.likelihoods(tiny.llama(2)), found[1])
+    assert len(made) == len(again._packed.each) - 1
 
 
 def test_choices_of_one_token_need_no_mask(folder: str, tmp_path: Path) -> None:

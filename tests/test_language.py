@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,32 @@ def test_answers_in_bfloat16_are_the_same_bits(folder, tokenizer, model, task):
     objective.score(model)
     _, samples = reference(model, folder, tokenizer, task)
     assert answers(objective) == expected(samples)
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_all_documents_at_once_are_answered_right_where_each_is(folder, tokenizer, model, metric):
+    objective = built(folder, tokenizer, "colours", metric=metric)
+    assert objective.verdicts is not None
+    slow = replace(objective, verdicts=None)
+    for seed in range(3):
+        change(model, seed)
+        assert objective.score(model).per_example.tolist() == slow.score(model).per_example.tolist()
+    assert built(folder, tokenizer, "colours", metric="mcc").verdicts is None
+
+
+def test_a_task_that_says_otherwise_is_asked_of_each_document(folder, tokenizer, model, monkeypatch):
+    monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.process_results", lambda *_: {"acc": 1.0})
+    objective = built(folder, tokenizer, "colours")
+    assert objective.verdicts is None
+    assert objective.score(model).value == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_are_added_up_to_the_same_bits_as_one_row_alone(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for length in (*range(1, 70), 255, 256, 2047):
+        rows = (4 * torch.randn(17, length, generator=generator) - 8).to(dtype)
+        assert torch.equal(rows.sum(-1), torch.stack([row[None].sum() for row in rows]))
 
 
 @pytest.mark.parametrize(
