@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import statistics
@@ -112,6 +113,15 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 def number(found: tuple[float, float], digits: int = 3) -> str:
     value, error = (re.sub(r"^(-?)0\.", r"\1.", f"{one:.{digits}f}") for one in found)
     return value if error == "nan" else f"{value} ± {error}"
+
+
+def plain(value: Any) -> Any:
+    """``value`` with None for NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -53,6 +53,7 @@ from merges import (
     mean,
     number,
     parser_of,
+    plain,
     recipe_key,
     spread,
     table,
@@ -456,7 +457,7 @@ def save(out: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any
         "rows": [{key: value for key, value in one.items() if key != "tries"} for one in rows],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(json.dumps(plain(record), indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(rows) + "\n")
 
 

@@ -51,6 +51,7 @@ from merges import (
     mean,
     number,
     parser_of,
+    plain,
     recipe_key,
     spread,
     table,
@@ -260,7 +261,7 @@ def save(out: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any
     found = [{key: value for key, value in one.items() if key != "documents"} for one in rows]
     record = {"settings": settings, "summary": summary(rows), "rows": found}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(json.dumps(plain(record), indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(rows) + "\n")
 
 

@@ -148,6 +148,7 @@ def test_the_benchmark_on_a_tiny_model(tiny, tmp_path, benchmark, monkeypatch):
         assert all(value > 1 for value in one["test"].values())  # bits per byte, not likelihoods
     lines = {line["method"]: line for line in record["summary"]}
     assert "below" not in lines["lambda"]
+    assert lines["base"]["mean"][1] is None  # no seeds, no error
     assert lines["average"]["below"][1] > 0
     assert "| base |" in (tmp_path / "first.md").read_text()
 
