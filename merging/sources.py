@@ -154,7 +154,7 @@ class Sources:
 
     def near(self, name: str, device: torch.device) -> Stretch:
         """``stretch(name)`` from where the sources are kept for merges on ``device``; what is not yet kept is now."""
-        placement = self.placed(device)
+        device, placement = _numbered(device), self.placed(device)
         if placement == "mapped":
             return self.stretch(name)
         index = self.layout.tensors.index(name)
@@ -172,13 +172,14 @@ class Sources:
             return "host"
         if self.placement != "auto":
             return self.placement
+        device = _numbered(device)
         if device not in self._placed:
             self._placed[device] = chosen(self.needs(device), Free.here(device), device)
         return self._placed[device]
 
     def place(self, device: torch.device, placement: Placement) -> None:
         """Settle what ``auto`` means on a device."""
-        self._placed[device] = placement
+        self._placed[_numbered(device)] = placement
 
     def needs(
         self,
@@ -487,6 +488,12 @@ def _distinct(names: Sequence[str]) -> list[str]:
             candidate = f"{name}-{seen[name] + 1}"
         distinct.append(candidate)
     return distinct
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device as tensors name it: a CUDA device with its number."""
+    unnumbered = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
 
 
 def _holder(model: Model, name: str) -> Model:

@@ -151,6 +151,14 @@ def test_what_is_kept_is_what_headers_say(tmp_path, monkeypatch, operator, adapt
     assert needs.sources["host"].host == (changed + 2 * rest if adapters else models * 2 * (4200 + rest))
 
 
+def test_a_gpu_is_the_same_with_and_without_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    sources = Sources.open(written(tmp_path, torch.bfloat16, adapters=False)[1:])
+    sources.place(CUDA, "host")
+    assert sources.placed(torch.device("cuda", 1)) == "host"
+    assert sources.placed(CPU) == "mapped"
+
+
 def test_small_models_are_kept_as_rows_unless_they_are_to_be_mapped(tmp_path):
     paths = written(tmp_path, torch.bfloat16, adapters=False)
     for operator, place, settled_as in (
