@@ -37,6 +37,7 @@ from experiments.recipe import (
     NestedMapBox,
     NsgaBox,
     OptunaBox,
+    Race,
     RandomBox,
     Range,
     Recipe,
@@ -46,7 +47,7 @@ from experiments.recipe import (
 )
 from fitness.callables import resolve
 from fitness.pools import Pool, SerialPool
-from fitness.specs import CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
+from fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
 from merging import operators
 from merging.operators.base import Operator
 from merging.sources import Sources
@@ -200,6 +201,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         architecture=_call(architecture, prepared) if isinstance(architecture, Call) else architecture,
         search=tuple(_objective(objective, recipe, prepared) for objective in recipe.objectives.search),
         held_out=tuple(_objective(objective, recipe, prepared) for objective in recipe.objectives.held_out),
+        divided=any(getattr(part, "race", None) is not None for part in recipe.searches),
         calibration=tuple(_calibration(task, recipe.seed, prepared) for task in recipe.calibration),
         checkpointing=recipe.scoring.checkpointing,
         device=recipe.scoring.device,
@@ -347,10 +349,25 @@ def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = ()) -> 
     if isinstance(part, Stages):
         return _staged(recipe, part, space)
     if isinstance(part, M2N2Search):
-        return _m2n2(recipe, part, space, starts)
+        return _raced(recipe, *_m2n2(recipe, part, space, starts))
     if isinstance(part, GradientSearch):
         return _gradient_search(recipe, part, space, starts), ElitistArchive(goals, part.archive)
-    return _box_search(recipe, part, space, starts), ElitistArchive(goals, part.archive)
+    return _raced(recipe, _box_search(recipe, part, space, starts), ElitistArchive(goals, part.archive))
+
+
+def _raced(recipe: Recipe, search: Search, population: Population) -> tuple[Search, Population]:
+    """The search, its candidates racing where the recipe says so."""
+    race: Race | None = getattr(recipe.search, "race", None)
+    if race is None:
+        return search, population
+    from search.racing import RaceSettings, Racing
+
+    objectives = recipe.objectives.search
+    limits = {one.name: LIMITS[one.type] for one in objectives if one.type in LIMITS}
+    whole = search.first_child if isinstance(search, M2N2) else 0
+    settings, own = RaceSettings(**race.model_dump()), isinstance(recipe.search, NsgaBox)
+    goals = goals_of(objectives)
+    return Racing(search, population, goals, recipe.seed, settings, limits, whole, own_parents=own), population
 
 
 def _staged(recipe: Recipe, chain: Stages, space: Space) -> tuple[Search, Population]:
@@ -550,7 +567,7 @@ def _box(recipe: Recipe, part: Box, space: Space) -> CoefficientBox:
 
 def _settings(part: Box) -> dict[str, Any]:
     """The settings that are an algorithm's own: recipes name them as its constructor does."""
-    return part.model_dump(exclude={"algorithm", *ModelsFirstBox.model_fields})
+    return part.model_dump(exclude={"algorithm", "race", *ModelsFirstBox.model_fields})
 
 
 def _seeds(part: ModelsFirstBox, box: CoefficientBox, space: Space, starts: Sequence[Genome]) -> Floats | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -202,6 +203,30 @@ class Refine(Part):
     rate: float = Field(default=0.01, gt=0)
 
 
+class Race(Part):
+    """Candidates are scored on some of the examples first, and only promising ones on all (``search.racing``).
+
+    Attributes:
+        fidelities: Shares of the examples after which a group of candidates is cut; none for no cuts.
+        eta: One candidate in so many goes on.
+        group: Candidates that race one another.
+        slices: Parts in which the rest of the examples is scored.
+        bound: Whether a candidate ends that could not enter population or front any more, whatever is left.
+    """
+
+    fidelities: tuple[float, ...] = (0.1,)
+    eta: float = Field(default=3.0, ge=1)
+    group: int = Field(default=9, ge=1)
+    slices: int = Field(default=3, ge=1)
+    bound: bool = True
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Race:
+        if not all(a < b for a, b in pairwise((0.0, *self.fidelities, 1.0))):
+            raise ValueError(f"fidelities: expected ascending shares between 0 and 1, found {list(self.fidelities)}")
+        return self
+
+
 class M2N2Search(Part):
     """M2N2: evolution with niches, attraction and split points (``search.m2n2``)."""
 
@@ -217,9 +242,12 @@ class M2N2Search(Part):
     mutation: float = Field(default=0.0, ge=0)
     max_segments: int = Field(default=1024, ge=2)
     refine: Refine | None = None
+    race: Race | None = None
 
     @model_validator(mode="after")
     def _changes_something(self) -> M2N2Search:
+        if self.refine is not None and self.race is not None:
+            raise ValueError("race: children that are refined cannot race; leave refine or race out")
         if self.refine is not None and self.mutation > 0:
             raise ValueError("refine: with mutation children are whole vectors, without coefficients; leave one out")
         if not self.crossover and self.mutation == 0:
@@ -258,6 +286,7 @@ class RandomBox(Box):
     """Random search: coefficients drawn evenly (``search.random_search``)."""
 
     algorithm: Literal["random"]
+    race: Race | None = None
 
 
 class CmaEsBox(Box):
@@ -267,6 +296,7 @@ class CmaEsBox(Box):
     start: float | None = None
     sigma: float = Field(default=0.2, gt=0)
     population_size: int | None = Field(default=None, ge=2)
+    race: Race | None = None
 
     @model_validator(mode="after")
     def _start_inside(self) -> CmaEsBox:
@@ -356,6 +386,7 @@ class NsgaBox(ModelsFirstBox):
     crossover_index: float = Field(default=20.0, ge=0)
     mutation: float | None = Field(default=None, ge=0, le=1)
     mutation_index: float = Field(default=20.0, ge=0)
+    race: Race | None = None
 
 
 class OptunaBox(ModelsFirstBox):

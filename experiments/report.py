@@ -106,7 +106,7 @@ def closing_table(run: Run) -> Table:
     """Seed models, their average and the best merges, on search and held-out data."""
     best = run.best()
     front = [m for m in run.front() if best is None or m.id != best.id]
-    table = score_table(f"{run.name}", run.goals, run.held_out_goals)
+    table = score_table(f"{run.name}", run)
     for reference in run.references():
         table.add_row(*score_row(str(reference.id), reference, run.goals, run.held_out_goals))
     table.add_section()
@@ -120,7 +120,7 @@ def closing_table(run: Run) -> Table:
 
 def front_table(run: Run, members: Sequence[Scored], chosen: int | str | None = None) -> Table:
     """All members of the front; the ``chosen`` one is marked."""
-    table = score_table(f"{run.name}: front of {len(members)}", run.goals, run.held_out_goals, first="member")
+    table = score_table(f"{run.name}: front of {len(members)}", run, first="member")
     for member in members:
         mark, style = ("> ", "bold") if member.id == chosen else ("", None)
         table.add_row(*score_row(f"{mark}{member.id}", member, run.goals, run.held_out_goals), style=style)
@@ -144,6 +144,7 @@ def front_record(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> 
     record: dict[str, Any] = {
         "objectives": [{"name": goal.name, "direction": goal.direction} for goal in run.goals],
         "members": [member.record() for member in run.front()],
+        "examples": run.examples(),
         **volume,
     }
     if choice is not None:
@@ -190,6 +191,9 @@ def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[T
         yield Text(_stage_words(index, stage))
         own = {key: value for key, value in (stage["report"] or {}).items() if key != "warnings"}
         yield from search_report(own, goals)
+    if found.get("algorithm") == "race":
+        yield Text(_race_words(found))
+        yield from search_report(found["search"] or {}, goals)
     if found.get("leave_one_out"):
         yield _surrogate_table(found, goals)
     if found.get("members"):
@@ -206,6 +210,24 @@ def _stage_words(index: int, stage: Mapping[str, Any]) -> str:
     begun = f"began with {', '.join(map(str, stage['starts']))} ({stage['start']})" if stage["starts"] else ""
     words = [f"Stage {index}: {stage['algorithm']}", f"{stage['evaluations']} evaluations", begun]
     return "; ".join(filter(None, words))
+
+
+def _race_words(found: Mapping[str, Any]) -> str:
+    """What became of the candidates of a race, and what that took."""
+    ends = [f"{found['whole']} were scored on all examples"]
+    ends += [f"{found[why]} {words}" for why, words in _ENDS.items() if found[why]]
+    text = f"Race: of {found['candidates']} candidates {', '.join(ends)}. It took {found['spent']:.1f} evaluations."
+    if found["miss"] is not None:
+        off = f"{found['miss']:.2f} standard errors off (rms of {found['estimates']}; 1 is as they say)"
+        text += f" Estimates from samples were {off}."
+    return text
+
+
+_ENDS = {
+    "halving": "ended as others of their group were better",
+    "bound": "could not enter any more",
+    "failed": "failed",
+}
 
 
 def search_warnings(found: Mapping[str, Any]) -> list[str]:
@@ -304,14 +326,17 @@ def spread(members: Sequence[Scored], count: int) -> list[Scored]:
     return [members[round(i * (len(members) - 1) / (count - 1))] for i in range(count)]
 
 
-def score_table(title: str, goals: Sequence[Goal], held_out: Sequence[Goal], first: str = "merge") -> Table:
-    """An empty table with a column a score."""
+def score_table(title: str, run: Run, first: str = "merge") -> Table:
+    """An empty table with a column a score, which says on how many examples it stands."""
     table = Table(title=title, title_justify="left")
     table.add_column(first)
-    for group, names in (("search", goals), ("held out", held_out)):
+    examples = run.examples()
+    for group, names in (("search", run.goals), ("held out", run.held_out_goals)):
         for goal in names:
             arrow = "" if goal.direction == "maximize" else " (min)"
-            table.add_column(f"{group}\n{goal.name}{arrow}", justify="right")
+            count = examples[group.replace(" ", "_")].get(goal.name)
+            stands = "" if count is None else f"\nof {count:,}"
+            table.add_column(f"{group}\n{goal.name}{arrow}{stands}", justify="right")
         if len(names) > 1:
             table.add_column(f"{group}\nmean", justify="right")
     return table

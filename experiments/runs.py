@@ -158,6 +158,11 @@ class Run:
             row = best_row(list(journal.rows()), self.goals)
             return None if row is None else _scored(journal, row)
 
+    def examples(self) -> dict[str, dict[str, int]]:
+        """On how many examples scores stand: by ``search`` and ``held_out``, and by objective."""
+        with self.journal() as journal:
+            return {"search": journal.examples("search"), "held_out": journal.examples("held_out")}
+
     def references(self) -> list[Scored]:
         """The seed models and their average, to compare with."""
         with self.journal() as journal:

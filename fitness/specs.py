@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -48,6 +49,16 @@ class ObjectiveSpec:
     head: CallSpec | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
+
+
+LIMITS = {
+    "accuracy": (0.0, 1.0),
+    "entropy": (0.0, math.inf),
+    "multiple_choice": (0.0, 1.0),
+    "exact_match": (0.0, 1.0),
+    "tokens_generated": (0.0, math.inf),
+}
+"""By type, where scores are means over examples: the least and the most that an example can score."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,7 @@ class WorkerSpec:
             directory; None when objectives take a dict of tensors.
         search: Objectives that guide the search.
         held_out: Objectives kept from it.
+        divided: Whether trials may ask for some of the examples of the search's objectives (``Divisible``).
         calibration: Tasks of gradient trials.
         checkpointing: Compute activations again on the way back instead of keeping them (Hugging Face models only):
             less memory and more time for a gradient trial.
@@ -133,6 +145,7 @@ class WorkerSpec:
     architecture: CallSpec | Literal["auto"] | None = None
     search: tuple[ObjectiveSpec, ...] = ()
     held_out: tuple[ObjectiveSpec, ...] = ()
+    divided: bool = False
     calibration: tuple[CalibrationSpec, ...] = ()
     checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -6,21 +6,24 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fitness import calibration
 from fitness.generation import same_model
-from fitness.objectives import Model, Objective, Score, build
+from fitness.objectives import Divisible, Model, Objective, Score, build
 from fitness.resident import Resident, stack_of
 from fitness.specs import WorkerSpec
 from merging.placement import Free, Needs, settled
 from merging.sources import Sources
 from populations.errors import EcotoneError, InputError, nearest
+from populations.samples import Sample
 from populations.space import Space
 from populations.trial import CalibrationBatch, Evaluation, Trial
 
@@ -81,6 +84,9 @@ class Worker:
             "search": [build(objective, self._device, self._resident.dtype) for objective in spec.search],
             "held_out": [build(objective, self._device, self._resident.dtype) for objective in spec.held_out],
         }
+        self._parts: dict[tuple[int, int, float, float], Objective] = {}  # by objective and part of a sample
+        if spec.divided and (whole := [one for one in self._objectives["search"] if not isinstance(one, Divisible)]):
+            raise _indivisible(whole[0])
         if spec.calibration and not isinstance(self._resident.model, nn.Module):
             raise InputError("calibration: expected a torch module to differentiate.", "Name an architecture.")
         self._tasks = {
@@ -135,8 +141,9 @@ class Worker:
 
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
         scores: dict[str, Score] = {}
-        with same_model(self._objectives[trial.subset]):
-            for objective in self._objectives[trial.subset]:
+        objectives = [self._part(objective, trial.sample) for objective in self._objectives[trial.subset]]
+        with same_model(objectives):
+            for objective in objectives:
                 name = objective.goal.name
                 try:
                     score = objective.score(model)
@@ -145,12 +152,42 @@ class Worker:
                 if not math.isfinite(score.value):
                     return self._not_finite(f"objective {name!r}: expected a finite score, found {score.value}", began)
                 scores[name] = score
+        if trial.sample is not None:
+            return self._joined(trial.sample, self._objectives[trial.subset], scores, began)
         return Evaluation(
             {name: score.value for name, score in scores.items()},
             {name: score.per_example for name, score in scores.items() if score.per_example is not None},
             seconds=time.perf_counter() - began,
             items=sum(score.items for score in scores.values()),
         )
+
+    def _part(self, objective: Objective, sample: Sample | None) -> Objective:
+        """The objective on the examples of a sample that are to be scored now, made once."""
+        if sample is None:
+            return objective
+        if not isinstance(objective, Divisible):
+            raise _indivisible(objective)
+        key = (id(objective), sample.seed, sample.start, sample.stop)
+        if key not in self._parts:
+            self._parts[key] = objective.subset(sample.now(objective.count))
+        return self._parts[key]
+
+    def _joined(
+        self, sample: Sample, objectives: Sequence[Objective], found: Mapping[str, Score], began: float
+    ) -> Evaluation:
+        """What the examples seen before and now say together; in the objectives' own order once these are all."""
+        scores, errors, per_example = dict[str, float](), dict[str, float](), dict[str, NDArray[Any]]()
+        for objective in objectives:
+            assert isinstance(objective, Divisible)
+            name, numbers, now = objective.goal.name, sample.then(objective.count), found[objective.goal.name]
+            assert now.per_example is not None
+            each = np.concatenate([sample.seen[name], now.per_example]) if sample.start else now.per_example
+            if not sample.partial:
+                each, numbers = each[np.argsort(numbers)], np.arange(objective.count)
+            scores[name], errors[name] = objective.pooled(each, numbers)
+            per_example[name] = each
+        items, seconds = sum(score.items for score in found.values()), time.perf_counter() - began
+        return Evaluation(scores, per_example, None, seconds, items, errors=errors if sample.partial else {})
 
     def _differentiate(self, trial: Trial, batch: CalibrationBatch) -> Evaluation:
         began = time.perf_counter()
@@ -183,6 +220,13 @@ class Worker:
         tensor = self._resident.not_finite()
         cause = f"the merged weights hold NaN or infinity ({tensor})" if tensor else "the merged weights are finite"
         return Evaluation.failed("not finite", f"{found}; {cause}.", seconds=time.perf_counter() - began)
+
+
+def _indivisible(objective: Objective) -> InputError:
+    return InputError(
+        f"search.race: objective {objective.goal.name!r} cannot be asked of some of its examples.",
+        "Leave race out, or use an objective that scores each of its examples.",
+    )
 
 
 def _failed(where: str, error: BaseException, began: float) -> Evaluation:

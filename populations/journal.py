@@ -342,6 +342,15 @@ class Journal:
         query = f"SELECT {_COLUMNS} FROM measurements WHERE digest = ? AND subset = ?"
         return next((_evaluation(row) for row in self._rows(query, (digest, subset))), None)
 
+    def examples(self, subset: Subset) -> dict[str, int]:
+        """By objective, on how many examples the scores stand; those are missing that give none by example."""
+        query = "SELECT shapes FROM measurements WHERE subset = ? AND shapes IS NOT NULL LIMIT 1"
+        row = next(iter(self._rows(query, (subset,))), None)
+        if row is None and subset == "search":
+            query = f"SELECT shapes FROM evaluations JOIN trials USING (number) WHERE {_SCORED} AND shapes IS NOT NULL"
+            row = next(iter(self._rows(f"{query} LIMIT 1")), None)
+        return {} if row is None else {name: size for name, _, size, _ in json.loads(row[0])}
+
     def references(self) -> list[tuple[str, Genome]]:
         """Names and genomes of the merges to compare with, in the order they were recorded."""
         rows = self._rows("SELECT name, genome FROM reference_merges ORDER BY position")

@@ -105,7 +105,9 @@ def estimate(value: float, error: float, seen: NDArray[Any], known: Sequence[NDA
 
         value + sum_p b_p (mean of p on all - mean of p in the sample),   error * sqrt(1 - R^2)
 
-    Where the sample has fewer than ten examples for each relative, or they tell nothing, it stays as it is.
+    Where the sample has fewer than ten examples for each relative, or they tell nothing, it stays as it is. Relatives
+    that are just like the merge in the sample need not be so elsewhere: 1 - R^2 is taken to be at least 1 / n, as if
+    they differed on one example.
 
     Args:
         value: The score of the sample.
@@ -127,6 +129,7 @@ def estimate(value: float, error: float, seen: NDArray[Any], known: Sequence[NDA
     slopes: Floats = np.linalg.lstsq(centred, target, rcond=1e-9)[0]
     left = target - centred @ slopes
     unexplained = float(left @ left) / total * (n - 1) / (n - 1 - len(known))  # one minus the adjusted R squared
+    unexplained = max(unexplained, 1.0 / n)
     if unexplained >= 1.0:
         return plain
     moved = float(slopes @ (whole.mean(0) - part.mean(0)))

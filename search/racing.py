@@ -49,9 +49,9 @@ class RaceSettings:
         bound: Whether candidates end that can enter neither population nor front.
     """
 
-    fidelities: tuple[float, ...] = (0.0625, 0.25)
-    eta: float = 4.0
-    group: int = 16
+    fidelities: tuple[float, ...] = (0.1,)
+    eta: float = 3.0
+    group: int = 9
     slices: int = 3
     bound: bool = True
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,16 @@ import pytest
 import torch
 from managing import of_sample
 from numpy.typing import NDArray
+from test_adamerging_recipes import toy_recipe
 from test_manager import SPACE
 from torch import nn
 
+from experiments import compose
+from experiments.recipe import Recipe
+from experiments.report import search_report_text
+from experiments.running import launch, resume
 from fitness.objectives import Accuracy, Divisible, Entropy, pooled_mean
+from fitness.worker import Worker
 from populations.errors import InputError
 from populations.genome import Genome
 from populations.niches import NicheArchive
@@ -346,6 +354,83 @@ def test_estimates_are_as_far_off_as_they_say() -> None:
     assert report["estimates"] >= 190
     assert 0.85 < report["miss"] < 1.15
     assert report["warnings"] == []
+
+
+# -- workers and runs ----------------------------------------------------------------------------------------
+
+
+def toys(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Recipe:
+    """Three encoders of two tasks with 40 examples each, by M2N2 in races."""
+    path = toy_recipe(folder, calibration=[], search={"algorithm": "m2n2", "race": {"slices": 2}}, **settings)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "ada_toys", raising=False)
+    return Recipe.from_yaml(path)
+
+
+def test_a_worker_scores_samples_and_joins_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = toys(tmp_path, monkeypatch)
+    worker = Worker(compose.worker_spec(recipe, None))
+    genome = Genome.uniform(worker.space().size, [0.5, 0.4, 0.1])
+    [plain] = worker.measure([Trial(0, genome)])
+    seen: dict[str, NDArray[Any]] = {}
+    for start, stop in pairwise((0.0, 0.1, 0.55, 1.0)):
+        [found] = worker.measure([Trial(1, genome, sample=Sample(3, start, stop, seen))])
+        assert found.ok
+        assert found.items == sum(reached(40, stop) - reached(40, start) for _ in plain.scores)
+        seen = dict(found.per_example)
+        if stop < 1:
+            for name, values in plain.per_example.items():
+                part = values[order(3, 40)[: reached(40, stop)]]
+                assert np.array_equal(seen[name], part)
+                assert found.scores[name] == part.mean()
+                assert found.errors[name] == error_of_mean(part, 40)
+    assert found.scores == plain.scores
+    assert found.errors == {}
+    assert all(np.array_equal(found.per_example[name], values) for name, values in plain.per_example.items())
+
+
+def test_a_run_races_is_told_of_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = toys(tmp_path, monkeypatch, budget={"evaluations": 12})
+    run = launch(recipe, tmp_path / "run")
+    status, report = run.status(), run.report() or {}
+    assert 12 <= report["spent"] < 14
+    assert status["evaluations"] == report["whole"] < report["candidates"]
+    assert status["samples"] > 9
+    assert run.examples() == {"search": {"task 0": 40, "task 1": 40}, "held_out": {"task 0": 40}}
+    with run.journal() as journal:
+        partial = {row.number for row in journal.rows(unscored=True) if row.partial}
+        stands = {n: {len(v) for v in one.per_example.values()} for n, one in journal.evaluations()}
+        assert partial.isdisjoint(row.number for row in journal.rows())
+    assert all(max(sizes) < 40 for number, sizes in stands.items() if number in partial)
+    assert all(sizes == {40} for number, sizes in stands.items() if number not in partial)
+    assert not any(member.id in partial for member in run.front())
+    text = search_report_text(report, run.goals)
+    assert f"Race: of {report['candidates']} candidates {report['whole']} were scored on all examples" in text
+    launch(toys(tmp_path, monkeypatch, budget={"evaluations": 7}), tmp_path / "parts")
+    further = resume(tmp_path / "parts", {"budget.evaluations": 12}).report() or {}
+    assert 12 <= further["spent"] < 14
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"search.race": {"fidelity": [0.1]}}, "search.race.fidelity: unknown key.*Did you mean 'fidelities'"),
+        ({"search.race": {"fidelities": [0.5, 0.1]}}, "fidelities: expected ascending shares between 0 and 1"),
+        ({"search.race": {}, "search.refine": {}}, "race: children that are refined cannot race"),
+        ({"search": {"algorithm": "map", "race": {}}}, "search.race: unknown key"),
+    ],
+)
+def test_a_recipe_whose_race_cannot_be(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = toy_recipe(tmp_path, search={"algorithm": "m2n2"})
+    with pytest.raises(InputError, match=words):
+        Recipe.from_yaml(path, settings)
+
+
+def test_an_objective_without_examples_cannot_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = {"name": "size", "type": "call", "call": "ada_toys:encoder"}
+    recipe = toys(tmp_path, monkeypatch, objectives={"search": [objective], "held_out": []})
+    with pytest.raises(InputError, match=r"search.race: objective 'size' cannot be asked of some of its examples"):
+        Worker(compose.worker_spec(recipe, None))
 
 
 # -- bad input -----------------------------------------------------------------------------------------------
