@@ -9,7 +9,6 @@ import numpy as np
 
 from populations.trial import Evaluation, Outcome, Trial
 
-
 SLACK = 1e-6
 """Evaluations by which a sum of shares of them may be off."""
 

@@ -701,7 +701,8 @@ def test_a_budget_of_seconds(ecotone: Ecotone, tmp_path: Path) -> None:
     assert status["stop_reason"] == "seconds"
     assert status["seconds"] >= 0.3
     assert status["evaluations"] > 0
-    longer = ecotone("resume", tmp_path / "run", "--set", "budget.seconds=0.5", "--json").json
+    more = f"budget.seconds={status['seconds'] + 0.3}"
+    longer = ecotone("resume", tmp_path / "run", "--set", more, "--json").json
     assert longer["evaluations"] > status["evaluations"]
 
 
