@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fitness.likelihoods import Wanted, log_probabilities, wanted
-from fitness.objectives import Score
+from fitness.objectives import Score, pooled_mean
 from fitness.texts import (
     Record,
     Source,
@@ -45,6 +45,7 @@ from fitness.texts import (
     tokenizer_of,
 )
 from populations.errors import InputError, nearest
+from populations.genome import Integers
 from populations.trial import Goal
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -216,6 +217,20 @@ class MultipleChoice:
         right = table.argmax(1) == self._answers
         value = float("nan") if np.isnan(found).any() else int(np.count_nonzero(right)) / right.size
         return Score(value, right, right.size)
+
+    @property
+    def count(self) -> int:
+        """Questions."""
+        return len(self._questions)
+
+    def subset(self, numbers: Integers) -> MultipleChoice:
+        """The share of these questions."""
+        questions = [self._questions[number] for number in numbers]
+        return MultipleChoice(self.goal, questions, self._device, self._batch, self.reuse is not False)
+
+    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
+        """The share that is right."""
+        return pooled_mean(each, self.count)
 
     def likelihoods(self, model: Any) -> NDArray[np.float64]:
         """(C,) natural log-likelihoods of all choices, one question's after the other's."""

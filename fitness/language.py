@@ -16,8 +16,8 @@ import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from copy import deepcopy
-from dataclasses import dataclass
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from itertools import islice
@@ -31,8 +31,9 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fitness.objectives import Score
+from fitness.objectives import Score, pooled_mean
 from populations.errors import InputError, nearest
+from populations.genome import Integers
 from populations.trial import Goal
 
 BATCH = 64
@@ -174,6 +175,35 @@ class LanguageTask:
             yield self.task.process_results(deepcopy(document) if own else document, answers)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LanguageMean(LanguageTask):
+    """A task whose metric is the mean over documents, which can be asked of some of them.
+
+    Args:
+        ask: Makes requests of instances.
+    """
+
+    ask: Callable[[Sequence[Any]], Requests]
+
+    @property
+    def count(self) -> int:
+        """Documents."""
+        return len(self.documents)
+
+    def subset(self, numbers: Integers) -> LanguageMean:
+        """The mean over these documents."""
+        documents = [self.documents[number] for number in numbers]
+        task, instances = copy(self.task), [instance for asked in documents for instance in asked]
+        task._instances = instances  # those that its filters are applied to
+        with _as_lm_eval(self.sandboxed), _quiet():
+            requests, verdicts = self.ask(instances), _verdicts(task, self.metric, documents)
+        return replace(self, task=task, requests=requests, documents=documents, verdicts=verdicts)
+
+    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
+        """The mean."""
+        return pooled_mean(each, self.count)
+
+
 def build(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device) -> LanguageTask:
     """The objective of ``settings``, everything tokenised.
 
@@ -195,7 +225,12 @@ def build(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch
         reader = _reader(options, tokenizer, device, where)
         chosen = _chosen(len(task.eval_docs), options, where)
         _build_requests(task, reader, options, chosen, where)
-        requests = Requests(reader, task.instances, options.batch, _asks_for_greedy(task), where)
+        greedy = _asks_for_greedy(task)
+
+        def ask(instances: Sequence[Any]) -> Requests:
+            return Requests(reader, instances, options.batch, greedy, where)
+
+        requests = ask(task.instances)
     _remember(task)
     documents: dict[int, list[Any]] = {}
     for instance in sorted(task.instances, key=lambda instance: (instance.doc_id, instance.idx)):
@@ -203,7 +238,15 @@ def build(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch
     asked = list(documents.values())
     with _as_lm_eval(_is_sandboxed(options)):
         verdicts = _verdicts(task, metric, asked)
-    return LanguageTask(goal, task, metric, name, requests, asked, _is_sandboxed(options), verdicts)
+    made = LanguageTask(goal, task, metric, name, requests, asked, _is_sandboxed(options), verdicts)
+    return LanguageMean(**vars(made), ask=ask) if _is_mean(task, metric) else made
+
+
+def _is_mean(task: Any, metric: str) -> bool:
+    """Whether a score is the mean of the metric over documents."""
+    from lm_eval.api import metrics
+
+    return (task.aggregation().get(metric) or metrics.mean) is metrics.mean
 
 
 def describe(settings: Mapping[str, Any], where: str = "objective") -> Description:

@@ -390,3 +390,11 @@ def test_a_dict_of_tensors_is_no_model(lines: str, folder: str) -> None:
     for reuse in (True, False):
         with pytest.raises(InputError, match="expected a torch module to score, found a dict"):
             objective(lines, folder, reuse=reuse).score({})
+
+
+# -- parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_parts_make_up_the_whole(lines: str, folder: str, reuse: bool) -> None:
+    tiny.check_parts(objective(lines, folder, reuse=reuse), tiny.llama())

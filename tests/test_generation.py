@@ -301,3 +301,22 @@ def test_models_without_keys_and_values_are_refused(prompts: list[list[int]]) ->
     config = transformers.MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(InputError, match="that keeps keys and values to generate with, found MambaForCausalLM"):
         generator(prompts).written(transformers.MambaForCausalLM(config).eval())
+
+
+# -- parts ---------------------------------------------------------------------------------------------------
+
+
+def test_parts_make_up_the_whole_and_are_written_once(lines: str, folder: str, tmp_path: Path) -> None:
+    model = tiny.llama()
+    model.generation_config.eos_token_id = list(range(0, 400, 5))
+    length = build_tokens_generated(Goal("length", "minimize"), {"data": lines, "most": 9}, folder, tiny.CPU)
+    tiny.check_parts(length, model)
+    answers = [{"prompt": "a", "answer": "x"}, {"prompt": "the", "answer": "y"}, {"prompt": "of a", "answer": "z"}]
+    match = build_exact_match(
+        Goal("right"), {"data": tiny.write_lines(tmp_path / "a.jsonl", answers), "most": 2}, folder, tiny.CPU
+    )
+    assert match.count == 3
+    numbers = np.array([2, 0])
+    assert [sorted(each) for each in match.subset(numbers).answers] == [["z"], ["x"]]
+    assert match.pooled(np.array([True, False]), numbers)[0] == 0.5
+    assert match.subset(numbers).generator is match.generator.subset(numbers)

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_language as tiny
 import torch
 import yaml
 
 from fitness import language
-from fitness.objectives import Objective
+from fitness.objectives import Divisible, Objective
 from populations.errors import InputError
 from populations.trial import Goal
 
@@ -647,3 +648,15 @@ def test_lm_evals_own_tasks_are_found_and_nearest_names_given(tokenizer):
         language.build(GOAL, {"task": "hellaswag"}, tokenizer, CPU)
     with pytest.raises(InputError, match=r"found 'mmlu', a group"):
         language.build(GOAL, {"task": "mmlu"}, tokenizer, CPU)
+
+
+# -- parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["colours", "last_word"])
+def test_parts_make_up_the_whole(folder: str, tokenizer: str, model: Any, task: str) -> None:
+    tiny.check_parts(built(folder, tokenizer, task, metric="acc"), model, varied=task == "colours")
+
+
+def test_a_task_whose_metric_is_no_mean_has_no_parts(folder: str, tokenizer: str) -> None:
+    assert not isinstance(built(folder, tokenizer, "last_word", metric="perplexity"), Divisible)

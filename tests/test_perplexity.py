@@ -325,3 +325,26 @@ def test_models_that_are_none(lines: str, folder: str, tmp_path: Path) -> None:
         made.score(type("Flat", (nn.Module,), {"forward": lambda self, input_ids, use_cache: input_ids})())
     with pytest.raises(InputError, match="tokenizer: cannot be loaded"):
         objective(lines, str(tmp_path))
+
+
+# -- parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["bits_per_byte", "likelihood", "perplexity"])
+def test_parts_make_up_the_whole(unit: str, lines: str, text: str, folder: str) -> None:
+    model = tiny.llama()
+    tiny.check_parts(objective(lines, folder, unit), model)
+    tiny.check_parts(objective(text, folder, unit, context=32, stride=24), model)
+
+
+@pytest.mark.parametrize("unit", ["bits_per_byte", "likelihood", "perplexity"])
+def test_the_error_of_a_part_is_the_spread_of_parts(unit: str, lines: str, folder: str) -> None:
+    whole = objective(lines, folder, unit)
+    each = whole.score(tiny.llama()).per_example
+    assert each is not None
+    rng, found = np.random.default_rng(0), []
+    for _ in range(2000):
+        numbers = rng.permutation(whole.count)[:10]
+        found.append(whole.pooled(each[numbers], numbers))
+    values, errors = np.array(found).T
+    assert np.std(values) == pytest.approx(np.sqrt(np.mean(errors**2)), rel=0.12)

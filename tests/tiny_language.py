@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+
+from fitness.objectives import Divisible
 
 CPU = torch.device("cpu")
 WORDS = (Path(__file__).parents[1] / "LICENSE").read_text("utf-8").split()
@@ -87,3 +90,23 @@ def phrase(rng: np.random.Generator, least: int, most: int) -> str:
 def write_lines(file: Path, records: list[dict[str, Any]]) -> str:
     file.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     return str(file)
+
+
+def check_parts(objective: Any, model: Any, varied: bool = True) -> None:
+    """The scores of an objective's examples are the same asked in parts, and pooled they are its score."""
+    assert isinstance(objective, Divisible)
+    whole = objective.score(model)
+    assert whole.per_example is not None
+    numbers = np.random.default_rng(4).permutation(objective.count)
+    parts = np.array_split(numbers, 3)
+    found = [objective.subset(part).score(model) for part in parts]
+    for part, score in zip(parts, found, strict=True):
+        assert score.items == len(part)
+        assert score.per_example == pytest.approx(whole.per_example[part], rel=1e-6)
+        value, error = objective.pooled(score.per_example, part)
+        assert value == pytest.approx(score.value, rel=1e-6)
+        assert error > 0 or not varied
+    assert len({score.value for score in found}) > 1 or not varied
+    value, error = objective.pooled(whole.per_example, np.arange(objective.count))
+    assert value == pytest.approx(whole.value, rel=1e-12)
+    assert error == 0
