@@ -26,7 +26,7 @@ STACK_BYTES = 64 * 1024**2
 def stack_of(
     layout: Layout, dtype: torch.dtype | None, stack_bytes: int = STACK_BYTES, batch: int | None = None
 ) -> int:
-    """Bytes of the candidates that are merged in one pass: 0 for models that are merged in place.
+    """Bytes of the candidates that are merged in one pass: 0 for models that are merged in place, as two are too many.
 
     Args:
         layout: The flat vector.
@@ -37,6 +37,8 @@ def stack_of(
     kinds = {dtype} if dtype else set(layout.dtypes)
     each = layout.size * kinds.pop().itemsize if len(kinds) == 1 else 0
     count = stack_bytes // each if each else 0
+    if count < 2:
+        return 0
     return each * (count if batch is None else min(batch, count))
 
 

@@ -288,7 +288,8 @@ def test_a_worker_settles_the_placement_before_it_makes_a_model(tmp_path, monkey
 def test_the_bytes_of_a_stack(tmp_path):
     layout = Sources.open([written(tmp_path, torch.bfloat16, adapters=False)[0]]).layout
     assert stack_of(layout, None) == STACK_BYTES // (2 * layout.size) * 2 * layout.size
-    assert stack_of(layout, torch.float32, 4 * layout.size) == 4 * layout.size
+    assert stack_of(layout, torch.float32, 8 * layout.size) == 8 * layout.size
+    assert stack_of(layout, torch.float32, 7 * layout.size) == 0
     assert stack_of(layout, torch.float32, 4 * layout.size - 1) == 0
     assert stack_of(layout, torch.float32, batch=3) == 3 * 4 * layout.size
 
