@@ -115,8 +115,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
 
 # -- kill -9 -------------------------------------------------------------------------------------------------
 
+QUICK = "m2n2-dense"
 
-@pytest.mark.parametrize("kind", SEARCHES)
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == QUICK else pytest.mark.slow) for k in SEARCHES])
 def test_killed_twice_and_resumed_it_is_the_same_search_at_the_same_price(
     kind: str, tmp_path: Path, undisturbed: Callable[[str], str]
 ) -> None:
@@ -313,7 +315,7 @@ def test_another_process_finds_the_same(tmp_path: Path, undisturbed: Callable[[s
     assert json.loads(out)["digest"] == undisturbed("m2n2-dense")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ray_workers_find_the_same_even_if_one_is_killed(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[str], str]
 ) -> None:

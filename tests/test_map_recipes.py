@@ -150,7 +150,7 @@ def test_stopped_and_resumed_it_is_the_same_search(
     assert outcome(resume(run)) == undisturbed(kind)
 
 
-QUICK = ("bayesian_map", "nsga2")
+QUICK = ("bayesian_map",)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in SEARCHES])

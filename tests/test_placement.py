@@ -424,7 +424,7 @@ def sparse(path, nbytes):
     [(80 * MB, 3), *[pytest.param(200 * MB, count, marks=pytest.mark.slow) for count in (2, 6)]],
     ids=lambda value: str(value),
 )
-@pytest.mark.parametrize("operator", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("operator", ["task_arithmetic", pytest.param("ties", marks=pytest.mark.slow)])
 def test_with_mapped_sources_a_worker_takes_a_model_and_a_set_of_chunks(tmp_path, nbytes, experts, operator):
     """What ``validate`` states, model + one set of chunks (+ the Gram table), bounds the anonymous memory measured.
 

@@ -502,7 +502,8 @@ def from_text(text: str) -> Any:
 
 
 ELSEWHERE = """
-import importlib.util, json, sys
+import importlib.util, json, os, sys
+sys.path.insert(0, os.path.dirname({file!r}))
 spec = importlib.util.spec_from_file_location("test_searches", {file!r})
 module = importlib.util.module_from_spec(spec)
 sys.modules["test_searches"] = module
