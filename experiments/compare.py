@@ -47,6 +47,7 @@ class Searched:
         self.label = run.directory.resolve().name
         self.front = run.front_or_explain()
         self.references = run.references()
+        self.examples = run.examples()
         self.report = run.report() or {}
         with run.journal() as journal:
             self.recipe: dict[str, Any] = json.loads(journal.fact("recipe") or "{}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -175,7 +176,8 @@ def _hover(line: Line, member: Scored, genome: Genome | None) -> str:
     """What hovering over a member shows; the chart's library reads a little HTML in it."""
     one = line.searched
     parts = [f"<b>{_safe(one.label)}</b> ({_safe(one.algorithm)}), member {member.id}"]
-    parts += [f"{kind}: {_scores(scores)}" for kind, scores in _measured(member)]
+    counts = {"search": one.examples["search"], "held out": one.examples["held_out"]}
+    parts += [f"{kind}: {_scores(scores, counts[kind])}" for kind, scores in _measured(member)]
     parts += _genome_words(one.models, genome)
     return "<br>".join([*parts, _safe(export_command(one.run.directory, member.id))])
 
@@ -191,8 +193,10 @@ def _measured(member: Scored) -> Iterator[tuple[str, Mapping[str, float]]]:
             yield kind, scores
 
 
-def _scores(scores: Mapping[str, float]) -> str:
-    return ", ".join(f"{_safe(name)} {value:.4f}" for name, value in scores.items())
+def _scores(scores: Mapping[str, float], counts: Mapping[str, int] = MappingProxyType({})) -> str:
+    """Each score, and on how many examples it stands where that is known."""
+    stands = {name: f" of {count:,}" for name, count in counts.items()}
+    return ", ".join(f"{_safe(name)} {value:.4f}{stands.get(name, '')}" for name, value in scores.items())
 
 
 def _genome_words(models: Sequence[str], genome: Genome | None) -> list[str]:
