@@ -331,10 +331,10 @@ def score_table(title: str, run: Run, first: str = "merge") -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(first)
     examples = run.examples()
-    for group, names in (("search", run.goals), ("held out", run.held_out_goals)):
+    for group, subset, names in (("search", "search", run.goals), ("held out", "held_out", run.held_out_goals)):
         for goal in names:
             arrow = "" if goal.direction == "maximize" else " (min)"
-            count = examples[group.replace(" ", "_")].get(goal.name)
+            count = examples[subset].get(goal.name)
             stands = "" if count is None else f"\nof {count:,}"
             table.add_column(f"{group}\n{goal.name}{arrow}{stands}", justify="right")
         if len(names) > 1:

@@ -5,8 +5,8 @@ and nothing in it is a pickle. Tables:
 
 - ``facts``: text by key (recipe, state, versions, elapsed seconds).
 - ``events``: the order of things: ``ask`` (a batch of trials was proposed) and ``tell`` (a batch was learned).
-- ``trials``: number, batch, genome, digest, parents; task and step of those that want a gradient; seed, start and
-  stop of those that are scored on a sample, ``partial`` while that is not of all examples.
+- ``trials``: number, batch, genome, digest, parents; task and step of those that want a gradient; of those
+  that are scored on a sample, ``stop``: the share of the examples that it reaches.
 - ``evaluations``: what came back for a trial, committed on arrival, before it is told.
 - ``gradients``: those of gradient trials, in float64.
 - ``residuals``: dense parts of genomes evolved from scratch, kept for members and the front only.
@@ -49,7 +49,7 @@ CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER);
 CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
     digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, task TEXT, step INTEGER,
-    seed INTEGER, start REAL, stop REAL, partial INTEGER NOT NULL);
+    stop REAL);
 CREATE INDEX trials_by_batch ON trials (batch);
 CREATE TABLE evaluations (number INTEGER PRIMARY KEY, scores TEXT, shapes TEXT, per_example BLOB, failure TEXT,
     seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL);
@@ -195,7 +195,7 @@ class Journal:
         with self.transaction():
             self._connection.execute("INSERT INTO events VALUES (NULL, 'ask', ?, ?)", (batch, requested))
             self._connection.executemany(
-                "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [_trial_row(trial, batch) for trial in trials],
             )
 
@@ -277,7 +277,7 @@ class Journal:
                 scored on some of the examples only.
         """
         for number, digest, parents, task, step, partial, scores, failure, seconds, when in self._rows(
-            "SELECT t.number, t.digest, t.parents, t.task, t.step, t.partial, e.scores, e.failure, e.seconds, e.time "
+            "SELECT t.number, t.digest, t.parents, t.task, t.step, t.stop < 1, e.scores, e.failure, e.seconds, e.time "
             "FROM trials t JOIN evaluations e USING (number) "
             f"WHERE number > ? AND (? OR {_SCORED}) ORDER BY number",
             (after, unscored),
@@ -399,7 +399,7 @@ class Journal:
 
 # -- rows ------------------------------------------------------------------------------------------------
 
-_SCORED = "(task IS NULL AND NOT partial)"
+_SCORED = "(task IS NULL AND ifnull(stop, 1) = 1)"
 _COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors"
 
 
@@ -413,10 +413,9 @@ def _trial_row(trial: Trial, batch: int) -> tuple[Any, ...]:
     genome = trial.genome
     text = _dense_text(genome.size, genome.sources) if genome.is_dense else genome.to_json(residual=False)
     wanted = (None, None) if trial.calibration is None else (trial.calibration.task, trial.calibration.step)
-    part = trial.sample
-    sample = (None, None, None, 0) if part is None else (part.seed, part.start, part.stop, int(part.partial))
+    stop = None if trial.sample is None else trial.sample.stop
     dense = int(genome.residual is not None)
-    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), dense, *wanted, *sample
+    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), dense, *wanted, stop
 
 
 def _evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:

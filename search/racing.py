@@ -91,10 +91,9 @@ class _Group:
     level: int = 0
     size: int = 0  # candidates that began
     waiting: int = 0
-    open: bool = True
     ready: list[int] = field(default_factory=list)  # that wait for the others
 
-    _PLAIN = ("level", "size", "waiting", "open")
+    _PLAIN = ("level", "size", "waiting")
 
     def state(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in self._PLAIN}, "ready": list(self.ready)}
@@ -269,9 +268,8 @@ class Racing:
             self._runners[trial.number] = _Runner(trial, self._joined())
             self._queue.append(trial.number)
             return True
-        group = self._groups.get(self._begun)
-        if group is not None:  # the search waits: nobody joins any more
-            self._close(group)
+        if self._begun in self._groups:  # the search waits: nobody joins any more
+            self._begun += 1
             self._arrived(self._begun - 1, told=0)
         return bool(self._queue)
 
@@ -279,16 +277,11 @@ class Racing:
         """The group of one more candidate; 0 where there are no groups to be cut."""
         if not self.settings.fidelities:
             return 0
-        group = self._groups.setdefault(self._begun, _Group())
+        index = self._begun
+        group = self._groups.setdefault(index, _Group())
         group.size, group.waiting = group.size + 1, group.waiting + 1
-        if group.size == self.settings.group:
-            self._close(group)
-            return self._begun - 1
-        return self._begun
-
-    def _close(self, group: _Group) -> None:
-        group.open = False
-        self._begun += 1
+        self._begun += group.size == self.settings.group
+        return index
 
     def _proposed(self, number: int) -> Trial:
         """What the candidate is to be scored on now, as a trial."""
@@ -311,7 +304,7 @@ class Racing:
         """Somebody of a group has been told, or ended; cut the group when it waits for nobody."""
         group = self._groups[index]
         group.waiting -= told
-        if group.open or group.waiting:
+        if index == self._begun or group.waiting:
             return
         count = math.ceil(group.size / self.settings.eta)
         ranking = self._ranking(group.ready)
