@@ -120,14 +120,17 @@ def write_models(directory: Path, arguments: argparse.Namespace) -> None:
     )
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    model = transformers.BertModel(config)
+    write_experts(transformers.BertModel(config), directory, max(arguments.experts), noise=0.01)
+
+
+def write_experts(model: Any, directory: Path, experts: int, noise: float, dtype: torch.dtype = torch.float32) -> None:
+    """Write a Hugging Face model as ``0``, and as ``1``, ``2``, ... with Gaussian noise on its weights."""
     base = {name: value.clone() for name, value in model.state_dict().items()}
-    for number in range(max(arguments.experts) + 1):
+    for number in range(experts + 1):
         torch.manual_seed(number)
         for name, value in model.named_parameters():
-            noise = 0.0 if number == 0 else 0.01 * torch.randn_like(value)
-            value.data = base[name] + noise
-        model.save_pretrained(directory / str(number))
+            value.data = base[name] + (0.0 if number == 0 else noise * torch.randn_like(value))
+        model.to(dtype).save_pretrained(directory / str(number))
 
 
 def tokens(task: int, words: int, length: int) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
+from adamerging_memory import write_experts
 from materialise import save
 
 from fitness import choices
@@ -134,12 +135,8 @@ def write_models(directory: Path, vocabulary: list[str], arguments: argparse.Nam
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     model.lm_head.weight.data *= 10  # so that it prefers some words
-    base = {name: value.clone() for name, value in model.state_dict().items()}
+    write_experts(model, directory, EXPERTS, noise=0.002, dtype=getattr(torch, arguments.dtype))
     for number in range(EXPERTS + 1):
-        torch.manual_seed(number)
-        for name, value in model.named_parameters():
-            value.data = base[name] + (0.0 if number == 0 else 0.002 * torch.randn_like(value))
-        model.to(getattr(torch, arguments.dtype)).save_pretrained(directory / str(number))
         tokenizer.save_pretrained(directory / str(number))
 
 

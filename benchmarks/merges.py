@@ -124,6 +124,13 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def written(out: Path, record: Mapping[str, Any], text: str) -> None:
+    """Write a record as JSON, and tables beside it as ``.md``."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(plain(record), indent=1) + "\n")
+    out.with_suffix(".md").write_text(text + "\n")
+
+
 def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     rows = [header, ["---"] * len(header), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

@@ -25,7 +25,6 @@ with ``--cache`` what is finished is kept, and a search that was stopped goes on
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -53,10 +52,10 @@ from merges import (
     mean,
     number,
     parser_of,
-    plain,
     recipe_key,
     spread,
     table,
+    written,
 )
 
 from experiments import Recipe, Run
@@ -456,9 +455,7 @@ def save(out: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any
         "details": {problem: details(rows, problem) for problem in problems},
         "rows": [{key: value for key, value in one.items() if key != "tries"} for one in rows],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(plain(record), indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(rows) + "\n")
+    written(out, record, markdown(rows))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -25,7 +25,6 @@ was stopped goes on where it was. Writes ``benchmarks/results/smollm2.json`` and
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -51,10 +50,10 @@ from merges import (
     mean,
     number,
     parser_of,
-    plain,
     recipe_key,
     spread,
     table,
+    written,
 )
 
 from experiments import Recipe
@@ -260,9 +259,7 @@ def save(out: Path, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any
     """Write the table as ``.md``, and as JSON beside what each method found with each seed."""
     found = [{key: value for key, value in one.items() if key != "documents"} for one in rows]
     record = {"settings": settings, "summary": summary(rows), "rows": found}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(plain(record), indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(rows) + "\n")
+    written(out, record, markdown(rows))
 
 
 def parser() -> argparse.ArgumentParser:
