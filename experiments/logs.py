@@ -1,0 +1,179 @@
+"""Structured log lines: one JSON object an event, in the run directory and, where it is asked for, on stdout.
+
+Every module logs by ``logging.getLogger("ecotone")`` with a sentence. A record whose ``extra`` names an ``event`` is one of
+the run's events, and its other extras are that event's fields. The logger's level decides which are written: at DEBUG
+each trial asked and told, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from search.manager import Progress
+
+LOG = "log.jsonl"  # in the run directory
+_log = logging.getLogger("ecotone")
+_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "event"}
+
+
+class JsonLine(logging.Formatter):
+    """A record as one line of JSON: ``time`` (UTC), ``level``, ``event``, ``message``, then the event's fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        head = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": vars(record)["event"],
+            "message": record.getMessage(),
+        }
+        fields = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps({**head, **_plain(fields), **head})
+
+
+class _Lines(logging.FileHandler):
+    """A file that may fail: a full disk costs lines, not the run, and is told once."""
+
+    _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the record's line."""
+        if self._failed:
+            return
+        try:
+            super().emit(record)
+        except OSError:  # the file cannot be opened; when it cannot be written, ``handleError`` is called
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Write no more."""
+        self._failed = True
+        _log.warning("%s cannot be written; the run goes on without it.", self.baseFilename)
+
+    def close(self) -> None:
+        """Close the file, whatever is lost of it."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+@contextlib.contextmanager
+def recorded(directory: Path) -> Iterator[None]:
+    """Append the run's events to ``directory/log.jsonl`` meanwhile.
+
+    Warnings go on to stderr as they do where nothing is recorded.
+    """
+    handlers: list[logging.Handler] = [_events(_Lines(directory / LOG, encoding="utf-8", delay=True))]
+    if not _log.hasHandlers() and logging.lastResort is not None:
+        handlers.append(logging.lastResort)
+    with _added(*handlers):
+        yield
+
+
+@contextlib.contextmanager
+def streamed(stream: TextIO) -> Iterator[None]:
+    """Write the events to ``stream`` meanwhile, and nothing else of the log."""
+    with _added(_events(logging.StreamHandler(stream))):
+        yield
+
+
+@contextlib.contextmanager
+def said(say: Callable[[str], None]) -> Iterator[None]:
+    """Give warnings to ``say``, as sentences, meanwhile."""
+    with _added(_Saying(say)):
+        yield
+
+
+class _Saying(logging.Handler):
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
+
+
+class Heartbeat:
+    """An observer of the manager that logs ``progress`` now and then, so that a log shows that a run lives.
+
+    Args:
+        seconds: Between two events.
+        clock: Seconds; a test may give its own.
+    """
+
+    def __init__(self, seconds: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._next = -math.inf
+
+    def __call__(self, progress: Progress) -> None:
+        """Log it unless that was done a moment ago."""
+        if self._clock() < self._next:
+            return
+        self._next = self._clock() + self._seconds
+        best = " ".join(f"{name} {value:.4g}" for name, value in progress.best_scores.items()) or "none yet"
+        fields = {
+            "evaluations": progress.evaluations,
+            "spent": progress.spent,
+            "failures": progress.failures,
+            "seconds": progress.elapsed,
+            "front": progress.front_size,
+            "best": progress.best,
+            "scores": progress.best_scores,
+        }
+        _log.info("%g evaluations, best: %s.", progress.spent, best, extra={"event": "progress", **fields})
+
+
+def in_words(line: str) -> str:
+    """A line of such a log for people; any other line as it is."""
+    try:
+        event = json.loads(line)
+        return f"{event['time'][:19].replace('T', ' ')} {event['level']}: {event['message']}"
+    except (ValueError, TypeError, KeyError):
+        return line
+
+
+def _events(handler: logging.Handler) -> logging.Handler:
+    handler.setFormatter(JsonLine())
+    handler.addFilter(lambda record: hasattr(record, "event"))
+    return handler
+
+
+@contextlib.contextmanager
+def _added(*handlers: logging.Handler) -> Iterator[None]:
+    before = _log.level
+    if before == logging.NOTSET:
+        _log.setLevel(logging.INFO)
+    for handler in handlers:
+        _log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            _log.removeHandler(handler)
+            if handler is not logging.lastResort:
+                handler.close()
+        _log.setLevel(before)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it: numbers that are not finite, and types it does not know, as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, str | int):
+        return value
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
