@@ -1,8 +1,8 @@
 """Structured log lines: one JSON object an event, in the run directory and, where it is asked for, on stdout.
 
-Every module logs by ``logging.getLogger("ecotone")`` with a sentence. A record whose ``extra`` names an ``event`` is one of
-the run's events, and its other extras are that event's fields. The logger's level decides which are written: at DEBUG
-each trial asked and told, too.
+Every module logs by ``logging.getLogger("ecotone")`` with a sentence. A record whose ``extra`` names an ``event`` is one
+of the run's events, and its other extras are that event's fields. The logger's level decides which are written: at
+DEBUG each trial asked and told, too.
 """
 
 from __future__ import annotations
