@@ -6,10 +6,15 @@ With ``order: strict`` results are learned in the order they were asked for, wit
 that a search depends on its recipe alone, not on which worker was slow or died. With ``order: arrival`` they are
 learned as they come, and the journal records the order it saw. Either way replaying the journal through the
 same calls rebuilds search and population exactly; trials that were in flight are then issued again.
+
+Seconds are counted by a clock that nobody sets (``time.monotonic``: no time server moves it, and while the machine
+sleeps it stands still) and added up wait by wait. One that goes back counts for nothing, and so does a wait that took
+far longer than was asked for and than its results account for: then a clock jumped, or the process was stopped.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -19,8 +24,8 @@ from typing import Literal, TypeAlias
 
 from threadpoolctl import threadpool_limits
 
-from fitness.pools import Batch, Pool
-from populations.errors import JournalError, SearchError
+from fitness.pools import Batch, Completed, Pool
+from populations.errors import JournalError, PoolError, SearchError
 from populations.genome import Genome
 from populations.journal import Event, Journal
 from populations.pareto import ParetoFront
@@ -28,7 +33,16 @@ from populations.population import Population, quality
 from populations.trial import Evaluation, Failure, Goal, Outcome, Subset, Trial, oriented
 from search.protocol import SLACK, Search, numbered
 
-StopReason: TypeAlias = Literal["evaluations", "seconds", "converged"]
+StopReason: TypeAlias = Literal["evaluations", "seconds", "converged", "drained"]
+
+POLL = 1.0
+"""Seconds after which a wait for results ends without any, so that ``drain`` is noticed."""
+STALL = 60.0
+"""Seconds by which a wait may exceed those asked for and those of its results before it is held for a jump."""
+NOTE = 60.0
+"""Seconds after which the journal is told of the time that passed, though nothing came: a kill loses no more."""
+
+_log = logging.getLogger("ecotone")
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Schedule:
         in_flight: The most trials asked for and not yet told, at least ``batch``.
         order: ``strict`` or ``arrival``.
         patience: Give up when so many first trials have all failed.
+        grace: Seconds for which a run that drains waits for what is in flight.
     """
 
     evaluations: int | None = None
@@ -51,6 +66,7 @@ class Schedule:
     in_flight: int = 1
     order: Literal["strict", "arrival"] = "strict"
     patience: int = 8
+    grace: float = 30.0
 
 
 @dataclass
@@ -96,7 +112,7 @@ class Manager:
         journal: The run's journal, open for writing; one with events in it is replayed first.
         schedule: Budget, batches and order.
         observe: Called with the progress after every step.
-        clock: Seconds; a test may give its own.
+        clock: Seconds since some moment; a test may give its own.
     """
 
     def __init__(
@@ -123,47 +139,126 @@ class Manager:
         self._asked = 0  # trials
         self._spent = 0.0  # evaluations asked for; a sample counts for its share
         self._batches = 0
-        self._flying: deque[Batch] = deque()  # asked and not yet told, oldest first
+        self._flying: dict[int, Batch] = {}  # by number: asked and not yet told, oldest first
+        self._waiting = 0  # trials of these
         self._arrived: dict[int, list[Evaluation]] = {}  # by batch number, not yet told
         self._unsubmitted: deque[Batch] = deque()
-        self._dense: dict[int, Trial] = {}  # members, front and best that have a residual
+        self._out: dict[int, Batch] = {}  # by number: at the pool
+        self._any_dense = False  # some trial has a residual
+        self._dense: dict[int, Trial] = {}  # members, front and best that have one
         self._stored: set[int] = set()  # numbers whose residual the journal stores
-        self._began = 0.0
+        self._draining = False
+        self._drains_until: float | None = None  # of the seconds in all
+        self._at = 0.0  # the clock when time was last counted
+        self._noted = 0.0  # seconds in all that the journal knows of
 
     def run(self) -> StopReason:
         """Replay what the journal holds, then search until the budget is spent and everything is told.
 
         Raises:
             SearchError: The first candidates all failed, or nothing can be proposed.
+            PoolError: The pool gave what it was not asked for, or has no workers any more.
             JournalError: The journal cannot be written, or does not fit the search.
         """
         with threadpool_limits(limits=1, user_api="blas"):  # small products; the cores belong to the workers
             self._replay()
-            self._began = self._clock() - self.progress.elapsed
+            self._at = self._clock()
             self._advance([])
-            while self._flying:
-                self._advance(self.pool.completed(timeout=None))
+            while self._out and self._patient():
+                results = self._wait()
+                if results or self.progress.elapsed >= self._noted + NOTE:
+                    self._advance(results)
+            self.journal.note("elapsed", repr(self.progress.elapsed))
             return self._finished()
 
-    def _advance(self, results: Iterable[tuple[Batch, list[Evaluation]]]) -> None:
+    def drain(self) -> None:
+        """Have ``run`` ask for nothing more, wait ``Schedule.grace`` seconds for what is in flight, and return.
+
+        Safe in a signal handler. What comes back meanwhile is journalled; it is told when the run is resumed, with
+        the asking that belongs in between, so that a drained search in strict order equals one that was not.
+        """
+        self._draining = True
+
+    def _advance(self, results: Completed) -> None:
         """Take results in; tell what is due, asking again after each; commit; only then submit what was asked."""
         with self.journal.transaction():
             for batch, evaluations in results:
-                self.journal.arrived(zip(batch.trials, evaluations, strict=True))
-                self._arrived[batch.number] = evaluations
-            self.progress.elapsed = self._clock() - self._began
-            self._ask_more()
-            for batch in self._due():
-                self._tell(batch)
-                self.journal.told(batch.number)
+                self._record(batch, evaluations)
+            if not self._draining:
                 self._ask_more()
+                for batch in self._due():
+                    self._tell(batch)
+                    self.journal.told(batch.number)
+                    _log_batch("told", batch)
+                    self._ask_more()
             self._keep_residuals()
             self.journal.note("elapsed", repr(self.progress.elapsed))
-        while self._unsubmitted:
-            self.pool.submit(self._unsubmitted.popleft())
-        self.progress.in_flight = sum(len(batch.trials) for batch in self._flying)
+        self._noted = self.progress.elapsed
+        self._submit()
+        self.progress.in_flight = self._waiting
         self._observe(self.progress)
         self._check_failures()
+
+    def _submit(self) -> None:
+        while self._unsubmitted and not self._draining:
+            batch = self._unsubmitted.popleft()
+            self._out[batch.number] = batch
+            self.pool.submit(batch)
+            _log_batch("asked", batch)
+
+    # -- results -----------------------------------------------------------------------------------------
+
+    def _wait(self) -> Completed:
+        """What the pool has finished; nothing when a moment has passed without."""
+        left = math.inf if self._drains_until is None else self._drains_until - self.progress.elapsed
+        results = self.pool.completed(timeout=(timeout := min(POLL, left)))
+        spent = sum(evaluation.seconds for _, evaluations in results for evaluation in evaluations)
+        self._count_time(timeout, timeout + spent + STALL)
+        return results
+
+    def _patient(self) -> bool:
+        """False when the run has drained for as long as it may."""
+        self._count_time()
+        if self._draining and self._drains_until is None:
+            self._drains_until = self.progress.elapsed + self.schedule.grace
+            fields = {"event": "draining", "batches": len(self._out), "grace": self.schedule.grace}
+            _log.info("Draining: waiting for what is in flight.", extra=fields)
+        return self._drains_until is None or self.progress.elapsed < self._drains_until
+
+    def _count_time(self, asked: float = 0.0, most: float = math.inf) -> None:
+        """Add the seconds since the last call: ``asked`` if there were more than ``most``, 0 if the clock went back."""
+        now = self._clock()
+        passed = max(0.0, now - self._at)
+        self._at = now
+        if passed > most:
+            fields = {"event": "clock_jumped", "seconds": passed}
+            _log.warning("The clock jumped by %.0f s, or the process was stopped: not counted.", passed, extra=fields)
+            passed = asked
+        self.progress.elapsed += passed
+
+    def _record(self, batch: Batch, evaluations: Sequence[Evaluation]) -> None:
+        """Write down what came back, once: a batch may come again when its worker was given up too early.
+
+        Raises:
+            PoolError: It was never asked for, or has not one evaluation a trial.
+        """
+        own = self._out.get(batch.number)
+        if own is None and batch.number < self._batches:
+            _log.debug("Batch %d came again.", batch.number)
+            return
+        if own is None or not _same(own, batch):
+            raise PoolError(f"pool: expected batches that it was given, found batch {batch.number}, which it was not.")
+        if len(evaluations) != len(own.trials):
+            raise PoolError(
+                f"pool: batch {batch.number}: expected {len(own.trials)} evaluations, found {len(evaluations)}."
+            )
+        del self._out[batch.number]
+        self.journal.arrived(zip(own.trials, evaluations, strict=True))
+        self._arrived[batch.number] = list(evaluations)
+        for trial, evaluation in zip(own.trials, evaluations, strict=True):
+            if (failure := evaluation.failure) is not None:
+                fields = {"event": "trial_failed", "trial": trial.number, "kind": failure.kind}
+                _log.info("Trial %d failed: %s: %s", trial.number, failure.kind, failure.message, extra=fields)
 
     # -- asking ------------------------------------------------------------------------------------------
 
@@ -182,9 +277,8 @@ class Manager:
         if schedule.seconds is not None and self.progress.elapsed >= schedule.seconds:
             return 0
         left = schedule.batch if schedule.evaluations is None else math.ceil(schedule.evaluations - self._spent - SLACK)
-        flying = sum(len(batch.trials) for batch in self._flying)
         wanted = min(schedule.batch, left)
-        return wanted if flying == 0 or flying + wanted <= schedule.in_flight else 0
+        return wanted if self._waiting == 0 or self._waiting + wanted <= schedule.in_flight else 0
 
     def _ask(self, wanted: int) -> Batch | None:
         trials = [] if self.search.done else self.search.ask(wanted)
@@ -196,7 +290,9 @@ class Manager:
         self._batches += 1
         self._asked += len(trials)
         self._spent += sum(trial.cost for trial in trials)
-        self._flying.append(batch)
+        self._flying[batch.number] = batch
+        self._waiting += len(trials)
+        self._any_dense = self._any_dense or any(trial.genome.residual is not None for trial in trials)
         return batch
 
     # -- telling -----------------------------------------------------------------------------------------
@@ -204,19 +300,16 @@ class Manager:
     def _due(self) -> Iterator[Batch]:
         """Batches whose results are here and may be told: the oldest under strict order, any under arrival."""
         if self.schedule.order == "strict":
-            while self._flying and self._flying[0].number in self._arrived:
-                yield self._flying.popleft()
+            while (oldest := next(iter(self._flying), -1)) in self._arrived:
+                yield self._flying[oldest]
         else:
             for number in list(self._arrived):
-                yield self._landed(number)
-
-    def _landed(self, number: int) -> Batch:
-        batch = next(b for b in self._flying if b.number == number)
-        self._flying.remove(batch)
-        return batch
+                yield self._flying[number]
 
     def _tell(self, batch: Batch) -> None:
         """Population first, then the search."""
+        del self._flying[batch.number]
+        self._waiting -= len(batch.trials)
         for trial, evaluation in zip(batch.trials, self._arrived.pop(batch.number), strict=True):
             outcome = self.population.add(trial, evaluation) if trial.scored else Outcome(False)
             self.search.tell(trial, evaluation, outcome)
@@ -247,7 +340,7 @@ class Manager:
 
     def _keep_residuals(self) -> None:
         """Have the journal store the dense weights of members, front and best, and of no other trial."""
-        kept = self._early()
+        kept = self._early() if self._any_dense else {}
         if self._dense:
             alive = {*self.front.numbers, self.progress.best, *(m.trial.number for m in self.population.members)}
             self._dense = {number: trial for number, trial in self._dense.items() if number in alive}
@@ -264,8 +357,8 @@ class Manager:
         """Dense trials that came before their turn and belong on the front: reports of a killed run list them."""
         return {
             trial.number: trial
-            for batch in (self._flying if self._arrived else ())
-            for trial, evaluation in zip(batch.trials, self._arrived.get(batch.number, ()), strict=False)
+            for number, evaluations in self._arrived.items()
+            for trial, evaluation in zip(self._flying[number].trials, evaluations, strict=True)
             if trial.genome.residual is not None
             and trial.scored
             and evaluation.ok
@@ -278,9 +371,11 @@ class Manager:
             raise SearchError(_all_failed(progress))
 
     def _finished(self) -> StopReason:
-        """Why nothing is in flight and nothing more is asked."""
+        """Why nothing more is asked and nothing is waited for."""
         schedule, progress = self.schedule, self.progress
-        if progress.told and progress.failures == progress.told:
+        if self._flying:
+            return "drained"
+        if progress.told and progress.failures == progress.told and not self._draining:
             raise SearchError(_all_failed(progress))
         if schedule.evaluations is not None and self._spent >= schedule.evaluations - SLACK:
             return "evaluations"
@@ -288,6 +383,8 @@ class Manager:
             return "seconds"
         if self.search.done:
             return "converged"
+        if self._draining:
+            return "drained"
         raise SearchError("search: nothing is in flight and it proposes nothing.")
 
     # -- resuming ----------------------------------------------------------------------------------------
@@ -297,22 +394,22 @@ class Manager:
         events = self.journal.events()
         if not events:
             return
-        stored = dict(self.journal.evaluations())
-        self.progress.elapsed = float(self.journal.fact("elapsed") or 0.0)
-        self.progress.replayed = len(stored)
+        self.progress.elapsed = self._noted = float(self.journal.fact("elapsed") or 0.0)
         self._stored = self.journal.kept()
+        ahead: dict[int, Evaluation] = {}  # read and not told: as many as were in flight, not the whole journal
+        stored = self.journal.evaluations()
         for event in events:
             if event.kind == "ask":
                 self._replay_ask(event)
             else:
-                batch = self._landed(event.batch)
-                self._arrived[batch.number] = [stored[trial.number] for trial in batch.trials]
-                self._tell(batch)
-        for batch in self._flying:
-            if all(trial.number in stored for trial in batch.trials):
-                self._arrived[batch.number] = [stored[trial.number] for trial in batch.trials]
+                self._replay_tell(event, ahead, stored)
+        ahead.update(stored)
+        for batch in self._flying.values():
+            if all(trial.number in ahead for trial in batch.trials):
+                self._arrived[batch.number] = [ahead[trial.number] for trial in batch.trials]
             else:
                 self._unsubmitted.append(batch)
+        self.progress.replayed = self.progress.told + sum(map(len, self._arrived.values()))
 
     def _replay_ask(self, event: Event) -> None:
         batch = self._ask(event.requested)
@@ -325,6 +422,36 @@ class Manager:
                 "Resume with the versions of Ecotone and numpy, and the kind of processor, that the run began with: "
                 "see `versions` in `ecotone status --json`.",
             )
+
+    def _replay_tell(
+        self, event: Event, ahead: dict[int, Evaluation], stored: Iterator[tuple[int, Evaluation]]
+    ) -> None:
+        batch = self._flying.get(event.batch)
+        numbers = [] if batch is None else [trial.number for trial in batch.trials]
+        while not all(number in ahead for number in numbers) and (found := next(stored, None)) is not None:
+            ahead[found[0]] = found[1]
+        if batch is None or not all(number in ahead for number in numbers):
+            raise JournalError(
+                f"{self.journal.path}: batch {event.batch} was told, but not asked for or not evaluated.",
+                "The journal is damaged: go on from a copy of it.",
+            )
+        self._arrived[batch.number] = [ahead.pop(number) for number in numbers]
+        self._tell(batch)
+
+
+def _log_batch(event: Literal["asked", "told"], batch: Batch) -> None:
+    if _log.isEnabledFor(logging.DEBUG):
+        fields = {"event": event, "batch": batch.number, "trials": [trial.number for trial in batch.trials]}
+        _log.debug("Batch %d was %s.", batch.number, event, extra=fields)
+
+
+def _same(a: Batch, b: Batch) -> bool:
+    """Whether two batches are of the same trials."""
+    return a is b or _key(a) == _key(b)
+
+
+def _key(batch: Batch) -> list[tuple[int, str]]:
+    return [(trial.number, trial.genome.digest) for trial in batch.trials]
 
 
 def _all_failed(progress: Progress) -> str:
@@ -357,14 +484,17 @@ def measure(
         done |= _scored_already(journal, [genome for digest, genome in wanted.items() if digest not in done])
     missing = [Trial(i, wanted[digest], subset=subset) for i, digest in enumerate(d for d in wanted if d not in done)]
     chunks = [tuple(missing[i : i + batch]) for i in range(0, len(missing), batch)]
-    for number, trials in enumerate(chunks):
-        pool.submit(Batch(number, trials))
-    pending = len(chunks)
-    while pending:
+    out = {number: Batch(number, trials) for number, trials in enumerate(chunks)}
+    for chunk in out.values():
+        pool.submit(chunk)
+    while out:
         for finished, evaluations in pool.completed(timeout=None):
-            pending -= 1
+            chunk = out.get(finished.number)
+            if chunk is None or not _same(chunk, finished):
+                continue  # it came before, or is of the search
+            del out[chunk.number]
             with journal.transaction():
-                for trial, evaluation in zip(finished.trials, evaluations, strict=True):
+                for trial, evaluation in zip(chunk.trials, evaluations, strict=True):
                     journal.measured(trial.genome, subset, evaluation)
                     done[trial.genome.digest] = evaluation
     return done
