@@ -7,9 +7,10 @@ The experts are a random BERT (six layers of 384, 22.7 million parameters, float
 own: random tokens and a random head. A step is one of Adam on coefficients by tensor and expert: a batch of each
 task, the entropies' gradient, one update. Contenders:
 
-- ecotone: ``Worker.measure`` on one gradient trial a task, as a search asks for them
-- ecotone, checkpointing: the same, computing activations twice
-- ecotone, streamed (CUDA only): the same without keeping the experts' files on the device where they would fit
+- ecotone: ``Worker.measure`` on one gradient trial of all tasks (``together: K``), as for one worker
+- ecotone, by task: on one gradient trial a task, as a search asks for them by default, which several workers share
+- ecotone, checkpointing: by task, computing activations twice
+- ecotone, streamed (CUDA only): by task, without keeping the experts' files on the device where they would fit
 - textbook: ``theta_0 + sum_k lambda_k tau_k`` in autograd with all task vectors in memory, and one backward pass of
   the sum of all tasks' losses
 - textbook, by task: the same with a backward pass a task, through a merge whose graph is kept
@@ -50,7 +51,14 @@ from merging import compiled, sources
 from populations.genome import Floats, Genome
 from populations.trial import CalibrationBatch, Trial
 
-CONTENDERS = ("ecotone", "ecotone, checkpointing", "ecotone, streamed", "textbook", "textbook, by task")
+CONTENDERS = (
+    "ecotone",
+    "ecotone, by task",
+    "ecotone, checkpointing",
+    "ecotone, streamed",
+    "textbook",
+    "textbook, by task",
+)
 CLASSES = 10
 START = 0.3
 RATE = 1e-3
@@ -170,7 +178,7 @@ def tasks(arguments: argparse.Namespace) -> tuple[CalibrationSpec, ...]:
 # -- contenders ----------------------------------------------------------------------------------------------
 
 
-def ecotone(arguments: argparse.Namespace, checkpointing: bool, streamed: bool) -> tuple[Step, int]:
+def ecotone(arguments: argparse.Namespace, name: str) -> tuple[Step, int]:
     """A step by gradient trials, and the number of segments."""
     specs, directory = tasks(arguments), Path(arguments.directory)
     paths = [str(directory / str(number)) for number in range(len(specs) + 1)]
@@ -180,17 +188,19 @@ def ecotone(arguments: argparse.Namespace, checkpointing: bool, streamed: bool) 
         "task_arithmetic",
         architecture="auto",
         calibration=specs,
-        checkpointing=checkpointing,
+        checkpointing=name.endswith("checkpointing"),
         device=arguments.device,
         threads=arguments.threads,
-        sources="mapped" if streamed else "auto",
+        sources="mapped" if name.endswith("streamed") else "auto",
     )
     worker = Worker(spec)
     borders = worker._sources.layout.tensor_borders
 
     def step(number: int, coefficients: Floats) -> Floats:
         genome = Genome(borders, coefficients)
-        batches = [CalibrationBatch(task.name, number) for task in specs]
+        names = tuple(task.name for task in specs)
+        groups = [names] if name == "ecotone" else [(each,) for each in names]
+        batches = [CalibrationBatch(group, number, (1.0,) * len(group)) for group in groups]
         evaluations = worker.measure([Trial(0, genome, calibration=batch) for batch in batches])
         failures = [evaluation.failure for evaluation in evaluations if evaluation.failure]
         if failures:
@@ -291,7 +301,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if name.startswith("textbook"):
         step, segments = textbook(arguments, by_task=name.endswith("by task"))
     else:
-        step, segments = ecotone(arguments, name.endswith("checkpointing"), name.endswith("streamed"))
+        step, segments = ecotone(arguments, name)
     adam = Adam(np.full((segments, arguments.experts[0]), START))
     first = step(0, adam.values)
     adam.step(first)

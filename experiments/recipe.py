@@ -408,6 +408,7 @@ class GradientSearch(Segmented):
     Attributes:
         steps: Steps of Adam, each over ``accumulate`` batches of every task.
         accumulate: Batches of a task in one step.
+        together: Have a worker differentiate so many tasks at once: faster where there are fewer workers than tasks.
         weights: By task how much its loss counts; 1 where not given.
         sweep: Learn so many times, each with another weighting of the tasks, for a front.
         restarts: Learn so many times, from ``init`` and from points around it.
@@ -418,6 +419,7 @@ class GradientSearch(Segmented):
     granularity: Literal["model", "groups", "block", "tensor"] = "tensor"
     steps: int = Field(default=500, ge=1)
     accumulate: int = Field(default=1, ge=1)
+    together: int = Field(default=1, ge=1)
     weights: dict[str, float] | None = None
     sweep: int | None = Field(default=None, ge=2)
     restarts: int = Field(default=1, ge=1)

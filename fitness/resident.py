@@ -144,23 +144,32 @@ class Resident:
         self._restored()
         return model
 
-    def gradient(self, genome: Genome, loss: Callable[[nn.Module], Tensor]) -> tuple[float, Floats]:
-        """A loss of the model with the weights of ``genome``, and its gradient by the genome's coefficients.
+    def gradient(
+        self,
+        genome: Genome,
+        losses: Callable[[nn.Module], Iterator[Tensor]],
+        weights: Sequence[float] = (1.0,),
+    ) -> tuple[list[float], Floats]:
+        """Losses of the model with the weights of ``genome``, and the gradient of their sum by its coefficients.
 
-        One backward pass to the weights; each weight's gradient is freed as soon as its inner products are taken. So
-        memory is that of one model, its activations and its largest tensor's gradient, whatever the number of
-        experts. Floating-point buffers (running means of batch normalisation) count as constants, and in float16
-        small gradients are lost: bfloat16 and float32 keep them.
+        A backward pass to the model's parameters for each loss, the next loss being computed after it. Parameters add
+        the gradients up; on the last pass each one's gradient is freed as soon as its inner products are taken. So
+        memory is that of one model, its activations and, for one loss, its largest tensor's gradient, for several a
+        gradient of the whole model: whatever the number of losses and experts. Floating-point buffers (running means
+        of batch normalisation) count as constants, and in float16 small gradients are lost: bfloat16 and float32 keep
+        them.
 
         Args:
             genome: The merge.
-            loss: Called with the model in evaluation mode; returns a scalar with its graph. It may not change weights.
+            losses: Called with the model in evaluation mode; gives as many scalars as there are weights, with their
+                graphs. It may not change the parameters.
+            weights: What each loss is multiplied by in the sum.
 
         Returns:
-            The loss and (S, K) its derivatives.
+            The losses and (S, K) the derivatives of their weighted sum.
 
         Raises:
-            InputError: The model is a dict of tensors, the genome does not fit, or the loss is no scalar that depends
+            InputError: The model is a dict of tensors, the genome does not fit, or a loss is no scalar that depends
                 on the model's parameters.
         """
         model, slopes = self._module(), Slopes(self._sources, genome)
@@ -168,30 +177,46 @@ class Resident:
             next(self.show([genome]))
             self._shown = genome
         again = recomputing.checkpointed(model) if self._checkpointing else nullcontext()
-        with again, self._handing_over(slopes):
+        values: list[float] = []
+        with again, self._taking_gradients():
             self._restored()
-            value = loss(model)
-            _check_loss(value)
-            value.backward()  # type: ignore[no-untyped-call]
-        return float(value.detach()), slopes.values
+            for weight, value in zip(weights, losses(model), strict=True):
+                _check_loss(value)
+                last = len(values) == len(weights) - 1
+                with self._handing_over(slopes) if last else nullcontext():
+                    value.backward(torch.full_like(value, weight))  # type: ignore[no-untyped-call]
+                values.append(float(value.detach()))
+                self._restored()
+        return values, slopes.values
 
     @contextmanager
-    def _handing_over(self, slopes: Slopes) -> Iterator[None]:
-        """Have parameters take gradients and give them to ``slopes``; afterwards all is as before."""
-        handles = []
+    def _taking_gradients(self) -> Iterator[None]:
+        """Have parameters take gradients; afterwards all is as before."""
         try:
-            for parameter, name in self._places.items():
+            for parameter in self._places:
                 parameter.requires_grad_(True)
-                hook = partial(_hand_over, slopes, name)
-                handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
             with torch.enable_grad():
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
             for parameter in self._places:
                 parameter.requires_grad_(False)
                 parameter.grad = None
+
+    @contextmanager
+    def _handing_over(self, slopes: Slopes) -> Iterator[None]:
+        """Have parameters give their gradients to ``slopes``: in the pass that follows, or at its end."""
+        handles = []
+        try:
+            for parameter, name in self._places.items():
+                hook = partial(_hand_over, slopes, name)
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for parameter, name in self._places.items():
+            if parameter.grad is not None:  # that this loss does not depend on, but an earlier one
+                _hand_over(slopes, name, parameter)
 
     def _module(self) -> nn.Module:
         if isinstance(self.model, nn.Module):

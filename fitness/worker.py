@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -108,7 +108,7 @@ class Worker:
         return self._sources.space(self._spec.dense)
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
-        """One evaluation a trial, in order: scores, or for trials with a calibration batch a loss and its gradient.
+        """One evaluation a trial, in order: scores, or for trials with a calibration batch losses and their gradient.
 
         A trial that cannot be measured has a failure; the others are unaffected.
         """
@@ -191,24 +191,32 @@ class Worker:
 
     def _differentiate(self, trial: Trial, batch: CalibrationBatch) -> Evaluation:
         began = time.perf_counter()
-        where, details, items = f"calibration {batch.task!r}", dict[str, float](), 0
+        name, details, items = batch.tasks[0], dict[str, float](), 0
 
-        def loss(model: nn.Module) -> Tensor:
-            nonlocal details, items
-            value, details, items = self._task(batch.task).loss(model, batch.step)
-            return value
+        def losses(model: nn.Module) -> Iterator[Tensor]:
+            nonlocal name, items
+            for name in batch.tasks:
+                value, told, count = self._task(name).loss(model, batch.step)
+                details.update({Evaluation.detail_of(name, key): number for key, number in told.items()})
+                items += count
+                yield value
 
         try:
-            self._task(batch.task).prepare(batch.step, self._resident.expert)
-            value, gradient = self._resident.gradient(trial.genome, loss)
+            for name in batch.tasks:
+                self._task(name).prepare(batch.step, self._resident.expert)
+            values, gradient = self._resident.gradient(trial.genome, losses, batch.weights)
         except (Exception, SystemExit) as error:
-            return _failed(where, error, began)
-        if not math.isfinite(value):
-            return self._not_finite(f"{where}: expected a finite loss, found {value}", began)
+            return _failed(f"calibration {name!r}", error, began)
+        scores = dict(zip(batch.tasks, values, strict=True))
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                found = f"calibration {name!r}: expected a finite loss, found {value}"
+                return self._not_finite(found, began)
         if not np.isfinite(gradient).all():
+            where = f"calibration {', '.join(map(repr, batch.tasks))}"
             return self._not_finite(f"{where}: expected a finite gradient, found NaN or infinity", began)
         seconds = time.perf_counter() - began
-        return Evaluation({batch.task: value}, seconds=seconds, items=items, details=details, gradient=gradient)
+        return Evaluation(scores, seconds=seconds, items=items, details=details, gradient=gradient)
 
     def _task(self, name: str) -> calibration.Task:
         if name in self._tasks:

@@ -5,8 +5,8 @@ and nothing in it is a pickle. Tables:
 
 - ``facts``: text by key (recipe, state, versions, elapsed seconds).
 - ``events``: the order of things: ``ask`` (a batch of trials was proposed) and ``tell`` (a batch was learned).
-- ``trials``: number, batch, genome, digest, parents; task and step of those that want a gradient; of those
-  that are scored on a sample, ``stop``: the share of the examples that it reaches.
+- ``trials``: number, batch, genome, digest, parents; of those that want a gradient, ``calibration``: tasks, step and
+  weights; of those that are scored on a sample, ``stop``: the share of the examples that it reaches.
 - ``evaluations``: what came back for a trial, committed on arrival, before it is told.
 - ``gradients``: those of gradient trials, in float64.
 - ``residuals``: dense parts of genomes evolved from scratch, kept for members and the front only.
@@ -42,14 +42,13 @@ from populations.errors import JournalError
 from populations.genome import Genome
 from populations.trial import CalibrationBatch, Evaluation, Failure, Subset, Trial
 
-FORMAT = 3
+FORMAT = 4
 
 _SCHEMA = """
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER);
 CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
-    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, task TEXT, step INTEGER,
-    stop REAL);
+    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, calibration TEXT, stop REAL);
 CREATE INDEX trials_by_batch ON trials (batch);
 CREATE TABLE evaluations (number INTEGER PRIMARY KEY, scores TEXT, shapes TEXT, per_example BLOB, failure TEXT,
     seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL);
@@ -195,7 +194,7 @@ class Journal:
         with self.transaction():
             self._connection.execute("INSERT INTO events VALUES (NULL, 'ask', ?, ?)", (batch, requested))
             self._connection.executemany(
-                "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [_trial_row(trial, batch) for trial in trials],
             )
 
@@ -276,8 +275,8 @@ class Journal:
             unscored: Also those whose gradient was wanted (their scores are losses by task), and those that were
                 scored on some of the examples only.
         """
-        for number, digest, parents, task, step, partial, scores, failure, seconds, when in self._rows(
-            "SELECT t.number, t.digest, t.parents, t.task, t.step, t.stop < 1, e.scores, e.failure, e.seconds, e.time "
+        for number, digest, parents, calibration, partial, scores, failure, seconds, when in self._rows(
+            "SELECT t.number, t.digest, t.parents, t.calibration, t.stop < 1, e.scores, e.failure, e.seconds, e.time "
             "FROM trials t JOIN evaluations e USING (number) "
             f"WHERE number > ? AND (? OR {_SCORED}) ORDER BY number",
             (after, unscored),
@@ -290,7 +289,7 @@ class Journal:
                 _failure(failure),
                 float(seconds),
                 when,
-                None if task is None else CalibrationBatch(task, step),
+                _calibration(calibration),
                 bool(partial),
             )
 
@@ -300,7 +299,7 @@ class Journal:
         Raises:
             JournalError: There is no such trial, or its dense weights were not kept.
         """
-        query = "SELECT genome, parents, dense, task, step FROM trials WHERE number = ?"
+        query = "SELECT genome, parents, dense, calibration FROM trials WHERE number = ?"
         row = next(iter(self._rows(query, (number,))), None)
         if row is None:
             (count,) = next(iter(self._rows("SELECT count(*) FROM trials")))
@@ -308,8 +307,7 @@ class Journal:
         genome = Genome.from_json(row[0])
         if row[2]:
             genome = Genome(genome.boundaries, genome.coefficients, genome.parameters, self._residual(number))
-        calibration = None if row[3] is None else CalibrationBatch(row[3], row[4])
-        return Trial(number, genome, tuple(json.loads(row[1])), calibration=calibration)
+        return Trial(number, genome, tuple(json.loads(row[1])), calibration=_calibration(row[3]))
 
     def evaluation(self, number: int) -> Evaluation | None:
         """What came back for a trial, or None when nothing has yet."""
@@ -399,7 +397,7 @@ class Journal:
 
 # -- rows ------------------------------------------------------------------------------------------------
 
-_SCORED = "(task IS NULL AND ifnull(stop, 1) = 1)"
+_SCORED = "(calibration IS NULL AND ifnull(stop, 1) = 1)"
 _COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors"
 
 
@@ -412,10 +410,18 @@ def _dense_text(size: int, sources: int) -> str:
 def _trial_row(trial: Trial, batch: int) -> tuple[Any, ...]:
     genome = trial.genome
     text = _dense_text(genome.size, genome.sources) if genome.is_dense else genome.to_json(residual=False)
-    wanted = (None, None) if trial.calibration is None else (trial.calibration.task, trial.calibration.step)
+    batched = trial.calibration
+    calibration = None if batched is None else json.dumps([batched.tasks, batched.step, batched.weights])
     stop = None if trial.sample is None else trial.sample.stop
     dense = int(genome.residual is not None)
-    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), dense, *wanted, stop
+    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), dense, calibration, stop
+
+
+def _calibration(text: str | None) -> CalibrationBatch | None:
+    if text is None:
+        return None
+    tasks, step, weights = json.loads(text)
+    return CalibrationBatch(tuple(tasks), step, tuple(weights))
 
 
 def _evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:

@@ -31,15 +31,32 @@ class Goal:
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """What a gradient trial differentiates.
+    """What a gradient trial differentiates: the sum of the losses of some tasks, each times its weight.
 
     Args:
-        task: Name of a calibration task.
-        step: Number of the batch in the task's stream, from 0.
+        tasks: Names of calibration tasks, each once.
+        step: Number of the batch in each task's stream, from 0.
+        weights: One a task.
     """
 
-    task: str
+    tasks: tuple[str, ...]
     step: int
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, task: str, step: int, weight: float = 1.0) -> CalibrationBatch:
+        """A batch of one task."""
+        return cls((task,), step, (weight,))
+
+    @property
+    def task(self) -> str:
+        """The name of the task, if it is one.
+
+        Raises:
+            ValueError: There are several.
+        """
+        (name,) = self.tasks
+        return name
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class Trial:
         genome: The merge.
         parents: Numbers of the trials it was bred from.
         subset: Which objectives score it: those that guide the search, or those held out from it.
-        calibration: When given, no objective scores it: its loss on that batch is wanted, and the loss's gradient.
+        calibration: When given, no objective scores it: its losses on that batch are wanted, and their gradient.
         sample: When given, it is scored on these examples, and has scores of them and of those seen before.
     """
 
@@ -96,14 +113,15 @@ class Evaluation:
 
     Args:
         scores: By objective name, as the objective reports them (not sign-flipped); empty on failure. Of a gradient
-            trial: the loss, by the task's name.
+            trial: losses by the tasks' names, without their weights.
         per_example: By objective name, (N,) one score an example (bool for right or wrong), where given. Of a sample:
             (n,) in its order, unless it reaches all examples.
         failure: None when all objectives gave finite scores.
         seconds: Worker time spent on this candidate.
         items: Examples scored for it.
-        details: Small facts worth keeping (attempts, worker name); never part of the result.
-        gradient: (S, K) derivatives of a gradient trial's loss by the genome's coefficients.
+        details: Small facts worth keeping (attempts, worker name); never part of the result. What a gradient trial's
+            tasks tell is under ``detail_of``.
+        gradient: (S, K) derivatives of a gradient trial's weighted sum of losses by the genome's coefficients.
         errors: Of a sample: by objective name, standard errors of the scores as estimates of those of all examples.
     """
 
@@ -120,6 +138,11 @@ class Evaluation:
     def ok(self) -> bool:
         """True when the candidate has scores."""
         return self.failure is None
+
+    @staticmethod
+    def detail_of(task: str, name: str) -> str:
+        """The key under which ``details`` have what is called ``name`` of a calibration task."""
+        return f"{name} of {task}"
 
     @classmethod
     def failed(cls, kind: str, message: str, details: str = "", seconds: float = 0.0) -> Evaluation:

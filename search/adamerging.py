@@ -74,9 +74,9 @@ class Adam:
 class Line:
     """One run of Adam: what it began with, where it stands, and what its checks have shown.
 
-    Of the running step, ``waiting`` counts trials that are not told, ``told`` has (loss, diversity, gradient) by
-    batch, and ``check`` the number and score of the check. ``sums`` (2, T) are losses and diversities by task over the
-    ``summed`` steps since the last check.
+    Of the running step, ``waiting`` counts trials that are not told, ``told`` has losses and diversities (2, tasks)
+    and the gradient by batch, and ``check`` the number and score of the check. ``sums`` (2, T) are losses and
+    diversities by task over the ``summed`` steps since the last check.
     """
 
     index: int
@@ -91,7 +91,7 @@ class Line:
     held: list[int] = field(default_factory=list)  # segments that stay as they are
     summed: int = 0
     waiting: int = 0
-    told: dict[int, tuple[float, float, Floats]] = field(default_factory=dict)
+    told: dict[int, tuple[Floats, Floats]] = field(default_factory=dict)
     check: tuple[int, float | None] | None = None
     checks: list[dict[str, Any]] = field(default_factory=list)
     best: float = -math.inf
@@ -131,7 +131,7 @@ class Line:
             setattr(self, name, state[name])
         self.start, self.borders, self.held = state["start"].copy(), state["borders"].copy(), list(state["held"])
         self.adam.restore(state["adam"])
-        self.told = {batch: (loss, diversity, gradient) for batch, (loss, diversity, gradient) in state["told"].items()}
+        self.told = {batch: (known, gradient) for batch, (known, gradient) in state["told"].items()}
         self.check = None if state["check"] is None else (state["check"][0], state["check"][1])
         self.sums = state["sums"].copy()
         self.checks = [dict(check) for check in state["checks"]]
@@ -140,11 +140,12 @@ class Line:
 class AdaMerging:
     """Adam on the coefficients, in one or several independent lines of descent.
 
-    A step of a line takes one gradient trial (or ``accumulate``) a task, at the line's coefficients; when all are
-    told, Adam follows the sum of the gradients, weighted by task. Lines take turns, so that several keep several
-    workers busy; while every line waits, nothing is proposed. At step 0, every ``check_every`` steps and at its end a
-    line also has its merge scored by the objectives: these trials alone go to population and front, and they alone
-    count for the budget. A failed gradient trial ends its line; a failed check is one without a better score.
+    A step of a line takes one gradient trial (or ``accumulate``) a task, at the line's coefficients, or one for
+    ``together`` tasks; when all are told, Adam follows the sum of the gradients, weighted by task. Lines take turns,
+    so that several keep several workers busy; while every line waits, nothing is proposed. At step 0, every
+    ``check_every`` steps and at its end a line also has its merge scored by the objectives: these trials alone go to
+    population and front, and they alone count for the budget. A failed gradient trial ends its line; a failed check is
+    one without a better score.
 
     There is a line for each of ``starts``, weighting and restart. Lines see the same batches at the same steps. Where a
     line gets to depends on no other line and not on the order of results, also with ``order: arrival``.
@@ -160,6 +161,9 @@ class AdaMerging:
         rate: Adam's step size, in units of the coefficients.
         steps: Adam steps of a line.
         accumulate: Batches of each task in a step, whose mean gradient is taken; the authors' code takes two.
+        together: The most tasks in one gradient trial. With 1 several workers share a step; with more a worker adds
+            the tasks' gradients up before it takes inner products with the sources, which it does once then: faster
+            where there are fewer workers than tasks, for the memory of one more model.
         clamp: Use coefficients clamped to [0, 1], as the paper does; Adam moves the unclamped ones, whose gradient is
             zero outside. Without, coefficients are free, and no gradient vanishes.
         weights: Weight of a task's loss, by name; 1 where none is given, as in the paper. A task of weight 0 is left
@@ -190,6 +194,7 @@ class AdaMerging:
         rate: float = 1e-3,
         steps: int = 500,
         accumulate: int = 1,
+        together: int = 1,
         clamp: bool = False,
         weights: Mapping[str, float] | None = None,
         sweep: int | None = None,
@@ -202,10 +207,11 @@ class AdaMerging:
         _check_ranges(init=init, rate=rate, spread=spread)
         if restarts > 1 and spread == 0:
             raise InputError(f"search.spread: with 0 all {restarts} restarts would be the same.", "Raise it.")
-        counts = {"steps": steps, "accumulate": accumulate, "restarts": restarts}
+        counts = {"steps": steps, "accumulate": accumulate, "together": together, "restarts": restarts}
         _check_counts(**counts, check_every=check_every, patience=patience)
         self.borders, self.tasks, self.goals, self.seed = np.asarray(borders), tuple(tasks), tuple(goals), seed
-        self.rate, self.steps, self.accumulate, self.clamp = rate, steps, accumulate, clamp
+        self.rate, self.steps, self.clamp = rate, steps, clamp
+        self.accumulate, self.together = accumulate, together
         self.check_every, self.patience = check_every, patience
         self._next = 0
         self._queue: list[tuple[int, int]] = []  # (line, batch or check) to ask for, in this order
@@ -291,42 +297,51 @@ class AdaMerging:
         """Queue what the line needs at its coefficients: a check when one is due, and gradients for the next step."""
         last, checked = line.step == line.last, bool(line.checks) and line.checks[-1]["step"] == line.step
         wanted = [_CHECK] if (last or line.step % self.check_every == 0) and not checked else []
-        wanted += [] if last else self._batches(line)
+        wanted += [] if last else list(range(self.accumulate * len(self._groups(line))))
         line.waiting, line.told, line.check = len(wanted), {}, None
         self._queue += [(line.index, batch) for batch in wanted]
 
-    def _batches(self, line: Line) -> list[int]:
-        """Numbers of a step's batches: the task's position, plus T for each batch of it before."""
-        return [task + len(self.tasks) * again for again in range(self.accumulate) for task in line.tasks]
+    def _groups(self, line: Line) -> list[list[int]]:
+        """Positions of the tasks of each gradient trial. Batch b of a step is of group b modulo their number."""
+        return [line.tasks[start : start + self.together] for start in range(0, len(line.tasks), self.together)]
+
+    def _group(self, line: Line, batch: int) -> list[int]:
+        groups = self._groups(line)
+        return groups[batch % len(groups)]
 
     def _proposed(self, number: int, index: int, batch: int) -> Trial:
         line = self._lines[index]
         parents = () if line.parent is None else (line.parent,)
         if batch == _CHECK:
             return Trial(number, line.genome, parents)
-        again, task = divmod(batch, len(self.tasks))
-        wanted = CalibrationBatch(self.tasks[task], line.step * self.accumulate + again)
+        again, group = divmod(batch, len(self._groups(line)))
+        tasks = self._groups(line)[group]
+        weights = tuple(float(line.weights[task]) for task in tasks)
+        step = line.step * self.accumulate + again
+        wanted = CalibrationBatch(tuple(self.tasks[task] for task in tasks), step, weights)
         return Trial(number, line.genome, parents, calibration=wanted)
 
     def _differentiated(self, line: Line, batch: int, evaluation: Evaluation) -> None:
-        """Keep a batch's loss and gradient; without them the line ends, and asks for nothing more."""
-        name = self.tasks[batch % len(self.tasks)]
-        wrong = problem(evaluation, name, line.genome.coefficients.shape)
+        """Keep a batch's losses and gradient; without them the line ends, and asks for nothing more."""
+        names = [self.tasks[task] for task in self._group(line, batch)]
+        wrong = problem(evaluation, names, line.genome.coefficients.shape)
         if wrong:
-            line.ended = line.ended or f"failed at step {line.step}, task {name!r}: {wrong}"
+            where = f"task{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
+            line.ended = line.ended or f"failed at step {line.step}, {where}: {wrong}"
             waiting = len(self._queue)
             self._queue = [request for request in self._queue if request[0] != line.index]
             line.waiting -= waiting - len(self._queue)
             return
         assert evaluation.gradient is not None
-        gradient = np.array(evaluation.gradient, np.float64)
-        line.told[batch] = (evaluation.scores[name], float(evaluation.details.get("diversity", math.nan)), gradient)
+        diversities = [evaluation.details.get(Evaluation.detail_of(name, "diversity"), math.nan) for name in names]
+        known = np.array([[evaluation.scores[name] for name in names], diversities], np.float64)
+        line.told[batch] = known, np.array(evaluation.gradient, np.float64)
 
     def _complete(self, line: Line) -> None:
         """Everything of the line's step is told: write down the check, and move on unless this was the end."""
         if line.told and not line.ended:
-            for batch, (loss, diversity, _) in sorted(line.told.items(), key=lambda entry: entry[0]):
-                line.sums[:, batch % len(self.tasks)] += loss / self.accumulate, diversity / self.accumulate
+            for batch, (known, _) in sorted(line.told.items(), key=lambda entry: entry[0]):
+                line.sums[:, self._group(line, batch)] += known / self.accumulate
             line.summed += 1
         if line.check is not None:
             self._judge(line, *line.check)
@@ -369,8 +384,8 @@ class AdaMerging:
     def _gradient(self, line: Line) -> Floats:
         """(S, K) gradient of the loss by Adam's point."""
         total = np.zeros_like(line.adam.point)
-        for batch in self._batches(line):  # in this order, whatever order they were told in
-            total += line.weights[batch % len(self.tasks)] * line.told[batch][2]
+        for _, (_, gradient) in sorted(line.told.items(), key=lambda entry: entry[0]):
+            total += gradient
         pulled = self._pulled(line, total / self.accumulate)
         pulled[line.held] = 0.0
         return pulled
@@ -479,16 +494,16 @@ def _narrowed(checks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
             )
 
 
-def problem(evaluation: Evaluation, task: str, shape: tuple[int, ...]) -> str:
+def problem(evaluation: Evaluation, tasks: Sequence[str], shape: tuple[int, ...]) -> str:
     """What is wrong with the evaluation of a gradient trial; empty when nothing is."""
     if evaluation.failure is not None:
         return f"{evaluation.failure.kind}: {evaluation.failure.message}"
     gradient = evaluation.gradient
-    if gradient is None or task not in evaluation.scores:
+    if gradient is None or any(task not in evaluation.scores for task in tasks):
         return "the worker returned no loss with its gradient."
     if np.shape(gradient) != shape:
         return f"expected a gradient of shape {shape}, found {np.shape(gradient)}."
-    if not (np.isfinite(gradient).all() and math.isfinite(evaluation.scores[task])):
+    if not (np.isfinite(gradient).all() and all(math.isfinite(evaluation.scores[task]) for task in tasks)):
         return "not finite: the loss or its gradient is NaN or infinite."
     return ""
 

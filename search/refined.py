@@ -123,7 +123,7 @@ class Refined:
             return
         child = self._learning[number]
         child.waiting -= 1
-        wrong = problem(evaluation, self.tasks[task], child.adam.point.shape)
+        wrong = problem(evaluation, [self.tasks[task]], child.adam.point.shape)
         if wrong:
             child.failure = child.failure or f"step {child.adam.t}, task {self.tasks[task]!r}: {wrong}"
             self._drop(number, child)
@@ -220,7 +220,7 @@ class Refined:
         trial, child = self._trials[number], self._learning.get(number)
         batch = None
         if child is not None and task != _SCORE:
-            batch = CalibrationBatch(self.tasks[task], child.number * self.steps + child.adam.t)
+            batch = CalibrationBatch.of(self.tasks[task], child.number * self.steps + child.adam.t)
         genome = trial.genome if child is None else child.genome
         self._flying[self._next] = number, task
         self._next += 1

@@ -52,9 +52,12 @@ def measured(trial: Trial, noise: float = 0.0) -> Evaluation:
     c, batch = of(trial), trial.calibration
     if batch is None:
         return Evaluation({"near-left": -half_square(c, "left"), "far-right": half_square(c, "right")})
-    wobble = noise * np.random.default_rng([batch.step, TASKS.index(batch.task)]).standard_normal(SHAPE)
-    gradient = c - TARGETS[batch.task] + wobble
-    return Evaluation({batch.task: half_square(c, batch.task)}, gradient=gradient, details={"diversity": 0.9})
+    gradient = np.zeros(SHAPE)
+    for task, weight in zip(batch.tasks, batch.weights, strict=True):
+        wobble = noise * np.random.default_rng([batch.step, TASKS.index(task)]).standard_normal(SHAPE)
+        gradient += weight * (c - TARGETS[task] + wobble)
+    details = {Evaluation.detail_of(task, "diversity"): 0.9 for task in batch.tasks}
+    return Evaluation({task: half_square(c, task) for task in batch.tasks}, gradient=gradient, details=details)
 
 
 def noisy(trial: Trial) -> Evaluation:
@@ -263,7 +266,7 @@ def test_the_order_of_results_within_a_step_does_not_matter(shuffle: int) -> Non
         if trial.calibration is None:
             return measured(trial)
         task = trial.calibration.task
-        details = {"diversity": float(np.abs(pulls[task]).mean())}
+        details = {Evaluation.detail_of(task, "diversity"): float(np.abs(pulls[task]).mean())}
         return Evaluation({task: float(pulls[task].sum())}, gradient=of(trial) - pulls[task], details=details)
 
     ordered, shuffled = search_of(tasks=names, steps=20), search_of(tasks=names, steps=20)
@@ -273,6 +276,43 @@ def test_the_order_of_results_within_a_step_does_not_matter(shuffle: int) -> Non
     assert json.dumps(shuffled.report(), default=np.ndarray.tolist) == json.dumps(
         ordered.report(), default=np.ndarray.tolist
     )
+
+
+# -- several tasks in a trial --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, {"left": 0.25}])
+def test_tasks_together_take_the_same_steps_with_fewer_trials(weights: dict[str, float] | None) -> None:
+    settings: dict[str, Any] = {"weights": weights, "starts": [np.zeros(SHAPE), np.ones(SHAPE)], "accumulate": 2}
+    alone, together = search_of(**settings), search_of(**settings, together=2)
+    first, second = run(alone, noisy), run(together, noisy)
+    gradients = [[trial.calibration for trial in trials if trial.calibration] for trials in (first, second)]
+    assert len(gradients[0]) == 2 * len(gradients[1]) == 2 * 60 * 2 * 2
+    assert {batch.tasks for batch in gradients[1]} == {TASKS}
+    assert {batch.weights for batch in gradients[1]} == {(0.25 if weights else 1.0, 1.0)}
+    for line in range(2):
+        assert final(together, line) == pytest.approx(final(alone, line), abs=1e-12)
+        one, other = (search.report()["lines"][line]["checks"] for search in (alone, together))
+        assert [check["losses"] for check in one] == [pytest.approx(check["losses"]) for check in other]
+        assert [check["diversity"] for check in one] == [pytest.approx(check["diversity"]) for check in other]
+
+
+def test_tasks_are_grouped_in_order_and_those_without_a_weight_are_left_out() -> None:
+    search = search_of(tasks=tuple("abcdef"), weights={"b": 0.0, "e": 2.0}, together=2, accumulate=2)
+    batches = [trial.calibration for trial in search.ask(100) if trial.calibration]
+    assert [(batch.tasks, batch.step) for batch in batches] == [
+        *((tasks, step) for step in (0, 1) for tasks in (("a", "c"), ("d", "e"), ("f",))),
+    ]
+    assert [batch.weights for batch in batches[:3]] == [(1.0, 1.0), (1.0, 2.0), (1.0,)]
+
+
+def test_a_failure_names_the_tasks_that_were_together() -> None:
+    def failing(trial: Trial) -> Evaluation:
+        return measured(trial) if trial.calibration is None else Evaluation.failed("exception", "no")
+
+    search = search_of(together=2)
+    run(search, failing)
+    assert search.report()["lines"][0]["ended"] == "failed at step 0, tasks 'left', 'right': exception: no"
 
 
 # -- several lines -------------------------------------------------------------------------------------------
@@ -568,7 +608,9 @@ def test_losses_of_a_check_are_means_since_the_last_one() -> None:
         if batch is None:
             return measured(trial)
         loss = float(batch.step + 100 * TASKS.index(batch.task))
-        details = {} if batch.task == "right" else {"diversity": 1.0 / (1 + batch.step)}
+        details = (
+            {} if batch.task == "right" else {Evaluation.detail_of(batch.task, "diversity"): 1.0 / (1 + batch.step)}
+        )
         return Evaluation({batch.task: loss}, gradient=np.zeros(SHAPE), details=details)
 
     search = search_of(steps=10, check_every=4)
@@ -588,7 +630,8 @@ def collapsing(score_at_end: float, loss_at_end: float, diversity_at_end: float)
         if trial.calibration is None:
             return Evaluation({"near-left": 2 * (0.8 + share * (score_at_end - 0.8)), "far-right": 0.0})
         loss, diversity = 2 + share * (loss_at_end - 2), 1 + share * (diversity_at_end - 1)
-        return Evaluation({trial.calibration.task: loss}, gradient=np.ones(SHAPE), details={"diversity": diversity})
+        details = {Evaluation.detail_of(trial.calibration.task, "diversity"): diversity}
+        return Evaluation({trial.calibration.task: loss}, gradient=np.ones(SHAPE), details=details)
 
     search = search_of(init=1.0, rate=0.01, steps=100, check_every=10)
     run(search, sliding)

@@ -111,10 +111,10 @@ def spec_of(folder, name="net", dtype=torch.float64, **fields):
     return WorkerSpec(tuple(experts), base, architecture=function(name), device="cpu", **options)
 
 
-def differentiated(worker, coefficients, task="left", step=0, borders=None):
+def differentiated(worker, coefficients, task="left", step=0, weight=1.0, borders=None):
     sources = worker._sources
     borders = sources.layout.tensor_borders if borders is None else borders
-    trial = Trial(0, Genome(borders, coefficients), calibration=CalibrationBatch(task, step))
+    trial = Trial(0, Genome(borders, coefficients), calibration=CalibrationBatch.of(task, step, weight))
     (evaluation,) = worker.measure([trial])
     assert evaluation.ok, evaluation.failure
     return evaluation
@@ -177,9 +177,9 @@ def test_the_expert_itself_has_no_hidden_distance_and_its_own_entropy(folder, wa
         temperature = wanted.get("temperature", 1.0)
         said = torch.log_softmax(logits.double() / temperature, -1)
         entropy = -(said.exp() * said).sum(-1).mean().item() * temperature**2
-        assert found.details["hidden"] == 0.0
+        assert found.details[Evaluation.detail_of(task, "hidden")] == 0.0
         assert found.scores[task] == pytest.approx(entropy, abs=1e-12)
-        assert found.details["soft_cross_entropy"] == found.scores[task]
+        assert found.details[Evaluation.detail_of(task, "soft_cross_entropy")] == found.scores[task]
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("encoder", {"temperature": 2.0}), ("net", {"layers": ("1", "2")})])
@@ -214,8 +214,8 @@ def test_the_gradient_by_logits_is_that_of_autograd_through_sigmoid_merge_and_lo
     total = total + 5.0 * (alpha - start).abs()[learned].mean()
     total.backward()
     line.told = {
-        number: (0.0, 1.0, differentiated(worker, line.genome.coefficients, task, 2).gradient)
-        for number, task in enumerate(NAMES)
+        number: (np.zeros((2, 1)), differentiated(worker, line.genome.coefficients, task, 2, weight).gradient)
+        for number, (task, weight) in enumerate(zip(NAMES, (3.0, 1.0), strict=True))
     }
     found = search._gradient(line)
     assert np.abs(found).max() > 0.01
@@ -344,8 +344,8 @@ def test_hidden_states_and_logits_of_hugging_face_models_by_token(hugging_face, 
     soft = -(other.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean().item()
     layers = wanted.get("layers", [-1])
     apart = np.mean([((mine[1:][i][keep] - theirs.hidden_states[i][keep]) ** 2).mean().item() for i in layers])
-    assert found.details["soft_cross_entropy"] == pytest.approx(soft, rel=1e-9)
-    assert found.details["hidden"] == pytest.approx(apart, rel=1e-9)
+    assert found.details[Evaluation.detail_of("texts", "soft_cross_entropy")] == pytest.approx(soft, rel=1e-9)
+    assert found.details[Evaluation.detail_of("texts", "hidden")] == pytest.approx(apart, rel=1e-9)
     assert found.scores["texts"] == pytest.approx(soft + wanted.get("hidden", 1.0) * apart, rel=1e-9)
 
 
@@ -358,7 +358,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(hugging_face):
         coefficients = np.full((len(plain._sources.layout.tensors), 2), 0.2)
         one, two = (differentiated(worker, coefficients, "texts") for worker in (plain, again))
         assert one.details == two.details
-        assert one.details["hidden"] > 0
+        assert one.details[Evaluation.detail_of("texts", "hidden")] > 0
         np.testing.assert_array_equal(one.gradient, two.gradient)
 
 
@@ -411,7 +411,9 @@ def measured(trial):
     noise = 0.2 * np.random.default_rng([step, NAMES.index(task)]).standard_normal(2)
     away = c - TARGETS[task] + noise
     return Evaluation(
-        {task: 0.5 * float((lengths * away**2).sum())}, gradient=lengths * away, details={"diversity": 1.0}
+        {task: 0.5 * float((lengths * away**2).sum())},
+        gradient=trial.calibration.weights[0] * lengths * away,
+        details={Evaluation.detail_of(task, "diversity"): 1.0},
     )
 
 
@@ -791,7 +793,7 @@ def test_tasks_that_cannot_be_distilled_are_refused_before_the_first_batch(folde
 def test_a_position_beyond_the_hidden_states_fails_the_trial_in_words(hugging_face):
     worker = Worker(hugging_spec(hugging_face, layers=(7,)))
     genome = Genome.uniform(worker._sources.layout.size, [0.1, 0.1])
-    (evaluation,) = worker.measure([Trial(0, genome, calibration=CalibrationBatch("texts", 0))])
+    (evaluation,) = worker.measure([Trial(0, genome, calibration=CalibrationBatch.of("texts", 0))])
     assert "layers: expected a position among 4 hidden states, found 7" in evaluation.failure.message
 
 

@@ -19,7 +19,7 @@ from merging.gradient import Slopes
 from merging.sources import Sources
 from populations.errors import InputError
 from populations.genome import Genome
-from populations.trial import CalibrationBatch, Goal, Trial
+from populations.trial import CalibrationBatch, Evaluation, Goal, Trial
 
 pytestmark = pytest.mark.usefixtures("threads")
 CPU = torch.device("cpu")
@@ -131,8 +131,14 @@ def entropy(model):
     return -(logits.exp() * logits).sum(-1).mean()
 
 
+def gradient(made, genome, loss):
+    """One loss and its gradient."""
+    [value], slopes = made.gradient(genome, lambda model: iter([loss(model)]))
+    return value, slopes
+
+
 def agree(sources, genome, made, loss, rtol=1e-10):
-    value, slopes = made.gradient(genome, loss)
+    value, slopes = gradient(made, genome, loss)
     expected_value, expected = through_the_merge(sources, genome, made.model, loss)
     assert slopes.shape == genome.coefficients.shape
     assert slopes.dtype == np.float64
@@ -169,7 +175,7 @@ def test_running_means_are_constants_and_unused_weights_have_no_slope(folder):
     genome = genome_of(sources, "tensors")
     made = Resident(sources, architecture("half"), CPU, torch.float64)
     agree(sources, genome, made, entropy)
-    slopes = dict(zip(sources.layout.tensors, made.gradient(genome, entropy)[1], strict=True))
+    slopes = dict(zip(sources.layout.tensors, gradient(made, genome, entropy)[1], strict=True))
     still = {name for name, row in slopes.items() if not row.any()}
     assert still == {"norm.running_mean", "norm.running_var", "unused.weight", "unused.bias"}
 
@@ -180,12 +186,12 @@ def test_a_residual_is_a_constant(folder):
     residual = np.random.default_rng(0).normal(size=plain.size).astype(np.float32)
     made = Resident(sources, architecture("net"), CPU, torch.float64)
     genome = Genome(plain.boundaries, plain.coefficients, {}, residual)
-    value, slopes = made.gradient(genome, entropy)
+    value, slopes = gradient(made, genome, entropy)
     step = 1e-6 * slopes
-    up, down = (made.gradient(Genome(plain.boundaries, c, {}, residual), entropy)[0] for c in
+    up, down = (gradient(made, Genome(plain.boundaries, c, {}, residual), entropy)[0] for c in
                 (plain.coefficients + step, plain.coefficients - step))  # fmt: skip
     assert (up - down) / 2 == pytest.approx(float((slopes * step).sum()), rel=1e-6)
-    assert value != made.gradient(plain, entropy)[0]
+    assert value != gradient(made, plain, entropy)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -337,7 +343,7 @@ def test_one_gradient_lives_at_a_time(folder, monkeypatch, stack_bytes):
         add(self, name, gradient)
 
     monkeypatch.setattr(Slopes, "add", watched)
-    made.gradient(genome_of(sources, "tensors"), entropy)
+    gradient(made, genome_of(sources, "tensors"), entropy)
     assert len(seen) == 4
     assert not any(reference() is not None for reference in seen)
     assert untouched(made)
@@ -347,7 +353,7 @@ def test_after_an_error_the_model_is_as_it_was(folder, monkeypatch):
     sources = opened(written(folder, "net", 3))
     made = Resident(sources, architecture("net"), CPU, torch.float64)
     genome = genome_of(sources, "tensors")
-    expected = made.gradient(genome, entropy)
+    expected = gradient(made, genome, entropy)
 
     def fails(model):
         entropy(model)
@@ -357,14 +363,14 @@ def test_after_an_error_the_model_is_as_it_was(folder, monkeypatch):
         raise MemoryError("full")
 
     with pytest.raises(ValueError, match="no"):
-        made.gradient(genome, fails)
+        gradient(made, genome, fails)
     assert untouched(made)
     with monkeypatch.context() as patch:
         patch.setattr(Slopes, "add", full)
         with pytest.raises(MemoryError, match="full"):
-            made.gradient(genome, entropy)
+            gradient(made, genome, entropy)
     assert untouched(made)
-    value, slopes = made.gradient(genome, entropy)
+    value, slopes = gradient(made, genome, entropy)
     assert value == expected[0]
     assert np.array_equal(slopes, expected[1])
 
@@ -381,16 +387,16 @@ def test_a_genome_is_merged_once_for_gradients_in_a_row(folder, monkeypatch, sta
         return materialise(self, genomes)
 
     monkeypatch.setattr(resident.Resident, "show", counted)
-    first = made.gradient(one, entropy)
-    assert made.gradient(one, entropy)[0] == first[0]
+    first = gradient(made, one, entropy)
+    assert gradient(made, one, entropy)[0] == first[0]
     assert len(merges) == 1
-    assert made.gradient(two, entropy)[0] != first[0]
-    assert made.gradient(one, entropy)[0] == first[0]
+    assert gradient(made, two, entropy)[0] != first[0]
+    assert gradient(made, one, entropy)[0] == first[0]
     assert len(merges) == 3
     for model in made.show([one]):
         for parameter in model.parameters():
             parameter.data.zero_()  # as an objective might
-    assert made.gradient(one, entropy)[0] == first[0]
+    assert gradient(made, one, entropy)[0] == first[0]
     assert len(merges) == 5
 
 
@@ -406,14 +412,58 @@ def test_losses_that_cannot_be_differentiated(folder, loss, words):
     sources = opened(written(folder, "net", 2))
     made = Resident(sources, architecture("net"), CPU, torch.float64)
     with pytest.raises(InputError, match=words):
-        made.gradient(genome_of(sources, "tensors"), loss)
+        gradient(made, genome_of(sources, "tensors"), loss)
     assert untouched(made)
 
 
 def test_tensors_without_an_architecture_have_no_gradient(folder):
     sources = opened(written(folder, "net", 2))
     with pytest.raises(InputError, match=r"expected a torch module, found a dict of tensors\. Name an architecture"):
-        Resident(sources, None, CPU).gradient(genome_of(sources, "tensors"), entropy)
+        gradient(Resident(sources, None, CPU), genome_of(sources, "tensors"), entropy)
+
+
+# -- several losses ------------------------------------------------------------------------------------------
+
+
+def first_layer(model):
+    """A loss that the second layer has no part in."""
+    return next(iter(model.children()))(torch.ones(2, 4).double()).square().mean()
+
+
+@pytest.mark.parametrize("stack_bytes", STACKS)
+@pytest.mark.parametrize("losses", [(entropy, first_layer), (first_layer, entropy), (entropy, entropy, first_layer)])
+def test_losses_together_have_the_gradient_of_their_weighted_sum(folder, losses, stack_bytes):
+    sources = opened(written(folder, "net", 3))
+    made = Resident(sources, architecture("net"), CPU, torch.float64, stack_bytes)
+    genome, weights = genome_of(sources, "inside"), (0.5, 3.0, -1.0)[: len(losses)]
+    values, slopes = made.gradient(genome, lambda model: (loss(model) for loss in losses), weights)
+    apart = [gradient(made, genome, loss) for loss in losses]
+    assert values == [value for value, _ in apart]
+    expected = sum(weight * slope for weight, (_, slope) in zip(weights, apart, strict=True))
+    np.testing.assert_allclose(slopes, expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+    assert untouched(made)
+
+
+def test_inner_products_are_taken_once_whatever_the_number_of_losses(folder, monkeypatch):
+    sources, seen, add = opened(written(folder, "net", 3)), [], Slopes.add
+
+    def counted(self, name, gradient):
+        seen.append(name)
+        add(self, name, gradient)
+
+    monkeypatch.setattr(Slopes, "add", counted)
+    made = Resident(sources, architecture("net"), CPU, torch.float64)
+    made.gradient(genome_of(sources, "tensors"), lambda model: (entropy(model) for _ in range(3)), (1.0,) * 3)
+    assert sorted(seen) == sorted(sources.layout.tensors)
+
+
+def test_as_many_losses_as_weights(folder):
+    sources = opened(written(folder, "net", 2))
+    made = Resident(sources, architecture("net"), CPU, torch.float64)
+    for count in (1, 3):
+        with pytest.raises(ValueError, match="zip"):
+            made.gradient(genome_of(sources, "tensors"), lambda model: (entropy(model) for _ in range(count)), (1, 1))  # noqa: B023
+        assert untouched(made)
 
 
 # -- Hugging Face models -------------------------------------------------------------------------------------
@@ -445,8 +495,8 @@ def test_checkpointing_changes_no_gradient_and_is_off_afterwards(hugging_face):
         attention = next(layer.children())
         attention.register_forward_hook(lambda layer, inputs, output: calls.append(layer))
     caching = again.model.config.use_cache if hasattr(again.model.config, "use_cache") else None
-    value, slopes = again.gradient(genome, word_entropy)
-    expected = kept.gradient(genome, word_entropy)
+    value, slopes = gradient(again, genome, word_entropy)
+    expected = gradient(kept, genome, word_entropy)
     assert value == expected[0]
     np.testing.assert_array_equal(slopes, expected[1])
     assert len(calls) == 3 * len(chosen)  # what is in a layer once more on the way back
@@ -475,7 +525,7 @@ def test_checkpointing_keeps_fewer_activations(hugging_face):
             with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
                 return word_entropy(model)
 
-        made.gradient(genome, loss)
+        gradient(made, genome, loss)
         kept.append(sum(sizes))
     assert kept[1] < 0.6 * kept[0]
 
@@ -503,7 +553,7 @@ def spec_of(folder, dtype=torch.float64, **fields):
 
 
 def trial(number, genome, task=None, step=0):
-    return Trial(number, genome, calibration=None if task is None else CalibrationBatch(task, step))
+    return Trial(number, genome, calibration=None if task is None else CalibrationBatch.of(task, step))
 
 
 def same(one, two):
@@ -537,7 +587,7 @@ def test_a_gradient_trial_has_a_loss_and_a_gradient_and_no_scores(mixed):
             continue
         assert set(evaluation.scores) == {one.calibration.task}
         assert evaluation.items == 6
-        assert 0 < evaluation.details["diversity"] <= 1
+        assert 0 < evaluation.details[Evaluation.detail_of(one.calibration.task, "diversity")] <= 1
         assert evaluation.gradient.shape == one.genome.coefficients.shape
 
 
@@ -550,6 +600,25 @@ def test_the_gradient_is_that_of_the_loss(folder, task):
     moved = [Genome(genome.boundaries, genome.coefficients + sign * step) for sign in (1, -1)]
     up, down = (e.scores[task] for e in worker.measure([trial(n, g, task, 5) for n, g in enumerate(moved)]))
     assert (up - down) / 2 == pytest.approx(float((evaluation.gradient * step).sum()), rel=1e-6)
+
+
+def test_tasks_together_are_the_weighted_sum_of_each_alone(folder):
+    worker = Worker(spec_of(folder))
+    genome = genome_of(worker._sources, "tensors")
+    both = Trial(0, genome, calibration=CalibrationBatch(("sure", "told"), 5, (2.0, 0.5)))
+    one, two, joint = worker.measure([trial(1, genome, "sure", 5), trial(2, genome, "told", 5), both])
+    assert joint.scores == {**one.scores, **two.scores}
+    assert joint.details == {**one.details, **two.details}
+    assert joint.items == one.items + two.items
+    np.testing.assert_allclose(joint.gradient, 2 * one.gradient + 0.5 * two.gradient, rtol=1e-5)
+
+
+def test_a_task_that_fails_among_others_is_named(folder):
+    worker = Worker(spec_of(folder))
+    genome = genome_of(worker._sources, "tensors")
+    wrong = Trial(0, genome, calibration=CalibrationBatch(("sure", "sore"), 0, (1.0, 1.0)))
+    [found] = worker.measure([wrong])
+    assert found.failure.message.startswith("calibration 'sore': expected a calibration task of that name")
 
 
 def test_mixed_batches_measure_as_each_alone(mixed):

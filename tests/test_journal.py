@@ -17,7 +17,7 @@ import pytest
 
 from populations.errors import JournalError
 from populations.genome import Genome
-from populations.journal import Event, Journal
+from populations.journal import FORMAT, Event, Journal
 from populations.trial import CalibrationBatch, Evaluation, Failure, Trial
 
 
@@ -135,9 +135,9 @@ def test_failures_and_details_come_back(path: Path) -> None:
 def test_gradients_come_back_exactly_and_are_no_scores(path: Path) -> None:
     gradient = np.array([[0.1, 1 / 3], [-0.0, 5e-324]])
     asked = [
-        Trial(0, genome(0), calibration=CalibrationBatch("math", 7)),
+        Trial(0, genome(0), calibration=CalibrationBatch.of("math", 7)),
         Trial(1, genome(0)),
-        Trial(2, genome(1), calibration=CalibrationBatch("code", 8)),
+        Trial(2, genome(1), calibration=CalibrationBatch(("code", "math"), 8, (0.1, 2.0))),
     ]
     with Journal.create(path, {}) as journal:
         journal.asked(0, 3, asked)
@@ -165,7 +165,7 @@ def test_gradients_come_back_exactly_and_are_no_scores(path: Path) -> None:
 def test_a_digest_tells_losses(tmp_path: Path) -> None:
     digests = set()
     for number, value in enumerate((1.0, 1.5)):
-        trial = Trial(0, genome(0), calibration=CalibrationBatch("math", 0))
+        trial = Trial(0, genome(0), calibration=CalibrationBatch.of("math", 0))
         with Journal.create(tmp_path / str(number) / "journal.sqlite", {}) as journal:
             journal.asked(0, 1, [trial])
             journal.arrived([(trial, Evaluation({"math": value}, gradient=np.zeros((2, 2))))])
@@ -393,8 +393,10 @@ def test_another_database(path: Path) -> None:
 def test_a_journal_of_a_later_format(path: Path) -> None:
     written(path)
     with Journal.open(path, write=True) as journal:
-        journal.note("format", "4")
-    with pytest.raises(JournalError, match=r"expected journal format 3, found 4.*version that wrote it"):
+        journal.note("format", str(FORMAT + 1))
+    with pytest.raises(
+        JournalError, match=rf"expected journal format {FORMAT}, found {FORMAT + 1}.*version that wrote it"
+    ):
         Journal.open(path)
 
 

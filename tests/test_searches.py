@@ -248,6 +248,7 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "map": plain_map,
     "nested_map": nested_map,
     "adamerging": adamerging("block", ("odd",), restarts=2, patience=20),
+    "adamerging-together": adamerging("block", ("odd", "even"), restarts=3, together=2, accumulate=2),
     "adamerging-sweep": adamerging("tensor", ("odd", "even"), sweep=3, restarts=2, clamp=True, check_every=2),
     "expert_merging": expert_merging(("odd",), restarts=2),
     "expert_merging-chunks": expert_merging(("odd",), restarts=3, steps=8, check_every=3, chunks=2.0, accumulate=2),
@@ -279,9 +280,14 @@ def differentiated(trial: Trial) -> Evaluation:
     assert trial.calibration is not None
     if trial.number == 25:
         return Evaluation.failed("not finite", "unlucky")
-    coefficients, (task, step) = trial.genome.coefficients, (trial.calibration.task, trial.calibration.step)
-    away = coefficients - np.random.default_rng([len(task), step]).standard_normal(coefficients.shape)
-    return Evaluation({task: 0.5 * float(np.sum(away**2))}, details={"diversity": 0.5}, gradient=away)
+    coefficients, batch = trial.genome.coefficients, trial.calibration
+    losses, gradient = {}, np.zeros(coefficients.shape)
+    for task, weight in zip(batch.tasks, batch.weights, strict=True):
+        away = coefficients - np.random.default_rng([len(task), batch.step]).standard_normal(coefficients.shape)
+        losses[task] = 0.5 * float(np.sum(away**2))
+        gradient += weight * away
+    details = {Evaluation.detail_of(task, "diversity"): 0.5 for task in batch.tasks}
+    return Evaluation(losses, details=details, gradient=gradient)
 
 
 def scored(trial: Trial) -> Evaluation:
@@ -355,7 +361,7 @@ def test_trials_are_numbered_and_fit_the_space(kind: str) -> None:
         assert (trial.genome.size, trial.genome.sources) == (SIZE, 3)
         assert all(parent < trial.number for parent in trial.parents)
         assert trial.subset == "search"
-    of_two_tasks = ("adamerging-sweep", "expert_merging-chunks", "m2n2-refined-all")
+    of_two_tasks = ("adamerging-sweep", "adamerging-together", "expert_merging-chunks", "m2n2-refined-all")
     several = 2 if kind in of_two_tasks else 3 if "raced" in kind else 1  # gradients, or samples, of one merge
     assert len(set(driver.digests)) > 30 / several  # it does look at different merges
 

@@ -298,7 +298,7 @@ def test_losses_of_calibration_tasks_are_means_since_the_step_before(runs: Path)
     (directory / "recipe.yaml").write_text("seed: 3\n")
 
     def learned(journal: Journal, first: int, losses: Sequence[float]) -> None:
-        trials = [Trial(first + i, genome(0), calibration=CalibrationBatch("math 1", i)) for i in range(len(losses))]
+        trials = [Trial(first + i, genome(0), calibration=CalibrationBatch.of("math 1", i)) for i in range(len(losses))]
         journal.asked(first, len(trials), trials)
         told = [Evaluation({"math 1": loss}, gradient=np.zeros((1, 2))) for loss in losses]
         journal.arrived(zip(trials, told, strict=True))

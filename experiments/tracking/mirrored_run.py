@@ -92,7 +92,7 @@ class MirroredRun:
                     return
                 self._after = row.number
                 if row.calibration is not None:
-                    self.board.learn(row.calibration.task, row)
+                    self.board.learn(row)
                     continue
                 if row.partial:
                     continue

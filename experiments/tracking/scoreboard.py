@@ -129,10 +129,11 @@ class Scoreboard:
             return None
         return self._step()
 
-    def learn(self, task: str, row: Row) -> None:
-        """Take the loss of a calibration task, which the next step shows: the mean since the step before."""
-        if row.failure is None and row.scores:
-            self._losses.setdefault(task, []).append(row.scores[task])
+    def learn(self, row: Row) -> None:
+        """Take the losses of calibration tasks, which the next step shows: means since the step before."""
+        if row.failure is None:
+            for task, loss in (row.scores or {}).items():
+                self._losses.setdefault(task, []).append(loss)
 
     def last(self) -> Line | None:
         """The metrics of a last step that is shorter than the others; None when there is none."""
