@@ -489,12 +489,12 @@ def measure(
         pool.submit(chunk)
     while out:
         for finished, evaluations in pool.completed(timeout=None):
-            chunk = out.get(finished.number)
-            if chunk is None or not _same(chunk, finished):
+            own = out.get(finished.number)
+            if own is None or not _same(own, finished):
                 continue  # it came before, or is of the search
-            del out[chunk.number]
+            del out[own.number]
             with journal.transaction():
-                for trial, evaluation in zip(chunk.trials, evaluations, strict=True):
+                for trial, evaluation in zip(own.trials, evaluations, strict=True):
                     journal.measured(trial.genome, subset, evaluation)
                     done[trial.genome.digest] = evaluation
     return done
