@@ -116,7 +116,7 @@ class Journal:
             )
         with _explained(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            lock = _locked(file)
+            lock = locked(file)
             try:
                 journal = cls(file, _connected(file, write=True), lock)
                 journal._begin(facts)
@@ -134,7 +134,7 @@ class Journal:
         if not file.is_file():
             raise JournalError(f"{file}: no journal there.", "Give a run directory made by `ecotone run`.")
         with _explained(file):
-            lock = _locked(file) if write else None
+            lock = locked(file) if write else None
             journal = cls(file, _connected(file, write), lock)
             version = journal.fact("format")
         if version != str(FORMAT):
@@ -354,6 +354,23 @@ class Journal:
         rows = self._rows("SELECT name, genome FROM reference_merges ORDER BY position")
         return [(name, Genome.from_json(text)) for name, text in rows]
 
+    @property
+    def version(self) -> int:
+        """A number that is another one after another connection has changed the journal."""
+        return int(next(iter(self._rows("PRAGMA data_version")))[0])
+
+    def counts(self) -> tuple[int, int, int]:
+        """How many events, evaluations and measurements there are: of two copies of a run, the newer has more."""
+        tables = ("events", "evaluations", "measurements")
+        found = next(iter(self._rows("SELECT " + ", ".join(f"(SELECT count(*) FROM {name})" for name in tables))))
+        return tuple(found)
+
+    def snapshot(self, path: str | Path) -> None:
+        """Copy the journal as it is now to ``path``, as one plain file, whoever writes it meanwhile."""
+        with _explained(Path(path)), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
+            self._connection.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")
+
     def kept(self) -> set[int]:
         """Numbers of the trials whose residual is stored."""
         return {number for (number,) in self._rows("SELECT number FROM residuals")}
@@ -496,7 +513,10 @@ def _connected(file: Path, write: bool) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         return connection
-    connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=30)
+    # Without a log beside it, one in a directory that nobody can write to is read as it is.
+    still = not (os.access(file.parent, os.W_OK) or file.with_name(f"{file.name}-wal").exists())
+    query = f"{file.resolve().as_uri()}?mode=ro{'&immutable=1' if still else ''}"
+    connection = sqlite3.connect(query, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
     connection.execute("PRAGMA query_only=ON")
     return connection
 
@@ -505,7 +525,12 @@ def _lock_file(file: Path) -> Path:
     return file.with_suffix(".lock")
 
 
-def _locked(file: Path) -> IO[str]:
+def locked(file: Path) -> IO[str]:
+    """A handle that keeps other writers of ``file`` out until it is closed: the lock is a file beside it.
+
+    Raises:
+        JournalError: Another process has it.
+    """
     handle = _lock_file(file).open("a+")
     if not _taken(handle):
         handle.seek(0)
