@@ -3,7 +3,8 @@
 Workers are plain ``Worker`` objects, one an actor. An actor that dies is retired and a new one asked for; Ray's own
 restarts are not used, because a restart that finds no place fails every call in between. A batch whose worker died
 is tried again, and nothing of it depends on who scores it. Readiness is a result that is waited for like any other,
-so a worker that cannot be placed holds nobody up.
+so a worker that cannot be placed holds nobody up. What a worker has when its node is drained or its process is told to
+stop goes to others at once. Batches past their time limit are retired with their worker.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import logging
 import math
 import os
 import pickle
+import platform
+import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 from fitness.pools import Batch, Completed
 from fitness.specs import WorkerSpec
 from fitness.worker import Worker
-from populations.errors import EcotoneError, InputError, PoolError
+from populations.errors import CheckpointError, EcotoneError, InputError, PoolError
 from populations.space import Space
 from populations.trial import Evaluation, Trial
 
@@ -32,25 +36,65 @@ QUEUED = 2  # batches at one worker: the one it scores, and the next so that it 
 _PIECE = 98_000  # bytes; Ray sends arguments below 100 kB with the call, others through its object store
 _PIECES = 8  # above it the object store is faster
 _OBJECT_STORE_BYTES = 256 * 1024**2  # of a local cluster; genomes are small
+_EVERY = 1.0  # seconds between looks at the cluster
+_RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # after which Ray ends a process whose head is gone
+_BORDERS = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]  # seconds, of histograms
 
 _log = logging.getLogger("ecotone")
 
 
-class RemoteWorker:
-    """A ``Worker`` in an actor. Opening is a call of its own, so that its errors arrive as they were raised."""
+class _ToldToStop(BaseException):
+    """SIGTERM came while a batch was scored. No objective's ``except Exception`` takes it for the candidate's fault."""
 
-    def open(self, spec: WorkerSpec) -> int:
-        """Make the worker; returns its process id."""
+
+class RemoteWorker:
+    """A ``Worker`` in an actor. Opening is a call of its own, so that its errors arrive as they were raised.
+
+    After a SIGTERM it measures nothing any more and says so: the process is to go, whoever it works for.
+    """
+
+    def __init__(self) -> None:
+        self._scoring = False
+        self._stopping = False
+        self._rays = signal.signal(signal.SIGTERM, self._stop)
+
+    def open(self, spec: WorkerSpec, paths: Sequence[str] = ()) -> tuple[int, str]:
+        """Make the worker; returns the ids of its process and of its node.
+
+        Args:
+            spec: What it is made of.
+            paths: Those that the driver's node has, and this one must have too.
+
+        Raises:
+            CheckpointError: This node lacks one of the paths.
+            EcotoneError: As ``Worker``.
+        """
+        _check_paths(paths)
         self._worker = Worker(spec)
-        return os.getpid()
+        return os.getpid(), _ray(local=False).get_runtime_context().get_node_id()
 
     def space(self) -> bytes:
         """The pickled ``Space``: arrays that lived in Ray's shared memory would not outlive the cluster."""
         return pickle.dumps(self._worker.space(), protocol=5)
 
-    def measure(self, *parts: bytes | Sequence[Trial]) -> bytes:
-        """The pickled evaluations of the trials that ``_parts`` made ``parts`` of."""
-        return pickle.dumps(self._worker.measure(_whole(parts)), protocol=5)
+    def measure(self, *parts: bytes | Sequence[Trial]) -> bytes | None:
+        """The pickled evaluations of the trials that ``_parts`` made ``parts`` of; None once told to stop."""
+        try:
+            self._scoring = True
+            return None if self._stopping else pickle.dumps(self._worker.measure(_whole(parts)), protocol=5)
+        except _ToldToStop:
+            return None
+        finally:
+            self._scoring = False
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
+        if self._scoring:
+            raise _ToldToStop
+        if callable(self._rays):
+            self._rays(number, frame)
 
 
 @dataclass
@@ -84,12 +128,16 @@ class _Open:
 
 @dataclass
 class _Hand:
-    """An actor: its process id once it is ready, and its queue, oldest first."""
+    """An actor: ids of its process and node once it is ready, its queue, oldest first, and since when it has the oldest
+    to work on, or nothing.
+    """
 
     actor: Any
     ready: Any
     pid: int | None = None
+    node: str = ""
     queue: deque[tuple[Any, _Job]] = field(default_factory=deque)
+    since: float = field(default_factory=time.monotonic)
 
 
 class RayPool:
@@ -109,6 +157,11 @@ class RayPool:
         start_timeout: Seconds to wait for a worker when there is none.
         attempts: How many workers may die of a batch before its candidates are tried alone, and how many of
             a candidate alone before it is given up as failed.
+        time_limit: Seconds that a candidate may take at a worker; a batch has them for each of its candidates. Past it
+            the worker is killed and replaced; candidates of a batch are then tried alone once, one alone has failed.
+            None for no limit.
+        idle_timeout: Seconds after which a worker that has nothing to do while others work, and all work is handed out,
+            is given back to the cluster, until there is work for it again; None keeps it.
 
     Raises:
         InputError: A number is out of range.
@@ -124,8 +177,11 @@ class RayPool:
         resources: Mapping[str, float] | None = None,
         start_timeout: float = 120.0,
         attempts: int = 3,
+        time_limit: float | None = None,
+        idle_timeout: float | None = None,
     ) -> None:
         _check(spec, workers, cpus_per_worker, gpus_per_worker, attempts)
+        _check_times({"time_limit": time_limit, "idle_timeout": idle_timeout})
         self.slots = workers
         no_gpu = gpus_per_worker == 0 and spec.device == "auto"
         self._spec = dataclasses.replace(spec, device="cpu") if no_gpu else spec
@@ -134,6 +190,8 @@ class RayPool:
         self._resources = dict(resources or {})
         self._start_timeout = start_timeout
         self._attempts = attempts
+        self._time_limit = math.inf if time_limit is None else time_limit
+        self._idle_timeout = math.inf if idle_timeout is None else idle_timeout
         self._ray: Any = None
         self._owned = False
         self._started = False
@@ -144,7 +202,9 @@ class RayPool:
         self._finished: Completed = []
         self._tickets = 0
         self._failed_starts = 0
-        self._alone_since = time.monotonic()
+        self._alone_since = self._busy_at = self._seen_at = time.monotonic()
+        self._silent_since: float | None = None
+        self._meters = _Meters()
 
     # -- the pool's protocol -----------------------------------------------------------------------------
 
@@ -163,6 +223,10 @@ class RayPool:
             self._check_place()
             self._spec_ref = self._ray.put(self._spec)
             self._actor = self._ray.remote(RemoteWorker)
+            self._paths = [path for path in _paths(self._spec) if Path(path).expanduser().exists()]
+            self._meters.make()
+            self._home = self._ray.get_runtime_context().get_node_id()
+            self._draining = _draining_of(self._ray)
             self._alone_since = time.monotonic()
             for _ in range(self.slots):
                 self._spawn()
@@ -178,13 +242,16 @@ class RayPool:
         ticket = self._tickets = self._tickets + 1
         self._open[ticket] = _Open(batch)
         self._backlog.append(_Job(ticket, range(len(batch.trials)), batch.trials))
+        self._busy_at = time.monotonic()
         self._dispatch()
+        self._recall()
 
     def completed(self, timeout: float | None = None) -> Completed:
         """Finished batches; blocks until there is one or ``timeout`` seconds have passed.
 
         Raises:
-            PoolError: There has been no worker for ``start_timeout`` seconds, or new ones keep dying.
+            PoolError: There has been no worker for ``start_timeout`` seconds, new ones keep dying, or the cluster's
+                head or this process's node is gone.
         """
         until = math.inf if timeout is None else time.monotonic() + timeout
         while self._open and not self._finished:
@@ -207,6 +274,7 @@ class RayPool:
                 self._kill(hand)
         finally:
             self._hands.clear()
+            self._measure()
             if self._owned:
                 self._ray.shutdown()
 
@@ -236,6 +304,38 @@ class RayPool:
             raise PoolError(f"pool: {where} ({error}).", "Check the address and RAY_AUTH_MODE (token).") from error
         self._owned = True
 
+    def _look(self) -> None:
+        """Ask the head which nodes are to go, and leave these.
+
+        Raises:
+            PoolError: The head has not answered for so long that Ray would end this process soon, without a word.
+        """
+        try:
+            draining = self._draining(timeout=1.0)
+        except Exception as error:
+            self._silent_since = self._silent_since or time.monotonic()
+            silent = time.monotonic() - self._silent_since
+            if silent > 0.75 * float(os.environ.get(_RECONNECT, "60")):
+                raise PoolError(
+                    f"pool: the cluster's head has not answered for {silent:.0f} s ({_first_line(error)}).",
+                    "Start a cluster, then resume the run there.",
+                ) from error
+            return
+        self._silent_since = None
+        for node in draining:
+            leaving = [hand for hand in self._hands if hand.node == node]
+            if leaving:
+                _event(logging.WARNING, "draining", f"Node {node[:8]} is to go.", node=node, workers=len(leaving))
+            for hand in leaving:
+                self._leave(hand, "its node is to go")
+
+    def _check_home(self) -> None:
+        """Refuse to go on without a node of our own: every actor dies with its owner's node."""
+        if self._silent_since is not None:
+            return  # nobody to ask
+        if not any(node["NodeID"] == self._home for node in self._ray.nodes() if node["Alive"]):
+            raise PoolError("pool: the Ray node that the search runs on has died.", "Resume the run on another node.")
+
     def _check_place(self) -> None:
         """Refuse at once what a cluster of our own, which cannot grow, has no place for."""
         if self._owned and self._address is None and not any(self._fits(node) for node in self._nodes()):
@@ -263,7 +363,16 @@ class RayPool:
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         ).remote()
-        self._hands.append(_Hand(actor, actor.open.remote(self._spec_ref)))
+        self._hands.append(_Hand(actor, actor.open.remote(self._spec_ref, self._paths)))
+        _event(logging.DEBUG, "worker_started", "Asked for a worker.")
+
+    def _recall(self) -> None:
+        """Ask again for workers that were given back, as many as there is work for."""
+        jobs = len(self._backlog) + sum(len(hand.queue) for hand in self._hands)
+        if not self._hands:
+            self._alone_since = time.monotonic()
+        while len(self._hands) < min(self.slots, jobs):
+            self._spawn()
 
     def _first_space(self) -> Space:
         while True:
@@ -283,17 +392,29 @@ class RayPool:
                 self._step(1.0)
 
     def _replace(self, hand: _Hand, error: Exception) -> None:
-        """Retire a worker and ask for another; its oldest batch is the suspect, the others only go back in line."""
-        lost = [job for ref, job in list(hand.queue) if not self._collect(ref, job)]
-        self._hands.remove(hand)
-        self._kill(hand)
-        _log.warning("A worker died (%s); asking for another.", _first_line(error))
+        """Have another in place of a worker that died; its oldest batch is the suspect, the others go back in line."""
+        reason = _first_line(error)
+        _event(logging.WARNING, "worker_died", f"A worker died ({reason}); asking for another.", **_about(hand))
+        lost = self._retire(hand)
         self._backlog.extendleft(reversed(lost[1:]))
         if lost:
             self._suspect(lost[0], error)
+        self._spawn()
+
+    def _leave(self, hand: _Hand, reason: str) -> None:
+        """Have another in place of a worker that must go; none of its batches is to blame."""
+        _event(logging.INFO, "worker_retired", f"A worker leaves ({reason}); asking for another.", **_about(hand))
+        self._backlog.extendleft(reversed(self._retire(hand)))
+        self._spawn()
+
+    def _retire(self, hand: _Hand) -> list[_Job]:
+        """Take a worker out; returns what it has not finished, oldest first."""
+        lost = [job for ref, job in list(hand.queue) if not self._collect(ref, job)]
+        self._hands.remove(hand)
+        self._kill(hand)
         if not self.pids():
             self._alone_since = time.monotonic()
-        self._spawn()
+        return lost
 
     def _kill(self, hand: _Hand) -> None:
         try:
@@ -304,18 +425,21 @@ class RayPool:
     # -- the loop ----------------------------------------------------------------------------------------
 
     def _step(self, timeout: float) -> None:
-        """Hand out work, wait for any news, and take in all there is."""
+        """Hand out work, wait for any news, take in all there is, and look after the workers."""
         self._dispatch()
         refs = [hand.ready for hand in self._hands if hand.pid is None]
         refs += [ref for hand in self._hands for ref, _ in hand.queue]
-        news, _ = self._ray.wait(refs, num_returns=1, timeout=timeout, fetch_local=False)
+        due = min((hand.since + self._allowed(hand) for hand in self._hands), default=math.inf)
+        patience = max(0.0, min(timeout, due - time.monotonic()))
+        news, _ = self._ray.wait(refs, num_returns=1, timeout=patience, fetch_local=False)
         if news:
             news, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
             for hand in list(self._hands):
                 self._attend(hand, set(news))
-            self._dispatch()
         elif not self.pids():
             self._check_alone()
+        self._watch()
+        self._dispatch()
 
     def _dispatch(self) -> None:
         """Give the oldest jobs to the workers with the shortest queues."""
@@ -327,22 +451,77 @@ class RayPool:
                 return
             hand = min(room, key=lambda hand: len(hand.queue))
             self._backlog.popleft()
+            if not hand.queue:
+                hand.since = time.monotonic()
             hand.queue.append((hand.actor.measure.remote(*_parts(job.trials)), job))
+
+    def _allowed(self, hand: _Hand) -> float:
+        """Seconds that a worker may take for the oldest job it has."""
+        return self._time_limit * len(hand.queue[0][1].trials) if hand.queue else math.inf
+
+    def _watch(self) -> None:
+        """Retire workers that are past their time or idle; every second look at the cluster and tell the metrics."""
+        now = time.monotonic()
+        if self._backlog:
+            self._busy_at = now
+        for hand in list(self._hands):
+            if now - hand.since > self._allowed(hand):
+                self._overdue(hand)
+            elif self._open and not hand.queue and now - max(hand.since, self._busy_at) > self._idle_timeout:
+                _event(logging.INFO, "worker_retired", "A worker without work is given back.", **_about(hand))
+                self._retire(hand)
+        if now - self._seen_at >= _EVERY:
+            self._seen_at = now
+            self._look()
+            self._measure()
+
+    def _overdue(self, hand: _Hand) -> None:
+        """Have another in place of a worker past its time: split its batch, or give a candidate alone up."""
+        job, seconds = hand.queue[0][1], self._allowed(hand)
+        lost = self._retire(hand)
+        self._spawn()
+        if not lost or lost[0] is not job:  # its result came at the last moment
+            self._backlog.extendleft(reversed(lost))
+            return
+        sentence = f"A batch of {len(job.trials)} took more than {seconds:g} s; its worker is replaced."
+        about = {"trials": [trial.number for trial in job.trials], "seconds": seconds, **_about(hand)}
+        _event(logging.WARNING, "trial_timed_out", sentence, **about)
+        self._backlog.extendleft(reversed(lost[1:]))
+        if len(job.trials) > 1:
+            self._split(job)
+        else:
+            message = f"the candidate took more than {seconds:g} s (runtime.time_limit), so its worker was killed."
+            self._settle(job, [Evaluation.failed("timed out", message, seconds=seconds)])
+
+    def _measure(self) -> None:
+        """Tell the metrics how the pool is."""
+        ready = [hand for hand in self._hands if hand.pid is not None]
+        busy = sum(bool(hand.queue) for hand in ready)
+        queue = len(self._backlog) + sum(max(0, len(hand.queue) - 1) for hand in ready)
+        self._meters.state(len(ready), busy / max(1, len(ready)), queue)
 
     def _attend(self, hand: _Hand, news: set[Any]) -> None:
         """Take in what a worker has finished, or replace it if it died."""
         try:
             if hand.pid is None and hand.ready in news:
-                hand.pid = self._ray.get(hand.ready)
+                hand.pid, hand.node = self._ray.get(hand.ready)
+                hand.since = time.monotonic()
                 self._failed_starts = 0
+                _event(logging.INFO, "worker_ready", "A worker is ready.", **_about(hand))
             while hand.queue and hand.queue[0][0] in news:
                 ref, job = hand.queue[0]
-                self._take(job, self._ray.get(ref))
+                packed = self._ray.get(ref)
+                if packed is None:
+                    self._leave(hand, "its process was told to stop")
+                    return
+                self._take(job, packed)
                 hand.queue.popleft()
+                hand.since = time.monotonic()
         except self._ray.exceptions.RayTaskError as error:
             if hand.pid is None:
                 raise _cause(error) from error
             self._raised(hand.queue.popleft()[1], error)
+            hand.since = time.monotonic()
             self._attend(hand, news)
         except self._ray.exceptions.RayError as error:
             self._died(hand, error)
@@ -351,6 +530,10 @@ class RayPool:
         return bool(self._ray.wait([ref], num_returns=1, timeout=0, fetch_local=False)[0])
 
     def _died(self, hand: _Hand, error: Exception) -> None:
+        self._check_home()
+        if getattr(error, "preempted", False):
+            self._leave(hand, "its node was preempted")
+            return
         if hand.pid is None:
             self._failed_starts += 1
             if self._failed_starts >= self._attempts * self.slots:
@@ -373,12 +556,12 @@ class RayPool:
     def _collect(self, ref: Any, job: _Job) -> bool:
         """Take in the result of a worker that died later, if it is there."""
         try:
-            if self._here(ref):
-                self._take(job, self._ray.get(ref, timeout=1.0))
-                return True
+            packed = self._ray.get(ref, timeout=1.0) if self._here(ref) else None
         except self._ray.exceptions.RayError:
             return False
-        return False
+        if packed is not None:
+            self._take(job, packed)
+        return packed is not None
 
     def _take(self, job: _Job, packed: bytes) -> None:
         evaluations: list[Evaluation] = pickle.loads(packed)  # noqa: S301 - our own worker's
@@ -387,6 +570,8 @@ class RayPool:
     def _settle(self, job: _Job, evaluations: Sequence[Evaluation]) -> None:
         there = self._open[job.ticket]
         there.evaluations |= dict(zip(job.places, evaluations, strict=True))
+        for evaluation in evaluations:
+            self._meters.count(evaluation)
         if len(there.evaluations) == len(there.batch.trials):
             del self._open[job.ticket]
             ordered = [there.evaluations[place] for place in range(len(there.batch.trials))]
@@ -419,6 +604,99 @@ class RayPool:
             for place, trial in zip(job.places, job.trials, strict=True)
         ]
         self._backlog.extendleft(reversed(alone))
+
+
+class _Meters:
+    """What Ray's metrics say of a pool: evaluations, failures by kind, workers, utilisation, queue, and seconds.
+
+    A search does not depend on them: where they cannot be made or sent, there are none.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def make(self) -> None:
+        """Name them to Ray, which must be initialised."""
+        try:
+            from ray.util.metrics import Counter, Gauge, Histogram
+
+            self._made = {
+                "evaluations": Counter("ecotone_evaluations", "Candidates measured."),
+                "failures": Counter("ecotone_failures", "Candidates without scores, by kind.", ("kind",)),
+                "workers": Gauge("ecotone_workers", "Workers that are ready."),
+                "utilisation": Gauge("ecotone_utilisation", "Share of the ready workers that have work."),
+                "queue": Gauge("ecotone_queue", "Batches that wait for a worker."),
+            } | {
+                name: Histogram(f"ecotone_{name}", text, boundaries=_BORDERS)
+                for name, text in (
+                    ("evaluation_seconds", "Worker seconds a candidate."),
+                    ("merge_seconds", "Of these, to form its weights."),
+                    ("forward_seconds", "Of these, the rest: forward passes and scoring."),
+                )
+            }
+        except Exception as error:
+            _log.debug("no metrics: %s", error)
+
+    def count(self, evaluation: Evaluation) -> None:
+        """Take an evaluation in."""
+        self._tell("evaluations", "inc")
+        if evaluation.failure is not None:
+            self._tell("failures", "inc", 1.0, {"kind": evaluation.failure.kind})
+            return
+        self._tell("evaluation_seconds", "observe", evaluation.seconds)
+        merge = evaluation.details.get("merge_seconds")
+        if isinstance(merge, float):
+            self._tell("merge_seconds", "observe", merge)
+            self._tell("forward_seconds", "observe", evaluation.seconds - merge)
+
+    def state(self, workers: int, utilisation: float, queue: int) -> None:
+        """Set the gauges."""
+        self._tell("workers", "set", workers)
+        self._tell("utilisation", "set", utilisation)
+        self._tell("queue", "set", queue)
+
+    def _tell(self, name: str, verb: str, *arguments: Any) -> None:
+        if name not in self._made:
+            return
+        try:
+            getattr(self._made[name], verb)(*arguments)
+        except Exception as error:
+            _log.debug("metric %s: %s", name, error)
+
+
+def _draining_of(ray: Any) -> Callable[..., Collection[str]]:
+    """What asks the head for the ids of the nodes that are to go: spot notices, SIGTERM at a node, `ray drain-node`.
+
+    Ray's libraries find out in the same way; it has no public name.
+    """
+    try:
+        asked: Callable[..., Collection[str]] = ray._private.worker.global_worker.gcs_client.get_draining_nodes
+    except AttributeError:
+        return lambda timeout: ()
+    return asked
+
+
+def _paths(spec: WorkerSpec) -> list[str]:
+    """The paths, or names of the hub's repositories, that a worker opens."""
+    tokenizers = [one.tokenizer for one in (*spec.search, *spec.held_out)]
+    return list(dict.fromkeys(path for path in (*spec.experts, spec.base, *tokenizers) if path is not None))
+
+
+def _check_paths(paths: Sequence[str]) -> None:
+    for path in paths:
+        if not Path(path).expanduser().exists():
+            raise CheckpointError(
+                f"{path}: node {platform.node()} has no such file or directory; the search's own node has it.",
+                "Keep models on a file system that all nodes share, at the same path, or name those of a hub.",
+            )
+
+
+def _about(hand: _Hand) -> dict[str, Any]:
+    return {"worker": hand.pid, "node": hand.node}
+
+
+def _event(level: int, name: str, sentence: str, **fields: Any) -> None:
+    _log.log(level, sentence, extra={"event": name, **fields})
 
 
 def _ray(local: bool) -> Any:
@@ -483,3 +761,9 @@ def _check(spec: WorkerSpec, workers: int, cpus: float, gpus: float, attempts: i
             raise InputError(f"{name}: expected at least {least}, found {value}.")
     if spec.device == "cuda" and gpus == 0:
         raise InputError("gpus_per_worker: expected more than 0 for device cuda, found 0.", "Give each worker a GPU.")
+
+
+def _check_times(times: Mapping[str, float | None]) -> None:
+    for name, seconds in times.items():
+        if seconds is not None and not seconds > 0:
+            raise InputError(f"{name}: expected more than 0 seconds, or None, found {seconds}.")

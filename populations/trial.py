@@ -97,7 +97,7 @@ class Failure:
     """Why a candidate has no scores.
 
     Args:
-        kind: ``exception``, ``not finite``, ``out of memory`` or ``worker died``.
+        kind: ``exception``, ``not finite``, ``out of memory``, ``worker died`` or ``timed out``.
         message: One line for the user.
         details: The traceback or log, possibly empty.
     """
