@@ -268,6 +268,8 @@ def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
             "`pip install 'ecotone[ray]'`, or --set runtime.pool=serial.",
         ) from error
     return RayPool(
+        time_limit=runtime.time_limit,
+        idle_timeout=runtime.idle_timeout,
         spec,
         workers=runtime.workers,
         address=runtime.address,
@@ -654,6 +656,7 @@ def _check_experts(recipe: Recipe, names: Sequence[str]) -> None:
         )
 
 
+        grace=recipe.runtime.grace,
 def make_schedule(recipe: Recipe) -> Schedule:
     """Budget, batches and order."""
     return Schedule(

@@ -704,9 +704,17 @@ class Runtime(Part):
         resources: Custom Ray resources of each worker.
         start_timeout: Seconds to wait for the first worker.
         attempts: How often a batch that killed its worker is tried again before its candidates are tried alone.
+        time_limit: Seconds that a candidate may take at a Ray worker; a batch has them for each of its candidates. Past
+            it the worker is killed and replaced; the candidates of a batch are then tried alone once, and one alone is
+            a failure. With a limit that candidates come near to, results depend on how fast workers are.
+        idle_timeout: Seconds after which a Ray worker that has nothing to do while others work is given back to the
+            cluster, which may remove its node, until there is work for it again. None keeps it.
         sources: Where a worker keeps the models that it mixes: on the ``device``, in main memory (``host``; with a GPU
             page-locked), or ``mapped`` from their files; ``auto`` is the first of these that free memory has room for,
             and on a CPU, where copies gain nothing, ``mapped`` unless models are small and forming them takes work.
+        grace: Seconds for which a run that is told to end waits for what is being evaluated.
+        mirror_every: Seconds between two copies, at the least, of a run directory that is a URL.
+        lease: Seconds after its last sign of life when the manager of such a run is held for dead.
     """
 
     pool: Literal["serial", "ray"] = "ray"
@@ -717,7 +725,18 @@ class Runtime(Part):
     resources: dict[str, float] = Field(default_factory=dict)
     start_timeout: float = Field(default=120.0, gt=0)
     attempts: int = Field(default=3, ge=1)
+    time_limit: float | None = Field(default=None, gt=0)
+    idle_timeout: float | None = Field(default=None, gt=0)
     sources: Literal["auto", "device", "host", "mapped"] = "auto"
+    grace: float = Field(default=30.0, ge=0)
+    mirror_every: float = Field(default=30.0, gt=0)
+    lease: float = Field(default=60.0, gt=0)
+
+    @model_validator(mode="after")
+    def _can_be_limited(self) -> Runtime:
+        if self.time_limit is not None and self.pool == "serial":
+            raise ValueError("time_limit: the serial pool cannot stop a candidate; leave it out, or say pool: ray")
+        return self
 
 
 class Tracking(Part):
