@@ -8,7 +8,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -21,11 +22,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer
 
+from experiments import jobs_cli, logs
+from experiments.options import JsonOption, RecipeArgument, RunArgument, SetOption, changes_of, print_json, recipe_of
 from populations.errors import EcotoneError, InputError
 
 if TYPE_CHECKING:
+    from experiments.logs import Watcher
     from experiments.recipe import Recipe
-    from experiments.report import ProgressLine
     from experiments.runs import Run
     from experiments.tracking.registry import Registrar
 
@@ -38,13 +41,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or an MLflow run id.")]
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a field, e.g. seed=3 or search.alpha=0. Repeatable."),
-]
 PreferenceOption = Annotated[
     str | None,
     typer.Option(
@@ -63,6 +59,21 @@ AddressOption = Annotated[
 ]
 
 
+_EVERY = 5.0  # seconds between two looks of `status --watch`
+
+
+class LogFormat(str, Enum):
+    """What `run` and `resume` say while they search."""
+
+    text = "text"
+    json = "json"
+
+
+LogOption = Annotated[
+    LogFormat, typer.Option("--log", help="text: a line of progress; json: an event a line, on stdout, and no table.")
+]
+
+
 class ExportFormat(str, Enum):
     """What `export` writes."""
 
@@ -77,6 +88,7 @@ def run(
     settings: SetOption = None,
     workers: WorkersOption = None,
     address: AddressOption = None,
+    log: LogOption = LogFormat.text,
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe: prepare, search, score the front on held-out data, and print what was found.
@@ -85,10 +97,18 @@ def run(
     """
     from experiments.running import launch, new_directory
 
-    chosen = _recipe(recipe, settings, workers, address)
+    if jobs_cli.is_server(address):
+        raise InputError(
+            f"--address: expected that of a Ray cluster, found a dashboard's, {address}.", "ecotone submit"
+        )
+    chosen = recipe_of(recipe, settings, workers, address)
     folders = (str(recipe.parent.resolve()),)
     target = out or new_directory(chosen.name)
-    _drive(chosen, target, lambda line: launch(chosen, target, observe=line, notify=line.say, folders=folders), as_json)
+
+    def work(watcher: Watcher) -> Run:
+        return launch(chosen, target, observe=watcher, notify=watcher.say, folders=folders)
+
+    _drive(chosen, target, work, log, as_json)
 
 
 @app.command()
@@ -96,22 +116,39 @@ def resume(
     run: RunArgument,
     settings: SetOption = None,
     workers: WorkersOption = None,
-    address: AddressOption = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster to run on; the http:// address of its dashboard to go on there, as a job."),
+    ] = None,
+    folder: jobs_cli.FolderOption = None,
+    environment: jobs_cli.EnvironmentOption = None,
+    log: LogOption = LogFormat.text,
     as_json: JsonOption = False,
 ) -> None:
     """Go on with a run that was stopped or killed; nothing that was evaluated is paid for again.
 
-    Fields of runtime, tracking and budget may be set anew, e.g. --set budget.evaluations=5000 to search longer.
+    Fields of runtime, tracking and budget may be set anew, e.g. --set budget.evaluations=5000 to search longer. With
+    the http:// address of a cluster's dashboard the run goes on there, as a job; RUN may then be its name there.
     """
+    if address is not None and jobs_cli.is_server(address):
+        changed = [*(settings or []), *([] if workers is None else [f"runtime.workers={workers}"])]
+        jobs_cli.resume(run, changed, folder, environment, address, as_json)
+        return
+    if folder is not None or environment:
+        raise InputError("--folder, --env: expected with the http:// address of a cluster's dashboard, found without.")
     from experiments.recipe import Recipe, apply_settings
     from experiments.running import resume as resume_run
 
     found = _run(run)
-    changes = _changes(settings, workers, address)
+    changes = changes_of(settings, workers, address)
     with found.journal() as journal:
         recorded = json.loads(journal.fact("recipe") or "{}")
     chosen = Recipe.from_record(apply_settings(recorded, changes))
-    _drive(chosen, found.directory, lambda line: resume_run(found, changes, observe=line, notify=line.say), as_json)
+
+    def work(watcher: Watcher) -> Run:
+        return resume_run(found, changes, observe=watcher, notify=watcher.say)
+
+    _drive(chosen, found.directory, work, log, as_json)
 
 
 @app.command()
@@ -121,12 +158,12 @@ def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOp
     from experiments.checks import validate as check
     from experiments.compose import python_paths
 
-    chosen = _recipe(recipe, settings)
+    chosen = recipe_of(recipe, settings)
     python_paths((str(recipe.parent.resolve()),))
     with _stdout_to_stderr():
         findings = [(finding.subject, finding.text) for finding in check(chosen)]
     if as_json:
-        _print_json({"valid": True, "signature": chosen.signature, "findings": dict(findings)})
+        print_json({"valid": True, "signature": chosen.signature, "findings": dict(findings)})
         return
     out = report.console()
     out.print(report.lines(findings))
@@ -134,18 +171,38 @@ def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOp
 
 
 @app.command()
-def status(run: RunArgument, as_json: JsonOption = False) -> None:
+def status(
+    run: RunArgument,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every few seconds, until the run ends.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say where a run stands; also while it is running."""
-    from experiments import report, tracking
+    from experiments import report
+
+    known = _status(run)
+    if as_json and watch:
+        raise InputError("--watch: expected without --json, found both.", "Leave one out.")
+    if as_json:
+        print_json(known)
+        return
+    out = report.console()
+    out.print(report.status_table(known))
+    while watch and known["state"] in ("starting", "running"):
+        time.sleep(_EVERY)
+        known = _status(run)
+        out.print()
+        out.print(report.status_table(known))
+
+
+def _status(run: str) -> dict[str, Any]:
+    from experiments import tracking
 
     found = _run(run)
-    known = found.status()
     mirrored = tracking.status(found.directory)
-    known["tracking"] = {key: mirrored[key] for key in ("uri", "run_id", "mirrored", "error") if key in mirrored}
-    if as_json:
-        _print_json(known)
-    else:
-        report.console().print(report.status_table(known))
+    about = {key: mirrored[key] for key in ("uri", "run_id", "mirrored", "error") if key in mirrored}
+    return {**found.status(), "tracking": about}
 
 
 @app.command()
@@ -166,7 +223,7 @@ def front(
     choice = None if preference is None else choose_member(found, preference)
     volume = found.hypervolume({} if reference is None else reference_numbers(reference, found.goals))
     if as_json:
-        _print_json(report.front_record(found, volume, choice))
+        print_json(report.front_record(found, volume, choice))
         return
     members, out = found.front_or_explain(), report.console()
     out.print(report.front_table(found, members, None if choice is None else choice.member.id))
@@ -196,7 +253,7 @@ def compare(
 
         write(comparison, html)
     if as_json:
-        _print_json({**comparison.record(), **({} if html is None else {"html": str(html)})})
+        print_json({**comparison.record(), **({} if html is None else {"html": str(html)})})
         return
     out = report.console()
     for table in report.comparison_tables(comparison):
@@ -250,7 +307,7 @@ def export(
     version = registrar.register(path) if registrar else None
     if as_json:
         registered = {} if version is None else {"registered": vars(version)}
-        _print_json({"member": trial.number, "path": str(path), **registered})
+        print_json({"member": trial.number, "path": str(path), **registered})
         return
     typer.echo(f"Member {trial.number} is in {path}. Check it with: ecotone verify {path}")
     if version is not None:
@@ -267,7 +324,7 @@ def _export_mergekit(found: Run, member: int, to: Path, snap: bool, as_json: boo
         scores = rescored(found, merge.genome) if merge.snap else {}
     if as_json:
         moved = {} if merge.snap is None else {"snap": str(merge.snap), "scores": scores}
-        _print_json({"member": member, "path": str(to), "notes": merge.notes, **moved})
+        print_json({"member": member, "path": str(to), "notes": merge.notes, **moved})
         return
     typer.echo(f"Member {member} is in {to}. Make it with: {merge.command(to)}")
     for note in merge.notes:
@@ -300,7 +357,7 @@ def import_mergekit(
             raise InputError(f"{to}: the file exists.", "Choose another name, or remove it.")
         to.write_text(text, "utf-8")
     if as_json:
-        _print_json({"recipe": text} if to is None else {"path": str(to)})
+        print_json({"recipe": text} if to is None else {"path": str(to)})
     elif to is None:
         typer.echo(text, nl=False)
     else:
@@ -323,7 +380,7 @@ def verify(
         compared = check(path)
     equal = all(one.difference <= tolerance for one in compared)
     if as_json:
-        _print_json({"equal": equal, "scores": [vars(one) for one in compared]})
+        print_json({"equal": equal, "scores": [vars(one) for one in compared]})
     else:
         rows = [
             (f"{one.subset} {one.objective}", f"recorded {one.recorded:.6f}, found {one.found:.6f}") for one in compared
@@ -352,7 +409,7 @@ def ui(
     if as_json:
         pages = tracking.ui_pages(found.directory)
         addresses = {"address": pages and pages.view, "run_address": pages and pages.run}
-        _print_json({**tracking.status(found.directory), **addresses})
+        print_json({**tracking.status(found.directory), **addresses})
         return
     tracking.serve(found.directory, port, open_browser, typer.echo)
 
@@ -364,7 +421,7 @@ def sync(run: RunArgument, as_json: JsonOption = False) -> None:
 
     report = tracking.mirror(_run(run).directory)
     if as_json:
-        _print_json(vars(report))
+        print_json(vars(report))
     elif report.error is None:
         typer.echo(f"MLflow has {report.evaluations} evaluations (run {report.run_id} in {report.uri}).")
     if report.error is not None:
@@ -379,6 +436,9 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         typer.echo(f"ecotone {installed('ecotone')}")
         raise typer.Exit
+
+
+jobs_cli.register(app)
 
 
 def main() -> None:
@@ -409,16 +469,14 @@ def _fail(message: str, remedy: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _drive(recipe: Recipe, directory: Path, work: Callable[[ProgressLine], Run], as_json: bool) -> None:
-    """Run ``work`` under a progress line, then print the closing table or its JSON."""
+def _drive(recipe: Recipe, directory: Path, work: Callable[[Watcher], Run], log: LogFormat, as_json: bool) -> None:
+    """Run ``work`` under a progress line or a log, then print the closing table or its JSON."""
     from experiments import report
     from experiments.runs import JOURNAL
 
-    budget = recipe.budget
     try:
-        console = report.console(to_stderr=True)
-        with report.ProgressLine(console, budget.evaluations, budget.seconds) as line, _stdout_to_stderr():
-            finished = work(line)
+        with _watched(recipe, log) as watcher, _stdout_to_stderr():
+            finished = work(watcher)
     except KeyboardInterrupt:
         begun = (directory / JOURNAL).exists()
         _fail(
@@ -427,7 +485,9 @@ def _drive(recipe: Recipe, directory: Path, work: Callable[[ProgressLine], Run],
             130,
         )
     if as_json:
-        _print_json(finished.status())
+        print_json(finished.status())
+        return
+    if log is LogFormat.json:
         return
     out = report.console()
     out.print(report.closing_table(finished))
@@ -444,23 +504,18 @@ def _drive(recipe: Recipe, directory: Path, work: Callable[[ProgressLine], Run],
         out.print(f"  {typed}   # {text}", soft_wrap=True)  # to be copied: never broken
 
 
-def _recipe(path: Path, settings: list[str] | None, workers: int | None = None, address: str | None = None) -> Recipe:
-    from experiments.recipe import Recipe
+@contextlib.contextmanager
+def _watched(recipe: Recipe, log: LogFormat) -> Iterator[Watcher]:
+    """What a search is observed by: a line on stderr with warnings above it, or events on stdout."""
+    from experiments import report
 
-    return Recipe.from_yaml(path, _changes(settings, workers, address))
-
-
-def _changes(settings: list[str] | None, workers: int | None, address: str | None) -> dict[str, Any]:
-    from experiments.recipe import parse_settings
-
-    changes = parse_settings(settings or [])
-    if workers == 0:
-        changes["runtime.pool"] = "serial"
-    elif workers is not None:
-        changes |= {"runtime.pool": "ray", "runtime.workers": workers}
-    if address is not None:
-        changes |= {"runtime.pool": "ray", "runtime.address": address}
-    return changes
+    if log is LogFormat.json:
+        with logs.streamed(sys.stdout):
+            yield logs.Heartbeat()
+        return
+    console, budget = report.console(to_stderr=True), recipe.budget
+    with report.ProgressLine(console, budget.evaluations, budget.seconds) as line, logs.said(line.say):
+        yield line
 
 
 def _wanted_member(run: Run, member: str | None, preference: str | None) -> int | str:
@@ -504,10 +559,6 @@ def _looks_like_id(text: str) -> bool:
 def _stdout_to_stderr() -> contextlib.redirect_stdout[Any]:
     """What the user's functions print goes to stderr: stdout is for results."""
     return contextlib.redirect_stdout(sys.stderr)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, default=float))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Structured log lines: one JSON object an event, in the run directory and, where it is asked for, on stdout.
 
-Every module logs by ``logging.getLogger("ecotone")`` with a sentence. A record whose ``extra`` names an ``event`` is one
-of the run's events, and its other extras are that event's fields. The logger's level decides which are written: at
+Every module logs by ``logging.getLogger("ecotone")`` with a sentence. A record whose ``extra`` names an ``event`` is
+one of the run's events, and its other extras are that event's fields. The logger's level decides which are written: at
 DEBUG each trial asked and told, too.
 """
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
     from search.manager import Progress
@@ -103,8 +103,18 @@ class _Saying(logging.Handler):
         self._say(record.getMessage())
 
 
+class Watcher(Protocol):
+    """What a search is watched by: its progress after every step, and sentences when something takes a while."""
+
+    def __call__(self, progress: Progress) -> None:
+        """Take the progress in."""
+
+    def say(self, text: str) -> None:
+        """Pass a sentence on."""
+
+
 class Heartbeat:
-    """An observer of the manager that logs ``progress`` now and then, so that a log shows that a run lives.
+    """A watcher that logs ``progress`` now and then, so that a log shows that a run lives, and ``note`` for sentences.
 
     Args:
         seconds: Between two events.
@@ -132,6 +142,10 @@ class Heartbeat:
             "scores": progress.best_scores,
         }
         _log.info("%g evaluations, best: %s.", progress.spent, best, extra={"event": "progress", **fields})
+
+    def say(self, text: str) -> None:
+        """Log the sentence."""
+        _log.info("%s", text, extra={"event": "note"})
 
 
 def in_words(line: str) -> str:

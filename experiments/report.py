@@ -358,6 +358,16 @@ def status_table(status: Mapping[str, object]) -> Table:
     return table
 
 
+def jobs_table(jobs: Sequence[Mapping[str, object]]) -> Table:
+    """Runs on a cluster: one row a job."""
+    table = Table(box=None)
+    for name in ("run", "job", "state", "started", "ended", "out"):
+        table.add_column(name, overflow="fold")
+    for job in jobs:
+        table.add_row(*(str(job[name] or "-") for name in ("run", "job", "state", "started", "ended", "out")))
+    return table
+
+
 def _cells(scores: Mapping[str, float] | None, goals: Sequence[Goal]) -> list[str]:
     values = [None if scores is None else scores.get(goal.name) for goal in goals]
     cells = ["-" if value is None else f"{value:.4f}" for value in values]

@@ -1,0 +1,410 @@
+"""Runs on a Ray cluster, from another machine: the search is a job on the head, which goes on when that machine leaves.
+
+What travels is a folder, the checkout that holds the recipe or the recipe's own folder, so that the recipe finds the
+functions and small files that it names. A run keeps its name; each of its stretches, the first one and every resumed
+one, is a job of its own. What was searched is in the run directory, not in the job: a new head resumes from that alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+from urllib.parse import urlsplit
+
+from populations.errors import EcotoneError, InputError, PoolError, nearest
+
+State: TypeAlias = Literal["pending", "running", "stopped", "succeeded", "failed"]
+
+HOME_RUNS = "~/ecotone-runs"  # on the head
+PACKAGES = ("experiments", "search", "fitness", "merging", "populations")
+LEFT_BEHIND = [
+    ".git",
+    ".venv*",
+    "venv",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    "*.egg-info",
+    "build",
+    "dist",
+    "runs",
+    "mlruns",
+    "mlflow.db",
+]
+STOPPING = 120  # seconds that a stopped run has beyond ``runtime.grace``, to write down what it has; then it is killed
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_POLL = 0.5  # seconds
+_OURS = "ecotone"  # the key of the run's name in a job's metadata
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stretch of a run on a cluster.
+
+    Args:
+        id: The job's, unique on the cluster: the run's name, numbered on when it was resumed.
+        run: The run's name.
+        state: As Ray has it: ``pending``, ``running``, ``stopped``, ``succeeded`` or ``failed``.
+        out: The run directory: a path on the head, or a URL.
+        folder: What travelled, on the machine that sent it.
+        started: When, in seconds of the epoch; None while it is pending.
+        ended: When, or None.
+        message: What Ray says of its end.
+    """
+
+    id: str
+    run: str
+    state: State
+    out: str
+    folder: str
+    started: float | None = None
+    ended: float | None = None
+    message: str = ""
+
+    @property
+    def live(self) -> bool:
+        """Whether it has yet to end."""
+        return self.state in ("pending", "running")
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        times = {name: _iso(getattr(self, name)) for name in ("started", "ended")}
+        return {"run": self.run, "job": self.id, "state": self.state, "out": self.out, **times, "message": self.message}
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What a job is given beside the run.
+
+    Args:
+        settings: ``KEY=VALUE`` as for ``--set``.
+        folder: What travels. None is the checkout that holds the recipe, or its folder; for a resumed run what
+            travelled before if it is on this machine, else the checkout that holds the working directory, or that.
+        environment: Variables of the job and of its workers; whoever may read the cluster's jobs reads them.
+        grace: Seconds for which a stopped run waits for what is in flight.
+    """
+
+    settings: Sequence[str] = ()
+    folder: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    grace: float = 30.0
+
+
+class JobServer:
+    """Submits, lists and stops the jobs of a cluster that are runs of ours.
+
+    Args:
+        address: Of the head's dashboard, ``http://HOST:PORT``.
+
+    Raises:
+        InputError: The address is no such URL.
+        PoolError: Nobody answers there, Ray's client is not installed, or the token is missing or wrong.
+    """
+
+    def __init__(self, address: str) -> None:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"--address: expected http://HOST:PORT of a Ray dashboard, found {address!r}.", _tunnel())
+        self.address = address.rstrip("/")
+        with self._explained():
+            self._client = _client(self.address)
+
+    def jobs(self) -> list[Job]:
+        """All jobs that are runs of ours, oldest first."""
+        with self._explained():
+            found = self._client.list_jobs()
+        ours = [_job(one) for one in found if one.submission_id and _OURS in (one.metadata or {})]
+        return sorted(ours, key=lambda job: job.started or float("inf"))
+
+    def job(self, name: str) -> Job:
+        """The newest job of the run of that name, or the job of that id.
+
+        Raises:
+            InputError: There is none.
+        """
+        jobs = self.jobs()
+        for job in reversed(jobs):
+            if name == job.run:
+                return job
+        for job in jobs:
+            if name == job.id:
+                return job
+        known = sorted({job.run for job in jobs})
+        hint = nearest(name, known) if known else "It has no runs: a head that was restarted has forgotten its jobs."
+        raise InputError(f"{name}: {self.address} knows no run of that name.", hint)
+
+    def submit(
+        self,
+        recipe: Path,
+        name: str,
+        out: str | None = None,
+        parcel: Parcel = Parcel(),
+    ) -> Job:
+        """Start a run as a job; returns once the cluster has it.
+
+        Args:
+            recipe: The recipe's file, in the folder that travels.
+            name: The run's name.
+            out: The run directory: a URL, or a path on the head; None for one in ``~/ecotone-runs``.
+            parcel: What else the job is given.
+
+        Raises:
+            InputError: A value does not fit, or the name is taken.
+            PoolError: The cluster does not take the job.
+        """
+        _check_name(name)
+        taken = [job for job in self.jobs() if name in (job.run, job.id)]
+        if taken:
+            raise InputError(
+                f"--name: {self.address} has a run {name!r} already ({taken[-1].state}).",
+                f"Choose another, or go on with it: ecotone resume {name} --address {self.address}",
+            )
+        folder = (parcel.folder or travelling(recipe.resolve().parent)).resolve()
+        if not recipe.resolve().is_relative_to(folder):
+            raise InputError(f"--folder: expected one that holds {recipe}, found {folder}.")
+        target = out or f"{HOME_RUNS}/{name}"
+        command = ["run", str(recipe.resolve().relative_to(folder)), "--out", _checked(target)]
+        return self._start(Job(name, name, "pending", target, str(folder)), command, parcel)
+
+    def resume(
+        self,
+        named: str,
+        parcel: Parcel = Parcel(),
+    ) -> Job:
+        """Go on with a run, as another job.
+
+        Args:
+            named: A run's name, or its directory: a URL, or a path on the head.
+            parcel: What else the job is given.
+
+        Raises:
+            InputError: The run is not known, or has not ended.
+            PoolError: The cluster does not take the job.
+        """
+        jobs = self.jobs()
+        before = [job for job in jobs if named in (job.run, job.id, job.out)]
+        if not before and not _is_place(named):
+            self.job(named)  # says what is known
+        live = [job for job in before if job.live]
+        if live:
+            raise InputError(f"{live[-1].run}: it is {live[-1].state}, as job {live[-1].id}.", "Nothing is to be done.")
+        run, out = (before[-1].run, before[-1].out) if before else (_name_of(named), named)
+        former = [Path(job.folder) for job in before[-1:] if Path(job.folder).is_dir()]
+        folder = parcel.folder or next(iter(former), travelling(Path.cwd()))
+        taken = {job.id for job in jobs}
+        names = (run if number == 1 else f"{run}-{number}" for number in range(1, len(taken) + 2))
+        free = next(name for name in names if name not in taken)
+        return self._start(Job(free, run, "pending", out, str(folder.resolve())), ["resume", _checked(out)], parcel)
+
+    def logs(self, job: Job) -> str:
+        """What a job has said so far."""
+        with self._explained():
+            return str(self._client.get_job_logs(job.id))
+
+    def follow(self, job: Job, write: Callable[[str], None]) -> None:
+        """Give all that a job has said and says to ``write``, line by line, until it ends."""
+
+        async def tail() -> None:
+            rest = ""
+            async for text in self._client.tail_job_logs(job.id):
+                *lines, rest = (rest + text).split("\n")
+                for line in lines:
+                    write(line)
+            if rest:
+                write(rest)
+
+        with self._explained():
+            asyncio.run(tail())
+
+    def stop(self, job: Job) -> bool:
+        """Ask a job to drain and end; returns at once, with whether it was running."""
+        with self._explained():
+            return bool(self._client.stop_job(job.id))
+
+    def ended(self, job: Job, seconds: float) -> Job:
+        """The job as it is when it has ended, or after ``seconds``."""
+        until = time.monotonic() + seconds
+        while True:
+            with self._explained():
+                now = _job(self._client.get_job_info(job.id))
+            if not now.live or time.monotonic() > until:
+                return now
+            time.sleep(_POLL)
+
+    def _start(self, job: Job, command: Sequence[str], parcel: Parcel) -> Job:
+        # The job is given its cluster; what the user sets comes after it, and wins.
+        changes = [f"--set={text}" for text in ("runtime.pool=ray", "runtime.address=auto", *parcel.settings)]
+        words = ["exec python -m experiments.cli", *map(_quoted, command), "--log json", *map(shlex.quote, changes)]
+        variables = {
+            "RAY_JOB_STOP_WAIT_TIME_S": str(
+                round(parcel.grace) + STOPPING
+            ),  # Ray kills a stopped job after 3 otherwise
+            "ECOTONE_JOB": job.run,  # a resumed run finds in what travelled what its paths name: see running.resume
+        }
+        environment: dict[str, Any] = {
+            "working_dir": job.folder,
+            "excludes": LEFT_BEHIND,
+            "env_vars": {**parcel.environment, **variables},
+        }
+        if not is_checkout(Path(job.folder)):
+            environment["py_modules"] = [str(path) for path in _our_packages()]
+        with self._explained(), _hushed():
+            self._client.submit_job(
+                entrypoint=" ".join(words),
+                submission_id=job.id,
+                runtime_env=environment,
+                metadata={_OURS: job.run, "out": job.out, "folder": job.folder},
+                entrypoint_num_cpus=0,
+            )
+        return job
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong on the way to the cluster, in words."""
+        try:
+            yield
+        except EcotoneError:
+            raise
+        except ImportError as error:
+            raise PoolError(f"Ray's job client is not installed ({error}).", "pip install 'ecotone[ray]'") from error
+        except Exception as error:
+            raise _in_words(error, self.address) from error
+
+
+def travelling(folder: Path) -> Path:
+    """What a job takes along: the checkout of Ecotone that holds ``folder``, or ``folder`` itself."""
+    return next((one for one in (folder, *folder.parents) if is_checkout(one)), folder)
+
+
+def is_checkout(folder: Path) -> bool:
+    """Whether a folder is a checkout of Ecotone: then its packages run, not those installed on the cluster."""
+    return all((folder / name / "__init__.py").exists() for name in PACKAGES)
+
+
+def environment_of(names: Iterable[str]) -> dict[str, str]:
+    """This process's variables of those names.
+
+    Raises:
+        InputError: One is not set.
+    """
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise InputError(f"--env: {missing[0]} is not set here.", nearest(missing[0], list(os.environ)))
+    return {name: os.environ[name] for name in names}
+
+
+def _client(address: str) -> Any:
+    """Ray's client of a job server; with token authentication, unless the user has turned it off."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray takes this one over the argument
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(address)
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Without Ray's lines about every file that stays behind."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _job(details: Any) -> Job:
+    """Ray's ``JobDetails`` as a job of ours; its times are in milliseconds."""
+    known = details.metadata
+    started, ended = (None if at is None else at / 1000 for at in (details.start_time, details.end_time))
+    state: Any = str(details.status).lower()
+    out, folder = known.get("out", ""), known.get("folder", "")
+    return Job(details.submission_id, known[_OURS], state, out, folder, started, ended, details.message or "")
+
+
+def _in_words(error: Exception, address: str) -> EcotoneError:
+    """What Ray's client raised, as an error of ours."""
+    text, kind = str(error).strip(), type(error).__name__
+    if kind == "AuthenticationError":
+        if "403" in text or "Authentication failed" in text:
+            return PoolError(f"{address}: the token here is not the cluster's (403).", _token())
+        return PoolError(f"{address}: the cluster asks for a token, and there is none here (401).", _token())
+    if "Connect" in kind:
+        return PoolError(f"{address}: no Ray cluster answers.", _tunnel(address))
+    if "exceeds the maximum size" in text:
+        return InputError(
+            f"--folder: what would travel is too large ({text}).",
+            "Keep models on the hub, in a bucket or on a disk that all nodes share; a .rayignore lists what stays.",
+        )
+    first = (text.splitlines() or [kind])[0]
+    return PoolError(f"{address}: {first}", "Is it the dashboard of a Ray cluster? `ecotone jobs` lists its runs.")
+
+
+def _token() -> str:
+    return (
+        "Copy the head's ~/.ray/auth_token to this machine's, or have RAY_AUTH_TOKEN_PATH name a file that holds it; "
+        "docs/operations.md tells where each kind of cluster keeps it."
+    )
+
+
+def _tunnel(address: str = "") -> str:
+    return f"The dashboard listens on the head's loopback address. Open a tunnel: {tunnel(address)}"
+
+
+def tunnel(address: str) -> str:
+    """The command that brings the dashboard of ``address`` to this machine."""
+    parts = urlsplit(address)
+    near = parts.hostname in (None, "127.0.0.1", "localhost", "::1")
+    port = parts.port or 8265
+    return f"ssh -N -L {port}:127.0.0.1:{port} {'HEAD' if near else parts.hostname}"
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"--name: expected letters, digits, '.', '_' and '-', found {name!r}.")
+
+
+def _is_place(text: str) -> bool:
+    """Whether ``text`` names a run directory on the head or a URL, not a run."""
+    return "://" in text or text.startswith(("/", "~/"))
+
+
+def _checked(out: str) -> str:
+    if not _is_place(out):
+        raise InputError(
+            f"--out: expected a URL, or a path on the head that begins with / or ~/, found {out!r}.",
+            "A job's working directory is gone when it ends.",
+        )
+    return out
+
+
+def _name_of(place: str) -> str:
+    """A name for the run of a directory that the cluster knows nothing of."""
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", place.rstrip("/").rpartition("/")[2]).strip("-._")
+    return last or "run"
+
+
+def _quoted(word: str) -> str:
+    """``word`` for the head's shell, which knows what ``~`` is there."""
+    return '"$HOME"/' + shlex.quote(word[2:]) if word.startswith("~/") else shlex.quote(word)
+
+
+def _our_packages() -> list[Path]:
+    """The folders of this process's own packages."""
+    return [Path(str(sys.modules[__name__].__file__)).parents[1] / name for name in PACKAGES]
+
+
+def _iso(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")

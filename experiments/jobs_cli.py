@@ -1,0 +1,179 @@
+"""The commands for runs on a Ray cluster: submit, jobs, logs, stop, and resume there."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from experiments.options import JsonOption, RecipeArgument, SetOption, print_json, recipe_of
+from populations.errors import InputError
+
+if TYPE_CHECKING:
+    from experiments.jobs import Job
+
+ADDRESS = "http://127.0.0.1:8265"  # of the job server, at the near end of a tunnel to the head
+
+JobArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, as `ecotone jobs` lists them.")]
+ServerOption = Annotated[
+    str,
+    typer.Option(
+        "--address",
+        metavar="URL",
+        envvar="RAY_API_SERVER_ADDRESS",
+        help="Of the cluster's dashboard, mostly at the near end of a tunnel.",
+    ),
+]
+FolderOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="What travels; by default the checkout that holds the recipe, or its folder."),
+]
+EnvironmentOption = Annotated[
+    list[str] | None,
+    typer.Option("--env", metavar="NAME", help="Pass on this environment variable, e.g. HF_TOKEN. Repeatable."),
+]
+
+
+def submit(
+    recipe: RecipeArgument,
+    name: Annotated[str | None, typer.Option(help="The run's name; by default the recipe's and the time.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The run directory: a URL, or a path on the head (~/ecotone-runs/NAME)."),
+    ] = None,
+    settings: SetOption = None,
+    folder: FolderOption = None,
+    environment: EnvironmentOption = None,
+    address: ServerOption = ADDRESS,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe on a Ray cluster: as a job on its head, which goes on when this machine leaves."""
+    from experiments.jobs import JobServer, Parcel, environment_of
+
+    chosen = recipe_of(recipe, settings)
+    parcel = Parcel(settings or (), folder, environment_of(environment or ()), chosen.runtime.grace)
+    named = name or f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    job = JobServer(address).submit(recipe, named, out, parcel)
+    _told(job, address, as_json)
+
+
+def resume(
+    run: str, settings: list[str], folder: Path | None, environment: list[str] | None, address: str, as_json: bool
+) -> None:
+    """Go on with a run as another job of a cluster."""
+    from experiments.jobs import JobServer, Parcel, environment_of
+
+    parcel = Parcel(settings, folder, environment_of(environment or ()))
+    _told(JobServer(address).resume(run, parcel), address, as_json)
+
+
+def jobs(address: ServerOption = ADDRESS, as_json: JsonOption = False) -> None:
+    """List the runs of a cluster: one line a job, a resumed run having several."""
+    from experiments import report
+    from experiments.jobs import JobServer
+
+    found = JobServer(address).jobs()
+    if as_json:
+        print_json([job.record() for job in found])
+    elif not found:
+        typer.echo(f"{address} knows no runs: none was submitted since its head was started.")
+    else:
+        report.console().print(report.jobs_table([job.record() for job in found]))
+
+
+def logs(
+    run: JobArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends, or Ctrl-C.")] = False,
+    address: ServerOption = ADDRESS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the lines as they were logged.")] = False,
+) -> None:
+    """Print what a run on a cluster has logged."""
+    from experiments.jobs import JobServer
+    from experiments.logs import in_words
+
+    server = JobServer(address)
+    job = server.job(run)
+
+    def write(line: str) -> None:
+        typer.echo(line if as_json else in_words(line))
+
+    if not follow:
+        for line in server.logs(job).splitlines():
+            write(line)
+        return
+    try:
+        server.follow(job, write)
+    except KeyboardInterrupt:
+        typer.echo(f"{job.run} goes on. `ecotone stop {job.run}{_option(address)}` stops it.", err=True)
+        raise typer.Exit from None
+    typer.echo(f"{job.run}: {server.ended(job, 10.0).state}.", err=True)
+
+
+def stop(
+    run: JobArgument,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")] = True,
+    address: ServerOption = ADDRESS,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop a run on a cluster: it waits for what is in flight, journals it, and can be resumed."""
+    from experiments.jobs import STOPPING, JobServer
+
+    server = JobServer(address)
+    job = server.job(run)
+    if not job.live:
+        raise InputError(f"{run}: it is not running; it has {_ended(job)}.", "`ecotone jobs` lists what is.")
+    server.stop(job)
+    if wait:
+        typer.echo(f"Waiting for {job.run} to write down what is in flight ...", err=True)
+        job = server.ended(job, 2 * STOPPING)
+    if as_json:
+        print_json(job.record())
+        return
+    typer.echo(f"{job.run} is stopping." if job.live else f"{job.run} has {_ended(job)}.")
+    typer.echo(f"Go on with: ecotone resume {shlex.quote(job.run)} --address {address}")
+
+
+def is_server(address: str | None) -> bool:
+    """Whether an address is that of a job server, not of a cluster that this process could join."""
+    return address is not None and address.startswith(("http://", "https://"))
+
+
+def register(app: typer.Typer) -> None:
+    """Make the commands part of ``app``."""
+    for command in (submit, jobs, logs, stop):
+        app.command()(command)
+
+
+def _told(job: Job, address: str, as_json: bool) -> None:
+    from experiments.jobs import tunnel
+
+    if as_json:
+        print_json({**job.record(), "address": address, "tunnel": tunnel(address)})
+        return
+    run, option = shlex.quote(job.run), _option(address)
+    typer.echo(f"{job.run} is on the cluster, as job {job.id}; this machine may leave. Its directory is {job.out}.")
+    for command, text in (
+        (f"logs {run} --follow{option}", "what it says"),
+        (f"jobs{option}", "how it stands"),
+        (f"stop {run}{option}", "stop it; it can be resumed"),
+        (f"resume {run} --address {address}", "go on"),
+        (f"front {shlex.quote(job.out) if '://' in job.out else job.out}", _where(job)),
+    ):
+        typer.echo(f"  ecotone {command}   # {text}")
+    typer.echo(f"The dashboard is at {address}. From another machine: {tunnel(address)}")
+
+
+def _where(job: Job) -> str:
+    return "the front" if "://" in job.out else "the front, on the head"
+
+
+def _ended(job: Job) -> str:
+    words: dict[str, Any] = {"succeeded": "finished", "stopped": "stopped", "failed": "failed"}
+    return str(words.get(job.state, job.state))
+
+
+def _option(address: str) -> str:
+    return "" if address == ADDRESS else f" --address {address}"

@@ -1,0 +1,46 @@
+"""Arguments and options that several commands share, and what they make of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from experiments.recipe import Recipe
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory or its URL, or an MLflow run id.")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a field, e.g. seed=3 or search.alpha=0. Repeatable."),
+]
+
+
+def recipe_of(path: Path, settings: list[str] | None, workers: int | None = None, address: str | None = None) -> Recipe:
+    """The recipe of a file, with what the command line replaces in it."""
+    from experiments.recipe import Recipe
+
+    return Recipe.from_yaml(path, changes_of(settings, workers, address))
+
+
+def changes_of(settings: list[str] | None, workers: int | None = None, address: str | None = None) -> dict[str, Any]:
+    """The fields that the command line replaces, by dotted name."""
+    from experiments.recipe import parse_settings
+
+    changes = parse_settings(settings or [])
+    if workers == 0:
+        changes["runtime.pool"] = "serial"
+    elif workers is not None:
+        changes |= {"runtime.pool": "ray", "runtime.workers": workers}
+    if address is not None:
+        changes |= {"runtime.pool": "ray", "runtime.address": address}
+    return changes
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` on stdout."""
+    typer.echo(json.dumps(value, indent=1, default=float))
