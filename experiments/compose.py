@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import inspect
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -45,6 +44,7 @@ from experiments.recipe import (
     Stages,
     SurrogateBox,
 )
+from experiments.storage import cache_folder
 from fitness.callables import resolve
 from fitness.pools import Pool, SerialPool
 from fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
@@ -93,14 +93,6 @@ def python_paths(folders: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # -- preparation -----------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where preparation steps leave their files: ``$ECOTONE_CACHE``, or ``ecotone`` in the user's cache folder."""
-    named = os.environ.get("ECOTONE_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ecotone"
 
 
 def prepared_folder(recipe: Recipe) -> Path | None:
@@ -268,8 +260,6 @@ def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
             "`pip install 'ecotone[ray]'`, or --set runtime.pool=serial.",
         ) from error
     return RayPool(
-        time_limit=runtime.time_limit,
-        idle_timeout=runtime.idle_timeout,
         spec,
         workers=runtime.workers,
         address=runtime.address,
@@ -278,6 +268,8 @@ def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
         resources=dict(runtime.resources),
         start_timeout=runtime.start_timeout,
         attempts=runtime.attempts,
+        time_limit=runtime.time_limit,
+        idle_timeout=runtime.idle_timeout,
     )
 
 
@@ -656,7 +648,6 @@ def _check_experts(recipe: Recipe, names: Sequence[str]) -> None:
         )
 
 
-        grace=recipe.runtime.grace,
 def make_schedule(recipe: Recipe) -> Schedule:
     """Budget, batches and order."""
     return Schedule(
@@ -665,4 +656,5 @@ def make_schedule(recipe: Recipe) -> Schedule:
         batch=recipe.scoring.batch,
         in_flight=recipe.scoring.window,
         order=recipe.scoring.order,
+        grace=recipe.runtime.grace,
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,17 +16,20 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import yaml
 
-from experiments import compose, tracking
+from experiments import compose, logs, storage, tracking
 from experiments.recipe import Recipe, apply_settings
-from experiments.runs import JOURNAL, Run, front_rows
+from experiments.runs import Run, front_rows
+from experiments.storage import JOURNAL, Place
 from fitness.pools import Pool
 from populations.errors import EcotoneError, InputError
 from populations.genome import Genome
 from populations.journal import Journal
 from populations.space import Space
-from search.manager import Manager, Observer, measure
+from search.manager import Manager, Observer, Progress, measure
 
 Notify = Callable[[str], None]
+
+_log = logging.getLogger("ecotone")
 
 
 @runtime_checkable
@@ -50,7 +56,7 @@ def launch(
 
     Args:
         recipe: What to run.
-        out: The run directory, which must not hold a run; None makes ``runs/NAME-TIME``.
+        out: The run directory, a path or a URL, which must not hold a run; None makes ``runs/NAME-TIME``.
         observe: Called with the progress after every step.
         notify: Called with a sentence when something takes a while.
         folders: Folders to find the recipe's own Python functions in, besides the working directory.
@@ -59,19 +65,22 @@ def launch(
         EcotoneError: The recipe cannot be run, or the search cannot go on; what was recorded is safe.
         KeyboardInterrupt: Stopped; the run can be resumed.
     """
-    directory = Path(out) if out is not None else new_directory(recipe.name)
-    if (directory / JOURNAL).exists():
-        raise InputError(f"{directory}: a run is there already.", f"`ecotone resume {directory}`, or another --out.")
-    paths = compose.python_paths(folders)
-    compose.check_operator(recipe)
-    compose.check_search(recipe)
-    notify("Preparing the models ..." if _must_prepare(recipe) else "Starting the workers ...")
-    spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
-    with compose.make_pool(recipe, spec) as pool:
-        space = pool.start()
-        _write_recipe(recipe, directory)
-        with Journal.create(directory / JOURNAL, _facts(recipe, space, paths)) as journal:
-            _carry_out(recipe, directory, journal, pool, space, observe, notify)
+    with storage.opened(new_directory(recipe.name) if out is None else out, new=True, notify=notify) as place:
+        directory = place.directory
+        if (directory / JOURNAL).exists():
+            raise InputError(
+                f"{directory}: a run is there already.", f"`ecotone resume {place.where}`, or another --out."
+            )
+        paths = compose.python_paths(folders)
+        compose.check_operator(recipe)
+        compose.check_search(recipe)
+        notify("Preparing the models ..." if _must_prepare(recipe) else "Starting the workers ...")
+        spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
+        with compose.make_pool(recipe, spec) as pool:
+            space = pool.start()
+            _write_recipe(recipe, directory)
+            with Journal.create(directory / JOURNAL, _facts(recipe, space, paths)) as journal:
+                _carry_out(recipe, place, journal, pool, space, observe, notify)
     return Run(directory)
 
 
@@ -85,7 +94,7 @@ def resume(
     """Go on with a run that was stopped, killed, or whose budget is raised; finishes what a finished run lacks.
 
     Args:
-        run: The run, or its directory.
+        run: The run, or its directory or URL.
         settings: Fields of ``runtime``, ``tracking`` and ``budget`` to replace, by dotted name.
         observe: As for ``launch``.
         notify: As for ``launch``.
@@ -94,8 +103,11 @@ def resume(
         EcotoneError: The run cannot go on; what was recorded is safe.
         KeyboardInterrupt: Stopped again.
     """
-    directory = run.directory if isinstance(run, Run) else Path(run)
-    with Journal.open(directory / JOURNAL, write=True) as journal:
+    where = run.where if isinstance(run, Run) else run
+    with (
+        storage.opened(where, new=False, notify=notify) as place,
+        Journal.open(place.directory / JOURNAL, write=True) as journal,
+    ):
         recipe = _resumed_recipe(journal, settings or {})
         paths = compose.python_paths(tuple(json.loads(journal.fact("sys_path") or "[]")))
         notify("Starting the workers ...")
@@ -106,8 +118,8 @@ def resume(
             journal.note("recipe", json.dumps(recipe.record()))
             journal.note("budget", recipe.budget.model_dump_json())
             journal.note("tracking", _tracking_fact(recipe))
-            _carry_out(recipe, directory, journal, pool, space, observe, notify)
-    return Run(directory)
+            _carry_out(recipe, place, journal, pool, space, observe, notify)
+    return Run(place.directory)
 
 
 def _write_recipe(recipe: Recipe, directory: Path) -> None:
@@ -127,7 +139,7 @@ def _write_recipe(recipe: Recipe, directory: Path) -> None:
 
 def _carry_out(
     recipe: Recipe,
-    directory: Path,
+    place: Place,
     journal: Journal,
     pool: Pool,
     space: Space,
@@ -137,9 +149,24 @@ def _carry_out(
     search, population = compose.make_search(recipe, space)
     goals = compose.goals_of(recipe.objectives.search)
     schedule = compose.make_schedule(recipe)
-    with _recorded(journal), _tracked(recipe, directory, notify):
-        manager = Manager(search, population, goals, pool, journal, schedule, observe)
-        journal.note("stop_reason", manager.run())
+    runtime = recipe.runtime
+
+    def guarded(progress: Progress) -> None:
+        place.check()
+        observe(progress)
+
+    with (
+        logs.recorded(place.directory),
+        place.mirrored(runtime.mirror_every, runtime.lease),
+        _recorded(journal, place),
+        _tracked(recipe, place, notify),
+    ):
+        manager = Manager(search, population, goals, pool, journal, schedule, guarded)
+        with _drained(manager):
+            reason = manager.run()
+        if reason == "drained":
+            raise KeyboardInterrupt
+        journal.note("stop_reason", reason)
         if isinstance(search, Reporting):
             journal.note("report", json.dumps(search.report(), default=np.ndarray.tolist))
         notify("Scoring the front on held-out data ...")
@@ -176,8 +203,32 @@ def _references(recipe: Recipe, space: Space) -> Iterator[tuple[str, Genome]]:
 
 
 @contextlib.contextmanager
-def _recorded(journal: Journal) -> Iterator[None]:
-    """Keep the journal's ``state`` true whatever happens."""
+def _drained(manager: Manager) -> Iterator[None]:
+    """SIGTERM has the manager finish what is in flight meanwhile; a second one does what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def drain(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        manager.drain()
+
+    before = signal.signal(signal.SIGTERM, drain) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _recorded(journal: Journal, place: Place) -> Iterator[None]:
+    """Keep the journal's ``state`` true whatever happens, and log it."""
+    resumed = bool(journal.events())
+    _log.info(
+        "The run in %s is resumed." if resumed else "The run in %s has started.",
+        place.where,
+        extra={"event": "run_resumed" if resumed else "run_started", "run": place.where},
+    )
     journal.note("state", "running")
     journal.note("error", "")
     try:
@@ -190,10 +241,14 @@ def _recorded(journal: Journal) -> Iterator[None]:
             journal.note("state", "failed")
             journal.note("error", str(error))
         raise
+    finally:
+        with contextlib.suppress(EcotoneError):
+            state = journal.fact("state")
+            _log.info("The run is %s.", state, extra={"event": "run_ended", "run": place.where, "state": state})
 
 
 @contextlib.contextmanager
-def _tracked(recipe: Recipe, directory: Path, notify: Notify) -> Iterator[None]:
+def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
     """Have a process of its own mirror the journal into MLflow meanwhile."""
     if not recipe.tracking.mlflow:
         yield
@@ -204,11 +259,11 @@ def _tracked(recipe: Recipe, directory: Path, notify: Notify) -> Iterator[None]:
         )
         yield
         return
-    process = tracking.start(directory, os.getpid())
+    process = tracking.start(place.directory, os.getpid())
     yield
     notify("Waiting for MLflow to have everything ...")
-    if not tracking.wait(process, 60, directory):
-        notify(f"MLflow does not have everything yet; `ecotone sync {directory}` sends the rest.")
+    if not tracking.wait(process, 60, place.directory):
+        notify(f"MLflow does not have everything yet; `ecotone sync {place.where}` sends the rest.")
 
 
 def _facts(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> dict[str, str]:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from experiments import storage
+from experiments.storage import JOURNAL as JOURNAL
 from populations.errors import InputError
 from populations.fronts import hypervolume
 from populations.genome import Floats
@@ -20,8 +22,6 @@ from populations.journal import Journal, Row
 from populations.pareto import ParetoFront
 from populations.population import mean_score
 from populations.trial import Evaluation, Failure, Goal, Trial, oriented
-
-JOURNAL = "journal.sqlite"
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,42 @@ class Run:
     """A run directory, open for reading.
 
     Args:
-        directory: The run directory.
+        directory: The run directory. Of a URL, what it is now is fetched.
+
+    Attributes:
+        directory: Where its files are.
+        where: The name that the user knows it by: a path, or a URL.
 
     Raises:
         JournalError: There is no journal in it.
+        StorageError: The URL cannot be read.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        distant = storage.is_url(str(directory))
+        self.directory = storage.fetched(str(directory)) if distant else Path(directory)
+        self._url = storage.url_of(self.directory)
+        self.where = self._url or str(self.directory)
         with self.journal() as journal:
             self.name = journal.fact("name") or self.directory.name
             self.goals = goals(journal.fact("goals"))
             self.held_out_goals = goals(journal.fact("held_out_goals"))
+
+    @property
+    def label(self) -> str:
+        """The last part of its name."""
+        return (self._url or str(self.directory.resolve())).rsplit("/", 1)[-1]
 
     def journal(self) -> Journal:
         """The journal, for reading; close it after use."""
         return Journal.open(self.directory / JOURNAL)
 
     def status(self) -> dict[str, Any]:
-        """Plain values: state, evaluations, failures, evaluations_per_second, best, digest and more."""
+        """Plain values: state, evaluations, failures, evaluations_per_second, best, digest and more.
+
+        Of a run at a URL, ``storage`` says who manages it and how new its mirror is.
+        """
+        standing = None if self._url is None else storage.standing(self._url)
         with self.journal() as journal:
             everything = list(journal.rows(unscored=True))
             rows = [row for row in everything if row.scored]
@@ -76,11 +93,12 @@ class Run:
             failed = [row for row in everything if row.failure is not None]
             elapsed = float(journal.fact("elapsed") or 0.0)
             state = journal.fact("state") or "starting"
-            if state == "running" and not journal.in_use:
+            if state == "running" and not (journal.in_use or (standing and standing["managed"])):
                 state = "killed"
             return {
                 "name": self.name,
-                "directory": str(self.directory),
+                "directory": self.where,
+                "storage": standing,
                 "state": state,
                 "algorithm": journal.fact("algorithm"),
                 "signature": journal.fact("signature"),
@@ -138,7 +156,7 @@ class Run:
         """
         members = self.front()
         if not members:
-            raise InputError(f"{self.directory}: there is no front, as {self._why_empty()}.", "See `ecotone status`.")
+            raise InputError(f"{self.where}: there is no front, as {self._why_empty()}.", "See `ecotone status`.")
         return members
 
     def _why_empty(self) -> str:
@@ -185,12 +203,12 @@ class Run:
         if member == "best":
             best = self.best()
             if best is None:
-                raise InputError(f"{self.directory}: nothing has been scored yet.", "See `ecotone status`.")
+                raise InputError(f"{self.where}: nothing has been scored yet.", "See `ecotone status`.")
             member = best.id
         if not str(member).isdigit():
             raise InputError(
                 f"member: expected a trial's number or 'best', found {member!r}.",
-                f"`ecotone front {self.directory}` lists them.",
+                f"`ecotone front {self.where}` lists them.",
             )
         with self.journal() as journal:
             return journal.trial(int(member))
@@ -205,9 +223,7 @@ class Run:
             row = next((row for row in journal.rows(number - 1) if row.number == number), None)
             if row is None or row.scores is None or row.failure is not None:
                 why = "has not been scored" if row is None else f"failed ({row.failure.message})" if row.failure else ""
-                raise InputError(
-                    f"member {number}: {why}.", f"`ecotone front {self.directory}` lists those that can be."
-                )
+                raise InputError(f"member {number}: {why}.", f"`ecotone front {self.where}` lists those that can be.")
             return _scored(journal, row)
 
     def export(self, member: int | str, to: str | Path) -> Path:

@@ -1,0 +1,821 @@
+"""Run directories at URLs: the journal is written on this machine and copied, and a lease keeps other managers out.
+
+A run at ``s3://bucket/digits``, or wherever fsspec reaches, is written in a working directory of this machine,
+``CACHE/runs/digits-KEY``, with CACHE as for preparation steps and KEY of the URL. From there it is copied to the URL as
+it grows, and any machine can go on from the copy alone. Objects at the URL:
+
+- ``lease-EPOCH.json``: who manages the run in that epoch. Created once, exclusively; then only its owner writes it, to
+  count renewals.
+- ``journal-EPOCH-SERIAL.sqlite`` and the small files that people read: a consistent snapshot.
+- ``mirror-EPOCH-SERIAL.json``: the files of the copy with their sizes and hashes, written last. The mirror is what the
+  highest of them says; the one before is kept too, and everything older is deleted.
+
+No object but a lease is written twice, none by two managers, and the highest epoch counts. So nothing has to be
+replaced atomically, and a manager that slept, was superseded and wakes between its check and its write adds an object
+that nobody reads: two managers can never mix one journal. What is copied seldom is lost seldom: a machine that is gone
+takes along what it recorded after its last copy, as many seconds as `runtime.mirror_every` or, when copies are slow,
+``SHARE`` times what the last one took.
+
+A lease ends when its owner releases it, or when it was not renewed for as long as it lasts, by the clock of whoever
+waits for that: clocks of two machines are never compared. A manager that starts where the last one died, in the same
+working directory, need not wait.
+
+Whoever creates ``lease-EPOCH.json`` first has the epoch: local files, S3, GCS and Azure refuse to create an object that
+exists. A store that does not would let two managers who ask in the same moment both succeed. So both read it back
+``SETTLE`` seconds later, and again before each copy, and the one whose word is not there gives up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from populations.errors import EcotoneError, JournalError
+from populations.journal import Journal, locked
+
+JOURNAL = "journal.sqlite"
+FILES = (JOURNAL, "recipe.yaml", "tracking.json", "log.jsonl")
+"""What is copied of a run directory."""
+HOME = "storage.json"
+"""Which URL a directory belongs to, and a working directory's own name."""
+
+LASTS = 60.0
+"""Seconds a lease lasts without renewal until the recipe is known, which may say otherwise; it is renewed six times as
+often."""
+SHARE = 10.0
+"""So many times the seconds of the last copy pass before the next: copying takes a tenth of the time at most."""
+PATIENCE = 60.0
+"""Seconds between two attempts at the most, and for which a run that ends tries to make its last copy."""
+SETTLE = 2.0
+"""Seconds after which a new lease is read back, where creating it may not exclude others."""
+VIEWS = 3
+"""Fetched copies of a run that are kept for reading."""
+
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss"})  # without folders
+
+Notify: TypeAlias = Callable[[str], None]
+Manifest: TypeAlias = Mapping[str, Any]
+
+_log = logging.getLogger("ecotone")
+
+
+class StorageError(EcotoneError):
+    """A run directory at a URL cannot be read or written, or another manager has it."""
+
+
+class LeaseLostError(StorageError):
+    """Another manager has taken the run over."""
+
+
+def is_url(text: str) -> bool:
+    """Whether a run directory is named by a URL."""
+    return "://" in text
+
+
+def cache_folder() -> Path:
+    """Where files of more than one run are left: ``$ECOTONE_CACHE``, or ``ecotone`` in the user's cache folder."""
+    named = os.environ.get("ECOTONE_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ecotone"
+
+
+def url_of(directory: str | Path) -> str | None:
+    """The URL whose working directory, or fetched copy, ``directory`` is; None for any other."""
+    found = _home(Path(directory)).get("url")
+    return None if found is None else str(found)
+
+
+# -- the objects at a URL ------------------------------------------------------------------------------------
+
+
+class Store:
+    """The objects of one run.
+
+    Args:
+        url: The run directory.
+
+    Raises:
+        StorageError: The protocol is not known, or what it needs is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+
+        protocol = url.partition("://")[0]
+        if "::" in url:
+            raise StorageError(f"{url}: expected one protocol, found several ({protocol}).", "Give the plain URL.")
+        try:
+            self._fs, self._root = url_to_fs(url)
+        except ImportError as error:
+            raise StorageError(
+                f"{url}: {protocol}:// needs a package that is not installed.", f"`pip install {_package(protocol)}`."
+            ) from error
+        except Exception as error:
+            raise StorageError(f"{url}: {_in_words(error)}.", "Check the URL, as in s3://bucket/runs/name.") from error
+        self.url = str(self._fs.unstrip_protocol(self._root))
+        self.name = self.url.rsplit("/", 1)[-1]
+        self.settle = 0.0 if protocol in ("file", "local", "memory") else SETTLE
+        self._folders = protocol not in OBJECT_STORES
+
+    def names(self) -> list[str]:
+        """Names of all objects, as they are now; none where nothing is."""
+        with self._explained():
+            self._fs.invalidate_cache()
+            try:
+                return [path.rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False)]
+            except FileNotFoundError:
+                return []
+
+    def read(self, name: str) -> bytes | None:
+        """What an object holds; None when it is not there."""
+        with self._explained():
+            try:
+                return bytes(self._fs.cat_file(self._path(name)))
+            except FileNotFoundError:
+                return None
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a new object; False when there is one of that name already."""
+        with self._explained():
+            if self._folders:
+                self._fs.makedirs(self._root, exist_ok=True)
+            try:
+                self._fs.pipe_file(self._path(name), data, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write an object, new or not."""
+        with self._explained():
+            self._fs.pipe_file(self._path(name), data)
+
+    def put(self, file: Path, name: str) -> None:
+        """Copy a file of this machine."""
+        with self._explained():
+            self._fs.put_file(str(file), self._path(name))
+
+    def get(self, name: str, file: Path) -> None:
+        """Copy an object to a file of this machine."""
+        with self._explained():
+            self._fs.get_file(self._path(name), str(file))
+
+    def drop(self, name: str) -> None:
+        """Delete an object if that is allowed: what stays costs room only."""
+        try:
+            self._fs.rm_file(self._path(name))
+        except Exception as error:
+            _log.debug("%s: %s cannot be deleted: %s.", self.url, name, _in_words(error))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Put what file systems raise, which is anything, into words."""
+        try:
+            yield
+        except Exception as error:
+            raise StorageError(
+                f"{self.url}: {_in_words(error)}.", "Check the URL, the credentials, the permissions and the network."
+            ) from error
+
+
+_NAME = re.compile(r"(?P<stem>[a-z]+)-(?P<epoch>\d{6})(-(?P<serial>\d{6}))?\.[a-z]+")
+
+
+def _numbered(names: Iterable[str], stem: str = "[a-z]+") -> list[tuple[tuple[int, int], str]]:
+    """Epochs and serials of the objects of that stem with their names, the highest first."""
+    found = [match for name in names if (match := _NAME.fullmatch(name)) and re.fullmatch(stem, match["stem"])]
+    return sorted((((int(m["epoch"]), int(m["serial"] or 0)), m[0]) for m in found), reverse=True)
+
+
+def newest_mirror(store: Store) -> Manifest | None:
+    """The newest copy that is whole, as its manifest tells it; None where there is none."""
+    for _, name in _numbered(store.names(), "mirror"):
+        manifest = _parsed(store.read(name))
+        if "files" in manifest:
+            return manifest
+    return None
+
+
+# -- the lease -----------------------------------------------------------------------------------------------
+
+
+class Lease:
+    """The right to write a run at a URL, in an epoch of its own. Made by ``take_lease``.
+
+    Args:
+        store: The objects at the URL.
+        epoch: Its number; higher than that of any manager before.
+        home: The working directory's name.
+        lasts: Seconds for which it is good without renewal.
+        clock: Seconds; a test may give its own.
+    """
+
+    def __init__(
+        self, store: Store, epoch: int, home: str, lasts: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.store = store
+        self.epoch = epoch
+        self.home = home
+        self.lasts = lasts
+        self.name = f"lease-{epoch:06d}.json"
+        self._clock = clock
+        self._token = uuid.uuid4().hex
+        self._since = time.time()
+        self._renewals = 0
+        self._due = clock() + lasts / 6
+
+    def record(self, released: bool = False) -> bytes:
+        """What the object holds. Times are for people: nothing depends on them."""
+        return _json(
+            epoch=self.epoch,
+            owner=f"process {os.getpid()} on {socket.gethostname()}",
+            home=self.home,
+            token=self._token,
+            lasts=self.lasts,
+            renewals=self._renewals,
+            since=self._since,
+            renewed=time.time(),
+            released=released,
+        )
+
+    def check(self) -> None:
+        """Make sure that nobody has taken the run over.
+
+        Raises:
+            LeaseLostError: Somebody has.
+            StorageError: That cannot be found out.
+        """
+        (epoch, _), name = next(iter(_numbered(self.store.names(), "lease")), ((0, 0), self.name))
+        found = _parsed(self.store.read(name))
+        if epoch > self.epoch or found.get("token", self._token) != self._token:
+            raise LeaseLostError(
+                f"{self.store.url}: {_owner(found)} has taken the run over (epoch {epoch}, this was {self.epoch}).",
+                f"Nothing of this run is written there any more. `ecotone status {self.store.url}` shows the other.",
+            )
+
+    def renew(self) -> None:
+        """Tell others that it is still held; raises as ``check``."""
+        self.check()
+        self._renewals += 1
+        self.store.write(self.name, self.record())
+        self._due = self._clock() + self.lasts / 6
+
+    def turn(self) -> None:
+        """Renew it if that is due. While the store does not answer, nobody else can take it either.
+
+        Raises:
+            LeaseLostError: Another manager has taken the run over.
+        """
+        if self._clock() < self._due:
+            return
+        try:
+            self.renew()
+        except LeaseLostError:
+            raise
+        except StorageError as error:
+            _log.debug("The lease cannot be renewed: %s", error)
+
+    def release(self) -> None:
+        """Let the next manager in at once."""
+        self.check()
+        self.store.write(self.name, self.record(released=True))
+
+
+def take_lease(
+    store: Store,
+    home: str,
+    notify: Notify = lambda text: None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Lease:
+    """Take the run over from nobody, or from a manager that has ended; waits while it may live.
+
+    Raises:
+        StorageError: Another manager has the run, or the store cannot be written.
+    """
+    while True:
+        (epoch, _), name = next(iter(_numbered(store.names(), "lease")), ((0, 0), ""))
+        found = store.read(name) if name else None
+        _await_end(store, name, found, home, notify, clock, sleep)
+        lease = Lease(store, epoch + 1, home, float(_parsed(found).get("lasts", LASTS)), clock)
+        if store.create(lease.name, lease.record()):
+            sleep(store.settle)
+            lease.check()
+            _log.info(
+                "The run at %s is managed from here (epoch %d).",
+                store.url,
+                lease.epoch,
+                extra={"event": "lease_taken", "url": store.url, "epoch": lease.epoch},
+            )
+            return lease
+
+
+def _await_end(
+    store: Store,
+    name: str,
+    found: bytes | None,
+    home: str,
+    notify: Notify,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> None:
+    """Return when the lease is over: released, of this working directory, or unchanged for as long as it lasts."""
+    lease = _parsed(found)
+    if found is None or lease.get("released") or lease.get("home") == home:
+        return
+    lasts = float(lease.get("lasts", LASTS))
+    notify(f"Waiting up to {lasts:.0f} s to see whether {_owner(lease)} still manages the run ...")
+    end = clock() + lasts
+    while clock() < end:
+        sleep(lasts / 12)
+        now = store.read(name)
+        if now == found:
+            continue
+        if _parsed(now).get("released"):
+            return
+        raise StorageError(
+            f"{store.url}: {_owner(lease)} has managed the run since {moment(lease.get('since'))} and does so now.",
+            f"Stop it, or wait for its end: at most {lasts:.0f} s later, `ecotone resume {store.url}` takes over.",
+        )
+
+
+def _owner(lease: Mapping[str, Any]) -> str:
+    return str(lease.get("owner", "another manager"))
+
+
+# -- the mirror ----------------------------------------------------------------------------------------------
+
+
+class Mirror:
+    """Copies a working directory to its URL, as its journal grows.
+
+    Args:
+        store: The objects at the URL.
+        lease: The right to write them.
+        directory: The working directory, with a journal.
+        every: Seconds between two copies at the least.
+        clock: Seconds; a test may give its own.
+
+    Raises:
+        JournalError: There is no journal.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        lease: Lease,
+        directory: Path,
+        every: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self.lease = lease
+        self.directory = directory
+        self.every = every
+        self.failures = 0  # since the last copy
+        self._clock = clock
+        self._journal = Journal.open(directory / JOURNAL)
+        self._version = -1  # of the journal in the last copy
+        self._serial = 0
+        self._files: dict[str, Any] = {}  # by name: what the last copy has of it
+        self._due = -math.inf
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
+
+    def turn(self) -> None:
+        """Copy if that is due. When it fails it is told once, and tried again after growing pauses.
+
+        Raises:
+            LeaseLostError: Another manager has taken the run over.
+        """
+        if self._clock() < self._due:
+            return
+        try:
+            if self._journal.version != self._version:
+                self.copy()
+        except LeaseLostError:
+            raise
+        except Exception as error:  # whatever it is, the search goes on
+            self.failures += 1
+            self._due = self._clock() + min(2.0**self.failures, PATIENCE)
+            if self.failures == 1:
+                _log.warning(
+                    "The run cannot be copied, and goes on; copying is tried again: %s",
+                    error,
+                    extra={"event": "mirror_failed", "url": self.store.url, "error": str(error)},
+                )
+
+    def finish(self, patience: float = PATIENCE, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Make the last copy; tries for ``patience`` seconds.
+
+        Raises:
+            StorageError: It cannot be made.
+        """
+        end = self._clock() + patience
+        pause = 0.5
+        while True:
+            try:
+                return self.copy()
+            except LeaseLostError:
+                raise
+            except EcotoneError as error:
+                if self._clock() + pause > end:
+                    raise StorageError(
+                        f"{self.store.url}: the end of the run could not be copied there: {error.message}",
+                        f"It is whole in {self.directory}: `ecotone resume {self.store.url}` on this machine sends it.",
+                    ) from error
+            sleep(pause)
+            pause *= 2
+
+    def copy(self) -> None:
+        """Copy the journal and what else is new, then name it all in a manifest.
+
+        Raises:
+            StorageError: The store cannot be written, or another manager has taken the run over.
+            JournalError: The journal cannot be read, or there is no room for a snapshot of it.
+        """
+        began, version, counts = self._clock(), self._journal.version, self._journal.counts()
+        self._serial += 1
+        files = {name: self._sent(name) for name in FILES if (self.directory / name).is_file()}
+        self.lease.check()
+        size = sum(one["bytes"] for one in files.values())
+        manifest = _json(
+            epoch=self.lease.epoch,
+            serial=self._serial,
+            home=self.lease.home,
+            counts=counts,
+            bytes=size,
+            time=time.time(),
+            files=files,
+        )
+        self.store.write(f"mirror-{self.lease.epoch:06d}-{self._serial:06d}.json", manifest)
+        self._drop_old()
+        took = self._clock() - began
+        self._files, self._version, self.failures = files, version, 0
+        self._due = self._clock() + max(self.every, SHARE * took)
+        _log.info(
+            "The run is copied to %s.",
+            self.store.url,
+            extra={"event": "mirrored", "url": self.store.url, "bytes": size, "seconds": took, "serial": self._serial},
+        )
+
+    def _sent(self, name: str) -> dict[str, Any]:
+        """Copy a file under a new name unless the last copy has it as it is; returns what the manifest says of it."""
+        file = self.directory / name
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix="snapshot-") as folder:
+            snapshot = Path(folder) / name
+            if name == JOURNAL:
+                self._journal.snapshot(snapshot)
+            else:
+                shutil.copyfile(file, snapshot)  # it may grow meanwhile
+            found = _measured(snapshot)
+            before = self._files.get(name, {})
+            if found.items() <= before.items():
+                return dict(before)
+            target = f"{file.stem}-{self.lease.epoch:06d}-{self._serial:06d}{file.suffix}"
+            self.store.put(snapshot, target)
+        return {**found, "object": target}
+
+    def _drop_old(self) -> None:
+        """Delete what neither the last copy nor the one before needs. Nothing that came later is touched."""
+        numbered = _numbered(self.store.names(), "(?!lease)[a-z]+")
+        own = (self.lease.epoch, self._serial)
+        mirrors = [name for number, name in _numbered((name for _, name in numbered), "mirror") if number <= own]
+        needed = set(mirrors[:2])
+        for name in mirrors[:2]:
+            needed |= {one["object"] for one in _parsed(self.store.read(name)).get("files", {}).values()}
+        for number, name in numbered:
+            if number <= own and name not in needed:
+                self.store.drop(name)
+
+
+# -- places to run in ----------------------------------------------------------------------------------------
+
+
+class Place:
+    """Where a run is written: its directory, and the name that the user knows it by."""
+
+    def __init__(self, directory: Path, where: str) -> None:
+        self.directory = directory
+        self.where = where
+
+    def check(self) -> None:
+        """Make sure that the run may go on.
+
+        Raises:
+            LeaseLostError: Another manager has taken it over.
+        """
+
+    @contextlib.contextmanager
+    def mirrored(self, every: float, lasts: float) -> Iterator[None]:
+        """Copy the run to where it belongs meanwhile, and at the end.
+
+        Args:
+            every: Seconds between two copies at the least.
+            lasts: Seconds for which the lease is good without renewal.
+
+        Raises:
+            StorageError: It cannot be copied at the start or at the end, or another manager has taken it over.
+        """
+        yield
+
+
+class _DistantPlace(Place):
+    def __init__(self, directory: Path, store: Store, lease: Lease) -> None:
+        super().__init__(directory, store.url)
+        self._store = store
+        self._lease = lease
+        self._lost: LeaseLostError | None = None
+
+    def check(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    def guarded(self, turn: Callable[[], None]) -> None:
+        """Take a turn unless the lease is lost; notices when it is."""
+        if self._lost is not None:
+            return
+        try:
+            turn()
+        except LeaseLostError as error:
+            self._lost = error
+            _log.error("%s", error, extra={"event": "lease_lost", "url": self.where, "epoch": self._lease.epoch})
+
+    @contextlib.contextmanager
+    def mirrored(self, every: float, lasts: float) -> Iterator[None]:
+        self._lease.lasts = lasts
+        self._lease.renew()
+        with contextlib.closing(Mirror(self._store, self._lease, self.directory, every)) as mirror:
+            mirror.copy()
+            try:
+                with _repeated(lambda: self.guarded(mirror.turn)):
+                    yield
+            except BaseException as error:
+                if self._lost is None:
+                    self._finish_after(error, mirror)
+                raise
+            self.check()
+            mirror.finish()
+
+    def _finish_after(self, error: BaseException, mirror: Mirror) -> None:
+        """Make the last copy of a run that ends by ``error``, which is what the user has to hear of."""
+        try:
+            mirror.finish()
+        except EcotoneError as another:
+            _log.warning("%s", another, extra={"event": "mirror_failed", "url": self.where, "error": str(another)})
+
+
+@contextlib.contextmanager
+def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None) -> Iterator[Place]:
+    """A place to write a run in, by nobody else meanwhile.
+
+    Args:
+        where: The run directory: a path, or a URL. A path that is the working directory of a URL stands for it.
+        new: Whether the run begins; one that goes on is fetched unless its working directory here is as new.
+        notify: Called with a sentence when something takes a while.
+
+    Raises:
+        StorageError: The URL cannot be read or written, another manager has the run, or there is (not) a run there.
+        JournalError: Another process of this machine has the run.
+    """
+    url = str(where) if is_url(str(where)) else url_of(where)
+    if url is None:
+        yield Place(Path(where), str(where))
+        return
+    store = Store(url)
+    if new:
+        _refuse_present(store)
+    directory = _working_directory(store)
+    with contextlib.closing(locked(directory / HOME)):
+        lease = take_lease(store, _home(directory)["home"], notify)
+        place = _DistantPlace(directory, store, lease)
+        try:
+            with _repeated(lambda: place.guarded(lease.turn)):
+                if new:
+                    _refuse_present(store)
+                else:
+                    _fetch_newer(store, directory, notify)
+                yield place
+        finally:
+            with contextlib.suppress(StorageError):
+                lease.release()
+
+
+def _refuse_present(store: Store) -> None:
+    if newest_mirror(store) is not None:
+        raise StorageError(f"{store.url}: a run is there already.", f"`ecotone resume {store.url}`, or another --out.")
+
+
+def _fetch_newer(store: Store, directory: Path, notify: Notify) -> None:
+    """Replace the working directory's files by the mirror's, unless they are what the mirror was made of."""
+    manifest = newest_mirror(store)
+    if manifest is None:
+        if not (directory / JOURNAL).is_file():
+            raise JournalError(f"{store.url}: no run there.", "Give a run directory made by `ecotone run`.")
+    elif not _as_new(directory, manifest):
+        notify(f"Fetching the run from {store.url} ...")
+        with tempfile.TemporaryDirectory(dir=directory, prefix="fetched-") as folder:
+            _fetch(store, manifest, Path(folder))
+            for suffix in ("", "-wal", "-shm"):
+                (directory / f"{JOURNAL}{suffix}").unlink(missing_ok=True)
+            for name in reversed(FILES):  # the journal last: without it, it is fetched again
+                if (Path(folder) / name).is_file():
+                    (Path(folder) / name).replace(directory / name)
+
+
+def _as_new(directory: Path, manifest: Manifest) -> bool:
+    """Whether the mirror was made of this working directory, and the journal here has all that the mirror has."""
+    if manifest["home"] != _home(directory).get("home") or not (directory / JOURNAL).is_file():
+        return False
+    with contextlib.suppress(JournalError), Journal.open(directory / JOURNAL) as journal:
+        return all(here >= there for here, there in zip(journal.counts(), manifest["counts"], strict=True))
+    return False
+
+
+def _fetch(store: Store, manifest: Manifest, folder: Path) -> None:
+    for name in FILES:
+        if name not in manifest["files"]:
+            continue
+        wanted = manifest["files"][name]
+        store.get(wanted["object"], folder / name)
+        if not _measured(folder / name).items() <= wanted.items():
+            raise StorageError(f"{store.url}/{wanted['object']}: not what the manifest tells of it, so damaged.")
+
+
+@contextlib.contextmanager
+def _repeated(act: Callable[[], None], seconds: float = 0.1) -> Iterator[None]:
+    """A thread calls ``act`` every so often meanwhile."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            act()
+
+    thread = threading.Thread(target=repeat, name="ecotone-storage", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+# -- looking at runs -----------------------------------------------------------------------------------------
+
+
+def fetched(url: str) -> Path:
+    """A directory to read a run from: the working directory if the mirror is made of it, or else a copy.
+
+    Raises:
+        StorageError: The URL cannot be read.
+        JournalError: There is no run.
+    """
+    store = Store(url)
+    for attempt in range(3):
+        manifest = newest_mirror(store)
+        if manifest is None:
+            raise JournalError(f"{store.url}: no run there.", "Give a run directory made by `ecotone run`.")
+        directory = _folder(store, "runs")
+        if _as_new(directory, manifest):
+            return directory
+        view = _folder(store, "views") / f"{manifest['epoch']:06d}-{manifest['serial']:06d}"
+        if view.is_dir():
+            return view
+        try:
+            _make_view(store, manifest, view)
+        except StorageError:
+            if attempt == 2:
+                raise
+            continue  # a copy that was replaced meanwhile
+        break
+    return view
+
+
+def _make_view(store: Store, manifest: Manifest, view: Path) -> None:
+    view.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=view.parent, prefix="fetching-"))
+    try:
+        _fetch(store, manifest, draft)
+        (draft / HOME).write_bytes(_json(url=store.url))
+        with contextlib.suppress(OSError):  # another process was as quick
+            draft.rename(view)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    for old in sorted(view.parent.glob("[0-9]*"))[:-VIEWS]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def standing(url: str) -> dict[str, Any]:
+    """Who manages a run and how new its mirror is, as plain values, or the ``error`` why that is not known.
+
+    ``managed`` goes by the clocks of two machines: it is for looking at.
+    """
+    try:
+        store = Store(url)
+        manifest = newest_mirror(store) or {}
+        name = next((name for _, name in _numbered(store.names(), "lease")), None)
+        lease = _parsed(None if name is None else store.read(name))
+    except StorageError as error:
+        return {"url": url, "error": error.message, "managed": False}
+    late = time.time() - lease.get("renewed", 0.0) > 2 * lease.get("lasts", LASTS)
+    return {
+        "url": store.url,
+        "error": None,
+        "managed": bool(lease) and not lease.get("released") and not late,
+        "owner": lease.get("owner"),
+        "epoch": lease.get("epoch"),
+        "since": moment(lease.get("since")),
+        "mirrored": moment(manifest.get("time")),
+        "serial": manifest.get("serial"),
+        "bytes": manifest.get("bytes"),
+    }
+
+
+def moment(seconds: float | None) -> str | None:
+    """Seconds since 1970 as a time of day that is the same everywhere."""
+    return None if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+
+
+# -- small things --------------------------------------------------------------------------------------------
+
+
+def _folder(store: Store, kind: str) -> Path:
+    key = hashlib.blake2b(store.url.encode(), digest_size=8).hexdigest()
+    return cache_folder() / kind / f"{store.name}-{key}"
+
+
+def _working_directory(store: Store) -> Path:
+    """The working directory, made if need be, with a name of its own that no copy of it elsewhere shares."""
+    directory = _folder(store, "runs")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if "home" not in _home(directory):
+            (directory / HOME).write_bytes(_json(url=store.url, home=uuid.uuid4().hex))
+    except OSError as error:
+        raise StorageError(
+            f"{directory}: cannot be written ({error.strerror or error}).",
+            "The run is written there before it is copied; $ECOTONE_CACHE names another folder.",
+        ) from error
+    return directory
+
+
+def _home(directory: Path) -> dict[str, Any]:
+    try:
+        return _parsed((directory / HOME).read_bytes())
+    except OSError:
+        return {}
+
+
+def _measured(file: Path) -> dict[str, Any]:
+    """Size and hash of a file."""
+    hasher, size = hashlib.blake2b(digest_size=16), 0
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            hasher.update(block)
+            size += len(block)
+    return {"bytes": size, "hash": hasher.hexdigest()}
+
+
+def _json(**values: Any) -> bytes:
+    return json.dumps(values, indent=1).encode()
+
+
+def _parsed(data: bytes | None) -> dict[str, Any]:
+    """The JSON of an object; nothing when it is missing, torn or of another kind."""
+    try:
+        found = json.loads(data or b"{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _package(protocol: str) -> str:
+    """What to install for a protocol."""
+    packages = {"s3fs": ("s3", "s3a"), "gcsfs": ("gs", "gcs"), "adlfs": ("az", "abfs", "abfss")}
+    return next((name for name, known in packages.items() if protocol in known), f"'fsspec[{protocol}]'")
+
+
+def _in_words(error: BaseException) -> str:
+    """One line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
