@@ -84,7 +84,9 @@ class ExportFormat(str, Enum):
 @app.command()
 def run(
     recipe: RecipeArgument,
-    out: Annotated[Path | None, typer.Option(help="The run directory; by default a new one under runs/.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="The run directory, a path or a URL; by default a new one under runs/.")
+    ] = None,
     settings: SetOption = None,
     workers: WorkersOption = None,
     address: AddressOption = None,
@@ -103,7 +105,7 @@ def run(
         )
     chosen = recipe_of(recipe, settings, workers, address)
     folders = (str(recipe.parent.resolve()),)
-    target = out or new_directory(chosen.name)
+    target = out or str(new_directory(chosen.name))
 
     def work(watcher: Watcher) -> Run:
         return launch(chosen, target, observe=watcher, notify=watcher.say, folders=folders)
@@ -148,7 +150,7 @@ def resume(
     def work(watcher: Watcher) -> Run:
         return resume_run(found, changes, observe=watcher, notify=watcher.say)
 
-    _drive(chosen, found.directory, work, log, as_json)
+    _drive(chosen, found.where, work, log, as_json)
 
 
 @app.command()
@@ -469,19 +471,17 @@ def _fail(message: str, remedy: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _drive(recipe: Recipe, directory: Path, work: Callable[[Watcher], Run], log: LogFormat, as_json: bool) -> None:
+def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogFormat, as_json: bool) -> None:
     """Run ``work`` under a progress line or a log, then print the closing table or its JSON."""
-    from experiments import report
-    from experiments.runs import JOURNAL
+    from experiments import report, storage
 
     try:
         with _watched(recipe, log) as watcher, _stdout_to_stderr():
             finished = work(watcher)
     except KeyboardInterrupt:
-        begun = (directory / JOURNAL).exists()
         _fail(
             "Stopped.",
-            f"Go on with: ecotone resume {shlex.quote(str(directory))}" if begun else "Nothing was recorded yet.",
+            f"Go on with: ecotone resume {shlex.quote(where)}" if storage.begun(where) else "Nothing was recorded yet.",
             130,
         )
     if as_json:
@@ -493,14 +493,14 @@ def _drive(recipe: Recipe, directory: Path, work: Callable[[Watcher], Run], log:
     out.print(report.closing_table(finished))
     for text in report.search_warnings(finished.report() or {}):
         out.print(text, soft_wrap=True)
-    out.print(f"\nThe run is in {finished.directory}. What next:", soft_wrap=True)
+    out.print(f"\nThe run is in {finished.where}. What next:", soft_wrap=True)
     for command, text in (
         ("front", "all members of the front"),
         ("ui", "the run in MLflow"),
         ("export --to merged --member best", "the best merge as a checkpoint"),
     ):
         name, _, options = command.partition(" ")
-        typed = f"ecotone {name} {shlex.quote(str(finished.directory))} {options}".rstrip()
+        typed = f"ecotone {name} {shlex.quote(finished.where)} {options}".rstrip()
         out.print(f"  {typed}   # {text}", soft_wrap=True)  # to be copied: never broken
 
 

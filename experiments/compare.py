@@ -44,7 +44,7 @@ class Searched:
     def __init__(self, run: Run, goals: Sequence[Goal]) -> None:
         self.run = run
         self.goals = tuple(goals)
-        self.label = run.directory.resolve().name
+        self.label = run.label
         self.front = run.front_or_explain()
         self.references = run.references()
         self.examples = run.examples()
@@ -131,7 +131,7 @@ class Line:
         """As plain values for JSON."""
         one = self.searched
         return {
-            "run": str(one.run.directory),
+            "run": one.run.where,
             "name": one.run.name,
             "label": one.label,
             "algorithm": one.algorithm,
@@ -423,7 +423,7 @@ def _labelled(searched: list[Searched]) -> list[Searched]:
     names = [one.label for one in searched]
     for one in searched:
         if names.count(one.label) > 1:
-            one.label = str(one.run.directory)
+            one.label = one.run.where
     return searched
 
 
@@ -434,7 +434,7 @@ def _common_goals(runs: Sequence[Run]) -> tuple[Goal, ...]:
     for run in runs[1:]:
         if set(run.goals) != set(first.goals):
             raise InputError(
-                f"{run.directory}: its objectives are {_listed(run.goals)}, those of {first.directory} are "
+                f"{run.where}: its objectives are {_listed(run.goals)}, those of {first.where} are "
                 f"{_listed(first.goals)}.",
                 "Only runs of the same objectives can be compared.",
             )

@@ -179,7 +179,7 @@ def _hover(line: Line, member: Scored, genome: Genome | None) -> str:
     counts = {"search": one.examples["search"], "held out": one.examples["held_out"]}
     parts += [f"{kind}: {_scores(scores, counts[kind])}" for kind, scores in _measured(member)]
     parts += _genome_words(one.models, genome)
-    return "<br>".join([*parts, _safe(export_command(one.run.directory, member.id))])
+    return "<br>".join([*parts, _safe(export_command(one.run.where, member.id))])
 
 
 def _safe(text: str) -> str:

@@ -8,7 +8,6 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +135,7 @@ def front_lines(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> I
         yield f"Hypervolume of the front as predicted {both[0]:.4f}; of the same members as measured {both[1]:.4f}."
     if choice is not None:
         yield f"Member {choice.member.id}: {choice.reason}."
-        yield f"  {export_command(run.directory, choice.member.id)}"
+        yield f"  {export_command(run.where, choice.member.id)}"
 
 
 def front_record(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def front_record(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> 
             "id": choice.member.id,
             "reason": choice.reason,
             "missing": dict(choice.missing),
-            "export": export_command(run.directory, choice.member.id),
+            "export": export_command(run.where, choice.member.id),
         }
     found = run.report()
     return record if found is None else {**record, "report": found}
@@ -314,9 +313,9 @@ def _pair_gap(members: Sequence[Mapping[str, Any]]) -> str:
     return f"gap to the predicted front {(sum(gap**2 for gap in gaps) / len(gaps)) ** 0.5:.4f} (rms)"
 
 
-def export_command(directory: Path, member: int | str) -> str:
+def export_command(where: str, member: int | str) -> str:
     """What to type to export a member."""
-    return f"ecotone export {shlex.quote(str(directory))} --member {member} --to merged-{member}"
+    return f"ecotone export {shlex.quote(where)} --member {member} --to merged-{member}"
 
 
 def spread(members: Sequence[Scored], count: int) -> list[Scored]:
@@ -354,8 +353,14 @@ def status_table(status: Mapping[str, object]) -> Table:
     table.add_column()
     for key, value in status.items():
         if value not in (None, "", {}, []):
-            table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+            table.add_row(key.replace("_", " "), _in_words(value))
     return table
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_in_words(one)}" for key, one in value.items() if one not in (None, "", {}, []))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def jobs_table(jobs: Sequence[Mapping[str, object]]) -> Table:

@@ -694,9 +694,11 @@ def fetched(url: str) -> Path:
     store = Store(url)
     for attempt in range(3):
         manifest = newest_mirror(store)
+        directory = _folder(store, "runs")
+        if manifest is None and (directory / JOURNAL).is_file():
+            return directory
         if manifest is None:
             raise JournalError(f"{store.url}: no run there.", "Give a run directory made by `ecotone run`.")
-        directory = _folder(store, "runs")
         if _as_new(directory, manifest):
             return directory
         view = _folder(store, "views") / f"{manifest['epoch']:06d}-{manifest['serial']:06d}"
@@ -724,6 +726,15 @@ def _make_view(store: Store, manifest: Manifest, view: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
     for old in sorted(view.parent.glob("[0-9]*"))[:-VIEWS]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def begun(where: str) -> bool:
+    """Whether something is recorded of the run in a directory or at a URL."""
+    if not is_url(where):
+        return (Path(where) / JOURNAL).exists()
+    with contextlib.suppress(EcotoneError):
+        return (fetched(where) / JOURNAL).exists()
+    return False
 
 
 def standing(url: str) -> dict[str, Any]:
