@@ -15,10 +15,11 @@ task, the entropies' gradient, one update. Contenders:
   the sum of all tasks' losses
 - textbook, by task: the same with a backward pass a task, through a merge whose graph is kept
 
-Each is measured in processes of its own: the median seconds of its steps in one, peak memory over two steps in
-another. On a CPU that is anonymous memory (RssAnon) beyond what the process took after imports, with glibc told to give
-blocks of a megabyte back as soon as they are free, so that what counts is what is used; pages of checkpoint files count
-for neither side, as the system takes them back when memory is short. On CUDA it is ``max_memory_allocated``. The
+Each is measured in processes of its own: peak memory over two steps in one, the median seconds of its steps in
+``--rounds`` others, in which contenders take turns. On a CPU memory is anonymous memory (RssAnon) beyond what the
+process took after imports, with glibc told to give blocks of a megabyte back as soon as they are free, so that what
+counts is what is used; pages of checkpoint files count for neither side, as the system takes them back when memory is
+short. On CUDA it is ``max_memory_allocated``. The
 gradients of the first step are compared as well. ``ratio`` is to ecotone.
 """
 
@@ -75,16 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         write_models(Path(directory), arguments)
         for count in arguments.experts:
-            gradients: dict[str, Floats] = {}
-            for name in CONTENDERS:
-                if name.endswith("streamed") and arguments.device != "cuda":
-                    continue
-                row = in_own_process(name, count, directory, arguments)
-                gradients[name] = np.array(row.pop("gradient"))
-                scale = np.abs(gradients["ecotone"]).max()
-                row["gradient_difference"] = float(np.abs(gradients[name] - gradients["ecotone"]).max() / scale)
-                first = next((other for other in rows if other["experts"] == count), row)
-                row["ratio"] = {key: row[key] / first[key] for key in ("megabytes", "seconds")}
+            for row in compared(count, directory, arguments):
                 rows.append(row)
                 print_row(row, header=len(rows) == 1)
     save(f"adamerging_memory{'-quick' if arguments.quick else ''}", arguments, rows)
@@ -99,6 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="texts of a task in a step (default 16)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a text (default 64)")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after one that is not (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes a contender that time steps (default 3)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--directory", help="where to write the models (default: the temporary directory)")
@@ -107,7 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--measure", choices=["seconds", "megabytes"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.experts, arguments.steps = [2, 4], 2
+        arguments.experts, arguments.steps, arguments.rounds = [2, 4], 2, 1
         arguments.layers, arguments.width, arguments.words = 2, 128, 5000
     return arguments
 
@@ -268,22 +261,37 @@ def textbook(arguments: argparse.Namespace, by_task: bool) -> tuple[Step, int]:
 # -- measuring -----------------------------------------------------------------------------------------------
 
 
-def in_own_process(name: str, count: int, directory: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def compared(count: int, directory: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each contender on ``count`` experts; they take turns, so that all see the same hours of the machine."""
+    names = [name for name in CONTENDERS if arguments.device == "cuda" or not name.endswith("streamed")]
+    rows = {name: in_own_process(name, "megabytes", count, directory, arguments) for name in names}
+    gradients: dict[str, Floats] = {}
+    for _ in range(arguments.rounds):
+        for name in names:
+            told = in_own_process(name, "seconds", count, directory, arguments)
+            gradients[name] = np.array(told["gradient"])
+            rows[name].setdefault("all_seconds", []).extend(told["seconds"])
+    first, expected = rows[names[0]], gradients[names[0]]
+    for name, row in rows.items():
+        row["seconds"] = statistics.median(row["all_seconds"])
+        row["gradient_difference"] = float(np.abs(gradients[name] - expected).max() / np.abs(expected).max())
+        row["ratio"] = {key: row[key] / first[key] for key in ("megabytes", "seconds")}
+    return [{"contender": name, "experts": count, **row} for name, row in rows.items()]
+
+
+def in_own_process(
+    name: str, measure: str, count: int, directory: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
     plain = ("layers", "width", "words", "batch", "length", "steps", "threads", "device")
     options = [part for key in plain for part in (f"--{key}", str(getattr(arguments, key)))]
     command = [sys.executable, __file__, *options, "--experts", str(count), "--directory", directory]
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
-    row: dict[str, Any] = {"contender": name, "experts": count}
-    for measure, more in (("seconds", {}), ("megabytes", {"MALLOC_MMAP_THRESHOLD_": str(2**20)})):
-        done = subprocess.run(
-            [*command, "--contender", name, "--measure", measure],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            env=environment | more,
-        )
-        row |= json.loads(done.stdout.splitlines()[-1])
-    return row
+    if measure == "megabytes":
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+    command += ["--contender", name, "--measure", measure]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -316,7 +324,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         adam.step(step(number, adam.values))
         seconds.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(seconds), "all_seconds": seconds, "gradient": first.tolist()}
+    return {"seconds": seconds, "gradient": first.tolist()}
 
 
 class Adam:
