@@ -230,6 +230,31 @@ def test_a_sweep_of_weightings_makes_a_front(tmp_path: Path) -> None:
     assert not np.allclose(finals[0], finals[2], atol=0.1)
 
 
+def test_tasks_together_come_to_the_same_merge_with_half_the_trials(tmp_path: Path) -> None:
+    found, coefficients = [], []
+    for together in (1, 2):
+        recipe = Recipe.from_yaml(toy_recipe(tmp_path / str(together)), {"search.together": together})
+        run = launch(recipe, tmp_path / str(together) / "run")
+        (line,) = (run.report() or {})["lines"]
+        coefficients.append(np.array(line["coefficients"]))
+        found.append(run.status()["gradients"])
+        with run.journal() as journal:
+            losses = [row.scores for row in journal.rows(unscored=True) if row.calibration is not None]
+        assert all(len(each or {}) == together for each in losses)
+    assert found == [GRADIENTS, GRADIENTS // 2]
+    np.testing.assert_allclose(coefficients[0], coefficients[1], atol=1e-4)
+    assert np.abs(coefficients[0] - 0.3).max() > 0.1
+
+
+def test_tasks_together_stopped_and_resumed_are_the_same(tmp_path: Path) -> None:
+    settings = {"search.together": 2}
+    expected = outcome(launch(Recipe.from_yaml(toy_recipe(tmp_path / "whole"), settings), tmp_path / "whole" / "run"))
+    recipe = Recipe.from_yaml(toy_recipe(tmp_path, stop=7), settings)  # between the two tasks of a trial
+    with pytest.raises(KeyboardInterrupt):
+        launch(recipe, tmp_path / "run")
+    assert outcome(resume(tmp_path / "run")) == expected
+
+
 def test_a_loss_that_is_nan_ends_the_line_and_is_told(tmp_path: Path) -> None:
     broken = {"call": "ada_toys:broken", "arguments": {"task": 0}}
     recipe = Recipe.from_yaml(toy_recipe(tmp_path), {"calibration.0.head": broken})
