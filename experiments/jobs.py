@@ -224,7 +224,7 @@ class JobServer:
             if rest:
                 write(rest)
 
-        with self._explained():
+        with self._explained(), _hushed():
             asyncio.run(tail())
 
     def stop(self, job: Job) -> bool:
@@ -316,7 +316,7 @@ def _client(address: str) -> Any:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Without Ray's lines about every file that stays behind."""
+    """Without Ray's lines about files that stay behind and connections that end."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

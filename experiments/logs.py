@@ -36,7 +36,10 @@ class JsonLine(logging.Formatter):
             "event": vars(record)["event"],
             "message": record.getMessage(),
         }
-        fields = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        named = {
+            key: value for key, value in vars(record).items() if not key.startswith("_")
+        }  # Ray adds some of its own
+        fields = {key: value for key, value in named.items() if key not in _STANDARD}
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         return json.dumps({**head, **_plain(fields), **head})

@@ -24,7 +24,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_a_record_with_an_event_is_one_line_and_others_are_none(tmp_path: Path) -> None:
     with logs.recorded(tmp_path):
         log.info("A worker is ready.")
-        log.warning("Worker %d died.", 3, extra={"event": "worker_died", "pid": 17, "node": "10.0.0.2"})
+        log.warning("Worker %d died.", 3, extra={"event": "worker_died", "pid": 17, "node": "10.0.0.2", "_of_ray": 1})
     log.warning("too late", extra={"event": "worker_died"})
     (line,) = lines(tmp_path)
     assert list(line) == ["time", "level", "event", "message", "pid", "node"]
