@@ -108,8 +108,9 @@ def resume(
         storage.opened(where, new=False, notify=notify) as place,
         Journal.open(place.directory / JOURNAL, write=True) as journal,
     ):
-        recipe = _resumed_recipe(journal, settings or {})
-        paths = compose.python_paths(tuple(json.loads(journal.fact("sys_path") or "[]")))
+        recorded = _recorded_paths(journal)
+        recipe = _resumed_recipe(recorded["recipe"], settings or {})
+        paths = compose.python_paths(tuple(recorded["sys_path"]))
         notify("Starting the workers ...")
         spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
         with compose.make_pool(recipe, spec) as pool:
@@ -118,6 +119,7 @@ def resume(
             journal.note("recipe", json.dumps(recipe.record()))
             journal.note("budget", recipe.budget.model_dump_json())
             journal.note("tracking", _tracking_fact(recipe))
+            journal.note("sys_path", json.dumps(recorded["sys_path"]))
             _carry_out(recipe, place, journal, pool, space, observe, notify)
     return Run(place.directory)
 
@@ -295,14 +297,36 @@ def _tracking_fact(recipe: Recipe) -> str:
     return json.dumps({"uri": found, "experiment": recipe.tracking.experiment})
 
 
-def _resumed_recipe(journal: Journal, settings: Mapping[str, Any]) -> Recipe:
+def _recorded_paths(journal: Journal) -> dict[str, Any]:
+    """The recorded ``recipe``, and the ``sys_path`` that ends with the working directory.
+
+    What a job of a cluster takes along lies in another folder each time. So there paths in the working directory that
+    the run began in are taken to be in the present one.
+    """
+    recorded = {name: json.loads(journal.fact(name) or "null") for name in ("recipe", "sys_path")}
+    if "ECOTONE_JOB" not in os.environ:
+        return recorded
+    return {name: _moved(value, recorded["sys_path"][-1], str(Path.cwd())) for name, value in recorded.items()}
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """``value`` with the paths in it, at any depth, that are in ``old`` put into ``new``."""
+    if isinstance(value, dict):
+        return {key: _moved(one, old, new) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_moved(one, old, new) for one in value]
+    inside = isinstance(value, str) and (value == old or value.startswith(f"{old}{os.sep}"))
+    return new + value.removeprefix(old) if inside else value
+
+
+def _resumed_recipe(record: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
     wrong = [key for key in settings if key.split(".")[0] not in RESUMABLE]
     if wrong:
         raise InputError(
             f"--set {wrong[0]}: a resumed run keeps what its recorded trials depend on.",
             f"Only fields of {', '.join(RESUMABLE)} may change; start a new run for anything else.",
         )
-    return Recipe.from_record(apply_settings(json.loads(journal.fact("recipe") or "{}"), settings))
+    return Recipe.from_record(apply_settings(record, settings))
 
 
 def _same_models(journal: Journal, space: Space) -> None:

@@ -4,6 +4,7 @@ on clusters, word by word, on a real head of this machine."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import subprocess
@@ -14,11 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from processes import ROOT, Ecotone
+from safetensors.numpy import save_file
 
 from experiments import jobs
 from experiments.jobs import JobServer
+from experiments.runs import Run
 from populations.errors import EcotoneError, InputError, PoolError
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -187,6 +192,53 @@ def test_logs_in_words_as_they_are_and_followed(client: Remembering, ecotone: Ec
     assert "first: succeeded." in followed.err
 
 
+TOYS = """
+import numpy as np
+
+PROBES = np.random.default_rng(0).standard_normal((64, 27))
+
+
+def right(model):
+    vector = np.concatenate([tensor.numpy().ravel() for tensor in model.values()])
+    answers = PROBES @ vector > 0.3
+    return float(answers.mean()), answers
+"""
+
+
+def test_a_resumed_job_finds_what_travelled_elsewhere(tmp_path: Path) -> None:
+    """The recipe's functions and models are where the new job was unpacked; the old place is gone."""
+    old, new, run = tmp_path / "old", tmp_path / "new", tmp_path / "run"
+    (old / "recipes").mkdir(parents=True)
+    (old / "recipes" / "job_toys.py").write_text(TOYS)
+    for seed, name in enumerate(("left", "right")):
+        rng = np.random.default_rng(seed)
+        tensors = {"w": rng.standard_normal((8, 3)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)}
+        save_file(tensors, old / "recipes" / f"{name}.safetensors")
+    record = {
+        "name": "toy",
+        "models": {"experts": ["left.safetensors", "right.safetensors"]},
+        "objectives": {"search": [{"name": "right", "type": "call", "call": "job_toys:right"}]},
+        "budget": {"evaluations": 40},
+        "runtime": {"pool": "serial"},
+        "tracking": {"mlflow": False},
+    }
+    (old / "recipes" / "toy.yaml").write_text(yaml.safe_dump(record))
+
+    def job(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+        return _said(*arguments, folder=folder, ECOTONE_JOB="toy")
+
+    begun = job("run", "recipes/toy.yaml", "--out", str(run), "--log", "json", folder=old)
+    assert begun.returncode == 0, begun.stderr
+    assert [json.loads(line)["event"] for line in begun.stdout.splitlines()][-1] == "run_ended"
+    old.rename(new)
+    again = job("resume", str(run), "--log", "json", "--set", "budget.evaluations=60", folder=new)
+    assert again.returncode == 0, again.stderr
+    known = Run(run).status()
+    assert (known["evaluations"], known["failures"], known["state"]) == (60, 0, "finished")
+    with Run(run).journal() as journal:
+        assert str(old) not in str(journal.fact("recipe")) + str(journal.fact("sys_path"))
+
+
 # -- what is refused ------------------------------------------------------------------------------------------
 
 
@@ -273,8 +325,7 @@ def test_nobody_answers_at_a_real_address(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "Traceback" not in said.stderr
 
 
-def _said(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _said(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "experiments.cli", *arguments]
-    return subprocess.run(
-        program, check=False, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
-    )
+    known = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(program, check=False, capture_output=True, text=True, cwd=folder, env=known)
