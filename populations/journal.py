@@ -120,6 +120,7 @@ class Journal:
             try:
                 journal = cls(file, _connected(file, write=True), lock)
                 journal._begin(facts)
+                journal._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # synced: a power cut leaves a journal
             except BaseException:  # leave no half journal behind: another attempt would be refused
                 for suffix in ("", "-wal", "-shm"):
                     file.with_name(file.name + suffix).unlink(missing_ok=True)
