@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -132,7 +133,9 @@ class Worker:
             shared = (time.perf_counter() - began) / len(trials)
             for trial in trials:
                 began = time.perf_counter() - shared
-                evaluations.append(self._evaluate(trial, next(models), began))
+                model = next(models)
+                merging = {"merge_seconds": round(time.perf_counter() - began, 6)}
+                evaluations.append(replace(self._evaluate(trial, model, began), details=merging))
         except Exception as error:
             if len(trials) == 1:
                 return [_failed("merging", error, began)]

@@ -119,8 +119,8 @@ class Evaluation:
         failure: None when all objectives gave finite scores.
         seconds: Worker time spent on this candidate.
         items: Examples scored for it.
-        details: Small facts worth keeping (attempts, worker name); never part of the result. What a gradient trial's
-            tasks tell is under ``detail_of``.
+        details: Small facts worth keeping; never part of the result. Of a scored trial ``merge_seconds``: the part of
+            ``seconds`` that forming its weights took. What a gradient trial's tasks tell is under ``detail_of``.
         gradient: (S, K) derivatives of a gradient trial's weighted sum of losses by the genome's coefficients.
         errors: Of a sample: by objective name, standard errors of the scores as estimates of those of all examples.
     """
