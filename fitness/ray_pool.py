@@ -111,11 +111,11 @@ class _Job:
     deaths: int = 0
     suspect: bool = False
 
-    def fits(self, queue: Collection[tuple[Any, _Job]]) -> bool:
-        """Whether it may be queued at a worker behind the jobs of ``queue``."""
+    def fits(self, queue: Collection[tuple[Any, _Job]], most: int) -> bool:
+        """Whether it may be queued at a worker behind the jobs of ``queue``, ``most`` in all."""
         if self.suspect:
             return not queue
-        return len(queue) < QUEUED and not any(job.suspect for _, job in queue)
+        return len(queue) < most and not any(job.suspect for _, job in queue)
 
 
 @dataclass
@@ -444,9 +444,11 @@ class RayPool:
     def _dispatch(self) -> None:
         """Give the oldest jobs to the workers with the shortest queues."""
         ready = [hand for hand in self._hands if hand.pid is not None]
+        # A worker that is asked for again finds work left; one that may never be placed is not waited for.
+        most = 1 if len(ready) < len(self._hands) and self._idle_timeout < math.inf else QUEUED
         while self._backlog and ready:
             job = self._backlog[0]
-            room = [hand for hand in ready if job.fits(hand.queue)]
+            room = [hand for hand in ready if job.fits(hand.queue, most)]
             if not room:
                 return
             hand = min(room, key=lambda hand: len(hand.queue))
@@ -467,13 +469,19 @@ class RayPool:
         for hand in list(self._hands):
             if now - hand.since > self._allowed(hand):
                 self._overdue(hand)
-            elif self._open and not hand.queue and now - max(hand.since, self._busy_at) > self._idle_timeout:
+            elif self._idle(hand, now):
                 _event(logging.INFO, "worker_retired", "A worker without work is given back.", **_about(hand))
                 self._retire(hand)
         if now - self._seen_at >= _EVERY:
             self._seen_at = now
             self._look()
             self._measure()
+
+    def _idle(self, hand: _Hand, now: float) -> bool:
+        """Whether a worker has had nothing to do for so long, while others work, that it is to be given back."""
+        if hand.pid is None or hand.queue or not self._open:
+            return False
+        return now - max(hand.since, self._busy_at) > self._idle_timeout
 
     def _overdue(self, hand: _Hand) -> None:
         """Have another in place of a worker past its time: split its batch, or give a candidate alone up."""

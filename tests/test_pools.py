@@ -1,6 +1,10 @@
 """Every pool keeps the same promises, and says the same of the same candidates. Then real faults, on Ray."""
 
+import logging
+import math
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +28,7 @@ from populations.trial import Evaluation, Goal, Trial
 
 HERE = str(Path(__file__).parent)
 MODULE = """
-import os, time, torch
+import ctypes, os, time, torch
 from torch import nn
 
 def net(): return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -48,10 +52,18 @@ def poison(model):
     return value
 def dies(): os._exit(1)
 def refuses(): raise ValueError("no data today")
+def hangs(model):
+    value = float(model["w"][0])
+    if value == 13: time.sleep(600)
+    if value == 14: ctypes.PyDLL(None).sleep(600)  # and holds the interpreter's lock
+    return value
 def gpus(model):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    time.sleep(0.05)
-    return float(visible) if visible else -1.0
+    return (float(visible) if visible else -1.0), [os.getpid()]
+def dawdles(folder):
+    try: os.close(os.open(folder + "/first", os.O_CREAT | os.O_EXCL))
+    except FileExistsError: time.sleep(600)
+    return data()
 def threads(model): return float(torch.get_num_threads())
 def draws(model): return float(torch.rand(()))
 """
@@ -365,7 +377,8 @@ def test_a_timeout_returns_nothing_while_workers_work(folder, cluster):
 # -- Ray: faults ---------------------------------------------------------------------------------------------
 
 
-def test_killed_workers_change_nothing(folder, cluster):
+def test_killed_workers_change_nothing(folder, cluster, caplog):
+    caplog.set_level(logging.DEBUG, "ecotone")
     pool = ray_pool(vectors(folder, "slow", seconds=0.02), 2)
     with pool:
         pool.start()
@@ -376,7 +389,12 @@ def test_killed_workers_change_nothing(folder, cluster):
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         found |= collect(pool, 20 - len(found))
-        assert len(set(pool.pids()) - set(victims)) >= 1
+        others = set(pool.pids()) - set(victims)
+        assert len(others) >= 1
+    events = [(r.event, r.worker) for r in caplog.records if getattr(r, "event", "") in ("worker_ready", "worker_died")]
+    assert {worker for event, worker in events if event == "worker_died"} == set(victims)
+    assert {worker for event, worker in events if event == "worker_ready"} == {*victims, *others}
+    assert {r.node for r in caplog.records if hasattr(r, "node")} == {cluster.get_runtime_context().get_node_id()}
     for number in range(20):
         assert [e.scores["f"] for e in found[number]] == [number, number + 0.5, number + 0.25]
 
@@ -432,16 +450,161 @@ def test_workers_that_die_while_they_open_are_given_up(folder, cluster):
         ray_pool(spec, 1, attempts=2).start()
 
 
-def test_each_worker_gets_a_logical_gpu_of_its_own(folder, cluster):
-    with ray_pool(vectors(folder, "gpus"), 2, gpus_per_worker=1.0, cpus_per_worker=0.5) as pool:
+def ready(pool, count, within=60.0):
+    """Wait until so many workers are."""
+    until = time.monotonic() + within
+    while len(pool.pids()) < count:
+        assert time.monotonic() < until, f"{len(pool.pids())} of {count} workers after {within} s"
+        pool.submit(batch(0, 1))
+        pool.completed()
+
+
+@pytest.mark.parametrize(("workers", "share"), [pytest.param(2, 1.0, marks=pytest.mark.slow), (4, 0.5)])
+def test_each_worker_gets_its_share_of_a_logical_gpu(folder, cluster, workers, share):
+    with ray_pool(vectors(folder, "gpus"), workers, gpus_per_worker=share, cpus_per_worker=0.5) as pool:
         pool.start()
-        deadline = time.monotonic() + 30
-        while len(pool.pids()) < 2 and time.monotonic() < deadline:
-            pool.submit(batch(0, 1))
-            pool.completed()
-        for number in range(1, 9):
+        ready(pool, workers)
+        for number in range(1, 1 + 2 * workers):
             pool.submit(batch(number, 1))
-        assert {e[0].scores["f"] for e in collect(pool, 8).values()} == {0.0, 1.0}
+        found = [e for [e] in collect(pool, 2 * workers).values()]
+    seen = {int(e.per_example["f"][0]): e.scores["f"] for e in found}
+    assert sorted(seen.values()) == sorted([0.0, 1.0] * (workers // 2))
+
+
+def test_the_search_goes_on_while_a_worker_is_slow_to_open(tmp_path, folder, cluster):
+    data = CallSpec("pools_tested:dawdles", {"folder": str(tmp_path)})
+    with ray_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=data),)), 2) as pool:
+        pool.start()
+        for number in range(6):
+            pool.submit(Batch(number, (Trial(number, genomes(1)[0]),)))
+        assert all(e[0].ok for e in collect(pool, 6).values())
+        assert len(pool.pids()) == 1
+
+
+def test_a_worker_that_does_not_find_what_the_search_has_names_node_and_path(folder, cluster, monkeypatch):
+    monkeypatch.chdir(folder)  # not where workers are
+    spec = replace(vectors(folder, "value"), experts=("va.safetensors", str(folder / "vb.safetensors")))
+    node = re.escape(platform.node())
+    with pytest.raises(CheckpointError, match=f"^va.safetensors: node {node} has no such file or directory"):
+        ray_pool(spec, 1).start()
+
+
+def test_idle_workers_are_given_back_and_asked_for_again(folder, cluster):
+    def at_work(pool):
+        """Their process ids, once work for two has two."""
+        until = time.monotonic() + 60
+        while len(pool.pids()) < 2:
+            assert time.monotonic() < until
+            pool.submit(batch(0, 1))
+            pool.submit(batch(1, 2))
+            assert {number: e.scores["f"] for number, [e] in collect(pool, 2).items()} == {0: 1, 1: 2}
+        return set(pool.pids())
+
+    with ray_pool(vectors(folder, "slow", seconds=0.5), 2, idle_timeout=0.4) as pool:
+        pool.start()
+        before = at_work(pool)
+        pool.submit(batch(2, 1, 2, 3))
+        assert collect(pool, 1)[2][2].ok
+        [kept] = pool.pids()
+        after = at_work(pool)
+        assert before & after == {kept}
+
+
+# -- Ray: deadlines ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workers", "hanging"),
+    [(1, 13), pytest.param(2, 13, marks=pytest.mark.slow), pytest.param(2, 14, marks=pytest.mark.slow)],
+)
+def test_only_the_candidate_past_its_time_limit_fails(folder, cluster, caplog, workers, hanging):
+    caplog.set_level(logging.DEBUG, "ecotone")
+    with ray_pool(vectors(folder, "hangs"), workers, time_limit=1.0) as pool:
+        pool.start()
+        pool.submit(batch(0, 1, hanging))
+        for number in range(1, 4):
+            pool.submit(batch(number, number))
+        pool.submit(batch(4, hanging))
+        found = collect(pool, 5)
+    assert found[0][0].scores == {"f": 1}
+    assert [found[n][0].scores["f"] for n in (1, 2, 3)] == [1, 2, 3]
+    for failed in (found[0][1], found[4][0]):
+        assert failed.failure.kind == "timed out"
+        assert "more than 1 s (runtime.time_limit)" in failed.failure.message
+    late = [r.trials for r in caplog.records if getattr(r, "event", "") == "trial_timed_out"]
+    assert sorted(late) == [[0, 1], [1], [40]]
+
+
+def test_a_worker_told_to_stop_hands_its_batch_on_and_blames_nobody(folder, cluster):
+    with ray_pool(vectors(folder, "slow", seconds=0.5), 1, attempts=1) as pool:
+        pool.start()
+        pool.submit(batch(0, 1, 2))
+        for _ in range(3):
+            [pid] = pool.pids()
+            assert pool.completed(timeout=0.3) == []
+            os.kill(pid, signal.SIGTERM)
+            while pid in pool.pids() or not pool.pids():
+                assert pool.completed(timeout=0.1) == []
+        assert [e.scores for e in collect(pool, 1)[0]] == [{"f": 1}, {"f": 2}]
+
+
+# -- Ray: what it tells --------------------------------------------------------------------------------------
+
+
+def test_metrics_that_cannot_be_made_or_set_are_left_out(monkeypatch):
+    pytest.importorskip("ray")
+    from fitness.ray_pool import _Meters
+
+    def check(meters):
+        meters.make()
+        meters.state(1, 0.5, 0)
+        meters.count(Evaluation({"f": 1.0}, seconds=2.0, details={"merge_seconds": 0.5}))
+        meters.count(Evaluation.failed("exception", "why"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ray.util.metrics.Gauge.set", None)
+        check(_Meters())
+    monkeypatch.setattr("ray.util.metrics.Histogram", None)
+    check(_Meters())
+
+
+@pytest.mark.slow
+def test_metrics_can_be_scraped(folder):
+    """In a process of its own: Ray reads the port when it starts."""
+    pytest.importorskip("ray")
+    script = f"""
+        import os, socket, sys, time, urllib.request
+        sys.path.insert(0, {HERE!r})
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        from pathlib import Path
+        import ray, test_pools as t
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
+        with t.ray_pool(t.vectors(Path({str(folder)!r}), "value"), 1) as pool:
+            pool.start()
+            for number in range(10):
+                pool.submit(t.batch(number, number, -1))
+            t.collect(pool, 10)
+            wanted = ("ecotone_evaluations_total", "ecotone_workers", "ecotone_evaluation_seconds_count")
+            lines, until = [], time.monotonic() + 60
+            while not all(any(name in line for line in lines) for name in wanted) and time.monotonic() < until:
+                pool.completed(timeout=0)
+                time.sleep(1)
+                text = urllib.request.urlopen(f"http://127.0.0.1:{{port}}/metrics").read().decode()
+                lines = [line for line in text.splitlines() if line.startswith("ray_ecotone_")]
+        print("\\n".join(lines))
+    """
+    said = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    values = {}
+    for line in said.stdout.splitlines():
+        name, value = line.removeprefix("ray_ecotone_").rsplit(" ", 1)
+        kind = re.search('kind="([^"]*)"', name)
+        values[name.partition("{")[0], kind and kind.group(1)] = float(value)
+    assert values["evaluations_total", None] == 20
+    assert values["failures_total", "exception"] == 10
+    assert values["evaluation_seconds_count", None] == 10
+    assert values["workers", None] == 1
 
 
 @pytest.mark.parametrize(("size", "count", "arguments"), [(0, 3, 1), (30_000, 4, 5), (30_000, 40, 1)])
@@ -466,6 +629,8 @@ def test_trials_travel_with_the_call_unless_they_are_large(size, count, argument
         ({"workers": 0}, "workers: expected at least 1, found 0"),
         ({"attempts": 0}, "attempts: expected at least 1, found 0"),
         ({"gpus_per_worker": -1}, "gpus_per_worker: expected at least 0, found -1"),
+        ({"time_limit": 0}, "time_limit: expected more than 0 seconds, or None, found 0"),
+        ({"idle_timeout": math.nan}, "idle_timeout: expected more than 0 seconds, or None, found nan"),
     ],
 )
 def test_numbers_out_of_range(folder, options, words):
