@@ -1,0 +1,286 @@
+"""The cluster configurations: valid for Ray's launcher, sound for KubeRay, shell that parses, versions that agree."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomllib
+import yaml
+from processes import ROOT
+
+LAUNCHED = ("ray_cluster.yaml", "deploy/on-premise.yaml")
+EVERYTHING = (*LAUNCHED, "deploy/kuberay.yaml", "deploy/Dockerfile", "deploy/drain_on_interruption.py")
+COMMANDS = ("initialization_commands", "setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+# In quotes the shell leaves a tilde as it is.
+QUOTED_HOME = re.compile(r"""["'][^"' ]*~/""")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def config(name: str) -> dict[str, Any]:
+    loaded = yaml.safe_load(read(name))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def pinned(package: str) -> str:
+    found = re.search(rf"^{package}==(\S+)$", read("constraints.txt"), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def commands(name: str) -> Iterator[str]:
+    for key in COMMANDS:
+        yield from config(name).get(key, [])
+
+
+# -- Ray's launcher -------------------------------------------------------------------------------------------
+
+
+def validated(record: dict[str, Any]) -> dict[str, Any]:
+    util = pytest.importorskip("ray.autoscaler._private.util", reason="a private module of Ray that may move")
+    prepared = util.prepare_config(record)
+    util.validate_config(prepared)
+    assert isinstance(prepared, dict)
+    return prepared
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_rays_launcher_takes_it_and_refuses_a_mistyped_key(name: str) -> None:
+    prepared = validated(config(name))
+    types = prepared["available_node_types"]
+    assert prepared["head_node_type"] in types
+    with pytest.raises(pytest.importorskip("jsonschema").ValidationError, match="file_muonts"):
+        validated({**config(name), "file_muonts": {}})
+
+
+def test_on_aws_the_head_scores_nothing_and_spot_workers_come_and_go() -> None:
+    prepared = validated(config("ray_cluster.yaml"))
+    types = prepared["available_node_types"]
+    head, worker = types.pop(prepared["head_node_type"]), types.popitem()[1]
+    assert head["resources"] == {"CPU": 0}
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert (worker["min_workers"], worker["max_workers"]) == (0, prepared["max_workers"])
+    assert prepared["provider"]["cache_stopped_nodes"] is False
+    assert any("drain_on_interruption.py" in line for line in prepared["worker_start_ray_commands"])
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_each_command_is_shell_and_every_ray_asks_for_the_token(name: str) -> None:
+    starts = [line for line in commands(name) if "ray start" in line]
+    assert len(starts) == 2
+    for line in commands(name):
+        subprocess.run(["bash", "-n"], input=line, text=True, check=True)
+        assert not QUOTED_HOME.search(line), line
+    for line in starts:
+        assert "RAY_AUTH_MODE=token ray start" in line
+        assert "--metrics-export-port=8080" in line
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    assert '--address="$RAY_HEAD_IP:6379"' in starts[1]
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_each_option_of_ray_start_is_one(name: str) -> None:
+    scripts = pytest.importorskip("ray.scripts.scripts")
+    known = {option for parameter in scripts.start.params for option in parameter.opts}
+    used = {word.partition("=")[0] for line in commands(name) if "ray start" in line for word in line.split()}
+    assert {word for word in used if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_the_checkout_and_the_token_travel_and_constraints_hold(name: str) -> None:
+    mounts = config(name)["file_mounts"]
+    assert mounts == {"~/.ray/auth_token": "~/.ray/auth_token", "~/ecotone": "."}
+    assert ".git" in config(name)["rsync_exclude"]
+    assert config(name)["rsync_filter"] == [".gitignore"]
+    installs = [line for line in commands(name) if "pip install" in line]
+    assert installs
+    assert all("cd ~/ecotone" in line and "--constraint constraints.txt" in line for line in installs)
+
+
+# -- KubeRay --------------------------------------------------------------------------------------------------
+
+
+def test_kuberay_resources_are_what_the_operator_takes() -> None:
+    """Its own schema is not to be had offline: kinds, names, parameters and resources by hand."""
+    cluster, policy = yaml.safe_load_all(read("deploy/kuberay.yaml"))
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    name, spec = cluster["metadata"]["name"], cluster["spec"]
+    assert set(spec) == {
+        *("rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions"),
+        *("headGroupSpec", "workerGroupSpecs"),
+    }
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["enableInTreeAutoscaling"] is True
+    assert set(spec["autoscalerOptions"]) == {"upscalingMode", "idleTimeoutSeconds"}
+
+    head, (worker,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    assert set(head) == {"serviceType", "rayStartParams", "template"}
+    assert set(worker) == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+    assert worker["minReplicas"] == worker["replicas"] == 0 < worker["maxReplicas"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert head["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+    scripts = pytest.importorskip("ray.scripts.scripts")
+    known = {option for parameter in scripts.start.params for option in parameter.opts}
+    for group, container in ((head, "ray-head"), (worker, "ray-worker")):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        assert {f"--{key}" for key in group["rayStartParams"]} <= known
+        (only,) = group["template"]["spec"]["containers"]
+        assert only["name"] == container
+        assert only["resources"]["requests"] == only["resources"]["limits"]
+        assert {port["containerPort"] for port in only["ports"]} >= {8080}
+    gpu = worker["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+    assert gpu == "1"
+
+    assert policy["kind"] == "NetworkPolicy"
+    own = {"matchLabels": {"ray.io/cluster": name}}
+    assert policy["spec"]["podSelector"] == own
+    assert policy["spec"]["ingress"] == [
+        {"from": [{"podSelector": own}]},
+        {"ports": [{"port": 8080, "protocol": "TCP"}]},
+    ]
+
+
+def test_the_image_holds_all_that_is_installed() -> None:
+    file = read("deploy/Dockerfile")
+    copied = {word for line in file.splitlines() if line.startswith("COPY") for word in line.split()[2:-1]}
+    packages = {name.split(".")[0] for name in tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]["packages"]}
+    assert {*packages, "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} <= copied
+    assert all((ROOT / name).exists() for name in copied)
+    assert "--constraint constraints.txt" in file
+
+
+# -- versions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_versions_are_those_of_this_checkout(name: str) -> None:
+    text = read(name)
+    rays = re.findall(r"rayproject/ray:(\d+\.\d+\.\d+)|ray\[default\]==([\d.]+)|rayVersion: \"([\d.]+)\"", text)
+    assert {version for found in rays for version in found if version} <= {pinned("ray")}
+    own = tomllib.loads(read("pyproject.toml"))["project"]["version"]
+    assert set(re.findall(r"ecotone:(\d[\d.]*)", text)) <= {own}
+
+
+def test_python_of_the_images_runs_what_is_pinned() -> None:
+    """The pins need 3.11, as numpy's does; images and the on-premise text say no older one."""
+    assert pinned("numpy") >= "2.4"
+    found = {tag for name in EVERYTHING for tag in re.findall(r"rayproject/ray:[\d.]+-py(\d+)", read(name))}
+    assert found == {"311"}
+
+
+# -- spot notices ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watcher() -> Any:
+    spec = importlib.util.spec_from_file_location("drain_on_interruption", ROOT / "deploy" / "drain_on_interruption.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """The metadata service of a spot machine; ``action`` is None while nothing is planned."""
+
+    action: str | None = None
+    questions = 0
+
+    def do_PUT(self) -> None:
+        self._answer("secret" if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else None)
+
+    def do_GET(self) -> None:
+        type(self).questions += 1
+        asked = self.path == "/latest/meta-data/spot/instance-action"
+        allowed = self.headers["X-aws-ec2-metadata-token"] == "secret"
+        self._answer(self.action if asked and allowed else None)
+
+    def _answer(self, text: str | None) -> None:
+        self.send_response(404 if text is None else 200)
+        self.end_headers()
+        self.wfile.write((text or "").encode())
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(Metadata, "action", None)
+    monkeypatch.setattr(Metadata, "questions", 0)
+    server = HTTPServer(("127.0.0.1", 0), Metadata)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_notice_drains_the_machines_own_node_and_only_then(
+    watcher: Any, metadata: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes, said = tmp_path / "proc", tmp_path / "said"
+    (processes / "17").mkdir(parents=True)
+    (processes / "17" / "cmdline").write_text("/opt/ray/raylet\0--node_manager_port=0\0--node_id=abc123\0")
+    program = tmp_path / "bin" / "ray"
+    program.parent.mkdir()
+    # The first time the head does not answer.
+    program.write_text(f'#!/bin/sh\necho "$@" >> {said}\ntest $(wc -l < {said}) -gt 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+
+    assert watcher.notice(metadata) is None
+    assert watcher.notice("http://127.0.0.1:9") is None
+    thread = threading.Thread(target=watcher.main, args=("10.0.0.1:6379", metadata, processes, 0.01))
+    thread.start()
+    while Metadata.questions < 4:
+        assert not said.exists()
+    until = datetime.now(timezone.utc) + timedelta(seconds=120)
+    Metadata.action = json.dumps({"action": "terminate", "time": until.strftime("%Y-%m-%dT%H:%M:%SZ")})
+    thread.join(60)
+    assert not thread.is_alive()
+    lines = said.read_text().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith(
+            "drain-node --address 10.0.0.1:6379 --node-id abc123 --reason DRAIN_NODE_REASON_PREEMPTION "
+        )
+        assert 0 < int(line.rpartition(" ")[2]) <= 120
+
+
+def test_the_node_is_told_by_its_raylet_alone(watcher: Any, tmp_path: Path) -> None:
+    assert watcher.node_id(tmp_path) is None
+    for pid, words in ((1, ["bash", "-c", "raylet --node_id=no"]), (2, ["/x/raylet", "--node_id=yes"])):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "cmdline").write_text("\0".join(words))
+    assert watcher.node_id(tmp_path) == "yes"
+
+
+def test_ray_has_the_command_that_drains() -> None:
+    scripts = pytest.importorskip("ray.scripts.scripts")
+    known = {option for parameter in scripts.drain_node.params for option in parameter.opts}
+    assert {"--address", "--node-id", "--reason", "--reason-message", "--deadline-remaining-seconds"} <= known
+
+
+def test_usage() -> None:
+    program = [sys.executable, str(ROOT / "deploy" / "drain_on_interruption.py")]
+    ended = subprocess.run(program, check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "usage: python" in ended.stderr
