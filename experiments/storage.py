@@ -426,7 +426,7 @@ class Mirror:
                     extra={"event": "mirror_failed", "url": self.store.url, "error": str(error)},
                 )
 
-    def finish(self, patience: float = PATIENCE, sleep: Callable[[float], None] = time.sleep) -> None:
+    def finish(self, patience: float, sleep: Callable[[float], None] = time.sleep) -> None:
         """Make the last copy; tries for ``patience`` seconds.
 
         Raises:
@@ -440,7 +440,7 @@ class Mirror:
             except LeaseLostError:
                 raise
             except EcotoneError as error:
-                if self._clock() + pause > end:
+                if self._clock() + pause > end or isinstance(error, JournalError):
                     raise StorageError(
                         f"{self.store.url}: the end of the run could not be copied there: {error.message}",
                         f"It is whole in {self.directory}: `ecotone resume {self.store.url}` on this machine sends it.",
@@ -483,8 +483,9 @@ class Mirror:
     def _sent(self, name: str) -> dict[str, Any]:
         """Copy a file under a new name unless the last copy has it as it is; returns what the manifest says of it."""
         file = self.directory / name
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix="snapshot-") as folder:
-            snapshot = Path(folder) / name
+        target = f"{file.stem}-{self.lease.epoch:06d}-{self._serial:06d}{file.suffix}"
+        with self._room() as folder:
+            snapshot = folder / name
             if name == JOURNAL:
                 self._journal.snapshot(snapshot)
             else:
@@ -493,9 +494,19 @@ class Mirror:
             before = self._files.get(name, {})
             if found.items() <= before.items():
                 return dict(before)
-            target = f"{file.stem}-{self.lease.epoch:06d}-{self._serial:06d}{file.suffix}"
             self.store.put(snapshot, target)
         return {**found, "object": target}
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[Path]:
+        """A folder for a snapshot."""
+        try:
+            with tempfile.TemporaryDirectory(dir=self.directory, prefix="snapshot-") as folder:
+                yield Path(folder)
+        except OSError as error:
+            raise JournalError(
+                f"{self.directory}: no snapshot can be made ({error.strerror or error}).", "Check the space."
+            ) from error
 
     def _drop_old(self) -> None:
         """Delete what neither the last copy nor the one before needs. Nothing that came later is touched."""
@@ -576,12 +587,12 @@ class _DistantPlace(Place):
                     self._finish_after(error, mirror)
                 raise
             self.check()
-            mirror.finish()
+            mirror.finish(PATIENCE)
 
     def _finish_after(self, error: BaseException, mirror: Mirror) -> None:
         """Make the last copy of a run that ends by ``error``, which is what the user has to hear of."""
         try:
-            mirror.finish()
+            mirror.finish(PATIENCE)
         except EcotoneError as another:
             _log.warning("%s", another, extra={"event": "mirror_failed", "url": self.where, "error": str(another)})
 
@@ -608,6 +619,8 @@ def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None) 
         _refuse_present(store)
     directory = _working_directory(store)
     with contextlib.closing(locked(directory / HOME)):
+        for left in (*directory.glob("snapshot-*"), *directory.glob("fetched-*")):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         lease = take_lease(store, _home(directory)["home"], notify)
         place = _DistantPlace(directory, store, lease)
         try:

@@ -305,6 +305,52 @@ def test_a_disk_that_is_full_from_the_start(small_disk: Path, tmp_path: Path, ec
     assert "No space left" in said.err or "full" in said.err
 
 
+@pytest.mark.parametrize("left", [500_000, 350_000])
+def test_a_disk_that_fills_up_under_a_run_at_a_url(
+    left: int,
+    small_disk: Path,
+    tmp_path: Path,
+    ecotone: Ecotone,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[[str], str],
+) -> None:
+    """Where it is written before it is copied; what was copied is whole, and the run goes on anywhere."""
+    url = f"file://{tmp_path}/store/run"
+    runtime = {"pool": "serial", "mirror_every": 0.05, "lease": 1.0}
+    recipe = toy_recipe(tmp_path, "m2n2-dense", delay=0.002, runtime=runtime)
+    monkeypatch.setenv("ECOTONE_CACHE", str(small_disk))
+    (small_disk / "filler").write_bytes(b"x" * (2 * 1024 * 1024 - left))
+    said = ecotone("run", recipe, "--out", url)
+    assert said.code == 1
+    assert "the journal cannot be written" in said.err
+    assert "Traceback" not in said.err
+    monkeypatch.setenv("ECOTONE_CACHE", str(tmp_path / "elsewhere"))
+    with Run(url).journal() as journal:
+        known = journal.counts()[1]
+    paid = len(calls(tmp_path))
+    assert 0 < known <= paid < EVALUATIONS
+    finished = resume(url)
+    assert digest(finished.directory) == undisturbed("m2n2-dense")
+    assert len(calls(tmp_path)) - paid == EVALUATIONS - known + 3
+
+
+def test_a_directory_that_is_read_only(small_disk: Path, tmp_path: Path, ecotone: Ecotone) -> None:
+    """A finished run is read there as it is; running and resuming there is refused."""
+    recipe, run = toy_recipe(tmp_path, delay=0.0), small_disk / "run"
+    assert ecotone("run", recipe, "--out", run).code == 0
+    before, front = digest(run), ecotone("front", run, "--json").json
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert digest(run) == before
+    assert ecotone("front", run, "--json").json == front
+    assert ecotone("export", run, "--member", "best", "--to", tmp_path / "best").code == 0
+    for command in (("resume", run), ("run", recipe, "--out", small_disk / "other")):
+        said = ecotone(*command)
+        assert said.code == 1
+        assert "Read-only file system" in said.err
+        assert "permissions" in said.err
+        assert "Traceback" not in said.err
+
+
 # -- the same everywhere -------------------------------------------------------------------------------------
 
 
