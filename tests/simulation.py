@@ -143,7 +143,7 @@ class Disk:
     """
 
     def __init__(self) -> None:
-        self._synced = b"", 0  # the log's salt when pages of it were being moved, and its frames then
+        self._synced = b"", 0  # salt of a log, and how many of its frames were synced
 
     def copied(self, file: Path, folder: Path, rng: random.Random | None) -> Path:
         """A copy in ``folder`` of what the disk holds; ``rng`` draws what a power cut did to it."""
@@ -151,22 +151,23 @@ class Disk:
         copy = folder / file.name
         shutil.copyfile(file, copy)
         log = file.with_name(f"{file.name}-wal").read_bytes()
-        if rng is not None and len(log) > 32:
-            log = self._torn(copy, log, file.with_name(f"{file.name}-shm").read_bytes(), rng)
+        if len(log) > 32:
+            log = self._left(copy, log, file.with_name(f"{file.name}-shm").read_bytes(), rng)
         copy.with_name(f"{copy.name}-wal").write_bytes(log)
         return copy
 
-    def _torn(self, database: Path, log: bytes, index: bytes, rng: random.Random) -> bytes:
+    def _left(self, database: Path, log: bytes, index: bytes, rng: random.Random | None) -> bytes:
         salt = log[16:24]
-        (page,), (frames,), (moved,) = (struct.unpack_from(kind, index, at) for kind, at in _INDEX)
+        (page,), (frames,), (synced,) = (struct.unpack_from(kind, index, at) for kind, at in _INDEX)
         if self._synced[0] == salt:
-            moved = max(moved, self._synced[1])
-        if moved >= frames:
-            return log
-        if rng.random() < 0.8:
-            return cut(log, 32 + moved * (24 + page), rng)
-        self._synced = salt, frames
-        smudge(database, log, frames, page, rng)
+            synced = max(synced, self._synced[1])
+        if rng is not None and synced < frames:
+            if rng.random() < 0.8:
+                log = cut(log, 32 + synced * (24 + page), rng)
+            else:
+                synced = frames
+                smudge(database, log, frames, page, rng)
+        self._synced = salt, synced
         return log
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import os
 import random
+import signal
+import sqlite3
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +20,7 @@ from managing import begun, ended, of_sample
 from numpy.typing import NDArray
 
 from fitness.pools import Batch, Completed
-from populations.errors import JournalError, SearchError
+from populations.errors import JournalError, PoolError, SearchError
 from populations.genome import Genome
 from populations.gram import GramTable
 from populations.journal import Journal
@@ -25,7 +32,7 @@ from populations.trial import Evaluation, Goal, Trial, oriented
 from search.cma_es import CmaEs
 from search.coefficients import CoefficientBox
 from search.m2n2 import M2N2, M2N2Settings
-from search.manager import Manager, Progress, Schedule, measure
+from search.manager import POLL, Manager, Progress, Schedule, measure
 from search.nsga import Nsga
 from search.protocol import Search
 from search.racing import RaceSettings, Racing
@@ -348,6 +355,36 @@ def test_a_budget_of_seconds_stops_asking_and_tells_the_rest(tmp_path: Path) -> 
     assert min(more.submitted) == 2 * len(asked)
 
 
+class Ticking(Simulated):
+    """Every wait takes the next of ``seconds`` on the clock, 0.5 s when there are no more of them."""
+
+    def __init__(self, *seconds: float) -> None:
+        super().__init__()
+        self.now, self._seconds = 1000.0, list(seconds)
+
+    def clock(self) -> float:
+        return self.now
+
+    def completed(self, timeout: float | None = None) -> Completed:
+        self.now += self._seconds.pop(0) if self._seconds else 0.5
+        return super().completed(timeout)
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "seconds", "reason", "told"),
+    [(20, 100.0, "evaluations", 20), (200, 5.0, "seconds", 12), (20, 4.5, "seconds", 11), (20, 8.6, "evaluations", 20)],
+)
+def test_of_two_budgets_the_one_that_is_spent_first_ends_it(
+    evaluations: int, seconds: float, reason: str, told: int, tmp_path: Path
+) -> None:
+    """A trial takes half a second; the last two are asked for before the time is up."""
+    pool = Ticking()
+    schedule = Schedule(evaluations=evaluations, seconds=seconds, in_flight=3)
+    manager = managed("random", tmp_path / "j.sqlite", pool, schedule, clock=pool.clock)
+    assert ended(manager) == reason
+    assert manager.progress.evaluations == told
+
+
 def test_a_search_that_converges_ends_the_run(tmp_path: Path) -> None:
     manager = managed("cma_es", tmp_path / "j.sqlite", Simulated(), Schedule(evaluations=10**6, batch=50, in_flight=50))
     with manager.journal:
@@ -370,6 +407,256 @@ def test_the_observer_is_told_how_things_stand(tmp_path: Path) -> None:
     assert progress.front_size == len(manager.front.numbers)
     assert progress.best in manager.front.numbers
     assert progress.quality == pytest.approx(np.mean(list(progress.best_scores.values())))
+
+
+# -- clocks --------------------------------------------------------------------------------------------------
+
+HOURS = 3600.0
+
+
+def test_the_clock_is_one_that_nobody_sets() -> None:
+    assert inspect.signature(Manager).parameters["clock"].default is time.monotonic
+
+
+@pytest.mark.parametrize("jumps", [(), (0.5, 9 * HOURS), (9 * HOURS,), (0.5, -9 * HOURS), (-9 * HOURS, 9 * HOURS, 0.5)])
+def test_a_clock_that_jumps_neither_ends_a_budget_nor_prolongs_it(jumps: tuple[float, ...], tmp_path: Path) -> None:
+    pool, seen = Ticking(*jumps), [0.0]
+    manager = managed(
+        "random",
+        tmp_path / "j.sqlite",
+        pool,
+        Schedule(seconds=20.0),
+        clock=pool.clock,
+        observe=lambda progress: seen.append(progress.elapsed),
+    )
+    assert ended(manager) == "seconds"
+    assert seen == sorted(seen)
+    assert len(pool.submitted) == pytest.approx(40, abs=len(jumps))
+
+
+def test_a_pool_that_works_in_the_wait_may_take_its_time(tmp_path: Path) -> None:
+    """Hours that its results account for are no jump."""
+
+    def slow(trial: Trial) -> Evaluation:
+        return replace(scored(trial), seconds=2 * HOURS)
+
+    pool = Ticking(*[2 * HOURS] * 9)
+    pool._score = slow
+    manager = managed("random", tmp_path / "j.sqlite", pool, Schedule(seconds=5 * HOURS), clock=pool.clock)
+    assert ended(manager) == "seconds"
+    assert len(pool.submitted) == 3
+
+
+class Silent(Simulated):
+    """Nothing ever comes back; each wait takes as long as it may."""
+
+    def __init__(self, step: Callable[[int], None] = lambda waits: None) -> None:
+        super().__init__()
+        self.now, self.waits, self._step_taken = 0.0, 0, step
+
+    def clock(self) -> float:
+        return self.now
+
+    def completed(self, timeout: float | None = None) -> Completed:
+        assert timeout is not None
+        assert timeout <= POLL
+        self.now += timeout
+        self.waits += 1
+        self._step_taken(self.waits)
+        return []
+
+
+def test_time_that_passes_without_results_is_written_down(tmp_path: Path) -> None:
+    """A driver that is killed while it waits for hours loses a minute of its budget's seconds."""
+
+    def step(waits: int) -> None:
+        if waits == 200:
+            raise Crash
+
+    pool = Silent(step)
+    manager = managed("random", tmp_path / "j.sqlite", pool, clock=pool.clock)
+    with manager.journal, pytest.raises(Crash):
+        manager.run()
+    with Journal.open(tmp_path / "j.sqlite") as journal:
+        assert 120 < float(journal.fact("elapsed") or 0) <= 200
+
+
+# -- draining ------------------------------------------------------------------------------------------------
+
+
+def drained(kind: str, path: Path, pool: Simulated, after: int, schedule: Schedule = STRICT) -> Manager:
+    """A manager that is drained after so many steps, and has ended."""
+    steps = 0
+
+    def observe(progress: Progress) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == after:
+            manager.drain()
+
+    manager = managed(kind, path, pool, schedule, observe=observe)
+    assert ended(manager) == "drained"
+    return manager
+
+
+@every_search
+@pytest.mark.parametrize("after", [1, 2, 7])
+def test_a_drained_search_goes_on_as_if_nothing_had_been(kind: str, after: int, tmp_path: Path) -> None:
+    whole = carried_out(kind, tmp_path / "whole" / "j.sqlite", Simulated(score=sometimes))
+    path = tmp_path / "j.sqlite"
+    first = Simulated(after, sometimes)
+    manager = drained(kind, path, first, after)
+    assert manager.progress.told < whole.progress.told
+    with Journal.open(path) as journal:
+        paid = [number for number, _ in journal.evaluations()]
+    assert sorted(first.submitted) == paid == list(range(len(paid)))  # all that was in flight came back
+    exportable_after(path)
+    second = Simulated(after, sometimes)
+    again = carried_out(kind, path, second)
+    assert sorted([*paid, *second.submitted]) == list(range(whole.progress.told))
+    assert standing(again) == standing(whole)
+    assert digest(path) == digest(tmp_path / "whole" / "j.sqlite")
+
+
+@pytest.mark.parametrize("grace", [0.0, 2.5, 30.0])
+def test_draining_waits_for_the_grace_and_no_longer(grace: float, tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    pool = Silent(lambda waits: manager.drain() if waits == 5 else None)
+    schedule = replace(STRICT, grace=grace)
+    manager = managed("random", path, pool, schedule, clock=pool.clock)
+    assert ended(manager) == "drained"
+    assert pool.now == pytest.approx(5 + grace)
+    with Journal.open(path) as journal:
+        asked = [event for event in journal.events() if event.kind == "ask"]
+        assert float(journal.fact("elapsed") or 0) == pytest.approx(5 + grace)
+    assert len(asked) == 3
+    second = Simulated()
+    carried_out("random", path, second)
+    assert second.submitted == list(range(83))  # what was in flight is asked for again, first
+
+
+def test_a_clock_that_goes_back_does_not_prolong_the_grace(tmp_path: Path) -> None:
+    def step(waits: int) -> None:
+        if waits == 2:
+            manager.drain()
+        if waits == 4:
+            pool.now -= HOURS
+
+    pool = Silent(step)
+    manager = managed("random", tmp_path / "j.sqlite", pool, replace(STRICT, grace=6.0), clock=pool.clock)
+    assert ended(manager) == "drained"
+    assert pool.waits == 2 + 6 + 1
+
+
+def test_drained_before_it_began_it_asks_for_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    pool = Simulated()
+    manager = managed("m2n2", path, pool)
+    manager.drain()
+    assert ended(manager) == "drained"
+    assert pool.submitted == []
+    assert carried_out("m2n2", path, Simulated()).progress.evaluations == 83
+
+
+def test_drained_when_it_has_ended_it_has_ended(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    carried_out("m2n2", path, Simulated())
+    manager = managed("m2n2", path, Simulated())
+    manager.drain()
+    assert ended(manager) == "evaluations"
+
+
+def test_drained_after_a_first_failure_it_does_not_blame_the_candidates(tmp_path: Path) -> None:
+    pool = Simulated(score=lambda trial: Evaluation.failed("not finite", "NaN"))
+    manager = drained("random", tmp_path / "j.sqlite", pool, 2, Schedule(evaluations=20))
+    assert manager.progress.failures == 1
+
+
+def test_a_signal_drains_while_the_pool_is_waited_for(tmp_path: Path) -> None:
+    pool = Silent(lambda waits: os.kill(os.getpid(), signal.SIGUSR1) if waits == 3 else None)
+    manager = managed("random", tmp_path / "j.sqlite", pool, replace(STRICT, grace=2.0), clock=pool.clock)
+    before = signal.signal(signal.SIGUSR1, lambda *_: manager.drain())
+    try:
+        assert ended(manager) == "drained"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert pool.now == pytest.approx(5.0)
+
+
+# -- events --------------------------------------------------------------------------------------------------
+
+
+def test_events_are_logged_with_their_fields(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "ecotone"):
+        carried_out("random", tmp_path / "j.sqlite", Simulated(score=sometimes), Schedule(evaluations=6, batch=3))
+    records = [vars(record) for record in caplog.records]
+    assert [record["event"] for record in records] == ["asked", "told", "asked", "trial_failed", "told"]
+    assert [record["trials"] for record in records if record["event"] == "told"] == [[0, 1, 2], [3, 4, 5]]
+    failed = records[3]
+    assert (failed["trial"], failed["kind"], failed["levelname"]) == (4, "not finite", "INFO")
+    caplog.clear()
+    drained("random", tmp_path / "k.sqlite", Simulated(), 1)
+    assert caplog.records == []  # nothing at WARNING
+    with caplog.at_level(logging.INFO, "ecotone"):
+        drained("random", tmp_path / "l.sqlite", Simulated(), 1)
+    assert [(vars(one)["event"], vars(one)["batches"], vars(one)["grace"]) for one in caplog.records] == [
+        ("draining", 3, 30.0)
+    ]
+
+
+# -- pools that are wrong ------------------------------------------------------------------------------------
+
+
+class Altered(Simulated):
+    """Gives what ``alter`` makes of each batch and its evaluations."""
+
+    def __init__(self, alter: Callable[[Batch, list[Evaluation]], Completed]) -> None:
+        super().__init__()
+        self._alter = alter
+
+    def completed(self, timeout: float | None = None) -> Completed:
+        return [found for batch, evaluations in super().completed(timeout) for found in self._alter(batch, evaluations)]
+
+
+@pytest.mark.parametrize("order", ["strict", "arrival"])
+def test_a_batch_that_comes_twice_counts_once(order: Any, tmp_path: Path) -> None:
+    whole = carried_out("m2n2", tmp_path / "whole" / "j.sqlite", Simulated())
+    before: list[tuple[Batch, list[Evaluation]]] = []
+
+    def again(batch: Batch, evaluations: list[Evaluation]) -> Completed:
+        """This one twice, and all those before once more, with other scores."""
+        others = [(old, [Evaluation({"first": 9.0, "second": 9.0}) for _ in found]) for old, found in before]
+        before.append((batch, evaluations))
+        return [(batch, evaluations), *others, (batch, [Evaluation.failed("exception", "late") for _ in evaluations])]
+
+    path = tmp_path / "j.sqlite"
+    manager = carried_out("m2n2", path, Altered(again), replace(STRICT, order=order))
+    assert standing(manager) == standing(whole)
+    assert digest(path) == digest(tmp_path / "whole" / "j.sqlite")
+
+
+WRONG: dict[str, tuple[Callable[[Batch, list[Evaluation]], Completed], str]] = {
+    "number": (
+        lambda batch, found: [(Batch(batch.number + 900, batch.trials), found)],
+        "found batch 900, which it was",
+    ),
+    "trials": (lambda batch, found: [(Batch(batch.number, batch.trials[::-1]), found)], "found batch 0, which it was"),
+    "fewer": (lambda batch, found: [(batch, found[1:])], "batch 0: expected 3 evaluations, found 2"),
+    "more": (lambda batch, found: [(batch, [*found, found[0]])], "batch 0: expected 3 evaluations, found 4"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_pool_was_not_asked_for_is_refused_and_not_written(wrong: str, tmp_path: Path) -> None:
+    alter, text = WRONG[wrong]
+    path = tmp_path / "j.sqlite"
+    with pytest.raises(PoolError, match=text):
+        carried_out("random", path, Altered(alter))
+    with Journal.open(path) as journal:
+        assert list(journal.evaluations()) == []
+    second = Simulated()
+    carried_out("random", path, second)
+    assert second.submitted == list(range(83))
 
 
 # -- failures ------------------------------------------------------------------------------------------------
@@ -534,6 +821,18 @@ def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
         carried_out("cma_es", path, Simulated())
 
 
+@pytest.mark.parametrize("damage", ["DELETE FROM evaluations WHERE number = 4", "DELETE FROM events WHERE seq = 1"])
+def test_a_damaged_journal_is_refused(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    carried_out("random", path, Simulated(), Schedule(evaluations=9, batch=3, in_flight=9))
+    connection = sqlite3.connect(path)
+    connection.execute(damage)
+    connection.commit()
+    connection.close()
+    with pytest.raises(JournalError):
+        carried_out("random", path, Simulated())
+
+
 # -- dense weights -------------------------------------------------------------------------------------------
 
 
@@ -572,6 +871,19 @@ def test_measuring_pays_for_each_merge_once(tmp_path: Path) -> None:
         other = Simulated(0)
         measure(other, journal, genomes, "search", batch=10)
         assert len(other.submitted) == 5  # another subset is another measurement
+
+
+def test_a_measurement_that_comes_twice_or_is_of_the_search_counts_once(tmp_path: Path) -> None:
+    genomes = [Genome.uniform(SIZE, [i / 10, 1.0]) for i in range(5)]
+    of_the_search = Batch(1, (Trial(2, Genome.uniform(SIZE, [3.0, 3.0])), Trial(3, genomes[0])))
+
+    def again(batch: Batch, found: list[Evaluation]) -> Completed:
+        wrong = [Evaluation.failed("exception", "late") for _ in found]
+        return [(of_the_search, wrong), (batch, found), (batch, wrong)]
+
+    with Journal.create(tmp_path / "j.sqlite", {}) as journal:
+        found = measure(Altered(again), journal, genomes, "held_out", batch=2)
+    assert [found[genome.digest].scores for genome in genomes] == [scored(Trial(0, one)).scores for one in genomes]
 
 
 def test_what_the_search_scored_is_not_measured_again(tmp_path: Path) -> None:
