@@ -470,15 +470,17 @@ class Mirror:
             files=files,
         )
         self.store.write(f"mirror-{self.lease.epoch:06d}-{self._serial:06d}.json", manifest)
-        self._drop_old()
+        self._drop_old({one["object"] for one in files.values()})
         took = self._clock() - began
-        self._files, self._version, self.failures = files, version, 0
-        self._due = self._clock() + max(self.every, SHARE * took)
-        _log.info(
-            "The run is copied to %s.",
+        _log.log(
+            logging.WARNING if self.failures else logging.INFO,
+            "The run is copied to %s%s.",
             self.store.url,
+            " again" if self.failures else "",
             extra={"event": "mirrored", "url": self.store.url, "bytes": size, "seconds": took, "serial": self._serial},
         )
+        self._files, self._version, self.failures = files, version, 0
+        self._due = self._clock() + max(self.every, SHARE * took)
 
     def _sent(self, name: str) -> dict[str, Any]:
         """Copy a file under a new name unless the last copy has it as it is; returns what the manifest says of it."""
@@ -508,16 +510,15 @@ class Mirror:
                 f"{self.directory}: no snapshot can be made ({error.strerror or error}).", "Check the space."
             ) from error
 
-    def _drop_old(self) -> None:
-        """Delete what neither the last copy nor the one before needs. Nothing that came later is touched."""
+    def _drop_old(self, needed: set[str]) -> None:
+        """Delete all but what is needed and the copy before. Nothing that came later is touched."""
         numbered = _numbered(self.store.names(), "(?!lease)[a-z]+")
         own = (self.lease.epoch, self._serial)
-        mirrors = [name for number, name in _numbered((name for _, name in numbered), "mirror") if number <= own]
-        needed = set(mirrors[:2])
-        for name in mirrors[:2]:
-            needed |= {one["object"] for one in _parsed(self.store.read(name)).get("files", {}).values()}
+        mirrors = [name for number, name in _numbered((name for _, name in numbered), "mirror") if number <= own][:2]
+        before = _parsed(self.store.read(mirrors[-1])).get("files", {})
+        kept = {*needed, *mirrors, *(one["object"] for one in before.values())}
         for number, name in numbered:
-            if number <= own and name not in needed:
+            if number <= own and name not in kept:
                 self.store.drop(name)
 
 

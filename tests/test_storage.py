@@ -297,6 +297,8 @@ def test_a_store_that_fails_for_a_minute(tmp_path: Path, caplog: pytest.LogCaptu
             clock.now += 1
         assert len(events(caplog, "mirror_failed")) == 1
         assert "does not answer" in events(caplog, "mirror_failed")[0].getMessage()
+        told = [record.getMessage() for record in events(caplog, "mirrored") if record.levelno == logging.WARNING]
+        assert told == [f"The run is copied to {store.url} again."]
         assert len(events(caplog, "mirrored")) > 4
         Flaky.down = True
         clock.now += 100
