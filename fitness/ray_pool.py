@@ -17,6 +17,7 @@ import pickle
 import platform
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -297,11 +298,14 @@ class RayPool:
         options: dict[str, Any] = {"address": self._address, "log_to_driver": False, "logging_level": logging.ERROR}
         if self._address is None:
             options |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        stop = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             where = "a local Ray cluster cannot be started" if self._address is None else f"no cluster: {self._address}"
             raise PoolError(f"pool: {where} ({error}).", "Check the address and RAY_AUTH_MODE (token).") from error
+        if stop is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)  # Ray's handler would exit at once
         self._owned = True
 
     def _look(self) -> None:

@@ -382,10 +382,27 @@ def test_ray_workers_find_the_same_even_if_one_is_killed(
             os.kill(killed[0], signal.SIGKILL)
 
     recipe = Recipe.from_yaml(toy_recipe(tmp_path), {"runtime": {"pool": "ray", "workers": workers}})
+    before = signal.getsignal(signal.SIGTERM)
     status = launch(recipe, tmp_path / "run", observe=observe, folders=(str(tmp_path),)).status()
+    assert signal.getsignal(signal.SIGTERM) == before
     assert killed
     assert (status["state"], status["failures"]) == ("finished", 0)
     assert status["digest"] == undisturbed("m2n2")
+
+
+@pytest.mark.slow
+def test_a_driver_with_ray_workers_drains(tmp_path: Path, undisturbed: Callable[[str], str]) -> None:
+    pytest.importorskip("ray")
+    recipe, run = toy_recipe(tmp_path, delay=0.02), tmp_path / "run"
+    with started("run", recipe, "--out", run, "--workers", 2) as process:
+        wait_until(lambda: len(calls(tmp_path)) >= 30, process, 180)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert Run(run).status()["state"] == "interrupted"
+    with Run(run).journal() as journal:
+        assert journal.counts()[1] == len(calls(tmp_path))  # what was in flight was waited for
+    assert resume(run, {"runtime.pool": "serial"}).status()["digest"] == undisturbed("m2n2")
 
 
 @pytest.mark.slow
