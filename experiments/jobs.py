@@ -45,6 +45,7 @@ LEFT_BEHIND = [
 STOPPING = 120  # seconds that a stopped run has beyond ``runtime.grace``, to write down what it has; then it is killed
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _POLL = 0.5  # seconds
+_STARTING = 60.0  # seconds for which a head that was just started may take no jobs yet
 _OURS = "ecotone"  # the key of the run's name in a job's metadata
 
 
@@ -260,13 +261,21 @@ class JobServer:
         if not is_checkout(Path(job.folder)):
             environment["py_modules"] = [str(path) for path in _our_packages()]
         with self._explained(), _hushed():
-            self._client.submit_job(
-                entrypoint=" ".join(words),
-                submission_id=job.id,
-                runtime_env=environment,
-                metadata={_OURS: job.run, "out": job.out, "folder": job.folder},
-                entrypoint_num_cpus=0,
-            )
+            until = time.monotonic() + _STARTING
+            while True:
+                try:
+                    self._client.submit_job(
+                        entrypoint=" ".join(words),
+                        submission_id=job.id,
+                        runtime_env=environment,
+                        metadata={_OURS: job.run, "out": job.out, "folder": job.folder},
+                        entrypoint_num_cpus=0,
+                    )
+                    break
+                except RuntimeError as error:
+                    if "No available agent" not in str(error) or time.monotonic() > until:
+                        raise
+                    time.sleep(_POLL)
         return job
 
     @contextlib.contextmanager

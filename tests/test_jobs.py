@@ -4,18 +4,26 @@ on clusters, word by word, on a real head of this machine."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from processes import ROOT, Ecotone
@@ -23,8 +31,10 @@ from safetensors.numpy import save_file
 
 from experiments import jobs
 from experiments.jobs import JobServer
+from experiments.recipe import Recipe
+from experiments.running import launch
 from experiments.runs import Run
-from populations.errors import EcotoneError, InputError, PoolError
+from populations.errors import EcotoneError, InputError, JournalError, PoolError
 
 ADDRESS = "http://127.0.0.1:8265"
 RECIPE = ROOT / "experiments" / "recipes" / "digits-specialists.yaml"
@@ -38,9 +48,13 @@ class Remembering:
     states: dict[str, str] = field(default_factory=dict)
     fails: Exception | None = None
     lines: str = ""
+    starting: int = 0
 
     def submit_job(self, **job: Any) -> str:
         self._try()
+        if self.starting:
+            self.starting -= 1
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job.")
         self.sent.append(job)
         self.states[job["submission_id"]] = "RUNNING"
         return str(job["submission_id"])
@@ -239,6 +253,17 @@ def test_a_resumed_job_finds_what_travelled_elsewhere(tmp_path: Path) -> None:
         assert str(old) not in str(journal.fact("recipe")) + str(journal.fact("sys_path"))
 
 
+def test_a_head_that_was_just_started_is_waited_for(client: Remembering, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_POLL", 0.0)
+    client.starting = 3
+    JobServer(ADDRESS).submit(RECIPE, "first")
+    assert len(client.sent) == 1
+    client.starting = 10**9
+    monkeypatch.setattr(jobs, "_STARTING", 0.0)
+    with pytest.raises(PoolError, match="No available agent"):
+        JobServer(ADDRESS).submit(RECIPE, "second")
+
+
 # -- what is refused ------------------------------------------------------------------------------------------
 
 
@@ -329,3 +354,150 @@ def _said(*arguments: str, folder: Path = ROOT, **environment: str) -> subproces
     program = [sys.executable, "-m", "experiments.cli", *arguments]
     known = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(program, check=False, capture_output=True, text=True, cwd=folder, env=known)
+
+
+# -- the README's section, on a real head ---------------------------------------------------------------------
+
+
+def section(title: str) -> list[str]:
+    """The commands of the shell blocks of a section of the README."""
+    text = (ROOT / "README.md").read_text().split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+@dataclass
+class Shell:
+    """A user's shell in the checkout, with a home of its own; ``export`` lasts."""
+
+    environment: dict[str, str]
+    said: list[str] = field(default_factory=list)
+
+    def __call__(self, line: str, code: int = 0, **others: str) -> str:
+        if line.startswith("export "):
+            self.environment |= dict(word.split("=", 1) for word in line.split()[1:])
+            return ""
+        ended = subprocess.run(
+            ["bash", "-c", line], check=False, capture_output=True, text=True, timeout=900,
+            cwd=ROOT, env={**self.environment, **others},
+        )  # fmt: skip
+        assert ended.returncode == code, f"{line}: {ended.stdout}{ended.stderr}"
+        self.said.append(f"$ {line}\n{ended.stdout}{ended.stderr}")
+        return ended.stdout + ended.stderr
+
+
+def free_ports(count: int) -> list[int]:
+    holders = [socket.socket() for _ in range(count)]
+    try:
+        for holder in holders:
+            holder.bind(("127.0.0.1", 0))
+        return [holder.getsockname()[1] for holder in holders]
+    finally:
+        for holder in holders:
+            holder.close()
+
+
+@contextlib.contextmanager
+def head(start: str, shell: Shell, port: int) -> Iterator[None]:
+    """The cluster that the line ``start`` starts, on ports and in a folder of its own; killed by its ids at the end."""
+    temporary = tempfile.mkdtemp(prefix="ecotone-", dir="/tmp")  # short: sockets have paths of 107 bytes
+    gcs, agent, client = free_ports(3)
+    options = (
+        f"--block --num-cpus=2 --object-store-memory=100000000 --temp-dir={temporary} --port={gcs} "
+        f"--dashboard-port={port} --dashboard-agent-listen-port={agent} --ray-client-server-port={client}"
+    )
+    program = subprocess.Popen(
+        ["bash", "-c", f"exec {start} {options}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=shell.environment, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        top = psutil.Process(program.pid)
+        family = [*top.children(recursive=True), top]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        program.wait()
+        psutil.wait_procs(family, timeout=30)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_the_cluster_section_of_the_readme_works_word_by_word(tmp_path: Path) -> None:
+    pytest.importorskip("ray.dashboard.modules.job.job_head", reason="a head takes jobs only with ray[default]")
+    lines = section("On a Ray cluster")
+    (start,) = [line for line in lines if line.startswith("ray start --head")]
+    verbs = [line.split()[1] for line in lines if line.startswith("ecotone ")]
+    assert verbs == ["submit", "jobs", "logs", "status", "stop", "resume", "logs", "front"]
+    (port,) = free_ports(1)
+    address, run = f"http://127.0.0.1:{port}", tmp_path / "ecotone-runs" / "digits"
+    keep = {key: os.environ[key] for key in ("LANG", "RAY_USAGE_STATS_ENABLED", "OMP_NUM_THREADS") if key in os.environ}
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    shell = Shell({**keep, "HOME": str(tmp_path), "PATH": path, "RAY_API_SERVER_ADDRESS": address})
+
+    def evaluations() -> int:
+        with contextlib.suppress(JournalError):
+            return int(Run(run).status()["evaluations"])
+        return 0
+
+    for line in lines[: lines.index(start)]:
+        shell(line)
+    with head(start, shell, port):
+        until(lambda: shell_works(shell))
+        for line in lines[lines.index(start) + 1 :]:
+            if line.startswith(("ecotone status", "ecotone stop")):
+                until(lambda: evaluations() > 0)
+            said = shell(line.replace(ADDRESS, address))
+            if line.startswith("ecotone status"):
+                assert "running" in said
+            if line.startswith("ecotone stop"):
+                assert "digits has stopped." in said
+                stopped = Run(run).status()
+                assert stopped["state"] == "interrupted"
+                assert 0 < stopped["evaluations"] < 20_000
+        finished = Run(run).status()
+        assert (finished["state"], finished["evaluations"]) == ("finished", 20_000)
+        assert "digits: succeeded." in shell.said[-2]
+        assert [job["state"] for job in json.loads(shell("ecotone jobs --json"))] == ["stopped", "succeeded"]
+        events = [json.loads(line)["event"] for line in (run / "log.jsonl").read_text().splitlines()]
+        assert {"run_started", "draining", "run_resumed", "worker_ready", "progress"} <= set(events)
+        assert events.count("run_ended") == 2
+
+        refusals(shell, address, tmp_path)
+    print("\n".join(shell.said))
+
+    undisturbed = launch(
+        Recipe.from_yaml(RECIPE, {"runtime.pool": "serial", "tracking.mlflow": False}), tmp_path / "undisturbed"
+    )
+    assert finished["digest"] == undisturbed.status()["digest"]
+
+
+def shell_works(shell: Shell) -> bool:
+    """Whether the head answers."""
+    with contextlib.suppress(AssertionError):
+        return "knows no runs" in shell("ecotone jobs")
+    return False
+
+
+def refusals(shell: Shell, address: str, folder: Path) -> None:
+    """What the real server refuses, and Ray's client raises then, in words."""
+    (folder / "token").write_text("0" * 64)
+    wrong, none = {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}, {"HOME": str(folder / "none")}
+    for line, words, others in (
+        ("ecotone jobs", f"{address}: the token here is not the cluster's (403).", wrong),
+        ("ecotone jobs", f"{address}: the cluster asks for a token, and there is none here (401).", none),
+        ("ecotone stop digist", "Did you mean 'digits'?", {}),
+        ("ecotone stop digits", "it is not running; it has finished", {}),
+        ("ecotone submit experiments/recipes/digits-specialists.yaml --name digits", "has a run 'digits' already", {}),
+    ):
+        assert words in shell(line, 1, **others)
+    with pytest.raises(HTTPError, match="401"):
+        urlopen(f"{address}/api/jobs/")
