@@ -19,8 +19,8 @@ Each is measured in processes of its own: peak memory over two steps in one, the
 ``--rounds`` others, in which contenders take turns. On a CPU memory is anonymous memory (RssAnon) beyond what the
 process took after imports, with glibc told to give blocks of a megabyte back as soon as they are free, so that what
 counts is what is used; pages of checkpoint files count for neither side, as the system takes them back when memory is
-short. On CUDA it is ``max_memory_allocated``. The
-gradients of the first step are compared as well. ``ratio`` is to ecotone.
+short. On CUDA it is ``max_memory_allocated``. The gradients of the first step are compared as well. ``ratio`` is to
+ecotone.
 """
 
 from __future__ import annotations
