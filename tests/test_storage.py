@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import random
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -492,6 +494,38 @@ def test_a_killed_driver_is_followed_on_another_machine(
     assert digest_at(url) == undisturbed
     listed = ecotone("front", url, "--json").json["members"]
     assert ecotone("export", url, "--to", tmp_path / "best", "--member", listed[0]["id"]).code == 0
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_each_time_on_another_machine(
+    tmp_path: Path, machine: Callable[[str], None], undisturbed: str
+) -> None:
+    """At random moments, also while it copies: what a machine finds is whole, and never less than the one before."""
+    url, moments, kills = f"file://{tmp_path}/store/run", random.Random("machines"), 0
+    runtime = {**HASTY, "mirror_every": 0.01}
+    recipe = toy_recipe(tmp_path, delay=0.02, runtime=runtime)
+    command: tuple[object, ...] = ("run", recipe, "--out", url)
+    before: list[int] = []
+    while True:
+        machine(str(kills))
+        stretch = len(calls(tmp_path))
+        with started(*command) as process:
+            wait_until(lambda: len(calls(tmp_path)) > stretch or process.poll() is not None, process)  # noqa: B023
+            try:
+                process.wait(timeout=moments.uniform(0.1, 1.0))
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        kills += 1
+        machine(f"look {kills}")
+        after = recorded(Run(url).directory)
+        assert after[: len(before)] == before
+        before, command = after, ("resume", url)
+    assert kills >= 5
+    assert digest_at(url) == undisturbed
+    assert len(names(url, "lease")) == kills + 1
+    assert len(names(url, "mirror")) == 2
 
 
 def digest_at(url: str) -> str:
