@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -26,6 +27,8 @@ from experiments.recipe import Recipe
 from experiments.running import launch, resume
 from experiments.runs import JOURNAL, Run
 from experiments.storage import Lease, LeaseLostError, Mirror, StorageError, Store, newest_mirror, take_lease
+from experiments.tracking import store as tracking_store
+from experiments.tracking.target import Target
 from populations.errors import EcotoneError, JournalError
 from populations.genome import Genome
 from populations.journal import Journal
@@ -612,6 +615,20 @@ def test_a_time_of_day_that_jumps_while_it_runs(
     monkeypatch.setattr(time, "time", lambda: now + (-1) ** next(jumps) * 1e7)
     run = launch(toy(tmp_path), url, folders=(str(tmp_path),))
     assert (run.status()["state"], digest(run.directory)) == ("finished", undisturbed)
+
+
+def test_mlflow_knows_a_run_by_its_url(
+    tmp_path: Path, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The id of a run in MLflow leads to it from any machine."""
+    url = f"file://{tmp_path}/store/run"
+    run = launch(toy(tmp_path), url, folders=(str(tmp_path),))
+    with run.journal() as journal:
+        tags = Target.of(journal, run.directory, None, None).tags
+    machine("second")
+    data = SimpleNamespace(data=SimpleNamespace(tags=tags))
+    monkeypatch.setattr(tracking_store, "client_of", lambda uri: SimpleNamespace(get_run=lambda run_id: data))
+    assert tracking_store.find_run_dir("0" * 32, "http://127.0.0.1:1") == url
 
 
 # -- refusals ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from experiments.storage import is_url
 from populations.errors import EcotoneError
 
 ENVIRONMENT = {
@@ -113,8 +114,8 @@ def in_words(error: BaseException, uri: str) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def find_run_dir(run_id: str, uri: str) -> Path:
-    """The run directory of an MLflow run, by its tag ``ecotone.run_dir``.
+def find_run_dir(run_id: str, uri: str) -> str | Path:
+    """The run directory of an MLflow run, a path or a URL, by its tag ``ecotone.run_dir``.
 
     Raises:
         TrackingError: MLflow does not answer or has no such run, or it is not one of Ecotone's, or its directory
@@ -130,6 +131,8 @@ def find_run_dir(run_id: str, uri: str) -> Path:
         ) from error
     if "ecotone.run_dir" not in tags:
         raise TrackingError(f"MLflow run {run_id} was not made by Ecotone (no tag ecotone.run_dir).")
+    if is_url(tags["ecotone.run_dir"]):
+        return str(tags["ecotone.run_dir"])
     directory = Path(tags["ecotone.run_dir"])
     if not (directory / "journal.sqlite").is_file():
         raise TrackingError(

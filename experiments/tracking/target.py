@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from experiments.compare import algorithm_name
+from experiments.storage import url_of
 from experiments.tracking.names import VIEW_TAG, flattened
 from experiments.tracking.store import absolute_uri, default_uri
 from experiments.tracking.view import view_key
@@ -64,7 +65,7 @@ class Target:
                 "algorithm": journal.fact("algorithm") or "",
                 "models": ", ".join(models),
                 "objectives": ", ".join(goal.name for goal in goals),
-                "ecotone.run_dir": str(directory),
+                "ecotone.run_dir": url_of(directory) or str(directory),
                 VIEW_TAG: view_key(goals),
                 "ecotone.signature": signature,
                 "ecotone.versions": journal.fact("versions") or "{}",
