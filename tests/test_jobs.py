@@ -29,7 +29,7 @@ import yaml
 from processes import ROOT, Ecotone
 from safetensors.numpy import save_file
 
-from experiments import jobs
+from experiments import jobs, storage
 from experiments.jobs import JobServer
 from experiments.recipe import Recipe
 from experiments.running import launch
@@ -207,36 +207,47 @@ def test_logs_in_words_as_they_are_and_followed(client: Remembering, ecotone: Ec
 
 
 TOYS = """
+import time
 import numpy as np
 
 PROBES = np.random.default_rng(0).standard_normal((64, 27))
 
 
-def right(model):
+def right(model, delay=0.0):
     vector = np.concatenate([tensor.numpy().ravel() for tensor in model.values()])
     answers = PROBES @ vector > 0.3
+    time.sleep(delay)
     return float(answers.mean()), answers
 """
+
+
+def toys(folder: Path, delay: float = 0.0, **others: Any) -> Path:
+    """A recipe with its own function and models in ``folder``."""
+    folder.mkdir(parents=True)
+    (folder / "job_toys.py").write_text(TOYS)
+    for seed, name in enumerate(("left", "right")):
+        rng = np.random.default_rng(seed)
+        tensors = {"w": rng.standard_normal((8, 3)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)}
+        save_file(tensors, folder / f"{name}.safetensors")
+    objective = {"name": "right", "type": "call", "call": "job_toys:right", "arguments": {"delay": delay}}
+    record = {
+        "name": "toy",
+        "models": {"experts": ["left.safetensors", "right.safetensors"]},
+        "objectives": {"search": [objective]},
+        "budget": {"evaluations": 40},
+        "runtime": {"pool": "serial"},
+        "tracking": {"mlflow": False},
+        **others,
+    }
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(record))
+    return path
 
 
 def test_a_resumed_job_finds_what_travelled_elsewhere(tmp_path: Path) -> None:
     """The recipe's functions and models are where the new job was unpacked; the old place is gone."""
     old, new, run = tmp_path / "old", tmp_path / "new", tmp_path / "run"
-    (old / "recipes").mkdir(parents=True)
-    (old / "recipes" / "job_toys.py").write_text(TOYS)
-    for seed, name in enumerate(("left", "right")):
-        rng = np.random.default_rng(seed)
-        tensors = {"w": rng.standard_normal((8, 3)).astype(np.float32), "b": rng.standard_normal(3).astype(np.float32)}
-        save_file(tensors, old / "recipes" / f"{name}.safetensors")
-    record = {
-        "name": "toy",
-        "models": {"experts": ["left.safetensors", "right.safetensors"]},
-        "objectives": {"search": [{"name": "right", "type": "call", "call": "job_toys:right"}]},
-        "budget": {"evaluations": 40},
-        "runtime": {"pool": "serial"},
-        "tracking": {"mlflow": False},
-    }
-    (old / "recipes" / "toy.yaml").write_text(yaml.safe_dump(record))
+    toys(old / "recipes")
 
     def job(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         return _said(*arguments, folder=folder, ECOTONE_JOB="toy")
@@ -439,17 +450,14 @@ def test_the_cluster_section_of_the_readme_works_word_by_word(tmp_path: Path) ->
     assert verbs == ["submit", "jobs", "logs", "status", "stop", "resume", "logs", "front"]
     (port,) = free_ports(1)
     address, run = f"http://127.0.0.1:{port}", tmp_path / "ecotone-runs" / "digits"
-    keep = {key: os.environ[key] for key in ("LANG", "RAY_USAGE_STATS_ENABLED", "OMP_NUM_THREADS") if key in os.environ}
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    shell = Shell({**keep, "HOME": str(tmp_path), "PATH": path, "RAY_API_SERVER_ADDRESS": address})
+    shell = a_shell(tmp_path, port)
 
     def evaluations() -> int:
         with contextlib.suppress(JournalError):
             return int(Run(run).status()["evaluations"])
         return 0
 
-    for line in lines[: lines.index(start)]:
-        shell(line)
+    assert [line.split()[0] for line in lines[: lines.index(start)]] == ["export", "ray"]  # `a_shell` has run them
     with head(start, shell, port):
         until(lambda: shell_works(shell))
         for line in lines[lines.index(start) + 1 :]:
@@ -478,6 +486,49 @@ def test_the_cluster_section_of_the_readme_works_word_by_word(tmp_path: Path) ->
         Recipe.from_yaml(RECIPE, {"runtime.pool": "serial", "tracking.mlflow": False}), tmp_path / "undisturbed"
     )
     assert finished["digest"] == undisturbed.status()["digest"]
+
+
+@pytest.mark.slow
+def test_a_new_head_goes_on_from_the_url_alone(tmp_path: Path) -> None:
+    """A recipe that is in no checkout, with its own function and models; the first head is killed with all it has."""
+    pytest.importorskip("ray.dashboard.modules.job.job_head", reason="a head takes jobs only with ray[default]")
+    settings = {"scoring": {"batch": 4, "in_flight": 8}, "budget": {"evaluations": 240}}
+    recipe = toys(tmp_path / "mine", delay=0.05, **settings, runtime={"workers": 2, "mirror_every": 0.5, "lease": 3.0})
+    url = f"file://{tmp_path}/bucket/toy"
+    start = next(line for line in section("On a Ray cluster") if line.startswith("ray start --head"))
+
+    def copied() -> int:
+        with contextlib.suppress(EcotoneError):
+            return int(Run(storage.fetched(url)).status()["evaluations"])
+        return 0
+
+    for number in (1, 2):
+        (port,) = free_ports(1)
+        shell = a_shell(tmp_path / f"home-{number}", port)  # each machine has its own disk
+        with head(start, shell, port):
+            until(lambda: shell_works(shell))  # noqa: B023 - called at once
+            if number == 1:
+                shell(f"ecotone submit {recipe} --name toy --out {url}")
+                until(lambda: copied() > 40)
+            else:
+                shell(f"ecotone resume {url} --address http://127.0.0.1:{port} --folder {recipe.parent}")
+                print(shell("ecotone logs toy --follow"))
+    finished = Run(storage.fetched(url)).status()
+    assert (finished["state"], finished["evaluations"], finished["failures"]) == ("finished", 240, 0)
+    whole = toys(tmp_path / "whole", **settings)
+    undisturbed = launch(Recipe.from_yaml(whole), tmp_path / "run", folders=(str(whole.parent),))
+    assert finished["digest"] == undisturbed.status()["digest"]
+
+
+def a_shell(home: Path, port: int) -> Shell:
+    """In the checkout, with a home of its own and the job server at ``port``."""
+    home.mkdir(exist_ok=True)
+    keep = {key: os.environ[key] for key in ("LANG", "RAY_USAGE_STATS_ENABLED", "OMP_NUM_THREADS") if key in os.environ}
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    shell = Shell({**keep, "HOME": str(home), "PATH": path, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"})
+    for line in section("On a Ray cluster")[:2]:
+        shell(line)
+    return shell
 
 
 def shell_works(shell: Shell) -> bool:
