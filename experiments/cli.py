@@ -183,9 +183,9 @@ def status(
     """Say where a run stands; also while it is running."""
     from experiments import report
 
-    known = _status(run)
     if as_json and watch:
         raise InputError("--watch: expected without --json, found both.", "Leave one out.")
+    known = _status(run)
     if as_json:
         print_json(known)
         return

@@ -1,8 +1,7 @@
 """Structured log lines: one JSON object an event, in the run directory and, where it is asked for, on stdout.
 
 Every module logs by ``logging.getLogger("ecotone")`` with a sentence. A record whose ``extra`` names an ``event`` is
-one of the run's events, and its other extras are that event's fields. The logger's level decides which are written: at
-DEBUG each trial asked and told, too.
+one of the run's events, and its other extras are that event's fields. The logger's level decides which are written.
 """
 
 from __future__ import annotations
@@ -71,15 +70,15 @@ class _Lines(logging.FileHandler):
 
 
 @contextlib.contextmanager
-def recorded(directory: Path) -> Iterator[None]:
-    """Append the run's events to ``directory/log.jsonl`` meanwhile.
+def recorded(directory: Path, level: str = "info") -> Iterator[None]:
+    """Append the run's events of that level, and above it, to ``directory/log.jsonl`` meanwhile.
 
     Warnings go on to stderr as they do where nothing is recorded.
     """
     handlers: list[logging.Handler] = [_events(_Lines(directory / LOG, encoding="utf-8", delay=True))]
     if not _log.hasHandlers() and logging.lastResort is not None:
         handlers.append(logging.lastResort)
-    with _added(*handlers):
+    with _added(*handlers, level=level.upper()):
         yield
 
 
@@ -167,10 +166,10 @@ def _events(handler: logging.Handler) -> logging.Handler:
 
 
 @contextlib.contextmanager
-def _added(*handlers: logging.Handler) -> Iterator[None]:
+def _added(*handlers: logging.Handler, level: str = "INFO") -> Iterator[None]:
+    """Have the handlers meanwhile, at that level or a lower one that the logger has."""
     before = _log.level
-    if before == logging.NOTSET:
-        _log.setLevel(logging.INFO)
+    _log.setLevel(min(before or logging.CRITICAL, logging.getLevelName(level)))
     for handler in handlers:
         _log.addHandler(handler)
     try:

@@ -715,6 +715,7 @@ class Runtime(Part):
         grace: Seconds for which a run that is told to end waits for what is being evaluated.
         mirror_every: Seconds between two copies, at the least, of a run directory that is a URL.
         lease: Seconds after its last sign of life when the manager of such a run is held for dead.
+        log: The level of the run's log: at ``debug`` each trial asked and told is in it, too.
     """
 
     pool: Literal["serial", "ray"] = "ray"
@@ -731,6 +732,7 @@ class Runtime(Part):
     grace: float = Field(default=30.0, ge=0)
     mirror_every: float = Field(default=30.0, gt=0)
     lease: float = Field(default=60.0, gt=0)
+    log: Literal["info", "debug"] = "info"
 
     @model_validator(mode="after")
     def _can_be_limited(self) -> Runtime:

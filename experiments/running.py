@@ -158,7 +158,7 @@ def _carry_out(
         observe(progress)
 
     with (
-        logs.recorded(place.directory),
+        logs.recorded(place.directory, runtime.log),
         place.mirrored(runtime.mirror_every, runtime.lease),
         _recorded(journal, place),
         _tracked(recipe, place, notify),

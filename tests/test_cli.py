@@ -718,3 +718,20 @@ def test_arrival_order(ecotone: Ecotone, tmp_path: Path) -> None:
             ecotone("export", tmp_path / "run", "--member", member["id"], "--to", tmp_path / str(member["id"])).code
             == 0
         )
+
+
+def test_status_is_watched_until_the_run_ends(
+    finished: Path, ecotone: Ecotone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = ["running", "running", "finished"]
+    status = cli._status(str(finished))
+    monkeypatch.setattr(cli, "_EVERY", 0.0)
+    monkeypatch.setattr(cli, "_status", lambda run: {**status, "state": states.pop(0)})
+    said = ecotone("status", finished, "--watch")
+    assert said.code == 0
+    assert [line.split()[1] for line in said.out.splitlines() if line.startswith(" state")] == [
+        "running",
+        "running",
+        "finished",
+    ]
+    in_words(ecotone("status", finished, "--watch", "--json"), "--watch: expected without --json")

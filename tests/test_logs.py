@@ -59,20 +59,17 @@ def test_every_field_is_json_and_none_can_take_the_place_of_another(tmp_path: Pa
     assert line["message"] == "It\nbroke."
 
 
-def test_the_level_of_the_logger_decides(tmp_path: Path) -> None:
-    def asked() -> None:
-        with logs.recorded(tmp_path):
-            log.debug("Asked.", extra={"event": "asked", "number": 0})
-            log.info("Started.", extra={"event": "run_started"})
-
-    asked()
+def test_debug_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with logs.streamed(stream):
+        for level in ("info", "debug", "info"):
+            with logs.recorded(tmp_path, level):
+                log.debug("Asked.", extra={"event": "asked", "number": 0})
+                log.info("Started.", extra={"event": "run_started"})
+        assert log.level == logging.INFO
     assert log.level == logging.NOTSET
-    log.setLevel(logging.DEBUG)
-    try:
-        asked()
-    finally:
-        log.setLevel(logging.NOTSET)
-    assert [line["event"] for line in lines(tmp_path)] == ["run_started", "asked", "run_started"]
+    assert [line["event"] for line in lines(tmp_path)] == ["run_started", "asked", "run_started", "run_started"]
+    assert stream.getvalue() == (tmp_path / logs.LOG).read_text()
 
 
 def test_the_file_and_stdout_may_both_have_it(tmp_path: Path) -> None:
