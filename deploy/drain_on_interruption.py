@@ -1,6 +1,7 @@
 """Tells a Ray cluster when AWS is about to take this spot machine back, so that nothing new is begun on it.
 
-    python drain_on_interruption.py HEAD:6379
+    python drain_on_interruption.py HEAD:6379            # waits for AWS's notice
+    python drain_on_interruption.py HEAD:6379 --now 60   # it is known by other means: gone in 60 seconds
 
 It asks the machine's metadata service (version 2) every few seconds, as AWS recommends, and once there is a notice has
 `ray drain-node` mark this machine's node with the seconds that are left. Standard library only; ends after the notice.
@@ -8,13 +9,14 @@ It asks the machine's metadata service (version 2) every few seconds, as AWS rec
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 METADATA = "http://169.254.169.254"  # of every machine on AWS
@@ -49,7 +51,12 @@ def drain(head: str, until: datetime, node: str) -> bool:
     left = max(0, round((until - datetime.now(timezone.utc)).total_seconds()))
     command = [
         *("ray", "drain-node", "--address", head, "--node-id", node),
-        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", f"AWS takes the machine back at {until}"),
+        *(
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message",
+            f"The machine is taken back at {until:%H:%M:%S} UTC",
+        ),
         *("--deadline-remaining-seconds", str(left)),
     ]
     return subprocess.run(command, check=False).returncode == 0
@@ -71,6 +78,13 @@ def _asked(url: str, method: str, headers: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or ":" not in sys.argv[1]:
-        sys.exit(f"usage: python {sys.argv[0]} HEAD:PORT")
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Drain this machine's Ray node before it is taken back.")
+    parser.add_argument("head", metavar="HEAD:PORT")
+    parser.add_argument("--now", type=float, metavar="SECONDS", help="do not wait for a notice: it is gone after these")
+    given = parser.parse_args()
+    if given.now is None:
+        main(given.head)
+    else:
+        here = node_id()
+        gone = datetime.now(timezone.utc) + timedelta(seconds=given.now)
+        sys.exit(0 if here is not None and drain(given.head, gone, here) else "there is no Ray node here, or no head")

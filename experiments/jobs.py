@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from populations.errors import EcotoneError, InputError, PoolError, nearest
 
@@ -121,6 +122,14 @@ class JobServer:
         with self._explained():
             self._client = _client(self.address)
 
+    def unguarded(self) -> bool:
+        """Whether the server takes jobs from anybody who reaches it, token or not."""
+        try:
+            with urlopen(f"{self.address}/api/jobs/", timeout=5):  # noqa: S310 - http or https, as checked
+                return True
+        except OSError:  # that the token is missing is one, too
+            return False
+
     def jobs(self) -> list[Job]:
         """All jobs that are runs of ours, oldest first."""
         with self._explained():
@@ -171,7 +180,7 @@ class JobServer:
                 f"--name: {self.address} has a run {name!r} already ({taken[-1].state}).",
                 f"Choose another, or go on with it: ecotone resume {name} --address {self.address}",
             )
-        folder = (parcel.folder or travelling(recipe.resolve().parent)).resolve()
+        folder = _checked_folder(parcel.folder or travelling(recipe.resolve().parent))
         if not recipe.resolve().is_relative_to(folder):
             raise InputError(f"--folder: expected one that holds {recipe}, found {folder}.")
         target = out or f"{HOME_RUNS}/{name}"
@@ -206,7 +215,9 @@ class JobServer:
         taken = {job.id for job in jobs}
         names = (run if number == 1 else f"{run}-{number}" for number in range(1, len(taken) + 2))
         free = next(name for name in names if name not in taken)
-        return self._start(Job(free, run, "pending", out, str(folder.resolve())), ["resume", _checked(out)], parcel)
+        return self._start(
+            Job(free, run, "pending", out, str(_checked_folder(folder))), ["resume", _checked(out)], parcel
+        )
 
     def logs(self, job: Job) -> str:
         """What a job has said so far."""
@@ -349,7 +360,7 @@ def _in_words(error: Exception, address: str) -> EcotoneError:
     if kind == "AuthenticationError":
         if "403" in text or "Authentication failed" in text:
             return PoolError(f"{address}: the token here is not the cluster's (403).", _token())
-        return PoolError(f"{address}: the cluster asks for a token, and there is none here (401).", _token())
+        return PoolError(f"{address}: its jobs take the cluster's token, and there is none here (401).", _token())
     if "Connect" in kind:
         return PoolError(f"{address}: no Ray cluster answers.", _tunnel(address))
     if "exceeds the maximum size" in text:
@@ -397,6 +408,17 @@ def _checked(out: str) -> str:
             "A job's working directory is gone when it ends.",
         )
     return out
+
+
+def _checked_folder(folder: Path) -> Path:
+    found = folder.resolve()
+    if not found.is_dir():
+        raise InputError(f"--folder: expected a folder of this machine, found {folder}.")
+    if Path.home().resolve().is_relative_to(found):
+        raise InputError(
+            f"--folder: {found} holds your home: too much to send.", "Give the recipe a folder of its own."
+        )
+    return found
 
 
 def _name_of(place: str) -> str:

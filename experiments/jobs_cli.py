@@ -13,7 +13,7 @@ from experiments.options import JsonOption, RecipeArgument, SetOption, print_jso
 from populations.errors import InputError
 
 if TYPE_CHECKING:
-    from experiments.jobs import Job
+    from experiments.jobs import Job, JobServer
 
 ADDRESS = "http://127.0.0.1:8265"  # of the job server, at the near end of a tunnel to the head
 
@@ -56,8 +56,8 @@ def submit(
     chosen = recipe_of(recipe, settings)
     parcel = Parcel(settings or (), folder, environment_of(environment or ()), chosen.runtime.grace)
     named = name or f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    job = JobServer(address).submit(recipe, named, out, parcel)
-    _told(job, address, as_json)
+    server = JobServer(address)
+    _told(server.submit(recipe, named, out, parcel), server, as_json)
 
 
 def resume(
@@ -67,7 +67,8 @@ def resume(
     from experiments.jobs import JobServer, Parcel, environment_of
 
     parcel = Parcel(settings, folder, environment_of(environment or ()))
-    _told(JobServer(address).resume(run, parcel), address, as_json)
+    server = JobServer(address)
+    _told(server.resume(run, parcel), server, as_json)
 
 
 def jobs(address: ServerOption = ADDRESS, as_json: JsonOption = False) -> None:
@@ -147,9 +148,14 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def _told(job: Job, address: str, as_json: bool) -> None:
+def _told(job: Job, server: JobServer, as_json: bool) -> None:
     from experiments.jobs import tunnel
 
+    address = server.address
+    if server.unguarded():
+        typer.echo(
+            f"Beware: {address} takes jobs from whoever reaches it. Start clusters with RAY_AUTH_MODE=token.", err=True
+        )
     if as_json:
         print_json({**job.record(), "address": address, "tunnel": tunnel(address)})
         return

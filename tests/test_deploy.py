@@ -146,6 +146,11 @@ def test_kuberay_resources_are_what_the_operator_takes() -> None:
         assert {port["containerPort"] for port in only["ports"]} >= {8080}
     gpu = worker["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
     assert gpu == "1"
+    stop = worker["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert stop[:2] == ["/bin/bash", "-c"]
+    subprocess.run(["bash", "-n"], input=stop[2], text=True, check=True)
+    (seconds,) = re.findall(r"drain_on_interruption\.py .* --now (\d+);", stop[2])
+    assert int(seconds) < worker["template"]["spec"]["terminationGracePeriodSeconds"]
 
     assert policy["kind"] == "NetworkPolicy"
     own = {"matchLabels": {"ray.io/cluster": name}}
@@ -280,8 +285,13 @@ def test_ray_has_the_command_that_drains() -> None:
     assert {"--address", "--node-id", "--reason", "--reason-message", "--deadline-remaining-seconds"} <= known
 
 
-def test_usage() -> None:
+def test_without_a_node_it_says_so_and_a_mistyped_option_is_refused() -> None:
     program = [sys.executable, str(ROOT / "deploy" / "drain_on_interruption.py")]
-    ended = subprocess.run(program, check=False, capture_output=True, text=True)
-    assert ended.returncode == 1
-    assert "usage: python" in ended.stderr
+    for arguments, code, words in (
+        ([], 2, "HEAD:PORT"),
+        (["10.0.0.1:6379", "--nwo", "3"], 2, "--nwo"),
+        (["--help"], 0, "--now"),
+    ):
+        ended = subprocess.run([*program, *arguments], check=False, capture_output=True, text=True)
+        assert ended.returncode == code
+        assert words in ended.stdout + ended.stderr

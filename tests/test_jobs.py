@@ -13,9 +13,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,6 +289,8 @@ def test_names_places_and_folders_are_checked_before_anything_is_sent(
         (["submit", RECIPE, "--name", "a/b"], "--name: expected letters"),
         (["submit", RECIPE, "--out", "runs/x"], "--out: expected a URL, or a path on the head"),
         (["submit", RECIPE, "--folder", tmp_path], "--folder: expected one that holds"),
+        (["submit", RECIPE, "--folder", tmp_path / "none"], "--folder: expected a folder of this machine"),
+        (["submit", RECIPE, "--folder", "/"], "holds your home"),
         (["submit", RECIPE, "--env", "NO_SUCH_VARIABLE"], "--env: NO_SUCH_VARIABLE is not set here"),
         (["submit", RECIPE, "--set", "sede=3"], "Did you mean 'seed'?"),
         (["submit", tmp_path / "none.yaml"], "no such recipe"),
@@ -345,6 +349,32 @@ def test_what_the_client_raises_is_told_in_words(
         JobServer(ADDRESS).submit(RECIPE, "first")
     assert words in str(raised.value)
     assert raised.value.remedy
+
+
+class Open(BaseHTTPRequestHandler):
+    """A job server that asks for no token, or for one."""
+
+    code = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.code)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("code", [200, 401])
+def test_a_cluster_that_takes_jobs_from_anybody_is_told_of(
+    code: int, client: Remembering, ecotone: Ecotone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Open, "code", code)
+    with HTTPServer(("127.0.0.1", 0), Open) as server:
+        threading.Thread(target=server.serve_forever).start()
+        said = ecotone("submit", RECIPE, "--address", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert said.code == 0
+    assert ("Beware: " in said.err) == (code == 200)
 
 
 def test_the_tunnel_leads_to_the_host_of_the_address() -> None:
@@ -544,7 +574,7 @@ def refusals(shell: Shell, address: str, folder: Path) -> None:
     wrong, none = {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}, {"HOME": str(folder / "none")}
     for line, words, others in (
         ("ecotone jobs", f"{address}: the token here is not the cluster's (403).", wrong),
-        ("ecotone jobs", f"{address}: the cluster asks for a token, and there is none here (401).", none),
+        ("ecotone jobs", f"{address}: its jobs take the cluster's token, and there is none here (401).", none),
         ("ecotone stop digist", "Did you mean 'digits'?", {}),
         ("ecotone stop digits", "it is not running; it has finished", {}),
         ("ecotone submit experiments/recipes/digits-specialists.yaml --name digits", "has a run 'digits' already", {}),
