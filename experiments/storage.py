@@ -515,8 +515,9 @@ class Mirror:
         numbered = _numbered(self.store.names(), "(?!lease)[a-z]+")
         own = (self.lease.epoch, self._serial)
         mirrors = [name for number, name in _numbered((name for _, name in numbered), "mirror") if number <= own][:2]
-        before = _parsed(self.store.read(mirrors[-1])).get("files", {})
-        kept = {*needed, *mirrors, *(one["object"] for one in before.values())}
+        kept = needed.union(mirrors)
+        for name in mirrors[1:]:
+            kept.update(one["object"] for one in _parsed(self.store.read(name)).get("files", {}).values())
         for number, name in numbered:
             if number <= own and name not in kept:
                 self.store.drop(name)
@@ -583,15 +584,15 @@ class _DistantPlace(Place):
             try:
                 with _repeated(lambda: self.guarded(mirror.turn)):
                     yield
-            except BaseException as error:
+            except BaseException:
                 if self._lost is None:
-                    self._finish_after(error, mirror)
+                    self._finish_anyhow(mirror)
                 raise
             self.check()
             mirror.finish(PATIENCE)
 
-    def _finish_after(self, error: BaseException, mirror: Mirror) -> None:
-        """Make the last copy of a run that ends by ``error``, which is what the user has to hear of."""
+    def _finish_anyhow(self, mirror: Mirror) -> None:
+        """Make the last copy of a run that fails or is stopped, which is what the user has to hear of."""
         try:
             mirror.finish(PATIENCE)
         except EcotoneError as another:
@@ -630,6 +631,7 @@ def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None) 
                     _refuse_present(store)
                 else:
                     _fetch_newer(store, directory, notify)
+                notify(f"The run is written in {directory} and copied to {store.url}.")
                 yield place
         finally:
             with contextlib.suppress(StorageError):

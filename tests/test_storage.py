@@ -469,7 +469,7 @@ def test_a_killed_driver_is_followed_on_another_machine(
 ) -> None:
     """Kill -9, then on a machine that has never seen the run: refused while it lives, resumed from the copy alone."""
     url = f"file://{tmp_path}/store/run"
-    recipe = toy_recipe(tmp_path, delay=0.01, runtime=HASTY)
+    recipe = toy_recipe(tmp_path, delay=0.01, runtime={**HASTY, "lease": 5.0})  # a busy machine renews it late
 
     def copied() -> int:
         manifest = newest_mirror(Store(url)) or {"counts": (0, 0, 0)}
