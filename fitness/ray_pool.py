@@ -39,6 +39,7 @@ _PIECES = 8  # above it the object store is faster
 _OBJECT_STORE_BYTES = 256 * 1024**2  # of a local cluster; genomes are small
 _EVERY = 1.0  # seconds between looks at the cluster
 _RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # after which Ray ends a process whose head is gone
+_FAREWELL = 20.0  # seconds before that in which a search can still say why it ends
 _BORDERS = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]  # seconds, of histograms
 
 _log = logging.getLogger("ecotone")
@@ -319,7 +320,8 @@ class RayPool:
         except Exception as error:
             self._silent_since = self._silent_since or time.monotonic()
             silent = time.monotonic() - self._silent_since
-            if silent > 0.75 * float(os.environ.get(_RECONNECT, "60")):
+            limit = float(os.environ.get(_RECONNECT, "60"))
+            if silent > max(limit / 2, limit - _FAREWELL):
                 raise PoolError(
                     f"pool: the cluster's head has not answered for {silent:.0f} s ({_first_line(error)}).",
                     "Start a cluster, then resume the run there.",

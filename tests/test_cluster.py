@@ -1,0 +1,140 @@
+"""Clusters that lose workers, nodes, the search or the head, for real: the same result, nothing paid twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import started, wait_until
+from ray_clusters import Books, Machines
+from test_faults import EVALUATIONS, calls, digest, toy_recipe
+
+from experiments.recipe import Recipe
+from experiments.running import launch
+from experiments.runs import Run
+
+pytest.importorskip("ray")
+BATCH = 4
+REFERENCES = 1  # of the closing table: the average; M2N2 has scored the models
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the search that nothing happens to, in this process and without delays."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = Recipe.from_yaml(toy_recipe(folder, delay=0.0))
+    return digest(launch(recipe, folder / "run", folders=(str(folder),)).directory)
+
+
+def runtime(address: str, workers: int, **others: object) -> list[str]:
+    """Options of the command line."""
+    settings = {"pool": "ray", "address": address, "workers": workers, **others}
+    return [f"--set=runtime.{name}={value}" for name, value in settings.items()]
+
+
+def disturbed(folder: Path, options: list[str], act: Callable[[], object], undisturbed: str, delay: float) -> None:
+    """Search; after 40 evaluations do something of which a worker dies; print when what was in flight then was there.
+
+    The result is the same, nobody failed, and only the batch that the worker had was scored again.
+    """
+    recipe, run = toy_recipe(folder, delay=delay), folder / "run"
+    with started("run", recipe, "--out", run, *options) as process:
+        wait_until(lambda: len(calls(folder)) >= 40, process, 180)
+        before, since = Books.of(run), time.monotonic()
+        act()
+        flying = Books.of(run)
+        wait_until(lambda: flying.recovered(Books.of(run)), process, 120)
+        print(f"what was in flight came after {time.monotonic() - since:.1f} s")
+        _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    after, status = Books.of(run), Run(run).status()
+    assert before.kept_by(after)
+    assert (status["state"], status["failures"]) == ("finished", 0)
+    assert status["digest"] == undisturbed
+    assert 0 <= len(calls(folder)) - EVALUATIONS - REFERENCES <= BATCH
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["node", pytest.param("node replaced", marks=pytest.mark.slow), pytest.param("worker", marks=pytest.mark.slow)],
+)
+def test_a_lost_worker_or_node_costs_time_only(lost: str, tmp_path: Path, undisturbed: str) -> None:
+    with Machines(nodes=2) as machines:
+
+        def act() -> None:
+            if lost == "worker":
+                machines.workers()[0].kill()
+                return
+            machines.lose(machines.nodes[0])
+            if lost == "node replaced":
+                machines.add()
+
+        disturbed(tmp_path, runtime(machines.address, 2), act, undisturbed, delay=0.02)
+
+
+@pytest.mark.slow
+def test_a_node_told_to_go_hands_its_batch_on_and_ends(tmp_path: Path, undisturbed: str) -> None:
+    """The pool leaves it at once, so it ends before its half minute is up."""
+    with Machines(nodes=2) as machines:
+        raylets = []
+
+        def act() -> None:
+            raylets.append(machines.drain(machines.nodes[0]))
+
+        disturbed(tmp_path, runtime(machines.address, 2, attempts=1), act, undisturbed, delay=0.1)
+        raylets[0].wait(timeout=20)
+
+
+@pytest.mark.slow
+def test_a_killed_search_resumes_on_the_same_cluster(tmp_path: Path, undisturbed: str) -> None:
+    recipe, run = toy_recipe(tmp_path, delay=0.02), tmp_path / "run"
+    with Machines(nodes=2) as machines:
+        with started("run", recipe, "--out", run, *runtime(machines.address, 2)) as process:
+            wait_until(lambda: len(calls(tmp_path)) >= 40, process, 180)
+            workers, since = machines.workers(), time.monotonic()
+            process.kill()
+            process.wait()
+        assert len(workers) == 2
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        assert not alive  # nobody goes on scoring
+        print(f"its workers ended after {time.monotonic() - since:.1f} s")
+        resumed(tmp_path, [], undisturbed, "killed")
+
+
+@pytest.mark.slow
+def test_a_lost_head_ends_the_search_in_words_and_it_resumes_on_another(
+    tmp_path: Path, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = toy_recipe(tmp_path, delay=0.1), tmp_path / "run"
+    with Machines(nodes=2) as machines:
+        monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")  # instead of a minute
+        with started("run", recipe, "--out", run, *runtime(machines.address, 2)) as process:
+            wait_until(lambda: len(calls(tmp_path)) >= 40, process, 180)
+            since = time.monotonic()
+            machines.lose_head()
+            _, err = process.communicate(timeout=60)
+        print(f"it ended {time.monotonic() - since:.1f} s after its head")
+        assert process.returncode == 1
+        assert "the cluster's head has not answered for" in err
+        assert "Start a cluster, then resume the run there" in err
+        assert "Traceback" not in err
+    with Machines(nodes=1) as machines:
+        resumed(tmp_path, runtime(machines.address, 2), undisturbed, "failed")
+
+
+def resumed(folder: Path, options: list[str], undisturbed: str, state: str) -> None:
+    """A run that ended early goes on to the same result, and scores only what it had not finished."""
+    run = folder / "run"
+    assert Run(run).status()["state"] == state
+    before, called, since = Books.of(run), len(calls(folder)), time.monotonic()
+    with started("resume", run, *options) as process:
+        wait_until(lambda: len(calls(folder)) > called, process, 120)
+        print(f"it went on {time.monotonic() - since:.1f} s after it was resumed")
+        _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert before.kept_by(Books.of(run))
+    assert digest(run) == undisturbed
+    assert len(calls(folder)) - called == EVALUATIONS - len(before.measured) + REFERENCES
