@@ -29,19 +29,9 @@ State: TypeAlias = Literal["pending", "running", "stopped", "succeeded", "failed
 
 HOME_RUNS = "~/ecotone-runs"  # on the head
 PACKAGES = ("experiments", "search", "fitness", "merging", "populations")
-LEFT_BEHIND = [
-    ".git",
-    ".venv*",
-    "venv",
-    "__pycache__",
-    ".*_cache",
-    ".hypothesis",
-    "*.egg-info",
-    "build",
-    "dist",
-    "runs",
-    "mlruns",
-    "mlflow.db",
+LEFT_BEHIND = [  # as in a .gitignore
+    *(".git", ".venv*", "venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"),
+    *("/build", "/dist", "/runs", "/mlruns", "/mlflow.db"),
 ]
 STOPPING = 120  # seconds that a stopped run has beyond ``runtime.grace``, to write down what it has; then it is killed
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -60,6 +50,7 @@ class Job:
         state: As Ray has it: ``pending``, ``running``, ``stopped``, ``succeeded`` or ``failed``.
         out: The run directory: a path on the head, or a URL.
         folder: What travelled, on the machine that sent it.
+        grace: Seconds for which it waits for what is in flight when it is stopped.
         started: When, in seconds of the epoch; None while it is pending.
         ended: When, or None.
         message: What Ray says of its end.
@@ -70,6 +61,7 @@ class Job:
     state: State
     out: str
     folder: str
+    grace: float = 30.0
     started: float | None = None
     ended: float | None = None
     message: str = ""
@@ -94,13 +86,13 @@ class Parcel:
         folder: What travels. None is the checkout that holds the recipe, or its folder; for a resumed run what
             travelled before if it is on this machine, else the checkout that holds the working directory, or that.
         environment: Variables of the job and of its workers; whoever may read the cluster's jobs reads them.
-        grace: Seconds for which a stopped run waits for what is in flight.
+        grace: Seconds for which a stopped run waits for what is in flight; None for as many as before, or 30.
     """
 
     settings: Sequence[str] = ()
     folder: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    grace: float = 30.0
+    grace: float | None = None
 
 
 class JobServer:
@@ -154,13 +146,7 @@ class JobServer:
         hint = nearest(name, known) if known else "It has no runs: a head that was restarted has forgotten its jobs."
         raise InputError(f"{name}: {self.address} knows no run of that name.", hint)
 
-    def submit(
-        self,
-        recipe: Path,
-        name: str,
-        out: str | None = None,
-        parcel: Parcel = Parcel(),
-    ) -> Job:
+    def submit(self, recipe: Path, name: str, out: str | None = None, parcel: Parcel = Parcel()) -> Job:
         """Start a run as a job; returns once the cluster has it.
 
         Args:
@@ -187,11 +173,7 @@ class JobServer:
         command = ["run", str(recipe.resolve().relative_to(folder)), "--out", _checked(target)]
         return self._start(Job(name, name, "pending", target, str(folder)), command, parcel)
 
-    def resume(
-        self,
-        named: str,
-        parcel: Parcel = Parcel(),
-    ) -> Job:
+    def resume(self, named: str, parcel: Parcel = Parcel()) -> Job:
         """Go on with a run, as another job.
 
         Args:
@@ -203,21 +185,21 @@ class JobServer:
             PoolError: The cluster does not take the job.
         """
         jobs = self.jobs()
-        before = [job for job in jobs if named in (job.run, job.id, job.out)]
-        if not before and not _is_place(named):
+        runs = [job.run for job in jobs if named in (job.run, job.id, job.out)]
+        if not runs and not _is_place(named):
             self.job(named)  # says what is known
+        before = [job for job in jobs if job.run in runs[-1:]]
         live = [job for job in before if job.live]
         if live:
             raise InputError(f"{live[-1].run}: it is {live[-1].state}, as job {live[-1].id}.", "Nothing is to be done.")
-        run, out = (before[-1].run, before[-1].out) if before else (_name_of(named), named)
-        former = [Path(job.folder) for job in before[-1:] if Path(job.folder).is_dir()]
-        folder = parcel.folder or next(iter(former), travelling(Path.cwd()))
+        last = before[-1] if before else Job("", _name_of(named), "pending", named, "")
+        former = Path(last.folder) if before else None
+        folder = parcel.folder or (former if former and former.is_dir() else travelling(Path.cwd()))
         taken = {job.id for job in jobs}
-        names = (run if number == 1 else f"{run}-{number}" for number in range(1, len(taken) + 2))
+        names = (last.run if number == 1 else f"{last.run}-{number}" for number in range(1, len(taken) + 2))
         free = next(name for name in names if name not in taken)
-        return self._start(
-            Job(free, run, "pending", out, str(_checked_folder(folder))), ["resume", _checked(out)], parcel
-        )
+        job = Job(free, last.run, "pending", last.out, str(_checked_folder(folder)), last.grace)
+        return self._start(job, ["resume", _checked(last.out)], parcel)
 
     def logs(self, job: Job) -> str:
         """What a job has said so far."""
@@ -255,13 +237,12 @@ class JobServer:
             time.sleep(_POLL)
 
     def _start(self, job: Job, command: Sequence[str], parcel: Parcel) -> Job:
+        grace = job.grace if parcel.grace is None else parcel.grace
         # The job is given its cluster; what the user sets comes after it, and wins.
         changes = [f"--set={text}" for text in ("runtime.pool=ray", "runtime.address=auto", *parcel.settings)]
         words = ["exec python -m experiments.cli", *map(_quoted, command), "--log json", *map(shlex.quote, changes)]
         variables = {
-            "RAY_JOB_STOP_WAIT_TIME_S": str(
-                round(parcel.grace) + STOPPING
-            ),  # Ray kills a stopped job after 3 otherwise
+            "RAY_JOB_STOP_WAIT_TIME_S": str(round(grace) + STOPPING),  # 3 otherwise
             "ECOTONE_JOB": job.run,  # a resumed run finds in what travelled what its paths name: see running.resume
         }
         environment: dict[str, Any] = {
@@ -279,7 +260,7 @@ class JobServer:
                         entrypoint=" ".join(words),
                         submission_id=job.id,
                         runtime_env=environment,
-                        metadata={_OURS: job.run, "out": job.out, "folder": job.folder},
+                        metadata={_OURS: job.run, "out": job.out, "folder": job.folder, "grace": str(grace)},
                         entrypoint_num_cpus=0,
                     )
                     break
@@ -309,7 +290,7 @@ def travelling(folder: Path) -> Path:
 
 def is_checkout(folder: Path) -> bool:
     """Whether a folder is a checkout of Ecotone: then its packages run, not those installed on the cluster."""
-    return all((folder / name / "__init__.py").exists() for name in PACKAGES)
+    return all((folder / name).exists() for name in ("pyproject.toml", *(f"{one}/__init__.py" for one in PACKAGES)))
 
 
 def environment_of(names: Iterable[str]) -> dict[str, str]:
@@ -320,7 +301,7 @@ def environment_of(names: Iterable[str]) -> dict[str, str]:
     """
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise InputError(f"--env: {missing[0]} is not set here.", nearest(missing[0], list(os.environ)))
+        raise InputError(f"--env: {missing[0]} is not set here.", "Export it first, or leave it out.")
     return {name: os.environ[name] for name in names}
 
 
@@ -350,8 +331,8 @@ def _job(details: Any) -> Job:
     known = details.metadata
     started, ended = (None if at is None else at / 1000 for at in (details.start_time, details.end_time))
     state: Any = str(details.status).lower()
-    out, folder = known.get("out", ""), known.get("folder", "")
-    return Job(details.submission_id, known[_OURS], state, out, folder, started, ended, details.message or "")
+    out, folder, grace = known.get("out", ""), known.get("folder", ""), float(known.get("grace", 30.0))
+    return Job(details.submission_id, known[_OURS], state, out, folder, grace, started, ended, details.message or "")
 
 
 def _in_words(error: Exception, address: str) -> EcotoneError:

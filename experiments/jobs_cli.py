@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.options import JsonOption, RecipeArgument, SetOption, print_json, recipe_of
+from experiments.options import JsonOption, RecipeArgument, SetOption, changes_of, print_json, recipe_of
 from populations.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def resume(
     """Go on with a run as another job of a cluster."""
     from experiments.jobs import JobServer, Parcel, environment_of
 
-    parcel = Parcel(settings, folder, environment_of(environment or ()))
+    parcel = Parcel(settings, folder, environment_of(environment or ()), _grace(settings))
     server = JobServer(address)
     _told(server.resume(run, parcel), server, as_json)
 
@@ -146,6 +146,17 @@ def register(app: typer.Typer) -> None:
     """Make the commands part of ``app``."""
     for command in (submit, jobs, logs, stop):
         app.command()(command)
+
+
+def _grace(settings: list[str]) -> float | None:
+    """What a resumed run's settings say of its grace, if anything; they are checked without its recipe."""
+    from experiments.recipe import Recipe, check_resumable
+
+    changes = changes_of(settings)
+    check_resumable(changes)
+    stand_in = Path(__file__).parent / "recipes" / "digits-scratch.yaml"
+    checked = Recipe.from_yaml(stand_in, {"runtime.pool": "ray", **changes})
+    return checked.runtime.grace if "runtime.grace" in changes else None
 
 
 def _told(job: Job, server: JobServer, as_json: bool) -> None:

@@ -29,6 +29,7 @@ from merging.hub import is_repository
 from populations.errors import InputError, nearest
 
 PREPARED = "prepared:"
+RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
 PATHS = ("data", "examples", "folder")  # fields of objectives of language models that name files
 
 
@@ -992,6 +993,20 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
             raise InputError(f"--set {key}: cannot be read as a YAML value: {value!r}.") from error
         _check_plain(settings[key], f"--set {key}")
     return settings
+
+
+def check_resumable(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that would change what a resumed run's recorded trials are.
+
+    Raises:
+        InputError: A key is not of ``RESUMABLE``.
+    """
+    wrong = [key for key in settings if key.split(".")[0] not in RESUMABLE]
+    if wrong:
+        raise InputError(
+            f"--set {wrong[0]}: a resumed run keeps what its recorded trials depend on.",
+            f"Only fields of {', '.join(RESUMABLE)} may change; start a new run for anything else.",
+        )
 
 
 def _check_plain(value: Any, where: str) -> None:

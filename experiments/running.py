@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from experiments import compose, logs, storage, tracking
-from experiments.recipe import Recipe, apply_settings
+from experiments.recipe import Recipe, apply_settings, check_resumable
 from experiments.runs import Run, front_rows
 from experiments.storage import JOURNAL, Place
 from fitness.pools import Pool
@@ -38,10 +38,6 @@ class Reporting(Protocol):
 
     def report(self) -> dict[str, Any]:
         """Plain values and arrays."""
-
-
-# Fields that a resumed run may be given anew: none of them changes what the recorded trials are.
-RESUMABLE = ("runtime", "tracking", "budget")
 
 
 def launch(
@@ -320,12 +316,7 @@ def _moved(value: Any, old: str, new: str) -> Any:
 
 
 def _resumed_recipe(record: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
-    wrong = [key for key in settings if key.split(".")[0] not in RESUMABLE]
-    if wrong:
-        raise InputError(
-            f"--set {wrong[0]}: a resumed run keeps what its recorded trials depend on.",
-            f"Only fields of {', '.join(RESUMABLE)} may change; start a new run for anything else.",
-        )
+    check_resumable(settings)
     return Recipe.from_record(apply_settings(record, settings))
 
 

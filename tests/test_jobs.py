@@ -123,7 +123,7 @@ def test_a_recipe_of_the_checkout_travels_with_the_checkout(client: Remembering,
     assert job["entrypoint_num_cpus"] == 0
     environment = job["runtime_env"]
     assert environment["working_dir"] == str(ROOT)
-    assert {".git", ".venv*", "runs"} <= set(environment["excludes"])
+    assert {".git", ".venv*", "/runs"} <= set(environment["excludes"])
     assert "py_modules" not in environment
     assert environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "170", "ECOTONE_JOB": "first"}
     assert "ecotone stop first" in said.out
@@ -164,10 +164,11 @@ def test_a_resumed_run_keeps_its_name_directory_and_folder(
     client: Remembering, ecotone: Ecotone, tmp_path: Path
 ) -> None:
     recipe = recipe_in(tmp_path / "mine")
-    assert ecotone("submit", recipe, "--name", "first", "--out", "/shared/first").code == 0
-    refused = ecotone("resume", "first", "--address", ADDRESS)
-    assert refused.code == 1
-    assert "it is running, as job first" in refused.err
+    assert ecotone("submit", recipe, "--name", "first", "--out", "/shared/first", "--set", "runtime.grace=90").code == 0
+    for named in ("first", "/shared/first"):
+        refused = ecotone("resume", named, "--address", ADDRESS)
+        assert refused.code == 1
+        assert "it is running, as job first" in refused.err
     assert ecotone("stop", "first").code == 0
     for number in (2, 3):
         said = ecotone("resume", "first", "--address", ADDRESS, "--set", "budget.evaluations=9", "--workers", 3)
@@ -178,6 +179,7 @@ def test_a_resumed_run_keeps_its_name_directory_and_folder(
         assert job["entrypoint"].endswith("--set=budget.evaluations=9 --set=runtime.workers=3")
         assert job["runtime_env"]["working_dir"] == str(tmp_path / "mine")
         assert job["metadata"]["ecotone"] == "first"
+        assert job["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "210"
         client.states[f"first-{number}"] = "FAILED"
     table = ecotone("jobs").out
     assert [line.split()[:3] for line in table.splitlines()[1:]] == [
@@ -298,6 +300,9 @@ def test_names_places_and_folders_are_checked_before_anything_is_sent(
         (["stop", "frist"], "Did you mean 'first'?"),
         (["logs", "other"], "knows no run of that name"),
         (["resume", "frist", "--address", ADDRESS], "Did you mean 'first'?"),
+        (["resume", "first", "--address", ADDRESS, "--set", "runtime.wrokers=3"], "Did you mean 'workers'?"),
+        (["resume", "first", "--address", ADDRESS, "--set", "runtime.grace=long"], "runtime.grace"),
+        (["resume", "first", "--address", ADDRESS, "--set", "seed=3"], "a resumed run keeps"),
         (["resume", "runs/x", "--folder", tmp_path], "--folder, --env: expected with the http:// address"),
         (["run", RECIPE, "--address", ADDRESS], "ecotone submit"),
     ):
