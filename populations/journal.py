@@ -29,9 +29,11 @@ import sqlite3
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -49,7 +51,6 @@ CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER);
 CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
     digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, calibration TEXT, stop REAL);
-CREATE INDEX trials_by_batch ON trials (batch);
 CREATE TABLE evaluations (number INTEGER PRIMARY KEY, scores TEXT, shapes TEXT, per_example BLOB, failure TEXT,
     seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL);
 CREATE TABLE gradients (number INTEGER PRIMARY KEY, segments INTEGER NOT NULL, gradient BLOB NOT NULL);
@@ -264,9 +265,11 @@ class Journal:
         rows = self._rows("SELECT kind, batch, requested FROM events ORDER BY seq")
         return [Event(kind, batch, requested or 0) for kind, batch, requested in rows]
 
-    def batch(self, number: int) -> list[tuple[int, str]]:
-        """Numbers and genome digests of the trials of a batch."""
-        return list(self._rows("SELECT number, digest FROM trials WHERE batch = ? ORDER BY number", (number,)))
+    def batches(self) -> Generator[list[tuple[int, str]]]:
+        """Numbers and genome digests of the trials of each batch, in order."""
+        rows = self._rows("SELECT batch, number, digest FROM trials ORDER BY number")
+        for _, batch in groupby(rows, key=itemgetter(0)):
+            yield [(number, digest) for _, number, digest in batch]
 
     def rows(self, after: int = -1, unscored: bool = False) -> Iterator[Row]:
         """The trials numbered above ``after`` that have been evaluated, in order of number.
@@ -317,7 +320,7 @@ class Journal:
             None,
         )
 
-    def evaluations(self) -> Iterator[tuple[int, Evaluation]]:
+    def evaluations(self) -> Generator[tuple[int, Evaluation]]:
         """All trial numbers with what came back, gradients included, in order of number."""
         for number, *row, segments, blob in self._rows(
             f"SELECT number, {_COLUMNS}, segments, gradient FROM evaluations LEFT JOIN gradients USING (number) "

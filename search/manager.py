@@ -19,6 +19,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -397,13 +398,13 @@ class Manager:
         self.progress.elapsed = self._noted = float(self.journal.fact("elapsed") or 0.0)
         self._stored = self.journal.kept()
         ahead: dict[int, Evaluation] = {}  # read and not told: as many as were in flight, not the whole journal
-        stored = self.journal.evaluations()
-        for event in events:
-            if event.kind == "ask":
-                self._replay_ask(event)
-            else:
-                self._replay_tell(event, ahead, stored)
-        ahead.update(stored)
+        with closing(self.journal.batches()) as asked, closing(self.journal.evaluations()) as stored:
+            for event in events:
+                if event.kind == "ask":
+                    self._replay_ask(event, next(asked, []))
+                else:
+                    self._replay_tell(event, ahead, stored)
+            ahead.update(stored)
         for batch in self._flying.values():
             if all(trial.number in ahead for trial in batch.trials):
                 self._arrived[batch.number] = [ahead[trial.number] for trial in batch.trials]
@@ -411,9 +412,8 @@ class Manager:
                 self._unsubmitted.append(batch)
         self.progress.replayed = self.progress.told + sum(map(len, self._arrived.values()))
 
-    def _replay_ask(self, event: Event) -> None:
+    def _replay_ask(self, event: Event, recorded: list[tuple[int, str]]) -> None:
         batch = self._ask(event.requested)
-        recorded = self.journal.batch(event.batch)
         found = [] if batch is None else [(trial.number, trial.genome.digest) for trial in batch.trials]
         if found != recorded:
             numbers = ", ".join(str(number) for number, _ in recorded)

@@ -9,6 +9,7 @@ survivors known when they are asked for. So workers never idle, and a result cou
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -96,8 +97,10 @@ class Nsga:
         self._next = 0
         self._survivors: list[_Survivor] = []
         self._flying: dict[int, Floats] = {}
+        self._known: Counter[bytes] = Counter()  # points of survivors and of trials in flight
         self._ideal = np.full(len(self.goals), -np.inf)  # best score seen of each objective
-        self._standing: tuple[Integers, Floats] | None = None  # rank and crowding of the survivors
+        self._rank: Integers | None = None  # of the survivors, where it is known
+        self._standing: tuple[Integers, Floats] | None = None  # their rank and crowding
 
     @property
     def done(self) -> bool:
@@ -112,12 +115,17 @@ class Nsga:
         """Put the trial to the survivors; when there are too many, the least of them leaves."""
         point = self._flying.pop(trial.number)
         if not evaluation.ok:
+            self._forget(point)
             return
         scores = oriented(evaluation.scores, self.goals)
         self._ideal = np.maximum(self._ideal, scores)
         self._survivors.append(_Survivor(trial.number, point, scores))
         if len(self._survivors) > self.population:
-            del self._survivors[self._least()]
+            least, rank = self._least()
+            self._forget(self._survivors.pop(least).point)
+            self._rank = np.delete(rank, least)  # it was on the last front, so it dominated nobody
+        else:
+            self._rank = None
         self._standing = None
 
     def state(self) -> dict[str, Any]:
@@ -138,7 +146,9 @@ class Nsga:
         rows = zip(state["survivors"], state["points"].copy(), state["scores"].copy(), strict=True)
         self._survivors = [_Survivor(*row) for row in rows]
         self._flying = dict(zip(state["flying"], state["flying_points"].copy(), strict=True))
-        self._standing = None
+        points = (*self._flying.values(), *(s.point for s in self._survivors))
+        self._known = Counter(point.tobytes() for point in points)
+        self._rank = self._standing = None
 
     # -- proposing ---------------------------------------------------------------------------------------
 
@@ -151,21 +161,27 @@ class Nsga:
         else:
             point, parents = self._child(trial_rng(self.seed, number))
         self._flying[number] = point
+        self._known[point.tobytes()] += 1
         self._next = number + 1
         return Trial(number, self.box.genome(point), parents)
 
     def _child(self, rng: np.random.Generator) -> tuple[Floats, tuple[int, ...]]:
         """A child that equals no survivor and nothing in flight, if breeding some more gives one."""
-        known = {point.tobytes() for point in (*self._flying.values(), *(s.point for s in self._survivors))}
         for _ in range(_TRIES):
             a, b = self._parents(rng)
             child = self._survivors[a].point
             if rng.random() < self.crossover:
                 child = simulated_binary(rng, child, self._survivors[b].point, self.box, self.crossover_index)
             child = polynomial(rng, child, self.box, self.mutation, self.mutation_index)
-            if child.tobytes() not in known:
+            if child.tobytes() not in self._known:
                 break
         return child, (self._survivors[a].number, self._survivors[b].number)
+
+    def _forget(self, point: Floats) -> None:
+        key = point.tobytes()
+        self._known[key] -= 1
+        if not self._known[key]:
+            del self._known[key]
 
     def _parents(self, rng: np.random.Generator) -> tuple[int, int]:
         """Two different survivors."""
@@ -190,7 +206,7 @@ class Nsga:
     def _ranked(self) -> tuple[Integers, Floats]:
         if self._standing is None:
             scores = self._scores()
-            rank = ranks(scores)
+            rank = ranks(scores) if self._rank is None else self._rank
             spread = np.zeros(len(rank))
             for level in np.unique(rank):
                 spread[rank == level] = crowding(scores[rank == level])
@@ -199,15 +215,15 @@ class Nsga:
 
     # -- survival ----------------------------------------------------------------------------------------
 
-    def _least(self) -> int:
-        """Position of the survivor to leave: one of the last front, where it is most crowded."""
+    def _least(self) -> tuple[int, Integers]:
+        """Position of the survivor to leave, one of the last front, where it is most crowded; the ranks of all."""
         scores = self._scores()
         rank = ranks(scores)
         last = np.flatnonzero(rank == rank.max())
         if self.directions is None:
             spread = crowding(scores[last])
-            return int(last[np.flatnonzero(spread == spread.min())[-1]])  # the youngest of equals
-        return most_redundant(self._ideal - scores, rank, self.directions)
+            return int(last[np.flatnonzero(spread == spread.min())[-1]]), rank  # the youngest of equals
+        return most_redundant(self._ideal - scores, rank, self.directions), rank
 
     def _scores(self) -> Floats:
         return _table([s.scores for s in self._survivors], len(self.goals))
@@ -272,6 +288,8 @@ def polynomial(rng: np.random.Generator, point: Floats, box: CoefficientBox, rat
 
 def crowding(points: Floats) -> Floats:
     """(N,) crowding distance of each of the ``points`` (N, M) of one front; infinite at its ends (Deb et al. 2002)."""
+    if len(points) < 3:  # there are only ends
+        return np.full(len(points), np.inf if (points[0] != points[-1]).any() else 0.0)
     distance = np.zeros(len(points))
     for column in points.T:
         order = np.argsort(column, kind="stable")

@@ -65,8 +65,7 @@ def test_facts_and_events(path: Path) -> None:
         assert journal.fact("nothing") is None
         assert float(journal.fact("created") or 0) == pytest.approx(time.time(), abs=60)
         assert journal.events() == [Event("ask", 0, 4), Event("ask", 1, 3), Event("tell", 1), Event("tell", 0)]
-        assert journal.batch(0) == [(0, genome(0).digest), (1, genome(1).digest)]
-        assert journal.batch(9) == []
+        assert next(journal.batches()) == [(0, genome(0).digest), (1, genome(1).digest)]
 
 
 def test_trials_come_back_exactly(path: Path) -> None:
@@ -265,7 +264,7 @@ def test_a_transaction_that_raises_leaves_nothing(path: Path) -> None:
         assert journal.digest() == before
         assert len(journal.events()) == 6
         journal.asked(3, 1, [Trial(6, genome(6))])  # and it can go on
-        assert journal.batch(3) == [(6, genome(6).digest)]
+        assert list(journal.batches())[3] == [(6, genome(6).digest)]
 
 
 KILLED = """

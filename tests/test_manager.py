@@ -309,7 +309,7 @@ def test_the_budget_is_met_exactly(kind: str, evaluations: int, tmp_path: Path) 
         return
     assert manager.progress.told == manager.progress.evaluations == evaluations
     with Journal.open(path) as journal:
-        sizes = [len(journal.batch(event.batch)) for event in journal.events() if event.kind == "ask"]
+        sizes = [len(batch) for batch in journal.batches()]
         assert sum(sizes) == evaluations
         assert max(sizes) <= 4
 
