@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 MERGEKIT := .venv-mergekit/.installed
 SITE := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
 
-.PHONY: demo test test-all mergekit lint install clean
+.PHONY: demo test test-all soak mergekit lint install clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1200
+
+soak: $(INSTALLED)
+	$(BIN)/python benchmarks/soak.py
 
 # mergekit does not start on today's transformers, so it has an environment of its own, with the project's torch.
 $(MERGEKIT): $(INSTALLED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -138,3 +139,11 @@ def resumed(folder: Path, options: list[str], undisturbed: str, state: str) -> N
     assert before.kept_by(Books.of(run))
     assert digest(run) == undisturbed
     assert len(calls(folder)) - called == EVALUATIONS - len(before.measured) + REFERENCES
+
+
+@pytest.mark.slow
+def test_a_soak_of_three_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    soak = importlib.import_module("soak")
+    rows = soak.soaked(tmp_path, kills=3, seed=6)
+    assert {kind for kind, _ in soak.by_kind(rows)} == {"search", "node", "worker"}
