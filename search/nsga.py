@@ -100,7 +100,7 @@ class Nsga:
         self._known: Counter[bytes] = Counter()  # points of survivors and of trials in flight
         self._ideal = np.full(len(self.goals), -np.inf)  # best score seen of each objective
         self._rank: Integers | None = None  # of the survivors, where it is known
-        self._standing: tuple[Integers, Floats] | None = None  # their rank and crowding
+        self._spreads: dict[int, Floats] = {}  # their crowding distances by rank, where these are known
 
     @property
     def done(self) -> bool:
@@ -126,7 +126,7 @@ class Nsga:
             self._rank = np.delete(rank, least)  # it was on the last front, so it dominated nobody
         else:
             self._rank = None
-        self._standing = None
+        self._spreads = {}
 
     def state(self) -> dict[str, Any]:
         """The survivors and the points in flight."""
@@ -148,7 +148,7 @@ class Nsga:
         self._flying = dict(zip(state["flying"], state["flying_points"].copy(), strict=True))
         points = (*self._flying.values(), *(s.point for s in self._survivors))
         self._known = Counter(point.tobytes() for point in points)
-        self._rank = self._standing = None
+        self._rank, self._spreads = None, {}
 
     # -- proposing ---------------------------------------------------------------------------------------
 
@@ -198,20 +198,25 @@ class Nsga:
 
     def _tournament(self, rng: np.random.Generator) -> int:
         """The better of two survivors drawn evenly: of lower rank, or as good and less crowded."""
-        rank, spread = self._ranked()
+        rank = self._ranked()
         first, second = (int(i) for i in rng.choice(len(self._survivors), 2, replace=False))
-        better = (rank[second], -spread[second]) < (rank[first], -spread[first])
-        return second if better else first
+        if rank[first] != rank[second]:
+            return first if rank[first] < rank[second] else second
+        spread = self._spread(int(rank[first]))
+        return second if spread[second] > spread[first] else first
 
-    def _ranked(self) -> tuple[Integers, Floats]:
-        if self._standing is None:
-            scores = self._scores()
-            rank = ranks(scores) if self._rank is None else self._rank
-            spread = np.zeros(len(rank))
-            for level in np.unique(rank):
-                spread[rank == level] = crowding(scores[rank == level])
-            self._standing = rank, spread
-        return self._standing
+    def _ranked(self) -> Integers:
+        if self._rank is None:
+            self._rank = ranks(self._scores())
+        return self._rank
+
+    def _spread(self, level: int) -> Floats:
+        """(P,) crowding distances of the survivors of rank ``level``, zero of the others."""
+        if level not in self._spreads:
+            own = self._ranked() == level
+            self._spreads[level] = np.zeros(len(own))
+            self._spreads[level][own] = crowding(self._scores()[own])
+        return self._spreads[level]
 
     # -- survival ----------------------------------------------------------------------------------------
 
