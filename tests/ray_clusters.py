@@ -110,6 +110,41 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()  # what watches it takes a zombie for alive
 
 
+def isolated(program: list[str]) -> list[str]:
+    """The program with a loopback-only network and process ids of its own, all of which end with it. Takes root."""
+    return ["unshare", "-n", "-p", "-f", "--mount-proc", "bash", "-c", 'ip link set lo up; "$@"', "_", *program]
+
+
+def autoscaled(nodes: int) -> dict[str, Any]:
+    """The configuration of a head whose autoscaler adds at most so many nodes, raylets beside it, with a CPU each."""
+    from ray.cluster_utils import FAKE_HEAD_NODE_ID
+
+    lists = ("setup", "initialization", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    memory = NODE["object_store_memory"]
+    return {
+        "cluster_name": "fake",
+        "max_workers": nodes,
+        "idle_timeout_minutes": 1,
+        "upscaling_speed": 9999,
+        "provider": {"type": "fake_multinode", "disable_node_updaters": True, "head_node_id": FAKE_HEAD_NODE_ID},
+        "auth": {},
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 0, "object_store_memory": memory}, "node_config": {}, "max_workers": 0},
+            "worker": {
+                "resources": {"CPU": 1, "object_store_memory": memory},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": nodes,
+            },
+        },
+        **{f"{name}_commands": [] for name in lists},
+        **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+    }
+
+
 @dataclass(frozen=True)
 class Books:
     """What a journal holds: how many trials were asked for, and when each that is measured was."""

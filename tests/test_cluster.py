@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from processes import started, wait_until
-from ray_clusters import Books, Machines
+from processes import ROOT, started, wait_until
+from ray_clusters import NODE, Books, Machines, autoscaled, isolated
 from test_faults import EVALUATIONS, calls, digest, toy_recipe
 
 from experiments.recipe import Recipe
@@ -139,6 +142,35 @@ def resumed(folder: Path, options: list[str], undisturbed: str, state: str) -> N
     assert before.kept_by(Books.of(run))
     assert digest(run) == undisturbed
     assert len(calls(folder)) - called == EVALUATIONS - len(before.measured) + REFERENCES
+
+
+AUTOSCALED = """
+import os, subprocess, sys
+python, configuration, memory, *command = sys.argv[1:]
+options = ["--head", "--port=6379", "--node-ip-address=127.0.0.1", "--num-cpus=0", "--include-dashboard=false"]
+start = [python, "-m", "ray.scripts.scripts", "start", f"--autoscaling-config={configuration}", *options]
+variables = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+subprocess.run([*start, f"--object-store-memory={memory}"], check=True, env=variables, stdout=subprocess.DEVNULL)
+sys.exit(subprocess.run([python, "-m", "experiments.cli", *command]).returncode)
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_without_nodes_grows_to_two(tmp_path: Path, undisturbed: str) -> None:
+    """By Ray's own autoscaler, which starts raylets where others start machines."""
+    if subprocess.run(isolated(["true"]), check=False, capture_output=True).returncode != 0:
+        pytest.skip("processes cannot be isolated here")
+    configuration, run = tmp_path / "autoscaler.json", tmp_path / "run"
+    configuration.write_text(json.dumps(autoscaled(2)))
+    command = ["run", toy_recipe(tmp_path, delay=0.1), "--out", run, "--log=json", *runtime("127.0.0.1:6379", 2)]
+    program = [sys.executable, "-c", AUTOSCALED, sys.executable, configuration, NODE["object_store_memory"], *command]
+    said = subprocess.run(
+        isolated([str(word) for word in program]), cwd=ROOT, check=False, capture_output=True, text=True, timeout=300
+    )
+    assert said.returncode == 0, said.stderr
+    assert digest(run) == undisturbed
+    events = [json.loads(line) for line in said.stdout.splitlines()]
+    assert len({event["node"] for event in events if event["event"] == "worker_ready"}) == 2
 
 
 @pytest.mark.slow
