@@ -1,5 +1,12 @@
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 from unittest.mock import Mock
 
 import pytest
@@ -143,3 +150,64 @@ def test_only_snapshots_have_a_repository_s_name(cache):
     assert hub.name_of(cache / "snapshots" / COMMITS["v2"]) == "tiny"
     assert hub.name_of(cache / "snapshots" / COMMITS["v2"] / "model.safetensors") == "tiny"
     assert hub.name_of(Path("snapshots/x")) == ""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one repository, slow enough that whoever asks at the same time finds the download going on."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    downloads: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        name = self.path.rpartition("/")[2]
+        answer, headers = self.files.get(name), {"X-Repo-Commit": COMMITS["main"], "ETag": f'"{name}"'}
+        if self.path.startswith("/api/models/org/tiny"):
+            siblings = [{"rfilename": file} for file in self.files]
+            record = {"id": "org/tiny", "sha": COMMITS["main"], "siblings": siblings}
+            tree = [{"type": "file", "path": file, "size": len(data), "oid": file} for file, data in self.files.items()]
+            answer = json.dumps(tree if "/tree/" in self.path else record).encode()
+            headers = {"Content-Type": "application/json"}
+        elif body and answer is not None:
+            self.downloads.append(name)
+            time.sleep(1.0)
+        self.send_response(200 if answer is not None else 404)
+        for key, value in {**headers, "Content-Length": str(len(answer or b""))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body and answer is not None:
+            self.wfile.write(answer)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.mark.slow
+def test_workers_that_open_a_repository_at_once_download_it_once(tmp_path, monkeypatch):
+    save_file({"w": torch.arange(6.0)}, tmp_path / "model.safetensors")
+    files = {"model.safetensors": (tmp_path / "model.safetensors").read_bytes(), "config.json": b"{}"}
+    monkeypatch.setattr(Hub, "files", files)
+    monkeypatch.setattr(Hub, "downloads", [])
+    program = "from merging.checkpoint import Checkpoint; print(Checkpoint.open('org/tiny').tensor('w').sum().item())"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        variables = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", program], env=variables, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(4)
+        ]
+        said = [worker.communicate(timeout=120)[0] for worker in workers]
+        server.shutdown()
+    assert said == ["15.0\n"] * 4
+    assert sorted(Hub.downloads) == ["config.json", "model.safetensors"]
