@@ -55,7 +55,9 @@ class Schedule:
             examples; None for no limit.
         seconds: Stop asking after so many seconds of searching (all resumed stretches together); None for no limit.
         batch: Trials asked for and scored together.
-        in_flight: The most trials asked for and not yet told, at least ``batch``.
+        in_flight: The most trials asked for and not yet told, at least ``batch``. In strict order the oldest holds up
+            those after it, so that three batches a worker are needed to keep 128 workers busy, two for up to 32; in
+            arrival order one a worker, and a few to bridge the way to it. More makes proposals know less.
         order: ``strict`` or ``arrival``.
         patience: Give up when so many first trials have all failed.
         grace: Seconds for which a run that drains waits for what is in flight.
