@@ -88,6 +88,10 @@ class Machines:
             for one in processes:
                 _kill(one.process)
 
+    def lose_home(self) -> None:
+        """Kill the raylet of the head's machine (-9), which searches are attached to; the head itself goes on."""
+        _kill(_raylet(self._cluster.head_node))
+
     def __enter__(self) -> Machines:
         return self
 

@@ -109,8 +109,15 @@ def test_a_killed_search_resumes_on_the_same_cluster(tmp_path: Path, undisturbed
 
 
 @pytest.mark.slow
-def test_a_lost_head_ends_the_search_in_words_and_it_resumes_on_another(
-    tmp_path: Path, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ("head", "the cluster's head has not answered for"),
+        ("home", "the Ray node that the search runs on has died"),
+    ],
+)
+def test_a_search_that_loses_its_head_or_node_ends_in_words_and_resumes_on_another(
+    lost: str, words: str, tmp_path: Path, undisturbed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run = toy_recipe(tmp_path, delay=0.1), tmp_path / "run"
     with Machines(nodes=2) as machines:
@@ -118,12 +125,12 @@ def test_a_lost_head_ends_the_search_in_words_and_it_resumes_on_another(
         with started("run", recipe, "--out", run, *runtime(machines.address, 2)) as process:
             wait_until(lambda: len(calls(tmp_path)) >= 40, process, 180)
             since = time.monotonic()
-            machines.lose_head()
+            getattr(machines, f"lose_{lost}")()
             _, err = process.communicate(timeout=60)
-        print(f"it ended {time.monotonic() - since:.1f} s after its head")
+        print(f"it ended {time.monotonic() - since:.1f} s after its {lost}")
         assert process.returncode == 1
-        assert "the cluster's head has not answered for" in err
-        assert "Start a cluster, then resume the run there" in err
+        assert words in err
+        assert "esume the run" in err
         assert "Traceback" not in err
     with Machines(nodes=1) as machines:
         resumed(tmp_path, runtime(machines.address, 2), undisturbed, "failed")

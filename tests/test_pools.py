@@ -603,7 +603,7 @@ def test_metrics_can_be_scraped(folder):
         values[name.partition("{")[0], kind and kind.group(1)] = float(value)
     assert values["evaluations_total", None] == 20
     assert values["failures_total", "exception"] == 10
-    assert values["evaluation_seconds_count", None] == 10
+    assert values["evaluation_seconds_count", None] == values["merge_seconds_count", None] == 10
     assert values["workers", None] == 1
 
 
