@@ -151,29 +151,73 @@ def resumed(folder: Path, options: list[str], undisturbed: str, state: str) -> N
     assert len(calls(folder)) - called == EVALUATIONS - len(before.measured) + REFERENCES
 
 
-AUTOSCALED = """
-import os, subprocess, sys
-python, configuration, memory, *command = sys.argv[1:]
-options = ["--head", "--port=6379", "--node-ip-address=127.0.0.1", "--num-cpus=0", "--include-dashboard=false"]
-start = [python, "-m", "ray.scripts.scripts", "start", f"--autoscaling-config={configuration}", *options]
+# Ray's own commands, which take addresses of a cluster that is reached from outside, in a network without an outside.
+HEAD = """
+import os, subprocess, sys, time
+memory, option, *command = sys.argv[1:]
+def ray(*options, **kind):
+    program = [sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address=127.0.0.1"]
+    memory_option = f"--object-store-memory={memory}"
+    return subprocess.Popen([*program, *options, memory_option], stdout=subprocess.DEVNULL, **kind)
 variables = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
-subprocess.run([*start, f"--object-store-memory={memory}"], check=True, env=variables, stdout=subprocess.DEVNULL)
-sys.exit(subprocess.run([python, "-m", "experiments.cli", *command]).returncode)
+fake = [f"--autoscaling-config={option}"] if option.endswith(".json") else []
+head = ray("--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", *fake, env=variables if fake else None)
+assert head.wait() == 0
 """
+AUTOSCALED = """
+sys.exit(subprocess.run([sys.executable, "-m", "experiments.cli", *command]).returncode)
+"""
+TOLD_TO_STOP = """
+def node(port):
+    return ray("--address=127.0.0.1:6379", "--num-cpus=1", "--block", f"--dashboard-agent-listen-port={port}")
+def reach(count):
+    while not os.path.exists(option) or len(open(option).readlines()) < count:
+        assert search.poll() is None
+        time.sleep(0.1)
+first = node(52400)
+search = subprocess.Popen([sys.executable, "-m", "experiments.cli", *command])
+reach(10)
+second = node(52401)
+reach(60)
+began = time.monotonic()
+first.terminate()
+first.wait()
+print(f"it ended after {time.monotonic() - began:.1f} s", file=sys.stderr)
+assert time.monotonic() - began < 25  # it would give itself half a minute
+sys.exit(search.wait())
+"""
+
+
+def in_isolation(script: str, option: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    """A cluster in a network of its own, and a command there."""
+    if subprocess.run(isolated(["true"]), check=False, capture_output=True).returncode != 0:
+        pytest.skip("processes cannot be isolated here")
+    program = [sys.executable, "-c", HEAD + script, NODE["object_store_memory"], option, *command]
+    words = isolated([str(word) for word in program])
+    return subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_node_that_gets_sigterm_hands_its_batch_on_and_ends(tmp_path: Path, undisturbed: str) -> None:
+    """As Kubernetes ends one: Ray then drains it by itself. Another joins late."""
+    recipe, run, settings = toy_recipe(tmp_path, delay=0.1), tmp_path / "run", runtime("127.0.0.1:6379", 2, attempts=1)
+    said = in_isolation(TOLD_TO_STOP, tmp_path / "calls", "run", recipe, "--out", run, "--log=json", *settings)
+    assert said.returncode == 0, said.stderr
+    print(said.stderr)
+    assert digest(run) == undisturbed
+    assert 0 <= len(calls(tmp_path)) - EVALUATIONS - REFERENCES <= BATCH
+    events = [json.loads(line)["event"] for line in said.stdout.splitlines()]
+    assert "worker_retired" in events
+    assert "worker_died" not in events
 
 
 @pytest.mark.slow
 def test_a_cluster_without_nodes_grows_to_two(tmp_path: Path, undisturbed: str) -> None:
     """By Ray's own autoscaler, which starts raylets where others start machines."""
-    if subprocess.run(isolated(["true"]), check=False, capture_output=True).returncode != 0:
-        pytest.skip("processes cannot be isolated here")
     configuration, run = tmp_path / "autoscaler.json", tmp_path / "run"
     configuration.write_text(json.dumps(autoscaled(2)))
-    command = ["run", toy_recipe(tmp_path, delay=0.1), "--out", run, "--log=json", *runtime("127.0.0.1:6379", 2)]
-    program = [sys.executable, "-c", AUTOSCALED, sys.executable, configuration, NODE["object_store_memory"], *command]
-    said = subprocess.run(
-        isolated([str(word) for word in program]), cwd=ROOT, check=False, capture_output=True, text=True, timeout=300
-    )
+    recipe, settings = toy_recipe(tmp_path, delay=0.1), runtime("127.0.0.1:6379", 2)
+    said = in_isolation(AUTOSCALED, configuration, "run", recipe, "--out", run, "--log=json", *settings)
     assert said.returncode == 0, said.stderr
     assert digest(run) == undisturbed
     events = [json.loads(line) for line in said.stdout.splitlines()]
