@@ -808,7 +808,7 @@ def test_two_processes_make_the_store_at_once(tmp_path: Path) -> None:
     directories = [a_run(tmp_path, 10, budget=10, name=name) for name in ("one", "two")]
     (tmp_path / "mlflow.db.new").write_bytes(b"half a database")
     processes = [mirroring(directory) for directory in directories]
-    assert [process.wait(60) for process in processes] == [0, 0]
+    assert [process.wait(180) for process in processes] == [0, 0]
     states = [tracking.status(directory) for directory in directories]
     assert [state["error"] for state in states] == [None, None]
     assert [state["complete"] for state in states] == [True, True]
