@@ -112,7 +112,7 @@ class Genome:
         hasher = xxh3_128()
         hasher.update(plain.boundaries.astype("<i8").tobytes())
         hasher.update((plain.coefficients + 0.0).astype("<f8").tobytes())  # + 0.0 turns -0.0 into 0.0
-        hasher.update(json.dumps(dict(plain.parameters), sort_keys=True).encode())
+        hasher.update(json.dumps(dict(plain.parameters), sort_keys=True).encode() if plain.parameters else b"{}")
         if plain.residual is not None:
             hasher.update(np.ascontiguousarray(plain.residual, "<f4").data)
         return hasher.hexdigest()

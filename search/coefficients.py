@@ -127,6 +127,8 @@ class CoefficientBox:
         """The merge that the (D,) ``point`` describes."""
         numbers = np.asarray(point, np.float64)
         table = numbers[: self.coefficients].reshape(self.segments, self.sources)
+        if not self.settings:
+            return Genome(self.borders, table)
         shares = (numbers[self.coefficients :] - self.low) / (self.high - self.low)
         values = zip(self.settings, shares.tolist(), strict=True)
         return Genome(self.borders, table, {setting.name: setting.value(share) for setting, share in values})

@@ -280,12 +280,17 @@ def simulated_binary(rng: np.random.Generator, a: Floats, b: Floats, box: Coeffi
 
 def polynomial(rng: np.random.Generator, point: Floats, box: CoefficientBox, rate: float, index: float) -> Floats:
     """``point`` (D,) with each gene mutated with probability ``rate``: bounded polynomial mutation (Deb and Goyal)."""
-    mutated, draw = rng.random(len(point)) < rate, rng.random(len(point))
+    mutated, draws = np.flatnonzero(rng.random(len(point)) < rate), rng.random(len(point))
+    if not len(mutated):
+        return point
+    gene, draw = point[mutated], draws[mutated]
     width, power = box.high - box.low, index + 1.0
-    below, above = (point - box.low) / width, (box.high - point) / width
+    below, above = (gene - box.low) / width, (box.high - gene) / width
     down = (2.0 * draw + (1.0 - 2.0 * draw) * (1.0 - below) ** power) ** (1.0 / power) - 1.0
     up = 1.0 - (2.0 * (1.0 - draw) + (2.0 * draw - 1.0) * (1.0 - above) ** power) ** (1.0 / power)
-    return np.where(mutated, box.clip(point + np.where(draw < 0.5, down, up) * width), point)
+    child: Floats = point.copy()
+    child[mutated] = box.clip(gene + np.where(draw < 0.5, down, up) * width)
+    return child
 
 
 # -- selection -----------------------------------------------------------------------------------------------
