@@ -114,7 +114,7 @@ class Manager:
         pool: Workers that score batches.
         journal: The run's journal, open for writing; one with events in it is replayed first.
         schedule: Budget, batches and order.
-        observe: Called with the progress after every step.
+        observe: Called with the progress after every step, and every second of a wait; what it raises ends the run.
         clock: Seconds since some moment; a test may give its own.
     """
 
@@ -171,6 +171,8 @@ class Manager:
                 results = self._wait()
                 if results or self.progress.elapsed >= self._noted + NOTE:
                     self._advance(results)
+                else:
+                    self._observe(self.progress)
             self.journal.note("elapsed", repr(self.progress.elapsed))
             return self._finished()
 

@@ -481,6 +481,20 @@ def test_time_that_passes_without_results_is_written_down(tmp_path: Path) -> Non
         assert 120 < float(journal.fact("elapsed") or 0) <= 200
 
 
+def test_the_observer_can_end_a_wait(tmp_path: Path) -> None:
+    """As it does when the run's lease is lost."""
+
+    def observe(progress: Progress) -> None:
+        if progress.elapsed > 7:
+            raise JournalError("somebody else writes it")
+
+    pool = Silent()
+    manager = managed("random", tmp_path / "j.sqlite", pool, clock=pool.clock, observe=observe)
+    with pytest.raises(JournalError, match="somebody else"):
+        ended(manager)
+    assert pool.waits == 8
+
+
 # -- draining ------------------------------------------------------------------------------------------------
 
 
