@@ -132,9 +132,13 @@ def autoscaled(nodes: int) -> dict[str, Any]:
         "upscaling_speed": 9999,
         "provider": {"type": "fake_multinode", "disable_node_updaters": True, "head_node_id": FAKE_HEAD_NODE_ID},
         "auth": {},
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",  # the provider takes no other
         "available_node_types": {
-            "head": {"resources": {"CPU": 0, "object_store_memory": memory}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {
+                "resources": {"CPU": 0, "object_store_memory": memory},
+                "node_config": {},
+                "max_workers": 0,
+            },
             "worker": {
                 "resources": {"CPU": 1, "object_store_memory": memory},
                 "node_config": {},
