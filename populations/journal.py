@@ -137,13 +137,22 @@ class Journal:
             raise JournalError(f"{file}: no journal there.", "Give a run directory made by `ecotone run`.")
         with _explained(file):
             lock = locked(file) if write else None
-            journal = cls(file, _connected(file, write), lock)
-            version = journal.fact("format")
+            try:
+                journal = cls(file, _connected(file, write), lock)
+                journal._check_format()
+            except BaseException:  # who holds the error holds no lock
+                if lock is not None:
+                    lock.close()
+                raise
+        return journal
+
+    def _check_format(self) -> None:
+        version = self.fact("format")
         if version != str(FORMAT):
             raise JournalError(
-                f"{file}: expected journal format {FORMAT}, found {version}.", "Use the Ecotone version that wrote it."
+                f"{self.path}: expected journal format {FORMAT}, found {version}.",
+                "Use the Ecotone version that wrote it.",
             )
-        return journal
 
     def _begin(self, facts: Mapping[str, str]) -> None:
         with self.transaction():

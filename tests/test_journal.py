@@ -389,6 +389,18 @@ def test_another_database(path: Path) -> None:
         Journal.open(path)
 
 
+def test_a_refused_journal_is_not_locked(path: Path) -> None:
+    """Although the error is kept."""
+    Journal.create(path, {}).close()
+    whole = path.read_bytes()
+    path.write_bytes(b"no database at all, but long enough to be read as one" * 100)
+    with pytest.raises(JournalError, match="not a journal") as refused:
+        Journal.open(path, write=True)
+    path.write_bytes(whole)
+    Journal.open(path, write=True).close()
+    assert refused.value
+
+
 def test_a_journal_of_a_later_format(path: Path) -> None:
     written(path)
     with Journal.open(path, write=True) as journal:
