@@ -192,13 +192,16 @@ class Genome:
             ) from error
 
 
-def combine(genomes: Sequence[Genome], weights: ArrayLike, borders: ArrayLike | None = None) -> Genome:
+def combine(
+    genomes: Sequence[Genome], weights: ArrayLike, borders: ArrayLike | None = None, limit: int | None = None
+) -> Genome:
     """The linear combination of genomes of the same sources, with weights constant between ``borders``.
 
     Args:
         genomes: P genomes of equal size, sources and parameters.
         weights: (P,) for one weight each, or (W, P) for weights that change at ``borders``.
         borders: (W+1,) positions from 0 to n; needed when weights is (W, P).
+        limit: The most segments; beyond it neighbours are joined (``Genome.simplified``).
 
     Returns:
         The genome whose mixture and residual are ``sum_p weights[w, p] * genomes[p]`` in each interval w.
@@ -222,12 +225,21 @@ def combine(genomes: Sequence[Genome], weights: ArrayLike, borders: ArrayLike | 
     edges = np.array([0, first.size]) if borders is None else np.asarray(borders, np.int64)
     if table.shape != (len(edges) - 1, len(genomes)):
         raise InputError(f"weights: expected shape {(len(edges) - 1, len(genomes))}, found {table.shape}.")
-    union = np.unique(np.concatenate([edges, *(g.boundaries for g in genomes)]))
+    union = united(edges, *(g.boundaries for g in genomes))
     rows = table[np.searchsorted(edges, union[:-1], side="right") - 1]
     mixed = np.zeros((len(union) - 1, first.sources))
     for column, genome in enumerate(genomes):
         mixed += rows[:, column : column + 1] * genome.refined(union)
-    return Genome(union, mixed, first.parameters, _combined_residual(genomes, table, edges)).simplified()
+    return Genome(union, mixed, first.parameters, _combined_residual(genomes, table, edges)).simplified(limit)
+
+
+def united(*borders: Integers) -> Integers:
+    """The borders of all, in order, each once; what ``numpy.unique`` gives of short arrays in half its time."""
+    every = np.concatenate(borders)
+    every.sort()
+    new = np.ones(len(every), np.bool_)
+    np.not_equal(every[1:], every[:-1], out=new[1:])
+    return every[new]
 
 
 @lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from populations.errors import InputError
-from populations.genome import Floats, Genome, Integers
+from populations.genome import Floats, Genome, Integers, united
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +48,13 @@ class GramTable:
     def between(self, positions: Integers) -> Floats:
         """(W, K, K) Gram matrices of the intervals of ``positions`` (W+1,), which must be region borders."""
         index = np.searchsorted(self.borders, positions)
-        if (index >= self.borders.size).any() or (self.borders[index] != positions).any():
+        if index.max() >= self.borders.size or (self.borders[index] != positions).any():
             wrong = [int(p) for p in positions if p not in self.borders][:3]
             raise InputError(f"positions: expected region borders of the Gram table, found {wrong}.")
-        return np.diff(self.prefix[index], axis=0)
+        sums = self.prefix[index]
+        return sums[1:] - sums[:-1]
 
     def inner(self, a: Genome, b: Genome) -> float:
         """The inner product of the mixtures of ``a`` and ``b`` (anchor and residuals left out)."""
-        union = np.union1d(a.boundaries, b.boundaries)
+        union = united(a.boundaries, b.boundaries)
         return float(np.einsum("sj,sjk,sk->", a.refined(union), self.between(union), b.refined(union)))

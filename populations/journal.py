@@ -479,10 +479,15 @@ def _shapes_text(shapes: tuple[tuple[str, str, int, int], ...]) -> str:
     return json.dumps(shapes)
 
 
+@lru_cache(maxsize=64)
+def _shapes(text: str) -> list[tuple[str, str, int, int]]:
+    return [(name, kind, size, length) for name, kind, size, length in json.loads(text)]
+
+
 def _evaluation(row: Sequence[Any]) -> Evaluation:
     scores, shapes, blob, failure, seconds, items, details, errors = row
     per_example, start = {}, 0
-    for name, kind, size, length in json.loads(shapes) if shapes else ():
+    for name, kind, size, length in _shapes(shapes) if shapes else ():
         per_example[name] = _unpacked(kind, size, blob[start : start + length])
         start += length
     return Evaluation(

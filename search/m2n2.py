@@ -194,7 +194,7 @@ class M2N2:
         if self.settings.mutation > 0:
             return self._mutated(rng, _joined(_residual(genomes[0]), _residual(genomes[1]), before, after, split))
         rows, borders = _intervals(before, after, split, self.space.size)
-        return combine(genomes, rows, borders).simplified(self.settings.max_segments)
+        return combine(genomes, rows, borders, self.settings.max_segments)
 
     def _split(self, rng: np.random.Generator) -> int:
         """A position drawn evenly from the flat vector, moved down to the nearest border; n without splits."""
