@@ -267,7 +267,8 @@ def simulated_binary(rng: np.random.Generator, a: Floats, b: Floats, box: Coeffi
     Simulated binary crossover (Deb and Agrawal 1995), its distribution truncated to the box. A crossed gene
     comes from either of the two children that the operator makes.
     """
-    crossed, upper, draw = rng.random(len(a)) < 0.5, rng.random(len(a)) < 0.5, rng.random(len(a))
+    crosses, uppers, draw = rng.random((3, len(a)))
+    crossed, upper = crosses < 0.5, uppers < 0.5
     least, most = np.minimum(a, b), np.maximum(a, b)
     apart = np.maximum(most - least, 1e-14)
     room = np.where(upper, box.high - most, least - box.low)
@@ -280,7 +281,8 @@ def simulated_binary(rng: np.random.Generator, a: Floats, b: Floats, box: Coeffi
 
 def polynomial(rng: np.random.Generator, point: Floats, box: CoefficientBox, rate: float, index: float) -> Floats:
     """``point`` (D,) with each gene mutated with probability ``rate``: bounded polynomial mutation (Deb and Goyal)."""
-    mutated, draws = np.flatnonzero(rng.random(len(point)) < rate), rng.random(len(point))
+    chances, draws = rng.random((2, len(point)))
+    mutated = np.flatnonzero(chances < rate)
     if not len(mutated):
         return point
     gene, draw = point[mutated], draws[mutated]
