@@ -418,6 +418,7 @@ class RayPool:
         lost = [job for ref, job in list(hand.queue) if not self._collect(ref, job)]
         self._hands.remove(hand)
         self._kill(hand)
+        self._measure()
         if not self.pids():
             self._alone_since = time.monotonic()
         return lost
@@ -522,6 +523,7 @@ class RayPool:
                 hand.since = time.monotonic()
                 self._failed_starts = 0
                 _event(logging.INFO, "worker_ready", "A worker is ready.", **_about(hand))
+                self._measure()
             while hand.queue and hand.queue[0][0] in news:
                 ref, job = hand.queue[0]
                 packed = self._ray.get(ref)
