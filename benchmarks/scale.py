@@ -1,6 +1,6 @@
 """How many workers the manager keeps busy, and what it costs: evaluations are simulated, all else is real.
 
-    python benchmarks/scale.py                    # all of it: half an hour on one core, a gigabyte of disk
+    python benchmarks/scale.py                    # all of it: ten minutes of a core, half a gigabyte of disk
     python benchmarks/scale.py --quick            # 8 and 32 workers, 3,000 trials, half a minute
     python benchmarks/scale.py --only utilisation
 
