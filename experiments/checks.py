@@ -54,6 +54,7 @@ def validate(recipe: Recipe) -> list[Finding]:
 def _findings(recipe: Recipe) -> Iterator[Finding]:
     yield Finding("recipe", f"{recipe.name}, signature {recipe.signature}")
     yield from _functions(recipe)
+    yield from _workers(recipe)
     compose.check_operator(recipe)
     prepared = compose.prepared_folder(recipe)
     if prepared is not None and not prepared.is_dir():
@@ -67,6 +68,11 @@ def _findings(recipe: Recipe) -> Iterator[Finding]:
     yield from _search(recipe, sources)
     yield from _memory(recipe, spec, sources)
     yield from _needs(recipe, sources)
+
+
+def _workers(recipe: Recipe) -> Iterator[Finding]:
+    if text := compose.unused_workers(recipe):
+        yield Finding("workers", text)
 
 
 def _functions(recipe: Recipe) -> Iterator[Finding]:

@@ -273,6 +273,18 @@ def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
     )
 
 
+def unused_workers(recipe: Recipe) -> str:
+    """A sentence when more workers are asked for than ``scoring`` leaves work for; else nothing."""
+    runtime, scoring = recipe.runtime, recipe.scoring
+    busy = max(1, scoring.window // scoring.batch)
+    if runtime.pool == "serial" or runtime.workers <= busy:
+        return ""
+    return (
+        f"{busy} of {runtime.workers} workers have work at a time: scoring.in_flight is {scoring.window}, scoring.batch "
+        f"{scoring.batch}. An in_flight of {2 * runtime.workers * scoring.batch} or so keeps all busy."
+    )
+
+
 def _located(path: str, prepared: Path | None) -> str:
     if not path.startswith(PREPARED):
         return path

@@ -652,7 +652,8 @@ class Scoring(Part):
 
     Attributes:
         batch: Candidates asked for and scored together.
-        in_flight: The most candidates asked for and not yet learned from, in all.
+        in_flight: The most candidates asked for and not yet learned from, in all; two batches unless said otherwise.
+            Strict order keeps workers busy with two to three batches for each, as the slow ones hold up what is asked.
         order: ``strict`` learns in the order of asking, so that results depend on the recipe alone;
             ``arrival`` learns at once, for the highest use of workers.
         threads: CPU threads a worker computes with.

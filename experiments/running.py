@@ -71,6 +71,7 @@ def launch(
         compose.check_operator(recipe)
         compose.check_search(recipe)
         notify("Preparing the models ..." if _must_prepare(recipe) else "Starting the workers ...")
+        _tell_unused(recipe, notify)
         spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
         with compose.make_pool(recipe, spec) as pool:
             space = pool.start()
@@ -108,6 +109,7 @@ def resume(
         recipe = _resumed_recipe(recorded["recipe"], settings or {})
         paths = compose.python_paths(tuple(recorded["sys_path"]))
         notify("Starting the workers ...")
+        _tell_unused(recipe, notify)
         spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
         with compose.make_pool(recipe, spec) as pool:
             space = pool.start()
@@ -328,6 +330,11 @@ def _same_models(journal: Journal, space: Space) -> None:
             "models: their weights are not those that the run began with (their inner products differ).",
             "Restore the files, or start a new run.",
         )
+
+
+def _tell_unused(recipe: Recipe, notify: Notify) -> None:
+    if text := compose.unused_workers(recipe):
+        notify(text)
 
 
 def _must_prepare(recipe: Recipe) -> bool:

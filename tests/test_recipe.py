@@ -836,3 +836,22 @@ def test_a_preparation_that_cannot_be_found(preparing: Any, call: str, message: 
 
 def test_a_recipe_without_preparation_has_no_folder() -> None:
     assert compose.prepare(Recipe.from_record(PLAIN)) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"runtime.workers": 2}, ""),
+        ({"runtime.workers": 8, "scoring": {"batch": 4, "in_flight": 32}}, ""),
+        ({"runtime.workers": 8, "runtime.pool": "serial"}, ""),
+        ({"runtime.workers": 3}, "2 of 3 workers have work at a time: scoring.in_flight is 16, scoring.batch 8. "),
+        ({"runtime.workers": 8, "scoring": {"batch": 4, "in_flight": 7}}, "1 of 8 workers have work at a time: "),
+    ],
+)
+def test_workers_without_work_are_told_of(settings: dict[str, Any], expected: str) -> None:
+    found = compose.unused_workers(Recipe.from_record(apply_settings(changed(), settings)))
+    assert found.startswith(expected)
+    assert bool(found) == bool(expected)
+    if found:
+        batch = settings.get("scoring", {}).get("batch", 8)
+        assert found.endswith(f"An in_flight of {2 * settings['runtime.workers'] * batch} or so keeps all busy.")
