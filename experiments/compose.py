@@ -280,8 +280,8 @@ def unused_workers(recipe: Recipe) -> str:
     if runtime.pool == "serial" or runtime.workers <= busy:
         return ""
     return (
-        f"{busy} of {runtime.workers} workers have work at a time: scoring.in_flight is {scoring.window}, scoring.batch "
-        f"{scoring.batch}. An in_flight of {2 * runtime.workers * scoring.batch} or so keeps all busy."
+        f"{busy} of {runtime.workers} workers have work at a time: scoring.in_flight is {scoring.window}, "
+        f"scoring.batch {scoring.batch}. An in_flight of {2 * runtime.workers * scoring.batch} or so keeps all busy."
     )
 
 
