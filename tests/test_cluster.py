@@ -61,10 +61,8 @@ def disturbed(folder: Path, options: list[str], act: Callable[[], object], undis
     assert 0 <= len(calls(folder)) - EVALUATIONS - REFERENCES <= BATCH
 
 
-@pytest.mark.parametrize(
-    "lost",
-    ["node", pytest.param("node replaced", marks=pytest.mark.slow), pytest.param("worker", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["node", "node replaced", "worker"])
 def test_a_lost_worker_or_node_costs_time_only(lost: str, tmp_path: Path, undisturbed: str) -> None:
     with Machines(nodes=2) as machines:
 

@@ -73,7 +73,10 @@ def test_specialists_depend_on_the_seed_alone(specialists: Path, tmp_path: Path)
         assert (tmp_path / f"{name}.safetensors").read_bytes() == (specialists / f"{name}.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "coefficients"), [("digits-groups-map", 3), ("digits-four-groups-map", 4)])
+@pytest.mark.parametrize(
+    ("name", "coefficients"),
+    [("digits-groups-map", 3), pytest.param("digits-four-groups-map", 4, marks=pytest.mark.slow)],
+)
 def test_the_recipes_of_groups(name: str, coefficients: int) -> None:
     recipe = Recipe.from_yaml(RECIPES / f"{name}.yaml")
     compose.prepare(recipe)

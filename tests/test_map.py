@@ -349,6 +349,7 @@ def test_a_link_must_fit_the_scores() -> None:
         run(search, lambda points: np.stack([points[:, 0], 100 * points[:, 1] + 2], axis=1))
 
 
+@pytest.mark.slow
 def test_sixteen_models_are_proposed_in_seconds() -> None:
     """153 coefficients a surrogate, sixteen surrogates."""
     truth = specialists(16, 0)

@@ -150,10 +150,8 @@ def test_stopped_and_resumed_it_is_the_same_search(
     assert outcome(resume(run)) == undisturbed(kind)
 
 
-QUICK = ("bayesian_map",)
-
-
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in SEARCHES])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SEARCHES)
 def test_killed_and_resumed_it_is_the_same_search_at_the_same_price(
     kind: str, tmp_path: Path, undisturbed: Callable[[str], Outcome]
 ) -> None:

@@ -176,6 +176,7 @@ def test_failures_are_survived() -> None:
     json.dumps(search.report(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_sixteen_models() -> None:
     tasks, search = Tasks(16, between=0.05), make(16)
     points = run(search, tasks, batch=16)

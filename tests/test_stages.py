@@ -619,7 +619,8 @@ def recorded(run: Path) -> list[tuple[int, bool]]:
     return []
 
 
-@pytest.mark.parametrize("stages", [pytest.param(RUN, marks=pytest.mark.slow), QUICK], ids=["map", "nsga2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [RUN, QUICK], ids=["map", "nsga2"])
 def test_killed_in_each_stage_it_goes_on_to_the_same(
     stages: list[dict[str, Any]], tmp_path: Path, ecotone: Ecotone
 ) -> None:
