@@ -178,6 +178,7 @@ def test_killed_and_resumed_it_is_the_same_at_the_same_price(
     assert calls(tmp_path) - before == GRADIENTS - status["gradients"]
 
 
+@pytest.mark.slow
 def test_ray_workers_find_the_same(tmp_path: Path, undisturbed: Callable[[], Outcome]) -> None:
     pytest.importorskip("ray")
     recipe = Recipe.from_yaml(toy_recipe(tmp_path), {"runtime": {"pool": "ray", "workers": 2}})

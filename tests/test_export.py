@@ -251,10 +251,11 @@ def big(path: Path, nbytes: int, seed: int) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize(
     ("nbytes", "limit", "growth"),
-    [(64_000_000, 300, 150), pytest.param(1_000_000_000, 300, 150, marks=pytest.mark.slow)],
+    [(64_000_000, 300, 150), (1_000_000_000, 300, 150)],
     ids=["64 MB", "1 GB"],
 )
-@pytest.mark.parametrize("operator", ["task_arithmetic", pytest.param("ties_vectors", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("operator", ["task_arithmetic", "ties_vectors"])
+@pytest.mark.slow
 def test_export_needs_a_few_chunks_of_memory(tmp_path, nbytes, limit, growth, operator):
     """``limit`` and ``growth`` are MB of anonymous resident memory: in all (torch included), and by the export.
 

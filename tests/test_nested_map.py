@@ -117,6 +117,7 @@ def test_the_closest_are_merged_first() -> None:
     assert (search._pairs[2].first, search._pairs[2].second) == (4, 5)
 
 
+@pytest.mark.slow
 def test_preferences_lead_the_whole_tree() -> None:
     tasks, scores = Tasks(4, between=1.5), {}
     for favoured in range(4):

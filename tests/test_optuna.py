@@ -49,7 +49,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "random": {},
     "qmc": {},
 }
-every_sampler = pytest.mark.parametrize("sampler", get_args(Sampler))
+every_sampler = pytest.mark.parametrize(
+    "sampler", [pytest.param(name, marks=pytest.mark.slow) if name == "gp" else name for name in get_args(Sampler)]
+)
 learning = pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "cma_es", "gp"])
 
 
@@ -189,6 +191,7 @@ def test_restored_from_its_state_it_goes_on_with_the_same_trials(sampler: str, a
     assert digests(carried_out(through, 3)) == digests(carried_out(resumed, 3))
 
 
+@pytest.mark.slow
 def test_another_process_proposes_the_same_trials() -> None:
     """The conformance suite has this for all but the Gaussian process."""
     script = (

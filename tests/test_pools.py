@@ -444,6 +444,7 @@ def test_a_pool_works_with_the_workers_that_have_a_place(folder, cluster):
         assert 1 <= len(pool.pids()) <= 2
 
 
+@pytest.mark.slow
 def test_workers_that_die_while_they_open_are_given_up(folder, cluster):
     spec = nets(folder, search=(ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:dies")),))
     with pytest.raises(PoolError, match="2 workers in a row died while they opened the models"):
@@ -459,7 +460,8 @@ def ready(pool, count, within=60.0):
         pool.completed()
 
 
-@pytest.mark.parametrize(("workers", "share"), [pytest.param(2, 1.0, marks=pytest.mark.slow), (4, 0.5)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "share"), [(2, 1.0), (4, 0.5)])
 def test_each_worker_gets_its_share_of_a_logical_gpu(folder, cluster, workers, share):
     with ray_pool(vectors(folder, "gpus"), workers, gpus_per_worker=share, cpus_per_worker=0.5) as pool:
         pool.start()
@@ -489,6 +491,7 @@ def test_a_worker_that_does_not_find_what_the_search_has_names_node_and_path(fol
         ray_pool(spec, 1).start()
 
 
+@pytest.mark.slow
 def test_idle_workers_are_given_back_and_asked_for_again(folder, cluster):
     def at_work(pool):
         """Their process ids, once work for two has two."""
@@ -513,10 +516,8 @@ def test_idle_workers_are_given_back_and_asked_for_again(folder, cluster):
 # -- Ray: deadlines ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("workers", "hanging"),
-    [(1, 13), pytest.param(2, 13, marks=pytest.mark.slow), pytest.param(2, 14, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "hanging"), [(1, 13), (2, 13), (2, 14)])
 def test_only_the_candidate_past_its_time_limit_fails(folder, cluster, caplog, workers, hanging):
     caplog.set_level(logging.DEBUG, "ecotone")
     with ray_pool(vectors(folder, "hangs"), workers, time_limit=1.0) as pool:

@@ -535,6 +535,7 @@ def digest_at(url: str) -> str:
     return str(Run(url).status()["digest"])
 
 
+@pytest.mark.slow
 def test_sigterm_drains_and_copies_the_rest(tmp_path: Path, machine: Callable[[str], None], undisturbed: str) -> None:
     url = f"file://{tmp_path}/store/run"
     recipe = toy_recipe(tmp_path, delay=0.01, runtime={**HASTY, "mirror_every": 1000.0})

@@ -777,6 +777,7 @@ def mirroring(directory: Path, rows: int = 30) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_then_mirrored_again(runs: Path, empty_store: Path, tmp_path: Path) -> None:
     directory = a_run(runs, 600, budget=600)
     undisturbed = tracking.mirror(directory, uri=_another_store(tmp_path, empty_store))
@@ -886,6 +887,7 @@ def test_the_followed_process_is_killed(runs: Path) -> None:
     assert client(known["uri"]).get_run(known["run_id"]).info.status == "KILLED"
 
 
+@pytest.mark.slow
 def test_a_run_resumed_while_its_mirror_still_waits_is_followed(tmp_path: Path) -> None:
     """The server is down, the search ends, another process resumes it: the first mirror does not leave at its end."""
     uri = f"http://127.0.0.1:{free_port()}"
