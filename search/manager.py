@@ -167,7 +167,7 @@ class Manager:
             self._replay()
             self._at = self._clock()
             self._advance([])
-            while self._out and self._patient():
+            while self._patient() and self._out:
                 results = self._wait()
                 if results or self.progress.elapsed >= self._noted + NOTE:
                     self._advance(results)

@@ -562,12 +562,14 @@ def test_a_clock_that_goes_back_does_not_prolong_the_grace(tmp_path: Path) -> No
     assert pool.waits == 2 + 6 + 1
 
 
-def test_drained_before_it_began_it_asks_for_nothing(tmp_path: Path) -> None:
+def test_drained_before_it_began_it_asks_for_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "j.sqlite"
     pool = Simulated()
     manager = managed("m2n2", path, pool)
     manager.drain()
-    assert ended(manager) == "drained"
+    with caplog.at_level(logging.INFO, "ecotone"):
+        assert ended(manager) == "drained"
+    assert [vars(record)["event"] for record in caplog.records] == ["draining"]  # told also when nothing is in flight
     assert pool.submitted == []
     assert carried_out("m2n2", path, Simulated()).progress.evaluations == 83
 
