@@ -253,22 +253,26 @@ class JobServer:
         if not is_checkout(Path(job.folder)):
             environment["py_modules"] = [str(path) for path in _our_packages()]
         with self._explained(), _hushed():
-            until = time.monotonic() + _STARTING
-            while True:
-                try:
-                    self._client.submit_job(
-                        entrypoint=" ".join(words),
-                        submission_id=job.id,
-                        runtime_env=environment,
-                        metadata={_OURS: job.run, "out": job.out, "folder": job.folder, "grace": str(grace)},
-                        entrypoint_num_cpus=0,
-                    )
-                    break
-                except RuntimeError as error:
-                    if "No available agent" not in str(error) or time.monotonic() > until:
-                        raise
-                    time.sleep(_POLL)
+            self._send(
+                entrypoint=" ".join(words),
+                submission_id=job.id,
+                runtime_env=environment,
+                metadata={_OURS: job.run, "out": job.out, "folder": job.folder, "grace": str(grace)},
+                entrypoint_num_cpus=0,
+            )
         return job
+
+    def _send(self, **request: Any) -> None:
+        """Submit a job, once the head takes any."""
+        until = time.monotonic() + _STARTING
+        while True:
+            try:
+                self._client.submit_job(**request)
+                break
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(_POLL)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

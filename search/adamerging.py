@@ -314,8 +314,9 @@ class AdaMerging:
         parents = () if line.parent is None else (line.parent,)
         if batch == _CHECK:
             return Trial(number, line.genome, parents)
-        again, group = divmod(batch, len(self._groups(line)))
-        tasks = self._groups(line)[group]
+        groups = self._groups(line)
+        again, group = divmod(batch, len(groups))
+        tasks = groups[group]
         weights = tuple(float(line.weights[task]) for task in tasks)
         step = line.step * self.accumulate + again
         wanted = CalibrationBatch(tuple(self.tasks[task] for task in tasks), step, weights)
@@ -340,8 +341,8 @@ class AdaMerging:
     def _complete(self, line: Line) -> None:
         """Everything of the line's step is told: write down the check, and move on unless this was the end."""
         if line.told and not line.ended:
-            for batch, (known, _) in sorted(line.told.items(), key=lambda entry: entry[0]):
-                line.sums[:, self._group(line, batch)] += known / self.accumulate
+            for batch in sorted(line.told):
+                line.sums[:, self._group(line, batch)] += line.told[batch][0] / self.accumulate
             line.summed += 1
         if line.check is not None:
             self._judge(line, *line.check)
@@ -384,8 +385,8 @@ class AdaMerging:
     def _gradient(self, line: Line) -> Floats:
         """(S, K) gradient of the loss by Adam's point."""
         total = np.zeros_like(line.adam.point)
-        for _, (_, gradient) in sorted(line.told.items(), key=lambda entry: entry[0]):
-            total += gradient
+        for batch in sorted(line.told):
+            total += line.told[batch][1]
         pulled = self._pulled(line, total / self.accumulate)
         pulled[line.held] = 0.0
         return pulled
