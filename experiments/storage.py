@@ -22,7 +22,8 @@ working directory, need not wait.
 
 Whoever creates ``lease-EPOCH.json`` first has the epoch: local files, S3, GCS and Azure refuse to create an object that
 exists. A store that does not would let two managers who ask in the same moment both succeed. So both read it back
-``SETTLE`` seconds later, and again before each copy, and the one whose word is not there gives up.
+``SETTLE`` seconds later, and again before each copy, and the one whose word is not there gives up. (fsspec itself looks
+whether a local file exists and then writes it, so local files are created here.)
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ Notify: TypeAlias = Callable[[str], None]
 Manifest: TypeAlias = Mapping[str, Any]
 
 _log = logging.getLogger("ecotone")
+_CREATING = threading.Lock()  # memory://, which is within one process, looks first and writes then
 
 
 class StorageError(EcotoneError):
@@ -129,7 +131,8 @@ class Store:
             raise StorageError(f"{url}: {_in_words(error)}.", "Check the URL, as in s3://bucket/runs/name.") from error
         self.url = str(self._fs.unstrip_protocol(self._root))
         self.name = self.url.rsplit("/", 1)[-1]
-        self.settle = 0.0 if protocol in ("file", "local", "memory") else SETTLE
+        self._local = protocol in ("file", "local")
+        self.settle = 0.0 if self._local or protocol == "memory" else SETTLE
         self._folders = protocol not in OBJECT_STORES
 
     def names(self) -> list[str]:
@@ -155,7 +158,12 @@ class Store:
             if self._folders:
                 self._fs.makedirs(self._root, exist_ok=True)
             try:
-                self._fs.pipe_file(self._path(name), data, mode="create")
+                if self._local:
+                    with open(self._path(name), "xb") as file:
+                        file.write(data)
+                else:
+                    with _CREATING:
+                        self._fs.pipe_file(self._path(name), data, mode="create")
             except FileExistsError:
                 return False
         return True
@@ -350,7 +358,8 @@ def _await_end(
         now = store.read(name)
         if now == found:
             continue
-        if _parsed(now).get("released"):
+        lease = _parsed(now)  # a new one may have been seen before it was written
+        if lease.get("released"):
             return
         raise StorageError(
             f"{store.url}: {_owner(lease)} has managed the run since {moment(lease.get('since'))} and does so now.",

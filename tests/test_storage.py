@@ -430,19 +430,23 @@ def test_a_manager_that_slept_between_check_and_write_changes_nothing(
 
 
 def test_of_many_who_ask_at_once_one_has_the_epoch(url: str) -> None:
-    stores = [Store(url) for _ in range(8)]
-    together, won = threading.Barrier(8), []
+    """Fifty times, for a store that looks first and writes then lets two in only now and then."""
+    stores, together = [Store(url) for _ in range(8)], threading.Barrier(8)
+    won: list[list[bytes]] = [[] for _ in range(50)]
 
     def ask(number: int) -> None:
-        together.wait()
-        won.append(stores[number].create("lease-000001.json", str(number).encode()))
+        for epoch, winners in enumerate(won):
+            together.wait()
+            word = str(number).encode()
+            if stores[number].create(f"lease-{epoch:06d}.json", word):
+                winners.append(word)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(won) == [False] * 7 + [True]
+    assert won == [[stores[0].read(f"lease-{epoch:06d}.json")] for epoch in range(len(won))]
 
 
 def test_where_creating_excludes_nobody_the_lease_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
