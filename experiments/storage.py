@@ -1,8 +1,8 @@
 """Run directories at URLs: the journal is written on this machine and copied, and a lease keeps other managers out.
 
 A run at ``s3://bucket/digits``, or wherever fsspec reaches, is written in a working directory of this machine,
-``CACHE/runs/digits-KEY``, with CACHE as for preparation steps and KEY of the URL. From there it is copied to the URL as
-it grows, and any machine can go on from the copy alone. Objects at the URL:
+``CACHE/runs/digits-KEY``, with CACHE as for preparation steps and KEY of the URL and the machine. From there it is
+copied to the URL as it grows, and any machine can go on from the copy alone. Objects at the URL:
 
 - ``lease-EPOCH.json``: who manages the run in that epoch. Created once, exclusively; then only its owner writes it, to
   count renewals.
@@ -18,7 +18,9 @@ takes along what it recorded after its last copy, as many seconds as `runtime.mi
 
 A lease ends when its owner releases it, or when it was not renewed for as long as it lasts, by the clock of whoever
 waits for that: clocks of two machines are never compared. A manager that starts where the last one died, in the same
-working directory, need not wait.
+working directory of the same machine, need not wait: there a lock tells that the other is gone.
+
+What a working directory has and the mirror has not is never deleted: it is put aside, into ``superseded-1`` and on.
 
 Whoever creates ``lease-EPOCH.json`` first has the epoch: local files, S3, GCS and Azure refuse to create an object that
 exists. A store that does not would let two managers who ask in the same moment both succeed. So both read it back
@@ -28,8 +30,11 @@ whether a local file exists and then writes it, so local files are created here.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -41,9 +46,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from populations.errors import EcotoneError, JournalError
 from populations.journal import Journal, locked
@@ -65,6 +70,8 @@ SETTLE = 2.0
 """Seconds after which a new lease is read back, where creating it may not exclude others."""
 VIEWS = 3
 """Fetched copies of a run that are kept for reading."""
+SPARED = 600.0
+"""Seconds for which any such copy is kept: somebody may read it."""
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss"})  # without folders
 
@@ -81,6 +88,10 @@ class StorageError(EcotoneError):
 
 class LeaseLostError(StorageError):
     """Another manager has taken the run over."""
+
+
+class DamagedCopyError(StorageError):
+    """A copy is not what its manifest tells of it."""
 
 
 def is_url(text: str) -> bool:
@@ -118,21 +129,25 @@ class Store:
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs
 
-        protocol = url.partition("://")[0]
+        protocol, shown = url.partition("://")[0], _without_password(url)
         if "::" in url:
-            raise StorageError(f"{url}: expected one protocol, found several ({protocol}).", "Give the plain URL.")
+            raise StorageError(f"{shown}: expected one protocol, found several ({protocol}).", "Give the plain URL.")
         try:
             self._fs, self._root = url_to_fs(url)
         except ImportError as error:
             raise StorageError(
-                f"{url}: {protocol}:// needs a package that is not installed.", f"`pip install {_package(protocol)}`."
+                f"{shown}: {protocol}:// needs a package that is not installed.", f"`pip install {_package(protocol)}`."
             ) from error
         except Exception as error:
-            raise StorageError(f"{url}: {_in_words(error)}.", "Check the URL, as in s3://bucket/runs/name.") from error
-        self.url = str(self._fs.unstrip_protocol(self._root))
-        self.name = self.url.rsplit("/", 1)[-1]
+            raise StorageError(
+                f"{shown}: {_in_words(error)}.", "Check the URL, as in s3://bucket/runs/name."
+            ) from error
         self._local = protocol in ("file", "local")
-        self.settle = 0.0 if self._local or protocol == "memory" else SETTLE
+        here = self._local or protocol == "memory"
+        # Elsewhere it is what was given: fsspec's own form lacks the host, or the account, of some protocols.
+        self.url = str(self._fs.unstrip_protocol(self._root)) if here else shown.rstrip("/")
+        self.name = self.url.rsplit("/", 1)[-1]
+        self.settle = 0.0 if here else SETTLE
         self._folders = protocol not in OBJECT_STORES
 
     def names(self) -> list[str]:
@@ -159,7 +174,7 @@ class Store:
                 self._fs.makedirs(self._root, exist_ok=True)
             try:
                 if self._local:
-                    with open(self._path(name), "xb") as file:
+                    with Path(self._path(name)).open("xb") as file:
                         file.write(data)
                 else:
                     with _CREATING:
@@ -198,28 +213,34 @@ class Store:
         """Put what file systems raise, which is anything, into words."""
         try:
             yield
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             raise StorageError(
                 f"{self.url}: {_in_words(error)}.", "Check the URL, the credentials, the permissions and the network."
             ) from error
 
 
-_NAME = re.compile(r"(?P<stem>[a-z]+)-(?P<epoch>\d{6})(-(?P<serial>\d{6}))?\.[a-z]+")
+_SUFFIXES = {"lease": ".json", "mirror": ".json", **{Path(name).stem: Path(name).suffix for name in FILES}}
+_NAME = re.compile(r"(?P<stem>[a-z]+)-(?P<epoch>\d{6,})(-(?P<serial>\d{6,}))?(?P<suffix>\.[a-z]+)")
 
 
-def _numbered(names: Iterable[str], stem: str = "[a-z]+") -> list[tuple[tuple[int, int], str]]:
-    """Epochs and serials of the objects of that stem with their names, the highest first."""
-    found = [match for name in names if (match := _NAME.fullmatch(name)) and re.fullmatch(stem, match["stem"])]
-    return sorted((((int(m["epoch"]), int(m["serial"] or 0)), m[0]) for m in found), reverse=True)
+def _numbered(names: Iterable[str], stems: Collection[str] = _SUFFIXES) -> list[tuple[tuple[int, int], str]]:
+    """Epochs and serials of our objects of these stems with their names, the highest first. Others are the user's."""
+    found = [match for name in names if (match := _NAME.fullmatch(name)) and match["stem"] in stems]
+    ours = [m for m in found if m["suffix"] == _SUFFIXES[m["stem"]] and (m["serial"] is None) == (m["stem"] == "lease")]
+    return sorted((((int(m["epoch"]), int(m["serial"] or 0)), m[0]) for m in ours), reverse=True)
+
+
+def mirrors(store: Store) -> Iterator[Manifest]:
+    """The copies whose manifests are whole, the newest first."""
+    for _, name in _numbered(store.names(), ("mirror",)):
+        manifest = _parsed(store.read(name))
+        if "files" in manifest:
+            yield manifest
 
 
 def newest_mirror(store: Store) -> Manifest | None:
-    """The newest copy that is whole, as its manifest tells it; None where there is none."""
-    for _, name in _numbered(store.names(), "mirror"):
-        manifest = _parsed(store.read(name))
-        if "files" in manifest:
-            return manifest
-    return None
+    """The newest of ``mirrors``; None where there is none."""
+    return next(mirrors(store), None)
 
 
 # -- the lease -----------------------------------------------------------------------------------------------
@@ -256,6 +277,7 @@ class Lease:
             epoch=self.epoch,
             owner=f"process {os.getpid()} on {socket.gethostname()}",
             home=self.home,
+            machine=_machine(),
             token=self._token,
             lasts=self.lasts,
             renewals=self._renewals,
@@ -271,7 +293,7 @@ class Lease:
             LeaseLostError: Somebody has.
             StorageError: That cannot be found out.
         """
-        (epoch, _), name = next(iter(_numbered(self.store.names(), "lease")), ((0, 0), self.name))
+        (epoch, _), name = next(iter(_numbered(self.store.names(), ("lease",))), ((0, 0), self.name))
         found = _parsed(self.store.read(name))
         if epoch > self.epoch or found.get("token", self._token) != self._token:
             raise LeaseLostError(
@@ -287,7 +309,7 @@ class Lease:
         self._due = self._clock() + self.lasts / 6
 
     def turn(self) -> None:
-        """Renew it if that is due. While the store does not answer, nobody else can take it either.
+        """Renew it if that is due; while the store does not answer, that is tried again.
 
         Raises:
             LeaseLostError: Another manager has taken the run over.
@@ -299,6 +321,7 @@ class Lease:
         except LeaseLostError:
             raise
         except StorageError as error:
+            self._due = self._clock() + self.lasts / 12
             _log.debug("The lease cannot be renewed: %s", error)
 
     def release(self) -> None:
@@ -321,7 +344,9 @@ def take_lease(
         StorageError: Another manager has the run, or the store cannot be written.
     """
     while True:
-        (epoch, _), name = next(iter(_numbered(store.names(), "lease")), ((0, 0), ""))
+        names = store.names()
+        (epoch, _), _ = next(iter(_numbered(names)), ((0, 0), ""))  # of any object: somebody may have deleted leases
+        _, name = next(iter(_numbered(names, ("lease",))), ((0, 0), ""))
         found = store.read(name) if name else None
         _await_end(store, name, found, home, notify, clock, sleep)
         lease = Lease(store, epoch + 1, home, float(_parsed(found).get("lasts", LASTS)), clock)
@@ -348,7 +373,8 @@ def _await_end(
 ) -> None:
     """Return when the lease is over: released, of this working directory, or unchanged for as long as it lasts."""
     lease = _parsed(found)
-    if found is None or lease.get("released") or lease.get("home") == home:
+    own = (lease.get("home"), lease.get("machine")) == (home, _machine())  # one that is copied is another's
+    if found is None or lease.get("released") or own:
         return
     lasts = float(lease.get("lasts", LASTS))
     notify(f"Waiting up to {lasts:.0f} s to see whether {_owner(lease)} still manages the run ...")
@@ -427,7 +453,7 @@ class Mirror:
             raise
         except Exception as error:  # whatever it is, the search goes on
             self.failures += 1
-            self._due = self._clock() + min(2.0**self.failures, PATIENCE)
+            self._due = self._clock() + min(2.0 ** min(self.failures, 10), PATIENCE)
             if self.failures == 1:
                 _log.warning(
                     "The run cannot be copied, and goes on; copying is tried again: %s",
@@ -452,7 +478,8 @@ class Mirror:
                 if self._clock() + pause > end or isinstance(error, JournalError):
                     raise StorageError(
                         f"{self.store.url}: the end of the run could not be copied there: {error.message}",
-                        f"It is whole in {self.directory}: `ecotone resume {self.store.url}` on this machine sends it.",
+                        f"It is whole in {self.directory}: `ecotone resume {self.store.url}` on this machine sends it, "
+                        "unless another goes on with the run before.",
                     ) from error
             sleep(pause)
             pause *= 2
@@ -521,11 +548,11 @@ class Mirror:
 
     def _drop_old(self, needed: set[str]) -> None:
         """Delete all but what is needed and the copy before. Nothing that came later is touched."""
-        numbered = _numbered(self.store.names(), "(?!lease)[a-z]+")
+        numbered = _numbered(self.store.names(), _SUFFIXES.keys() - {"lease"})
         own = (self.lease.epoch, self._serial)
-        mirrors = [name for number, name in _numbered((name for _, name in numbered), "mirror") if number <= own][:2]
-        kept = needed.union(mirrors)
-        for name in mirrors[1:]:
+        manifests = [name for number, name in numbered if number <= own and name.startswith("mirror-")][:2]
+        kept = needed.union(manifests)
+        for name in manifests[1:]:
             kept.update(one["object"] for one in _parsed(self.store.read(name)).get("files", {}).values())
         for number, name in numbered:
             if number <= own and name not in kept:
@@ -628,11 +655,14 @@ def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None) 
     store = Store(url)
     if new:
         _refuse_present(store)
-    directory = _working_directory(store)
-    with contextlib.closing(locked(directory / HOME)):
+    directory = _folder(store, "runs")
+    with _writable(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = locked(directory / HOME)
+    with contextlib.closing(lock):
         for left in (*directory.glob("snapshot-*"), *directory.glob("fetched-*")):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        lease = take_lease(store, _home(directory)["home"], notify)
+        lease = take_lease(store, _named(directory, store), notify)
         place = _DistantPlace(directory, store, lease)
         try:
             with _repeated(lambda: place.guarded(lease.turn)):
@@ -653,39 +683,89 @@ def _refuse_present(store: Store) -> None:
 
 
 def _fetch_newer(store: Store, directory: Path, notify: Notify) -> None:
-    """Replace the working directory's files by the mirror's, unless they are what the mirror was made of."""
-    manifest = newest_mirror(store)
-    if manifest is None:
-        if not (directory / JOURNAL).is_file():
-            raise JournalError(f"{store.url}: no run there.", "Give a run directory made by `ecotone run`.")
-    elif not _as_new(directory, manifest):
+    """Replace the working directory's files by the newest mirror's that is whole, unless it was made of them."""
+    damage: DamagedCopyError | None = None
+    for manifest in mirrors(store):
+        if _as_new(directory, manifest):
+            return
         notify(f"Fetching the run from {store.url} ...")
-        with tempfile.TemporaryDirectory(dir=directory, prefix="fetched-") as folder:
-            _fetch(store, manifest, Path(folder))
-            for suffix in ("", "-wal", "-shm"):
-                (directory / f"{JOURNAL}{suffix}").unlink(missing_ok=True)
-            for name in reversed(FILES):  # the journal last: without it, it is fetched again
-                if (Path(folder) / name).is_file():
-                    (Path(folder) / name).replace(directory / name)
+        try:
+            with _writable(directory), tempfile.TemporaryDirectory(dir=directory, prefix="fetched-") as folder:
+                _fetch(store, manifest, Path(folder))
+                _put_aside(store, directory, manifest, notify)
+                for name in reversed(FILES):  # the journal last: without it, it is fetched again
+                    if (Path(folder) / name).is_file():
+                        (Path(folder) / name).replace(directory / name)
+        except DamagedCopyError as error:
+            damage = damage or error
+            notify(f"{error.message} The copy before is tried.")
+            continue
+        return
+    if damage is not None:
+        raise damage
+    if not (directory / JOURNAL).is_file():
+        raise JournalError(f"{store.url}: no run there.", "Give a run directory made by `ecotone run`.")
+
+
+def _put_aside(store: Store, directory: Path, manifest: Manifest, notify: Notify) -> None:
+    """Make room for the mirror's journal: what it may lack is kept, in a run directory of its own."""
+    counts = _counts(directory / JOURNAL)
+    files = [file for suffix in ("-wal", "-shm", "") if (file := directory / f"{JOURNAL}{suffix}").exists()]
+    beyond = counts is None or any(here > there for here, there in zip(counts, manifest["counts"], strict=True))
+    if beyond and directory / JOURNAL in files:
+        others = (directory / f"superseded-{number}" for number in itertools.count(1))
+        aside = next(folder for folder in others if not folder.exists())
+        aside.mkdir()
+        for file in files:
+            shutil.copyfile(file, aside / file.name)
+        what = "a journal that cannot be read" if counts is None else f"a journal of {counts[1]} evaluations"
+        notify(f"The run at {store.url} is not what was recorded here, {what}: that is kept in {aside}.")
+    for file in files:  # the journal last: without it, its log would be taken for the next one's
+        file.unlink()
 
 
 def _as_new(directory: Path, manifest: Manifest) -> bool:
     """Whether the mirror was made of this working directory, and the journal here has all that the mirror has."""
-    if manifest["home"] != _home(directory).get("home") or not (directory / JOURNAL).is_file():
+    if manifest["home"] != _home(directory).get("home"):
         return False
-    with contextlib.suppress(JournalError), Journal.open(directory / JOURNAL) as journal:
-        return all(here >= there for here, there in zip(journal.counts(), manifest["counts"], strict=True))
-    return False
+    counts = _counts(directory / JOURNAL)
+    return counts is not None and all(here >= there for here, there in zip(counts, manifest["counts"], strict=True))
+
+
+def _counts(journal: Path) -> Sequence[int] | None:
+    """What a journal has; None where it is missing or cannot be read."""
+    with contextlib.suppress(JournalError), Journal.open(journal) as opened:
+        return opened.counts()
+    return None
 
 
 def _fetch(store: Store, manifest: Manifest, folder: Path) -> None:
+    """Get a copy's files; of those for people, a damaged one is left out.
+
+    Raises:
+        DamagedCopyError: Its journal is not what was copied.
+        JournalError: Its journal is of another version of Ecotone.
+        StorageError: The store cannot be read.
+    """
     for name in FILES:
         if name not in manifest["files"]:
             continue
-        wanted = manifest["files"][name]
-        store.get(wanted["object"], folder / name)
-        if not _measured(folder / name).items() <= wanted.items():
-            raise StorageError(f"{store.url}/{wanted['object']}: not what the manifest tells of it, so damaged.")
+        wanted, file = manifest["files"][name], folder / name
+        try:
+            store.get(wanted["object"], file)
+            if not _measured(file).items() <= wanted.items():
+                raise DamagedCopyError(
+                    f"{store.url}/{wanted['object']}: not what the manifest tells of it, so damaged."
+                )
+        except StorageError as error:
+            gone = isinstance(error.__cause__, FileNotFoundError)
+            if not gone and not isinstance(error, DamagedCopyError):
+                raise
+            if name == JOURNAL:
+                raise DamagedCopyError(error.message) from error
+            _log.warning("%s", error)
+            file.unlink(missing_ok=True)
+    Journal.open(folder / JOURNAL).close()
 
 
 @contextlib.contextmanager
@@ -694,8 +774,14 @@ def _repeated(act: Callable[[], None], seconds: float = 0.1) -> Iterator[None]:
     over = threading.Event()
 
     def repeat() -> None:
-        while not over.wait(seconds):
-            act()
+        pause = seconds
+        while not over.wait(pause):
+            pause = seconds
+            try:
+                act()
+            except Exception:  # whatever it is, the next time it may work
+                _log.exception("What keeps the run's copy up to date failed, and is tried again.")
+                pause = PATIENCE
 
     thread = threading.Thread(target=repeat, name="ecotone-storage", daemon=True)
     thread.start()
@@ -717,48 +803,64 @@ def fetched(url: str) -> Path:
         JournalError: There is no run.
     """
     store = Store(url)
-    for attempt in range(3):
-        manifest = newest_mirror(store)
-        directory = _folder(store, "runs")
-        if manifest is None and (directory / JOURNAL).is_file():
-            return directory
-        if manifest is None:
-            raise JournalError(f"{store.url}: no run there.", "Give a run directory made by `ecotone run`.")
-        if _as_new(directory, manifest):
-            return directory
-        view = _folder(store, "views") / f"{manifest['epoch']:06d}-{manifest['serial']:06d}"
-        if view.is_dir():
-            return view
-        try:
-            _make_view(store, manifest, view)
-        except StorageError:
-            if attempt == 2:
-                raise
-            continue  # a copy that was replaced meanwhile
-        break
+    directory = _folder(store, "runs")
+    damage: DamagedCopyError | None = None
+    for _ in range(3):  # a copy may be replaced by the next while it is fetched
+        for manifest in mirrors(store):
+            if _as_new(directory, manifest):
+                return directory
+            try:
+                return _view(store, manifest)
+            except DamagedCopyError as error:
+                damage = damage or error
+                _log.debug("%s The copy before is read.", error)
+        if damage is None:
+            break
+    if damage is not None:
+        raise damage
+    if (directory / JOURNAL).is_file():
+        return directory
+    raise JournalError(f"{store.url}: no run there.", "Give a run directory made by `ecotone run`.")
+
+
+def _view(store: Store, manifest: Manifest) -> Path:
+    """A directory with a copy's files: those fetched before, if they are still here."""
+    views, content = _folder(store, "views"), manifest["files"].get(JOURNAL, {}).get("hash", "")[:8]
+    view = views / f"{manifest['epoch']:06d}-{manifest['serial']:06d}-{content}"
+    with _writable(views):
+        if not view.is_dir():
+            views.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(dir=views, prefix="fetching-"))
+            try:
+                _fetch(store, manifest, draft)
+                (draft / HOME).write_bytes(_json(url=store.url))
+                with contextlib.suppress(OSError):  # another process was as quick
+                    draft.rename(view)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        with contextlib.suppress(OSError):  # on a disk that is only read
+            os.utime(view)
+            _drop_views(views)
     return view
 
 
-def _make_view(store: Store, manifest: Manifest, view: Path) -> None:
-    view.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=view.parent, prefix="fetching-"))
-    try:
-        _fetch(store, manifest, draft)
-        (draft / HOME).write_bytes(_json(url=store.url))
-        with contextlib.suppress(OSError):  # another process was as quick
-            draft.rename(view)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    for old in sorted(view.parent.glob("[0-9]*"))[:-VIEWS]:
-        shutil.rmtree(old, ignore_errors=True)
+def _drop_views(views: Path) -> None:
+    """Delete copies that were used long ago, but for the last few."""
+    used = sorted(((view.stat().st_mtime, view) for view in views.glob("[0-9]*")), reverse=True)
+    for moment, view in used[VIEWS:]:
+        if time.time() - moment > SPARED:
+            shutil.rmtree(view, ignore_errors=True)
 
 
 def begun(where: str) -> bool:
-    """Whether something is recorded of the run in a directory or at a URL."""
+    """Whether something is recorded of the run in a directory or at a URL; a store that fails has what is here."""
     if not is_url(where):
         return (Path(where) / JOURNAL).exists()
     with contextlib.suppress(EcotoneError):
-        return (fetched(where) / JOURNAL).exists()
+        try:
+            return (fetched(where) / JOURNAL).exists()
+        except StorageError:
+            return (_folder(Store(where), "runs") / JOURNAL).exists()
     return False
 
 
@@ -770,7 +872,7 @@ def standing(url: str) -> dict[str, Any]:
     try:
         store = Store(url)
         manifest = newest_mirror(store) or {}
-        name = next((name for _, name in _numbered(store.names(), "lease")), None)
+        name = next((name for _, name in _numbered(store.names(), ("lease",))), None)
         lease = _parsed(None if name is None else store.read(name))
     except StorageError as error:
         return {"url": url, "error": error.message, "managed": False}
@@ -796,24 +898,41 @@ def moment(seconds: float | None) -> str | None:
 # -- small things --------------------------------------------------------------------------------------------
 
 
-def _folder(store: Store, kind: str) -> Path:
-    key = hashlib.blake2b(store.url.encode(), digest_size=8).hexdigest()
+def _folder(store: Store, kind: Literal["runs", "views"]) -> Path:
+    """Where this machine keeps what it has of a run: a cache may be on a disk that machines share."""
+    of = (store.url, socket.gethostname()) if kind == "runs" else (store.url,)
+    key = hashlib.blake2b("\n".join(of).encode(), digest_size=8).hexdigest()
     return cache_folder() / kind / f"{store.name}-{key}"
 
 
-def _working_directory(store: Store) -> Path:
-    """The working directory, made if need be, with a name of its own that no copy of it elsewhere shares."""
-    directory = _folder(store, "runs")
+@functools.cache
+def _machine() -> str:
+    """What no other machine is called while both run."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}-{uuid.getnode():x}"
+
+
+def _named(directory: Path, store: Store) -> str:
+    """A working directory's own name, which no copy of it elsewhere shares; it is locked."""
+    if "home" not in _home(directory):
+        with _writable(directory):
+            draft = directory / f"{HOME}.new"
+            draft.write_bytes(_json(url=store.url, home=uuid.uuid4().hex))
+            draft.replace(directory / HOME)
+    return str(_home(directory)["home"])
+
+
+@contextlib.contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    """Put into words that a directory of the cache cannot be written."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if "home" not in _home(directory):
-            (directory / HOME).write_bytes(_json(url=store.url, home=uuid.uuid4().hex))
+        yield
     except OSError as error:
         raise StorageError(
             f"{directory}: cannot be written ({error.strerror or error}).",
-            "The run is written there before it is copied; $ECOTONE_CACHE names another folder.",
+            "A run at a URL is written there before it is copied, and read there; $ECOTONE_CACHE names another folder.",
         ) from error
-    return directory
 
 
 def _home(directory: Path) -> dict[str, Any]:
@@ -844,6 +963,11 @@ def _parsed(data: bytes | None) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _without_password(url: str) -> str:
+    """The URL as it may be shown and written down."""
+    return re.sub(r"^([^/]*://[^/:@]*):[^/@]*@", r"\1@", url)
 
 
 def _package(protocol: str) -> str:

@@ -7,6 +7,7 @@ import logging
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -29,6 +30,7 @@ from experiments.runs import JOURNAL, Run
 from experiments.storage import Lease, LeaseLostError, Mirror, StorageError, Store, newest_mirror, take_lease
 from experiments.tracking import store as tracking_store
 from experiments.tracking.target import Target
+from populations import journal as journal_module
 from populations.errors import EcotoneError, JournalError
 from populations.genome import Genome
 from populations.journal import Journal
@@ -184,16 +186,74 @@ def test_a_copy_is_read_elsewhere_and_the_last_two_are_kept(
     assert storage.url_of(view) == store.url
 
 
-def test_old_views_go(url: str, tmp_path: Path, machine: Callable[[str], None]) -> None:
-    store = Store(url)
+def test_old_views_go_unless_they_were_read_just_now(
+    url: str, tmp_path: Path, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, made = Store(url), []
     with begun(tmp_path / "work") as journal:
         mirror = Mirror(store, lease_of(store), tmp_path / "work", every=30.0)
-        for _ in range(storage.VIEWS + 2):
-            grow(journal)
-            mirror.copy()
-            view = storage.fetched(url)
+        for spared in (storage.SPARED, 0.0):
+            monkeypatch.setattr(storage, "SPARED", spared)
+            for _ in range(storage.VIEWS + 2):
+                grow(journal)
+                mirror.copy()
+                made.append(storage.fetched(url))
+            there = sorted(made[0].parent.iterdir())
+            assert there == sorted(made if spared else made[-storage.VIEWS :])
         mirror.close()
-    assert len(list(view.parent.iterdir())) == storage.VIEWS
+
+
+def test_what_else_is_at_the_url_stays(url: str, tmp_path: Path, ecotone: Ecotone) -> None:
+    """Files of the user's, numbered like ours or not."""
+    store = Store(url)
+    theirs = [
+        *("notes.txt", "plots-000001.png", "shard-000000.tar", "step-000000.json", "lease-000001.txt"),
+        *("log-000001.jsonl", "journal-000001-000001.json", "mirror-1-1.json"),
+    ]
+    store.create("first", b"")  # makes the folder
+    for name in theirs:
+        store.write(name, b"precious")
+    run = launch(toy(tmp_path), url, folders=(str(tmp_path),))
+    assert run.status()["state"] == "finished"
+    assert [store.read(name) for name in theirs] == [b"precious"] * len(theirs)
+
+
+def test_another_run_at_the_same_url_is_not_taken_for_the_one_before(
+    url: str, tmp_path: Path, machine: Callable[[str], None]
+) -> None:
+    """Epochs and serials begin anew where somebody has deleted everything."""
+    store, seen = Store(url), []
+    for name, batches in (("old", 3), ("new", 7)):
+        for left in store.names():
+            store.drop(left)
+        with begun(tmp_path / name, batches) as journal:
+            mirror = Mirror(store, lease_of(store, name), tmp_path / name, every=30.0)
+            mirror.copy()
+            mirror.close()
+            machine("looks")
+            with Journal.open(storage.fetched(url) / JOURNAL) as copied:
+                seen.append(copied.digest() == journal.digest())
+    assert seen == [True, True]
+
+
+def test_damaged_copies_cost_as_little_as_they_can(tmp_path: Path, machine: Callable[[str], None]) -> None:
+    """What people read is left out; of the journal the copy before is taken."""
+    folder = tmp_path / "store" / "run"
+    url = f"file://{folder}"
+    launch(toy(tmp_path), url, folders=(str(tmp_path),))
+    newest, older = list(storage.mirrors(Store(url)))
+    assert older["counts"] < newest["counts"]
+    (folder / newest["files"]["log.jsonl"]["object"]).write_bytes(b"")
+    machine("second")
+    assert Run(url).status()["evaluations"] == EVALUATIONS
+    assert not (storage.fetched(url) / "log.jsonl").exists()
+    (folder / newest["files"][JOURNAL]["object"]).write_bytes(b"")
+    for name, look in (("third", Run), ("fourth", resume)):
+        machine(name)
+        with Run(url).journal() as journal:
+            assert list(journal.counts()) == older["counts"]
+        assert look(url).where == url
+    assert Run(url).status()["state"] == "finished"
 
 
 def test_a_torn_manifest_and_a_damaged_snapshot(tmp_path: Path) -> None:
@@ -319,6 +379,41 @@ def test_a_store_that_fails_for_a_minute(tmp_path: Path, caplog: pytest.LogCaptu
             assert copied.digest() == journal.digest()
 
 
+def test_a_store_that_fails_for_days_and_what_else_may_fail(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    store = Store(f"flaky://{tmp_path}/store")
+    with begun(tmp_path / "work") as journal:
+        mirror = Mirror(store, lease_of(store), tmp_path / "work", every=5.0, clock=clock)
+        Flaky.down = True
+        mirror.failures = 1000  # 17 hours of them
+        for _ in range(100):
+            mirror.turn()
+            clock.now += storage.PATIENCE
+        assert mirror.failures == 1100
+        Flaky.down = False
+        mirror.turn()
+        mirror.close()
+        manifest = newest_mirror(store)
+        assert manifest is not None
+        assert manifest["counts"] == list(journal.counts())
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+    turns: list[int] = []
+
+    def turn() -> None:
+        turns.append(len(turns))
+        if len(turns) < 3:
+            raise ValueError("a mistake of ours")
+
+    with storage._repeated(turn, 0.001):
+        until = time.monotonic() + 30
+        while len(turns) < 6 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert len(turns) >= 6
+    assert "is tried again" in caplog.text
+
+
 # -- leases --------------------------------------------------------------------------------------------------
 
 
@@ -391,13 +486,43 @@ def test_clocks_that_disagree_and_jump(url: str, monkeypatch: pytest.MonkeyPatch
         first.check()
 
 
+def test_a_copied_working_directory_is_not_the_same(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of a machine, or a disk that machines share: the lease is waited for all the same."""
+    store, clock = Store(url), Clock()
+    first = lease_of(store, "here", clock)
+    clock.others = first.turn
+    monkeypatch.setattr(storage, "_machine", lambda: "another")
+    with pytest.raises(StorageError, match="does so now"):
+        lease_of(store, "here", clock)
+    folder = storage._folder(store, "runs")
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert storage._folder(store, "runs") != folder
+
+
+def test_leases_that_somebody_deleted(url: str, tmp_path: Path, machine: Callable[[str], None]) -> None:
+    """The next epoch is above that of every object, so that what is copied then is what counts."""
+    store = Store(url)
+    for number in range(3):
+        for name in names(url, "lease"):
+            store.drop(name)
+        with begun(tmp_path / str(number), number + 1) as journal:
+            lease = lease_of(store, str(number))
+            assert lease.epoch == number + 1
+            mirror = Mirror(store, lease, tmp_path / str(number), every=0.0)
+            mirror.copy()
+            mirror.close()
+            with Journal.open(storage.fetched(url) / JOURNAL) as copied:
+                assert copied.digest() == journal.digest()
+
+
 def test_a_store_that_fails_takes_no_lease_away(tmp_path: Path) -> None:
     store, clock = Store(f"flaky://{tmp_path}/store"), Clock()
     first = lease_of(store, "here", clock)
-    Flaky.down = True
-    for _ in range(100):
-        clock.now += 1
+    Flaky.down, Flaky.calls = True, 0
+    for _ in range(1000):
+        clock.now += 0.1
         first.turn()
+    assert 10 <= Flaky.calls <= 20
     with pytest.raises(StorageError, match="does not answer"):
         lease_of(store, "there", clock)
     Flaky.down = False
@@ -613,6 +738,55 @@ def test_what_the_mirror_lacks_is_not_paid_again_where_it_was_recorded(
     assert manifest["counts"][1] == EVALUATIONS
 
 
+def test_what_another_manager_does_not_have_is_put_aside(
+    tmp_path: Path, machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, undisturbed: str
+) -> None:
+    """Cut off, a manager goes on alone; another takes over from the copy; then the first one's machine resumes."""
+    url = f"flaky://{tmp_path}/store/run"
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+
+    def observe(progress: Any) -> None:
+        Flaky.down = progress.evaluations >= 50
+
+    with pytest.raises(StorageError, match="the end of the run could not be copied") as cut:
+        launch(toy(tmp_path), url, observe=observe, folders=(str(tmp_path),))
+    assert "unless another goes on with the run before" in cut.value.remedy
+    Flaky.down = False
+    first = storage._folder(Store(url), "runs")
+    said: list[str] = []
+    machine("second")
+    resume(url, {"budget.evaluations": 60})
+    machine("first")
+    finished = resume(url, {"budget.evaluations": EVALUATIONS}, notify=said.append)
+    assert finished.status()["evaluations"] == EVALUATIONS
+    (kept,) = first.glob("superseded-*")
+    assert digest(kept) == undisturbed
+    assert len(recorded(kept)) == EVALUATIONS
+    (sentence,) = (one for one in said if str(kept) in one)
+    assert f"a journal of {EVALUATIONS} evaluations" in sentence
+
+
+def test_a_journal_of_another_version_is_refused_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"file://{tmp_path}/store/run"
+    launch(toy(tmp_path), url, folders=(str(tmp_path),))
+    here = storage._folder(Store(url), "runs")
+    before = {path.name: path.read_bytes() for path in here.iterdir() if path.name.startswith(JOURNAL)}
+    monkeypatch.setattr(journal_module, "FORMAT", journal_module.FORMAT + 1)
+    with pytest.raises(JournalError, match="expected journal format"):
+        resume(url)
+    assert {name: (here / name).read_bytes() for name in before} == before
+
+
+def test_whether_a_run_has_begun_is_known_while_the_store_fails(tmp_path: Path) -> None:
+    url = f"flaky://{tmp_path}/store/run"
+    assert not storage.begun(url)
+    launch(toy(tmp_path), url, folders=(str(tmp_path),))
+    Flaky.down = True
+    assert storage.begun(url)
+    assert not storage.begun(f"flaky://{tmp_path}/store/other")
+    assert not storage.begun("bogus://bucket/run")
+
+
 def test_a_time_of_day_that_jumps_while_it_runs(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: str
 ) -> None:
@@ -683,6 +857,18 @@ def test_protocols_that_cannot_be_used(where: str, said: str, remedy: str, ecoto
         assert "Traceback" not in answer.err
 
 
+def test_a_url_keeps_its_host_and_loses_its_password(tmp_path: Path, ecotone: Ecotone) -> None:
+    pytest.importorskip("requests")
+    alpha, beta = (Store(f"webhdfs://user:secret@{host}:50070/runs/digits/") for host in ("alpha", "beta"))
+    assert alpha.url == "webhdfs://user@alpha:50070/runs/digits"
+    assert storage._folder(alpha, "runs") != storage._folder(beta, "runs")
+    assert storage._folder(alpha, "views") != storage._folder(beta, "views")
+    assert Store(alpha.url).url == alpha.url
+    answer = ecotone("status", "bogus://user:secret@host/run")
+    assert answer.code == 1
+    assert "secret" not in answer.err
+
+
 def test_two_processes_of_one_machine(tmp_path: Path) -> None:
     """The working directory's lock refuses at once, without waiting for a lease."""
     url = f"memory://{tmp_path.name}/run"
@@ -691,8 +877,19 @@ def test_two_processes_of_one_machine(tmp_path: Path) -> None:
 
 
 def test_a_working_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"file://{tmp_path}/store/run"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ECOTONE_CACHE", str(tmp_path / "file"))
     with pytest.raises(StorageError, match="cannot be written") as refused:
-        launch(toy(tmp_path), f"file://{tmp_path}/store/run")
+        launch(toy(tmp_path), url)
     assert "ECOTONE_CACHE" in refused.value.remedy
+    monkeypatch.setenv("ECOTONE_CACHE", str(tmp_path / "cache"))
+    folder = storage._folder(Store(url), "runs")
+    (folder / "storage.lock").mkdir(parents=True)  # so that it cannot be opened, not even by root
+    with pytest.raises(StorageError, match="cannot be written"):
+        launch(toy(tmp_path), url)
+    (folder / "storage.lock").rmdir()
+    launch(toy(tmp_path), url, folders=(str(tmp_path),))
+    monkeypatch.setenv("ECOTONE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="cannot be written"):
+        Run(url)
