@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from processes import ROOT
 
-from experiments.jobs import PACKAGES
+from experiments.jobs import HOME_RUNS, PACKAGES
 
 LAUNCHED = ("ray_cluster.yaml", "deploy/on-premise.yaml")
 EVERYTHING = (*LAUNCHED, "deploy/kuberay.yaml", "deploy/Dockerfile", "deploy/drain_on_interruption.py")
@@ -78,6 +79,65 @@ def test_on_aws_the_head_scores_nothing_and_spot_workers_come_and_go() -> None:
     assert (worker["min_workers"], worker["max_workers"]) == (0, prepared["max_workers"])
     assert prepared["provider"]["cache_stopped_nodes"] is False
     assert any("drain_on_interruption.py" in line for line in prepared["worker_start_ray_commands"])
+
+
+def test_on_aws_each_machine_has_its_image() -> None:
+    """As the autoscaler on the head asks for it; it fails on a configuration that ``ray up`` takes."""
+    module = pytest.importorskip("ray.autoscaler.v2.instance_manager.config", reason="private, and may move")
+    prepared = validated(config("ray_cluster.yaml"))
+    found = module.AutoscalingConfig(prepared, skip_content_hash=True)
+    images = {kind: found.get_docker_config(kind)["image"] for kind in prepared["available_node_types"]}
+    image = f"rayproject/ray:{pinned('ray')}-py311"
+    assert images == {"head": image, "gpu_spot": f"{image}-gpu"}
+
+
+def test_on_aws_runs_on_the_head_outlive_its_container() -> None:
+    module = pytest.importorskip("ray.autoscaler._private.docker", reason="a private module of Ray that may move")
+    record = config("ray_cluster.yaml")
+    docker, user = record["docker"], record["auth"]["ssh_user"]
+    options = [*docker["run_options"], *docker["head_run_options"]]
+    started = module.docker_start_cmds(user, docker["image"], {}, "name", options, "cluster", "/home/ray", "docker")
+    words = shlex.split(started)
+    host, inside = words[words.index("--volume") + 1].split(":")
+    assert inside == HOME_RUNS.replace("~", "/home/ray")
+    assert host.startswith(f"/home/{user}/")
+    assert record["initialization_commands"] == [f"mkdir -p {host}"]
+
+
+def test_on_premise_ray_is_started_for_a_list_of_machines(tmp_path: Path) -> None:
+    """With the first autoscaler, though ``ray up`` asks for the second, and for Pythons that differ in the patch."""
+    util = pytest.importorskip("ray.autoscaler._private.util", reason="a private module of Ray that may move")
+    program = tmp_path / "ecotone-venv" / "bin" / "ray"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "$RAY_enable_autoscaler_v2 $RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL $@"\n')
+    program.chmod(0o755)
+    told = []
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        (line,) = [line for line in config("deploy/on-premise.yaml")[key] if "ray start" in line]
+        (whole,) = util.with_envs([line], {"RAY_enable_autoscaler_v2": "1", "RAY_HEAD_IP": "10.0.0.1"})
+        environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+        ended = subprocess.run(["bash", "-c", whole], check=True, capture_output=True, text=True, env=environment)
+        told.append(ended.stdout)
+    assert told[0].startswith("0 minor start --head ")
+    assert told[1].startswith("1 minor start --address=10.0.0.1:6379 ")
+    workers = config("deploy/on-premise.yaml")["provider"]["worker_ips"]
+    assert config("deploy/on-premise.yaml")["min_workers"] == config("deploy/on-premise.yaml")["max_workers"]
+    assert config("deploy/on-premise.yaml")["min_workers"] == len(workers)
+
+
+def test_on_premise_rays_own_commands_find_it(tmp_path: Path) -> None:
+    """`ray down` runs `ray stop` in a login shell, with nothing before it."""
+    (line,) = [line for line in config("deploy/on-premise.yaml")["setup_commands"] if ".bashrc" in line]
+    program = tmp_path / "ecotone-venv" / "bin" / "ray"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho found\n")
+    program.chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    for _ in range(2):
+        subprocess.run(["bash", "-c", line], check=True, env=environment)
+    assert (tmp_path / ".bashrc").read_text().count("\n") == 1
+    asked = ["bash", "-c", "source ~/.bashrc; ray stop"]
+    assert subprocess.run(asked, check=True, capture_output=True, text=True, env=environment).stdout == "found\n"
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
