@@ -348,12 +348,13 @@ def _in_words(error: Exception, address: str) -> EcotoneError:
         return PoolError(f"{address}: its jobs take the cluster's token, and there is none here (401).", _token())
     if "Connect" in kind:
         return PoolError(f"{address}: no Ray cluster answers.", _tunnel(address))
-    if "exceeds the maximum size" in text:
-        return InputError(
-            f"--folder: what would travel is too large ({text}).",
-            "Keep models on the hub, in a bucket or on a disk that all nodes share; a .rayignore lists what stays.",
-        )
     first = (text.splitlines() or [kind])[0]
+    # Ray's client has a limit, and the dashboard, through which it sends, a lower one: 100 MiB, zipped.
+    if "exceeds the maximum size" in text or "Maximum request body size" in text:
+        return InputError(
+            f"--folder: what would travel is too large ({first.rstrip('.')}).",
+            "Keep models on the hub or on a disk that all nodes share; a .rayignore lists what stays.",
+        )
     return PoolError(f"{address}: {first}", "Is it the dashboard of a Ray cluster? `ecotone jobs` lists its runs.")
 
 
