@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -343,6 +344,11 @@ class AuthenticationError(Exception):
         (ConnectionError("Failed to connect"), PoolError, "ssh -N -L 8265:127.0.0.1:8265 HEAD"),
         (RuntimeError("Request failed with status code 500: no\nmore"), PoolError, "status code 500: no"),
         (ValueError("Package size (600MiB) exceeds the maximum size of 512MiB"), InputError, ".rayignore"),
+        (
+            RuntimeError("Request failed with status code 413: Maximum request body size 104857600 exceeded.."),
+            InputError,
+            "size 104857600 exceeded). Keep models on the hub or on a disk",
+        ),
         (ImportError("No module named 'ray'"), PoolError, "pip install 'ecotone[ray]'"),
     ],
 )
@@ -492,7 +498,10 @@ def test_the_cluster_section_of_the_readme_works_word_by_word(tmp_path: Path) ->
             return int(Run(run).status()["evaluations"])
         return 0
 
-    assert [line.split()[0] for line in lines[: lines.index(start)]] == ["export", "ray"]  # `a_shell` has run them
+    exports, token = lines[: lines.index(start)]  # `a_shell` has run them
+    assert exports.startswith("export ")
+    assert token == "(umask 077; ray get-auth-token --generate)"
+    assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
     with head(start, shell, port):
         until(lambda: shell_works(shell))
         for line in lines[lines.index(start) + 1 :]:
