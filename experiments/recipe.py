@@ -704,11 +704,13 @@ class Runtime(Part):
         cpus_per_worker: Logical CPUs Ray reserves for each worker.
         gpus_per_worker: Logical GPUs, fractions allowed.
         resources: Custom Ray resources of each worker.
-        start_timeout: Seconds to wait for the first worker.
+        start_timeout: Seconds to wait for a place when no worker has one; loading models is not counted. By default 120
+            on this machine and 3600 on a cluster, where machines may have to be started first.
         attempts: How often a batch that killed its worker is tried again before its candidates are tried alone.
         time_limit: Seconds that a candidate may take at a Ray worker; a batch has them for each of its candidates. Past
             it the worker is killed and replaced; the candidates of a batch are then tried alone once, and one alone is
-            a failure. With a limit that candidates come near to, results depend on how fast workers are.
+            a failure (at another node, with a limit below 30 s, at the second attempt: the node may be gone). With a
+            limit that candidates come near to, results depend on how fast workers are.
         idle_timeout: Seconds after which a Ray worker that has nothing to do while others work is given back to the
             cluster, which may remove its node, until there is work for it again. None keeps it.
         sources: Where a worker keeps the models that it mixes: on the ``device``, in main memory (``host``; with a GPU
@@ -726,7 +728,7 @@ class Runtime(Part):
     cpus_per_worker: float = Field(default=1.0, ge=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
     resources: dict[str, float] = Field(default_factory=dict)
-    start_timeout: float = Field(default=120.0, gt=0)
+    start_timeout: float | None = Field(default=None, gt=0)
     attempts: int = Field(default=3, ge=1)
     time_limit: float | None = Field(default=None, gt=0)
     idle_timeout: float | None = Field(default=None, gt=0)

@@ -3,8 +3,9 @@
 Workers are plain ``Worker`` objects, one an actor. An actor that dies is retired and a new one asked for; Ray's own
 restarts are not used, because a restart that finds no place fails every call in between. A batch whose worker died
 is tried again, and nothing of it depends on who scores it. Readiness is a result that is waited for like any other,
-so a worker that cannot be placed holds nobody up. What a worker has when its node is drained or its process is told to
-stop goes to others at once. Batches past their time limit are retired with their worker.
+so a worker that cannot be placed or opened holds nobody up while there are others. What a worker has when its node is
+drained or its process is told to stop goes to others at once. Batches past their time limit are retired with their
+worker.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 from fitness.pools import Batch, Completed
 from fitness.specs import WorkerSpec
-from fitness.worker import Worker
+from fitness.worker import Worker, WorkerBrokenError
 from populations.errors import CheckpointError, EcotoneError, InputError, PoolError
 from populations.space import Space
 from populations.trial import Evaluation, Trial
@@ -38,6 +39,13 @@ _PIECE = 98_000  # bytes; Ray sends arguments below 100 kB with the call, others
 _PIECES = 8  # above it the object store is faster
 _OBJECT_STORE_BYTES = 256 * 1024**2  # of a local cluster; genomes are small
 _EVERY = 1.0  # seconds between looks at the cluster
+_PLACED = 120.0  # seconds within which a worker has a place on a cluster of our own
+_GROWN = 3600.0  # on another, where machines may have to be started first
+_FIRST_WORD, _NEXT_WORD = 10.0, 60.0  # seconds after which it is told that no worker has a place
+_UNSEEN = 2.0  # seconds for which nobody looked at the workers that are not held against them
+_DECLARED = 30.0  # seconds, with some to spare, after which Ray knows that a node is gone
+_PATIENT = 1.0  # seconds that a batch waits behind another before an idle worker gets it
+_BACKOFF = 60.0  # the most seconds between two attempts to open a worker
 _RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # after which Ray ends a process whose head is gone
 _FAREWELL = 20.0  # seconds before that in which a search can still say why it ends
 _BORDERS = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]  # seconds, of histograms
@@ -59,6 +67,9 @@ class RemoteWorker:
         self._scoring = False
         self._stopping = False
         self._rays = signal.signal(signal.SIGTERM, self._stop)
+
+    def here(self) -> None:
+        """Answers once the process runs."""
 
     def open(self, spec: WorkerSpec, paths: Sequence[str] = ()) -> tuple[int, str]:
         """Make the worker; returns the ids of its process and of its node.
@@ -83,7 +94,8 @@ class RemoteWorker:
         """The pickled evaluations of the trials that ``_parts`` made ``parts`` of; None once told to stop."""
         try:
             self._scoring = True
-            return None if self._stopping else pickle.dumps(self._worker.measure(_whole(parts)), protocol=5)
+            packed = None if self._stopping else pickle.dumps(self._worker.measure(_whole(parts)), protocol=5)
+            return None if self._stopping else packed  # an objective may have swallowed what told it to stop
         except _ToldToStop:
             return None
         finally:
@@ -131,10 +143,11 @@ class _Open:
 @dataclass
 class _Hand:
     """An actor: ids of its process and node once it is ready, its queue, oldest first, and since when it has the oldest
-    to work on, or nothing.
+    to work on, or nothing. ``place`` is there once its process runs.
     """
 
     actor: Any
+    place: Any
     ready: Any
     pid: int | None = None
     node: str = ""
@@ -146,7 +159,8 @@ class RayPool:
     """Workers as Ray actors.
 
     The pool works with as many workers as the cluster can place, from the first that is ready on; it keeps asking for
-    the others, so an autoscaler may add nodes and a node may leave.
+    the others, so an autoscaler may add nodes and a node may leave. While others work, one that cannot be opened is
+    told of and tried again after growing pauses.
 
     Args:
         spec: What each worker is made of. A worker without a GPU of its own uses none: ``auto`` means the CPU then.
@@ -156,12 +170,15 @@ class RayPool:
         cpus_per_worker: Logical CPUs a worker holds.
         gpus_per_worker: Logical GPUs a worker holds; a fraction lets workers share one.
         resources: Custom resources a worker holds, by name.
-        start_timeout: Seconds to wait for a worker when there is none.
+        start_timeout: Seconds to wait for a place when no worker has one; opening models takes what it takes. None is
+            120 on a cluster that the pool starts and 3600 on another, where machines may have to be started first.
         attempts: How many workers may die of a batch before its candidates are tried alone, and how many of
             a candidate alone before it is given up as failed.
         time_limit: Seconds that a candidate may take at a worker; a batch has them for each of its candidates. Past it
-            the worker is killed and replaced; candidates of a batch are then tried alone once, one alone has failed.
-            None for no limit.
+            the worker is killed and replaced; candidates of a batch are then tried alone once, one alone has failed
+            (with a limit below half a minute, within which Ray may not know that a node is gone, one at another node is
+            tried once more). While nobody looks, because the process is stopped or computes, it stands still. None for
+            no limit.
         idle_timeout: Seconds after which a worker that has nothing to do while others work, and all work is handed out,
             is given back to the cluster, until there is work for it again; None keeps it.
 
@@ -177,13 +194,13 @@ class RayPool:
         cpus_per_worker: float = 1.0,
         gpus_per_worker: float = 0.0,
         resources: Mapping[str, float] | None = None,
-        start_timeout: float = 120.0,
+        start_timeout: float | None = None,
         attempts: int = 3,
         time_limit: float | None = None,
         idle_timeout: float | None = None,
     ) -> None:
         _check(spec, workers, cpus_per_worker, gpus_per_worker, attempts)
-        _check_times({"time_limit": time_limit, "idle_timeout": idle_timeout})
+        _check_times({"start_timeout": start_timeout, "time_limit": time_limit, "idle_timeout": idle_timeout})
         self.slots = workers
         no_gpu = gpus_per_worker == 0 and spec.device == "auto"
         self._spec = dataclasses.replace(spec, device="cpu") if no_gpu else spec
@@ -202,9 +219,13 @@ class RayPool:
         self._backlog: deque[_Job] = deque()
         self._open: dict[int, _Open] = {}
         self._finished: Completed = []
+        self._error: EcotoneError | None = None
         self._tickets = 0
         self._failed_starts = 0
-        self._alone_since = self._busy_at = self._seen_at = time.monotonic()
+        self._later: list[float] = []  # when to ask for workers that could not be opened
+        self._setbacks = 0
+        self._alone_since = self._busy_at = self._seen_at = self._looked_at = time.monotonic()
+        self._told_alone = -math.inf
         self._silent_since: float | None = None
         self._meters = _Meters()
 
@@ -229,7 +250,9 @@ class RayPool:
             self._meters.make()
             self._home = self._ray.get_runtime_context().get_node_id()
             self._draining = _draining_of(self._ray)
-            self._alone_since = time.monotonic()
+            if self._start_timeout is None:
+                self._start_timeout = _PLACED if self._owned and self._address is None else _GROWN
+            self._alone_since = self._looked_at = time.monotonic()
             for _ in range(self.slots):
                 self._spawn()
             return self._first_space()
@@ -252,15 +275,20 @@ class RayPool:
         """Finished batches; blocks until there is one or ``timeout`` seconds have passed.
 
         Raises:
-            PoolError: There has been no worker for ``start_timeout`` seconds, new ones keep dying, or the cluster's
-                head or this process's node is gone.
+            PoolError: No worker has had a place for ``start_timeout`` seconds, new ones keep dying, or the cluster's
+                head or this process's node is gone. What was finished before is returned first.
         """
         until = math.inf if timeout is None else time.monotonic() + timeout
-        while self._open and not self._finished:
+        while self._open and not self._finished and self._error is None:
             left = until - time.monotonic()
-            self._step(max(0.0, min(left, 1.0)))
+            try:
+                self._step(max(0.0, min(left, 1.0)))
+            except EcotoneError as error:
+                self._error = error
             if left <= 0:
                 break
+        if self._error is not None and not self._finished:
+            raise self._error
         finished, self._finished = self._finished, []
         return finished
 
@@ -271,6 +299,7 @@ class RayPool:
         self._closed = True
         self._open.clear()
         self._backlog.clear()
+        self._later.clear()
         try:
             for hand in self._hands:
                 self._kill(hand)
@@ -361,6 +390,9 @@ class RayPool:
     # -- workers -----------------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
+        if self._silent_since is not None:  # whom a head that is gone never knew cannot be killed either
+            self._later.append(time.monotonic() + _EVERY)
+            return
         actor = self._actor.options(
             num_cpus=self._asked["CPU"],
             num_gpus=self._asked["GPU"],
@@ -369,33 +401,43 @@ class RayPool:
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         ).remote()
-        self._hands.append(_Hand(actor, actor.open.remote(self._spec_ref, self._paths)))
+        self._hands.append(_Hand(actor, actor.here.remote(), actor.open.remote(self._spec_ref, self._paths)))
         _event(logging.DEBUG, "worker_started", "Asked for a worker.")
+
+    def _spawn_later(self) -> None:
+        """Ask for a worker after a pause, the longer the more have failed since the last one was ready."""
+        self._setbacks += 1
+        self._later.append(time.monotonic() + min(2.0 ** min(self._setbacks, 10), _BACKOFF))
 
     def _recall(self) -> None:
         """Ask again for workers that were given back, as many as there is work for."""
         jobs = len(self._backlog) + sum(len(hand.queue) for hand in self._hands)
         if not self._hands:
             self._alone_since = time.monotonic()
-        while len(self._hands) < min(self.slots, jobs):
+        for _ in range(min(self.slots, jobs) - len(self._hands) - len(self._later)):
             self._spawn()
 
     def _first_space(self) -> Space:
+        deaths = 0
         while True:
-            for hand in self._hands:
-                if hand.pid is not None:
-                    try:
-                        space = pickle.loads(self._ray.get(hand.actor.space.remote()))  # noqa: S301 - our own worker's
-                        assert isinstance(space, Space)
-                        return space
-                    except self._ray.exceptions.RayActorError as error:
-                        self._failed_starts += 1
-                        self._replace(hand, error)
-                        break
-                    except self._ray.exceptions.RayTaskError as error:
-                        raise _cause(error) from error
-            else:
+            hand = next((hand for hand in self._hands if hand.pid is not None), None)
+            if hand is None:
                 self._step(1.0)
+                continue
+            try:
+                space = pickle.loads(self._ray.get(hand.actor.space.remote()))  # noqa: S301 - our own worker's
+                assert isinstance(space, Space)
+                return space
+            except self._ray.exceptions.RayTaskError as error:
+                raise _cause(error) from error
+            except self._ray.exceptions.RayError as error:
+                deaths += 1
+                if deaths >= self._attempts:
+                    raise PoolError(
+                        f"pool: {deaths} workers died while they read the models ({_first_line(error)}).",
+                        "Check the memory a worker needs against what it has.",
+                    ) from error
+                self._replace(hand, error)
 
     def _replace(self, hand: _Hand, error: Exception) -> None:
         """Have another in place of a worker that died; its oldest batch is the suspect, the others go back in line."""
@@ -424,6 +466,8 @@ class RayPool:
         return lost
 
     def _kill(self, hand: _Hand) -> None:
+        if self._silent_since is not None:
+            return  # a head that is gone is waited for; workers end with this process
         try:
             self._ray.kill(hand.actor, no_restart=True)
         except Exception as error:  # the cluster may be gone already
@@ -438,15 +482,29 @@ class RayPool:
         refs += [ref for hand in self._hands for ref, _ in hand.queue]
         due = min((hand.since + self._allowed(hand) for hand in self._hands), default=math.inf)
         patience = max(0.0, min(timeout, due - time.monotonic()))
-        news, _ = self._ray.wait(refs, num_returns=1, timeout=patience, fetch_local=False)
+        if refs:
+            self._ray.wait(refs, num_returns=1, timeout=patience, fetch_local=False)
+        else:
+            time.sleep(min(patience, _EVERY))
+        self._forgive(patience)
+        news, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False) if refs else ([], [])
         if news:
-            news, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
-            for hand in list(self._hands):
-                self._attend(hand, set(news))
-        elif not self.pids():
+            errors = [error for hand in list(self._hands) if (error := self._attended(hand, set(news)))]
+            if errors:
+                raise errors[0]
+        if not news and not self.pids():
             self._check_alone()
         self._watch()
         self._dispatch()
+
+    def _forgive(self, patience: float) -> None:
+        """Do not hold against the workers what passed, beyond ``patience``, since somebody looked at them last."""
+        now = time.monotonic()
+        unseen = now - self._looked_at - patience
+        self._looked_at = now
+        if unseen > _UNSEEN:
+            for hand in self._hands:
+                hand.since += unseen
 
     def _dispatch(self) -> None:
         """Give the oldest jobs to the workers with the shortest queues."""
@@ -479,14 +537,32 @@ class RayPool:
             elif self._idle(hand, now):
                 _event(logging.INFO, "worker_retired", "A worker without work is given back.", **_about(hand))
                 self._retire(hand)
+        self._level(now)
+        if self._backlog:
+            self._recall()
+        late = [at for at in self._later if at <= now]
+        self._later = [at for at in self._later if at > now]
+        for _ in late:
+            self._spawn()
         if now - self._seen_at >= _EVERY:
             self._seen_at = now
             self._look()
             self._measure()
 
+    def _level(self, now: float) -> None:
+        """Have a worker without anything to do take a batch that waits behind another one."""
+        if self._backlog or not any(hand.pid is not None and not hand.queue for hand in self._hands):
+            return
+        for hand in self._hands:
+            if len(hand.queue) > 1 and now - hand.since > _PATIENT:
+                ref, job = hand.queue.pop()
+                self._ray.cancel(ref)  # it is skipped there; if it has just begun, nobody waits for what it gives
+                self._backlog.append(job)
+                return
+
     def _idle(self, hand: _Hand, now: float) -> bool:
         """Whether a worker has had nothing to do for so long, while others work, that it is to be given back."""
-        if hand.pid is None or hand.queue or not self._open:
+        if hand.pid is None or hand.queue or not self._open or any(len(other.queue) > 1 for other in self._hands):
             return False
         return now - max(hand.since, self._busy_at) > self._idle_timeout
 
@@ -502,7 +578,8 @@ class RayPool:
         about = {"trials": [trial.number for trial in job.trials], "seconds": seconds, **_about(hand)}
         _event(logging.WARNING, "trial_timed_out", sentence, **about)
         self._backlog.extendleft(reversed(lost[1:]))
-        if len(job.trials) > 1:
+        doubtful = hand.node != self._home and seconds < _DECLARED and not job.suspect
+        if len(job.trials) > 1 or doubtful:
             self._split(job)
         else:
             message = f"the candidate took more than {seconds:g} s (runtime.time_limit), so its worker was killed."
@@ -515,13 +592,21 @@ class RayPool:
         queue = len(self._backlog) + sum(max(0, len(hand.queue) - 1) for hand in ready)
         self._meters.state(len(ready), busy / max(1, len(ready)), queue)
 
+    def _attended(self, hand: _Hand, news: set[Any]) -> EcotoneError | None:
+        """Attend to a worker; returns what ends the run, so that what the others have finished is taken in before."""
+        try:
+            self._attend(hand, news)
+        except EcotoneError as error:
+            return error
+        return None
+
     def _attend(self, hand: _Hand, news: set[Any]) -> None:
         """Take in what a worker has finished, or replace it if it died."""
         try:
             if hand.pid is None and hand.ready in news:
                 hand.pid, hand.node = self._ray.get(hand.ready)
                 hand.since = time.monotonic()
-                self._failed_starts = 0
+                self._failed_starts = self._setbacks = 0
                 _event(logging.INFO, "worker_ready", "A worker is ready.", **_about(hand))
                 self._measure()
             while hand.queue and hand.queue[0][0] in news:
@@ -534,8 +619,15 @@ class RayPool:
                 hand.queue.popleft()
                 hand.since = time.monotonic()
         except self._ray.exceptions.RayTaskError as error:
+            cause = _cause(error)
+            if hand.pid is None and not self.pids():
+                raise cause from error
             if hand.pid is None:
-                raise _cause(error) from error
+                self._put_off(hand, cause)
+                return
+            if isinstance(cause, WorkerBrokenError):
+                self._replace(hand, cause)
+                return
             self._raised(hand.queue.popleft()[1], error)
             hand.since = time.monotonic()
             self._attend(hand, news)
@@ -550,6 +642,9 @@ class RayPool:
         if getattr(error, "preempted", False):
             self._leave(hand, "its node was preempted")
             return
+        if hand.pid is None and self.pids():
+            self._put_off(hand, error)
+            return
         if hand.pid is None:
             self._failed_starts += 1
             if self._failed_starts >= self._attempts * self.slots:
@@ -560,12 +655,30 @@ class RayPool:
                 ) from error
         self._replace(hand, error)
 
+    def _put_off(self, hand: _Hand, error: Exception) -> None:
+        """Go on without a worker that could not be opened while others can, and ask for it again later."""
+        reason = _first_line(error)
+        sentence = f"A worker could not be opened ({reason}); the others go on, and it is tried again later."
+        _event(logging.WARNING, "worker_failed", sentence, error=reason)
+        self._retire(hand)
+        self._spawn_later()
+
     def _check_alone(self) -> None:
-        if time.monotonic() - self._alone_since > self._start_timeout:
+        """Wait for a place for as long as that may take, and say what is waited for."""
+        assert self._start_timeout is not None
+        now = time.monotonic()
+        if any(self._here(hand.place) for hand in self._hands):
+            self._alone_since = now  # one has a place, and opens the models
+        waited = now - self._alone_since
+        if waited > self._start_timeout:
             raise PoolError(
-                self._no_place(f"no worker was ready within {self._start_timeout:g} s"),
-                "Ask for less, add nodes, or raise the start timeout.",
+                self._no_place(f"no worker had a place within {self._start_timeout:g} s"),
+                "Ask for less, add nodes, or raise runtime.start_timeout.",
             )
+        if waited >= _FIRST_WORD and now - self._told_alone >= _NEXT_WORD:
+            self._told_alone = now
+            sentence = self._no_place("no worker has a place yet")
+            _event(logging.WARNING, "waiting", f"{sentence} Waiting up to {self._start_timeout:g} s.", seconds=waited)
 
     # -- jobs --------------------------------------------------------------------------------------------
 

@@ -23,10 +23,14 @@ from fitness.resident import Resident, stack_of
 from fitness.specs import WorkerSpec
 from merging.placement import Free, Needs, settled
 from merging.sources import Sources
-from populations.errors import EcotoneError, InputError, nearest
+from populations.errors import EcotoneError, InputError, PoolError, nearest
 from populations.samples import Sample
 from populations.space import Space
 from populations.trial import CalibrationBatch, Evaluation, Trial
+
+
+class WorkerBrokenError(PoolError):
+    """A candidate has left this process's GPU in a state in which it computes nothing any more."""
 
 
 def open_sources(spec: WorkerSpec) -> Sources:
@@ -112,6 +116,10 @@ class Worker:
         """One evaluation a trial, in order: scores, or for trials with a calibration batch losses and their gradient.
 
         A trial that cannot be measured has a failure; the others are unaffected.
+
+        Raises:
+            WorkerBrokenError: One has broken the GPU's context, as an assertion in a kernel does. Make another worker
+                in another process.
         """
         group = self._resident.group
         evaluations: list[Evaluation] = []
@@ -241,14 +249,34 @@ def _indivisible(objective: Objective) -> InputError:
 
 
 def _failed(where: str, error: BaseException, began: float) -> Evaluation:
-    """A failure that names where it happened and what was raised."""
+    """A failure that names where it happened and what was raised.
+
+    Raises:
+        WorkerBrokenError: Nothing will be computed here any more.
+    """
+    if isinstance(error, WorkerBrokenError):
+        raise error
     kind = "out of memory" if _out_of_memory(error) else "exception"
-    if kind == "out of memory" and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        _check_context(where, error)
+        if kind == "out of memory":
+            torch.cuda.empty_cache()
     first = (str(error).strip().splitlines() or [""])[0]
     message = first if isinstance(error, EcotoneError) else f"{type(error).__name__}: {first}".rstrip(": ")
     details = "".join(traceback.format_exception(error))
     return Evaluation.failed(kind, f"{where}: {message}", details, time.perf_counter() - began)
+
+
+def _check_context(where: str, error: BaseException) -> None:
+    """Refuse to go on when an error of a kernel has broken the context: every later call would fail as well."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as broken:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise WorkerBrokenError(
+            f"{where}: the GPU cannot be used any more in this process ({type(error).__name__}: {first}).",
+            "Where workers are processes (runtime.pool: ray) they are replaced; look at this candidate's inputs.",
+        ) from broken
 
 
 def _out_of_memory(error: BaseException) -> bool:

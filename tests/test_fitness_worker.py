@@ -366,3 +366,24 @@ def test_an_architecture_that_transformers_lacks_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["MyOwnModel"], "model_type": "mine"}')
     with pytest.raises(InputError, match=r"has no 'MyOwnModel'.*Give the architecture as a function"):
         Resident(Sources.open([tmp_path]), "auto", torch.device("cpu"))
+
+
+def test_a_gpu_that_an_error_has_broken_ends_the_worker(monkeypatch):
+    """A kernel's failed assertion: the next call that waits for the GPU raises it again."""
+    from fitness.worker import WorkerBrokenError, _failed
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert (
+        _failed("objective 'f'", ValueError("a mistake"), 0.0).failure.message == "objective 'f': ValueError: a mistake"
+    )
+
+    def broken():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(
+        WorkerBrokenError, match="objective 'f': the GPU cannot be used any more in this process"
+    ) as error:
+        _failed("objective 'f'", IndexError("out of range"), 0.0)
+    assert "IndexError: out of range" in error.value.message

@@ -64,6 +64,30 @@ def dawdles(folder):
     try: os.close(os.open(folder + "/first", os.O_CREAT | os.O_EXCL))
     except FileExistsError: time.sleep(600)
     return data()
+def swallows(model):
+    try: time.sleep(2)
+    except: return 0.0
+    return float(model["w"][0])
+def breaks(model):
+    from fitness.worker import WorkerBrokenError
+    if float(model["w"][0]) == 13: raise WorkerBrokenError("the GPU cannot be used any more")
+    return float(model["w"][0])
+def opened(folder, good=(), seconds=0.0, dies=False):
+    # Data that only some of those who ask, counted from 0, get.
+    number = 0
+    while True:
+        try: os.close(os.open(f"{folder}/asked-{number}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError: number += 1
+        else: break
+    time.sleep(seconds)
+    if good and number not in good:
+        if dies: os._exit(1)
+        raise ConnectionError("503, try again later")
+    return data()
+def no_space():
+    from fitness.worker import Worker
+    Worker.space = lambda self: os._exit(1)
+    return data()
 def threads(model): return float(torch.get_num_threads())
 def draws(model): return float(torch.rand(()))
 """
@@ -429,10 +453,25 @@ def test_a_pool_leaves_a_ray_alone_that_it_did_not_start(folder, cluster):
 
 def test_a_worker_that_has_no_place_is_refused_in_words(folder, cluster):
     pool = ray_pool(vectors(folder, "value"), 1, resources={"unicorn": 1.0}, gpus_per_worker=0.5, start_timeout=2)
-    with pytest.raises(PoolError, match="no worker was ready within 2 s") as refused:
+    with pytest.raises(PoolError, match="no worker had a place within 2 s") as refused:
         pool.start()
     assert "asks for 1 CPU, 0.5 GPU, 1 unicorn" in str(refused.value)
     assert "nodes have 4 CPU, 2 GPU, 0 unicorn" in str(refused.value)
+
+
+def test_a_place_is_waited_for_and_told_of_and_opening_takes_what_it_takes(
+    tmp_path, folder, cluster, caplog, monkeypatch
+):
+    from fitness import ray_pool as module
+
+    monkeypatch.setattr(module, "_FIRST_WORD", 0.5)
+    with pytest.raises(PoolError):
+        ray_pool(vectors(folder, "value"), 1, resources={"unicorn": 1.0}, start_timeout=2).start()
+    [said] = [record.getMessage() for record in caplog.records if getattr(record, "event", "") == "waiting"]
+    assert said.endswith("nodes have 4 CPU, 2 GPU, 0 unicorn. Waiting up to 2 s.")
+    data = CallSpec("pools_tested:opened", {"folder": str(tmp_path), "seconds": 4.0})
+    with ray_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=data),)), 1, start_timeout=2) as pool:
+        pool.start()
 
 
 def test_a_pool_works_with_the_workers_that_have_a_place(folder, cluster):
@@ -481,6 +520,85 @@ def test_the_search_goes_on_while_a_worker_is_slow_to_open(tmp_path, folder, clu
             pool.submit(Batch(number, (Trial(number, genomes(1)[0]),)))
         assert all(e[0].ok for e in collect(pool, 6).values())
         assert len(pool.pids()) == 1
+
+
+@pytest.mark.parametrize("dies", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_worker_that_cannot_be_opened_is_tried_again_while_others_work(
+    tmp_path, folder, cluster, caplog, monkeypatch, dies
+):
+    monkeypatch.setattr("fitness.ray_pool._BACKOFF", 0.2)
+    data = CallSpec("pools_tested:opened", {"folder": str(tmp_path), "good": [0, 3], "dies": dies})
+    with ray_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=data),)), 1) as pool:
+        pool.start()
+        pool.slots = 2
+        pool._spawn()
+        until = time.monotonic() + 60
+        number = 0
+        while len(pool.pids()) < 2:
+            assert time.monotonic() < until
+            pool.submit(Batch(number, (Trial(number, genomes(1)[0]),)))
+            assert [e.ok for [e] in collect(pool, 1).values()] == [True]
+            number += 1
+    failed = [record.getMessage() for record in caplog.records if getattr(record, "event", "") == "worker_failed"]
+    assert len(failed) == 2
+    assert all(("died" if dies else "503, try again later") in message for message in failed)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_workers_that_die_while_they_read_the_models_are_given_up(folder, cluster):
+    spec = nets(folder, search=(ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:no_space")),))
+    with pytest.raises(PoolError, match="2 workers died while they read the models"):
+        ray_pool(spec, 1, attempts=2).start()
+
+
+def test_what_is_finished_is_returned_before_the_pool_fails(folder, cluster, monkeypatch):
+    with ray_pool(vectors(folder, "value"), 1) as pool:
+        pool.start()
+        look = pool._watch
+
+        def watch():
+            look()
+            if pool._finished:
+                raise PoolError("the head is gone")
+
+        monkeypatch.setattr(pool, "_watch", watch)
+        pool.submit(batch(0, 1))
+        pool.submit(batch(1, 2, 3))
+        found = {}
+        for done, evaluations in pool.completed():
+            found[done.number] = [e.scores["f"] for e in evaluations]
+        assert found[0] == [1]
+        with pytest.raises(PoolError, match="the head is gone"):
+            pool.completed()
+
+
+def test_a_worker_whose_gpu_is_broken_is_replaced_and_its_candidate_found(folder, cluster):
+    with ray_pool(vectors(folder, "breaks"), 1, attempts=1) as pool:
+        pool.start()
+        for number, firsts in enumerate([(1, 13, 2), (3,), (4,)]):
+            pool.submit(batch(number, *firsts))
+        found = collect(pool, 3)
+    assert [e.scores.get("f") for e in found[0]] == [1, None, 2]
+    assert found[0][1].failure.kind == "worker died"
+    assert "the GPU cannot be used any more" in found[0][1].failure.message
+    assert [found[n][0].scores["f"] for n in (1, 2)] == [3, 4]
+    with SerialPool(vectors(folder, "breaks")) as pool:
+        pool.start()
+        pool.submit(batch(0, 13))
+        with pytest.raises(PoolError, match="cannot be used any more"):
+            pool.completed()
+
+
+def test_a_batch_does_not_wait_behind_a_slow_one_while_a_worker_is_idle(folder, cluster):
+    with ray_pool(vectors(folder, "hangs"), 2) as pool:
+        pool.start()
+        ready(pool, 2)
+        collected = set()
+        for number, first in ((1, 13), (2, 2), (3, 3), (4, 4)):
+            pool.submit(batch(number, first))
+        collected |= set(collect(pool, 3, within=20.0))
+        assert collected == {2, 3, 4}
 
 
 def test_a_worker_that_does_not_find_what_the_search_has_names_node_and_path(folder, cluster, monkeypatch):
@@ -536,6 +654,66 @@ def test_only_the_candidate_past_its_time_limit_fails(folder, cluster, caplog, w
     assert sorted(late) == [[0, 1], [1], [40]]
 
 
+@pytest.mark.slow
+def test_at_another_node_a_short_limit_is_exceeded_twice(folder, cluster, caplog, monkeypatch):
+    """Within half a minute Ray may not know that the node is gone."""
+    with ray_pool(vectors(folder, "hangs"), 1, time_limit=1.0) as pool:
+        pool.start()
+        monkeypatch.setattr(pool, "_home", "another node")
+        pool.submit(batch(0, 13))
+        [failed] = collect(pool, 1)[0]
+    assert failed.failure.kind == "timed out"
+    assert [r.trials for r in caplog.records if getattr(r, "event", "") == "trial_timed_out"] == [[0], [0]]
+
+
+def test_time_in_which_nobody_looked_is_not_held_against_workers(folder):
+    pytest.importorskip("ray")
+    from fitness.ray_pool import _Hand
+
+    pool = ray_pool(vectors(folder, "value"), 1)
+    pool._hands = [_Hand(None, None, None)]
+    now = pool._hands[0].since = time.monotonic()
+    pool._looked_at = now - 1.0
+    pool._forgive(1.0)
+    assert pool._hands[0].since == now
+    pool._looked_at = now - 100.0
+    pool._forgive(1.0)
+    assert pool._hands[0].since == pytest.approx(now + 99.0, abs=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", ["all", "driver"])
+def test_a_search_that_is_stopped_for_longer_than_the_limit_blames_nobody(tmp_path, folder, stopped):
+    """SIGSTOP, as a container that is paused or a machine that sleeps."""
+    pytest.importorskip("ray")
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {HERE!r})
+        from pathlib import Path
+        import test_pools as t
+        with t.ray_pool(t.vectors(Path({str(folder)!r}), "slow", seconds=1.0), 1, time_limit=3.0) as pool:
+            pool.start()
+            for number in range(6):
+                pool.submit(t.batch(number, number))
+            print(*pool.pids(), flush=True)
+            print(*[e.scores["f"] for _, [e] in sorted(t.collect(pool, 6).items())], flush=True)
+        """)
+    )
+    child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    [worker] = child.stdout.readline().split()
+    time.sleep(1.5)
+    family = [child.pid, int(worker)] if stopped == "all" else [child.pid]
+    for pid in family:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(6.0)
+    for pid in reversed(family):
+        os.kill(pid, signal.SIGCONT)
+    out, _ = child.communicate(timeout=60)
+    assert out.split() == [f"{number}.0" for number in range(6)]
+
+
 def test_a_worker_told_to_stop_hands_its_batch_on_and_blames_nobody(folder, cluster):
     with ray_pool(vectors(folder, "slow", seconds=0.5), 1, attempts=1) as pool:
         pool.start()
@@ -547,6 +725,17 @@ def test_a_worker_told_to_stop_hands_its_batch_on_and_blames_nobody(folder, clus
             while pid in pool.pids() or not pool.pids():
                 assert pool.completed(timeout=0.1) == []
         assert [e.scores for e in collect(pool, 1)[0]] == [{"f": 1}]
+
+
+def test_a_score_that_was_cut_short_by_the_order_to_stop_is_not_taken(folder, cluster):
+    """An objective with a bare ``except`` swallows it."""
+    with ray_pool(vectors(folder, "swallows"), 1, attempts=1) as pool:
+        pool.start()
+        [pid] = pool.pids()
+        pool.submit(batch(0, 7))
+        assert pool.completed(timeout=0.7) == []
+        os.kill(pid, signal.SIGTERM)
+        assert [e.scores for e in collect(pool, 1)[0]] == [{"f": 7}]
 
 
 # -- Ray: what it tells --------------------------------------------------------------------------------------
