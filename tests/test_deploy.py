@@ -249,6 +249,27 @@ def test_python_of_the_images_runs_what_is_pinned() -> None:
     assert found == {"311"}
 
 
+# -- what the operations guide says ---------------------------------------------------------------------------
+
+
+def test_the_guide_lists_each_event() -> None:
+    source = "".join(file.read_text() for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py")))
+    found = re.findall(r'"event": "(\w+)"|_event\(\s*logging\.\w+, "(\w+)"', source)
+    (listed,) = re.findall(r"Events: (.*?`told`)", read("docs/operations.md"), re.DOTALL)
+    assert len(found) > 10
+    assert {name for names in found for name in names if name} <= set(re.findall(r"`(\w+)`", listed))
+
+
+def test_the_guide_and_the_configuration_keep_the_token_of_kubernetes_alike() -> None:
+    configured = [line.removeprefix("#   ") for line in read("deploy/kuberay.yaml").splitlines()]
+    told = [line for line in read("docs/operations.md").splitlines() if "ecotone_token" in line]
+    assert told == [line for line in configured if "ecotone_token" in line]
+    assert not any("> ~/.ray/auth_token" in line for line in told)
+    assert [line.split("=")[0] for line in told if line.startswith("export ")] == ["export RAY_AUTH_TOKEN_PATH"]
+    for line in told:
+        subprocess.run(["bash", "-n"], input=line, text=True, check=True)
+
+
 # -- spot notices ---------------------------------------------------------------------------------------------
 
 
