@@ -24,7 +24,7 @@ import typer
 
 from experiments import jobs_cli, logs
 from experiments.options import JsonOption, RecipeArgument, RunArgument, SetOption, changes_of, print_json, recipe_of
-from populations.errors import EcotoneError, InputError
+from populations.errors import EcotoneError, InputError, JournalError
 
 if TYPE_CHECKING:
     from experiments.logs import Watcher
@@ -141,7 +141,13 @@ def resume(
     from experiments.recipe import Recipe, apply_settings
     from experiments.running import resume as resume_run
 
-    found = _run(run)
+    try:
+        found = _run(run)
+    except JournalError as error:
+        if Path(run).exists():
+            raise
+        cluster = f"A run on a cluster: `ecotone resume {shlex.quote(run)} --address http://HEAD:8265`."
+        raise JournalError(error.message, f"{error.remedy} {cluster}") from error
     changes = changes_of(settings, workers, address)
     with found.journal() as journal:
         recorded = json.loads(journal.fact("recipe") or "{}")

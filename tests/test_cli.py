@@ -384,6 +384,7 @@ def test_missing_recipes_and_runs(ecotone: Ecotone, tmp_path: Path) -> None:
     in_words(ecotone("validate", tmp_path / "list.yaml"), "expected a mapping")
     for command in ("status", "front", "resume", "ui", "sync"):
         in_words(ecotone(command, tmp_path / "no-run"), "no journal there")
+    in_words(ecotone("resume", "digits"), "ecotone resume digits --address http://HEAD:8265")
     in_words(ecotone("export", tmp_path / "no-run", "--to", tmp_path / "x"), "no journal there")
     in_words(ecotone("verify", tmp_path / "nothing"), "nothing")
     (tmp_path / "broken").mkdir()
