@@ -257,7 +257,7 @@ def _failed(where: str, error: BaseException, began: float) -> Evaluation:
     if isinstance(error, WorkerBrokenError):
         raise error
     kind = "out of memory" if _out_of_memory(error) else "exception"
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         _check_context(where, error)
         if kind == "out of memory":
             torch.cuda.empty_cache()

@@ -372,7 +372,7 @@ def test_a_gpu_that_an_error_has_broken_ends_the_worker(monkeypatch):
     """A kernel's failed assertion: the next call that waits for the GPU raises it again."""
     from fitness.worker import WorkerBrokenError, _failed
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert (
         _failed("objective 'f'", ValueError("a mistake"), 0.0).failure.message == "objective 'f': ValueError: a mistake"
