@@ -84,6 +84,10 @@ def opened(folder, good=(), seconds=0.0, dies=False):
         if dies: os._exit(1)
         raise ConnectionError("503, try again later")
     return data()
+def asserts(model):
+    value = float(model["w"][0])
+    index = torch.tensor([9 if value == 13 else 0], device="cuda")
+    return value + float(torch.zeros(3, device="cuda")[index].sum())
 def no_space():
     from fitness.worker import Worker
     Worker.space = lambda self: os._exit(1)
@@ -588,6 +592,19 @@ def test_a_worker_whose_gpu_is_broken_is_replaced_and_its_candidate_found(folder
         pool.submit(batch(0, 13))
         with pytest.raises(PoolError, match="cannot be used any more"):
             pool.completed()
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_asserts_harms_no_other_candidate(folder, cluster):
+    """It breaks the context for good; without another process every later candidate would fail."""
+    spec = replace(vectors(folder, "asserts"), device="cuda")
+    with ray_pool(spec, 1, attempts=1, gpus_per_worker=1) as pool:
+        pool.start()
+        for number, first in enumerate((1, 13, 3, 4)):
+            pool.submit(batch(number, first))
+        found = collect(pool, 4)
+    assert [found[n][0].scores.get("f") for n in range(4)] == [1, None, 3, 4]
+    assert "the GPU cannot be used any more" in found[1][0].failure.message
 
 
 def test_a_batch_does_not_wait_behind_a_slow_one_while_a_worker_is_idle(folder, cluster):
