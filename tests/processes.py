@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 ROOT = Path(__file__).parents[1]
+
+
+def same_arithmetic() -> dict[str, str]:
+    """What an environment of its own takes along, so that another process chooses the same BLAS kernels as this one."""
+    return {name: value for name, value in os.environ.items() if name.startswith("OPENBLAS_")}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from managing import begun, ended
 from numpy.typing import NDArray
+from processes import same_arithmetic
 
 from fitness.pools import Batch, Completed
 from populations.errors import InputError
@@ -208,7 +209,7 @@ def test_another_process_proposes_the_same_trials() -> None:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent.parent,
-        env={"PYTHONHASHSEED": "5", "PATH": "", "PYTHONPATH": str(Path(__file__).parent)},
+        env={"PYTHONHASHSEED": "5", "PATH": "", "PYTHONPATH": str(Path(__file__).parent), **same_arithmetic()},
     )
     assert json.loads(done.stdout) == digests(carried_out(made("gp"), 10, 2))
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from managing import of_sample
 from numpy.typing import NDArray
+from processes import same_arithmetic
 
 from populations.genome import Genome
 from populations.gram import GramTable
@@ -525,7 +526,7 @@ def test_another_process_proposes_the_same_trials() -> None:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent.parent,
-        env={"PYTHONHASHSEED": "77", "PATH": ""},
+        env={"PYTHONHASHSEED": "77", "PATH": "", **same_arithmetic()},
     )
     here = {kind: Driver(*make(5)).to(50).digests for kind, make in MAKERS.items()}
     assert json.loads(done.stdout) == here
