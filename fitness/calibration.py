@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fitness import distillation, heads
-from fitness.data import Examples, load
+from fitness.data import Examples, Inputs, load
 from fitness.distillation import Behaviour, observe
 from fitness.heads import Head, logits
 from fitness.objectives import check_classes, entropies
@@ -83,6 +83,22 @@ class Task:
             model: The module that merges are shown in.
             experts: Names of the experts.
         """
+        self._try(lambda inputs: check_classes(logits(model, inputs, self._head), self._classes))
+
+    def _try(self, run: Callable[[Inputs], object]) -> None:
+        """Run a pass on one example, with whatever weights there are."""
+        where = f"calibration {self.name!r}"
+        try:
+            with torch.no_grad():
+                run(self._examples.rows(torch.tensor([0])).inputs)
+        except InputError as error:
+            raise InputError(f"{where}: {error.message}", error.remedy) from error
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(
+                f"{where}: the model and the task's head cannot be run on an example: {type(error).__name__}: {first}",
+                "Check what the data function returns, and the head's width against that of the model's outputs.",
+            ) from error
 
     def prepare(self, step: int, expert: Callable[[str], Any]) -> None:
         """Make ready for ``loss`` on batch ``step``.
@@ -181,6 +197,7 @@ class Distilled(Task):
             distillation.check(model, self._examples.inputs, self._head, self._wanted)
         except InputError as error:
             raise InputError(f"{where}: {error.message}", error.remedy) from error
+        self._try(lambda inputs: observe(model, inputs, self._head, self._wanted))
 
     def prepare(self, step: int, expert: Callable[[str], Any]) -> None:
         """Have what the expert says of batch ``step``; a batch that is known needs no model."""

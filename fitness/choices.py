@@ -234,7 +234,7 @@ class MultipleChoice:
 
     def likelihoods(self, model: Any) -> NDArray[np.float64]:
         """(C,) natural log-likelihoods of all choices, one question's after the other's."""
-        with torch.inference_mode():
+        with torch.no_grad():
             if self.reuse is None:
                 self.reuse = self._can_reuse(model)
             return (self._plain if self.reuse is False else self._packed).likelihoods(model)

@@ -96,8 +96,8 @@ class Examples:
         return ((mask != 0).cpu() * torch.arange(1, mask.shape[1] + 1)).amax(1)
 
     def _has_columns(self, name: str, tensor: Tensor) -> bool:
-        """Whether the second axis of ``tensor`` is the mask's."""
-        if self._lengths is None:
+        """Whether the second axis of ``tensor`` is the mask's; a decoder's inputs have columns of their own."""
+        if self._lengths is None or name.startswith("decoder_"):
             return False
         return name == "inputs_embeds" or tensor.shape == self._tensors[MASK].shape
 

@@ -152,7 +152,9 @@ def _tensor(name: str, output: Any) -> Tensor:
 
 def _rows(tensor: Tensor, inputs: Inputs) -> Tensor:
     """(m, ...) the rows of tokens that the mask lets through, where ``tensor`` has tokens; else itself."""
-    mask = inputs.get(MASK) if isinstance(inputs, Mapping) else None
+    named = inputs if isinstance(inputs, Mapping) else {}
+    decoder = any(name.startswith("decoder_") for name in named)  # whose outputs these are then
+    mask = named.get(f"decoder_{MASK}" if decoder else MASK)
     if mask is None or tensor.ndim < 3 or tensor.shape[:2] != mask.shape:
         return tensor
     return tensor[mask != 0]

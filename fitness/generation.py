@@ -172,7 +172,7 @@ class Generator:
     def _generate(self, model: Any) -> Written:
         tokens: list[list[int]] = [[] for _ in self._prompts]
         finite, ends = True, self._ends(model)
-        with torch.inference_mode():
+        with torch.no_grad():
             for part in self._parts:
                 finite &= self._continue(model, part.tolist(), tokens, ends)
         return Written(tokens, [self._text(written) for written in tokens], finite)

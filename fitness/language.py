@@ -146,7 +146,7 @@ class LanguageTask:
         """
         from lm_eval.api import metrics
 
-        with _as_lm_eval(self.sandboxed), torch.inference_mode():
+        with _as_lm_eval(self.sandboxed), torch.no_grad():
             broken = self.requests.run(model)
             values = self._values()
             if not values:

@@ -127,7 +127,7 @@ class Accuracy:
         Raises:
             InputError: The model is no module, or its logits are not (N, classes) with a column for each label.
         """
-        with torch.inference_mode():
+        with torch.no_grad():
             found = [self._logits(model, inputs).max(-1) for inputs in self._batches]
             largest, predicted = zip(*found, strict=True)
             right: NDArray[np.bool_] = (self._batches.restored(predicted) == self.labels).cpu().numpy()
@@ -189,7 +189,7 @@ class Entropy:
         Raises:
             InputError: The model is no module, or its logits are not (N, classes) of at least 2 classes.
         """
-        with torch.inference_mode():
+        with torch.no_grad():
             found = [entropies(logits(model, inputs, self.head)) for inputs in self._batches]
             each = self._batches.restored(found).cpu().numpy()
         return Score(float(each.mean(dtype=np.float64)), each, each.size)
@@ -265,7 +265,7 @@ class CallableObjective:
         Raises:
             InputError: It returns neither a number nor (number, scores by example).
         """
-        with torch.no_grad(), _same_draws():
+        with torch.no_grad(), same_draws():
             return _score_of(self.function(model, **self.arguments))
 
 
@@ -355,14 +355,15 @@ def _examples(values: Any) -> NDArray[Any]:
 
 
 @contextmanager
-def _same_draws() -> Iterator[None]:
+def same_draws(seed: int = 0) -> Iterator[None]:
+    """Python's, numpy's and torch's global generators begin from ``seed``, and are as they were afterwards."""
     python, numpy_state = random.getstate(), np.random.get_state()
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = range(torch.cuda.device_count()) if started else ()
     with torch.random.fork_rng(devices):
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         try:
             yield
         finally:

@@ -109,7 +109,7 @@ class Perplexity:
         Raises:
             InputError: The model is no module, or gives no logits a token.
         """
-        with torch.inference_mode():
+        with torch.no_grad():
             told = [
                 log_probabilities(model, {"input_ids": part.ids, "use_cache": False}, part.asked)
                 for part in self.passes

@@ -224,7 +224,9 @@ class Resident:
         raise InputError("gradient: expected a torch module, found a dict of tensors.", "Name an architecture.")
 
     def _restored(self) -> nn.Module | dict[str, Tensor]:
-        """The model, with its integer buffers as the checkpoint has them."""
+        """The model in evaluation mode, with its integer buffers as the checkpoint has them."""
+        if isinstance(self.model, nn.Module) and self.model.training:  # an objective has left it so
+            self.model.eval()
         for buffer, value in self._buffers:
             buffer.copy_(value)
         return self.model

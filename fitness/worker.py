@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fitness import calibration
 from fitness.generation import same_model
-from fitness.objectives import Divisible, Model, Objective, Score, build
+from fitness.objectives import Divisible, Model, Objective, Score, build, same_draws
 from fitness.resident import Resident, stack_of
 from fitness.specs import WorkerSpec
 from merging.placement import Free, Needs, settled
@@ -207,7 +207,8 @@ class Worker:
         def losses(model: nn.Module) -> Iterator[Tensor]:
             nonlocal name, items
             for name in batch.tasks:
-                value, told, count = self._task(name).loss(model, batch.step)
+                with same_draws(batch.step):  # a model or head may draw: dropout that is never off
+                    value, told, count = self._task(name).loss(model, batch.step)
                 details.update({Evaluation.detail_of(name, key): number for key, number in told.items()})
                 items += count
                 yield value
@@ -257,7 +258,7 @@ def _failed(where: str, error: BaseException, began: float) -> Evaluation:
     if isinstance(error, WorkerBrokenError):
         raise error
     kind = "out of memory" if _out_of_memory(error) else "exception"
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         _check_context(where, error)
         if kind == "out of memory":
             torch.cuda.empty_cache()

@@ -87,7 +87,9 @@ class Line:
     adam: Adam
     genome: Genome
     sums: Floats
+    exact: Floats | None = None  # coefficients at the start, where Adam's point gives them but for a last bit
     before: int = 0  # steps before this Adam's first
+    grown: bool = False  # has more coefficients than it began with
     held: list[int] = field(default_factory=list)  # segments that stay as they are
     summed: int = 0
     waiting: int = 0
@@ -99,7 +101,7 @@ class Line:
     parent: int | None = None  # the last scored trial
     ended: str = ""  # why; empty while it runs
 
-    _PLAIN = ("last", "before", "waiting", "summed", "best", "stale", "parent", "ended")
+    _PLAIN = ("last", "before", "grown", "waiting", "summed", "best", "stale", "parent", "ended")
 
     @property
     def step(self) -> int:
@@ -144,8 +146,8 @@ class AdaMerging:
     ``together`` tasks; when all are told, Adam follows the sum of the gradients, weighted by task. Lines take turns,
     so that several keep several workers busy; while every line waits, nothing is proposed. At step 0, every
     ``check_every`` steps and at its end a line also has its merge scored by the objectives: these trials alone go to
-    population and front, and they alone count for the budget. A failed gradient trial ends its line; a failed check is
-    one without a better score.
+    population and front, and they alone count for the budget. A failed gradient trial ends its line, once its merge is
+    scored; a failed check is one without a better score.
 
     There is a line for each of ``starts``, weighting and restart. Lines see the same batches at the same steps. Where a
     line gets to depends on no other line and not on the order of results, also with ``order: arrival``.
@@ -217,13 +219,13 @@ class AdaMerging:
         self._queue: list[tuple[int, int]] = []  # (line, batch or check) to ask for, in this order
         self._flying: dict[int, tuple[int, int]] = {}  # by trial number
         self._lines: list[Line] = []
-        begins = [self._point(start) for start in _starts(starts, init, (len(self.borders) - 1, sources))]
+        begins = _starts(starts, init, (len(self.borders) - 1, sources))
         weightings = _weightings(self.tasks, weights, sweep)
         for start, weighting in ((start, weighting) for start in begins for weighting in weightings):
             for restart in range(restarts):
                 first = len(self._queue)  # the number that the line's first trial will have
                 noise = trial_rng(seed, first).normal(0, spread, start.shape) if restart else 0.0
-                self._add(start + noise, weighting)
+                self._add(self._point(start) + noise, weighting, None if restart else self._exact(start))
 
     @property
     def lines(self) -> int:
@@ -244,7 +246,7 @@ class AdaMerging:
     @property
     def done(self) -> bool:
         """True when all lines have ended and everything is told."""
-        return not self._flying and all(line.ended for line in self._lines)
+        return not (self._flying or self._queue) and all(line.ended for line in self._lines)
 
     def ask(self, n: int) -> list[Trial]:
         """Up to ``n`` trials of the lines' running steps, in the order in which these began; none while all wait."""
@@ -286,10 +288,10 @@ class AdaMerging:
 
     # -- steps -------------------------------------------------------------------------------------------
 
-    def _add(self, start: Floats, weights: Floats) -> None:
+    def _add(self, start: Floats, weights: Floats, exact: Floats | None) -> None:
         adam, sums = Adam(start, self.rate), np.zeros((2, len(self.tasks)))
-        genome = Genome(self.borders, self._used(start))
-        line = Line(len(self._lines), start, weights, self.steps, self.borders, adam, genome, sums)
+        genome = Genome(self.borders, self._used(start) if exact is None else exact)
+        line = Line(len(self._lines), start, weights, self.steps, self.borders, adam, genome, sums, exact)
         self._lines.append(line)
         self._begin(line)
 
@@ -346,6 +348,10 @@ class AdaMerging:
             line.summed += 1
         if line.check is not None:
             self._judge(line, *line.check)
+        if line.ended and line.step and line.checks[-1]["step"] != line.step:
+            line.waiting = 1  # what was learned since the last check
+            self._queue.append((line.index, _CHECK))
+            return
         reason = line.ended or self._end(line)
         if reason and (line.ended or not self._grown(line)):
             line.ended = reason
@@ -392,13 +398,18 @@ class AdaMerging:
         return pulled
 
     def _genome(self, line: Line) -> Genome:
-        return Genome(line.borders, self._used(line.adam.point))
+        begins = None if line.step or line.grown else line.exact
+        return Genome(line.borders, self._used(line.adam.point) if begins is None else begins)
 
     # -- what Adam moves: the coefficients, clamped when used or not ------------------------------------------
 
     def _point(self, coefficients: Floats) -> Floats:
         """Adam's point (S, K) for coefficients (S, K) to begin with."""
         return coefficients
+
+    def _exact(self, coefficients: Floats) -> Floats | None:
+        """Coefficients (S, K) of a line that begins with these, where ``_used`` of its point may round them."""
+        return None
 
     def _used(self, point: Floats) -> Floats:
         """(S, K) coefficients at Adam's point."""

@@ -117,6 +117,11 @@ class ExpertMerging(AdaMerging):
         raw[self._excluded] = -math.inf
         return raw
 
+    def _exact(self, coefficients: Floats) -> Floats | None:
+        exact: Floats = np.clip(coefficients, _EDGE, 1 - _EDGE)
+        exact[self._excluded] = 0.0
+        return exact
+
     def _used(self, point: Floats) -> Floats:
         return sigmoid(point)
 
@@ -138,14 +143,14 @@ class ExpertMerging(AdaMerging):
 
     def _grown(self, line: Line) -> bool:
         """Cut the tensors into chunks, once; unless that would leave nothing to learn."""
-        if self.chunks is None or line.before:
+        if self.chunks is None or line.grown:
             return False
         importance = self.importance(self._used(line.adam.point))
         counts = shares(importance**self.steepness * (importance > 0), self.chunks * len(importance))
         if not counts.any():
             return False
         borders, owners = self._cut(counts)
-        line.before, line.last = line.step, line.step + self.steps
+        line.grown, line.before, line.last = True, line.step, line.step + self.steps
         line.borders, line.held = borders, np.flatnonzero(counts[owners] == 0).tolist()
         line.adam, line.start = Adam(line.adam.point[owners], self.rate), line.start[owners]
         line.stale = 0
@@ -186,7 +191,7 @@ class ExpertMerging(AdaMerging):
         return {**super()._told(line), "start": self._used(line.start), "chunks": self._chunks(line)}
 
     def _chunks(self, line: Line) -> dict[str, int]:
-        if not line.before:
+        if not line.grown:
             return {}
         edges = np.asarray(self._space.tensor_borders)
         owners = np.searchsorted(edges, line.borders[:-1], side="right") - 1

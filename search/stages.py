@@ -377,7 +377,8 @@ def _renumbered(value: Any, numbers: Sequence[int], key: str = "") -> Any:
     if key in ("number", "design") and isinstance(value, int):
         return numbers[value] if value < len(numbers) else None  # None: not asked for yet
     if key == "warnings":
-        return re.sub(r"\btrial (\d+)", lambda found: f"trial {numbers[int(found[1])]}", value)
+        # As AdaMerging's warning has it: an error's own text may speak of trials, too.
+        return re.sub(r"\btrial (\d+)(?= is its best\.$)", lambda found: f"trial {numbers[int(found[1])]}", value)
     return value
 
 

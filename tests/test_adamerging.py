@@ -439,6 +439,26 @@ def test_a_failed_gradient_ends_its_line_and_no_other(evaluation: Evaluation, wo
     assert sum(trial.calibration is not None for trial in trials) == 2 * 30 + 2 * 5
 
 
+@pytest.mark.parametrize("n", [1, 2, 100])
+@pytest.mark.parametrize("step", [0, 20, 38])
+def test_what_a_line_has_learned_until_it_fails_is_scored(step: int, n: int) -> None:
+    search = search_of(steps=60, check_every=20)
+
+    def failing(trial: Trial) -> Evaluation:
+        batch = trial.calibration
+        bad = batch is not None and (batch.task, batch.step) == ("left", step)
+        return Evaluation.failed("out of memory", "20 GiB") if bad else measured(trial)
+
+    trials = run(search, failing, n)
+    line = search.report()["lines"][0]
+    assert line["ended"].startswith(f"failed at step {step}")
+    assert [check["step"] for check in line["checks"]] == sorted({*range(0, step + 1, 20), step})[: len(line["checks"])]
+    assert line["checks"][-1]["step"] == step
+    scored = [trial for trial in trials if trial.calibration is None]
+    assert len(scored) == len(line["checks"]) <= search.evaluations
+    assert np.array_equal(of(scored[-1]), torch_like(step))
+
+
 def torch_like(steps: int) -> Floats:
     """Where our Adam gets to from 0.3 on the sum of both losses."""
     adam = Adam(np.full(SHAPE, 0.3), 0.02)

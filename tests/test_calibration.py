@@ -165,6 +165,26 @@ def test_without_gradients_there_is_no_graph():
 # -- the stream ----------------------------------------------------------------------------------------------
 
 
+def test_a_decoder_s_inputs_keep_their_own_columns():
+    """Sources and targets may be padded to one length, and are of different lengths."""
+    from fitness.data import Examples
+    from fitness.distillation import _rows
+
+    mask, targets = torch.zeros(4, 8, dtype=torch.long), torch.arange(32).view(4, 8)
+    mask[:, :2] = 1
+    decoder = torch.ones(4, 8, dtype=torch.long)
+    decoder[:, 6:] = 0
+    examples = Examples(
+        {"input_ids": targets, "attention_mask": mask, "decoder_input_ids": targets, "decoder_attention_mask": decoder}
+    )
+    [passed] = examples.batches(4)
+    for inputs in (examples.rows(torch.tensor([0, 1, 2, 3])).inputs, passed):
+        assert [tuple(inputs[name].shape) for name in inputs] == [(4, 2), (4, 2), (4, 8), (4, 8)]
+    assert _rows(torch.zeros(4, 8, 5), examples.inputs).shape == (24, 5)
+    without = {name: value for name, value in examples.inputs.items() if name != "decoder_attention_mask"}
+    assert _rows(torch.zeros(4, 8, 5), without).shape == (4, 8, 5)
+
+
 @pytest.mark.parametrize(("size", "batch"), [(10, 4), (10, 5), (7, 3), (3, 1), (5, 16), (1, 2)])
 def test_every_example_comes_once_an_epoch(module, size, batch):
     stream = made(batch=batch, arguments={"n": size})

@@ -596,6 +596,38 @@ def test_patience_ends_a_stage_and_the_next_begins():
     assert line["ended"] == "no better score in 2 checks"
 
 
+def test_a_line_whose_first_check_fails_is_cut_once():
+    first = []
+
+    def unlucky(trial):
+        if trial.calibration is None and not first:
+            first.append(trial)
+            return Evaluation.failed("out of memory", "once")
+        return measured(trial)
+
+    search = search_of(chunks=2.0, patience=1, steps=4, check_every=2)
+    trials = run(search, unlucky)
+    line = search.report()["lines"][0]
+    assert line["chunks"]
+    assert line["ended"].startswith(("all steps done", "no better score"))
+    sizes = [len(trial.genome.coefficients) for trial in trials]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) <= 2
+
+
+def test_it_begins_with_the_merges_that_it_is_given_to_the_last_bit():
+    """So that a later stage knows them and does not pay for them again."""
+    space = space_of()
+    starts = [np.random.default_rng(seed).uniform(0.05, 0.95, (len(space.tensors), 2)) for seed in range(20)]
+    search = search_of(space, starts=starts, exclude=[])
+    asked = search.ask(1000)
+    begun = [trial.genome.coefficients for trial in asked if trial.calibration is None]
+    assert all(np.array_equal(found, start) for found, start in zip(begun, starts, strict=True))
+    for trial in asked:
+        search.tell(trial, measured(trial), Outcome(False))
+    assert not np.array_equal(search.ask(1)[0].genome.coefficients, starts[0])
+
+
 def test_without_chunks_for_any_tensor_it_ends_after_the_first_stage():
     search = search_of(chunks=0.2)
     run(search)
@@ -790,11 +822,9 @@ def test_tasks_that_cannot_be_distilled_are_refused_before_the_first_batch(folde
 
 
 @with_states
-def test_a_position_beyond_the_hidden_states_fails_the_trial_in_words(hugging_face):
-    worker = Worker(hugging_spec(hugging_face, layers=(7,)))
-    genome = Genome.uniform(worker._sources.layout.size, [0.1, 0.1])
-    (evaluation,) = worker.measure([Trial(0, genome, calibration=CalibrationBatch.of("texts", 0))])
-    assert "layers: expected a position among 4 hidden states, found 7" in evaluation.failure.message
+def test_a_position_beyond_the_hidden_states_is_refused_before_the_first_batch(hugging_face):
+    with pytest.raises(InputError, match="calibration 'texts': layers: expected a position among 4 hidden states, fou"):
+        Worker(hugging_spec(hugging_face, layers=(7,)))
 
 
 def test_a_layer_that_gives_no_tensor_fails_in_words():

@@ -45,6 +45,30 @@ class Half(nn.Module):
             nn.init.uniform_(value, 0.5, 1.5)
     def forward(self, x): return self.used(self.norm(x))
 def half(): return Half()
+class Caching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.table = nn.Linear(4, 6), nn.Linear(6, 3), None
+    def forward(self, x):
+        x = self.first(x)
+        if self.table is None: self.table = torch.linspace(0.5, 1.5, 6, dtype=x.dtype)
+        return self.second(x * self.table)
+def caching(): return Caching()
+class Drawing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.off, self.second = nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)
+    def forward(self, x): return self.second(self.off(nn.functional.dropout(self.first(x), 0.5)))
+def drawing(): return Drawing()
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(7, 2)
+    def forward(self, outputs, inputs): return self.linear(outputs)
+def wide(): return Wide()
+def forgets(model):
+    model.train()
+    return torch.rand(()).item()
 
 def data(n=20, scale=1.0):
     generator = torch.Generator().manual_seed(3)
@@ -700,6 +724,46 @@ def test_checkpointing_is_the_spec_s(folder):
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------
+
+
+def worker_of(folder, name, head=None):
+    """A worker with the objectives ``acc`` and ``odd``, and the calibration task ``t``."""
+    paths = tuple(map(str, written(folder, name, 3)))
+    acc = ObjectiveSpec(Goal("acc"), data=architecture("data"))
+    odd = ObjectiveSpec(Goal("odd"), "call", call=architecture("forgets"))
+    task = CalibrationSpec("t", architecture("data"), head=head, batch=8)
+    return Worker(
+        WorkerSpec(
+            *(paths[1:], paths[0], "task_arithmetic"),
+            architecture=architecture(name),
+            search=(acc, odd),
+            calibration=(task,),
+            device="cpu",
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["net", "caching", "drawing"])
+def test_a_gradient_does_not_depend_on_what_was_scored_before(folder, name):
+    """Not on a constant that the model keeps of its first pass, on draws, nor on the mode an objective left it in."""
+    found = []
+    for before in (0, 1, 3):
+        worker = worker_of(folder, name)
+        genome = Genome.uniform(worker._sources.layout.size, [0.3, 0.3])
+        gradient = Trial(before, genome, calibration=CalibrationBatch.of("t", 0))
+        *_, evaluation = worker.measure([*(Trial(number, genome) for number in range(before)), gradient])
+        assert evaluation.ok, evaluation.failure
+        found.append((evaluation.scores["t"], evaluation.gradient.tobytes()))
+    assert len(set(found)) == 1
+
+
+def test_a_head_that_does_not_fit_is_refused_before_the_first_batch(folder):
+    with pytest.raises(
+        InputError, match="calibration 't': the model and the task's head cannot be run on an example"
+    ) as it:
+        worker_of(folder, "net", architecture("wide"))
+    assert "shapes cannot be multiplied" in it.value.message
+    assert "the head's width" in it.value.remedy
 
 
 @pytest.mark.gpu

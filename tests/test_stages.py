@@ -38,7 +38,7 @@ from search.m2n2 import M2N2, M2N2Settings
 from search.manager import Manager, Schedule
 from search.map import MapSearch
 from search.nsga import Nsga
-from search.stages import REMEMBERED, Stage, StagedSearch, stage_seed
+from search.stages import REMEMBERED, Stage, StagedSearch, _renumbered, stage_seed
 
 BOX = CoefficientBox.of(SPACE, "block", 0.0, 1.0)
 FINE = SPACE.tensor_borders
@@ -646,3 +646,10 @@ def test_killed_in_each_stage_it_goes_on_to_the_same(
     assert recorded(run)[: len(later)] == later
     assert len(recorded(run)) > len(later)
     assert outcome_of(run) == outcome_of(whole.directory)
+
+
+def test_of_warnings_only_the_search_s_own_numbers_are_the_chain_s() -> None:
+    """What a user's exception says stays as it is."""
+    told = {"number": 1, "warnings": ["the score fell; trial 2 is its best.", "line 0 failed: cannot read trial 40"]}
+    found = _renumbered(told, [10, 11, 12])
+    assert found == {"number": 11, "warnings": ["the score fell; trial 12 is its best.", told["warnings"][1]]}
