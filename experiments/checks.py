@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from experiments.recipe import (
     Stages,
     SurrogateBox,
 )
+from fitness import architectures
 from fitness.callables import resolve
 from fitness.objectives import LANGUAGE
 from fitness.specs import ObjectiveSpec, WorkerSpec
@@ -63,6 +65,8 @@ def _findings(recipe: Recipe) -> Iterator[Finding]:
         return
     spec = compose.worker_spec(recipe, prepared)
     sources = open_sources(spec)
+    if spec.architecture == "auto":
+        architectures.named(sources.origin)
     yield from _models(sources)
     yield from _language(spec, sources)
     yield from _search(recipe, sources)
@@ -77,10 +81,10 @@ def _workers(recipe: Recipe) -> Iterator[Finding]:
 
 def _functions(recipe: Recipe) -> Iterator[Finding]:
     if recipe.prepare is not None:
-        resolve(recipe.prepare.call, "prepare.call")
+        _fitting(recipe.prepare, "prepare", given=1)
         yield Finding("prepare", recipe.prepare.call)
     if isinstance(recipe.models.architecture, Call):
-        resolve(recipe.models.architecture.call, "models.architecture.call")
+        _fitting(recipe.models.architecture, "models.architecture")
         yield Finding("architecture", recipe.models.architecture.call)
     for group, objectives in (("search", recipe.objectives.search), ("held_out", recipe.objectives.held_out)):
         for objective in objectives:
@@ -100,11 +104,28 @@ def _functions(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _resolved(calls: Sequence[Call | PythonObjective | None], field: str) -> str:
-    """The functions' names, each of which can be imported."""
-    given = [call.call for call in calls if call is not None]
-    for target in given:
-        resolve(target, field)
-    return " with ".join(given)
+    """The functions' names, each of which can be imported and takes the arguments that the recipe has for it."""
+    given = [call for call in calls if call is not None]
+    for call in given:
+        _fitting(call, field, given=1 if isinstance(call, PythonObjective) else 0)
+    return " with ".join(call.call for call in given)
+
+
+def _fitting(call: Call | PythonObjective, field: str, given: int = 0) -> None:
+    """Refuse a function that cannot be called with the recipe's arguments after ``given`` of ours."""
+    function = resolve(call.call, f"{field}.call" if isinstance(call, Call) and given == 0 else field)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a builtin, which tells nothing
+        return
+    try:
+        signature.bind(*([None] * given), **call.arguments)
+    except TypeError as error:
+        ours = {0: "", 1: " after the one it is given"}[given]
+        raise InputError(
+            f"{field}: arguments: expected those of {call.call}{signature}{ours}, found "
+            f"{', '.join(call.arguments) or 'none'} ({error})."
+        ) from error
 
 
 def _models(sources: Sources) -> Iterator[Finding]:

@@ -317,7 +317,7 @@ def export(
         registered = {} if version is None else {"registered": vars(version)}
         print_json({"member": trial.number, "path": str(path), **registered})
         return
-    typer.echo(f"Member {trial.number} is in {path}. Check it with: ecotone verify {path}")
+    typer.echo(f"Member {trial.number} is in {path}. Check it with: ecotone verify {shlex.quote(str(path))}")
     if version is not None:
         where = "" if version.uploaded else f" Its weights are too large to upload and stay in {path}."
         typer.echo(f"MLflow has it as {version.uri}, version {version.version} of {version.name}.{where}")
@@ -363,7 +363,10 @@ def import_mergekit(
     if to is not None:
         if to.exists():
             raise InputError(f"{to}: the file exists.", "Choose another name, or remove it.")
-        to.write_text(text, "utf-8")
+        try:
+            to.write_text(text, "utf-8")
+        except OSError as error:
+            raise InputError(f"{to}: cannot be written ({error.strerror or error}).") from error
     if as_json:
         print_json({"recipe": text} if to is None else {"path": str(to)})
     elif to is None:

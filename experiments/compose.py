@@ -126,7 +126,14 @@ def prepare(recipe: Recipe) -> Path | None:
         return folder
     assert recipe.prepare is not None
     function = resolve(recipe.prepare.call, "prepare.call")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.parent).close()
+    except OSError as error:
+        raise InputError(
+            f"prepare: {folder.parent} cannot be written ({error.strerror or error}).",
+            "What the preparation step makes is kept there; $ECOTONE_CACHE names another folder.",
+        ) from error
     with _only_one(folder.parent / f"{_preparation_key(recipe)}.lock"):
         folder = prepared_folder(recipe)  # a recipe of another name may have come first
         assert folder is not None

@@ -48,6 +48,8 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
     sources, dtype = _opened(recipe)
     record = {**_record(run, recipe, trial, scored), "operator": operator_record(sources.tuned(trial.genome).operator)}
     target = Path(to)
+    if target.suffix in (".yaml", ".yml"):
+        raise InputError(f"{target}: expected a directory or a .safetensors file.", "For a .yaml: --format mergekit.")
     if target.suffix == ".safetensors":
         return export_file(sources, trial.genome, target, record, dtype)
     card = model_card(record, scored, sources)
@@ -82,10 +84,13 @@ def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = Fa
     run.scored(trial.number)
     sources, dtype = _opened(_recipe(run))
     merge = mergekit_config(trial.genome, sources, dtype, snap)
-    target.parent.mkdir(parents=True, exist_ok=True)
     made_by = merge.command(Path(target.name))
     title = f"{run.name}, member {trial.number}, found by Ecotone. Make it: {made_by}"
-    target.write_text(merge.text(title), "utf-8")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(merge.text(title), "utf-8")
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror or error}).") from error
     return merge
 
 
@@ -244,6 +249,7 @@ def verify(path: str | Path) -> list[Comparison]:
         "operator": "linear",
         "settings": {},
         "names": ("export",),
+        "vocabulary": "same",
     }
     spec = replace(spec, **alone, dense=False, calibration=())
     with SerialPool(spec) as pool:

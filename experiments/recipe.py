@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     Discriminator,
     Field,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
@@ -774,6 +775,7 @@ class Recipe(Part):
     seed: int = Field(default=0, ge=0)
     runtime: Runtime = Runtime()
     tracking: Tracking = Tracking()
+    _folder: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -788,6 +790,11 @@ class Recipe(Part):
             if found is not None:
                 raise ValueError(f"{found}: paths begin with {PREPARED!r} but the recipe has no `prepare` step")
         return self
+
+    @property
+    def folder(self) -> Path | None:
+        """Of the file it was read from; None for any other."""
+        return self._folder
 
     @property
     def searches(self) -> tuple[SearchPart, ...]:
@@ -851,7 +858,7 @@ class Recipe(Part):
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
         """Read a recipe file; ``settings`` replaces fields by dotted name, as ``--set`` does.
 
-        Paths of models are made absolute: they are relative to the file's folder.
+        Paths of models are made absolute: they are relative to the file's folder, where its own functions are, too.
 
         Raises:
             InputError: The file is missing or not YAML, a key is unknown, or a value does not fit.
@@ -875,7 +882,11 @@ class Recipe(Part):
             recipe = cls.model_validate(record)
         except ValidationError as error:
             raise InputError(_explained(error)) from error
-        return recipe if folder is None else recipe._absolute(folder)
+        if folder is None:
+            return recipe
+        found = recipe._absolute(folder)
+        found._folder = folder
+        return found
 
     def record(self) -> dict[str, Any]:
         """The whole recipe as nested plain values; ``from_record`` takes it back."""
@@ -1022,13 +1033,12 @@ def _check_plain(value: Any, where: str) -> None:
 
 
 def _entered(place: Any, step: str, key: str) -> Any:
-    if isinstance(place, list):
-        return place[_index(place, step, key)]
-    if place.get(step) is None:
+    if not isinstance(place, list) and place.get(step) is None:
         place[step] = {}
-    if not isinstance(place[step], dict | list):
-        raise InputError(f"--set {key}: {step!r} is {place[step]!r}, it has no fields.")
-    return place[step]
+    found = place[_index(place, step, key)] if isinstance(place, list) else place[step]
+    if not isinstance(found, dict | list):
+        raise InputError(f"--set {key}: {step!r} is {found!r}, it has no fields.")
+    return found
 
 
 def _index(place: list[Any], step: str, key: str) -> int:
@@ -1038,8 +1048,12 @@ def _index(place: list[Any], step: str, key: str) -> int:
 
 
 def _explained(error: ValidationError) -> str:
-    lines = [_line(dict(entry)) for entry in error.errors()[:5]]
-    more = error.error_count() - len(lines)
+    entries: list[dict[str, Any]] = [dict(entry) for entry in error.errors()]
+    # Of a list whose items are wrong pydantic also says that it is too short without them.
+    deeper = {entry["loc"][:end] for entry in entries for end in range(len(entry["loc"]))}
+    told = [entry for entry in entries if not (entry["type"] == "too_short" and entry["loc"] in deeper)]
+    lines = [_line(entry) for entry in told[:5]]
+    more = len(told) - len(lines)
     return "\n".join(lines + ([f"... and {more} more."] if more > 0 else []))
 
 

@@ -55,7 +55,7 @@ def launch(
         out: The run directory, a path or a URL, which must not hold a run; None makes ``runs/NAME-TIME``.
         observe: Called with the progress after every step.
         notify: Called with a sentence when something takes a while.
-        folders: Folders to find the recipe's own Python functions in, besides the working directory.
+        folders: Folders to find the recipe's own Python functions in, besides the recipe's and the working directory.
 
     Raises:
         EcotoneError: The recipe cannot be run, or the search cannot go on; what was recorded is safe.
@@ -67,7 +67,8 @@ def launch(
             raise InputError(
                 f"{directory}: a run is there already.", f"`ecotone resume {place.where}`, or another --out."
             )
-        paths = compose.python_paths(folders)
+        own = () if recipe.folder is None else (str(recipe.folder),)
+        paths = compose.python_paths(tuple(dict.fromkeys((*folders, *own))))
         compose.check_operator(recipe)
         compose.check_search(recipe)
         notify("Preparing the models ..." if _must_prepare(recipe) else "Starting the workers ...")
@@ -75,6 +76,7 @@ def launch(
         spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
         with compose.make_pool(recipe, spec) as pool:
             space = pool.start()
+            _check_numbers(space, notify)
             _write_recipe(recipe, directory)
             with Journal.create(directory / JOURNAL, _facts(recipe, space, paths)) as journal:
                 _carry_out(recipe, place, journal, pool, space, observe, notify)
@@ -113,6 +115,7 @@ def resume(
         spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
         with compose.make_pool(recipe, spec) as pool:
             space = pool.start()
+            _check_numbers(space, notify)
             _same_models(journal, space)
             journal.note("recipe", json.dumps(recipe.record()))
             journal.note("budget", recipe.budget.model_dump_json())
@@ -320,6 +323,21 @@ def _moved(value: Any, old: str, new: str) -> Any:
 def _resumed_recipe(record: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
     check_resumable(settings)
     return Recipe.from_record(apply_settings(record, settings))
+
+
+def _check_numbers(space: Space, notify: Notify) -> None:
+    """Refuse weights that are not numbers: every merge with them is none, and scores alone may not show it."""
+    squares = np.diagonal(space.gram.prefix[-1])
+    missing = [name for name, square in zip(space.sources, squares, strict=True) if np.isnan(square)]
+    if missing:
+        raise InputError(
+            f"models: expected numbers as weights, found NaN in {', '.join(missing)}"
+            f"{' or in the base' if len(missing) == len(squares) else ''}.",
+            "Download or export the checkpoint again.",
+        )
+    infinite = [name for name, square in zip(space.sources, squares, strict=True) if np.isinf(square)]
+    if infinite:
+        notify(f"Beware: the weights of {', '.join(infinite)} hold infinity, or are too large to be squared.")
 
 
 def _same_models(journal: Journal, space: Space) -> None:

@@ -41,23 +41,35 @@ def make(architecture: CallSpec | Literal["auto"], sources: Sources, dtype: torc
     return _hugging_face(sources.origin, dtype)
 
 
-def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
-    remedy = "Give the architecture as a function (package.module:function) that returns the module."
+_REMEDY = "Give the architecture as a function (package.module:function) that returns the module."
+
+
+def named(checkpoint: Model) -> str:
+    """The class that a checkpoint's ``config.json`` names.
+
+    Raises:
+        InputError: It names none.
+    """
     names = (checkpoint.config or {}).get("architectures") or []
     if not names:
         raise InputError(
             f"architecture: 'auto' needs a config.json that names its architectures, found none in {checkpoint.path}.",
-            remedy,
+            _REMEDY,
         )
+    return str(names[0])
+
+
+def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
+    name = named(checkpoint)
     try:
         import transformers
     except ImportError as error:
         raise InputError("architecture: 'auto' needs transformers.", "pip install 'ecotone[hf]'") from error
-    kind = getattr(transformers, names[0], None)
+    kind = getattr(transformers, name, None)
     if kind is None:
         version = transformers.__version__
         raise InputError(
-            f"architecture: transformers {version} has no {names[0]!r}, which {checkpoint.path} names.", remedy
+            f"architecture: transformers {version} has no {name!r}, which {checkpoint.path} names.", _REMEDY
         )
     option = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     with _no_progress_bars(transformers):

@@ -229,15 +229,20 @@ def read_header(path: Path) -> Shard:
     """The header of a safetensors file.
 
     Raises:
-        CheckpointError: The file is a pickle, is not safetensors, or is corrupt or truncated.
+        CheckpointError: The file is a pickle, is not safetensors, is corrupt or truncated, or cannot be read.
     """
-    _refuse_other_formats(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise _corrupt(path, f"the header should take {length} bytes and the file has {size}")
-        text = file.read(length)
+    try:
+        _refuse_other_formats(path)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise _corrupt(path, f"the header should take {length} bytes and the file has {size}")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}).", "Check the file and its permissions."
+        ) from error
     try:
         header = json.loads(text)
         metadata = dict(header.pop("__metadata__", None) or {})
@@ -285,7 +290,7 @@ def located(path: str | Path) -> Path:
         raise CheckpointError(f"{place}: no such file or directory.", f"Did you mean {str(place.parent / close[0])!r}?")
     if hub.is_repository(str(path)):
         return hub.located(str(path))
-    remedy = "Check the path; it is taken from the directory the command runs in."
+    remedy = "Check the path; in a recipe it is relative to the recipe's folder."
     raise CheckpointError(f"{place}: no such file or directory.", remedy)
 
 

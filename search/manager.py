@@ -373,7 +373,7 @@ class Manager:
     def _check_failures(self) -> None:
         progress = self.progress
         if progress.failures == progress.told and progress.failures >= self.schedule.patience:
-            raise SearchError(_all_failed(progress))
+            raise _all_failed(progress)
 
     def _finished(self) -> StopReason:
         """Why nothing more is asked and nothing is waited for."""
@@ -381,7 +381,7 @@ class Manager:
         if self._flying:
             return "drained"
         if progress.told and progress.failures == progress.told and not self._draining:
-            raise SearchError(_all_failed(progress))
+            raise _all_failed(progress)
         if schedule.evaluations is not None and self._spent >= schedule.evaluations - SLACK:
             return "evaluations"
         if schedule.seconds is not None and progress.elapsed >= schedule.seconds:
@@ -458,11 +458,16 @@ def _key(batch: Batch) -> list[tuple[int, str]]:
     return [(trial.number, trial.genome.digest) for trial in batch.trials]
 
 
-def _all_failed(progress: Progress) -> str:
+def _all_failed(progress: Progress) -> SearchError:
     failure = progress.last_failure
     assert failure is not None
     text = f"all of the first {progress.told} candidates failed; the last one: {failure.kind}: {failure.message}"
-    return f"{text}\n{failure.details}".rstrip()
+    lines = failure.details.strip().splitlines()
+    ours = bool(lines) and lines[-1].startswith("populations.errors.")  # said in words already
+    return SearchError(
+        text if ours else f"{text}\n{failure.details}".rstrip(),
+        "Repair what fails, then begin a new run: what failed is recorded in this one.",
+    )
 
 
 def measure(

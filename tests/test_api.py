@@ -186,3 +186,18 @@ def test_the_readme_shows_the_docstrings_example() -> None:
 def test_the_readmes_recipe_is_one() -> None:
     recipe = next(record for record in map(yaml.safe_load, blocks("yaml")) if isinstance(record, dict))
     assert Recipe.from_record(recipe).name == "digits-specialists"
+
+
+def test_a_recipe_s_functions_are_found_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever Python was started."""
+    from test_cli import toy_recipe
+
+    path = toy_recipe(tmp_path / "mine", budget={"evaluations": 8})
+    module = tmp_path / "mine" / "cli_toys.py"
+    module.rename(module.with_name("found_in_its_folder.py"))
+    path.write_text(path.read_text().replace("cli_toys", "found_in_its_folder"))
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.from_yaml(path)
+    assert launch(recipe, "run").status()["failures"] == 0
+    assert recipe.folder == tmp_path / "mine"
+    assert Recipe.from_record(recipe.record()).folder is None

@@ -44,6 +44,10 @@ def right(model, part=0, mode="fine"):
     return float(answers.mean()), answers
 
 
+def nothing():
+    return 0.0
+
+
 def loss(model):
     return float(np.exp(-flat(model).mean()))
 
@@ -334,6 +338,12 @@ def test_validate_a_recipe_whose_models_are_still_to_be_made(ecotone: Ecotone, t
         (["models.experts.0=gone.safetensors"], "gone.safetensors"),
         (["models.experts=[left.safetensors]", "merge.operator=task_arithmetic"], "base"),
         (["seed"], "--set: expected key=value"),
+        (["models.experts.0.x=5"], "--set models.experts.0.x: '0' is 'left.safetensors', it has no fields"),
+        (
+            ["objectives.search.0.arguments={part: {1: 2}}"],
+            "expected text as keys of mappings, found 1; put it in quotes",
+        ),
+        (["models.architecture=auto"], "'auto' needs a config.json"),
     ],
 )
 def test_validate_and_run_refuse_in_the_same_words(
@@ -346,7 +356,46 @@ def test_validate_and_run_refuse_in_the_same_words(
     assert not (tmp_path / "run" / "journal.sqlite").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["objectives.search.0.arguments={prat: 1}"], "unexpected keyword argument 'prat'"),
+        (["objectives.search.0.call=cli_toys:nothing"], "arguments: expected those of cli_toys:nothing()"),
+        (["models.architecture.call=cli_toys:flat"], "missing a required argument: 'model'"),
+        (
+            ["prepare.call=cli_toys:write_models", "prepare.arguments={sede: 1}"],
+            "prepare: arguments: expected those of",
+        ),
+    ],
+)
+def test_validate_knows_what_functions_take(ecotone: Ecotone, tmp_path: Path, settings: list[str], words: str) -> None:
+    recipe = toy_recipe(tmp_path)
+    options = [part for setting in settings for part in ("--set", setting)]
+    in_words(ecotone("validate", recipe, *options), words)
+
+
+def test_one_wrong_field_of_the_only_objective_is_one_error(ecotone: Ecotone, tmp_path: Path) -> None:
+    recipe = toy_recipe(tmp_path)
+    said = ecotone("validate", recipe, "--set", "objectives.search.1=3", "--set", "objectives.held_out=[]")
+    in_words(said, "objectives.search[1]")
+    assert "at least" not in said.err
+
+
 # -- models that cannot be used ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(np.nan, "found NaN in right"), (np.inf, "weights of right hold infinity")]
+)
+def test_weights_that_are_no_numbers(ecotone: Ecotone, tmp_path: Path, value: float, words: str) -> None:
+    """NaN is refused at the start, by the expert's name; infinity, which merges may do without, is told of."""
+    recipe = toy_recipe(tmp_path, search={"algorithm": "random"})
+    tensors = load_file(tmp_path / "right.safetensors")
+    tensors["w"][3, 1] = value
+    save_file(tensors, tmp_path / "right.safetensors")
+    said = ecotone("run", recipe, "--out", tmp_path / "run")
+    assert words in said.err
+    assert (tmp_path / "run" / "journal.sqlite").exists() is (value == np.inf)
 
 
 @pytest.mark.parametrize("command", ["validate", "run"])
@@ -419,6 +468,7 @@ def test_an_objective_that_fails_for_all_candidates_stops_the_run(
     assert words in status["error"]
     assert status["failures"] == status["evaluations"] > 0
     assert status["best"] is None
+    assert "begin a new run" in said.err
     assert ecotone("front", tmp_path / "run", "--json").json["members"] == []
     in_words(ecotone("export", tmp_path / "run", "--to", tmp_path / "x"), "nothing has been scored yet")
 

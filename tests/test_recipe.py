@@ -143,6 +143,7 @@ def test_many_errors_are_told_together_but_not_all() -> None:
         ({"budget": {}}, "budget: expected evaluations, seconds or both, found neither."),
         ({"budget__evaluations": 0}, "budget.evaluations: "),
         ({"budget__seconds": 0}, "budget.seconds: "),
+        ({"budget__seconds": float("inf")}, "budget.seconds: input should be a finite number"),
         ({"search": {"algorithm": "m2n2", "archive": 1}}, "search.archive: "),
         ({"search": {"algorithm": "m2n2", "alpha": -1}}, "search.alpha: "),
         ({"search": {"algorithm": "m2n2", "crossover": False}}, "search: crossover: without it and with mutation 0"),
