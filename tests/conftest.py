@@ -20,6 +20,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# In the background of a shell Ctrl-C is ignored, here and in what is started from here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Preparation steps are shared by the tests of one session and leave nothing behind.
 _cache = tempfile.TemporaryDirectory(prefix="ecotone-tests-")
 os.environ["ECOTONE_CACHE"] = _cache.name

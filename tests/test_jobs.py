@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from processes import ROOT, Ecotone
+from processes import ROOT, Ecotone, same_arithmetic
 from safetensors.numpy import save_file
 
 from experiments import jobs, storage
@@ -569,6 +569,7 @@ def a_shell(home: Path, port: int) -> Shell:
     home.mkdir(exist_ok=True)
     keep = {key: os.environ[key] for key in ("LANG", "RAY_USAGE_STATS_ENABLED", "OMP_NUM_THREADS") if key in os.environ}
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    keep |= same_arithmetic()
     shell = Shell({**keep, "HOME": str(home), "PATH": path, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"})
     for line in section("On a Ray cluster")[:2]:
         shell(line)
