@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from experiments.digits import Split, fit, shuffled
+from experiments.digits import Split, fit, one_thread, shuffled
 from experiments.heads import fit_head
 from populations.errors import InputError, nearest
 
@@ -85,7 +85,7 @@ def experts(directory: str, seed: int = 0, epochs: int = 30) -> None:
     folder = Path(directory)
     pixels = torch.from_numpy(images("train"))
     tensors: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         base, decoder = encoder(), nn.Linear(FEATURES, 64)
         fit(nn.Sequential(base, decoder), pixels, pixels, 40, nn.functional.mse_loss)

@@ -8,7 +8,8 @@ specialists, a quarter scores the search, a quarter is held out, pixels scaled t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -70,7 +71,7 @@ def specialists(
 
     All start from the same random ``base.safetensors``. Adam 1e-3, batches of 32.
     """
-    with torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         base = mlp(hidden=hidden)
         save_file(base.state_dict(), Path(directory) / "base.safetensors")
@@ -95,6 +96,21 @@ def fit(
             optimiser.zero_grad()
             torch.autograd.backward(loss(model(inputs[rows]), targets[rows]))
             optimiser.step()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute on one thread meanwhile.
+
+    How sums are split between threads shows in the last bits, and so would the machine in every search on models that
+    are trained with as many as it has.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -35,6 +35,20 @@ def accuracy(file: Path, part: Any, group: str) -> float:
         return float((model(torch.from_numpy(images)).argmax(-1).numpy() == labels).mean())
 
 
+def test_models_do_not_depend_on_the_machine_s_number_of_threads(specialists: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            digits.specialists(str(tmp_path), GROUPS, seed=3)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        for name in GROUPS:
+            file = f"{name}.safetensors"
+            assert (tmp_path / file).read_bytes() == (specialists / file).read_bytes()
+
+
 def test_parts_are_of_1797_images_and_do_not_overlap() -> None:
     parts = [digits.shuffled(part) for part in ("train", "search", "test")]
     assert [len(labels) for _, labels in parts] == [898, 449, 450]
