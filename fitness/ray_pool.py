@@ -665,6 +665,8 @@ class RayPool:
 
     def _check_alone(self) -> None:
         """Wait for a place for as long as that may take, and say what is waited for."""
+        if self._silent_since is not None:
+            return  # nobody to ask; for how long is seen to elsewhere
         assert self._start_timeout is not None
         now = time.monotonic()
         if any(self._here(hand.place) for hand in self._hands):
