@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,11 @@ def _workers(recipe: Recipe) -> Iterator[Finding]:
 
 def _functions(recipe: Recipe) -> Iterator[Finding]:
     if recipe.prepare is not None:
-        _fitting(recipe.prepare, "prepare", given=1)
+        _check_takes(resolve(recipe.prepare.call, "prepare.call"), recipe.prepare, "prepare", given=1)
         yield Finding("prepare", recipe.prepare.call)
     if isinstance(recipe.models.architecture, Call):
-        _fitting(recipe.models.architecture, "models.architecture")
+        function = resolve(recipe.models.architecture.call, "models.architecture.call")
+        _check_takes(function, recipe.models.architecture, "models.architecture")
         yield Finding("architecture", recipe.models.architecture.call)
     for group, objectives in (("search", recipe.objectives.search), ("held_out", recipe.objectives.held_out)):
         for objective in objectives:
@@ -107,13 +108,12 @@ def _resolved(calls: Sequence[Call | PythonObjective | None], field: str) -> str
     """The functions' names, each of which can be imported and takes the arguments that the recipe has for it."""
     given = [call for call in calls if call is not None]
     for call in given:
-        _fitting(call, field, given=1 if isinstance(call, PythonObjective) else 0)
+        _check_takes(resolve(call.call, field), call, field, given=1 if isinstance(call, PythonObjective) else 0)
     return " with ".join(call.call for call in given)
 
 
-def _fitting(call: Call | PythonObjective, field: str, given: int = 0) -> None:
-    """Refuse a function that cannot be called with the recipe's arguments after ``given`` of ours."""
-    function = resolve(call.call, f"{field}.call" if isinstance(call, Call) and given == 0 else field)
+def _check_takes(function: Callable[..., Any], call: Call | PythonObjective, field: str, given: int = 0) -> None:
+    """Refuse a function that cannot be called with the recipe's arguments after ``given`` of ours, one or none."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of a builtin, which tells nothing
@@ -121,7 +121,7 @@ def _fitting(call: Call | PythonObjective, field: str, given: int = 0) -> None:
     try:
         signature.bind(*([None] * given), **call.arguments)
     except TypeError as error:
-        ours = {0: "", 1: " after the one it is given"}[given]
+        ours = " after the one it is given" if given else ""
         raise InputError(
             f"{field}: arguments: expected those of {call.call}{signature}{ours}, found "
             f"{', '.join(call.arguments) or 'none'} ({error})."

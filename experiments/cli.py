@@ -104,11 +104,10 @@ def run(
             f"--address: expected that of a Ray cluster, found a dashboard's, {address}.", "ecotone submit"
         )
     chosen = recipe_of(recipe, settings, workers, address)
-    folders = (str(recipe.parent.resolve()),)
     target = out or str(new_directory(chosen.name))
 
     def work(watcher: Watcher) -> Run:
-        return launch(chosen, target, observe=watcher, notify=watcher.say, folders=folders)
+        return launch(chosen, target, observe=watcher, notify=watcher.say)
 
     _drive(chosen, target, work, log, as_json)
 

@@ -68,7 +68,7 @@ def launch(
                 f"{directory}: a run is there already.", f"`ecotone resume {place.where}`, or another --out."
             )
         own = () if recipe.folder is None else (str(recipe.folder),)
-        paths = compose.python_paths(tuple(dict.fromkeys((*folders, *own))))
+        paths = compose.python_paths((*folders, *own))
         compose.check_operator(recipe)
         compose.check_search(recipe)
         notify("Preparing the models ..." if _must_prepare(recipe) else "Starting the workers ...")

@@ -699,8 +699,8 @@ def _fetch_newer(store: Store, directory: Path, notify: Notify) -> None:
         except DamagedCopyError as error:
             damage = damage or error
             notify(f"{error.message} The copy before is tried.")
-            continue
-        return
+        else:
+            return
     if damage is not None:
         raise damage
     if not (directory / JOURNAL).is_file():
@@ -711,7 +711,7 @@ def _put_aside(store: Store, directory: Path, manifest: Manifest, notify: Notify
     """Make room for the mirror's journal: what it may lack is kept, in a run directory of its own."""
     counts = _counts(directory / JOURNAL)
     files = [file for suffix in ("-wal", "-shm", "") if (file := directory / f"{JOURNAL}{suffix}").exists()]
-    beyond = counts is None or any(here > there for here, there in zip(counts, manifest["counts"], strict=True))
+    beyond = counts is None or not _all_of(manifest["counts"], counts)
     if beyond and directory / JOURNAL in files:
         others = (directory / f"superseded-{number}" for number in itertools.count(1))
         aside = next(folder for folder in others if not folder.exists())
@@ -729,7 +729,12 @@ def _as_new(directory: Path, manifest: Manifest) -> bool:
     if manifest["home"] != _home(directory).get("home"):
         return False
     counts = _counts(directory / JOURNAL)
-    return counts is not None and all(here >= there for here, there in zip(counts, manifest["counts"], strict=True))
+    return counts is not None and _all_of(counts, manifest["counts"])
+
+
+def _all_of(more: Sequence[int], less: Sequence[int]) -> bool:
+    """Whether a journal with the counts ``more`` has, by these, all that one with ``less`` has."""
+    return all(one >= other for one, other in zip(more, less, strict=True))
 
 
 def _counts(journal: Path) -> Sequence[int] | None:
@@ -750,22 +755,26 @@ def _fetch(store: Store, manifest: Manifest, folder: Path) -> None:
     for name in FILES:
         if name not in manifest["files"]:
             continue
-        wanted, file = manifest["files"][name], folder / name
         try:
-            store.get(wanted["object"], file)
-            if not _measured(file).items() <= wanted.items():
-                raise DamagedCopyError(
-                    f"{store.url}/{wanted['object']}: not what the manifest tells of it, so damaged."
-                )
-        except StorageError as error:
-            gone = isinstance(error.__cause__, FileNotFoundError)
-            if not gone and not isinstance(error, DamagedCopyError):
-                raise
+            _get(store, manifest["files"][name], folder / name)
+        except DamagedCopyError as error:
             if name == JOURNAL:
-                raise DamagedCopyError(error.message) from error
+                raise
             _log.warning("%s", error)
-            file.unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
     Journal.open(folder / JOURNAL).close()
+
+
+def _get(store: Store, wanted: Mapping[str, Any], file: Path) -> None:
+    """Get one file of a copy, of which the manifest tells what is ``wanted``."""
+    try:
+        store.get(wanted["object"], file)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DamagedCopyError(error.message) from error
+        raise
+    if not _measured(file).items() <= wanted.items():
+        raise DamagedCopyError(f"{store.url}/{wanted['object']}: not what the manifest tells of it, so damaged.")
 
 
 @contextlib.contextmanager

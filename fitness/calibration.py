@@ -26,7 +26,7 @@ from fitness.distillation import Behaviour, observe
 from fitness.heads import Head, logits
 from fitness.objectives import check_classes, entropies
 from fitness.specs import CalibrationSpec, Distillation
-from populations.errors import InputError, nearest
+from populations.errors import InputError, first_line, nearest
 
 Loss: TypeAlias = Literal["entropy", "cross_entropy"]
 CACHE_BYTES = 256 * 2**20  # for what an expert says of a task's batches; one batch is always kept
@@ -94,9 +94,9 @@ class Task:
         except InputError as error:
             raise InputError(f"{where}: {error.message}", error.remedy) from error
         except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
+            said = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(
-                f"{where}: the model and the task's head cannot be run on an example: {type(error).__name__}: {first}",
+                f"{where}: the model and the task's head cannot be run on an example: {said}",
                 "Check what the data function returns, and the head's width against that of the model's outputs.",
             ) from error
 
@@ -193,11 +193,12 @@ class Distilled(Task):
                 f"{where}: expert: expected one of {', '.join(experts)}, found {expert!r}.",
                 nearest(expert, list(experts)),
             )
-        try:
-            distillation.check(model, self._examples.inputs, self._head, self._wanted)
-        except InputError as error:
-            raise InputError(f"{where}: {error.message}", error.remedy) from error
-        self._try(lambda inputs: observe(model, inputs, self._head, self._wanted))
+
+        def run(inputs: Inputs) -> None:
+            distillation.check(model, inputs, self._head, self._wanted)
+            observe(model, inputs, self._head, self._wanted)
+
+        self._try(run)
 
     def prepare(self, step: int, expert: Callable[[str], Any]) -> None:
         """Have what the expert says of batch ``step``; a batch that is known needs no model."""

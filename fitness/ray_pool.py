@@ -30,7 +30,7 @@ from typing import Any
 from fitness.pools import Batch, Completed
 from fitness.specs import WorkerSpec
 from fitness.worker import Worker, WorkerBrokenError
-from populations.errors import CheckpointError, EcotoneError, InputError, PoolError
+from populations.errors import CheckpointError, EcotoneError, InputError, PoolError, first_line
 from populations.space import Space
 from populations.trial import Evaluation, Trial
 
@@ -874,7 +874,7 @@ def _cause(error: Exception) -> Exception:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error) or type(error).__name__
 
 
 def _last_line(error: Exception) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from populations.errors import InputError, nearest
+from populations.errors import InputError, first_line, nearest
 
 Part: TypeAlias = Literal["search", "held_out", "all"]
 Record: TypeAlias = dict[str, Any]
@@ -205,9 +205,9 @@ def tokenizer_of(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
-            f"tokenizer: cannot be loaded from {folder} ({first}).", "Copy the base model's tokenizer files there."
+            f"tokenizer: cannot be loaded from {folder} ({first_line(error)}).",
+            "Copy the base model's tokenizer files there.",
         ) from error
 
 

@@ -23,7 +23,7 @@ from fitness.resident import Resident, stack_of
 from fitness.specs import WorkerSpec
 from merging.placement import Free, Needs, settled
 from merging.sources import Sources
-from populations.errors import EcotoneError, InputError, PoolError, nearest
+from populations.errors import EcotoneError, InputError, PoolError, first_line, nearest
 from populations.samples import Sample
 from populations.space import Space
 from populations.trial import CalibrationBatch, Evaluation, Trial
@@ -262,7 +262,7 @@ def _failed(where: str, error: BaseException, began: float) -> Evaluation:
         _check_context(where, error)
         if kind == "out of memory":
             torch.cuda.empty_cache()
-    first = (str(error).strip().splitlines() or [""])[0]
+    first = first_line(error)
     message = first if isinstance(error, EcotoneError) else f"{type(error).__name__}: {first}".rstrip(": ")
     details = "".join(traceback.format_exception(error))
     return Evaluation.failed(kind, f"{where}: {message}", details, time.perf_counter() - began)
@@ -273,9 +273,8 @@ def _check_context(where: str, error: BaseException) -> None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as broken:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise WorkerBrokenError(
-            f"{where}: the GPU cannot be used any more in this process ({type(error).__name__}: {first}).",
+            f"{where}: the GPU cannot be used any more in this process ({type(error).__name__}: {first_line(error)}).",
             "Where workers are processes (runtime.pool: ray) they are replaced; look at this candidate's inputs.",
         ) from broken
 

@@ -42,6 +42,11 @@ class SearchError(EcotoneError):
     """The search cannot go on."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; empty when it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """``" Did you mean 'x'?"`` for the known word closest to ``word``, or the list of known words."""
     close = get_close_matches(word, known, n=1, cutoff=0.5)
