@@ -45,12 +45,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from materialise import save
 
-from fitness import calibration
-from fitness.specs import CalibrationSpec, CallSpec, WorkerSpec
-from fitness.worker import Worker
-from merging import compiled, sources
-from populations.genome import Floats, Genome
-from populations.trial import CalibrationBatch, Trial
+from ecotone.fitness.gradients import calibration
+from ecotone.fitness.specs import CalibrationSpec, CallSpec, WorkerSpec
+from ecotone.fitness.worker import Worker
+from ecotone.merging import sources
+from ecotone.merging.kernel import compiled
+from ecotone.populations.genome import Floats, Genome
+from ecotone.populations.trial import CalibrationBatch, Trial
 
 CONTENDERS = (
     "ecotone",

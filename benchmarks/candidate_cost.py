@@ -54,11 +54,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from adamerging_memory import write_experts
 from materialise import save
 
-from fitness import choices
-from fitness.specs import ObjectiveSpec, WorkerSpec
-from fitness.worker import Worker
-from populations.genome import Genome
-from populations.trial import Goal, Trial
+from ecotone.fitness.language import choices
+from ecotone.fitness.specs import ObjectiveSpec, WorkerSpec
+from ecotone.fitness.worker import Worker
+from ecotone.populations.genome import Genome
+from ecotone.populations.trial import Goal, Trial
 
 WAYS = ("disk", "memory", "lm_eval", "plain", "reuse")
 PARTS = ("materialise", "forward", "rest", "report")

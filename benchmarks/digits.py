@@ -37,7 +37,7 @@ RECIPE = Path(__file__).parents[1] / "experiments" / "recipes" / "digits-scratch
 
 def search_rate(settings: dict[str, Any]) -> dict[str, float]:
     """Run the recipe; candidates a second and the best training accuracy."""
-    from experiments import Recipe, launch
+    from ecotone import Recipe, launch
 
     recipe = Recipe.from_yaml(RECIPE, {"tracking.mlflow": False, **settings})
     with tempfile.TemporaryDirectory() as folder:
@@ -49,10 +49,11 @@ def scoring_rate(batch: int, threads: int, seconds: float) -> float:
     """Candidates a second of stacking and scoring ``batch`` dense genomes over and over, in this process."""
     import numpy as np
 
-    from experiments import Recipe, compose
-    from fitness.worker import Worker
-    from populations.genome import Genome
-    from populations.trial import Trial
+    from ecotone import Recipe
+    from ecotone.experiments import compose
+    from ecotone.fitness.worker import Worker
+    from ecotone.populations.genome import Genome
+    from ecotone.populations.trial import Trial
 
     recipe = Recipe.from_yaml(RECIPE, {"scoring.threads": threads})
     worker = Worker(compose.worker_spec(recipe, compose.prepare(recipe)))
@@ -87,7 +88,7 @@ def main() -> None:
         return
     evaluations = 500 if options.quick else options.evaluations
     seconds = 1.0 if options.quick else 4.0
-    from experiments import Recipe
+    from ecotone import Recipe
 
     scoring = Recipe.from_yaml(RECIPE).scoring
     # Workers of one thread each; a parcel has to be worth its post, so their batches are larger.

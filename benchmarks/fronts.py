@@ -46,16 +46,16 @@ import numpy as np
 from problems import HIGH, LOW, PROBLEMS, SIDES, TITLES, Scorer, box, scorers, sources
 from seeds import numbers
 
-from populations.fronts import hypervolume, non_dominated
-from populations.genome import Floats
-from populations.trial import Evaluation, Goal, Outcome
-from search.bayesian_map import BayesianMap
-from search.coefficients import CoefficientBox
-from search.map import MapSearch
-from search.nsga import Nsga
-from search.optuna_search import OptunaSearch
-from search.protocol import Search
-from search.random_search import RandomSearch
+from ecotone.populations.fronts import hypervolume, non_dominated
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Evaluation, Goal, Outcome
+from ecotone.search.bayesian_map import BayesianMap
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.map import MapSearch
+from ecotone.search.nsga import Nsga
+from ecotone.search.optuna_search import OptunaSearch
+from ecotone.search.protocol import Search
+from ecotone.search.random_search import RandomSearch
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (30, 60, 120, 240)

@@ -36,9 +36,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from merging import compiled
-from merging.sources import Sources
-from populations.genome import Genome
+from ecotone.merging.kernel import compiled
+from ecotone.merging.sources import Sources
+from ecotone.populations.genome import Genome
 
 RESULTS = Path(__file__).parent / "results"
 TENSOR = 4_194_304  # elements of one parameter tensor, 2048 x 2048

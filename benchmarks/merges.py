@@ -15,11 +15,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from experiments import Recipe, Run, compose, launch, resume
-from fitness.specs import WorkerSpec
-from fitness.worker import Worker, open_sources
-from populations.genome import Genome
-from populations.trial import Evaluation, Subset, Trial
+from ecotone import Recipe, Run, launch, resume
+from ecotone.experiments import compose
+from ecotone.fitness.specs import WorkerSpec
+from ecotone.fitness.worker import Worker, open_sources
+from ecotone.populations.genome import Genome
+from ecotone.populations.trial import Evaluation, Subset, Trial
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "experiments" / "recipes"

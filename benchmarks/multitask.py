@@ -58,9 +58,9 @@ from merges import (
     written,
 )
 
-from experiments import Recipe, Run
-from experiments.recipe import parse_settings
-from populations.genome import Genome
+from ecotone import Recipe, Run
+from ecotone.experiments.recipe import parse_settings
+from ecotone.populations.genome import Genome
 
 
 @dataclass(frozen=True)

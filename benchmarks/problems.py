@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from experiments import compose
-from experiments.recipe import Recipe
-from fitness.worker import Worker
-from merging.sources import Sources
-from populations.genome import Floats, Genome
-from populations.trial import Subset, Trial
-from search.coefficients import CoefficientBox
+from ecotone.experiments import compose
+from ecotone.experiments.recipe import Recipe
+from ecotone.fitness.worker import Worker
+from ecotone.merging.sources import Sources
+from ecotone.populations.genome import Floats, Genome
+from ecotone.populations.trial import Subset, Trial
+from ecotone.search.coefficients import CoefficientBox
 
 LOW, HIGH = 0.0, 1.5
 GROUPS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -105,7 +105,7 @@ def trained(images: Any, labels: Any, groups: Sequence[Sequence[int]], seed: int
     """Parameters of the random start, and of each specialist less those."""
     import torch
 
-    from experiments.digits import fit, mlp
+    from ecotone.experiments.examples.digits import fit, mlp
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)

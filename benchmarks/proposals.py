@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from populations.errors import InputError
-from populations.trial import Evaluation, Goal, Outcome, Trial
-from search.coefficients import CoefficientBox
-from search.nsga import Nsga
-from search.optuna_search import OptunaSearch
-from search.protocol import Search
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.nsga import Nsga
+from ecotone.search.optuna_search import OptunaSearch
+from ecotone.search.protocol import Search
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "native nsga2": {"variant": "nsga2"},

@@ -47,19 +47,19 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent))
 from materialise import save
 
-from fitness.pools import Batch, Completed
-from populations.gram import GramTable
-from populations.journal import Journal
-from populations.niches import NicheArchive
-from populations.population import ElitistArchive, Population
-from populations.space import Space
-from populations.trial import Evaluation, Goal, Trial
-from search.coefficients import CoefficientBox
-from search.m2n2 import M2N2, M2N2Settings
-from search.manager import Manager, Progress, Schedule
-from search.nsga import Nsga
-from search.protocol import Search
-from search.random_search import RandomSearch
+from ecotone.fitness.pools import Batch, Completed
+from ecotone.populations.gram import GramTable
+from ecotone.populations.journal import Journal
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.population import ElitistArchive, Population
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Evaluation, Goal, Trial
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.m2n2 import M2N2, M2N2Settings
+from ecotone.search.manager import Manager, Progress, Schedule
+from ecotone.search.nsga import Nsga
+from ecotone.search.protocol import Search
+from ecotone.search.random_search import RandomSearch
 
 BLOCKS, TENSORS, EXPERTS, EXAMPLES = 32, 9, 4, 100
 GOALS = (Goal("first"), Goal("second"))

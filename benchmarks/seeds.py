@@ -52,8 +52,8 @@ def main() -> None:
 
 def run(recipe_file: Path, settings: list[str], seed: int) -> dict[str, Any]:
     """One run without tracking: the best member's mean scores."""
-    from experiments import Recipe, launch
-    from experiments.recipe import parse_settings
+    from ecotone import Recipe, launch
+    from ecotone.experiments.recipe import parse_settings
 
     chosen = parse_settings([*settings, f"seed={seed}", "tracking.mlflow=false"])
     with tempfile.TemporaryDirectory() as folder:

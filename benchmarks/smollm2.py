@@ -56,9 +56,9 @@ from merges import (
     written,
 )
 
-from experiments import Recipe
-from experiments.recipe import Objectives, parse_settings
-from populations.genome import Genome
+from ecotone import Recipe
+from ecotone.experiments.recipe import Objectives, parse_settings
+from ecotone.populations.genome import Genome
 
 DOMAINS = ("glosses", "packages", "fortunes")
 HELD_OUT = (64, 64, 32)  # documents of each

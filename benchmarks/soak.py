@@ -35,8 +35,8 @@ from processes import started
 from ray_clusters import Books, Machines
 from test_faults import calls, digest, toy_recipe
 
-from experiments.recipe import Recipe
-from experiments.running import launch
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch
 
 KINDS = ("worker", "node", "search")
 WORKERS = 2

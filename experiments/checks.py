@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from experiments import compose
-from experiments.parts import Call, LanguageObjective, PythonObjective
-from experiments.recipe import (
+from ecotone.experiments import compose
+from ecotone.experiments.parts import Call, LanguageObjective, PythonObjective
+from ecotone.experiments.recipe import (
     Box,
     GradientSearch,
     M2N2Search,
@@ -23,17 +23,17 @@ from experiments.recipe import (
     Stages,
     SurrogateBox,
 )
-from fitness import architectures
-from fitness.callables import resolve
-from fitness.objectives import LANGUAGE
-from fitness.specs import ObjectiveSpec, WorkerSpec
-from fitness.worker import needs_of, open_sources
-from merging import tokenizers
-from merging.gram import region_borders
-from merging.layout import Layout
-from merging.placement import Bytes, Free, Needs, Placement, readable, settled
-from merging.sources import Sources
-from populations.errors import InputError
+from ecotone.fitness.backends import architectures
+from ecotone.fitness.callables import resolve
+from ecotone.fitness.objectives import LANGUAGE
+from ecotone.fitness.specs import ObjectiveSpec, WorkerSpec
+from ecotone.fitness.worker import needs_of, open_sources
+from ecotone.merging.inner_products import region_borders
+from ecotone.merging.models import tokenizers
+from ecotone.merging.models.layout import Layout
+from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _task(objective: ObjectiveSpec) -> str:
     Raises:
         InputError: There is no such task or metric, or for lm-eval more of it is worse and for the recipe better.
     """
-    from fitness.language import describe
+    from ecotone.fitness.lm_eval import describe
 
     goal = objective.goal
     where = f"objective {goal.name!r}"

@@ -22,15 +22,23 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer
 
-from experiments import jobs_cli, logs
-from experiments.options import JsonOption, RecipeArgument, RunArgument, SetOption, changes_of, print_json, recipe_of
-from populations.errors import EcotoneError, InputError, JournalError
+from ecotone.experiments import jobs_cli, logs
+from ecotone.experiments.options import (
+    JsonOption,
+    RecipeArgument,
+    RunArgument,
+    SetOption,
+    changes_of,
+    print_json,
+    recipe_of,
+)
+from ecotone.populations.errors import EcotoneError, InputError, JournalError
 
 if TYPE_CHECKING:
-    from experiments.logs import Watcher
-    from experiments.recipe import Recipe
-    from experiments.runs import Run
-    from experiments.tracking.registry import Registrar
+    from ecotone.experiments.logs import Watcher
+    from ecotone.experiments.recipe import Recipe
+    from ecotone.experiments.runs import Run
+    from ecotone.experiments.tracking.registry import Registrar
 
 app = typer.Typer(
     name="ecotone",
@@ -97,7 +105,7 @@ def run(
 
     Ctrl-C stops cleanly; `ecotone resume` goes on from there.
     """
-    from experiments.running import launch, new_directory
+    from ecotone.experiments.running import launch, new_directory
 
     if jobs_cli.is_server(address):
         raise InputError(
@@ -137,8 +145,8 @@ def resume(
         return
     if folder is not None or environment:
         raise InputError("--folder, --env: expected with the http:// address of a cluster's dashboard, found without.")
-    from experiments.recipe import Recipe, apply_settings
-    from experiments.running import resume as resume_run
+    from ecotone.experiments.recipe import Recipe, apply_settings
+    from ecotone.experiments.running import resume as resume_run
 
     try:
         found = _run(run)
@@ -161,9 +169,9 @@ def resume(
 @app.command()
 def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
     """Check a recipe against its functions and its checkpoints' headers, without reading a weight."""
-    from experiments import report
-    from experiments.checks import validate as check
-    from experiments.compose import python_paths
+    from ecotone.experiments import report
+    from ecotone.experiments.checks import validate as check
+    from ecotone.experiments.compose import python_paths
 
     chosen = recipe_of(recipe, settings)
     python_paths((str(recipe.parent.resolve()),))
@@ -186,7 +194,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Say where a run stands; also while it is running."""
-    from experiments import report
+    from ecotone.experiments import report
 
     if as_json and watch:
         raise InputError("--watch: expected without --json, found both.", "Leave one out.")
@@ -204,7 +212,7 @@ def status(
 
 
 def _status(run: str) -> dict[str, Any]:
-    from experiments import tracking
+    from ecotone.experiments import tracking
 
     found = _run(run)
     mirrored = tracking.status(found.directory)
@@ -223,8 +231,8 @@ def front(
 
     A preference marks the member that fits it best. A search that predicts its front reports how it turned out.
     """
-    from experiments import report
-    from experiments.preferences import choose_member, reference_numbers
+    from ecotone.experiments import report
+    from ecotone.experiments.preferences import choose_member, reference_numbers
 
     found = _run(run)
     choice = None if preference is None else choose_member(found, preference)
@@ -251,12 +259,12 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare the fronts of runs of the same objectives: hypervolume, distance to the best front, cost."""
-    from experiments import report
-    from experiments.compare import compare as compare_runs
+    from ecotone.experiments import report
+    from ecotone.experiments.compare import compare as compare_runs
 
     comparison = compare_runs([_run(named) for named in runs], reference, reach)
     if html is not None:
-        from experiments.pages import write
+        from ecotone.experiments.pages import write
 
         write(comparison, html)
     if as_json:
@@ -323,8 +331,8 @@ def export(
 
 
 def _export_mergekit(found: Run, member: int, to: Path, snap: bool, as_json: bool) -> None:
-    from experiments import report
-    from experiments.exports import export_mergekit, rescored
+    from ecotone.experiments import report
+    from ecotone.experiments.exports import export_mergekit, rescored
 
     merge = export_mergekit(found, member, to, snap)
     with _stdout_to_stderr():
@@ -356,7 +364,7 @@ def import_mergekit(
     as_json: JsonOption = False,
 ) -> None:
     """Turn a configuration of mergekit-evolve into a recipe; comments tell what is otherwise."""
-    from experiments.mergekit import import_mergekit as imported
+    from ecotone.experiments.mergekit import import_mergekit as imported
 
     text = imported(file, layers)
     if to is not None:
@@ -383,8 +391,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Score an exported checkpoint again and compare with what the journal recorded."""
-    from experiments import report
-    from experiments.exports import verify as check
+    from ecotone.experiments import report
+    from ecotone.experiments.exports import verify as check
 
     with _stdout_to_stderr():
         compared = check(path)
@@ -413,7 +421,7 @@ def ui(
 
     Prints the pages of the tracking server, or serves the embedded store until Ctrl-C.
     """
-    from experiments import tracking
+    from ecotone.experiments import tracking
 
     found = _run(run)
     if as_json:
@@ -427,7 +435,7 @@ def ui(
 @app.command()
 def sync(run: RunArgument, as_json: JsonOption = False) -> None:
     """Send to MLflow what a run's journal has and MLflow lacks, as after a server was down."""
-    from experiments import tracking
+    from ecotone.experiments import tracking
 
     report = tracking.mirror(_run(run).directory)
     if as_json:
@@ -481,7 +489,7 @@ def _fail(message: str, remedy: str, code: int) -> NoReturn:
 
 def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogFormat, as_json: bool) -> None:
     """Run ``work`` under a progress line or a log, then print the closing table or its JSON."""
-    from experiments import report, storage
+    from ecotone.experiments import report, storage
 
     try:
         with _watched(recipe, log) as watcher, _stdout_to_stderr():
@@ -515,7 +523,7 @@ def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogF
 @contextlib.contextmanager
 def _watched(recipe: Recipe, log: LogFormat) -> Iterator[Watcher]:
     """What a search is observed by: a line on stderr with warnings above it, or events on stdout."""
-    from experiments import report
+    from ecotone.experiments import report
 
     if log is LogFormat.json:
         with logs.streamed(sys.stdout):
@@ -532,7 +540,7 @@ def _wanted_member(run: Run, member: str | None, preference: str | None) -> int 
         return member or "best"
     if member is not None:
         raise InputError("--preference: expected it or --member, found both.", "Leave one out.")
-    from experiments.preferences import choose_member
+    from ecotone.experiments.preferences import choose_member
 
     return choose_member(run, preference).member.id
 
@@ -543,18 +551,18 @@ def _registrar(run: Run, name: str | None, alias: str | None) -> Registrar | Non
         return None
     if name is None:
         raise InputError("--alias: it names a version of a registered model.", "Give --register NAME too.")
-    from experiments.tracking.registry import Registrar
+    from ecotone.experiments.tracking.registry import Registrar
 
     return Registrar(run.directory, name, alias)
 
 
 def _run(named: str) -> Run:
     """The run of a directory, or of an MLflow run id."""
-    from experiments.runs import Run
+    from ecotone.experiments.runs import Run
 
     if Path(named).exists() or not _looks_like_id(named):
         return Run(named)
-    from experiments import tracking
+    from ecotone.experiments import tracking
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri("runs")
     return Run(tracking.find_run_dir(named, uri))

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.preferences import reference_numbers
-from experiments.runs import Run, Scored, in_score_units, points_of, reference_point
-from populations.errors import EcotoneError, InputError
-from populations.fronts import attainment, epsilon, hypervolume, hypervolume_over, igd_plus, non_dominated
-from populations.genome import Floats, Genome, Integers
-from populations.journal import Journal, Row
-from populations.trial import Goal
+from ecotone.experiments.preferences import reference_numbers
+from ecotone.experiments.runs import Run, Scored, in_score_units, points_of, reference_point
+from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.fronts import attainment, epsilon, hypervolume, hypervolume_over, igd_plus, non_dominated
+from ecotone.populations.genome import Floats, Genome, Integers
+from ecotone.populations.journal import Journal, Row
+from ecotone.populations.trial import Goal
 
 REACH = "90%"
 REPLACEABLE = ("seed", "runtime", "tracking")  # what may differ between seeds of one search

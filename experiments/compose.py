@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.parts import Call, LanguageObjective, Objective, PythonObjective
-from experiments.recipe import (
+from ecotone.experiments.parts import Call, LanguageObjective, Objective, PythonObjective
+from ecotone.experiments.recipe import (
     PREPARED,
     BayesianMapBox,
     Box,
@@ -44,25 +44,25 @@ from experiments.recipe import (
     Stages,
     SurrogateBox,
 )
-from experiments.storage import cache_folder
-from fitness.callables import resolve
-from fitness.pools import Pool, SerialPool
-from fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
-from merging import operators
-from merging.operators.base import Operator
-from merging.sources import Sources
-from populations.errors import EcotoneError, InputError, PoolError, nearest
-from populations.genome import Floats, Genome, Integers
-from populations.gram import GramTable
-from populations.niches import NicheArchive
-from populations.population import ElitistArchive, Population
-from populations.space import Space
-from populations.trial import Goal
-from search.coefficients import CoefficientBox, Setting, borders_of
-from search.m2n2 import M2N2, M2N2Settings
-from search.manager import Schedule
-from search.protocol import Search
-from search.random_search import RandomSearch
+from ecotone.experiments.storage import cache_folder
+from ecotone.fitness.callables import resolve
+from ecotone.fitness.pools import Pool, SerialPool
+from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
+from ecotone.merging import operators
+from ecotone.merging.operators.base import Operator
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
+from ecotone.populations.genome import Floats, Genome, Integers
+from ecotone.populations.gram import GramTable
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.population import ElitistArchive, Population
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Goal
+from ecotone.search.coefficients import CoefficientBox, Setting, borders_of
+from ecotone.search.m2n2 import M2N2, M2N2Settings
+from ecotone.search.manager import Schedule
+from ecotone.search.protocol import Search
+from ecotone.search.random_search import RandomSearch
 
 
 def goals_of(objectives: Sequence[Objective]) -> tuple[Goal, ...]:
@@ -260,7 +260,7 @@ def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
     if runtime.pool == "serial":
         return SerialPool(spec)
     try:
-        from fitness.ray_pool import RayPool
+        from ecotone.fitness.ray_pool import RayPool
     except ImportError as error:
         raise PoolError(
             f"runtime.pool: Ray is not installed ({error}).",
@@ -373,7 +373,7 @@ def _raced(recipe: Recipe, search: Search, population: Population) -> tuple[Sear
     race: Race | None = getattr(recipe.search, "race", None)
     if race is None:
         return search, population
-    from search.racing import RaceSettings, Racing
+    from ecotone.search.racing import RaceSettings, Racing
 
     objectives = recipe.objectives.search
     limits = {one.name: LIMITS[one.type] for one in objectives if one.type in LIMITS}
@@ -384,7 +384,7 @@ def _raced(recipe: Recipe, search: Search, population: Population) -> tuple[Sear
 
 
 def _staged(recipe: Recipe, chain: Stages, space: Space) -> tuple[Search, Population]:
-    from search.stages import Stage, StagedSearch
+    from ecotone.search.stages import Stage, StagedSearch
 
     _check_segments(chain, space)
     stages = []
@@ -419,7 +419,7 @@ def _of_stage(index: int) -> Iterator[None]:
 
 def stage_recipes(recipe: Recipe) -> tuple[Recipe, ...]:
     """The recipe of each stage as a search of its own, with its seed and share; without stages the recipe itself."""
-    from search.stages import stage_seed
+    from ecotone.search.stages import stage_seed
 
     chain, budget = recipe.search, recipe.budget
     if not isinstance(chain, Stages):
@@ -490,7 +490,7 @@ def _m2n2(recipe: Recipe, part: M2N2Search, space: Space, starts: Sequence[Genom
     search = M2N2(space, archive, switches, recipe.seed, starts)
     if part.refine is None:
         return search, archive
-    from search.refined import Refined
+    from ecotone.search.refined import Refined
 
     return Refined(search, _tasks(recipe), **part.refine.model_dump()), archive
 
@@ -500,10 +500,10 @@ def _gradient_search(recipe: Recipe, part: GradientSearch, space: Space, starts:
     settings = part.model_dump(exclude={"algorithm", "granularity", "groups", "archive"})
     settings["starts"] = [start.refined(borders) for start in starts] or None
     if isinstance(part, ExpertMergingSearch):
-        from search.expert_merging import ExpertMerging
+        from ecotone.search.expert_merging import ExpertMerging
 
         return ExpertMerging(space, tasks, goals, recipe.seed, **settings)
-    from search.adamerging import AdaMerging
+    from ecotone.search.adamerging import AdaMerging
 
     return AdaMerging(borders, space.dimension, tasks, goals, recipe.seed, **settings)
 
@@ -518,15 +518,15 @@ def _box_search(recipe: Recipe, part: Box, space: Space, starts: Sequence[Genome
     if isinstance(part, SurrogateBox):
         return _surrogate_search(recipe, part, box, space, starts)
     if isinstance(part, NsgaBox):
-        from search.nsga import Nsga
+        from ecotone.search.nsga import Nsga
 
         return Nsga(box, goals, seed, part.algorithm, **_settings(part), seeds=_seeds(part, box, space, starts))
     if isinstance(part, OptunaBox):
-        from search.optuna_search import OptunaSearch
+        from ecotone.search.optuna_search import OptunaSearch
 
         return OptunaSearch(box, goals, seed, **_settings(part), seeds=_seeds(part, box, space, starts))
     if isinstance(part, CmaEsBox):
-        from search.cma_es import CmaEs
+        from ecotone.search.cma_es import CmaEs
 
         settings = _settings(part) | ({"start": box.point(starts[0])} if starts else {})
         if settings["start"] is None and not check_operator(recipe).affine:
@@ -542,17 +542,17 @@ def _surrogate_search(
     goals, seed, budget = goals_of(recipe.objectives.search), recipe.seed, recipe.budget.evaluations
     settings, points = _settings(part), [box.point(start) for start in starts] or None
     if isinstance(part, MapBox):
-        from search.map import MapSearch
+        from ecotone.search.map import MapSearch
 
         return MapSearch(box, goals, seed, **settings, evaluations=budget, seeds=space.seeds, starts=points)
     if isinstance(part, NestedMapBox):
-        from search.nested_map import NestedMapSearch
+        from ecotone.search.nested_map import NestedMapSearch
 
         given = {name: value for name, value in settings.items() if value is not None}
         return NestedMapSearch(box, goals, seed, space.sources, **given, evaluations=budget)
     assert isinstance(part, BayesianMapBox)
-    from search.bayesian_map import BayesianMap
-    from search.surrogates import checked_links
+    from ecotone.search.bayesian_map import BayesianMap
+    from ecotone.search.surrogates import checked_links
 
     links = checked_links(part.links, goals)
     settings["links"] = [None if links[goal.name] == "auto" else links[goal.name] for goal in goals]

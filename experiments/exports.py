@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments import compose
-from experiments.mergekit import MergekitMerge, mergekit_config
-from experiments.recipe import Recipe, algorithm_of
-from experiments.runs import Run, Scored
-from fitness.pools import Batch, SerialPool
-from fitness.worker import open_sources
-from merging.checkpoint import Checkpoint
-from merging.export import RECORD, export_directory, export_file, export_plain_directory
-from merging.operators.base import Operator
-from merging.sources import Sources
-from populations.errors import CheckpointError, InputError, SearchError
-from populations.genome import Genome
-from populations.trial import Subset, Trial
+from ecotone.experiments import compose
+from ecotone.experiments.mergekit import MergekitMerge, mergekit_config
+from ecotone.experiments.recipe import Recipe, algorithm_of
+from ecotone.experiments.runs import Run, Scored
+from ecotone.fitness.pools import Batch, SerialPool
+from ecotone.fitness.worker import open_sources
+from ecotone.merging.export import RECORD, export_directory, export_file, export_plain_directory
+from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.operators.base import Operator
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import CheckpointError, InputError, SearchError
+from ecotone.populations.genome import Genome
+from ecotone.populations.trial import Subset, Trial
 
 ANCESTORS = 200
 

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +22,13 @@ from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-from populations.errors import EcotoneError, InputError, PoolError, nearest
+import ecotone
+from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
 
 State: TypeAlias = Literal["pending", "running", "stopped", "succeeded", "failed"]
 
 HOME_RUNS = "~/ecotone-runs"  # on the head
-PACKAGES = ("experiments", "search", "fitness", "merging", "populations")
+PACKAGES = ("ecotone", "experiments", "search", "fitness", "merging", "populations")  # of a checkout
 LEFT_BEHIND = [  # as in a .gitignore
     *(".git", ".venv*", "venv", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info"),
     *("/build", "/dist", "/runs", "/mlruns", "/mlflow.db"),
@@ -240,7 +240,12 @@ class JobServer:
         grace = job.grace if parcel.grace is None else parcel.grace
         # The job is given its cluster; what the user sets comes after it, and wins.
         changes = [f"--set={text}" for text in ("runtime.pool=ray", "runtime.address=auto", *parcel.settings)]
-        words = ["exec python -m experiments.cli", *map(_quoted, command), "--log json", *map(shlex.quote, changes)]
+        words = [
+            "exec python -m ecotone.experiments.cli",
+            *map(_quoted, command),
+            "--log json",
+            *map(shlex.quote, changes),
+        ]
         variables = {
             "RAY_JOB_STOP_WAIT_TIME_S": str(round(grace) + STOPPING),  # 3 otherwise
             "ECOTONE_JOB": job.run,  # a resumed run finds in what travelled what its paths name: see running.resume
@@ -251,7 +256,7 @@ class JobServer:
             "env_vars": {**parcel.environment, **variables},
         }
         if not is_checkout(Path(job.folder)):
-            environment["py_modules"] = [str(path) for path in _our_packages()]
+            environment["py_modules"] = [str(Path(str(ecotone.__file__)).parent)]
         with self._explained(), _hushed():
             self._send(
                 entrypoint=" ".join(words),
@@ -416,11 +421,6 @@ def _name_of(place: str) -> str:
 def _quoted(word: str) -> str:
     """``word`` for the head's shell, which knows what ``~`` is there."""
     return '"$HOME"/' + shlex.quote(word[2:]) if word.startswith("~/") else shlex.quote(word)
-
-
-def _our_packages() -> list[Path]:
-    """The folders of this process's own packages."""
-    return [Path(str(sys.modules[__name__].__file__)).parents[1] / name for name in PACKAGES]
 
 
 def _iso(seconds: float | None) -> str | None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from experiments.options import JsonOption, RecipeArgument, SetOption, changes_of, print_json, recipe_of
-from populations.errors import InputError
+from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, changes_of, print_json, recipe_of
+from ecotone.populations.errors import InputError
 
 if TYPE_CHECKING:
-    from experiments.jobs import Job, JobServer
+    from ecotone.experiments.jobs import Job, JobServer
 
 ADDRESS = "http://127.0.0.1:8265"  # of the job server, at the near end of a tunnel to the head
 
@@ -51,7 +51,7 @@ def submit(
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe on a Ray cluster: as a job on its head, which goes on when this machine leaves."""
-    from experiments.jobs import JobServer, Parcel, environment_of
+    from ecotone.experiments.jobs import JobServer, Parcel, environment_of
 
     chosen = recipe_of(recipe, settings)
     parcel = Parcel(settings or (), folder, environment_of(environment or ()), chosen.runtime.grace)
@@ -64,7 +64,7 @@ def resume(
     run: str, settings: list[str], folder: Path | None, environment: list[str] | None, address: str, as_json: bool
 ) -> None:
     """Go on with a run as another job of a cluster."""
-    from experiments.jobs import JobServer, Parcel, environment_of
+    from ecotone.experiments.jobs import JobServer, Parcel, environment_of
 
     parcel = Parcel(settings, folder, environment_of(environment or ()), _grace(settings))
     server = JobServer(address)
@@ -73,8 +73,8 @@ def resume(
 
 def jobs(address: ServerOption = ADDRESS, as_json: JsonOption = False) -> None:
     """List the runs of a cluster: one line a job, a resumed run having several."""
-    from experiments import report
-    from experiments.jobs import JobServer
+    from ecotone.experiments import report
+    from ecotone.experiments.jobs import JobServer
 
     found = JobServer(address).jobs()
     if as_json:
@@ -92,8 +92,8 @@ def logs(
     as_json: Annotated[bool, typer.Option("--json", help="Print the lines as they were logged.")] = False,
 ) -> None:
     """Print what a run on a cluster has logged."""
-    from experiments.jobs import JobServer
-    from experiments.logs import in_words
+    from ecotone.experiments.jobs import JobServer
+    from ecotone.experiments.logs import in_words
 
     server = JobServer(address)
     job = server.job(run)
@@ -120,7 +120,7 @@ def stop(
     as_json: JsonOption = False,
 ) -> None:
     """Stop a run on a cluster: it waits for what is in flight, journals it, and can be resumed."""
-    from experiments.jobs import STOPPING, JobServer
+    from ecotone.experiments.jobs import STOPPING, JobServer
 
     server = JobServer(address)
     job = server.job(run)
@@ -150,7 +150,7 @@ def register(app: typer.Typer) -> None:
 
 def _grace(settings: list[str]) -> float | None:
     """What a resumed run's settings say of its grace, if anything; they are checked without its recipe."""
-    from experiments.recipe import Recipe, check_resumable
+    from ecotone.experiments.recipe import Recipe, check_resumable
 
     changes = changes_of(settings)
     check_resumable(changes)
@@ -160,7 +160,7 @@ def _grace(settings: list[str]) -> float | None:
 
 
 def _told(job: Job, server: JobServer, as_json: bool) -> None:
-    from experiments.jobs import tunnel
+    from ecotone.experiments.jobs import tunnel
 
     address = server.address
     if server.unguarded():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
-    from search.manager import Progress
+    from ecotone.search.manager import Progress
 
 LOG = "log.jsonl"  # in the run directory
 _log = logging.getLogger("ecotone")

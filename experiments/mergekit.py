@@ -22,14 +22,14 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from experiments.parts import Part
-from merging.checkpoint import Model
-from merging.layout import Layout
-from merging.lora import Adapter
-from merging.sources import Sources
-from merging.vocabulary import Resized
-from populations.errors import InputError, nearest
-from populations.genome import Genome
+from ecotone.experiments.parts import Part
+from ecotone.merging.models.checkpoint import Model
+from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.lora import Adapter
+from ecotone.merging.models.vocabulary import Resized
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.genome import Genome
 
 IN_ORDER = 4  # models whose weighted sum torch takes from the first to the last
 _AS_CHECKPOINT = "Export a checkpoint instead: leave the format out."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from experiments.recipe import Recipe
+    from ecotone.experiments.recipe import Recipe
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory or its URL, or an MLflow run id.")]
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
@@ -22,14 +22,14 @@ SetOption = Annotated[
 
 def recipe_of(path: Path, settings: list[str] | None, workers: int | None = None, address: str | None = None) -> Recipe:
     """The recipe of a file, with what the command line replaces in it."""
-    from experiments.recipe import Recipe
+    from ecotone.experiments.recipe import Recipe
 
     return Recipe.from_yaml(path, changes_of(settings, workers, address))
 
 
 def changes_of(settings: list[str] | None, workers: int | None = None, address: str | None = None) -> dict[str, Any]:
     """The fields that the command line replaces, by dotted name."""
-    from experiments.recipe import parse_settings
+    from ecotone.experiments.recipe import parse_settings
 
     changes = parse_settings(settings or [])
     if workers == 0:

@@ -15,13 +15,13 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
-from experiments.compare import Comparison, Group, Line
-from experiments.report import comparison_lines, export_command, search_report_text
-from experiments.runs import Scored, points_of
-from populations.errors import InputError
-from populations.fronts import non_dominated
-from populations.genome import Floats, Genome
-from populations.trial import Goal
+from ecotone.experiments.compare import Comparison, Group, Line
+from ecotone.experiments.report import comparison_lines, export_command, search_report_text
+from ecotone.experiments.runs import Scored, points_of
+from ecotone.populations.errors import InputError
+from ecotone.populations.fronts import non_dominated
+from ecotone.populations.genome import Floats, Genome
+from ecotone.populations.trial import Goal
 
 PANELS = 10  # pairwise charts at most, which five objectives have
 AXES = 16  # coefficients that are drawn one by one; more are averaged by model

@@ -111,7 +111,7 @@ class LanguageObjective(Part):
 
 
 class LmEval(LanguageObjective):
-    """A task of lm-eval, scored as its ``simple_evaluate`` would (``fitness.language``).
+    """A task of lm-eval, scored as its ``simple_evaluate`` would (``ecotone.fitness.lm_eval``).
 
     Attributes:
         task: Its name: one of lm-eval's own, or one in ``folder``.
@@ -172,7 +172,7 @@ class TextObjective(LanguageObjective):
 
 
 class Reading(TextObjective):
-    """What objectives have in common for which a model reads texts (``fitness.perplexity``).
+    """What objectives have in common for which a model reads texts (``ecotone.fitness.language.perplexity``).
 
     Attributes:
         context: Tokens in a window; None is 1024, or what the model can take if that is less.
@@ -200,7 +200,7 @@ class Likelihood(Reading):
 
 
 class MultipleChoice(TextObjective):
-    """The share of questions whose right choice is the likeliest (``fitness.choices``).
+    """The share of questions whose right choice is the likeliest (``ecotone.fitness.language.choices``).
 
     Attributes:
         template: The question, ``{name}`` for a field of the record.
@@ -228,7 +228,7 @@ class MultipleChoice(TextObjective):
 
 
 class Generation(TextObjective):
-    """What objectives have in common for which the model writes, greedily (``fitness.generation``).
+    """What objectives have in common for which the model writes, greedily (``ecotone.fitness.language.generation``).
 
     Objectives with the same prompts and settings are scored on the same text, which is written once.
 

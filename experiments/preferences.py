@@ -9,10 +9,10 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from experiments.runs import Run, Scored, points_of
-from populations.errors import InputError, nearest
-from populations.genome import Floats
-from populations.trial import Goal
+from ecotone.experiments.runs import Run, Scored, points_of
+from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Goal
 
 Form: TypeAlias = Literal["weights", "point"]
 

@@ -25,9 +25,9 @@ from pydantic import (
     model_validator,
 )
 
-from experiments.parts import OBJECTIVES, Call, LanguageObjective, Objective, Part
-from merging.hub import is_repository
-from populations.errors import InputError, nearest
+from ecotone.experiments.parts import OBJECTIVES, Call, LanguageObjective, Objective, Part
+from ecotone.merging.models.hub import is_repository
+from ecotone.populations.errors import InputError, nearest
 
 PREPARED = "prepared:"
 RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
@@ -192,7 +192,8 @@ class Calibration(Part):
 
 
 class Refine(Part):
-    """Refinement of M2N2's children by gradient on the calibration tasks, before they are scored (``search.refined``).
+    """Refinement of M2N2's children by gradient on the calibration tasks, before they are scored
+    (``ecotone.search.refined``).
 
     Attributes:
         every: Refine every so many children.
@@ -206,7 +207,7 @@ class Refine(Part):
 
 
 class Race(Part):
-    """Candidates are scored on some of the examples first, and only promising ones on all (``search.racing``).
+    """Candidates are scored on some of the examples first, and only promising ones on all (``ecotone.search.racing``).
 
     Attributes:
         fidelities: Shares of the examples after which a group of candidates is cut; none for no cuts.
@@ -230,7 +231,7 @@ class Race(Part):
 
 
 class M2N2Search(Part):
-    """M2N2: evolution with niches, attraction and split points (``search.m2n2``)."""
+    """M2N2: evolution with niches, attraction and split points (``ecotone.search.m2n2``)."""
 
     algorithm: Literal["m2n2"] = "m2n2"
     archive: int = Field(default=20, ge=2)
@@ -285,14 +286,14 @@ class Box(Segmented):
 
 
 class RandomBox(Box):
-    """Random search: coefficients drawn evenly (``search.random_search``)."""
+    """Random search: coefficients drawn evenly (``ecotone.search.random_search``)."""
 
     algorithm: Literal["random"]
     race: Race | None = None
 
 
 class CmaEsBox(Box):
-    """CMA-ES, or its separable form, on the mean of the objectives (``search.cma_es``)."""
+    """CMA-ES, or its separable form, on the mean of the objectives (``ecotone.search.cma_es``)."""
 
     algorithm: Literal["cma_es", "sep_cma_es"]
     start: float | None = None
@@ -327,7 +328,9 @@ class SurrogateBox(FrontBox):
 
 
 class MapBox(SurrogateBox):
-    """MAP: samples, a surrogate an objective, their front, and the part of it that is scored (``search.map``)."""
+    """MAP: samples, a surrogate an objective, their front, and the part of it that is scored
+    (``ecotone.search.map``).
+    """
 
     algorithm: Literal["map"]
     design: Literal["mixed", "sobol", "grid", "random"] = "mixed"
@@ -337,7 +340,7 @@ class MapBox(SurrogateBox):
 
 
 class BayesianMapBox(SurrogateBox):
-    """Bayesian MAP: batches chosen by surrogates that say how sure they are (``search.bayesian_map``).
+    """Bayesian MAP: batches chosen by surrogates that say how sure they are (``ecotone.search.bayesian_map``).
 
     Attributes:
         reference: By objective the score from which hypervolume counts; for shares the worst that the models alone
@@ -354,7 +357,7 @@ class BayesianMapBox(SurrogateBox):
 
 
 class NestedMapBox(SurrogateBox):
-    """Nested MAP: a tree of pairwise MAPs, for many models and one coefficient each (``search.nested_map``).
+    """Nested MAP: a tree of pairwise MAPs, for many models and one coefficient each (``ecotone.search.nested_map``).
 
     Attributes:
         owners: By objective the model it belongs to; None when objectives and models are in the same order.
@@ -380,7 +383,7 @@ class ModelsFirstBox(FrontBox):
 
 
 class NsgaBox(ModelsFirstBox):
-    """NSGA-II or NSGA-III in steady state (``search.nsga``)."""
+    """NSGA-II or NSGA-III in steady state (``ecotone.search.nsga``)."""
 
     algorithm: Literal["nsga2", "nsga3"]
     population: int | None = Field(default=None, ge=4)
@@ -392,7 +395,7 @@ class NsgaBox(ModelsFirstBox):
 
 
 class OptunaBox(ModelsFirstBox):
-    """One of Optuna's samplers (``search.optuna_search``); a setting that is not given is the sampler's own."""
+    """One of Optuna's samplers (``ecotone.search.optuna_search``); a setting that is not given is the sampler's own."""
 
     algorithm: Literal["optuna"]
     sampler: Literal["tpe", "gp", "nsga2", "nsga3", "cma_es", "random", "qmc"] = "tpe"
@@ -431,7 +434,7 @@ class GradientSearch(Segmented):
 
 
 class AdaMergingSearch(GradientSearch):
-    """AdaMerging: coefficients learned by gradient on the calibration tasks (``search.adamerging``).
+    """AdaMerging: coefficients learned by gradient on the calibration tasks (``ecotone.search.adamerging``).
 
     Attributes:
         granularity: ``tensor`` is the paper's layer-wise form, ``model`` its task-wise form.
@@ -450,7 +453,8 @@ class AdaMergingSearch(GradientSearch):
 
 
 class ExpertMergingSearch(GradientSearch):
-    """Expert Merging, and ++ with ``chunks``: sigmoid coefficients learned from experts (``search.expert_merging``).
+    """Expert Merging, and ++ with ``chunks``: sigmoid coefficients learned from experts
+    (``ecotone.search.expert_merging``).
 
     Attributes:
         granularity: Always ``tensor``.

@@ -18,14 +18,14 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from experiments.runs import Run, Scored, points_of
-from populations.fronts import hypervolume
-from populations.trial import Goal, oriented
+from ecotone.experiments.runs import Run, Scored, points_of
+from ecotone.populations.fronts import hypervolume
+from ecotone.populations.trial import Goal, oriented
 
 if TYPE_CHECKING:
-    from experiments.compare import Comparison, Group, Line
-    from experiments.preferences import Choice
-    from search.manager import Progress
+    from ecotone.experiments.compare import Comparison, Group, Line
+    from ecotone.experiments.preferences import Choice
+    from ecotone.search.manager import Progress
 
 SHOWN = 5  # members of the front in the closing table
 

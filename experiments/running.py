@@ -16,16 +16,16 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import yaml
 
-from experiments import compose, logs, storage, tracking
-from experiments.recipe import Recipe, apply_settings, check_resumable
-from experiments.runs import Run, front_rows
-from experiments.storage import JOURNAL, Place
-from fitness.pools import Pool
-from populations.errors import EcotoneError, InputError
-from populations.genome import Genome
-from populations.journal import Journal
-from populations.space import Space
-from search.manager import Manager, Observer, Progress, measure
+from ecotone.experiments import compose, logs, storage, tracking
+from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
+from ecotone.experiments.runs import Run, front_rows
+from ecotone.experiments.storage import JOURNAL, Place
+from ecotone.fitness.pools import Pool
+from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal
+from ecotone.populations.space import Space
+from ecotone.search.manager import Manager, Observer, Progress, measure
 
 Notify = Callable[[str], None]
 

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from experiments import storage
-from experiments.storage import JOURNAL as JOURNAL
-from populations.errors import InputError
-from populations.fronts import hypervolume
-from populations.genome import Floats
-from populations.journal import Journal, Row
-from populations.pareto import ParetoFront
-from populations.population import mean_score
-from populations.trial import Evaluation, Failure, Goal, Trial, oriented
+from ecotone.experiments import storage
+from ecotone.experiments.storage import JOURNAL as JOURNAL
+from ecotone.populations.errors import InputError
+from ecotone.populations.fronts import hypervolume
+from ecotone.populations.genome import Floats
+from ecotone.populations.journal import Journal, Row
+from ecotone.populations.pareto import ParetoFront
+from ecotone.populations.population import mean_score
+from ecotone.populations.trial import Evaluation, Failure, Goal, Trial, oriented
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,8 @@ class Run:
             return _scored(journal, row)
 
     def export(self, member: int | str, to: str | Path) -> Path:
-        """Write a member's weights: see ``experiments.exports.export``."""
-        from experiments.exports import export
+        """Write a member's weights: see ``ecotone.experiments.exports.export``."""
+        from ecotone.experiments.exports import export
 
         return export(self, member, to)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from fitness.specs import CallSpec
-from populations.errors import EcotoneError, InputError, nearest
+from ecotone.fitness.specs import CallSpec
+from ecotone.populations.errors import EcotoneError, InputError, nearest
 
 
 def resolve(path: str, field: str = "call") -> Callable[..., Any]:

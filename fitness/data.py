@@ -21,9 +21,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fitness.callables import call
-from fitness.specs import CallSpec
-from populations.errors import InputError
+from ecotone.fitness.callables import call
+from ecotone.fitness.specs import CallSpec
+from ecotone.populations.errors import InputError
 
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 """What a model is called with for N examples: (N, ...), or (N, ...) by name."""

@@ -32,10 +32,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from fitness.callables import call, resolve
-from fitness.data import Inputs, kind
-from fitness.specs import CallSpec
-from populations.errors import InputError
+from ecotone.fitness.callables import call, resolve
+from ecotone.fitness.data import Inputs, kind
+from ecotone.fitness.specs import CallSpec
+from ecotone.populations.errors import InputError
 
 
 class Head:

@@ -25,16 +25,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fitness import heads
-from fitness.callables import resolve
-from fitness.data import Batches, Examples, Inputs, check, load
-from fitness.heads import Head, logits
-from fitness.specs import ObjectiveSpec
-from merging.checkpoint import located
-from populations.errors import InputError, nearest
-from populations.genome import Integers
-from populations.samples import error_of_mean
-from populations.trial import Goal
+from ecotone.fitness import heads
+from ecotone.fitness.callables import resolve
+from ecotone.fitness.data import Batches, Examples, Inputs, check, load
+from ecotone.fitness.heads import Head, logits
+from ecotone.fitness.specs import ObjectiveSpec
+from ecotone.merging.models.checkpoint import located
+from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.genome import Integers
+from ecotone.populations.samples import error_of_mean
+from ecotone.populations.trial import Goal
 
 Model: TypeAlias = nn.Module | dict[str, Tensor]
 
@@ -70,7 +70,7 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Divisible(Objective, Protocol):
-    """An objective that can be asked of some of its examples: one that races (``search.racing``) can use."""
+    """An objective that can be asked of some of its examples: one that races (``ecotone.search.racing``) can use."""
 
     @property
     def count(self) -> int:
@@ -294,13 +294,13 @@ def build(spec: ObjectiveSpec, device: torch.device, dtype: torch.dtype | None =
 
 
 LANGUAGE = {
-    "lm_eval": "fitness.language:build",
-    "bits_per_byte": "fitness.perplexity:build",
-    "likelihood": "fitness.perplexity:build_likelihood",
-    "perplexity": "fitness.perplexity:build_perplexity",
-    "multiple_choice": "fitness.choices:build",
-    "tokens_generated": "fitness.generation:build_tokens_generated",
-    "exact_match": "fitness.generation:build_exact_match",
+    "lm_eval": "ecotone.fitness.lm_eval:build",
+    "bits_per_byte": "ecotone.fitness.language.perplexity:build",
+    "likelihood": "ecotone.fitness.language.perplexity:build_likelihood",
+    "perplexity": "ecotone.fitness.language.perplexity:build_perplexity",
+    "multiple_choice": "ecotone.fitness.language.choices:build",
+    "tokens_generated": "ecotone.fitness.language.generation:build_tokens_generated",
+    "exact_match": "ecotone.fitness.language.generation:build_exact_match",
 }
 """Measures of causal language models, and the functions that build them; their packages are imported when needed."""
 

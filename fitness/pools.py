@@ -12,11 +12,11 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from fitness.specs import WorkerSpec
-from fitness.worker import Worker
-from populations.errors import PoolError
-from populations.space import Space
-from populations.trial import Evaluation, Trial
+from ecotone.fitness.specs import WorkerSpec
+from ecotone.fitness.worker import Worker
+from ecotone.populations.errors import PoolError
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Evaluation, Trial
 
 
 @dataclass(frozen=True)

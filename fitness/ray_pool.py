@@ -27,12 +27,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from fitness.pools import Batch, Completed
-from fitness.specs import WorkerSpec
-from fitness.worker import Worker, WorkerBrokenError
-from populations.errors import CheckpointError, EcotoneError, InputError, PoolError, first_line
-from populations.space import Space
-from populations.trial import Evaluation, Trial
+from ecotone.fitness.pools import Batch, Completed
+from ecotone.fitness.specs import WorkerSpec
+from ecotone.fitness.worker import Worker, WorkerBrokenError
+from ecotone.populations.errors import CheckpointError, EcotoneError, InputError, PoolError, first_line
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Evaluation, Trial
 
 QUEUED = 2  # batches at one worker: the one it scores, and the next so that it never waits for the manager
 _PIECE = 98_000  # bytes; Ray sends arguments below 100 kB with the call, others through its object store

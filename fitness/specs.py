@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from merging.placement import Wish
-from populations.trial import Goal
+from ecotone.merging.placement import Wish
+from ecotone.populations.trial import Goal
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ObjectiveSpec:
     Args:
         goal: Its name and direction.
         type: ``accuracy`` of a classifier over ``data``, mean ``entropy`` of its predictions there, ``call`` for a
-            Python function, or one of the measures of language models (``fitness.objectives.LANGUAGE``).
+            Python function, or one of the measures of language models (``ecotone.fitness.objectives.LANGUAGE``).
         data: For ``accuracy`` and ``entropy``: the function that returns (inputs, labels), or for entropy the inputs.
         call: For ``call``: the function that scores a model.
         batch: Examples in one forward pass; bounds the memory for activations.
@@ -115,7 +115,7 @@ class WorkerSpec:
         operator: Name of the merge operator.
         settings: The operator's settings, by name.
         names: Names of the experts; None takes them from their files.
-        vocabulary: What to do with models whose vocabularies have other sizes (``merging.vocabulary``).
+        vocabulary: What to do with models whose vocabularies have other sizes (``ecotone.merging.models.vocabulary``).
         architecture: A function that returns the ``torch.nn.Module`` to fill; ``auto`` for a Hugging Face
             directory; None when objectives take a dict of tensors.
         search: Objectives that guide the search.
@@ -130,7 +130,7 @@ class WorkerSpec:
         threads: CPU threads of one worker. Results may depend on it in the last bit, so it belongs to the recipe.
         dense: Put the sources themselves into the space, for evolution from scratch.
         sys_path: Folders put on the worker's Python path, for the user's own modules.
-        sources: Where the models that are mixed are kept (``merging.placement``); no score depends on it.
+        sources: Where the models that are mixed are kept (``ecotone.merging.placement``); no score depends on it.
         batch: The most candidates scored together, which bounds the memory they take; None if it is not known.
         neighbours: How many workers, this one among them, may share main memory: ``auto`` leaves the others theirs.
         device_share: The share of a GPU's memory that ``auto`` may plan with.

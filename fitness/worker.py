@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fitness import calibration
-from fitness.generation import same_model
-from fitness.objectives import Divisible, Model, Objective, Score, build, same_draws
-from fitness.resident import Resident, stack_of
-from fitness.specs import WorkerSpec
-from merging.placement import Free, Needs, settled
-from merging.sources import Sources
-from populations.errors import EcotoneError, InputError, PoolError, first_line, nearest
-from populations.samples import Sample
-from populations.space import Space
-from populations.trial import CalibrationBatch, Evaluation, Trial
+from ecotone.fitness.backends.resident import Resident, stack_of
+from ecotone.fitness.gradients import calibration
+from ecotone.fitness.language.generation import same_model
+from ecotone.fitness.objectives import Divisible, Model, Objective, Score, build, same_draws
+from ecotone.fitness.specs import WorkerSpec
+from ecotone.merging.placement import Free, Needs, settled
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest
+from ecotone.populations.samples import Sample
+from ecotone.populations.space import Space
+from ecotone.populations.trial import CalibrationBatch, Evaluation, Trial
 
 
 class WorkerBrokenError(PoolError):

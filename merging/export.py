@@ -17,13 +17,13 @@ from typing import Any, BinaryIO
 
 import torch
 
-from merging import tokenizers
-from merging.checkpoint import DTYPES, INDEX, SINGLE, TensorInfo
-from merging.layout import MERGEABLE
-from merging.materialise import Mixture, mix
-from merging.sources import Sources
-from populations.errors import EcotoneError, InputError
-from populations.genome import Genome
+from ecotone.merging.kernel.materialise import Mixture, mix
+from ecotone.merging.models import tokenizers
+from ecotone.merging.models.checkpoint import DTYPES, INDEX, SINGLE, TensorInfo
+from ecotone.merging.models.layout import MERGEABLE
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.genome import Genome
 
 BUFFER_BYTES = 8 * 2**20
 CARD = "README.md"

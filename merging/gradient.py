@@ -22,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from merging import compiled
-from merging.materialise import CHUNK, DEVICE_SPAN, Stretch, accumulator, over_threads
-from merging.operators.base import Term, directions
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Floats, Genome
+from ecotone.merging.kernel import compiled
+from ecotone.merging.kernel.materialise import CHUNK, DEVICE_SPAN, Stretch, accumulator, over_threads
+from ecotone.merging.operators.base import Term, directions
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats, Genome
 
 LANES = 1020  # partial sums of a chunk
 

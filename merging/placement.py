@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from populations.errors import InputError
+from ecotone.populations.errors import InputError
 
 Placement: TypeAlias = Literal["device", "host", "mapped"]
 Wish: TypeAlias = Literal["auto", "device", "host", "mapped"]

@@ -14,21 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merging import operators, preflight, tokenizers
-from merging.checkpoint import Checkpoint, Model, is_adapter, located
-from merging.gram import gram_table, region_borders, vectors_of
-from merging.layout import Layout
-from merging.lazy import SPAN, Source, fill
-from merging.lora import Adapter
-from merging.materialise import COMPILED_SPAN, DEVICE_SPAN, SMALL, Mixture, Stretch, Transform, mix
-from merging.operators.base import Operator, directions, weights_of
-from merging.operators.task_vectors import Pieces
-from merging.placement import Bytes, Free, Needs, Placement, Wish, chosen
-from merging.vocabulary import Resized, Vocabulary, fitted
-from populations.errors import InputError
-from populations.genome import Genome
-from populations.gram import GramTable
-from populations.space import Space
+from ecotone.merging import operators
+from ecotone.merging.inner_products import gram_table, region_borders, vectors_of
+from ecotone.merging.kernel.lazy import SPAN, Source, fill
+from ecotone.merging.kernel.materialise import COMPILED_SPAN, DEVICE_SPAN, SMALL, Mixture, Stretch, Transform, mix
+from ecotone.merging.models import preflight, tokenizers
+from ecotone.merging.models.checkpoint import Checkpoint, Model, is_adapter, located
+from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.lora import Adapter
+from ecotone.merging.models.vocabulary import Resized, Vocabulary, fitted
+from ecotone.merging.operators.base import Operator, directions, weights_of
+from ecotone.merging.operators.task_vectors import Pieces
+from ecotone.merging.placement import Bytes, Free, Needs, Placement, Wish, chosen
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+from ecotone.populations.gram import GramTable
+from ecotone.populations.space import Space
 
 RESIDENT_BYTES = 256 * 2**20  # what is mixed is kept in main memory, as rows, where it fits in this
 TUNED = 2  # settings of genomes' own for which what is mixed is kept
@@ -38,8 +39,9 @@ CPU = torch.device("cpu")
 class Sources:
     """The checkpoints of a merge, memory-mapped, with the operator that gives genomes their meaning.
 
-    Use ``Sources.open``. What of them is kept in memory is a matter of their placement (``merging.placement``): as the
-    checkpoints hold them, adapters formed. Models that are small are kept as they are mixed, too, unless they are to be
+    Use ``Sources.open``. What of them is kept in memory is a matter of their placement
+    (``ecotone.merging.placement``): as the checkpoints hold them, adapters formed. Models that are small are kept as
+    they are mixed, too, unless they are to be
     mapped: as a row of float32 each.
 
     Args:
@@ -91,8 +93,8 @@ class Sources:
             names: K distinct names; by default those of the files or directories, made distinct.
             settings: The operator's settings by name.
             vocabulary: What to do with models of other vocabulary sizes: refuse them (``same``), cut them to the
-                base's, or take the ``union`` (``merging.vocabulary``).
-            placement: Where the models are kept (``merging.placement``).
+                base's, or take the ``union`` (``ecotone.merging.models.vocabulary``).
+            placement: Where the models are kept (``ecotone.merging.placement``).
 
         Raises:
             InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.

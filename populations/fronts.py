@@ -1,6 +1,6 @@
 """Tools for Pareto fronts: sorting, choosing, hypervolume, distances between fronts, attainment; most by moocore.
 
-Everything here is in *oriented* scores (``populations.trial.oriented``): larger is better in every column,
+Everything here is in *oriented* scores (``ecotone.populations.trial.oriented``): larger is better in every column,
 and the number of columns M is any. A point dominates another when it is at least as good in every column and
 better in one.
 
@@ -17,8 +17,8 @@ import moocore
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from populations.errors import InputError
-from populations.genome import Floats, Integers
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats, Integers
 
 EXACT = 6  # objectives up to which hypervolumes are exact
 FEW = 15  # points up to which they are exact whatever the number of objectives

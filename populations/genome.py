@@ -4,7 +4,7 @@
 
 A genome is kilobytes where a model is gigabytes. It is what travels to workers, what the journal stores
 and what an export turns into weights. What the anchor and the sources are is the merge operator's business
-(``merging.operators``); the algebra here holds for all of them.
+(``ecotone.merging.operators``); the algebra here holds for all of them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from xxhash import xxh3_128
 
-from populations.errors import InputError
+from ecotone.populations.errors import InputError
 
 if TYPE_CHECKING:
-    from populations.space import Space
+    from ecotone.populations.space import Space
 
 Scalar: TypeAlias = bool | int | float | str
 Floats: TypeAlias = NDArray[np.float64]

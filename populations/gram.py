@@ -2,8 +2,8 @@
 
 For merges ``u = sum_k a[segment, k] source_k`` and ``v`` likewise, ``<u, v> = sum_regions a_r^T G_r b_r``
 where ``G_r[j, k] = <source_j, source_k>`` over region r. A worker streams the sources once to fill the table
-(``merging.gram``); the manager, which may sit on a machine without weights, then takes the angle between any
-two merges, as SLERP needs.
+(``ecotone.merging.inner_products``); the manager, which may sit on a machine without weights, then takes the angle
+between any two merges, as SLERP needs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from populations.errors import InputError
-from populations.genome import Floats, Genome, Integers, united
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats, Genome, Integers, united
 
 
 @dataclass(frozen=True, eq=False)

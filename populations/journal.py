@@ -40,9 +40,9 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from populations.errors import JournalError
-from populations.genome import Genome
-from populations.trial import CalibrationBatch, Evaluation, Failure, Subset, Trial
+from ecotone.populations.errors import JournalError
+from ecotone.populations.genome import Genome
+from ecotone.populations.trial import CalibrationBatch, Evaluation, Failure, Subset, Trial
 
 FORMAT = 4
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from populations.errors import InputError, SearchError
-from populations.genome import Floats
-from populations.trial import Evaluation, Goal, Member, Outcome, Trial
+from ecotone.populations.errors import InputError, SearchError
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Evaluation, Goal, Member, Outcome, Trial
 
 
 class NicheArchive:

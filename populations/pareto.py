@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from populations.genome import Floats
-from populations.trial import Goal
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Goal
 
 
 class ParetoFront:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from populations.trial import Evaluation, Goal, Member, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Goal, Member, Outcome, Trial
 
 
 class Population(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from populations.genome import Floats, Integers
+from ecotone.populations.genome import Floats, Integers
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from populations.genome import Floats, Integers
-from populations.gram import GramTable
+from ecotone.populations.genome import Floats, Integers
+from ecotone.populations.gram import GramTable
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from populations.genome import Floats, Genome
-from populations.samples import Sample
+from ecotone.populations.genome import Floats, Genome
+from ecotone.populations.samples import Sample
 
 Direction: TypeAlias = Literal["maximize", "minimize"]
 Subset: TypeAlias = Literal["search", "held_out"]

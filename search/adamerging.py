@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from populations.errors import InputError, nearest
-from populations.genome import Floats, Genome, Integers
-from populations.population import quality
-from populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
-from search.nsga import lattice
-from search.protocol import trial_rng
+from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.genome import Floats, Genome, Integers
+from ecotone.populations.population import quality
+from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
+from ecotone.search.nsga import lattice
+from ecotone.search.protocol import trial_rng
 
 _CHECK = -1  # stands where a gradient trial has its task's position
 _FALL = 0.01  # share of its best by which a score must have fallen for a warning

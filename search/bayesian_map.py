@@ -1,6 +1,6 @@
 """Bayesian MAP: Pareto fronts of merges from few evaluations, one batch of proposals after another.
 
-Each score is modelled, through its link, by a Gaussian process whose mean is a quadratic (``search.gaussian``).
+Each score is modelled, through its link, by a Gaussian process whose mean is a quadratic (``ecotone.search.gaussian``).
 A proposal draws functions from these processes and adds, one point after another, the one that is expected to
 enlarge the hypervolume of the front most, the points still in flight counting with what each draw says they will
 score (Daulton et al. 2020, "Differentiable expected hypervolume improvement"). Hypervolumes are means over random
@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import threadpool_limits
 
-from populations.errors import InputError
-from populations.fronts import non_dominated, ranks
-from populations.genome import Floats
-from populations.trial import Evaluation, Goal, Outcome, Trial
-from search.coefficients import CoefficientBox
-from search.designs import sobol
-from search.gaussian import SHAPE, GaussianProcess, Inputs, Paths
-from search.protocol import trial_rng
-from search.surrogates import Link, LinkName, features, minimum, must_vary
+from ecotone.populations.errors import InputError
+from ecotone.populations.fronts import non_dominated, ranks
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.designs import sobol
+from ecotone.search.gaussian import SHAPE, GaussianProcess, Inputs, Paths
+from ecotone.search.protocol import trial_rng
+from ecotone.search.surrogates import Link, LinkName, features, minimum, must_vary
 
 Acquisition: TypeAlias = Literal["hypervolume", "bins"]
 Singles: TypeAlias = NDArray[np.float32]

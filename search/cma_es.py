@@ -13,9 +13,9 @@ import numpy as np
 from cmaes import CMA, SepCMA
 from numpy.typing import ArrayLike
 
-from populations.population import quality
-from populations.trial import Evaluation, Goal, Outcome, Trial
-from search.coefficients import CoefficientBox
+from ecotone.populations.population import quality
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.search.coefficients import CoefficientBox
 
 
 class CmaEs:

@@ -10,10 +10,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from populations.errors import InputError
-from populations.genome import Floats, Genome, Integers, Scalar
-from populations.space import Space
-from search.protocol import trial_rng
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats, Genome, Integers, Scalar
+from ecotone.populations.space import Space
+from ecotone.search.protocol import trial_rng
 
 Granularity: TypeAlias = Literal["model", "groups", "block", "tensor"]
 

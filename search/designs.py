@@ -7,10 +7,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 from scipy.stats import qmc
 
-from populations.errors import InputError, nearest
-from populations.genome import Floats
-from search.coefficients import CoefficientBox
-from search.surrogates import features, minimum
+from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.genome import Floats
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.surrogates import features, minimum
 
 DesignName: TypeAlias = Literal["mixed", "sobol", "grid", "random"]
 DESIGNS: tuple[DesignName, ...] = ("mixed", "sobol", "grid", "random")

@@ -8,11 +8,11 @@ Chunking" (arXiv:2509.25712). In
 each tensor has an alpha of its own for each expert, but for norms, embeddings, biases and heads, which stay as the base
 has them. Adam moves raw against the gradient of
 
-    mean over tasks of the distance to the expert's logits and hidden layers (``fitness.calibration``)
+    mean over tasks of the distance to the expert's logits and hidden layers (``ecotone.fitness.gradients.calibration``)
         + regulariser * mean |alpha - alpha at the start|
 
 Expert Merging++ then cuts the tensors that matter most into chunks, shares a number of coefficients out among them by
-importance, and learns on. How lines, steps, checks and restarts go is AdaMerging's (``search.adamerging``).
+importance, and learns on. How lines, steps, checks and restarts go is AdaMerging's (``ecotone.search.adamerging``).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from populations.errors import InputError, nearest
-from populations.genome import Floats, Integers
-from populations.space import Space
-from populations.trial import Goal
-from search.adamerging import Adam, AdaMerging, Line
-from search.surrogates import sigmoid
+from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.genome import Floats, Integers
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Goal
+from ecotone.search.adamerging import Adam, AdaMerging, Line
+from ecotone.search.surrogates import sigmoid
 
 EXCLUDED = (
     *("*norm*", "*ln_*", "*layer_norm*"),

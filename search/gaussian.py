@@ -24,7 +24,7 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.linalg.lapack import dpotri
 from scipy.optimize import minimize
 
-from populations.genome import Floats
+from ecotone.populations.genome import Floats
 
 ROOT5 = np.sqrt(5.0)
 SHAPE = 3  # linear, quadratic and residual variances come first among the hyperparameters; the noise comes last

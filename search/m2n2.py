@@ -2,7 +2,7 @@
 
 "Competition and Attraction Improve Model Fusion" (Abrantes, Lange, Tang; 2025). One child a step:
 
-1. Parent A is drawn in proportion to shared fitness (``populations.niches``).
+1. Parent A is drawn in proportion to shared fitness (``ecotone.populations.niches``).
 2. Parent B is drawn in proportion to its attraction for A: what it scores where A is weak.
 3. A split point and one mixing weight join them: the weight holds before the split, its complement after.
    The join is spherical (SLERP) with the one angle between the two whole parents, or linear.
@@ -26,12 +26,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from populations.errors import InputError
-from populations.genome import Floats, Genome, combine
-from populations.niches import NicheArchive
-from populations.space import Space
-from populations.trial import Evaluation, Outcome, Trial
-from search.protocol import trial_rng
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats, Genome, combine
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Evaluation, Outcome, Trial
+from ecotone.search.protocol import trial_rng
 
 Odds: TypeAlias = list[float]
 

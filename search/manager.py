@@ -25,14 +25,14 @@ from typing import Literal, TypeAlias
 
 from threadpoolctl import threadpool_limits
 
-from fitness.pools import Batch, Completed, Pool
-from populations.errors import JournalError, PoolError, SearchError
-from populations.genome import Genome
-from populations.journal import Event, Journal
-from populations.pareto import ParetoFront
-from populations.population import Population, quality
-from populations.trial import Evaluation, Failure, Goal, Outcome, Subset, Trial, oriented
-from search.protocol import SLACK, Search, numbered
+from ecotone.fitness.pools import Batch, Completed, Pool
+from ecotone.populations.errors import JournalError, PoolError, SearchError
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Event, Journal
+from ecotone.populations.pareto import ParetoFront
+from ecotone.populations.population import Population, quality
+from ecotone.populations.trial import Evaluation, Failure, Goal, Outcome, Subset, Trial, oriented
+from ecotone.search.protocol import SLACK, Search, numbered
 
 StopReason: TypeAlias = Literal["evaluations", "seconds", "converged", "drained"]
 
@@ -463,7 +463,7 @@ def _all_failed(progress: Progress) -> SearchError:
     assert failure is not None
     text = f"all of the first {progress.told} candidates failed; the last one: {failure.kind}: {failure.message}"
     lines = failure.details.strip().splitlines()
-    ours = bool(lines) and lines[-1].startswith("populations.errors.")  # said in words already
+    ours = bool(lines) and lines[-1].startswith("ecotone.populations.errors.")  # said in words already
     return SearchError(
         text if ours else f"{text}\n{failure.details}".rstrip(),
         "Repair what fails, then begin a new run: what failed is recorded in this one.",

@@ -17,15 +17,15 @@ from numpy.typing import ArrayLike
 from scipy.spatial import KDTree
 from threadpoolctl import threadpool_limits
 
-from populations.errors import InputError
-from populations.fronts import farthest_first, non_dominated
-from populations.genome import Floats, Integers
-from populations.trial import Evaluation, Goal, Outcome, Trial
-from search.coefficients import CoefficientBox
-from search.designs import DesignName, sobol
-from search.designs import design as planned
-from search.nsga import lattice
-from search.surrogates import Link, Links, Quadratic, checked_links, minimum, must_vary
+from ecotone.populations.errors import InputError
+from ecotone.populations.fronts import farthest_first, non_dominated
+from ecotone.populations.genome import Floats, Integers
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.designs import DesignName, sobol
+from ecotone.search.designs import design as planned
+from ecotone.search.nsga import lattice
+from ecotone.search.surrogates import Link, Links, Quadratic, checked_links, minimum, must_vary
 
 Predict: TypeAlias = Callable[[Floats], Floats]  # (N, D) points to (N, M) oriented scores
 
@@ -47,7 +47,7 @@ class MapSearch:
         box: Where coefficients lie.
         goals: The objectives, two at least.
         seed: The recipe's seed.
-        design: ``mixed``, ``sobol``, ``grid`` or ``random``; see ``search.designs``.
+        design: ``mixed``, ``sobol``, ``grid`` or ``random``; see ``ecotone.search.designs``.
         samples: Points of the design; None means (D+1)(D+2), twice what determines a quadratic.
         links: ``auto``, one of ``sigmoid``, ``softplus`` and ``identity``, or one of these four by objective.
             ``auto`` is sigmoid for maximised scores within [0, 1], softplus for minimised ones of at least 0.

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from populations.errors import InputError, nearest
-from populations.genome import Floats
-from populations.trial import Evaluation, Goal, Outcome, Trial
-from search.coefficients import CoefficientBox
-from search.designs import design
-from search.map import Surrogates, by_objective, copied, measured_scores, predicted_front, spread
-from search.protocol import trial_rng
-from search.surrogates import Links, checked_links, minimum, must_vary
+from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.designs import design
+from ecotone.search.map import Surrogates, by_objective, copied, measured_scores, predicted_front, spread
+from ecotone.search.protocol import trial_rng
+from ecotone.search.surrogates import Links, checked_links, minimum, must_vary
 
 SAMPLES = 12  # a pair: twice the coefficients of a quadratic in two variables
 FRONT = 4  # members of a pair's predicted front that are evaluated
@@ -65,7 +65,7 @@ class NestedMapSearch:
         preference: By objective how much it matters, at least 0; 1 where not given.
         samples: Points of each pair's design, of which the two nodes themselves are known already.
         front: Members of each pair's predicted front to evaluate, the preferred one first.
-        links: As for ``search.map.MapSearch``.
+        links: As for ``ecotone.search.map.MapSearch``.
         evaluations: The budget, which must be enough for the whole tree; None means none.
         caution: Standard errors taken off each predicted score before fronts are compared.
 

@@ -19,12 +19,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from populations.errors import InputError
-from populations.fronts import ranks
-from populations.genome import Floats, Integers
-from populations.trial import Evaluation, Goal, Outcome, Trial, oriented
-from search.coefficients import CoefficientBox
-from search.protocol import trial_rng
+from ecotone.populations.errors import InputError
+from ecotone.populations.fronts import ranks
+from ecotone.populations.genome import Floats, Integers
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.protocol import trial_rng
 
 Variant: TypeAlias = Literal["nsga2", "nsga3"]
 

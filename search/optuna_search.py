@@ -17,13 +17,13 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from populations.errors import InputError, nearest
-from populations.fronts import ranks
-from populations.genome import Floats
-from populations.population import quality
-from populations.trial import Evaluation, Goal, Outcome, Trial, oriented
-from search.coefficients import CoefficientBox
-from search.nsga import seed_points
+from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.fronts import ranks
+from ecotone.populations.genome import Floats
+from ecotone.populations.population import quality
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.nsga import seed_points
 
 Sampler: TypeAlias = Literal["tpe", "gp", "nsga2", "nsga3", "cma_es", "random", "qmc"]
 
@@ -60,7 +60,7 @@ class OptunaSearch:
     """One of Optuna's samplers; it never waits for results.
 
     TPE and GP take the trials in flight into account. CMA-ES optimises one number, the mean of the objectives'
-    scores (as ``search.cma_es`` does), all others see every objective. Failed trials are told as failed.
+    scores (as ``ecotone.search.cma_es`` does), all others see every objective. Failed trials are told as failed.
 
     A proposal takes Optuna's time, and takes it again when a search is resumed. CPU milliseconds on one thread, two
     objectives, after 100 and 1000 trials (``benchmarks/proposals.py``):

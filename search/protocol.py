@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from populations.trial import Evaluation, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Outcome, Trial
 
 SLACK = 1e-6
 """Evaluations by which a sum of shares of them may be off."""

@@ -4,8 +4,8 @@ Two rules end a candidate early, and each may be used alone:
 
 - Successive halving (Jamieson and Talwalkar 2016). A group of candidates is scored on a small share of the examples;
   the best one in ``eta`` of them go on to a larger share, and so on. What counts is an estimate of the score on all
-  examples, with its standard error (``populations.samples.estimate``); of several objectives, the front it is on comes
-  first, then its mean. This is a guess, and may lose a good candidate.
+  examples, with its standard error (``ecotone.populations.samples.estimate``); of several objectives, the front it is
+  on comes first, then its mean. This is a guess, and may lose a good candidate.
 - A bound. Whatever a candidate scores on the examples it has not seen, it would enter neither the population nor the
   front: then it need not be scored on them. This loses nothing.
 
@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from populations.errors import InputError
-from populations.fronts import ranks
-from populations.genome import Floats, Genome
-from populations.pareto import ParetoFront
-from populations.population import Population
-from populations.samples import Estimate, Sample, estimate, order
-from populations.trial import Evaluation, Goal, Outcome, Trial, oriented
-from search.protocol import Search
+from ecotone.populations.errors import InputError
+from ecotone.populations.fronts import ranks
+from ecotone.populations.genome import Floats, Genome
+from ecotone.populations.pareto import ParetoFront
+from ecotone.populations.population import Population
+from ecotone.populations.samples import Estimate, Sample, estimate, order
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
+from ecotone.search.protocol import Search
 
 KEY = 2_246_822_519  # spawn key of the order of examples
 

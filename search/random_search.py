@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from populations.trial import Evaluation, Outcome, Trial
-from search.coefficients import CoefficientBox
+from ecotone.populations.trial import Evaluation, Outcome, Trial
+from ecotone.search.coefficients import CoefficientBox
 
 
 class RandomSearch:

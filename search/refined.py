@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from populations.errors import InputError
-from populations.genome import Floats, Genome
-from populations.trial import CalibrationBatch, Evaluation, Outcome, Trial
-from search.adamerging import Adam, problem
-from search.m2n2 import M2N2
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats, Genome
+from ecotone.populations.trial import CalibrationBatch, Evaluation, Outcome, Trial
+from ecotone.search.adamerging import Adam, problem
+from ecotone.search.m2n2 import M2N2
 
 _SCORE = -1  # stands where a gradient trial has its task's position
 

@@ -17,13 +17,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from populations.errors import InputError, SearchError
-from populations.fronts import farthest_first
-from populations.genome import Floats, Genome
-from populations.pareto import ParetoFront
-from populations.population import Population, quality
-from populations.trial import Evaluation, Goal, Member, Outcome, Trial, oriented
-from search.protocol import SLACK, Search
+from ecotone.populations.errors import InputError, SearchError
+from ecotone.populations.fronts import farthest_first
+from ecotone.populations.genome import Floats, Genome
+from ecotone.populations.pareto import ParetoFront
+from ecotone.populations.population import Population, quality
+from ecotone.populations.trial import Evaluation, Goal, Member, Outcome, Trial, oriented
+from ecotone.search.protocol import SLACK, Search
 
 Start: TypeAlias = Literal["front", "best", "archive", "none"]
 Pair: TypeAlias = tuple[Search, Population]

@@ -18,9 +18,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from populations.errors import InputError, SearchError, nearest
-from populations.genome import Floats
-from populations.trial import Direction, Goal
+from ecotone.populations.errors import InputError, SearchError, nearest
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Direction, Goal
 
 LinkName: TypeAlias = Literal["sigmoid", "softplus", "identity"]
 LINKS: tuple[LinkName, ...] = ("sigmoid", "softplus", "identity")

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ecotone]:
     """The console script in this process; signals and the Python path stay as they were."""
-    from experiments import cli
+    from ecotone.experiments import cli
 
     before, path = signal.getsignal(signal.SIGTERM), list(sys.path)
 

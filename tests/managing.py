@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fitness.objectives import pooled_mean
-from fitness.pools import Pool
-from populations.journal import Journal
-from populations.population import Population
-from populations.trial import Evaluation, Goal, Trial
-from search.manager import Manager, Schedule, StopReason
-from search.protocol import Search
+from ecotone.fitness.objectives import pooled_mean
+from ecotone.fitness.pools import Pool
+from ecotone.populations.journal import Journal
+from ecotone.populations.population import Population
+from ecotone.populations.trial import Evaluation, Goal, Trial
+from ecotone.search.manager import Manager, Schedule, StopReason
+from ecotone.search.protocol import Search
 
 
 def begun(

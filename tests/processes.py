@@ -40,7 +40,7 @@ Ecotone: TypeAlias = Callable[..., Said]  # of the ``ecotone`` fixture: takes th
 @contextlib.contextmanager
 def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     """The command line in a process of its own; gone at the end whatever happens."""
-    program = [sys.executable, "-m", "experiments.cli", *map(str, arguments)]
+    program = [sys.executable, "-m", "ecotone.experiments.cli", *map(str, arguments)]
     process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process

@@ -43,13 +43,13 @@ from typing import Any, Literal, TypeAlias
 from managing import begun
 from test_searches import MAKERS, SPACE, scored
 
-from fitness.pools import Batch, Completed
-from populations.errors import JournalError, PoolError
-from populations.genome import Genome
-from populations.journal import Journal
-from populations.space import Space
-from populations.trial import Evaluation, Goal, Trial
-from search.manager import POLL, Manager, Progress, Schedule, StopReason
+from ecotone.fitness.pools import Batch, Completed
+from ecotone.populations.errors import JournalError, PoolError
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Evaluation, Goal, Trial
+from ecotone.search.manager import POLL, Manager, Progress, Schedule, StopReason
 
 COSTLY = ("bayesian_map", "map", "nested_map", "optuna-tpe", "optuna-cma_es", "optuna-qmc")
 # The first seeds have each search once; of later ones the costly searches, of a few milliseconds a trial, have fewer.

@@ -13,17 +13,17 @@ import pytest
 import torch
 from managing import begun, ended
 
-from fitness.pools import Batch, Completed
-from populations.errors import InputError, SearchError
-from populations.genome import Floats
-from populations.gram import GramTable
-from populations.pareto import ParetoFront
-from populations.population import ElitistArchive
-from populations.space import Space
-from populations.trial import Evaluation, Goal, Outcome, Trial, oriented
-from search.adamerging import Adam, AdaMerging
-from search.manager import Schedule
-from search.protocol import numbered
+from ecotone.fitness.pools import Batch, Completed
+from ecotone.populations.errors import InputError, SearchError
+from ecotone.populations.genome import Floats
+from ecotone.populations.gram import GramTable
+from ecotone.populations.pareto import ParetoFront
+from ecotone.populations.population import ElitistArchive
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
+from ecotone.search.adamerging import Adam, AdaMerging
+from ecotone.search.manager import Schedule
+from ecotone.search.protocol import numbered
 
 BORDERS = np.array([0, 4, 10, 24])
 SHAPE = (3, 2)

@@ -14,12 +14,13 @@ import yaml
 from processes import ROOT, killed
 from safetensors.numpy import save_file
 
-from experiments import digit_questions, report
-from experiments.checks import validate
-from experiments.recipe import Recipe
-from experiments.running import launch, resume
-from experiments.runs import Run
-from populations.errors import EcotoneError, InputError
+from ecotone.experiments import report
+from ecotone.experiments.checks import validate
+from ecotone.experiments.examples import digit_questions
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch, resume
+from ecotone.experiments.runs import Run
+from ecotone.populations.errors import EcotoneError, InputError
 
 STEPS, EVERY, TASKS = 12, 4, 2
 CHECKS = 1 + STEPS // EVERY

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-import experiments
-from experiments import Recipe, Run, launch, resume
-from experiments.compose import prepare, worker_spec
-from experiments.exports import verify
-from populations.errors import InputError, JournalError
+import ecotone
+from ecotone import Recipe, Run, launch, resume
+from ecotone.experiments.compose import prepare, worker_spec
+from ecotone.experiments.exports import verify
+from ecotone.populations.errors import InputError, JournalError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "experiments" / "recipes"
@@ -34,7 +34,7 @@ def specialists(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_docstrings_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is written, only without Ray and MLflow and shorter."""
-    text = (experiments.__doc__ or "").split("::", 1)[1]
+    text = (ecotone.__doc__ or "").split("::", 1)[1]
     text = text.replace('"budget.evaluations": 500', f'"budget.evaluations": 40, **{QUICK!r}')
     assert QUICK.__repr__() in text
     text = text.replace("experiments/recipes/", f"{RECIPES}/")
@@ -157,19 +157,18 @@ def test_two_seeds_are_two_searches_and_one_is_one(tmp_path: Path) -> None:
 
 
 def test_importing_the_package_is_light() -> None:
-    program = (
-        "import sys, experiments, experiments.cli; print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
-    )
+    heavy = "'torch', 'ray', 'mlflow', 'pydantic', 'numpy'"
+    program = f"import sys, ecotone, ecotone.experiments.cli; print([m for m in ({heavy}) if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
     with pytest.raises(AttributeError, match="no attribute 'lunch'"):
-        experiments.lunch  # noqa: B018
+        ecotone.lunch  # noqa: B018
 
 
 def test_every_public_name_is_documented() -> None:
-    for name in experiments.__all__:
-        assert getattr(experiments, name).__doc__
-    assert re.search(r"from experiments import Recipe, launch", experiments.__doc__ or "")
+    for name in ecotone.__all__:
+        assert getattr(ecotone, name).__doc__
+    assert re.search(r"from ecotone import Recipe, launch", ecotone.__doc__ or "")
 
 
 def blocks(language: str) -> list[str]:
@@ -178,7 +177,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_readme_shows_the_docstrings_example() -> None:
-    lines = [line for line in (experiments.__doc__ or "").split("::", 1)[1].splitlines() if line.strip()]
+    lines = [line for line in (ecotone.__doc__ or "").split("::", 1)[1].splitlines() if line.strip()]
     shown = [[line for line in block.splitlines() if line.strip()] for block in blocks("python")]
     assert lines in shown
 

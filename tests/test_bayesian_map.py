@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import search.bayesian_map as bayesian_map
-from populations.errors import InputError, SearchError
-from populations.fronts import hypervolume
-from populations.genome import Floats
-from populations.trial import Evaluation, Goal, Outcome, Trial
-from search.bayesian_map import BayesianMap, Bins, Known, Volume, angles, coordinates, from_angles, opening
-from search.coefficients import CoefficientBox
-from search.surrogates import Link
+import ecotone.search.bayesian_map as bayesian_map
+from ecotone.populations.errors import InputError, SearchError
+from ecotone.populations.fronts import hypervolume
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.search.bayesian_map import BayesianMap, Bins, Known, Volume, angles, coordinates, from_angles, opening
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.surrogates import Link
 
 Score = Callable[[Floats], Floats]  # (D,) coefficients to (M,) scores
 SMALL = {"paths": 16, "candidates": 128}

@@ -7,21 +7,20 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fitness import heads
-from fitness.calibration import Task, build
-from fitness.data import Examples, load
-from fitness.heads import Head, logits
-from fitness.objectives import Accuracy, Entropy, entropies
-from fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec
-from populations.errors import InputError
-from populations.trial import Goal
+from ecotone.fitness import heads
+from ecotone.fitness.data import Examples, load
+from ecotone.fitness.gradients.calibration import Task, build
+from ecotone.fitness.heads import Head, logits
+from ecotone.fitness.objectives import Accuracy, Entropy, entropies
+from ecotone.fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Goal
 
 CPU = torch.device("cpu")
 
@@ -167,8 +166,8 @@ def test_without_gradients_there_is_no_graph():
 
 def test_a_decoder_s_inputs_keep_their_own_columns():
     """Sources and targets may be padded to one length, and are of different lengths."""
-    from fitness.data import Examples
-    from fitness.distillation import _rows
+    from ecotone.fitness.data import Examples
+    from ecotone.fitness.gradients.distillation import _rows
 
     mask, targets = torch.zeros(4, 8, dtype=torch.long), torch.arange(32).view(4, 8)
     mask[:, :2] = 1
@@ -213,11 +212,12 @@ def seen_once(stream, step):
 
 def test_a_batch_is_the_same_in_another_process(module, tmp_path):
     (tmp_path / "elsewhere.py").write_text(
-        "import torch\nfrom fitness.calibration import Task\nfrom fitness.data import Examples\n"
+        "import torch\nfrom ecotone.fitness.data import Examples\n"
+        "from ecotone.fitness.gradients.calibration import Task\n"
         "print(Task('a', Examples(torch.arange(50.0)[:, None]), seed=3).batch(7).inputs.tolist())"
     )
     command = [sys.executable, str(tmp_path / "elsewhere.py")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONHASHSEED": "7"}
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     here = Task("a", Examples(torch.arange(50.0)[:, None]), seed=3).batch(7).inputs.tolist()
     assert run.stdout.strip() == str(here)
@@ -401,7 +401,7 @@ def test_the_same_call_gives_one_head(module):
     head = CallSpec("calibration_tested:scale", {"times": 2.0})
     data = CallSpec("calibration_tested:inputs")
     tasks = [build(CalibrationSpec(name, data, head=head), CPU) for name in "ab"]
-    from fitness.objectives import build as objective
+    from ecotone.fitness.objectives import build as objective
 
     scored = objective(ObjectiveSpec(Goal("h"), "entropy", data, head=head), CPU)
     other = build(CalibrationSpec("c", data, head=CallSpec(head.call, {"times": 3.0})), CPU)

@@ -14,12 +14,12 @@ import torch
 import transformers
 from torch import nn
 
-from fitness import choices
-from fitness.choices import MultipleChoice, Question, build, packed
-from fitness.objectives import Objective
-from fitness.texts import tokenizer_of
-from populations.errors import InputError
-from populations.trial import Goal
+from ecotone.fitness.language import choices
+from ecotone.fitness.language.choices import MultipleChoice, Question, build, packed
+from ecotone.fitness.language.texts import tokenizer_of
+from ecotone.fitness.objectives import Objective
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Goal
 
 GOAL = Goal("right")
 SHOTS = {"shots": 3}
@@ -225,7 +225,7 @@ def test_no_memory_is_no_verdict(lines: str, folder: str, monkeypatch: pytest.Mo
         raise torch.cuda.OutOfMemoryError("no memory")
 
     made = objective(lines, folder)
-    monkeypatch.setattr("fitness.choices._mask", full)
+    monkeypatch.setattr("ecotone.fitness.language.choices._mask", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         made.score(tiny.llama())
     assert made.reuse is None

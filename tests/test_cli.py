@@ -17,7 +17,7 @@ import yaml
 from processes import Ecotone, Said
 from safetensors.numpy import load_file, save_file
 
-from experiments import cli
+from ecotone.experiments import cli
 
 # Two small models and objectives over them; the recipe's own module, beside it.
 TOYS = '''
@@ -108,7 +108,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, for reading only."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = toy_recipe(folder)
-    program = [sys.executable, "-m", "experiments.cli", "run", str(recipe), "--out", str(folder / "run")]
+    program = [sys.executable, "-m", "ecotone.experiments.cli", "run", str(recipe), "--out", str(folder / "run")]
     done = subprocess.run(program, check=False, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     assert "best (member" in done.stdout
@@ -166,7 +166,7 @@ def test_wrong_usage(ecotone: Ecotone) -> None:
 IMPORTED = """
 import sys
 sys.argv = ["ecotone", *{arguments!r}]
-from experiments import cli
+from ecotone.experiments import cli
 try:
     cli.main()
 except SystemExit as ended:
@@ -497,7 +497,7 @@ def test_a_run_that_failed_goes_on_once_its_cause_is_gone(
 ) -> None:
     recipe = toy_recipe(tmp_path, budget={"evaluations": 30})
     ecotone("run", recipe, "--out", tmp_path / "whole")
-    from experiments import running
+    from ecotone.experiments import running
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
@@ -695,7 +695,7 @@ def test_a_recipe_of_the_users_is_not_overwritten(
 def test_stopped_before_anything_was_recorded(
     ecotone: Ecotone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiments import compose
+    from ecotone.experiments import compose
 
     def stopped(*arguments: object) -> None:
         raise KeyboardInterrupt

@@ -16,9 +16,9 @@ from processes import ROOT, started, wait_until
 from ray_clusters import NODE, Books, Machines, autoscaled, isolated
 from test_faults import EVALUATIONS, calls, digest, toy_recipe
 
-from experiments.recipe import Recipe
-from experiments.running import launch
-from experiments.runs import Run
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch
+from ecotone.experiments.runs import Run
 
 pytest.importorskip("ray")
 BATCH = 4
@@ -159,7 +159,7 @@ head = ray("--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false",
 assert head.wait() == 0
 """
 AUTOSCALED = """
-sys.exit(subprocess.run([sys.executable, "-m", "experiments.cli", *command]).returncode)
+sys.exit(subprocess.run([sys.executable, "-m", "ecotone.experiments.cli", *command]).returncode)
 """
 TOLD_TO_STOP = """
 def node(port):
@@ -169,7 +169,7 @@ def reach(count):
         assert search.poll() is None
         time.sleep(0.1)
 first = node(52400)
-search = subprocess.Popen([sys.executable, "-m", "experiments.cli", *command])
+search = subprocess.Popen([sys.executable, "-m", "ecotone.experiments.cli", *command])
 reach(10)
 second = node(52401)
 reach(60)

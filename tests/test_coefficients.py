@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from populations.errors import InputError
-from populations.gram import GramTable
-from populations.space import Space
-from search.coefficients import CoefficientBox, grouped
+from ecotone.populations.errors import InputError
+from ecotone.populations.gram import GramTable
+from ecotone.populations.space import Space
+from ecotone.search.coefficients import CoefficientBox, grouped
 
 SIZE = 100
 SPACE = Space(

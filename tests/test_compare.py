@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from processes import Ecotone
 
-from experiments.compare import compare, search_seconds
-from experiments.pages import page
-from experiments.runs import Run, front_rows, reference_point
-from populations.errors import InputError
-from populations.fronts import non_dominated
-from populations.genome import Genome
-from populations.journal import Journal, Row
-from populations.trial import Evaluation, Goal, Trial
+from ecotone.experiments.compare import compare, search_seconds
+from ecotone.experiments.pages import page
+from ecotone.experiments.runs import Run, front_rows, reference_point
+from ecotone.populations.errors import InputError
+from ecotone.populations.fronts import non_dominated
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal, Row
+from ecotone.populations.trial import Evaluation, Goal, Trial
 
 AB = [["a", "maximize"], ["b", "maximize"]]
 MODELS = ["left", "right"]

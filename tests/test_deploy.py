@@ -19,7 +19,7 @@ import pytest
 import yaml
 from processes import ROOT
 
-from experiments.jobs import HOME_RUNS, PACKAGES
+from ecotone.experiments.jobs import HOME_RUNS, PACKAGES
 
 LAUNCHED = ("ray_cluster.yaml", "deploy/on-premise.yaml")
 EVERYTHING = (*LAUNCHED, "deploy/kuberay.yaml", "deploy/Dockerfile", "deploy/drain_on_interruption.py")

@@ -7,10 +7,10 @@ import warnings
 import numpy as np
 import pytest
 
-from populations.errors import InputError
-from search.coefficients import CoefficientBox
-from search.designs import DESIGNS, design, sobol
-from search.surrogates import Link, Quadratic, features, minimum
+from ecotone.populations.errors import InputError
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.designs import DESIGNS, design, sobol
+from ecotone.search.surrogates import Link, Quadratic, features, minimum
 
 every_design = pytest.mark.parametrize("kind", DESIGNS)
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import compose, digits
-from experiments.checks import validate
-from experiments.recipe import Recipe
-from populations.errors import InputError
+from ecotone.experiments import compose
+from ecotone.experiments.checks import validate
+from ecotone.experiments.examples import digits
+from ecotone.experiments.recipe import Recipe
+from ecotone.populations.errors import InputError
 
 pytest.importorskip("sklearn")
 RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from experiments import Recipe, launch
-from experiments.exports import verify
+from ecotone import Recipe, launch
+from ecotone.experiments.exports import verify
 
 MODULE = """
 import torch

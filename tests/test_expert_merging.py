@@ -13,27 +13,27 @@ from managing import begun, ended
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from experiments import compose
-from experiments.recipe import Recipe
-from fitness import calibration
-from fitness.calibration import Distilled
-from fitness.data import Examples
-from fitness.distillation import Behaviour, distance, observe
-from fitness.pools import SerialPool
-from fitness.resident import Resident
-from fitness.specs import CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
-from fitness.worker import Worker
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Genome
-from populations.gram import GramTable
-from populations.population import ElitistArchive
-from populations.space import Space
-from populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
-from search.adamerging import AdaMerging
-from search.expert_merging import EXCLUDED, ExpertMerging, shares
-from search.manager import Schedule
-from search.surrogates import sigmoid
+from ecotone.experiments import compose
+from ecotone.experiments.recipe import Recipe
+from ecotone.fitness.backends.resident import Resident
+from ecotone.fitness.data import Examples
+from ecotone.fitness.gradients import calibration
+from ecotone.fitness.gradients.calibration import Distilled
+from ecotone.fitness.gradients.distillation import Behaviour, distance, observe
+from ecotone.fitness.pools import SerialPool
+from ecotone.fitness.specs import CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.worker import Worker
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+from ecotone.populations.gram import GramTable
+from ecotone.populations.population import ElitistArchive
+from ecotone.populations.space import Space
+from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
+from ecotone.search.adamerging import AdaMerging
+from ecotone.search.expert_merging import EXCLUDED, ExpertMerging, shares
+from ecotone.search.manager import Schedule
+from ecotone.search.surrogates import sigmoid
 
 pytestmark = pytest.mark.usefixtures("threads")
 CPU = torch.device("cpu")

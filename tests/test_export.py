@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merging import export
-from merging.checkpoint import Checkpoint
-from merging.export import export_directory, export_file
-from merging.sources import Sources
-from populations.errors import EcotoneError, InputError
-from populations.genome import Genome
+from ecotone.merging import export
+from ecotone.merging.export import export_directory, export_file
+from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.genome import Genome
 
 RECORD = {"lineage": [3, 1], "scores": {"accuracy": 0.5}}
 
@@ -214,9 +214,9 @@ PEAK = """
 import re, sys, threading, time
 from pathlib import Path
 import numpy as np, torch
-from merging.export import export_file
-from merging.sources import Sources
-from populations.genome import Genome
+from ecotone.merging.export import export_file
+from ecotone.merging.sources import Sources
+from ecotone.populations.genome import Genome
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

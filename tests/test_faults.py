@@ -18,12 +18,12 @@ import yaml
 from processes import ROOT, Ecotone, killed, started, wait_until
 from safetensors.numpy import save_file
 
-from experiments import compose
-from experiments.exports import verify
-from experiments.recipe import Recipe
-from experiments.running import launch, resume
-from experiments.runs import Run
-from populations.errors import JournalError
+from ecotone.experiments import compose
+from ecotone.experiments.exports import verify
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch, resume
+from ecotone.experiments.runs import Run
+from ecotone.populations.errors import JournalError
 
 EVALUATIONS = 240
 # The search's objective writes a line a call, so that what was paid can be counted.
@@ -195,7 +195,7 @@ def test_killed_while_the_front_is_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[str], str]
 ) -> None:
     """Everything is searched, nothing is judged: resuming only judges."""
-    from experiments import running
+    from ecotone.experiments import running
 
     def dying(*arguments: object) -> None:
         raise KeyboardInterrupt

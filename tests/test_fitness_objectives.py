@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fitness.callables import call, resolve
-from fitness.data import load
-from fitness.heads import Head
-from fitness.objectives import Accuracy, CallableObjective, Entropy, Objective, build
-from fitness.specs import CallSpec, ObjectiveSpec
-from populations.errors import InputError
-from populations.trial import Goal
+from ecotone.fitness.callables import call, resolve
+from ecotone.fitness.data import load
+from ecotone.fitness.heads import Head
+from ecotone.fitness.objectives import Accuracy, CallableObjective, Entropy, Objective, build
+from ecotone.fitness.specs import CallSpec, ObjectiveSpec
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Goal
 
 MODULE = """
 import numpy as np, torch

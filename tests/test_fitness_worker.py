@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from fitness import resident
-from fitness.resident import Resident
-from fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
-from fitness.worker import Worker
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Genome
-from populations.trial import Goal, Trial
+from ecotone.fitness.backends import resident
+from ecotone.fitness.backends.resident import Resident
+from ecotone.fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.worker import Worker
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+from ecotone.populations.trial import Goal, Trial
 
 pytestmark = pytest.mark.usefixtures("threads")
 MODULE = """
@@ -370,7 +370,7 @@ def test_an_architecture_that_transformers_lacks_is_named(tmp_path):
 
 def test_a_gpu_that_an_error_has_broken_ends_the_worker(monkeypatch):
     """A kernel's failed assertion: the next call that waits for the GPU raises it again."""
-    from fitness.worker import WorkerBrokenError, _failed
+    from ecotone.fitness.worker import WorkerBrokenError, _failed
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

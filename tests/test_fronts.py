@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from populations.errors import InputError
-from populations.fronts import (
+from ecotone.populations.errors import InputError
+from ecotone.populations.fronts import (
     attainment,
     epsilon,
     hypervolume,
@@ -19,8 +19,8 @@ from populations.fronts import (
     non_dominated,
     ranks,
 )
-from populations.pareto import ParetoFront
-from populations.trial import Goal
+from ecotone.populations.pareto import ParetoFront
+from ecotone.populations.trial import Goal
 
 STAIRS = np.array([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0]])
 

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-import search.gaussian as gaussian
-from populations.genome import Floats
-from search.gaussian import GaussianProcess, Inputs, Prior, kernel, kernel_diagonal, log_evidence, quadratic_basis
+import ecotone.search.gaussian as gaussian
+from ecotone.populations.genome import Floats
+from ecotone.search.gaussian import (
+    GaussianProcess,
+    Inputs,
+    Prior,
+    kernel,
+    kernel_diagonal,
+    log_evidence,
+    quadratic_basis,
+)
 
 LOGS = np.log([0.7, 0.4, 0.5, 0.8, 1.3, 0.6, 0.01])  # linear, quadratic, residual, three lengths, noise
 

@@ -13,11 +13,17 @@ import tiny_language as tiny
 import torch
 import transformers
 
-from fitness.generation import ExactMatch, Generator, build_exact_match, build_tokens_generated, same_model
-from fitness.objectives import Objective
-from fitness.texts import tokenizer_of
-from populations.errors import InputError
-from populations.trial import Goal
+from ecotone.fitness.language.generation import (
+    ExactMatch,
+    Generator,
+    build_exact_match,
+    build_tokens_generated,
+    same_model,
+)
+from ecotone.fitness.language.texts import tokenizer_of
+from ecotone.fitness.objectives import Objective
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Goal
 
 LENGTH, RIGHT = Goal("length", "minimize"), Goal("right")
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from populations.errors import InputError
-from populations.genome import Genome, combine
-from populations.gram import GramTable
-from populations.space import Space
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome, combine
+from ecotone.populations.gram import GramTable
+from ecotone.populations.space import Space
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")

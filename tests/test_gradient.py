@@ -8,18 +8,19 @@ import pytest
 import torch
 from safetensors.torch import save_file, save_model
 
-from fitness import checkpointing, resident
-from fitness.pools import Batch, SerialPool
-from fitness.resident import Resident
-from fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec, WorkerSpec
-from fitness.worker import Worker
-from merging import compiled
-from merging import gradient as gradients
-from merging.gradient import Slopes
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Genome
-from populations.trial import CalibrationBatch, Evaluation, Goal, Trial
+from ecotone.fitness.backends import activation_checkpointing as checkpointing
+from ecotone.fitness.backends import resident
+from ecotone.fitness.backends.resident import Resident
+from ecotone.fitness.pools import Batch, SerialPool
+from ecotone.fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.worker import Worker
+from ecotone.merging import gradient as gradients
+from ecotone.merging.gradient import Slopes
+from ecotone.merging.kernel import compiled
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Trial
 
 pytestmark = pytest.mark.usefixtures("threads")
 CPU = torch.device("cpu")
@@ -287,7 +288,7 @@ def test_compiled_loops_give_the_same_bits(folder, monkeypatch, operator, dtype,
         plain = collected(sources, genome, found.items())
         assert not used
         with monkeypatch.context() as patch:
-            patch.setattr("merging.sources.SMALL", 0)
+            patch.setattr("ecotone.merging.sources.SMALL", 0)
             assert np.array_equal(collected(sources, genome, found.items()), plain)
         assert used
         used.clear()
@@ -298,7 +299,7 @@ def test_compiled_loops_give_the_same_bits(folder, monkeypatch, operator, dtype,
 def test_weights_without_a_gradient_are_passed_over(folder, monkeypatch, operator, compiles):
     if compiles:
         pytest.importorskip("numba")
-        monkeypatch.setattr("merging.sources.SMALL", 0)
+        monkeypatch.setattr("ecotone.merging.sources.SMALL", 0)
     rng = torch.Generator().manual_seed(0)
     for number in range(4):
         save_file({"words": torch.randn(5000, 30, generator=rng)}, folder / f"{number}.safetensors")

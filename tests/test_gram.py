@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from populations.errors import InputError
-from populations.genome import Genome, combine
-from populations.gram import GramTable
-from search.m2n2 import slerp_weights
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome, combine
+from ecotone.populations.gram import GramTable
+from ecotone.search.m2n2 import slerp_weights
 
 Vector = NDArray[np.float64]
 

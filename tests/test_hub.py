@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merging import hub
-from merging.checkpoint import Checkpoint
-from merging.sources import Sources
-from populations.errors import CheckpointError
+from ecotone.merging.models import hub
+from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import CheckpointError
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants, errors, utils = (pytest.importorskip(f"huggingface_hub.{part}") for part in ("constants", "errors", "utils"))
@@ -190,7 +190,8 @@ def test_workers_that_open_a_repository_at_once_download_it_once(tmp_path, monke
     files = {"model.safetensors": (tmp_path / "model.safetensors").read_bytes(), "config.json": b"{}"}
     monkeypatch.setattr(Hub, "files", files)
     monkeypatch.setattr(Hub, "downloads", [])
-    program = "from merging.checkpoint import Checkpoint; print(Checkpoint.open('org/tiny').tensor('w').sum().item())"
+    reading = "print(Checkpoint.open('org/tiny').tensor('w').sum().item())"
+    program = f"from ecotone.merging.models.checkpoint import Checkpoint; {reading}"
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         variables = {

@@ -32,12 +32,12 @@ import yaml
 from processes import ROOT, Ecotone, same_arithmetic
 from safetensors.numpy import save_file
 
-from experiments import jobs, storage
-from experiments.jobs import JobServer
-from experiments.recipe import Recipe
-from experiments.running import launch
-from experiments.runs import Run
-from populations.errors import EcotoneError, InputError, JournalError, PoolError
+from ecotone.experiments import jobs, storage
+from ecotone.experiments.jobs import JobServer
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch
+from ecotone.experiments.runs import Run
+from ecotone.populations.errors import EcotoneError, InputError, JournalError, PoolError
 
 ADDRESS = "http://127.0.0.1:8265"
 RECIPE = ROOT / "experiments" / "recipes" / "digits-specialists.yaml"
@@ -117,7 +117,7 @@ def test_a_recipe_of_the_checkout_travels_with_the_checkout(client: Remembering,
     (job,) = client.sent
     assert job["submission_id"] == "first"
     assert job["entrypoint"] == (
-        "exec python -m experiments.cli run experiments/recipes/digits-specialists.yaml "
+        "exec python -m ecotone.experiments.cli run experiments/recipes/digits-specialists.yaml "
         '--out "$HOME"/ecotone-runs/first --log json --set=runtime.pool=ray --set=runtime.address=auto '
         "--set=seed=3 --set=runtime.grace=50"
     )
@@ -142,8 +142,9 @@ def test_a_recipe_elsewhere_travels_with_its_folder_and_this_ecotone(
     assert re.fullmatch(r"toy-\d{8}-\d{6}", job["submission_id"])
     assert " run toy.yaml --out 's3://bucket/a run' " in job["entrypoint"]
     assert job["runtime_env"]["working_dir"] == str(tmp_path / "mine")
-    assert {Path(path).name for path in job["runtime_env"]["py_modules"]} == set(jobs.PACKAGES)
-    assert all(Path(path, "__init__.py").exists() for path in job["runtime_env"]["py_modules"])
+    (module,) = map(Path, job["runtime_env"]["py_modules"])
+    assert module.name == "ecotone"
+    assert all((module / name / "__init__.py").exists() for name in jobs.PACKAGES[1:])
     assert said.json["out"] == "s3://bucket/a run"
     assert said.json["state"] == "pending"
 
@@ -403,7 +404,7 @@ def test_nobody_answers_at_a_real_address(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def _said(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "experiments.cli", *arguments]
+    program = [sys.executable, "-m", "ecotone.experiments.cli", *arguments]
     known = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(program, check=False, capture_output=True, text=True, cwd=folder, env=known)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from populations.errors import JournalError
-from populations.genome import Genome
-from populations.journal import FORMAT, Event, Journal
-from populations.trial import CalibrationBatch, Evaluation, Failure, Trial
+from ecotone.populations.errors import JournalError
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import FORMAT, Event, Journal
+from ecotone.populations.trial import CalibrationBatch, Evaluation, Failure, Trial
 
 
 def genome(number: int) -> Genome:
@@ -271,9 +271,9 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 import numpy as np
-from populations.genome import Genome
-from populations.journal import Journal
-from populations.trial import Evaluation, Trial
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal
+from ecotone.populations.trial import Evaluation, Trial
 journal = Journal.open({path!r}, write=True)
 for number in range(6, 10):
     trial = Trial(number, Genome.uniform(10, [1.0, number]))

@@ -15,10 +15,10 @@ import tiny_language as tiny
 import torch
 import yaml
 
-from fitness import language
-from fitness.objectives import Divisible, Objective
-from populations.errors import InputError
-from populations.trial import Goal
+from ecotone.fitness import lm_eval as language
+from ecotone.fitness.objectives import Divisible, Objective
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Goal
 
 pytest.importorskip("lm_eval.models.huggingface")
 transformers = pytest.importorskip("transformers")

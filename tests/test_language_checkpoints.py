@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fitness.resident import Resident
-from merging.export import export_directory
-from merging.sources import Sources
-from populations.genome import Genome
+from ecotone.fitness.backends.resident import Resident
+from ecotone.merging.export import export_directory
+from ecotone.merging.sources import Sources
+from ecotone.populations.genome import Genome
 
 transformers = pytest.importorskip("transformers")
 TOKENS = torch.arange(18).view(3, 6)

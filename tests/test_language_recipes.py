@@ -7,13 +7,15 @@ from typing import get_args
 import pytest
 import yaml
 
-from experiments import compose, launch
-from experiments.checks import validate
-from experiments.parts import OBJECTIVES, Language
-from experiments.recipe import Recipe
-from fitness import choices, generation, language, perplexity
-from fitness.objectives import LANGUAGE
-from populations.errors import InputError
+from ecotone import launch
+from ecotone.experiments import compose
+from ecotone.experiments.checks import validate
+from ecotone.experiments.parts import OBJECTIVES, Language
+from ecotone.experiments.recipe import Recipe
+from ecotone.fitness import lm_eval as language
+from ecotone.fitness.language import choices, generation, perplexity
+from ecotone.fitness.objectives import LANGUAGE
+from ecotone.populations.errors import InputError
 
 SETTINGS = {
     "lm_eval": language.Settings,

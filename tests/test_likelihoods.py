@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fitness.likelihoods import _normalisers
+from ecotone.fitness.language.likelihoods import _normalisers
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import logs
-from search.manager import Progress
+from ecotone.experiments import logs
+from ecotone.search.manager import Progress
 
 log = logging.getLogger("ecotone")
 

@@ -6,18 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import merging.lora
-import merging.materialise as kernel
-import merging.sources
-from fitness.resident import Resident
-from merging import compiled, operators
-from merging.checkpoint import Checkpoint
-from merging.export import export_directory, export_file
-from merging.gradient import Slopes
-from merging.lora import Adapter, LowRank
-from merging.sources import Sources
-from populations.errors import CheckpointError, InputError
-from populations.genome import Genome
+import ecotone.merging.kernel.materialise as kernel
+import ecotone.merging.models.lora
+import ecotone.merging.sources
+from ecotone.fitness.backends.resident import Resident
+from ecotone.merging import operators
+from ecotone.merging.export import export_directory, export_file
+from ecotone.merging.gradient import Slopes
+from ecotone.merging.kernel import compiled
+from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.models.lora import Adapter, LowRank
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import CheckpointError, InputError
+from ecotone.populations.genome import Genome
 
 OPERATORS = sorted(operators.operators)
 LINEAR, EMBEDDING = "layers.0.weight", "embed_tokens.weight"
@@ -123,7 +124,7 @@ def test_the_bits_of_an_expert_do_not_depend_on_how_it_is_read(tmp_path, monkeyp
         assert torch.equal(LowRank(base, left.to(kind), right.to(kind), large=True).formed(), whole)
         torch.testing.assert_close(whole, base.to(kind) + (left.to(kind) @ right.to(kind)).view(-1))
         for span in (1, 7, 37, 100, 5000):
-            monkeypatch.setattr(merging.lora, "CHUNK", span)
+            monkeypatch.setattr(ecotone.merging.models.lora, "CHUNK", span)
             for low, high in ((0, 1), (36, 38), (5, 600), (100, 53 * 37), (37, 111)):
                 assert torch.equal(source[low:high].formed(), whole[low:high])
                 assert torch.equal(source[3:][low - 3 : high - 3].formed(), whole[low:high]) or low < 3
@@ -139,9 +140,9 @@ def test_large_models_give_the_bits_of_small_ones(tmp_path, dtype, monkeypatch):
     low, _ = pair(tmp_path, dtype, "task_arithmetic")
     genome = genome_of(low)
     expected = materialised(low, genome, dtype)
-    monkeypatch.setattr(merging.sources, "SMALL", 0)
-    monkeypatch.setattr(merging.lora, "SMALL", 0)
-    monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.sources, "SMALL", 0)
+    monkeypatch.setattr(ecotone.merging.models.lora, "SMALL", 0)
+    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
     large = Sources.open([e.path for e in low.experts], low.base.path, "task_arithmetic")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in materialised(large, genome, dtype).items())
     monkeypatch.setattr(compiled, "supports", lambda *_: False)
@@ -162,12 +163,12 @@ def test_no_merged_copy_is_held(tmp_path, monkeypatch):
     parts = {"layers.0.lora_A.weight": torch.randn(2, columns), "layers.0.lora_B.weight": torch.randn(rows, 2)}
     paths = [adapter(tmp_path / name, parts) for name in ("low", "same")]
     monkeypatch.setattr(LowRank, "formed", counted)
-    monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", 0)
-    monkeypatch.setattr("merging.export.BUFFER_BYTES", 4 * 9000)
-    monkeypatch.setattr("merging.lazy.SPAN", 9000)
-    for module in (kernel, merging.gram, merging.gradient):
+    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr("ecotone.merging.export.BUFFER_BYTES", 4 * 9000)
+    monkeypatch.setattr("ecotone.merging.kernel.lazy.SPAN", 9000)
+    for module in (kernel, ecotone.merging.inner_products, ecotone.merging.gradient):
         monkeypatch.setattr(module, "CHUNK", 9000)
-    monkeypatch.setattr("merging.operators.task_vectors.SPAN", 9000)
+    monkeypatch.setattr("ecotone.merging.operators.task_vectors.SPAN", 9000)
     for operator in OPERATORS:
         sources = Sources.open(paths, tmp_path / "base.safetensors", operator)
         assert sources.experts[0].nbytes == 4 * 2 * (rows + columns)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from populations.errors import InputError
-from populations.genome import Genome
-from populations.gram import GramTable
-from populations.niches import NicheArchive
-from populations.space import Space
-from populations.trial import Evaluation, Goal, Trial
-from search.m2n2 import M2N2, M2N2Settings, normal_quantiles
-from search.protocol import trial_rng
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+from ecotone.populations.gram import GramTable
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Evaluation, Goal, Trial
+from ecotone.search.m2n2 import M2N2, M2N2Settings, normal_quantiles
+from ecotone.search.protocol import trial_rng
 
 SIZE, EXAMPLES, CAPACITY = 60, 40, 6
 TENSORS = [0, 10, 25, 26, 60]

@@ -19,25 +19,25 @@ import pytest
 from managing import begun, ended, of_sample
 from numpy.typing import NDArray
 
-from fitness.pools import Batch, Completed
-from populations.errors import JournalError, PoolError, SearchError
-from populations.genome import Genome
-from populations.gram import GramTable
-from populations.journal import Journal
-from populations.niches import NicheArchive
-from populations.pareto import ParetoFront
-from populations.population import ElitistArchive, Population
-from populations.space import Space
-from populations.trial import Evaluation, Goal, Trial, oriented
-from search.cma_es import CmaEs
-from search.coefficients import CoefficientBox
-from search.m2n2 import M2N2, M2N2Settings
-from search.manager import POLL, Manager, Progress, Schedule, measure
-from search.nsga import Nsga
-from search.protocol import Search
-from search.racing import RaceSettings, Racing
-from search.random_search import RandomSearch
-from search.stages import Stage, StagedSearch
+from ecotone.fitness.pools import Batch, Completed
+from ecotone.populations.errors import JournalError, PoolError, SearchError
+from ecotone.populations.genome import Genome
+from ecotone.populations.gram import GramTable
+from ecotone.populations.journal import Journal
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.pareto import ParetoFront
+from ecotone.populations.population import ElitistArchive, Population
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Evaluation, Goal, Trial, oriented
+from ecotone.search.cma_es import CmaEs
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.m2n2 import M2N2, M2N2Settings
+from ecotone.search.manager import POLL, Manager, Progress, Schedule, measure
+from ecotone.search.nsga import Nsga
+from ecotone.search.protocol import Search
+from ecotone.search.racing import RaceSettings, Racing
+from ecotone.search.random_search import RandomSearch
+from ecotone.search.stages import Stage, StagedSearch
 
 SIZE = 20
 GOALS = (Goal("first"), Goal("second"))

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from populations.errors import InputError, SearchError
-from populations.fronts import hypervolume, non_dominated
-from populations.genome import Floats
-from populations.trial import Evaluation, Goal, Outcome, Trial
-from search.coefficients import CoefficientBox
-from search.map import MapSearch, Surrogates, predicted_front, reach, spread
-from search.surrogates import Link
+from ecotone.populations.errors import InputError, SearchError
+from ecotone.populations.fronts import hypervolume, non_dominated
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.map import MapSearch, Surrogates, predicted_front, reach, spread
+from ecotone.search.surrogates import Link
 
 GOALS = (Goal("a"), Goal("b"))
 TOLD = Outcome(accepted=True)

@@ -13,12 +13,12 @@ import yaml
 from processes import ROOT, killed
 from safetensors.numpy import save_file
 
-from experiments.checks import validate
-from experiments.compose import check_search
-from experiments.recipe import Box, Recipe
-from experiments.running import launch, resume
-from experiments.runs import Run
-from populations.errors import EcotoneError, InputError
+from ecotone.experiments.checks import validate
+from ecotone.experiments.compose import check_search
+from ecotone.experiments.recipe import Box, Recipe
+from ecotone.experiments.running import launch, resume
+from ecotone.experiments.runs import Run
+from ecotone.populations.errors import EcotoneError, InputError
 
 EVALUATIONS = 36
 # Accuracies that no merge of the models has all of. The log has a line a candidate; at `stop` lines the process

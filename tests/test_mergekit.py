@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from processes import Ecotone
 from safetensors.numpy import save_file
 
-from experiments.compose import check_operator
-from experiments.exports import export_mergekit, rescored
-from experiments.mergekit import filters, import_mergekit, mergekit_config, reference, snapped
-from experiments.recipe import Recipe
-from experiments.running import launch
-from merging import operators
-from merging.checkpoint import Checkpoint, Shard, TensorInfo
-from merging.layout import Layout
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Genome
+from ecotone.experiments.compose import check_operator
+from ecotone.experiments.exports import export_mergekit, rescored
+from ecotone.experiments.mergekit import filters, import_mergekit, mergekit_config, reference, snapped
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch
+from ecotone.merging import operators
+from ecotone.merging.models.checkpoint import Checkpoint, Shard, TensorInfo
+from ecotone.merging.models.layout import Layout
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
 
 # -- what mergekit's documentation says ---------------------------------------------------------------------
 

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from experiments.mergekit import mergekit_config
-from merging.export import export_directory
-from merging.sources import Sources
-from populations.genome import Genome
+from ecotone.experiments.mergekit import mergekit_config
+from ecotone.merging.export import export_directory
+from ecotone.merging.sources import Sources
+from ecotone.populations.genome import Genome
 
 PROGRAM = os.environ.get("ECOTONE_MERGEKIT", "")
 pytestmark = [

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file, save_model
 
-from merging import preflight
-from merging.checkpoint import Checkpoint
-from merging.sources import Sources
-from populations.errors import CheckpointError, InputError
+from ecotone.merging.models import preflight
+from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import CheckpointError, InputError
 
 
 def tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merging.checkpoint import Checkpoint
-from merging.layout import Layout, block_of, natural
-from populations.errors import CheckpointError
+from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.models.layout import Layout, block_of, natural
+from ecotone.populations.errors import CheckpointError
 
 NAMES = [
     "model.embed_tokens.weight",

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import merging.compiled
-import merging.materialise as kernel
-import merging.sources
-from merging import operators
-from merging.gram import gram_table, region_borders
-from merging.layout import Layout
-from merging.operators.base import directions
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Genome
-from populations.gram import GramTable
+import ecotone.merging.kernel.compiled
+import ecotone.merging.kernel.materialise as kernel
+import ecotone.merging.sources
+from ecotone.merging import operators
+from ecotone.merging.inner_products import gram_table, region_borders
+from ecotone.merging.models.layout import Layout
+from ecotone.merging.operators.base import directions
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+from ecotone.populations.gram import GramTable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = {"head.bias": (11,), "layers.0.weight": (300, 257), "layers.1.weight": (13, 17), "scale": ()}
@@ -140,14 +140,14 @@ def test_backends_for_large_models_give_the_bits_of_numpy(tmp_path, dtype, count
     genomes += [Genome.uniform(SIZE, np.full(count, 0.3))]
     plain = [empty(sources, dtype) for _ in genomes]
     sources.materialise(genomes, plain)
-    monkeypatch.setattr(merging.sources, "SMALL", 0)
-    assert merging.compiled.supports([torch.ones(2, dtype=dtype)], [torch.ones(2, dtype=dtype)])
+    monkeypatch.setattr(ecotone.merging.sources, "SMALL", 0)
+    assert ecotone.merging.kernel.compiled.supports([torch.ones(2, dtype=dtype)], [torch.ones(2, dtype=dtype)])
     fast = [empty(sources, dtype) for _ in genomes]
     sources.materialise(genomes, fast)
     monkeypatch.setattr(kernel, "COMPILED_SPAN", 10_007)  # odd places: no whole cache lines
     odd = [empty(sources, dtype) for _ in genomes]
     sources.materialise(genomes, odd)
-    monkeypatch.setattr(merging.compiled, "supports", lambda *_: False)
+    monkeypatch.setattr(ecotone.merging.kernel.compiled, "supports", lambda *_: False)
     monkeypatch.setattr(kernel, "TORCH_SPAN", 5_003)
     slow = [empty(sources, dtype) for _ in genomes]
     sources.materialise(genomes, slow)
@@ -160,29 +160,31 @@ def test_compiled_loops_round_every_bfloat16_as_torch_does():
     numbers = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
     for weight in (1.0, 0.3, -1e-3, 1e30):
         out = torch.empty_like(numbers)
-        merging.compiled.Batch([kernel.Mixture(np.array([0, 2**16]), np.array([[weight]]))]).mix([numbers], 0, [out])
+        ecotone.merging.kernel.compiled.Batch([kernel.Mixture(np.array([0, 2**16]), np.array([[weight]]))]).mix(
+            [numbers], 0, [out]
+        )
         expected = (numbers.float() * np.float32(weight)).to(torch.bfloat16)
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_without_numba_large_models_are_merged_too(two, monkeypatch):
-    monkeypatch.setattr(merging.sources, "SMALL", 0)
-    monkeypatch.setitem(sys.modules, "merging.loops", None)
-    monkeypatch.delattr(merging, "loops", raising=False)
-    merging.compiled._works.cache_clear()
+    monkeypatch.setattr(ecotone.merging.sources, "SMALL", 0)
+    monkeypatch.setitem(sys.modules, "ecotone.merging.kernel.loops", None)
+    monkeypatch.delattr(ecotone.merging.kernel, "loops", raising=False)
+    ecotone.merging.kernel.compiled._works.cache_clear()
     try:
         out = empty(two, torch.float32)
         two.materialise([Genome.uniform(SIZE, [1.0, 0.0])], [out])
-        assert not merging.compiled.supports([flat(out)], [flat(out)])
+        assert not ecotone.merging.kernel.compiled.supports([flat(out)], [flat(out)])
     finally:
-        merging.compiled._works.cache_clear()
+        ecotone.merging.kernel.compiled._works.cache_clear()
     assert torch.equal(flat(out), torch.cat([two.experts[0].tensor(n).reshape(-1) for n in two.layout.tensors]))
 
 
 def test_stack_of_a_model_too_large_to_keep_gives_the_same_bits(sources, monkeypatch):
     genomes = [random_genome(sources, 9, 1), random_genome(sources, 1, 2)]
     expected = sources.stack(genomes)
-    monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
     sources.__dict__.pop("_matrix")
     for name, values in sources.stack(genomes).items():
         assert torch.equal(bits(values), bits(expected[name]))
@@ -227,7 +229,7 @@ def test_terms_of_weight_zero_are_left_out(tmp_path):
 
 
 def test_one_pass_over_the_sources_serves_all_candidates(sources, monkeypatch):
-    monkeypatch.setattr("merging.sources.RESIDENT_BYTES", 0)  # nothing is kept
+    monkeypatch.setattr("ecotone.merging.sources.RESIDENT_BYTES", 0)  # nothing is kept
     sources.stack([random_genome(sources, 1, 0)])  # by now an operator knows what it must of all tensors
     before = sources.loads
     genomes = [random_genome(sources, 5, seed) for seed in range(6)]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merging import operators
-from merging.export import export_file
-from merging.materialise import accumulator
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Genome
+from ecotone.merging import operators
+from ecotone.merging.export import export_file
+from ecotone.merging.kernel.materialise import accumulator
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -23,13 +23,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 
-from experiments import tracking
-from experiments.tracking.server import await_answer, free_port, serving
-from experiments.tracking.server import stop as stop_server
-from experiments.tracking.view import view_address, view_key
-from populations.genome import Genome
-from populations.journal import Journal
-from populations.trial import Evaluation, Goal, Trial
+from ecotone.experiments import tracking
+from ecotone.experiments.tracking.server import await_answer, free_port, serving
+from ecotone.experiments.tracking.server import stop as stop_server
+from ecotone.experiments.tracking.view import view_address, view_key
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal
+from ecotone.populations.trial import Evaluation, Goal, Trial
 
 pytest.importorskip("mlflow")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from experiments import compose
-from experiments.runs import Run
+from ecotone.experiments import compose
+from ecotone.experiments.runs import Run
 
 pytest.importorskip("sklearn")
 FAST = ["--problems", "digits", "--seeds", "1", "--rates", "0.01,0.3", "--set", "prepare.arguments.epochs=2"]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from populations.errors import InputError, SearchError
-from populations.genome import Floats
-from populations.trial import Evaluation, Goal, Outcome
-from search.coefficients import CoefficientBox
-from search.nested_map import NestedMapSearch
-from search.surrogates import Link
+from ecotone.populations.errors import InputError, SearchError
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Evaluation, Goal, Outcome
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.nested_map import NestedMapSearch
+from ecotone.search.surrogates import Link
 
 TOLD = Outcome(accepted=True)
 

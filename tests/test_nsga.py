@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from populations.errors import InputError
-from populations.fronts import hypervolume, igd_plus, ranks
-from populations.trial import Evaluation, Goal, Outcome
-from search.coefficients import CoefficientBox
-from search.nsga import (
+from ecotone.populations.errors import InputError
+from ecotone.populations.fronts import hypervolume, igd_plus, ranks
+from ecotone.populations.trial import Evaluation, Goal, Outcome
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.nsga import (
     Nsga,
     Variant,
     crowding,
@@ -24,8 +24,8 @@ from search.nsga import (
     reference_directions,
     simulated_binary,
 )
-from search.protocol import Search
-from search.random_search import RandomSearch
+from ecotone.search.protocol import Search
+from ecotone.search.random_search import RandomSearch
 
 Table = NDArray[np.float64]
 Problem = Callable[[Table], Table]

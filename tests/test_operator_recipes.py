@@ -7,11 +7,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from experiments import compose, launch
-from experiments.checks import validate
-from experiments.exports import verify
-from experiments.recipe import Recipe
-from populations.errors import InputError
+from ecotone import launch
+from ecotone.experiments import compose
+from ecotone.experiments.checks import validate
+from ecotone.experiments.exports import verify
+from ecotone.experiments.recipe import Recipe
+from ecotone.populations.errors import InputError
 
 OBJECTIVES = """
 def near(model, axis):

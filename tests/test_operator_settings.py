@@ -7,21 +7,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import merging.sources
-from merging import operators
-from merging.export import export_file
-from merging.gradient import Slopes
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Genome
-from populations.gram import GramTable
-from populations.space import Space
-from populations.trial import Goal
-from search.bayesian_map import opening
-from search.cma_es import CmaEs
-from search.coefficients import CoefficientBox, Setting
-from search.designs import design
-from search.nested_map import NestedMapSearch
+import ecotone.merging.sources
+from ecotone.merging import operators
+from ecotone.merging.export import export_file
+from ecotone.merging.gradient import Slopes
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+from ecotone.populations.gram import GramTable
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Goal
+from ecotone.search.bayesian_map import opening
+from ecotone.search.cma_es import CmaEs
+from ecotone.search.coefficients import CoefficientBox, Setting
+from ecotone.search.designs import design
+from ecotone.search.nested_map import NestedMapSearch
 
 SHAPES = {"a": (40, 31), "b.0": (7,), "b.1": (13, 90)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
@@ -53,7 +53,7 @@ def opened(paths, operator, **settings):
 @pytest.mark.parametrize("operator", CHANGING)
 @pytest.mark.parametrize("kept", [0, 2**28])
 def test_a_genomes_settings_are_the_operators(paths, operator, kept, monkeypatch, tmp_path):
-    monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", kept)
+    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", kept)
     sources, row = opened(paths, operator), [0.3, -0.2, 0.8]
     genomes = [Genome.uniform(SIZE, row, density=density) for density in (0.1, 0.4, 0.1, 0.9)]
     genomes.insert(2, Genome.uniform(SIZE, row))
@@ -68,7 +68,7 @@ def test_a_genomes_settings_are_the_operators(paths, operator, kept, monkeypatch
         written = load_file(export_file(sources, genome, tmp_path / f"{index}.safetensors", {}, torch.float32))
         assert all(torch.equal(bits(written[name]), bits(expected[name][0])) for name in SHAPES)
     assert not torch.equal(stacked["a"][0], stacked["a"][1])
-    assert len(sources._tuned) == merging.sources.TUNED
+    assert len(sources._tuned) == ecotone.merging.sources.TUNED
 
 
 @pytest.mark.parametrize("operator", CHANGING)

@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import merging.compiled
-import merging.materialise as kernel
-import merging.sources
-from merging import operators
-from merging.operators import task_vectors, ties_vectors
-from merging.operators.dare import Masks, uniform_bits
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Genome
+import ecotone.merging.kernel.compiled
+import ecotone.merging.kernel.materialise as kernel
+import ecotone.merging.sources
+from ecotone.merging import operators
+from ecotone.merging.operators import task_vectors, ties_vectors
+from ecotone.merging.operators.dare import Masks, uniform_bits
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = {"a": (40, 31), "b.0": (7,), "b.1": (130, 90)}
@@ -221,8 +221,8 @@ def test_large_models_get_the_bits_of_small_ones(tmp_path, monkeypatch, operator
     sources = opened(tmp_path, *fine_tuned(3, dtype), operator=operator, density=0.4)
     genomes = [Genome.uniform(SIZE, row) for row in np.random.default_rng(0).normal(size=(2, 3))]
     expected = sources.stack(genomes)
-    monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", 0)
-    for module in (merging.sources, ties_vectors):
+    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
+    for module in (ecotone.merging.sources, ties_vectors):
         monkeypatch.setattr(module, "SMALL", 0)
     monkeypatch.setattr(task_vectors, "SPAN", 1001)
     threads = torch.get_num_threads()
@@ -315,7 +315,7 @@ def test_slerp_is_of_two_models(tmp_path, count):
 
 
 def test_slerp_has_no_fixed_directions_for_gradients(tmp_path):
-    from merging.gradient import Slopes
+    from ecotone.merging.gradient import Slopes
 
     sources, _, _ = two_models(tmp_path)
     with pytest.raises(InputError, match="expected one that is linear in its coefficients, found 'slerp'"):

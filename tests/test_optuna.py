@@ -16,19 +16,19 @@ from managing import begun, ended
 from numpy.typing import NDArray
 from processes import same_arithmetic
 
-from fitness.pools import Batch, Completed
-from populations.errors import InputError
-from populations.fronts import hypervolume, ranks
-from populations.genome import Genome
-from populations.gram import GramTable
-from populations.journal import Journal
-from populations.population import ElitistArchive
-from populations.space import Space
-from populations.trial import Evaluation, Goal, Outcome, Trial
-from search.coefficients import CoefficientBox
-from search.manager import Schedule
-from search.optuna_search import GP_COEFFICIENTS, OptunaSearch, Sampler
-from search.random_search import RandomSearch
+from ecotone.fitness.pools import Batch, Completed
+from ecotone.populations.errors import InputError
+from ecotone.populations.fronts import hypervolume, ranks
+from ecotone.populations.genome import Genome
+from ecotone.populations.gram import GramTable
+from ecotone.populations.journal import Journal
+from ecotone.populations.population import ElitistArchive
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.manager import Schedule
+from ecotone.search.optuna_search import GP_COEFFICIENTS, OptunaSearch, Sampler
+from ecotone.search.random_search import RandomSearch
 
 optuna = pytest.importorskip("optuna")
 

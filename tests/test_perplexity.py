@@ -12,12 +12,12 @@ import tiny_language as tiny
 import torch
 from torch import nn
 
-from fitness import likelihoods
-from fitness.objectives import Objective
-from fitness.perplexity import Perplexity, build
-from fitness.texts import Source, documents, tokenizer_of
-from populations.errors import InputError
-from populations.trial import Goal
+from ecotone.fitness.language import likelihoods
+from ecotone.fitness.language.perplexity import Perplexity, build
+from ecotone.fitness.language.texts import Source, documents, tokenizer_of
+from ecotone.fitness.objectives import Objective
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Goal
 
 GOAL = Goal("loss", "minimize")
 

@@ -10,17 +10,17 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-import merging.sources
-from fitness import worker as workers
-from fitness.resident import STACK_BYTES, stack_of
-from fitness.specs import WorkerSpec
-from fitness.worker import Worker
-from merging import operators, placement
-from merging.gradient import Slopes
-from merging.placement import Bytes, Free, Needs, chosen, settled
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Genome
+import ecotone.merging.sources
+from ecotone.fitness import worker as workers
+from ecotone.fitness.backends.resident import STACK_BYTES, stack_of
+from ecotone.fitness.specs import WorkerSpec
+from ecotone.fitness.worker import Worker
+from ecotone.merging import operators, placement
+from ecotone.merging.gradient import Slopes
+from ecotone.merging.placement import Bytes, Free, Needs, chosen, settled
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLACEMENTS = ["device", "host", "mapped"]
@@ -101,8 +101,8 @@ def test_bits_do_not_depend_on_the_placement(tmp_path, monkeypatch, operator, ad
     paths = written(tmp_path, dtype, adapters)
     plain = Sources.open(paths[1:], paths[0], operator)
     expected, derivatives = merges(plain), slopes(plain)
-    for limit in (merging.sources.RESIDENT_BYTES, 0):  # rows of small models are kept, or not
-        monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", limit)
+    for limit in (ecotone.merging.sources.RESIDENT_BYTES, 0):  # rows of small models are kept, or not
+        monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", limit)
         for place in PLACEMENTS:
             sources = Sources.open(paths[1:], paths[0], operator, placement=place)
             assert all(torch.equal(a, b) for a, b in zip(merges(sources), expected, strict=True)), place
@@ -118,8 +118,8 @@ def test_bits_do_not_depend_on_the_placement_on_a_gpu(tmp_path, monkeypatch, ope
     paths = written(tmp_path, torch.bfloat16, adapters)
     plain = Sources.open(paths[1:], paths[0], operator)
     expected, derivatives = merges(plain), slopes(plain)
-    for limit in (merging.sources.RESIDENT_BYTES, 0):
-        monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", limit)
+    for limit in (ecotone.merging.sources.RESIDENT_BYTES, 0):
+        monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", limit)
         sources = Sources.open(paths[1:], paths[0], operator, placement=place)
         assert all(torch.equal(a, b) for a, b in zip(merges(sources, CUDA), expected, strict=True))
         np.testing.assert_allclose(slopes(sources, CUDA), derivatives, rtol=1e-3, atol=1e-3)
@@ -135,7 +135,7 @@ def test_bits_do_not_depend_on_the_placement_on_a_gpu(tmp_path, monkeypatch, ope
 @pytest.mark.parametrize("operator", ["linear", "dare"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["checkpoints", "adapters"])
 def test_what_is_kept_is_what_headers_say(tmp_path, monkeypatch, operator, adapters):
-    monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
     paths = written(tmp_path, torch.bfloat16, adapters)
     for place in ("host", "device", "mapped"):
         sources = Sources.open(paths[1:], paths[0], operator, placement=place)
@@ -357,11 +357,11 @@ def test_validate_and_run_refuse_what_has_no_memory(ecotone, tmp_path, threads, 
 PEAK = """
 import ctypes, json, sys, threading
 import numpy as np
-from fitness.callables import call
-from fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
-from fitness.worker import Worker, needs_of, open_sources
-from populations.genome import Genome
-from populations.trial import Goal, Trial
+from ecotone.fitness.callables import call
+from ecotone.fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.worker import Worker, needs_of, open_sources
+from ecotone.populations.genome import Genome
+from ecotone.populations.trial import Goal, Trial
 import torch
 
 def anonymous():

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fitness.pools import Batch, SerialPool
-from fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
-from populations.errors import CheckpointError, InputError, PoolError
-from populations.genome import Genome
-from populations.trial import Evaluation, Goal, Trial
+from ecotone.fitness.pools import Batch, SerialPool
+from ecotone.fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.populations.errors import CheckpointError, InputError, PoolError
+from ecotone.populations.genome import Genome
+from ecotone.populations.trial import Evaluation, Goal, Trial
 
 HERE = str(Path(__file__).parent)
 MODULE = """
@@ -69,7 +69,7 @@ def swallows(model):
     except: return 0.0
     return float(model["w"][0])
 def breaks(model):
-    from fitness.worker import WorkerBrokenError
+    from ecotone.fitness.worker import WorkerBrokenError
     if float(model["w"][0]) == 13: raise WorkerBrokenError("the GPU cannot be used any more")
     return float(model["w"][0])
 def opened(folder, good=(), seconds=0.0, dies=False):
@@ -89,7 +89,7 @@ def asserts(model):
     index = torch.tensor([9 if value == 13 else 0], device="cuda")
     return value + float(torch.zeros(3, device="cuda")[index].sum())
 def no_space():
-    from fitness.worker import Worker
+    from ecotone.fitness.worker import Worker
     Worker.space = lambda self: os._exit(1)
     return data()
 def threads(model): return float(torch.get_num_threads())
@@ -130,7 +130,7 @@ def cluster():
 
 
 def ray_pool(spec, workers, **options):
-    from fitness.ray_pool import RayPool
+    from ecotone.fitness.ray_pool import RayPool
 
     return RayPool(spec, workers, start_timeout=options.pop("start_timeout", 60), **options)
 
@@ -466,7 +466,7 @@ def test_a_worker_that_has_no_place_is_refused_in_words(folder, cluster):
 def test_a_place_is_waited_for_and_told_of_and_opening_takes_what_it_takes(
     tmp_path, folder, cluster, caplog, monkeypatch
 ):
-    from fitness import ray_pool as module
+    from ecotone.fitness import ray_pool as module
 
     monkeypatch.setattr(module, "_FIRST_WORD", 0.5)
     with pytest.raises(PoolError):
@@ -530,7 +530,7 @@ def test_the_search_goes_on_while_a_worker_is_slow_to_open(tmp_path, folder, clu
 def test_a_worker_that_cannot_be_opened_is_tried_again_while_others_work(
     tmp_path, folder, cluster, caplog, monkeypatch, dies
 ):
-    monkeypatch.setattr("fitness.ray_pool._BACKOFF", 0.2)
+    monkeypatch.setattr("ecotone.fitness.ray_pool._BACKOFF", 0.2)
     data = CallSpec("pools_tested:opened", {"folder": str(tmp_path), "good": [0, 3], "dies": dies})
     with ray_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=data),)), 1) as pool:
         pool.start()
@@ -685,7 +685,7 @@ def test_at_another_node_a_short_limit_is_exceeded_twice(folder, cluster, caplog
 
 def test_time_in_which_nobody_looked_is_not_held_against_workers(folder):
     pytest.importorskip("ray")
-    from fitness.ray_pool import _Hand
+    from ecotone.fitness.ray_pool import _Hand
 
     pool = ray_pool(vectors(folder, "value"), 1)
     pool._hands = [_Hand(None, None, None)]
@@ -760,7 +760,7 @@ def test_a_score_that_was_cut_short_by_the_order_to_stop_is_not_taken(folder, cl
 
 def test_metrics_that_cannot_be_made_or_set_are_left_out(monkeypatch):
     pytest.importorskip("ray")
-    from fitness.ray_pool import _Meters
+    from ecotone.fitness.ray_pool import _Meters
 
     def check(meters):
         meters.make()
@@ -817,7 +817,7 @@ def test_metrics_can_be_scraped(folder):
 @pytest.mark.parametrize(("size", "count", "arguments"), [(0, 3, 1), (30_000, 4, 5), (30_000, 40, 1)])
 def test_trials_travel_with_the_call_unless_they_are_large(size, count, arguments):
     """Pieces below the 100 kB that Ray sends with a call, or one argument for its object store."""
-    from fitness.ray_pool import _parts, _whole
+    from ecotone.fitness.ray_pool import _parts, _whole
 
     rng = np.random.default_rng(0)
     sent = tuple(

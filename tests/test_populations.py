@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from populations.errors import EcotoneError, InputError, SearchError, nearest
-from populations.fronts import non_dominated
-from populations.genome import Genome
-from populations.niches import NicheArchive
-from populations.pareto import ParetoFront
-from populations.population import ElitistArchive, Population, quality
-from populations.trial import Evaluation, Failure, Goal, Outcome, Trial, oriented
+from ecotone.populations.errors import EcotoneError, InputError, SearchError, nearest
+from ecotone.populations.fronts import non_dominated
+from ecotone.populations.genome import Genome
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.pareto import ParetoFront
+from ecotone.populations.population import ElitistArchive, Population, quality
+from ecotone.populations.trial import Evaluation, Failure, Goal, Outcome, Trial, oriented
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")

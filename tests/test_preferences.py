@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from processes import Ecotone
 from safetensors.numpy import save_file
 
-from experiments.preferences import choose, in_words, parse, shortfalls
-from experiments.recipe import Recipe
-from experiments.running import launch
-from populations.errors import InputError
-from populations.trial import Goal, oriented
+from ecotone.experiments.preferences import choose, in_words, parse, shortfalls
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Goal, oriented
 
 GOALS = (Goal("a"), Goal("b"))
 #  A concave knee that no weighted sum of normalised scores picks, between two ends.

@@ -19,25 +19,25 @@ from test_adamerging_recipes import toy_recipe
 from test_manager import SPACE
 from torch import nn
 
-from experiments import compose
-from experiments.recipe import Recipe
-from experiments.report import search_report_text
-from experiments.running import launch, resume
-from fitness.objectives import Accuracy, Divisible, Entropy, pooled_mean
-from fitness.worker import Worker
-from populations.errors import InputError
-from populations.genome import Genome
-from populations.niches import NicheArchive
-from populations.population import ElitistArchive, Population
-from populations.samples import Sample, error_of_mean, estimate, order, reached
-from populations.trial import Evaluation, Goal, Outcome, Trial
-from search.cma_es import CmaEs
-from search.coefficients import CoefficientBox
-from search.m2n2 import M2N2, M2N2Settings
-from search.nsga import Nsga
-from search.protocol import Search
-from search.racing import RaceSettings, Racing
-from search.random_search import RandomSearch
+from ecotone.experiments import compose
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.report import search_report_text
+from ecotone.experiments.running import launch, resume
+from ecotone.fitness.objectives import Accuracy, Divisible, Entropy, pooled_mean
+from ecotone.fitness.worker import Worker
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.population import ElitistArchive, Population
+from ecotone.populations.samples import Sample, error_of_mean, estimate, order, reached
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.search.cma_es import CmaEs
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.m2n2 import M2N2, M2N2Settings
+from ecotone.search.nsga import Nsga
+from ecotone.search.protocol import Search
+from ecotone.search.racing import RaceSettings, Racing
+from ecotone.search.random_search import RandomSearch
 
 GOAL = (Goal("right"),)
 PAIR = (Goal("right"), Goal("left"))

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from experiments import compose
-from experiments.parts import OBJECTIVES
-from experiments.recipe import (
+from ecotone.experiments import compose
+from ecotone.experiments.parts import OBJECTIVES
+from ecotone.experiments.recipe import (
     BayesianMapBox,
     CmaEsBox,
     MapBox,
@@ -28,19 +28,19 @@ from experiments.recipe import (
     apply_settings,
     parse_settings,
 )
-from fitness.specs import CallSpec
-from populations.errors import CheckpointError, InputError
-from populations.gram import GramTable
-from populations.niches import NicheArchive
-from populations.population import ElitistArchive
-from populations.space import Space
-from search.bayesian_map import BayesianMap
-from search.cma_es import CmaEs
-from search.m2n2 import M2N2
-from search.map import MapSearch
-from search.nested_map import NestedMapSearch
-from search.nsga import Nsga
-from search.optuna_search import OptunaSearch
+from ecotone.fitness.specs import CallSpec
+from ecotone.populations.errors import CheckpointError, InputError
+from ecotone.populations.gram import GramTable
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.population import ElitistArchive
+from ecotone.populations.space import Space
+from ecotone.search.bayesian_map import BayesianMap
+from ecotone.search.cma_es import CmaEs
+from ecotone.search.m2n2 import M2N2
+from ecotone.search.map import MapSearch
+from ecotone.search.nested_map import NestedMapSearch
+from ecotone.search.nsga import Nsga
+from ecotone.search.optuna_search import OptunaSearch
 
 PACKAGE = Path(__file__).parent.parent / "experiments" / "recipes"
 PLAIN: dict[str, Any] = {
@@ -742,7 +742,7 @@ def test_prepared_paths_need_a_preparation(field: str, settings: dict[str, Any])
 MODULE = """
 from pathlib import Path
 
-from populations.errors import CheckpointError
+from ecotone.populations.errors import CheckpointError
 
 def write(directory, seed=0, fail=False, lacking=False):
     Path(directory, "half").write_text("x")

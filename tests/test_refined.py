@@ -13,17 +13,17 @@ from managing import begun, ended
 from test_adamerging_recipes import toy_recipe
 from test_manager import GOALS, SPACE, Crash, Simulated, scored
 
-from experiments.checks import validate
-from experiments.recipe import Recipe
-from experiments.running import launch, resume
-from populations.errors import InputError
-from populations.genome import Floats
-from populations.journal import Journal
-from populations.niches import NicheArchive
-from populations.trial import Evaluation, Outcome, Trial
-from search.m2n2 import M2N2, M2N2Settings
-from search.manager import Manager, Schedule
-from search.refined import Refined
+from ecotone.experiments.checks import validate
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch, resume
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats
+from ecotone.populations.journal import Journal
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.trial import Evaluation, Outcome, Trial
+from ecotone.search.m2n2 import M2N2, M2N2Settings
+from ecotone.search.manager import Manager, Schedule
+from ecotone.search.refined import Refined
 
 TASKS = ("left", "right")
 SEEDS = 2

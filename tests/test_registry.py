@@ -14,11 +14,11 @@ import yaml
 from processes import Ecotone
 from safetensors.numpy import save_file
 
-from experiments import running, tracking
-from experiments.recipe import Recipe
-from experiments.tracking.registry import Registrar
-from experiments.tracking.server import await_answer, free_port, serving
-from experiments.tracking.server import stop as stop_server
+from ecotone.experiments import running, tracking
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.tracking.registry import Registrar
+from ecotone.experiments.tracking.server import await_answer, free_port, serving
+from ecotone.experiments.tracking.server import stop as stop_server
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -111,7 +111,7 @@ def test_a_single_file_is_registered_too(ecotone: Ecotone, runs: Path) -> None:
 
 
 def test_large_weights_stay_where_they_are(runs: Path, finished: Path) -> None:
-    from experiments.runs import Run
+    from ecotone.experiments.runs import Run
 
     registrar = Registrar(runs / "run", "large", limit=100)
     path = Run(runs / "run").export("best", runs / "merged")
@@ -168,7 +168,7 @@ def test_a_server_that_is_down(ecotone: Ecotone, runs: Path) -> None:
 
 @pytest.mark.slow
 def test_a_tracking_server_gets_the_weights(runs: Path) -> None:
-    from experiments.runs import Run
+    from ecotone.experiments.runs import Run
 
     port = free_port(0)
     uri = f"http://127.0.0.1:{port}"

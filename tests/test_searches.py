@@ -19,27 +19,27 @@ from managing import of_sample
 from numpy.typing import NDArray
 from processes import same_arithmetic
 
-from populations.genome import Genome
-from populations.gram import GramTable
-from populations.niches import NicheArchive
-from populations.population import ElitistArchive, Population
-from populations.space import Space
-from populations.trial import Evaluation, Goal, Outcome, Trial
-from search.adamerging import AdaMerging
-from search.bayesian_map import BayesianMap
-from search.cma_es import CmaEs
-from search.coefficients import CoefficientBox, Granularity, Setting
-from search.expert_merging import ExpertMerging
-from search.m2n2 import M2N2, M2N2Settings
-from search.map import MapSearch
-from search.nested_map import NestedMapSearch
-from search.nsga import Nsga, Variant
-from search.optuna_search import OptunaSearch, Sampler
-from search.protocol import Search, numbered, trial_rng
-from search.racing import RaceSettings, Racing
-from search.random_search import RandomSearch
-from search.refined import Refined
-from search.stages import Stage, StagedSearch, stage_seed
+from ecotone.populations.genome import Genome
+from ecotone.populations.gram import GramTable
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.population import ElitistArchive, Population
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.search.adamerging import AdaMerging
+from ecotone.search.bayesian_map import BayesianMap
+from ecotone.search.cma_es import CmaEs
+from ecotone.search.coefficients import CoefficientBox, Granularity, Setting
+from ecotone.search.expert_merging import ExpertMerging
+from ecotone.search.m2n2 import M2N2, M2N2Settings
+from ecotone.search.map import MapSearch
+from ecotone.search.nested_map import NestedMapSearch
+from ecotone.search.nsga import Nsga, Variant
+from ecotone.search.optuna_search import OptunaSearch, Sampler
+from ecotone.search.protocol import Search, numbered, trial_rng
+from ecotone.search.racing import RaceSettings, Racing
+from ecotone.search.random_search import RandomSearch
+from ecotone.search.refined import Refined
+from ecotone.search.stages import Stage, StagedSearch, stage_seed
 
 SIZE = 24
 GOALS = (Goal("solved"),)

@@ -15,9 +15,9 @@ import pytest
 import simulation
 from simulation import MAKERS, TURNS, Disk, Plan, failed, failures
 
-from fitness.pools import Batch
-from populations.journal import Journal
-from search.manager import Manager
+from ecotone.fitness.pools import Batch
+from ecotone.populations.journal import Journal
+from ecotone.search.manager import Manager
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -13,10 +13,11 @@ pytest.importorskip("peft")
 
 from tiny_language import llama, save_tokenizer
 
-from experiments import compose, launch
-from experiments.recipe import Recipe
-from experiments.smollm import experts
-from populations.errors import InputError
+from ecotone import launch
+from ecotone.experiments import compose
+from ecotone.experiments.examples.smollm import experts
+from ecotone.experiments.recipe import Recipe
+from ecotone.populations.errors import InputError
 
 RECIPES = Path(__file__).parents[1] / "experiments" / "recipes"
 NAMES = ("m2n2", "map", "cma_es")
@@ -24,7 +25,7 @@ DOMAINS = {"glosses": "smollm_toys:first", "packages": "smollm_toys:second", "fo
 TOYS = """
 import sys
 import numpy as np
-from experiments.text import Example
+from ecotone.experiments.examples.text import Example
 sys.path.insert(0, {tests!r})
 from tiny_language import phrase
 

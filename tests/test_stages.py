@@ -18,27 +18,27 @@ from test_adamerging_recipes import toy_recipe
 from test_manager import Crash, Simulated
 from test_searches import GOALS, MAKERS, SPACE, TWO_GOALS, Driver, Pair, expanded, scored
 
-from experiments.checks import validate
-from experiments.compose import make_search
-from experiments.recipe import Recipe, Stages
-from experiments.running import launch, resume
-from experiments.runs import Run
-from populations.errors import InputError, JournalError, SearchError
-from populations.genome import Genome
-from populations.journal import Journal
-from populations.niches import NicheArchive
-from populations.pareto import ParetoFront
-from populations.population import ElitistArchive
-from populations.trial import Evaluation, Goal, Outcome, Trial, oriented
-from search.adamerging import AdaMerging
-from search.bayesian_map import BayesianMap
-from search.cma_es import CmaEs
-from search.coefficients import CoefficientBox
-from search.m2n2 import M2N2, M2N2Settings
-from search.manager import Manager, Schedule
-from search.map import MapSearch
-from search.nsga import Nsga
-from search.stages import REMEMBERED, Stage, StagedSearch, _renumbered, stage_seed
+from ecotone.experiments.checks import validate
+from ecotone.experiments.compose import make_search
+from ecotone.experiments.recipe import Recipe, Stages
+from ecotone.experiments.running import launch, resume
+from ecotone.experiments.runs import Run
+from ecotone.populations.errors import InputError, JournalError, SearchError
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal
+from ecotone.populations.niches import NicheArchive
+from ecotone.populations.pareto import ParetoFront
+from ecotone.populations.population import ElitistArchive
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
+from ecotone.search.adamerging import AdaMerging
+from ecotone.search.bayesian_map import BayesianMap
+from ecotone.search.cma_es import CmaEs
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.m2n2 import M2N2, M2N2Settings
+from ecotone.search.manager import Manager, Schedule
+from ecotone.search.map import MapSearch
+from ecotone.search.nsga import Nsga
+from ecotone.search.stages import REMEMBERED, Stage, StagedSearch, _renumbered, stage_seed
 
 BOX = CoefficientBox.of(SPACE, "block", 0.0, 1.0)
 FINE = SPACE.tensor_borders

@@ -23,18 +23,18 @@ from fsspec.implementations.local import LocalFileSystem
 from processes import Ecotone, started, wait_until
 from test_faults import EVALUATIONS, calls, digest, recorded, toy_recipe
 
-from experiments import storage
-from experiments.recipe import Recipe
-from experiments.running import launch, resume
-from experiments.runs import JOURNAL, Run
-from experiments.storage import Lease, LeaseLostError, Mirror, StorageError, Store, newest_mirror, take_lease
-from experiments.tracking import store as tracking_store
-from experiments.tracking.target import Target
-from populations import journal as journal_module
-from populations.errors import EcotoneError, JournalError
-from populations.genome import Genome
-from populations.journal import Journal
-from populations.trial import Evaluation, Trial
+from ecotone.experiments import storage
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch, resume
+from ecotone.experiments.runs import JOURNAL, Run
+from ecotone.experiments.storage import Lease, LeaseLostError, Mirror, StorageError, Store, newest_mirror, take_lease
+from ecotone.experiments.tracking import store as tracking_store
+from ecotone.experiments.tracking.target import Target
+from ecotone.populations import journal as journal_module
+from ecotone.populations.errors import EcotoneError, JournalError
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal
+from ecotone.populations.trial import Evaluation, Trial
 
 HASTY = {"pool": "serial", "mirror_every": 0.1, "lease": 1.0}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from populations.errors import InputError, SearchError
-from search.surrogates import LINKS, Link, Quadratic, _Problem, features, is_constant, minimum, must_vary
+from ecotone.populations.errors import InputError, SearchError
+from ecotone.search.surrogates import LINKS, Link, Quadratic, _Problem, features, is_constant, minimum, must_vary
 
 SIGMOID, SOFTPLUS, IDENTITY = (Link(name) for name in LINKS)
 every_link = pytest.mark.parametrize("link", [SIGMOID, SOFTPLUS, IDENTITY], ids=LINKS)

@@ -13,17 +13,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from experiments import text
-from experiments.exports import verify
-from experiments.parts import PythonObjective
-from experiments.recipe import Recipe
-from experiments.running import launch
-from experiments.text import Example
-from fitness import calibration
-from fitness.objectives import build
-from fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec
-from populations.errors import InputError
-from populations.trial import Goal
+from ecotone.experiments.examples import text
+from ecotone.experiments.examples.text import Example
+from ecotone.experiments.exports import verify
+from ecotone.experiments.parts import PythonObjective
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch
+from ecotone.fitness.gradients import calibration
+from ecotone.fitness.objectives import build
+from ecotone.fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Goal
 
 RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
 SIZES: dict[text.Part, int] = {"train": 40, "search": 20, "test": 20}
@@ -31,7 +31,7 @@ SIZES: dict[text.Part, int] = {"train": 40, "search": 20, "test": 20}
 # Each class has words of its own, which the two tasks pair differently; the rest of a text is noise.
 TASKS = """
 import random
-from experiments.text import Example
+from ecotone.experiments.examples.text import Example
 
 ANIMALS, PLANTS, SMALL, LARGE = ["cat", "dog"], ["oak", "rose"], ["wee", "tiny"], ["huge", "vast"]
 
@@ -372,7 +372,9 @@ def test_what_accuracy_refuses(prepared: Path) -> None:
     model, data = loaded(prepared / "base"), str(prepared / "kinds.safetensors")
     with pytest.raises(InputError, match=r"part: expected search or test, found 'train'"):
         text.accuracy(model, data, "train")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"data: expected a file that experiments.text:experts wrote, found none"):
+    with pytest.raises(
+        InputError, match=r"data: expected a file that ecotone.experiments.examples.text:experts wrote, found none"
+    ):
         text.accuracy(model, data + "x", "test")
     with pytest.raises(InputError, match="limit: expected at least 1 example, found 0"):
         text.accuracy(model, data, "test", limit=0)
@@ -388,8 +390,8 @@ def test_the_objective_of_type_accuracy_is_the_function_of_that_name(prepared: P
     data = str(prepared / "kinds.safetensors")
     spec = ObjectiveSpec(
         Goal("kinds"),
-        data=CallSpec("experiments.text:examples", {"data": data, "part": "test", "limit": limit}),
-        head=CallSpec("experiments.text:head", {"data": data}),
+        data=CallSpec("ecotone.experiments.examples.text:examples", {"data": data, "part": "test", "limit": limit}),
+        head=CallSpec("ecotone.experiments.examples.text:head", {"data": data}),
         batch=7,
     )
     for name in ("base", "sizes", "kinds"):
@@ -415,8 +417,8 @@ def test_the_loss_on_unlabelled_texts_is_the_entropy_of_the_head_on_mean_states(
     data, model = str(prepared / "sizes.safetensors"), loaded(prepared / "sizes").requires_grad_(True)
     spec = CalibrationSpec(
         "sizes",
-        CallSpec("experiments.text:examples", {"data": data, "part": "unlabelled"}),
-        head=CallSpec("experiments.text:head", {"data": data}),
+        CallSpec("ecotone.experiments.examples.text:examples", {"data": data, "part": "unlabelled"}),
+        head=CallSpec("ecotone.experiments.examples.text:head", {"data": data}),
         batch=20,
     )
     loss, details, count = calibration.build(spec, torch.device("cpu"), torch.float32).loss(model, 0)
@@ -438,7 +440,9 @@ def test_what_examples_and_heads_refuse(prepared: Path, tmp_path: Path) -> None:
         text.examples(data, "train")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="limit: expected at least 1 example, found 0"):
         text.examples(data, "test", limit=0)
-    with pytest.raises(InputError, match=r"data: expected a file that experiments.text:experts wrote, found none"):
+    with pytest.raises(
+        InputError, match=r"data: expected a file that ecotone.experiments.examples.text:experts wrote, found none"
+    ):
         text.head(data + "x")
     with pytest.raises(InputError, match=r"part: expected search or test, found 'unlabelled'"):
         text.accuracy(loaded(prepared / "base"), data, "unlabelled")  # type: ignore[arg-type]
@@ -467,7 +471,7 @@ def test_the_recipe_on_a_tiny_encoder(tiny_encoder: str, tasks: str, tmp_path: P
             {
                 "name": task,
                 "type": "call",
-                "call": "experiments.text:accuracy",
+                "call": "ecotone.experiments.examples.text:accuracy",
                 "arguments": {"data": f"prepared:{task}.safetensors", "part": part},
             }
             for task in ("kinds", "sizes")
@@ -519,8 +523,12 @@ def test_adamerging_on_a_tiny_encoder(tiny_encoder: str, tasks: str, tmp_path: P
 def asked(task: str, part: str) -> dict[str, Any]:
     """A calibration task, or an objective, of the text recipes."""
     file = f"prepared:{task}.safetensors"
-    data = {"call": "experiments.text:examples", "arguments": {"data": file, "part": part}}
-    return {"name": task, "data": data, "head": {"call": "experiments.text:head", "arguments": {"data": file}}}
+    data = {"call": "ecotone.experiments.examples.text:examples", "arguments": {"data": file, "part": part}}
+    return {
+        "name": task,
+        "data": data,
+        "head": {"call": "ecotone.experiments.examples.text:head", "arguments": {"data": file}},
+    }
 
 
 def test_the_adamerging_recipe_keeps_learning_checking_and_testing_apart() -> None:

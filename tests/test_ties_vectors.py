@@ -9,19 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import merging.compiled
-import merging.materialise as kernel
-import merging.sources
-from fitness.specs import WorkerSpec
-from fitness.worker import Worker
-from merging import operators
-from merging.gradient import Slopes
-from merging.operators import task_vectors, ties_vectors
-from merging.operators.task_vectors import Pieces, largest
-from merging.operators.ties_vectors import _Election, sign_of_sum
-from merging.sources import Sources
-from populations.errors import InputError
-from populations.genome import Genome
+import ecotone.merging.kernel.compiled
+import ecotone.merging.kernel.materialise as kernel
+import ecotone.merging.sources
+from ecotone.fitness.specs import WorkerSpec
+from ecotone.fitness.worker import Worker
+from ecotone.merging import operators
+from ecotone.merging.gradient import Slopes
+from ecotone.merging.operators import task_vectors, ties_vectors
+from ecotone.merging.operators.task_vectors import Pieces, largest
+from ecotone.merging.operators.ties_vectors import _Election, sign_of_sum
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = {"a": (40, 31), "b.0": (7,), "b.1": (130, 90)}
@@ -253,8 +253,8 @@ def test_large_models_get_the_bits_of_small_ones(tmp_path, monkeypatch, dtype):
     sources = opened(tmp_path, *fine_tuned(5, dtype))
     genomes = [Genome.uniform(SIZE, row) for row in np.random.default_rng(0).normal(size=(3, 5))]
     expected = sources.stack(genomes)
-    monkeypatch.setattr(merging.sources, "RESIDENT_BYTES", 0)
-    monkeypatch.setattr(merging.sources, "SMALL", 0)
+    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.sources, "SMALL", 0)
     monkeypatch.setattr(ties_vectors, "SMALL", 0)
     threads = torch.get_num_threads()
     try:
@@ -263,7 +263,7 @@ def test_large_models_get_the_bits_of_small_ones(tmp_path, monkeypatch, dtype):
             monkeypatch.setattr(kernel, "COMPILED_SPAN", span)
             monkeypatch.setattr(kernel, "TORCH_SPAN", span)
             if not compiled:
-                monkeypatch.setattr(merging.compiled, "supports", lambda *_: False)
+                monkeypatch.setattr(ecotone.merging.kernel.compiled, "supports", lambda *_: False)
             again = Sources.open([e.path for e in sources.experts], sources.base.path, "ties_vectors").stack(genomes)
             assert all(torch.equal(bits(again[name]), bits(expected[name])) for name in SHAPES)
     finally:
@@ -282,7 +282,7 @@ def test_compiled_loops_choose_as_torch_does(dtype, terms, threshold):
     for majority in (1.0, -1.0):
         plain = _Election(torch.float32, (threshold,) * terms, majority)(pieces)
         loops = [torch.empty_like(row) for row in table]
-        assert merging.compiled.choose(pieces, loops, (threshold,) * terms, majority)
+        assert ecotone.merging.kernel.compiled.choose(pieces, loops, (threshold,) * terms, majority)
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(plain[1:], loops, strict=True))
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from merging import tokenizers
+from ecotone.merging.models import tokenizers
 
 VOCABULARY = {"a": 0, "b": 1, "ab": 2}
 SETTINGS = {"eos_token": "</s>", "chat_template": "{{ messages }}"}

@@ -25,19 +25,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import tracking
-from experiments.runs import Run
-from experiments.tracking.mirrored_run import MirroredRun
-from experiments.tracking.names import acceptable, metric_names
-from experiments.tracking.scoreboard import Scoreboard
-from experiments.tracking.server import serving
-from experiments.tracking.server import stop as stop_server
-from experiments.tracking.store import opened, sqlite_file
-from experiments.tracking.view import view_key, view_tag, view_value
-from populations.errors import JournalError
-from populations.genome import Genome
-from populations.journal import Journal, Row
-from populations.trial import CalibrationBatch, Evaluation, Goal, Trial
+from ecotone.experiments import tracking
+from ecotone.experiments.runs import Run
+from ecotone.experiments.tracking.mirrored_run import MirroredRun
+from ecotone.experiments.tracking.names import acceptable, metric_names
+from ecotone.experiments.tracking.scoreboard import Scoreboard
+from ecotone.experiments.tracking.server import serving
+from ecotone.experiments.tracking.server import stop as stop_server
+from ecotone.experiments.tracking.store import opened, sqlite_file
+from ecotone.experiments.tracking.view import view_key, view_tag, view_value
+from ecotone.populations.errors import JournalError
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal, Row
+from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Trial
 
 pytest.importorskip("mlflow")
 
@@ -561,7 +561,7 @@ def test_pictures_of_the_evolving_front(runs: Path) -> None:
 
 def test_a_mirror_that_was_stopped_while_it_logged_the_front(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = a_run(runs, 40, budget=40)
-    monkeypatch.setattr("experiments.tracking.mirrored_run.ROWS_PER_BATCH", 4)
+    monkeypatch.setattr("ecotone.experiments.tracking.mirrored_run.ROWS_PER_BATCH", 4)
 
     def stopped(*_: object) -> None:
         raise OSError("stopped here")
@@ -669,7 +669,7 @@ def test_names_stay_apart() -> None:
 
 
 def test_more_objectives_than_one_batch_takes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.tracking.mirrored_run.ROWS_PER_BATCH", 3)  # a line has up to nine rows
+    monkeypatch.setattr("ecotone.experiments.tracking.mirrored_run.ROWS_PER_BATCH", 3)  # a line has up to nine rows
     report = tracking.mirror(a_run(runs, 12, budget=12))
     history = history_of(report.uri, report.run_id or "")
     assert without_times(history) == expected(12, range(1, 13))
@@ -771,7 +771,7 @@ def test_server_down_is_a_report_and_harms_nothing(tmp_path: Path) -> None:
 def mirroring(directory: Path, rows: int = 30) -> subprocess.Popen[bytes]:
     """A process that mirrors in many small batches."""
     code = (
-        "from experiments.tracking import mirror, mirrored_run\n"
+        "from ecotone.experiments.tracking import mirror, mirrored_run\n"
         f"mirrored_run.ROWS_PER_BATCH = {rows}\nmirror({str(directory)!r})"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -838,7 +838,7 @@ def started() -> Iterator[Callable[[Path, int], subprocess.Popen[bytes]]]:
 
 def test_following_a_search(runs: Path, started: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A real process: detached, deaf to the user's folders, alone, ended by SIGTERM without loss, then by the end."""
-    decoy = runs / "cwd" / "experiments"
+    decoy = runs / "cwd" / "ecotone"
     decoy.mkdir(parents=True)
     (decoy / "__init__.py").write_text("raise SystemExit('the wrong package')")
     monkeypatch.chdir(decoy.parent)
@@ -851,7 +851,7 @@ def test_following_a_search(runs: Path, started: Callable[..., Any], monkeypatch
         assert os.getsid(first.pid) == first.pid
         assert not tracking.wait(first, 0)
         assert tracking.mirror(directory, patience=0).error == "another process is mirroring this run"
-        monkeypatch.setattr("experiments.tracking.following._HANDOVER", 0.1)
+        monkeypatch.setattr("ecotone.experiments.tracking.following._HANDOVER", 0.1)
         assert tracking.follow(directory, os.getpid()) is None
         first.send_signal(signal.SIGTERM)
         assert tracking.wait(first, 5)
@@ -957,7 +957,7 @@ def test_serving_the_embedded_store(runs: Path) -> None:
     """The address that is printed answers, on the loopback interface, until SIGINT; then no server is left."""
     report = tracking.mirror(a_run(runs, 3, budget=3))
     port = free_port()
-    code = f"from experiments import tracking\ntracking.serve({str(runs / 'one')!r}, {port})"
+    code = f"from ecotone.experiments import tracking\ntracking.serve({str(runs / 'one')!r}, {port})"
     process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fitness.resident import Resident
-from merging.export import export_directory
-from merging.lazy import formed
-from merging.sources import Sources
-from populations.errors import CheckpointError, InputError
-from populations.genome import Genome
+from ecotone.fitness.backends.resident import Resident
+from ecotone.merging.export import export_directory
+from ecotone.merging.kernel.lazy import formed
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import CheckpointError, InputError
+from ecotone.populations.genome import Genome
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENS = ["a", "b", "c", "d", "e", "f", "g"]

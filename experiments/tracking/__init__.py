@@ -1,8 +1,8 @@
 """MLflow tracking: the journal of a run, mirrored into one MLflow run by a process of its own.
 
 The journal is the truth; MLflow is a copy of it for looking at and comparing. The search never imports MLflow,
-never waits for it and never shares its interpreter: ``python -m experiments.tracking RUN_DIR --follow PID`` reads
-the journal about once a second, logs what is new in batches, and ends when the search has ended and all of it is
+never waits for it and never shares its interpreter: ``python -m ecotone.experiments.tracking RUN_DIR --follow PID``
+reads the journal about once a second, logs what is new in batches, and ends when the search has ended and all of it is
 logged. With the tracking server down it keeps trying; whatever it missed, the next ``mirror`` of the run adds.
 
 Where to go on is asked of MLflow itself: the metric ``evaluations`` is the last row of every batch, and its latest
@@ -36,10 +36,10 @@ another one, which takes its place in the view: metrics cannot be taken back.
 MLflow is imported only inside the functions that need it, so that ``status`` and ``start`` stay cheap.
 """
 
-from experiments.tracking.following import follow, main, mirror, start, wait
-from experiments.tracking.notes import MirrorReport, status
-from experiments.tracking.server import Pages, serve, ui_pages
-from experiments.tracking.store import TrackingError, absolute_uri, default_uri, find_run_dir, installed
+from ecotone.experiments.tracking.following import follow, main, mirror, start, wait
+from ecotone.experiments.tracking.notes import MirrorReport, status
+from ecotone.experiments.tracking.server import Pages, serve, ui_pages
+from ecotone.experiments.tracking.store import TrackingError, absolute_uri, default_uri, find_run_dir, installed
 
 __all__ = [
     "MirrorReport",

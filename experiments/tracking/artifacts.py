@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.tracking.notes import say
-from experiments.tracking.summary import Summary
-from experiments.tracking.target import Target
-from populations.errors import JournalError
-from populations.genome import Genome
-from populations.journal import Journal, Row
+from ecotone.experiments.tracking.notes import say
+from ecotone.experiments.tracking.summary import Summary
+from ecotone.experiments.tracking.target import Target
+from ecotone.populations.errors import JournalError
+from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal, Row
 
 
 def write_artifacts(folder: Path, journal: Journal, target: Target, summary: Summary) -> None:
@@ -40,9 +40,9 @@ def write_artifacts(folder: Path, journal: Journal, target: Target, summary: Sum
 
 
 def _write_report(directory: Path, path: Path) -> None:
-    from experiments.compare import compare
-    from experiments.pages import write
-    from experiments.runs import Run
+    from ecotone.experiments.compare import compare
+    from ecotone.experiments.pages import write
+    from ecotone.experiments.runs import Run
 
     try:
         write(compare([Run(directory)]), path)

@@ -15,12 +15,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments.tracking.mirrored_run import MirroredRun
-from experiments.tracking.notes import MirrorReport, note, noted, say, sole_mirror, status
-from experiments.tracking.store import SILENCE, in_words, require_mlflow
-from experiments.tracking.target import Target, state_of
-from populations.errors import EcotoneError, JournalError
-from populations.journal import Journal
+import ecotone
+from ecotone.experiments.tracking.mirrored_run import MirroredRun
+from ecotone.experiments.tracking.notes import MirrorReport, note, noted, say, sole_mirror, status
+from ecotone.experiments.tracking.store import SILENCE, in_words, require_mlflow
+from ecotone.experiments.tracking.target import Target, state_of
+from ecotone.populations.errors import EcotoneError, JournalError
+from ecotone.populations.journal import Journal
 
 _HANDOVER = 5.0  # seconds that a mirror waits for another one of the same run to end
 FINAL_STATES = ("finished", "failed", "interrupted")
@@ -62,9 +63,11 @@ def start(run_dir: str | Path, pid: int) -> subprocess.Popen[bytes]:
     """
     require_mlflow()
     directory = Path(run_dir).resolve()
-    # Not `-m`: a folder named `experiments` in the user's working directory would be imported instead of this one.
-    launch = "import sys; sys.path[0] = sys.argv.pop(1); from experiments.tracking import main; sys.exit(main())"
-    root = str(Path(__file__).resolve().parents[2])
+    # Not `-m`: a folder named `ecotone` in the user's working directory would be imported instead of this one.
+    launch = (
+        "import sys; sys.path[0] = sys.argv.pop(1); from ecotone.experiments.tracking import main; sys.exit(main())"
+    )
+    root = str(Path(str(ecotone.__file__)).resolve().parents[1])
     with (directory / "tracking.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-c", launch, root, str(directory), "--follow", str(pid)],
@@ -230,7 +233,7 @@ def _signalled(pid: int) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Mirror a run directory: once, or while a process runs it. Returns 0 when all of it is in MLflow."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.tracking", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ecotone.experiments.tracking", description=main.__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--follow", type=int, metavar="PID", help="go on until the search of this process has ended")
     parser.add_argument("--poll", type=float, default=1.0, help="seconds between two looks at the journal")

@@ -8,11 +8,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from experiments.tracking.names import FRONT, HELD_OUT_FRONT, metric_names, pair_metrics, pairs_of
-from experiments.tracking.summary import Summary
-from populations.fronts import non_dominated
-from populations.journal import Row
-from populations.trial import Goal, oriented
+from ecotone.experiments.tracking.names import FRONT, HELD_OUT_FRONT, metric_names, pair_metrics, pairs_of
+from ecotone.experiments.tracking.summary import Summary
+from ecotone.populations.fronts import non_dominated
+from ecotone.populations.journal import Row
+from ecotone.populations.trial import Goal, oriented
 
 MetricRow: TypeAlias = tuple[str, float, int, int]
 """Key, value, time (unix milliseconds) and step."""

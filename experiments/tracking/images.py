@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from populations.genome import Floats
-from populations.trial import Goal
+from ecotone.populations.genome import Floats
+from ecotone.populations.trial import Goal
 
 FIRST = 15  # evaluations of the first picture
 PANELS = 6  # pairs of objectives that are drawn at most

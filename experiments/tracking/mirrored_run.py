@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tracking import colours
-from experiments.tracking.artifacts import write_artifacts
-from experiments.tracking.front_metrics import MetricRow, front_metrics
-from experiments.tracking.images import front_image, is_due
-from experiments.tracking.names import CURSOR, PICTURE, VIEW_TAG, acceptable
-from experiments.tracking.notes import say
-from experiments.tracking.scoreboard import Line, Scoreboard
-from experiments.tracking.store import TrackingError, in_words, known_run, opened, sqlite_file
-from experiments.tracking.summary import Summary, summary_of
-from experiments.tracking.target import Target
-from experiments.tracking.view import RUNS, view_tag, view_value
-from populations.journal import Journal
+from ecotone.experiments.tracking import colours
+from ecotone.experiments.tracking.artifacts import write_artifacts
+from ecotone.experiments.tracking.front_metrics import MetricRow, front_metrics
+from ecotone.experiments.tracking.images import front_image, is_due
+from ecotone.experiments.tracking.names import CURSOR, PICTURE, VIEW_TAG, acceptable
+from ecotone.experiments.tracking.notes import say
+from ecotone.experiments.tracking.scoreboard import Line, Scoreboard
+from ecotone.experiments.tracking.store import TrackingError, in_words, known_run, opened, sqlite_file
+from ecotone.experiments.tracking.summary import Summary, summary_of
+from ecotone.experiments.tracking.target import Target
+from ecotone.experiments.tracking.view import RUNS, view_tag, view_value
+from ecotone.populations.journal import Journal
 
 ROWS_PER_BATCH = 1000  # MLflow's limit
 _PORTION = 2000  # rows of the journal read at a time

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.tracking.store import TrackingError
+from ecotone.experiments.tracking.store import TrackingError
 
 
 @dataclass(frozen=True)

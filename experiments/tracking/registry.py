@@ -12,11 +12,11 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiments.recipe import algorithm_of
-from experiments.tracking.notes import status
-from experiments.tracking.store import ENVIRONMENT, TrackingError, client_of, in_words, require_mlflow
-from experiments.tracking.target import Target
-from populations.journal import Journal
+from ecotone.experiments.recipe import algorithm_of
+from ecotone.experiments.tracking.notes import status
+from ecotone.experiments.tracking.store import ENVIRONMENT, TrackingError, client_of, in_words, require_mlflow
+from ecotone.experiments.tracking.target import Target
+from ecotone.populations.journal import Journal
 
 _T = TypeVar("_T")
 
@@ -72,7 +72,7 @@ class Registrar:
         self._ask(self._check)
 
     def register(self, path: str | Path) -> Version:
-        """Register what ``experiments.exports.export`` wrote to ``path``.
+        """Register what ``ecotone.experiments.exports.export`` wrote to ``path``.
 
         Raises:
             TrackingError: MLflow does not take it; the export stays where it is.
@@ -99,7 +99,7 @@ class Registrar:
             )
 
     def _register(self, client: Any, path: Path) -> Version:
-        from experiments.exports import read_record
+        from ecotone.experiments.exports import read_record
 
         record = read_record(path)
         folder = self._folder(client, f"models/member-{record['member']}")

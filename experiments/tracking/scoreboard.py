@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.runs import points_of, reference_point
-from experiments.tracking.names import CURSOR, HYPERVOLUME, acceptable, metric_names
-from populations.fronts import hypervolume, hypervolume_over
-from populations.genome import Floats
-from populations.journal import Row
-from populations.pareto import ParetoFront
-from populations.population import mean_score
-from populations.trial import Goal, oriented
+from ecotone.experiments.runs import points_of, reference_point
+from ecotone.experiments.tracking.names import CURSOR, HYPERVOLUME, acceptable, metric_names
+from ecotone.populations.fronts import hypervolume, hypervolume_over
+from ecotone.populations.genome import Floats
+from ecotone.populations.journal import Row
+from ecotone.populations.pareto import ParetoFront
+from ecotone.populations.population import mean_score
+from ecotone.populations.trial import Goal, oriented
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Volumes:
 
     It is live, measured from 0 as the search goes on, when the objectives are up to five, all maximised, and the first
     candidate scores in [0, 1] in each. Otherwise it is known only at the end, when the reference merges are measured
-    from which its reference point follows (``experiments.runs.reference_point``).
+    from which its reference point follows (``ecotone.experiments.runs.reference_point``).
 
     Args:
         goals: The objectives.

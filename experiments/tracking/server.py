@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.tracking.following import wait
-from experiments.tracking.notes import status
-from experiments.tracking.store import ENVIRONMENT, TrackingError, require_mlflow, sqlite_file
-from experiments.tracking.target import Target
-from experiments.tracking.view import view_address, view_key
-from populations.journal import Journal
+from ecotone.experiments.tracking.following import wait
+from ecotone.experiments.tracking.notes import status
+from ecotone.experiments.tracking.store import ENVIRONMENT, TrackingError, require_mlflow, sqlite_file
+from ecotone.experiments.tracking.target import Target
+from ecotone.experiments.tracking.view import view_address, view_key
+from ecotone.populations.journal import Journal
 
 _LAST_WORDS = "Its output is in ui.log of the run directory."
 

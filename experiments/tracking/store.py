@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from experiments.storage import is_url
-from populations.errors import EcotoneError
+from ecotone.experiments.storage import is_url
+from ecotone.populations.errors import EcotoneError
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",

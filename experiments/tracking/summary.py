@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.tracking.names import acceptable, distinct, metric_names
-from experiments.tracking.scoreboard import Scoreboard
-from experiments.tracking.target import Target
-from populations.journal import Journal, Row
-from populations.trial import Evaluation, Goal
+from ecotone.experiments.tracking.names import acceptable, distinct, metric_names
+from ecotone.experiments.tracking.scoreboard import Scoreboard
+from ecotone.experiments.tracking.target import Target
+from ecotone.populations.journal import Journal, Row
+from ecotone.populations.trial import Evaluation, Goal
 
 
 @dataclass(frozen=True)

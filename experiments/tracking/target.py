@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from experiments.compare import algorithm_name
-from experiments.storage import url_of
-from experiments.tracking.names import VIEW_TAG, flattened
-from experiments.tracking.store import absolute_uri, default_uri
-from experiments.tracking.view import view_key
-from populations.journal import Journal
-from populations.trial import Goal
+from ecotone.experiments.compare import algorithm_name
+from ecotone.experiments.storage import url_of
+from ecotone.experiments.tracking.names import VIEW_TAG, flattened
+from ecotone.experiments.tracking.store import absolute_uri, default_uri
+from ecotone.experiments.tracking.view import view_key
+from ecotone.populations.journal import Journal
+from ecotone.populations.trial import Goal
 
 STEPS = 1000  # of a metric, at most about
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from experiments.tracking.images import FIRST
-from experiments.tracking.names import (
+from ecotone.experiments.tracking.images import FIRST
+from ecotone.experiments.tracking.names import (
     FRONT,
     HELD_OUT_FRONT,
     HYPERVOLUME,
@@ -27,7 +27,7 @@ from experiments.tracking.names import (
     pair_metrics,
     pairs_of,
 )
-from populations.trial import Goal
+from ecotone.populations.trial import Goal
 
 EDITION = 1  # raised when the charts change, so that views written before are written anew
 RUNS = 100  # that a chart shows at most

@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from merging.operators.base import Operator
-from merging.operators.dare import Dare
-from merging.operators.dare_ties import DareTies
-from merging.operators.linear import Linear
-from merging.operators.slerp import Slerp
-from merging.operators.task_arithmetic import TaskArithmetic
-from merging.operators.ties import Ties
-from merging.operators.ties_vectors import TiesVectors
-from populations.errors import InputError, nearest
-from populations.genome import Scalar
+from ecotone.merging.operators.base import Operator
+from ecotone.merging.operators.dare import Dare
+from ecotone.merging.operators.dare_ties import DareTies
+from ecotone.merging.operators.linear import Linear
+from ecotone.merging.operators.slerp import Slerp
+from ecotone.merging.operators.task_arithmetic import TaskArithmetic
+from ecotone.merging.operators.ties import Ties
+from ecotone.merging.operators.ties_vectors import TiesVectors
+from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.genome import Scalar
 
 _ALL = (Linear, Slerp, TaskArithmetic, Ties, TiesVectors, Dare, DareTies)
 operators: dict[str, Callable[..., Operator]] = {operator.name: operator for operator in _ALL}

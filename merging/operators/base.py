@@ -7,11 +7,11 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from merging.layout import Layout
-from merging.materialise import Transform
-from merging.operators.task_vectors import Pieces
-from populations.genome import Floats, Genome, Integers
-from populations.gram import GramTable
+from ecotone.merging.kernel.materialise import Transform
+from ecotone.merging.models.layout import Layout
+from ecotone.merging.operators.task_vectors import Pieces
+from ecotone.populations.genome import Floats, Genome, Integers
+from ecotone.populations.gram import GramTable
 
 Term: TypeAlias = tuple[int, float]
 """The number of a model and its weight in a direction."""
@@ -21,9 +21,10 @@ class Operator(Protocol):
     """The meaning of a genome's coefficients: weights over the J models of a merge.
 
     Every operator here is linear in the models it mixes, ``theta = sum_j w_j theta_j`` in each segment, so one kernel
-    (``merging.materialise``) serves them all. With a base, model 0 is the base and 1..E are the experts. An operator
-    may mix others in place of those of the checkpoints (``transform``). Its settings are its fields: it is a frozen
-    dataclass, recipes give them by name, and each has a default. Some of them a genome may set for itself.
+    (``ecotone.merging.kernel.materialise``) serves them all. With a base, model 0 is the base and 1..E are the
+    experts. An operator may mix others in place of those of the checkpoints (``transform``). Its settings are its
+    fields: it is a frozen dataclass, recipes give them by name, and each has a default. Some of them a genome may set
+    for itself.
     """
 
     @property

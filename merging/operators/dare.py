@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merging.materialise import Transform
-from merging.operators.prepared import PreparedVectors, check_density, keep, prepared
-from merging.operators.task_vectors import Pieces, task_vectors
-from populations.errors import InputError
+from ecotone.merging.kernel.materialise import Transform
+from ecotone.merging.operators.prepared import PreparedVectors, check_density, keep, prepared
+from ecotone.merging.operators.task_vectors import Pieces, task_vectors
+from ecotone.populations.errors import InputError
 
 SEEDS = 2**32
 _STEP, _FIRST, _SECOND = (word - 2**64 for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

@@ -13,11 +13,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from merging.materialise import Transform
-from merging.operators.dare import SEEDS, Masks, check_seed, scaled
-from merging.operators.prepared import Combine, PreparedVectors, check_combine, check_density, keep, prepared, shared
-from merging.operators.task_vectors import Pieces, chunks, task_vectors
-from merging.operators.ties_vectors import sign_of_sum
+from ecotone.merging.kernel.materialise import Transform
+from ecotone.merging.operators.dare import SEEDS, Masks, check_seed, scaled
+from ecotone.merging.operators.prepared import (
+    Combine,
+    PreparedVectors,
+    check_combine,
+    check_density,
+    keep,
+    prepared,
+    shared,
+)
+from ecotone.merging.operators.task_vectors import Pieces, chunks, task_vectors
+from ecotone.merging.operators.ties_vectors import sign_of_sum
 
 
 @dataclass(frozen=True)

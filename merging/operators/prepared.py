@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merging.materialise import accumulator
-from merging.operators.task_arithmetic import TaskArithmetic
-from merging.operators.task_vectors import chunks
-from populations.errors import InputError
-from populations.genome import Floats
+from ecotone.merging.kernel.materialise import accumulator
+from ecotone.merging.operators.task_arithmetic import TaskArithmetic
+from ecotone.merging.operators.task_vectors import chunks
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats
 
 Combine: TypeAlias = Literal["mean", "sum"]
 

@@ -15,10 +15,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from merging.materialise import Transform, unchanged
-from merging.operators.task_vectors import Pieces
-from populations.errors import InputError
-from populations.genome import Floats
+from ecotone.merging.kernel.materialise import Transform, unchanged
+from ecotone.merging.operators.task_vectors import Pieces
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats
 
 PARALLEL = 1e-6  # the sine of an angle below which interpolation is linear
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from merging.materialise import Transform, unchanged
-from merging.operators.task_vectors import Pieces
-from populations.genome import Floats
+from ecotone.merging.kernel.materialise import Transform, unchanged
+from ecotone.merging.operators.task_vectors import Pieces
+from ecotone.populations.genome import Floats
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merging.layout import Layout
-from merging.lazy import Source, formed
-from merging.materialise import CHUNK, DEVICE_SPAN, over_threads
-from populations.genome import Integers
+from ecotone.merging.kernel.lazy import Source, formed
+from ecotone.merging.kernel.materialise import CHUNK, DEVICE_SPAN, over_threads
+from ecotone.merging.models.layout import Layout
+from ecotone.populations.genome import Integers
 
 SPAN = 262_144  # elements of a model read at a time
 DIGITS = 16  # bits a pass of the search for a threshold

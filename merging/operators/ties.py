@@ -19,10 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from merging.materialise import Transform
-from merging.operators.prepared import Combine, PreparedVectors, check_combine, check_density, prepared, shared
-from merging.operators.task_vectors import Pieces, task_vectors
-from merging.operators.ties_vectors import elected
+from ecotone.merging.kernel.materialise import Transform
+from ecotone.merging.operators.prepared import Combine, PreparedVectors, check_combine, check_density, prepared, shared
+from ecotone.merging.operators.task_vectors import Pieces, task_vectors
+from ecotone.merging.operators.ties_vectors import elected
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from merging import compiled
-from merging.materialise import SMALL, Transform
-from merging.operators.prepared import check_density
-from merging.operators.task_arithmetic import TaskArithmetic
-from merging.operators.task_vectors import Pieces, chunks, largest, task_vectors
+from ecotone.merging.kernel import compiled
+from ecotone.merging.kernel.materialise import SMALL, Transform
+from ecotone.merging.operators.prepared import check_density
+from ecotone.merging.operators.task_arithmetic import TaskArithmetic
+from ecotone.merging.operators.task_vectors import Pieces, chunks, largest, task_vectors
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -1,0 +1,1 @@
+"""How a candidate is shown to objectives: the module that holds its weights."""

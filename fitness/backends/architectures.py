@@ -1,0 +1,97 @@
+"""The torch module that candidates' weights are put into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ecotone.fitness.callables import call
+from ecotone.fitness.specs import CallSpec
+from ecotone.merging.models.checkpoint import Model
+from ecotone.merging.models.vocabulary import Resized
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+
+
+def make(architecture: CallSpec | Literal["auto"], sources: Sources, dtype: torch.dtype | None = None) -> nn.Module:
+    """A module of the sources' architecture, its floating-point tensors in ``dtype`` (None: as it is made).
+
+    Args:
+        architecture: A function that returns the module, or ``auto`` for the class that the ``config.json`` of the
+            base (or else the first expert) names. Code that a checkpoint brings along is never run.
+        sources: The models that are merged.
+        dtype: Floating-point type.
+
+    Raises:
+        InputError: The function does not return a module; there is no ``config.json``; transformers is not
+            installed or lacks the class.
+    """
+    if isinstance(architecture, CallSpec):
+        module = call(architecture, "architecture")
+        if not isinstance(module, nn.Module):
+            found = type(module).__name__
+            raise InputError(f"architecture: expected {architecture.call} to return a torch module, found {found}.")
+        return module if dtype is None else module.to(dtype)
+    if architecture != "auto":
+        raise InputError(f"architecture: expected 'auto' or a function, found {architecture!r}.")
+    return _hugging_face(sources.origin, dtype)
+
+
+_REMEDY = "Give the architecture as a function (package.module:function) that returns the module."
+
+
+def named(checkpoint: Model) -> str:
+    """The class that a checkpoint's ``config.json`` names.
+
+    Raises:
+        InputError: It names none.
+    """
+    names = (checkpoint.config or {}).get("architectures") or []
+    if not names:
+        raise InputError(
+            f"architecture: 'auto' needs a config.json that names its architectures, found none in {checkpoint.path}.",
+            _REMEDY,
+        )
+    return str(names[0])
+
+
+def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
+    name = named(checkpoint)
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("architecture: 'auto' needs transformers.", "pip install 'ecotone[hf]'") from error
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        version = transformers.__version__
+        raise InputError(
+            f"architecture: transformers {version} has no {name!r}, which {checkpoint.path} names.", _REMEDY
+        )
+    option = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
+    with _no_progress_bars(transformers):
+        module = kind.from_pretrained(checkpoint.path, local_files_only=True, **{option: dtype or "auto"})
+        if isinstance(checkpoint, Resized) and checkpoint.rows is not None:
+            module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+@contextmanager
+def _no_progress_bars(transformers: Any) -> Iterator[None]:
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

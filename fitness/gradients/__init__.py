@@ -1,0 +1,1 @@
+"""Losses whose gradient a search follows: calibration tasks and distillation."""

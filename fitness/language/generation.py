@@ -1,0 +1,449 @@
+"""Greedy generation from prompts: how many tokens a language model writes, and whether it ends with the right answer.
+
+A model writes until its EOS, until its text holds a stop string, or until ``most`` tokens. The tokens counted include
+the one that ends it, so a model that stops at once writes 1. EOS tokens are the tokenizer's and those of the model's
+generation configuration; nothing else of that configuration is used.
+
+Prompts of like length are padded on the left and continued together; those that have ended leave the batch. In exact
+arithmetic that is what each gets alone; rounding may decide a tie otherwise, most often in 16-bit types.
+
+Objectives with the same prompts and settings can share what a model writes: within ``same_model`` each batch of
+prompts is continued once. Outside of it nothing is kept, because a model's weights may change from call to call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ecotone.fitness.language.likelihoods import logits_at
+from ecotone.fitness.language.texts import (
+    Record,
+    Source,
+    batches,
+    begins_with_bos,
+    check_batch,
+    context_of,
+    encoded,
+    filled,
+    mean,
+    padded,
+    records,
+    settings_of,
+    tokenizer_of,
+)
+from ecotone.fitness.objectives import Objective, Score, pooled_mean
+from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.genome import Integers
+from ecotone.populations.trial import Goal
+
+ROWS = {"cpu": 32, "cuda": 256}
+"""By kind of device, prompts continued together where the recipe names no batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Source):
+    """Settings of ``tokens_generated``, beside where its prompts come from.
+
+    Args:
+        template: The prompt, ``{name}`` for a field of the record.
+        chat: Whether the prompt is a user's message in the tokenizer's chat template.
+        most: The most tokens to generate.
+        stop: Texts that end an answer.
+        batch: Prompts continued together; None chooses.
+        bos: Whether the BOS token precedes each prompt; None: where the tokenizer puts it itself. A chat template
+            puts its own.
+    """
+
+    template: str = "{prompt}"
+    chat: bool = False
+    most: int = 256
+    stop: str | Sequence[str] = ()
+    batch: int | None = None
+    bos: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings(Settings):
+    """Settings of ``exact_match``: those of ``tokens_generated``, and how answers are told.
+
+    Args:
+        answer: The field that holds the right answer: a text, a number, or a list of those that count.
+        extract: A regular expression; the answer is its last match in what was written (its first group, where it
+            has one). None: all that was written.
+    """
+
+    answer: str = "answer"
+    extract: str | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote.
+
+    Args:
+        tokens: (N,) lists, with what ended them.
+        texts: (N,) without special tokens, up to a stop string.
+        finite: Whether all logits were numbers.
+    """
+
+    tokens: Sequence[Sequence[int]]
+    texts: Sequence[str]
+    finite: bool
+
+
+class Generator:
+    """Continues prompts greedily.
+
+    Args:
+        prompts: (N,) tokens, at least one each.
+        tokenizer: A Hugging Face tokenizer.
+        device: Where the model is.
+        most: The most tokens to generate.
+        stop: Texts that end an answer.
+        batch: Prompts continued together; None chooses.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokenizer: Any,
+        device: torch.device,
+        most: int,
+        stop: Sequence[str] = (),
+        batch: int | None = None,
+    ) -> None:
+        self._prompts, self._tokenizer, self._device = prompts, tokenizer, device
+        self._most, self._stop = most, list(stop)
+        self._reach = max((len(text.encode()) for text in stop), default=0) + 4  # tokens that may hold a stop string
+        rows = batch or ROWS.get(device.type, ROWS["cuda"])
+        self._parts = batches([len(prompt) for prompt in prompts], rows, device)
+        self._sharing = 0
+        self._written: Written | None = None
+        self._batch = batch
+        self._subsets: dict[bytes, Generator] = {}
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def subset(self, numbers: Integers) -> Generator:
+        """The same of the prompts ``numbers`` alone; one for all that ask for these."""
+        key = np.asarray(numbers, np.int64).tobytes()
+        if key not in self._subsets:
+            prompts = [self._prompts[number] for number in numbers]
+            made = Generator(prompts, self._tokenizer, self._device, self._most, self._stop, self._batch)
+            self._subsets[key] = made
+        return self._subsets[key]
+
+    def written(self, model: Any) -> Written:
+        """What the model writes after each prompt.
+
+        Raises:
+            InputError: The model is no causal language model that keeps keys and values.
+        """
+        if self._written is not None:
+            return self._written
+        found = self._generate(model)
+        if self._sharing:
+            self._written = found
+        return found
+
+    @contextmanager
+    def same_model(self) -> Iterator[None]:
+        """Within, the model and its weights stay the same, and generate only once."""
+        self._sharing += 1
+        try:
+            yield
+        finally:
+            self._sharing -= 1
+            if not self._sharing:
+                self._written = None
+
+    def _generate(self, model: Any) -> Written:
+        tokens: list[list[int]] = [[] for _ in self._prompts]
+        finite, ends = True, self._ends(model)
+        with torch.no_grad():
+            for part in self._parts:
+                finite &= self._continue(model, part.tolist(), tokens, ends)
+        return Written(tokens, [self._text(written) for written in tokens], finite)
+
+    def _continue(self, model: Any, numbers: list[int], tokens: list[list[int]], ends: set[int]) -> bool:
+        """Append to ``tokens`` what the model writes after prompts ``numbers``; whether all logits were numbers."""
+        from transformers import DynamicCache
+
+        prompts = [self._prompts[number] for number in numbers]
+        ids, cache = padded(prompts, self._device, left=True), DynamicCache()
+        mask = torch.tensor([[0] * (ids.shape[1] - len(p)) + [1] * len(p) for p in prompts], device=self._device)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        finite = torch.ones((), dtype=torch.bool, device=self._device)
+        for step in range(self._most):
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            rows = torch.arange(1, len(ids) + 1, device=self._device) * ids.shape[1] - 1
+            found = [
+                part.max(1) for part in logits_at(model, {**inputs, "past_key_values": cache, "use_cache": True}, rows)
+            ]
+            finite &= ~torch.cat([largest.isnan() for largest, _ in found]).any()
+            chosen = torch.cat([which for _, which in found])
+            if step == 0 and cache.get_seq_length() != ids.shape[1]:
+                raise InputError(
+                    f"expected a model that keeps keys and values to generate with, found {type(model).__name__}."
+                )
+            for number, token in zip(numbers, chosen.tolist(), strict=True):
+                tokens[number].append(token)
+            going = [place for place, number in enumerate(numbers) if not self._ended(tokens[number], ends)]
+            if not going:
+                break
+            if len(going) < len(numbers):
+                numbers, kept = [numbers[place] for place in going], torch.tensor(going, device=self._device)
+                cache.batch_select_indices(kept)
+                mask, positions, chosen = mask[kept], positions[kept], chosen[kept]
+            ids, positions = chosen[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        return bool(finite)
+
+    def _ends(self, model: Any) -> set[int]:
+        """Tokens that end an answer."""
+        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        listed = named if isinstance(named, list) else [named]
+        return {token for token in [*listed, self._tokenizer.eos_token_id] if token is not None}
+
+    def _ended(self, written: list[int], ends: set[int]) -> bool:
+        if written[-1] in ends:
+            return True
+        tail = self._tokenizer.decode(written[-self._reach :]) if self._stop else ""
+        return any(text in tail for text in self._stop)
+
+    def _text(self, written: list[int]) -> str:
+        text: str = self._tokenizer.decode(written, skip_special_tokens=True)
+        cuts = [text.find(stop) for stop in self._stop if stop in text]
+        return text[: min(cuts)] if cuts else text
+
+
+@dataclass(frozen=True, eq=False)
+class TokensGenerated:
+    """Mean number of tokens that a model writes after prompts.
+
+    Args:
+        goal: Name and direction.
+        generator: What continues the prompts.
+    """
+
+    goal: Goal
+    generator: Generator
+
+    def score(self, model: Any) -> Score:
+        """Mean number of tokens, with one number a prompt. Logits with NaN make the score NaN.
+
+        Raises:
+            InputError: The model is no causal language model that keeps keys and values.
+        """
+        written = self.generator.written(model)
+        each = np.asarray([len(tokens) for tokens in written.tokens], dtype=np.float64)
+        return Score(mean(each) if written.finite else float("nan"), each, each.size)
+
+    @property
+    def count(self) -> int:
+        """Prompts."""
+        return len(self.generator)
+
+    def subset(self, numbers: Integers) -> TokensGenerated:
+        """The mean over these prompts."""
+        return TokensGenerated(self.goal, self.generator.subset(numbers))
+
+    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
+        """The mean."""
+        return pooled_mean(each, self.count)
+
+
+@dataclass(frozen=True, eq=False)
+class ExactMatch:
+    """Share of prompts after which a model writes the right answer, white space around it aside.
+
+    Args:
+        goal: Name and direction.
+        generator: What continues the prompts.
+        answers: (N,) the texts that are right.
+        extract: What finds the answer in what was written, as in ``AnswerSettings``.
+    """
+
+    goal: Goal
+    generator: Generator
+    answers: Sequence[frozenset[str]]
+    extract: re.Pattern[str] | None = None
+
+    def score(self, model: Any) -> Score:
+        """Accuracy, with one bool a prompt. Logits with NaN make the score NaN.
+
+        Raises:
+            InputError: The model is no causal language model that keeps keys and values.
+        """
+        written = self.generator.written(model)
+        pairs = zip(written.texts, self.answers, strict=True)
+        right: NDArray[np.bool_] = np.asarray([self._answer(text) in answers for text, answers in pairs])
+        value = int(np.count_nonzero(right)) / right.size
+        return Score(value if written.finite else float("nan"), right, right.size)
+
+    @property
+    def count(self) -> int:
+        """Prompts."""
+        return len(self.generator)
+
+    def subset(self, numbers: Integers) -> ExactMatch:
+        """The share of these prompts."""
+        answers = [self.answers[number] for number in numbers]
+        return ExactMatch(self.goal, self.generator.subset(numbers), answers, self.extract)
+
+    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
+        """The share that is right."""
+        return pooled_mean(each, self.count)
+
+    def _answer(self, text: str) -> str | None:
+        if self.extract is None:
+            return text.strip()
+        matches = list(self.extract.finditer(text))
+        if not matches:
+            return None
+        groups = matches[-1].groups()
+        return (groups[0] or "").strip() if groups else matches[-1].group().strip()
+
+
+@contextmanager
+def same_model(objectives: Sequence[Objective]) -> Iterator[None]:
+    """Within, all objectives are scored on one model whose weights stay the same: what they share is made once."""
+    generators = {
+        id(one.generator): one.generator for one in objectives if isinstance(one, TokensGenerated | ExactMatch)
+    }
+    with ExitStack() as stack:
+        for generator in generators.values():
+            stack.enter_context(generator.same_model())
+        yield
+
+
+def build_tokens_generated(
+    goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device
+) -> TokensGenerated:
+    """``tokens_generated``, its prompts tokenised once.
+
+    Args:
+        goal: Name and direction.
+        settings: Those of ``Settings``.
+        tokenizer: A checkpoint's folder.
+        device: Where the model is.
+
+    Raises:
+        InputError: A setting or a record cannot be used, or a prompt does not fit the model's context.
+    """
+    where = f"objective {goal.name!r}"
+    return TokensGenerated(goal, _prompted(settings_of(Settings, settings, where), tokenizer, device, where)[0])
+
+
+def build_exact_match(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device) -> ExactMatch:
+    """``exact_match``, its prompts tokenised once; its generator is that of ``tokens_generated`` of the same settings.
+
+    Args:
+        goal: Name and direction.
+        settings: Those of ``AnswerSettings``.
+        tokenizer: A checkpoint's folder.
+        device: Where the model is.
+
+    Raises:
+        InputError: A setting or a record cannot be used, or a prompt does not fit the model's context.
+    """
+    where = f"objective {goal.name!r}"
+    given = settings_of(AnswerSettings, settings, where)
+    try:
+        extract = None if given.extract is None else re.compile(given.extract)
+    except re.error as error:
+        raise InputError(
+            f"{where}: extract: expected a regular expression, found {given.extract!r} ({error})."
+        ) from error
+    generator, chosen = _prompted(given, tokenizer, device, where)
+    answers = [_answers(record, given.answer, f"{where}: {place}") for place, record in chosen]
+    return ExactMatch(goal, generator, answers, extract)
+
+
+def _answers(record: Record, name: str, where: str) -> frozenset[str]:
+    if name not in record:
+        raise InputError(f"{where}: expected a field {name!r}, found none.", nearest(name, list(record)))
+    given = record[name]
+    values = given if isinstance(given, list) else [given]
+    if not values or not all(isinstance(value, str | int | float) and type(value) is not bool for value in values):
+        raise InputError(f"{where}: {name}: expected a text, a number, or a list of them, found {given!r}.")
+    return frozenset(str(value).strip() for value in values)
+
+
+_generators: WeakValueDictionary[tuple[str, str, str], Generator] = WeakValueDictionary()
+
+
+def _prompted(
+    given: Settings, tokenizer: str, device: torch.device, where: str
+) -> tuple[Generator, list[tuple[str, Record]]]:
+    """The generator of these settings, which is shared as long as somebody holds it, and the records it is for."""
+    _check(given, where)
+    found = records(given, where)
+    chosen = [found[number] for number in given.chosen(len(found), where)]
+    texts = [filled(given.template, record, f"{where}: {place}") for place, record in chosen]
+    common = {entry.name: getattr(given, entry.name) for entry in dataclasses.fields(Settings)}
+    key = (json.dumps([common, texts], default=str), tokenizer, str(device))
+    generator = _generators.get(key)
+    if generator is None:
+        loaded = tokenizer_of(tokenizer)
+        prompts = _prompts(texts, given, loaded, where)
+        _check_lengths(chosen, prompts, given.most, context_of(tokenizer, loaded), where)
+        stop = [given.stop] if isinstance(given.stop, str) else list(given.stop)
+        generator = _generators[key] = Generator(prompts, loaded, device, given.most, stop, given.batch)
+    return generator, chosen
+
+
+def _check(given: Settings, where: str) -> None:
+    check_batch(given.batch, where)
+    if given.most < 1:
+        raise InputError(f"{where}: most: expected at least 1, found {given.most}.")
+    if "" in ([given.stop] if isinstance(given.stop, str) else given.stop):
+        raise InputError(f"{where}: stop: expected texts, found an empty one.", "Leave it out.")
+
+
+def _prompts(texts: Sequence[str], given: Settings, tokenizer: Any, where: str) -> list[list[int]]:
+    begin: list[int] = []
+    if given.chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                f"{where}: chat: expected a tokenizer with a chat template, found none.", "Set it to false."
+            )
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            for text in texts
+        ]
+    elif begins_with_bos(tokenizer) if given.bos is None else given.bos:
+        if tokenizer.bos_token_id is None:
+            raise InputError(f"{where}: bos: expected a tokenizer with a BOS token, found none.", "Leave it out.")
+        begin = [tokenizer.bos_token_id]
+    return [[*begin, *tokens] for tokens in encoded(tokenizer, texts)]
+
+
+def _check_lengths(
+    chosen: Sequence[tuple[str, Record]], prompts: Sequence[Sequence[int]], most: int, context: int | None, where: str
+) -> None:
+    if context is not None and most > context:
+        raise InputError(f"{where}: most: expected at most {context}, which is what the model can take, found {most}.")
+    for (place, _), prompt in zip(chosen, prompts, strict=True):
+        if not prompt:
+            raise InputError(f"{where}: {place}: expected a prompt with tokens, found none.")
+        if context is not None and len(prompt) + most - 1 > context:
+            raise InputError(
+                f"{where}: {place}: expected a prompt of at most {context - most + 1} tokens, so that {most} more fit "
+                f"what the model can take, found {len(prompt)}.",
+                "Leave it out, or generate fewer tokens.",
+            )

@@ -1,0 +1,280 @@
+"""Text data of language objectives: files, their seeded parts, and tokens, read and made once a worker.
+
+Data are files in UTF-8. A ``.jsonl`` file has one record a line (a JSON object); any other file is one document. A part
+is drawn by the seed alone: objectives on the same data with the same seed and share have ``search`` and ``held_out``
+parts without a record in common, and a smaller limit takes a subset of what a larger one takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ecotone.populations.errors import InputError, first_line, nearest
+
+Part: TypeAlias = Literal["search", "held_out", "all"]
+Record: TypeAlias = dict[str, Any]
+
+TOKENS = {"cpu": 2048, "cuda": 32768}
+"""By kind of device, tokens in one forward pass where the recipe names no batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which records an objective is measured on; its settings start with these.
+
+    Args:
+        data: A file, or several whose records follow one another.
+        part: ``search``, ``held_out``, or ``all`` of the records.
+        seed: Of the draw that divides them, at least 0.
+        share: Share of the records that ``search`` gets, between 0 and 1; each part gets one at least.
+        limit: The most records of the part; None is all of it.
+    """
+
+    data: str | Sequence[str]
+    part: Part = "all"
+    seed: int = 0
+    share: float = 0.5
+    limit: int | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of ``data``."""
+        return [Path(name) for name in ([self.data] if isinstance(self.data, str) else self.data)]
+
+    def chosen(self, count: int, where: str) -> NDArray[np.int64]:
+        """(n,) ascending numbers, of 0 to count - 1, of the records that are in the part.
+
+        Raises:
+            InputError: A setting is out of range, or there are too few records to divide.
+        """
+        self._check(where)
+        if count < (1 if self.part == "all" else 2):
+            raise InputError(
+                f"{where}: data: expected at least {1 if self.part == 'all' else 2} items for part {self.part!r}, "
+                f"found {count}."
+            )
+        order = np.random.default_rng(self.seed).permutation(count)
+        first = min(max(round(self.share * count), 1), count - 1)
+        taken = {"all": order, "search": order[:first], "held_out": order[first:]}[self.part]
+        return np.sort(taken[: self.limit])
+
+    def _check(self, where: str) -> None:
+        if self.part not in ("search", "held_out", "all"):
+            raise InputError(f"{where}: part: expected search, held_out or all, found {self.part!r}.")
+        if self.seed < 0:
+            raise InputError(f"{where}: seed: expected at least 0, found {self.seed}.")
+        if not 0 < self.share < 1:
+            raise InputError(f"{where}: share: expected a number between 0 and 1, found {self.share}.")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"{where}: limit: expected at least 1, found {self.limit}.")
+
+
+S = TypeVar("S", bound=Source)
+
+
+def settings_of(kind: type[S], settings: Mapping[str, Any], where: str) -> S:
+    """``settings`` as a ``kind``.
+
+    Raises:
+        InputError: There is no ``data``, or a setting that ``kind`` does not have.
+    """
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in settings:
+        if name not in known:
+            raise InputError(f"{where}: expected settings of its type, found {name!r}.", nearest(name, known))
+    if not settings.get("data"):
+        raise InputError(f"{where}: data: expected a file, found none.")
+    return kind(**settings)
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def documents(source: Source, field: str, where: str) -> list[str]:
+    """The documents of the source's files that are not empty: lines' ``field`` of a ``.jsonl``, any other file whole.
+
+    Raises:
+        InputError: A file cannot be read, is not UTF-8, or a line lacks the field; or no document has text.
+    """
+    found: list[str] = []
+    for file in source.files:
+        if file.suffix == ".jsonl":
+            found += [_text(record, field, f"{where}: {place}") for place, record in _lines(file, where)]
+        else:
+            found.append(_read(file, where))
+    found = [text for text in found if text]
+    if not found:
+        raise InputError(f"{where}: data: expected text, found none in {_named(source)}.")
+    return found
+
+
+def records(source: Source, where: str) -> list[tuple[str, Record]]:
+    """The records of the source's ``.jsonl`` files, each with the place it stands at (``file:line``).
+
+    Raises:
+        InputError: A file is no ``.jsonl``, cannot be read, or a line is no JSON object; or there are no records.
+    """
+    found: list[tuple[str, Record]] = []
+    for file in source.files:
+        if file.suffix != ".jsonl":
+            raise InputError(f"{where}: data: expected a .jsonl file, found {file}.", "Write one JSON object a line.")
+        found += _lines(file, where)
+    if not found:
+        raise InputError(f"{where}: data: expected records, found none in {_named(source)}.")
+    return found
+
+
+def filled(template: str, record: Record, where: str) -> str:
+    """``template`` with ``{field}`` replaced by the record's; ``{choices[0]}`` is the first of a list.
+
+    Raises:
+        InputError: The record lacks a field, or the template is not well formed.
+    """
+    try:
+        return template.format_map(record)
+    except KeyError as error:
+        name = str(error.args[0])
+        raise InputError(
+            f"{where}: expected a field {name!r}, as the template names, found none.", nearest(name, list(record))
+        ) from error
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{where}: template: cannot be filled ({error}).", "A brace that is text is written twice: {{ or }}."
+        ) from error
+
+
+def _lines(file: Path, where: str) -> Iterator[tuple[str, Record]]:
+    for number, line in enumerate(_read(file, where).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: {file}:{number}: expected a JSON object ({error.msg}).") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: {file}:{number}: expected a JSON object, found {type(record).__name__}.")
+        yield f"{file}:{number}", record
+
+
+def _text(record: Record, field: str, where: str) -> str:
+    if field not in record:
+        raise InputError(f"{where}: expected a field {field!r}, found none.", nearest(field, list(record)))
+    if not isinstance(record[field], str):
+        raise InputError(f"{where}: {field}: expected text, found {type(record[field]).__name__}.")
+    return str(record[field])
+
+
+def _read(file: Path, where: str) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{where}: data: cannot read {file} ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: data: {file}: expected UTF-8 ({error.reason} at byte {error.start}).") from error
+
+
+def _named(source: Source) -> str:
+    return ", ".join(map(str, source.files))
+
+
+# -- tokens --------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def tokenizer_of(folder: str) -> Any:
+    """The Hugging Face tokenizer of a checkpoint's folder.
+
+    Raises:
+        InputError: transformers is not installed, or the folder has no tokenizer.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise InputError("language objectives need transformers.", "pip install 'ecotone[hf]'") from error
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(
+            f"tokenizer: cannot be loaded from {folder} ({first_line(error)}).",
+            "Copy the base model's tokenizer files there.",
+        ) from error
+
+
+def encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, without special tokens."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return found
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its BOS token before a text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def context_of(folder: str, tokenizer: Any) -> int | None:
+    """Tokens the model of a folder can take at once, by its ``config.json``, or else its tokenizer; None: unknown."""
+    file = Path(folder) / "config.json"
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    config = {**config, **(config.get("text_config") or {})}
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+        if isinstance(config.get(name), int) and config[name] > 0:
+            return int(config[name])
+    length = getattr(tokenizer, "model_max_length", None)
+    return int(length) if length is not None and 0 < length < 10**9 else None
+
+
+def batches(lengths: Sequence[int], batch: int | None, device: torch.device) -> list[NDArray[np.int64]]:
+    """Numbers of the sequences in each forward pass: like length together, the longest first.
+
+    Args:
+        lengths: Tokens of each sequence.
+        batch: The most in one pass; None keeps padded passes within ``TOKENS``, one sequence at least.
+        device: Where the model is.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    parts, start = [], 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        size = batch or max(1, TOKENS.get(device.type, TOKENS["cuda"]) // longest)
+        parts.append(order[start : start + size])
+        start += size
+    return parts
+
+
+def padded(sequences: Sequence[Sequence[int]], device: torch.device, *, left: bool = False) -> torch.Tensor:
+    """(n, L) tokens, each sequence repeating its last token (on the left: its first) where it is shorter than L.
+
+    A repeated token, because some models treat their padding token apart.
+    """
+    longest = max(map(len, sequences))
+    rows = [_fill(list(tokens), longest - len(tokens), left) for tokens in sequences]
+    return torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def _fill(tokens: list[int], missing: int, left: bool) -> list[int]:
+    return tokens[:1] * missing + tokens if left else tokens + tokens[-1:] * missing
+
+
+def check_batch(batch: int | None, where: str) -> None:
+    """Raise ``InputError`` unless the batch is None or at least 1."""
+    if batch is not None and batch < 1:
+        raise InputError(f"{where}: batch: expected at least 1, found {batch}.")
+
+
+def mean(values: NDArray[Any]) -> float:
+    """The mean in float64, the same bits in any process."""
+    return math.fsum(values.tolist()) / len(values)

@@ -1,0 +1,1 @@
+"""The arithmetic of a merge: streamed, chunked, on threads, compiled or on a GPU."""

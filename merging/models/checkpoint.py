@@ -1,0 +1,406 @@
+"""Checkpoints on disk: safetensors files and Hugging Face directories, headers first, weights memory-mapped.
+
+A safetensors file is eight bytes (the header's length), a JSON header with the type, shape and place of every
+tensor, then the tensors' bytes (https://github.com/huggingface/safetensors#format). Opening reads headers only;
+``tensor`` maps the file copy-on-write, so writing to a tensor never changes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ecotone.merging.kernel.lazy import Source
+from ecotone.merging.models import hub
+from ecotone.populations.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
+_HEADER_LIMIT = 100_000_000  # the limit of the safetensors format
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor: its shape and its type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: where it is and what its header says.
+
+    Args:
+        path: The file.
+        tensors: By name, what each tensor is.
+        places: By name, the first byte of the tensor in the file.
+        metadata: The header's free text.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    places: Mapping[str, int]
+    metadata: Mapping[str, str]
+
+    @cached_property
+    def _bytes(self) -> Tensor:
+        with self.path.open("rb") as file:
+            if hasattr(mmap, "MAP_PRIVATE"):
+                # Copy-on-write, and no memory reserved for copies that are never made.
+                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+                mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            else:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=torch.uint8)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``, mapped."""
+        info, start = self.tensors[name], self.places[name]
+        if info.size == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        data = self._bytes[start : start + info.nbytes]
+        if start % info.dtype.itemsize:  # only files of other writers; torch cannot view unaligned bytes
+            data = data.clone()
+        return data.view(info.dtype).view(info.shape)
+
+
+class Model(Protocol):
+    """A model of a merge: a checkpoint, or what is formed from one as it is read."""
+
+    @property
+    def path(self) -> Path:
+        """Where it was opened from."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The model's ``config.json``, None for a plain state dict."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By name, the shape and type of every tensor as it is read."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The headers' free text."""
+        ...
+
+    @property
+    def is_hugging_face(self) -> bool:
+        """True with a ``config.json``."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its own on disk."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``, whole."""
+        ...
+
+    def flat(self, name: str) -> Source:
+        """The tensor ``name``, flat: mapped, or formed a piece at a time."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights on disk, opened without reading one. Use ``Checkpoint.open``.
+
+    Args:
+        path: The file or directory it was opened from.
+        name: What reports call it.
+        shards: Its safetensors files.
+        config: The model's ``config.json``, None for a plain state dict.
+    """
+
+    path: Path
+    name: str
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any] | None = None
+    _home: Mapping[str, Shard] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path, name: str | None = None) -> Checkpoint:
+        """Open a safetensors file or a (Hugging Face) directory; only headers are read.
+
+        Args:
+            path: A ``.safetensors`` file, or a directory that holds ``model.safetensors``, or
+                ``model.safetensors.index.json`` and its shards, or exactly one ``.safetensors`` file; or a
+                repository of the Hugging Face hub (``ecotone.merging.models.hub``).
+            name: What reports call it; the directory's or the file's name by default.
+
+        Raises:
+            CheckpointError: The file is missing, is not safetensors (pickles run code when loaded), is
+                corrupt or truncated, or a shard is missing or holds other tensors than the index says.
+        """
+        place = located(path)
+        directory = place if place.is_dir() else None
+        shards = _directory_shards(place) if directory else (read_header(place),)
+        home: dict[str, Shard] = {}
+        for shard in shards:
+            for tensor in shard.tensors:
+                if tensor in home:
+                    raise CheckpointError(
+                        f"{place}: tensor {tensor!r} is stored in both {home[tensor].path.name} and {shard.path.name}.",
+                        "Export the model again.",
+                    )
+                home[tensor] = shard
+        if not home:
+            raise CheckpointError(f"{place}: expected tensors, found none.", "Export the model again.")
+        return cls(place, name or default_name(place), shards, _config(directory), home)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """By name, the shape and type of every tensor."""
+        return {name: shard.tensors[name] for name, shard in self._home.items()}
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The headers' free text."""
+        return {key: value for shard in self.shards for key, value in shard.metadata.items()}
+
+    @property
+    def is_hugging_face(self) -> bool:
+        """True for a directory with a ``config.json``."""
+        return self.config is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``, memory-mapped copy-on-write."""
+        return self._home[name].tensor(name)
+
+    def flat(self, name: str) -> Tensor:
+        """The tensor ``name``, flat."""
+        return self.tensor(name).reshape(-1)
+
+
+def read_header(path: Path) -> Shard:
+    """The header of a safetensors file.
+
+    Raises:
+        CheckpointError: The file is a pickle, is not safetensors, is corrupt or truncated, or cannot be read.
+    """
+    try:
+        _refuse_other_formats(path)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise _corrupt(path, f"the header should take {length} bytes and the file has {size}")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}).", "Check the file and its permissions."
+        ) from error
+    try:
+        header = json.loads(text)
+        metadata = dict(header.pop("__metadata__", None) or {})
+        entries = {name: _entry(path, name, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt(path, f"its header cannot be read ({type(error).__name__}: {error})") from error
+    data = 8 + length
+    for name, (info, start, stop) in entries.items():
+        if stop - start != info.nbytes or start < 0:
+            raise _corrupt(path, f"tensor {name!r} should take {info.nbytes} bytes, its header gives {stop - start}")
+        if data + stop > size:
+            raise _corrupt(path, f"tensor {name!r} ends at byte {data + stop} and the file has {size} bytes")
+    tensors = {name: info for name, (info, _, _) in entries.items()}
+    return Shard(path, tensors, {name: data + start for name, (_, start, _) in entries.items()}, metadata)
+
+
+def _entry(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[TensorInfo, int, int]:
+    start, stop = (int(offset) for offset in entry["data_offsets"])
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has the type {entry['dtype']}; expected one of {', '.join(DTYPES)}.",
+            "Convert the checkpoint to bfloat16 or float32.",
+        )
+    return TensorInfo(tuple(int(extent) for extent in entry["shape"]), DTYPES[entry["dtype"]]), start, stop
+
+
+def _corrupt(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: expected a complete safetensors file, but {reason}.", "Download or export the file again."
+    )
+
+
+def located(path: str | Path) -> Path:
+    """The file or directory that a path or the name of a hub's repository (``ecotone.merging.models.hub``) means.
+
+    Raises:
+        CheckpointError: There is no such file (the nearest name is given), or the hub does not give the repository.
+    """
+    place = Path(path).expanduser()
+    if place.exists():
+        return place
+    siblings = sorted(p.name for p in place.parent.iterdir()) if place.parent.is_dir() else []
+    close = get_close_matches(place.name, siblings, n=1, cutoff=0.6)
+    if close:
+        raise CheckpointError(f"{place}: no such file or directory.", f"Did you mean {str(place.parent / close[0])!r}?")
+    if hub.is_repository(str(path)):
+        return hub.located(str(path))
+    remedy = "Check the path; in a recipe it is relative to the recipe's folder."
+    raise CheckpointError(f"{place}: no such file or directory.", remedy)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds a PEFT adapter and no model."""
+    models = (path / SINGLE, path / INDEX)
+    return (path / ADAPTER_CONFIG).is_file() and not any(model.is_file() for model in models)
+
+
+def _refuse_other_formats(path: Path) -> None:
+    if path.suffix.lower() == ".gguf":
+        raise _gguf(path)
+    with path.open("rb") as file:
+        start = file.read(2)
+    zipped_or_pickled = start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+    if path.suffix.lower() in PICKLES or (zipped_or_pickled and path.suffix.lower() != ".safetensors"):
+        raise _pickle(path, [path])
+
+
+def _pickle(path: Path, files: Sequence[Path]) -> CheckpointError:
+    first = files[0]
+    return CheckpointError(
+        f"{path}: expected safetensors, found a pickle ({first.name}), which can run any code when it is loaded.",
+        f'If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
+        f"s.save_file(torch.load('{first}', weights_only=True), '{first.with_suffix('.safetensors')}')\"",
+    )
+
+
+def _gguf(file: Path) -> CheckpointError:
+    folder = str(file.parent / file.stem)
+    return CheckpointError(
+        f"{file}: expected safetensors, found GGUF, which holds quantised weights.",
+        "Give the checkpoint that it was made from, or convert it (pip install transformers gguf accelerate): "
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"[k.from_pretrained('{file.parent}', gguf_file='{file.name}').save_pretrained('{folder}') for k in (M, T)]\"",
+    )
+
+
+def _directory_shards(path: Path) -> tuple[Shard, ...]:
+    if (path / SINGLE).is_file():  # transformers, too, prefers it to an index
+        return (read_header(path / SINGLE),)
+    if (path / INDEX).is_file():
+        return _indexed_shards(path)
+    if is_adapter(path):
+        raise CheckpointError(
+            f"{path}: expected a full model, found a LoRA adapter.",
+            "Give it as an expert beside its base, or merge it first: peft's merge_and_unload(), then "
+            "save_pretrained().",
+        )
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return (read_header(files[0]),)
+    if files:
+        names = ", ".join(file.name for file in files[:4])
+        raise CheckpointError(
+            f"{path}: expected {SINGLE}, {INDEX} or exactly one .safetensors file, found {len(files)}: {names}.",
+            f"Add the index, or give one file's path, such as {files[0]}.",
+        )
+    pickles = sorted(file for file in path.iterdir() if file.suffix.lower() in PICKLES and file.is_file())
+    if pickles:
+        raise _pickle(path, pickles)
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs:
+        raise _gguf(ggufs[0])
+    raise CheckpointError(
+        f"{path}: expected {SINGLE}, {INDEX} or one .safetensors file, found none.", "Is it the right directory?"
+    )
+
+
+def _indexed_shards(path: Path) -> tuple[Shard, ...]:
+    try:
+        weight_map: dict[str, str] = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt(path / INDEX, f"its weight_map cannot be read ({type(error).__name__}: {error})") from error
+    for file in files:
+        if Path(file).name != file:
+            raise CheckpointError(f"{path / INDEX}: expected shards beside the index, found {file!r}.")
+        if not (path / file).is_file():
+            raise CheckpointError(
+                f"{path}: the shard {file!r}, named in {INDEX}, is missing.", "Download or export the model again."
+            )
+    shards = tuple(read_header(path / file) for file in files)
+    for shard in shards:
+        expected = {name for name, file in weight_map.items() if file == shard.path.name}
+        lacking = sorted(expected - set(shard.tensors))
+        if lacking:
+            raise _corrupt(shard.path, f"{INDEX} says it holds {lacking[0]!r}, which is not in it")
+    return shards
+
+
+def _config(directory: Path | None) -> dict[str, Any] | None:
+    if directory is None or not (directory / "config.json").is_file():
+        return None
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected JSON ({error}).", "Download or export the model again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found a {type(config).__name__}.")
+    return config
+
+
+def default_name(path: Path) -> str:
+    """What reports call the model of a file or directory: the name of the repository, the directory or the file."""
+    of_hub = hub.name_of(path)
+    if of_hub:
+        return of_hub
+    resolved = path.resolve()
+    if resolved.is_dir():
+        return resolved.name
+    return resolved.parent.name if resolved.stem == "model" else resolved.stem

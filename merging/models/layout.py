@@ -1,0 +1,176 @@
+"""The flat parameter vector: which tensors it holds, in which order, and the blocks they form.
+
+The order is part of the meaning of a genome, so it is fixed: floating-point tensors in the natural order of
+their names (runs of digits compare as numbers, so ``layers.2`` comes before ``layers.10``), each tensor flattened
+in row-major order. It does not depend on the order in a file or on how the model was sharded. Tied weights appear
+once; integer and bool tensors, and empty ones, are buffers: they are not merged but copied from the base (or from
+the first expert). Floating-point buffers (running means of batch normalisation) are merged like parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from ecotone.merging.models.checkpoint import Model, TensorInfo
+from ecotone.populations.errors import CheckpointError
+from ecotone.populations.genome import Integers
+
+MERGEABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INPUT_EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+OUTPUT_BIASES = ("lm_head.bias", "embed_out.bias", "cls.predictions.bias", "cls.predictions.decoder.bias")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of the flat vector of n parameters. Use ``Layout.of``.
+
+    Args:
+        parameters: By name in flat order, the shape of each tensor and its type in the model that the layout is of.
+        buffers: By name, integer, bool and empty tensors, which are copied and not merged.
+        aliases: By name, the tensor that takes the place of a tied one.
+    """
+
+    parameters: Mapping[str, TensorInfo]
+    buffers: Mapping[str, TensorInfo]
+    aliases: Mapping[str, str]
+
+    @classmethod
+    def of(cls, checkpoint: Model) -> Layout:
+        """The layout of a checkpoint, from its headers.
+
+        Raises:
+            CheckpointError: The weights are quantised, or there is nothing to merge.
+        """
+        _refuse_quantised(checkpoint)
+        aliases = _aliases(checkpoint)
+        parameters: dict[str, TensorInfo] = {}
+        buffers: dict[str, TensorInfo] = {}
+        for name in sorted(checkpoint.tensors, key=natural):
+            info = checkpoint.tensors[name]
+            if name not in aliases:
+                (parameters if info.dtype.is_floating_point and info.size else buffers)[name] = info
+        if not parameters:
+            raise CheckpointError(f"{checkpoint.path}: expected floating-point tensors to merge, found none.")
+        return cls(parameters, buffers, aliases)
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """T names in flat order."""
+        return tuple(self.parameters)
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """T shapes in flat order."""
+        return tuple(info.shape for info in self.parameters.values())
+
+    @cached_property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """T types in flat order."""
+        return tuple(info.dtype for info in self.parameters.values())
+
+    @cached_property
+    def tensor_borders(self) -> Integers:
+        """(T+1,) where each tensor begins, then n."""
+        return np.cumsum([0] + [info.size for info in self.parameters.values()], dtype=np.int64)
+
+    @cached_property
+    def _block_starts(self) -> tuple[tuple[str, int], ...]:
+        starts: list[tuple[str, int]] = []
+        for index, name in enumerate(self.tensors):
+            block = block_of(name)
+            if not starts or starts[-1][0] != block:
+                starts.append((block, index))
+        return tuple(starts)
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """B names of the runs of consecutive tensors of one layer, in flat order."""
+        return tuple(name for name, _ in self._block_starts)
+
+    @cached_property
+    def block_borders(self) -> Integers:
+        """(B+1,) where each block begins, then n."""
+        return np.append(self.tensor_borders[[index for _, index in self._block_starts]], self.tensor_borders[-1])
+
+    @property
+    def size(self) -> int:
+        """n, the length of the flat vector."""
+        return int(self.tensor_borders[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one type of all tensors, or float32 when they differ."""
+        return self.dtypes[0] if len(set(self.dtypes)) == 1 else torch.float32
+
+
+def natural(name: str) -> tuple[tuple[str, int], ...]:
+    """The sort key of natural order: text compares as text, runs of digits as numbers."""
+    parts = re.split(r"([0-9]+)", name)
+    return tuple((text, int(digits)) for text, digits in zip(parts[::2], [*parts[1::2], "-1"], strict=True))
+
+
+def block_of(name: str) -> str:
+    """The block of a tensor: its name up to the first number (``model.layers.3``), else its first two components.
+
+    The last component (``weight``) never counts, so ``lm_head.weight`` is in ``lm_head``.
+    """
+    components = name.split(".")
+    for index, component in enumerate(components):
+        if component.isdigit():
+            return ".".join(components[: index + 1])
+    return ".".join(components[: max(1, min(2, len(components) - 1))])
+
+
+def _refuse_quantised(checkpoint: Model) -> None:
+    remedy = "Give the unquantised checkpoint (bfloat16, float16 or float32)."
+    if checkpoint.config and checkpoint.config.get("quantization_config"):
+        raise CheckpointError(f"{checkpoint.path}: its config.json says that the weights are quantised.", remedy)
+    for name, info in checkpoint.tensors.items():
+        if info.dtype.is_floating_point and info.dtype not in MERGEABLE:
+            raise CheckpointError(f"{checkpoint.path}: tensor {name!r} has the type {info.dtype}.", remedy)
+
+
+def _aliases(checkpoint: Model) -> dict[str, str]:
+    """Tied tensors, by the name that is left out: the output embedding, and what ``safetensors.save_model`` dropped."""
+    stored = checkpoint.tensors
+    dropped = {alias: kept for alias, kept in checkpoint.metadata.items() if alias not in stored and kept in stored}
+    kept = tied_embedding(checkpoint)
+    if kept is None:
+        return dropped
+    tied = _inputs(checkpoint)[1:] if kept.endswith("shared.weight") else []
+    tied += [name for name in stored if name.endswith(OUTPUT_EMBEDDINGS)]
+    return dropped | {name: kept for name in tied if stored[name] == stored[kept]}
+
+
+def tied_embedding(checkpoint: Model) -> str | None:
+    """The input embedding that is the output's, too, as the ``config.json`` says, or None."""
+    inputs = _inputs(checkpoint) if _says_tied(checkpoint.config or {}) else []
+    return inputs[0] if inputs else None
+
+
+def _inputs(checkpoint: Model) -> list[str]:
+    return sorted((name for name in checkpoint.tensors if name.endswith(INPUT_EMBEDDINGS)), key=_rank)
+
+
+def _rank(name: str) -> tuple[int, int, str]:
+    ending = next(index for index, suffix in enumerate(INPUT_EMBEDDINGS) if name.endswith(suffix))
+    return ending, name.count("."), name
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool:
+    text = config.get("text_config")
+    nested = text.get("tie_word_embeddings", False) if isinstance(text, dict) else False
+    return bool(config.get("tie_word_embeddings", nested))
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token: the embeddings, and the output's weights and bias."""
+    return name.endswith((*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, *OUTPUT_BIASES))

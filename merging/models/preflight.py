@@ -1,0 +1,83 @@
+"""Whether models can be merged, from their headers: the same names and shapes, and types that can be mixed.
+
+Floating-point types other than float64 mix: sums are taken in float32, and merged tensors have the types of the first
+model (the base) unless others are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ecotone.merging.models.checkpoint import Model, TensorInfo
+from ecotone.merging.models.layout import Layout, is_vocabulary, natural
+from ecotone.populations.errors import CheckpointError
+
+_REMEDY = "All models of a merge must be fine-tuned from one architecture and saved in the same way."
+
+
+def check(checkpoints: Sequence[Model]) -> Layout:
+    """Refuse checkpoints that do not fit together before a weight is read.
+
+    Args:
+        checkpoints: Two or more, the one the others are compared with first.
+
+    Returns:
+        The layout they share.
+
+    Raises:
+        CheckpointError: Two of them differ; the first difference in flat order is named.
+    """
+    first = checkpoints[0]
+    layout = Layout.of(first)
+    expected = {**layout.parameters, **layout.buffers}
+    for other in checkpoints[1:]:
+        theirs = Layout.of(other)
+        _compare(first, expected, other, {**theirs.parameters, **theirs.buffers})
+    return layout
+
+
+def _compare(first: Model, expected: Mapping[str, TensorInfo], other: Model, found: Mapping[str, TensorInfo]) -> None:
+    for name in sorted({*expected, *found}, key=natural):
+        if name not in found:
+            raise _differ(
+                f"tensor {name!r} is in {_label(first)} but not in {_label(other)}{_how_many(expected, found)}"
+            )
+        if name not in expected:
+            raise _differ(
+                f"tensor {name!r} is in {_label(other)} but not in {_label(first)}{_how_many(found, expected)}"
+            )
+        ours, theirs = expected[name], found[name]
+        if ours.shape[1:] == theirs.shape[1:] and ours.shape != theirs.shape and is_vocabulary(name):
+            raise _differ(
+                f"{name!r} has {ours.shape[0]} rows, one a token, in {_label(first)} and {theirs.shape[0]} in "
+                f"{_label(other)}",
+                "Choose with the option vocabulary: 'base' cuts all to the base's rows, 'union' gives all as many as "
+                "the largest has.",
+            )
+        if ours.shape != theirs.shape:
+            raise _differ(
+                f"tensor {name!r} has shape {ours.shape} in {_label(first)} and {theirs.shape} in {_label(other)}"
+            )
+        if not _mixes(ours.dtype, theirs.dtype):
+            raise _differ(
+                f"tensor {name!r} is {ours.dtype} in {_label(first)} and {theirs.dtype} in {_label(other)}",
+                f"Save one of them again as the other's type, for example model.to({ours.dtype}).",
+            )
+
+
+def _mixes(ours: torch.dtype, theirs: torch.dtype) -> bool:
+    return ours == theirs or all(kind.is_floating_point and kind != torch.float64 for kind in (ours, theirs))
+
+
+def _differ(message: str, remedy: str = _REMEDY) -> CheckpointError:
+    return CheckpointError(f"The models differ: {message}.", remedy)
+
+
+def _label(checkpoint: Model) -> str:
+    return f"{checkpoint.name!r} ({checkpoint.path})"
+
+
+def _how_many(more: Mapping[str, TensorInfo], less: Mapping[str, TensorInfo]) -> str:
+    return f" (the first of {len(set(more) - set(less))} such)"

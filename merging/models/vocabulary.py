@@ -1,0 +1,304 @@
+"""Models whose vocabularies differ in size, made alike: the rows that each has of its embeddings and outputs.
+
+Tokens are told apart by their numbers, so the models' tokenizers must agree on every number that two of them share.
+
+    base    every expert has the base's rows: those it has added are left out
+    union   every model has the rows of the largest. A row that a model lacks is the base's; where the base lacks it,
+            too, it is the mean of the experts that have it
+
+So with ``union`` a model that never saw a token says nothing about it: its task vector is zero there, and a row that
+one expert alone has added is that expert's in every merge whose coefficients sum to one (task arithmetic: in every
+merge).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ecotone.merging.kernel.lazy import Source, formed
+from ecotone.merging.kernel.materialise import accumulator
+from ecotone.merging.models import tokenizers
+from ecotone.merging.models.checkpoint import Model, TensorInfo
+from ecotone.merging.models.layout import INPUT_EMBEDDINGS, is_vocabulary
+from ecotone.populations.errors import CheckpointError, InputError
+
+Vocabulary: TypeAlias = Literal["same", "base", "union"]
+
+
+def fitted(models: Sequence[Model], base: Model | None, vocabulary: Vocabulary) -> list[Model]:
+    """The models with vocabularies of one size.
+
+    Args:
+        models: All models of a merge, the base among them.
+        base: The base, if there is one.
+        vocabulary: ``same`` leaves them as they are; else what to do with rows that some of them lack.
+
+    Raises:
+        InputError: ``base`` without a base.
+        CheckpointError: An expert has fewer rows than the base it is cut to, or two tokenizers give one number to
+            different tokens (or one token two numbers).
+    """
+    if vocabulary == "same":
+        return list(models)
+    if vocabulary == "base" and base is None:
+        raise InputError("vocabulary: 'base' needs a base model, found none.", "Use 'union', or give the base.")
+    counts = _counts(models)
+    if not counts:
+        return list(models)
+    check_numbers(models, None if base is None or vocabulary == "union" else max(_rows(base).values()))
+    if vocabulary == "union" or base is None:
+        sizes = {name: max(rows) for name, rows in counts.items()}
+        experts = tuple(model for model in models if model is not base)
+        return [Resized(model, sizes, base, experts) for model in models]
+    sizes = {name: rows for name, rows in _rows(base).items() if name in counts}
+    for model in models:
+        for name, rows in _rows(model).items():
+            if rows < sizes.get(name, 0):
+                raise CheckpointError(
+                    f"{model.path}: {name!r} has {rows} rows and the base's has {sizes[name]}.",
+                    "vocabulary: 'base' leaves rows out and adds none; use 'union'.",
+                )
+    return [model if model is base else Resized(model, sizes) for model in models]
+
+
+def _rows(model: Model) -> dict[str, int]:
+    return {name: info.shape[0] for name, info in model.tensors.items() if info.shape and is_vocabulary(name)}
+
+
+def _counts(models: Sequence[Model]) -> dict[str, list[int]]:
+    """By name, how many rows the models have of tensors in which they differ, and differ in nothing else."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for model in models:
+        for name in _rows(model):
+            shapes.setdefault(name, []).append(model.tensors[name].shape)
+    return {
+        name: [shape[0] for shape in each]
+        for name, each in shapes.items()
+        if len(set(each)) > 1 and len({shape[1:] for shape in each}) == 1
+    }
+
+
+def check_numbers(models: Sequence[Model], stop: int | None = None) -> None:
+    """Refuse models whose tokenizers disagree on what a token's number means. Models without tokenizers pass.
+
+    Args:
+        models: Two or more.
+        stop: Only numbers below it count.
+
+    Raises:
+        CheckpointError: Two tokenizers give one number to different tokens, or one token two numbers.
+    """
+    tokens: dict[int, tuple[str, Model]] = {}
+    numbers: dict[str, tuple[int, Model]] = {}
+    for model in models:
+        for number, token in (tokenizers.vocabulary(model.path) or {}).items():
+            if stop is not None and number >= stop:
+                continue
+            said, by = tokens.setdefault(number, (token, model))
+            place, giver = numbers.setdefault(token, (number, model))
+            if said != token:
+                clash = f"token {number} is {said!r} in {_label(by)} and {token!r} in {_label(model)}"
+            elif place != number:
+                clash = f"the token {token!r} has number {place} in {_label(giver)} and {number} in {_label(model)}"
+            else:
+                continue
+            raise CheckpointError(
+                f"vocabulary: the tokenizers disagree: {clash}.",
+                "Rows of embeddings can be matched only where they agree; retrain with one tokenizer.",
+            )
+
+
+def _label(model: Model) -> str:
+    return f"{model.name!r} ({model.path})"
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A model with other numbers of rows in its embeddings and outputs.
+
+    Args:
+        model: The model.
+        sizes: By tensor, the rows it is to have.
+        base: Whose rows take the place of those it lacks.
+        experts: Whose mean does where the base lacks them, too.
+    """
+
+    model: Model
+    sizes: Mapping[str, int]
+    base: Model | None = None
+    experts: tuple[Model, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """Where the model was opened from."""
+        return self.model.path
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.model.name
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of its input embedding, if their number is another."""
+        return next((rows for name, rows in self.sizes.items() if name.endswith(INPUT_EMBEDDINGS)), None)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """The model's ``config.json`` with the number of tokens that its embeddings have now."""
+        config = self.model.config
+        rows = self.rows
+        if config is None or rows is None:
+            return config
+        text = config.get("text_config")
+        if isinstance(text, dict) and "vocab_size" in text:
+            config = {**config, "text_config": {**text, "vocab_size": rows}}
+        return {**config, "vocab_size": rows} if "vocab_size" in config else config
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The free text of the model's headers."""
+        return self.model.metadata
+
+    @property
+    def is_hugging_face(self) -> bool:
+        """True with a ``config.json``."""
+        return self.model.is_hugging_face
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model's own on disk."""
+        return self.model.nbytes
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """By name, the shape and the model's own type of every tensor; lacking rows may be read in a wider one."""
+        infos = dict(self.model.tensors)
+        for name, rows in self.sizes.items():
+            if name in infos:
+                infos[name] = replace(infos[name], shape=(rows, *infos[name].shape[1:]))
+        return infos
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``, whole."""
+        if name not in self.sizes:
+            return self.model.tensor(name)
+        return formed(self.flat(name)).view(self.tensors[name].shape)
+
+    def flat(self, name: str) -> Source:
+        """The tensor ``name``, flat: what it lacks is read from other models, a piece at a time."""
+        own = self.model.flat(name)
+        if name not in self.sizes:
+            return own
+        shape = self.model.tensors[name].shape
+        width = TensorInfo(shape[1:], own.dtype).size
+        rows = self.sizes[name]
+        if shape[0] >= rows:
+            return own[: rows * width]
+        others = [
+            other.tensors[name].shape[0] for other in (self.base, *self.experts) if other and name in other.tensors
+        ]
+        borders = sorted({shape[0], rows, *(count for count in others if shape[0] < count < rows)})
+        return Joined((own, *(self._lacking(name, low, high, width) for low, high in pairwise(borders))))
+
+    def _lacking(self, name: str, low: int, high: int, width: int) -> Source:
+        """Rows low to high, which this model has not, as others have them."""
+        having = [m for m in (self.base, *self.experts) if m and name in m.tensors and m.tensors[name].shape[0] >= high]
+        parts = tuple(model.flat(name)[low * width : high * width] for model in having)
+        return parts[0] if len(parts) == 1 or having[0] is self.base else Mean(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Flat tensors one after the other.
+
+    Args:
+        parts: On one device; those of other types than the rest are widened.
+    """
+
+    parts: tuple[Source, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parts' type, or the one in which all of them are exact."""
+        return _common(self.parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.parts[0].device
+
+    def numel(self) -> int:
+        """The sum of the parts' lengths."""
+        return sum(part.numel() for part in self.parts)
+
+    def __getitem__(self, part: slice) -> Source:
+        low, high, _ = part.indices(self.numel())
+        found: list[Source] = []
+        start = 0
+        for piece in self.parts:
+            first, last = max(low - start, 0), min(high - start, piece.numel())
+            if first < last:
+                found.append(piece[first:last])
+            start += piece.numel()
+        return Joined(tuple(found)) if found else torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def to(self, device: torch.device) -> Joined:
+        """The same on another device."""
+        return Joined(tuple(part.to(device) for part in self.parts))
+
+    def formed(self) -> Tensor:
+        """The elements."""
+        return torch.cat([formed(part).to(self.dtype) for part in self.parts])
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """The mean of flat tensors, taken in float32 (float64 where one of them is) in their order.
+
+    Args:
+        parts: Of one length, on one device.
+    """
+
+    parts: tuple[Source, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which it is taken."""
+        return accumulator(self.parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.parts[0].device
+
+    def numel(self) -> int:
+        """Length of each part."""
+        return self.parts[0].numel()
+
+    def __getitem__(self, part: slice) -> Mean:
+        return Mean(tuple(each[part] for each in self.parts))
+
+    def to(self, device: torch.device) -> Mean:
+        """The same on another device."""
+        return Mean(tuple(part.to(device) for part in self.parts))
+
+    def formed(self) -> Tensor:
+        """The elements."""
+        total = formed(self.parts[0]).to(self.dtype, copy=True)
+        for part in self.parts[1:]:
+            total += formed(part)
+        return total.div_(len(self.parts))
+
+
+def _common(sources: Sequence[Source]) -> torch.dtype:
+    types = {source.dtype for source in sources}
+    return types.pop() if len(types) == 1 else accumulator(sources)
