@@ -1,0 +1,183 @@
+"""Registries of kinds: searches, operators, objectives, losses, backends, trackers and checkpoint formats, by name.
+
+Ours are named with the place they lie in and are imported when they are asked for. Those of other installed packages
+are entry points (``ecotone.searches``, ``ecotone.operators``, ``ecotone.objectives``, ``ecotone.backends``,
+``ecotone.trackers`` and so on): recipes name them like ours. A kind that does not declare all that its sort must say of
+itself is refused when it is registered, in words that name what is missing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from ecotone.populations.errors import EcotoneError, InputError, first_line, nearest
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a kind comes from.
+
+    Args:
+        sort: What it is: ``search``, ``operator`` and so on.
+        name: What recipes call it.
+        package: The distribution that has it, with its version; ``ecotone`` for ours.
+        place: ``module:attribute``.
+        error: Why it cannot be used; empty when it can.
+    """
+
+    sort: str
+    name: str
+    package: str
+    place: str
+    error: str = ""
+
+
+class Registry(Generic[Kind]):
+    """Kinds of one sort.
+
+    Args:
+        sort: What they are, for messages: ``search``, ``operator``, ``objective`` and so on.
+        group: The entry points of other packages, as ``ecotone.searches``.
+        ours: Places of our own kinds, ``module:attribute``, by name.
+        check: Raises ``InputError``, naming what is missing, unless a kind declares all that its sort must. It is
+            called with the name and the kind.
+    """
+
+    def __init__(
+        self,
+        sort: str,
+        group: str,
+        ours: Mapping[str, str],
+        check: Callable[[str, Any], None] = lambda name, kind: None,
+    ) -> None:
+        self.sort = sort
+        self.group = group
+        self._ours = dict(ours)
+        self._check = check
+        self._found: dict[str, Kind] = {}
+        self._given: dict[str, Kind] = {}
+
+    def get(self, name: str, field: str) -> Kind:
+        """The kind of that name.
+
+        Args:
+            name: What recipes call it.
+            field: The recipe's field that names it, for messages.
+
+        Raises:
+            InputError: There is none (the nearest name is given), two packages have one of that name, its package
+                cannot be imported, or it does not declare all that it must.
+        """
+        if name in self._given:
+            return self._given[name]
+        if name not in self._found:
+            self._found[name] = self._loaded(name, field)
+        return self._found[name]
+
+    def register(self, name: str, kind: Kind) -> None:
+        """Add a kind for this process, as a notebook or a test does; workers in other processes do not have it.
+
+        Raises:
+            InputError: The name is taken, or the kind does not declare all that it must.
+        """
+        if name in self:
+            raise InputError(f"{self.sort} {name!r}: there is one of that name already.", "Choose another name.")
+        self._check(name, kind)
+        self._given[name] = kind
+
+    def forget(self, name: str) -> None:
+        """Take back what ``register`` added."""
+        self._given.pop(name, None)
+
+    def names(self) -> tuple[str, ...]:
+        """What may be named: ours first, then those of other packages."""
+        return (*self._ours, *sorted({*self._given, *self._others} - self._ours.keys()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ours or name in self._given or name in self._others
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def usable(self) -> dict[str, Kind]:
+        """Every kind that can be used, by name; those that cannot are left out (``origins`` says why)."""
+        return {name: self.get(name, self.sort) for name in self.names() if not self._trouble(name)}
+
+    def origins(self) -> list[Origin]:
+        """Where each kind comes from, ours first, and why those that cannot be used cannot."""
+        own = [Origin(self.sort, name, "ecotone", place, self._trouble(name)) for name, place in self._ours.items()]
+        given = [Origin(self.sort, name, "this process", "") for name in self._given]
+        others = [
+            Origin(self.sort, name, _package(point), point.value, self._trouble_of(name))
+            for name, points in sorted(self._others.items())
+            for point in points
+        ]
+        return [*own, *given, *others]
+
+    @cached_property
+    def _others(self) -> dict[str, list[EntryPoint]]:
+        """Entry points of installed packages, by name."""
+        found: dict[str, list[EntryPoint]] = defaultdict(list)
+        for point in entry_points(group=self.group):
+            if point not in found[point.name]:
+                found[point.name].append(point)
+        return dict(found)
+
+    def _loaded(self, name: str, field: str) -> Kind:
+        if name in self._ours:
+            module, _, attribute = self._ours[name].partition(":")
+            kind = getattr(import_module(module), attribute)
+            self._check(name, kind)
+            return kind  # type: ignore[no-any-return]
+        points = self._others.get(name, [])
+        if not points:
+            raise InputError(
+                f"{field}: expected one of {', '.join(self.names())}, found {name!r}.", nearest(name, self.names())
+            )
+        if len(points) > 1:
+            packages = " and ".join(f"{_package(point)} ({point.value})" for point in points)
+            raise InputError(
+                f"{field}: two installed packages have a {self.sort} {name!r}: {packages}.", "Uninstall one of them."
+            )
+        return self._plugged(name, points[0], field)
+
+    def _plugged(self, name: str, point: EntryPoint, field: str) -> Kind:
+        whose = f"the {self.sort} {name!r} of the package {_package(point)}"
+        try:
+            kind = point.load()
+        except Exception as error:
+            raise InputError(
+                f"{field}: {whose} cannot be imported: {type(error).__name__}: {first_line(error)} ({point.value}).",
+                "Mend or uninstall that package.",
+            ) from error
+        try:
+            self._check(name, kind)
+        except InputError as error:
+            raise InputError(f"{field}: {whose} cannot be used: {error.message}", error.remedy) from error
+        return kind  # type: ignore[no-any-return]
+
+    def _trouble(self, name: str) -> str:
+        try:
+            self.get(name, self.sort)
+        except (EcotoneError, ImportError) as error:
+            return first_line(error)
+        return ""
+
+    def _trouble_of(self, name: str) -> str:
+        """Why a kind of another package cannot be used."""
+        if name in self._ours:
+            return f"ecotone has a {self.sort} of that name, which is used."
+        return self._trouble(name)
+
+
+def _package(point: EntryPoint) -> str:
+    found = point.dist
+    return "an unknown package" if found is None else f"{found.name} {found.version}"
