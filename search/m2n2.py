@@ -18,29 +18,49 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from ecotone.populations.errors import InputError
-from ecotone.populations.genome import Floats, Genome, combine
+from ecotone.populations.genome import Floats, Genome, Integers, combine
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Outcome, Trial
-from ecotone.search.protocol import trial_rng
+from ecotone.search.kinds import Begins, Context, Fineness, Needs, Pair, SearchSettings
+from ecotone.search.protocol import Search, trial_rng
+from ecotone.search.racing import RaceSettings, raced
+from ecotone.settings import Part
 
 Odds: TypeAlias = list[float]
 
 
-@dataclass(frozen=True)
-class M2N2Settings:
-    """The switches of M2N2; turning one off gives the paper's ablations.
+class RefineSettings(Part):
+    """Refinement of M2N2's children by gradient on the calibration tasks, before they are scored.
 
-    Args:
+    Attributes:
+        every: Refine every so many children; 1 refines all.
+        steps: Steps of Adam for each, over one batch of every task.
+        rate: Adam's step size, in units of the coefficients.
+    """
+
+    every: int = Field(default=4, ge=1)
+    steps: int = Field(default=5, ge=1)
+    rate: float = Field(default=0.01, gt=0)
+
+
+class M2N2Settings(SearchSettings):
+    """M2N2: evolution with niches, attraction and split points. Turning a switch off gives the paper's ablations.
+
+    Attributes:
+        algorithm: ``m2n2``.
+        archive: Merges that the population keeps.
+        alpha: How strongly members that solve the same examples share their fitness; 0 is a plain genetic algorithm.
+        resource: What an example is worth: the ``max`` of its scores so far, or ``one``.
         attraction: Choose parent B by attraction; otherwise by fitness, like A.
         split: Draw a split point; otherwise one weight mixes the whole vector.
         crossover: Join two parents; otherwise the child is a copy of A (then ``mutation`` must be above 0).
@@ -48,15 +68,75 @@ class M2N2Settings:
         granularity: Where split points may fall: ``element``, ``tensor`` or ``block`` borders.
         mutation: Standard deviation of the noise added to every parameter; 0 when the seeds are trained.
         max_segments: A genome of more segments is simplified (``Genome.simplified``) to so many.
+        refine: Refine children by gradient on the calibration tasks (``ecotone.search.refined``); None for no
+            refinement.
+        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
     """
 
+    algorithm: Literal["m2n2"] = "m2n2"
+    archive: int = Field(default=20, ge=2)
+    alpha: float = Field(default=1.0, ge=0)
+    resource: Literal["max", "one"] = "max"
     attraction: bool = True
     split: bool = True
     crossover: bool = True
     interpolation: Literal["slerp", "linear"] = "slerp"
     granularity: Literal["element", "tensor", "block"] = "element"
-    mutation: float = 0.0
-    max_segments: int = 1024
+    mutation: float = Field(default=0.0, ge=0)
+    max_segments: int = Field(default=1024, ge=2)
+    refine: RefineSettings | None = None
+    race: RaceSettings | None = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> M2N2Settings:
+        if self.refine is not None and self.race is not None:
+            raise ValueError("race: children that are refined cannot race; leave refine or race out")
+        if self.refine is not None and self.mutation > 0:
+            raise ValueError("refine: with mutation children are whole vectors, without coefficients; leave one out")
+        if not self.crossover and self.mutation == 0:
+            raise ValueError("crossover: without it and with mutation 0 every child is a copy; set mutation above 0")
+        return self
+
+    def needs(self) -> Needs:
+        """Objectives to maximise, merges linear in their coefficients, and the models' inner products."""
+        return Needs(
+            maximised=True,
+            gradients=self.refine is not None,
+            affine=True,
+            per_example="useful",
+            vectors=self.mutation > 0,
+            geometry=True,
+        )
+
+    def begins(self) -> Begins:
+        """With merges of any segments, in place of the models; not with mutation."""
+        why = "with mutation m2n2 breeds whole vectors of weights, beginning with the models" if self.mutation else ""
+        return Begins(why, any_segments=True)
+
+    def fineness(self) -> Fineness:
+        """The granularity of split points."""
+        return self.granularity
+
+    def borders(self, space: Space) -> Integers:
+        """(S+1,) where split points may fall."""
+        return space.borders(self.granularity)
+
+    def make(self, context: Context) -> Pair:
+        """The search, and its archive of niches."""
+        archive = NicheArchive(context.goals, self.archive, self.alpha, self.resource)
+        search = M2N2(context.space, archive, self, context.seed, context.starts)
+        if self.refine is not None:
+            from ecotone.search.refined import Refined
+
+            return Refined(search, context.tasks, self.refine), archive
+        return raced((search, archive), context, self.race, whole=search.first_child)
+
+    def describe(self, search: Search | None, context: Context) -> str:
+        """What children learn before they are scored."""
+        if self.refine is None:
+            return ""
+        each = "every child" if self.refine.every == 1 else f"one child in {self.refine.every}"
+        return f": {each} takes {self.refine.steps} steps on {len(context.tasks)} tasks before it is scored"
 
 
 class M2N2:
@@ -93,11 +173,6 @@ class M2N2:
         seed: int,
         starts: Sequence[Genome] = (),
     ) -> None:
-        if not settings.crossover and settings.mutation <= 0:
-            raise InputError(
-                "search.crossover: without crossover and with mutation 0 every child is a copy.",
-                "Set search.mutation above 0, or search.crossover: true.",
-            )
         if settings.mutation > 0 and space.vectors is None:
             raise InputError("search.mutation: breeding with noise needs the dense vectors of the sources.")
         if settings.mutation > 0 and starts:

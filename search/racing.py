@@ -20,50 +20,48 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import ranks
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import Population
 from ecotone.populations.samples import Estimate, Sample, estimate, order
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
+from ecotone.search.kinds import Context, Pair
 from ecotone.search.protocol import Search
+from ecotone.settings import Part
 
 KEY = 2_246_822_519  # spawn key of the order of examples
 
 
-@dataclass(frozen=True)
-class RaceSettings:
-    """How candidates race.
+class RaceSettings(Part):
+    """How candidates race: they are scored on some of the examples first, and only the promising ones on all.
 
-    Args:
-        fidelities: Shares of the examples after which a group is cut, ascending, in (0, 1); none for no halving.
-        eta: One candidate in so many goes on, at least 1; the number is rounded up.
+    Attributes:
+        fidelities: Shares of the examples after which a group is cut, ascending, between 0 and 1; none for no cuts.
+        eta: One candidate in so many goes on; the number is rounded up.
         group: Candidates that race one another.
         slices: Parts in which the rest of the examples is scored; after each the bound is looked at.
-        bound: Whether candidates end that can enter neither population nor front.
+        bound: Whether a candidate stops once no remaining score could put it in the population or on the front.
     """
 
     fidelities: tuple[float, ...] = (0.1,)
-    eta: float = 3.0
-    group: int = 9
-    slices: int = 3
+    eta: float = Field(default=3.0, ge=1)
+    group: int = Field(default=9, ge=1)
+    slices: int = Field(default=3, ge=1)
     bound: bool = True
 
-    def __post_init__(self) -> None:
-        ascending = all(a < b for a, b in zip((0.0, *self.fidelities), (*self.fidelities, 1.0), strict=True))
-        if not ascending:
-            raise InputError(
-                f"search.race.fidelities: expected ascending shares between 0 and 1, found {list(self.fidelities)}."
-            )
-        for name, least in (("eta", 1.0), ("group", 1), ("slices", 1)):
-            if not getattr(self, name) >= least:
-                raise InputError(f"search.race.{name}: expected at least {least:g}, found {getattr(self, name)}.")
+    @model_validator(mode="after")
+    def _ascending(self) -> RaceSettings:
+        if not all(a < b for a, b in pairwise((0.0, *self.fidelities, 1.0))):
+            raise ValueError(f"fidelities: expected ascending shares between 0 and 1, found {list(self.fidelities)}")
+        return self
 
     @property
     def stops(self) -> tuple[float, ...]:
@@ -393,3 +391,24 @@ class Racing:
 def _ended(text: str) -> Evaluation:
     """What a search is told of a candidate that was not scored on all examples."""
     return Evaluation.failed("ended early", text)
+
+
+def raced(
+    pair: Pair, context: Context, race: RaceSettings | None, whole: int = 0, *, own_parents: bool = False
+) -> Pair:
+    """The search and its population, the candidates racing where there is a race.
+
+    Args:
+        pair: The search and its population.
+        context: What they were made for.
+        race: How; None for no race.
+        whole: As for ``Racing``.
+        own_parents: As for ``Racing``.
+    """
+    if race is None:
+        return pair
+    search, population = pair
+    racing = Racing(
+        search, population, context.goals, context.seed, race, context.limits, whole, own_parents=own_parents
+    )
+    return racing, population

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Evaluation, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.kinds import Begins, Box, Context, Needs, Pair
+from ecotone.search.racing import RaceSettings, raced
+
+
+class RandomSettings(Box):
+    """Random search: coefficients drawn evenly. The baseline every other search has to beat.
+
+    Attributes:
+        algorithm: ``random``.
+        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+    """
+
+    algorithm: Literal["random"] = "random"
+    race: RaceSettings | None = None
+
+    def needs(self) -> Needs:
+        """One objective."""
+        return Needs()
+
+    def begins(self) -> Begins:
+        """It cannot."""
+        return Begins("random search has no use for merges to begin with")
+
+    def make(self, context: Context) -> Pair:
+        """The search, and an archive of the best."""
+        search = RandomSearch(self.box(context), context.seed)
+        return raced((search, ElitistArchive(context.goals, self.archive)), context, self.race)
 
 
 class RandomSearch:

@@ -8,7 +8,6 @@ learning; Whitley, Gordon and Mathias 1994). Crossover finds where to cut, gradi
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.trial import CalibrationBatch, Evaluation, Outcome, Trial
 from ecotone.search.adamerging import Adam, problem
-from ecotone.search.m2n2 import M2N2
+from ecotone.search.m2n2 import M2N2, RefineSettings
 
 _SCORE = -1  # stands where a gradient trial has its task's position
 
@@ -71,28 +70,21 @@ class Refined:
     Args:
         search: Breeds the children, which must not be dense.
         tasks: Names of the T calibration tasks.
-        every: Refine every so many children; 1 refines all.
-        steps: Steps of Adam for each.
-        rate: Adam's step size, in units of the coefficients.
+        settings: Which children are refined, and how.
 
     Raises:
-        InputError: A setting is out of its range, there are no tasks, or the search breeds with noise.
+        InputError: There are no tasks, or the search breeds with noise.
     """
 
-    def __init__(self, search: M2N2, tasks: Sequence[str], every: int = 4, steps: int = 5, rate: float = 0.01) -> None:
+    def __init__(self, search: M2N2, tasks: Sequence[str], settings: RefineSettings | None = None) -> None:
         if not tasks:
             raise InputError("calibration: refinement learns from calibration tasks, and there are none.", "Give one.")
-        for name, count in (("every", every), ("steps", steps)):
-            if count < 1:
-                raise InputError(f"search.refine.{name}: expected at least 1, found {count}.")
-        if not 0 < rate < math.inf:
-            raise InputError(f"search.refine.rate: expected a number above 0, found {rate}.")
         if search.settings.mutation > 0:
             raise InputError(
                 "search.refine: with mutation children are whole vectors, which have no coefficients to refine.",
                 "Set mutation: 0, or leave refine out.",
             )
-        self.search, self.tasks, self.every, self.steps, self.rate = search, tuple(tasks), every, steps, rate
+        self.search, self.tasks, self.settings = search, tuple(tasks), settings or RefineSettings()
         self._next = 0
         self._begun = 0  # refinements
         self._trials: dict[int, Trial] = {}  # of the search and not told, by its own numbers
@@ -180,7 +172,7 @@ class Refined:
         for trial in trials:
             self._trials[trial.number] = trial
             bred = trial.number - self.search.first_child
-            if bred >= 0 and (bred + 1) % self.every == 0:
+            if bred >= 0 and (bred + 1) % self.settings.every == 0:
                 self._learning[trial.number] = self._child(trial.number)
                 self._begun += 1
                 self._differentiate(trial.number)
@@ -190,7 +182,7 @@ class Refined:
 
     def _child(self, number: int) -> _Child:
         trial = self._trials[number]
-        return _Child(trial, self._begun, Adam(trial.genome.coefficients, self.rate))
+        return _Child(trial, self._begun, Adam(trial.genome.coefficients, self.settings.rate))
 
     def _differentiate(self, number: int) -> None:
         """Queue a gradient of each task for the child's next step."""
@@ -210,7 +202,7 @@ class Refined:
             child.losses.append(sum(loss for loss, _ in told))
             child.adam.step(sum((gradient for _, gradient in told), np.zeros_like(child.adam.point)))
             child.told = {}
-        if child.failure or child.adam.t == self.steps:
+        if child.failure or child.adam.t == self.settings.steps:
             self._queue.append((number, _SCORE))
         else:
             self._differentiate(number)
@@ -220,7 +212,7 @@ class Refined:
         trial, child = self._trials[number], self._learning.get(number)
         batch = None
         if child is not None and task != _SCORE:
-            batch = CalibrationBatch.of(self.tasks[task], child.number * self.steps + child.adam.t)
+            batch = CalibrationBatch.of(self.tasks[task], child.number * self.settings.steps + child.adam.t)
         genome = trial.genome if child is None else child.genome
         self._flying[self._next] = number, task
         self._next += 1
