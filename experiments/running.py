@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import yaml
 
-from ecotone.experiments import compose, logs, storage, tracking
+from ecotone.experiments import compose, logs, preparation, storage, tracking
 from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
 from ecotone.experiments.runs import Run, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
@@ -73,7 +73,7 @@ def launch(
         compose.check_search(recipe)
         notify("Preparing the models ..." if _must_prepare(recipe) else "Starting the workers ...")
         _tell_unused(recipe, notify)
-        spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
+        spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
         with compose.make_pool(recipe, spec) as pool:
             space = pool.start()
             _check_numbers(space, notify)
@@ -112,7 +112,7 @@ def resume(
         paths = compose.python_paths(tuple(recorded["sys_path"]))
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
-        spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
+        spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
         with compose.make_pool(recipe, spec) as pool:
             space = pool.start()
             _check_numbers(space, notify)
@@ -356,7 +356,7 @@ def _tell_unused(recipe: Recipe, notify: Notify) -> None:
 
 
 def _must_prepare(recipe: Recipe) -> bool:
-    folder = compose.prepared_folder(recipe)
+    folder = preparation.prepared_folder(recipe)
     return folder is not None and not folder.is_dir()
 
 

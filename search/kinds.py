@@ -8,7 +8,7 @@ of the group ``ecotone.searches`` in a package of your own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_origin
 
@@ -138,6 +138,17 @@ class SearchSettings(Part):
         """
         raise NotImplementedError
 
+    def segments(self, space: Space) -> int:
+        """How many sets of coefficients there are to begin with."""
+        return len(self.borders(space)) - 1
+
+    def check(self, operator: str, losses: Sequence[str]) -> None:
+        """Refuse what does not fit the merge operator, or the losses of the calibration tasks.
+
+        Raises:
+            ValueError: Something does not fit.
+        """
+
     def make(self, context: Context) -> Pair:
         """The search and the population that it breeds from.
 
@@ -185,6 +196,10 @@ class Segmented(SearchSettings):
     def borders(self, space: Space) -> Integers:
         """(S+1,) borders of one segment a model, group, block or tensor."""
         return borders_of(space, self.granularity, self.groups)
+
+    def segments(self, space: Space) -> int:
+        """Models, groups, blocks or tensors."""
+        return len(borders_of(space, self.granularity, self.groups)) - 1
 
 
 class Box(Segmented):

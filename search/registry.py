@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated, TypeAlias
+
+from ecotone.chosen import Chosen
 from ecotone.registry import Registry
 from ecotone.search.kinds import SearchSettings, check_declared
 
@@ -24,3 +27,6 @@ SEARCHES: Registry[type[SearchSettings]] = Registry(
     },
     check_declared,
 )
+
+AnySearch: TypeAlias = Annotated[SearchSettings, Chosen(SEARCHES, "algorithm")]
+"""Of a recipe's field: the settings of the algorithm that it names."""

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ecotone.experiments import compose
+from ecotone.experiments import compose, preparation
 from ecotone.experiments.parts import OBJECTIVES
 from ecotone.experiments.recipe import (
     BayesianMapBox,
@@ -768,42 +768,42 @@ def preparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_preparation_is_done_once_and_depends_on_its_arguments(preparing: Any) -> None:
-    first = compose.prepare(preparing(seed=4))
+    first = preparation.prepare(preparing(seed=4))
     assert first is not None
     assert (first / "seed").read_text() == "4"
     (first / "seed").write_text("touched")
-    assert compose.prepare(preparing(seed=4)) == first
+    assert preparation.prepare(preparing(seed=4)) == first
     assert (first / "seed").read_text() == "touched"
-    second = compose.prepare(preparing(seed=5))
+    second = preparation.prepare(preparing(seed=5))
     assert second not in (None, first)
-    given = compose.prepare(preparing(seed=5, prepare__arguments={"seed": 1}))
+    given = preparation.prepare(preparing(seed=5, prepare__arguments={"seed": 1}))
     assert given is not None
     assert (given / "seed").read_text() == "1"
-    seedless = compose.prepare(preparing(prepare__call="preparing_module:seedless"))
-    assert seedless == compose.prepare(preparing(prepare__call="preparing_module:seedless", seed=77))
+    seedless = preparation.prepare(preparing(prepare__call="preparing_module:seedless"))
+    assert seedless == preparation.prepare(preparing(prepare__call="preparing_module:seedless", seed=77))
 
 
 def test_recipes_of_one_step_share_what_it_writes(preparing: Any) -> None:
-    first = compose.prepare(preparing(name="first"))
+    first = preparation.prepare(preparing(name="first"))
     assert first is not None
-    assert compose.prepare(preparing(name="second")) == first
+    assert preparation.prepare(preparing(name="second")) == first
     own = first.with_name(first.name.replace("first-", "second-"))
     first.rename(own)
-    assert compose.prepared_folder(preparing(name="first")) == own
+    assert preparation.prepared_folder(preparing(name="first")) == own
     own.rename(first)
     own.mkdir()
-    assert compose.prepare(preparing(name="second")) == own
-    assert compose.prepare(preparing(name="first")) == first
-    assert compose.prepare(preparing(name="second", seed=1)) not in (first, own)
+    assert preparation.prepare(preparing(name="second")) == own
+    assert preparation.prepare(preparing(name="first")) == first
+    assert preparation.prepare(preparing(name="second", seed=1)) not in (first, own)
 
 
 def test_an_edited_preparation_runs_again(preparing: Any, tmp_path: Path) -> None:
-    before = compose.prepare(preparing())
+    before = preparation.prepare(preparing())
     (tmp_path / "preparing_module.py").write_text(MODULE.replace("str(seed)", "f'edited {seed}'"))
     sys.modules.pop("preparing_module")
     importlib.invalidate_caches()
     linecache.checkcache()
-    after = compose.prepare(preparing())
+    after = preparation.prepare(preparing())
     assert after is not None
     assert after != before
     assert (after / "seed").read_text() == "edited 0"
@@ -812,13 +812,13 @@ def test_an_edited_preparation_runs_again(preparing: Any, tmp_path: Path) -> Non
 def test_a_preparation_that_fails_leaves_nothing(preparing: Any, tmp_path: Path) -> None:
     recipe = preparing(prepare__arguments={"fail": True})
     with pytest.raises(InputError, match="prepare: preparing_module:write failed: RuntimeError: no power"):
-        compose.prepare(recipe)
+        preparation.prepare(recipe)
     assert not [path for path in (tmp_path / "cache" / "prepared").iterdir() if path.is_dir()]
 
 
 def test_a_preparation_says_itself_what_it_lacks(preparing: Any) -> None:
     with pytest.raises(CheckpointError) as caught:
-        compose.prepare(preparing(prepare__arguments={"lacking": True}))
+        preparation.prepare(preparing(prepare__arguments={"lacking": True}))
     assert (caught.value.message, caught.value.remedy) == ("prepare: data: not installed.", "Install it.")
 
 
@@ -832,11 +832,11 @@ def test_a_preparation_says_itself_what_it_lacks(preparing: Any) -> None:
 )
 def test_a_preparation_that_cannot_be_found(preparing: Any, call: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        compose.prepare(preparing(prepare__call=call))
+        preparation.prepare(preparing(prepare__call=call))
 
 
 def test_a_recipe_without_preparation_has_no_folder() -> None:
-    assert compose.prepare(Recipe.from_record(PLAIN)) is None
+    assert preparation.prepare(Recipe.from_record(PLAIN)) is None
 
 
 @pytest.mark.parametrize(
