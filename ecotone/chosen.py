@@ -34,7 +34,8 @@ class Chosen:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         kinds = list(dict.fromkeys(self.registry.usable().values()))
-        return {"oneOf": [handler(kind.__pydantic_core_schema__) for kind in kinds]}
+        shapes = [(kind, handler(kind.__pydantic_core_schema__)) for kind in kinds]
+        return {"oneOf": [kind.with_texts(handler.resolve_ref_schema(shape)) for kind, shape in shapes]}
 
     def _validated(self, value: Any) -> Any:
         if isinstance(value, Part):

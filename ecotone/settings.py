@@ -46,12 +46,18 @@ class Part(BaseModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """The JSON Schema, each field with its text."""
-        found = handler.resolve_ref_schema(handler(schema))
-        found["description"] = cls.summary()
+        whole = handler(schema)
+        cls.with_texts(handler.resolve_ref_schema(whole))
+        return whole
+
+    @classmethod
+    def with_texts(cls, shape: JsonSchemaValue) -> JsonSchemaValue:
+        """The JSON Schema of this part with its summary and the texts of its fields put in."""
+        shape["description"] = cls.summary()
         for name, text in cls.texts().items():
-            if text and name in found.get("properties", {}):
-                found["properties"][name]["description"] = text
-        return found
+            if text and name in shape.get("properties", {}):
+                shape["properties"][name]["description"] = text
+        return shape
 
 
 @cache

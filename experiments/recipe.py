@@ -143,7 +143,12 @@ class Merge(Part):
 
 
 class Objectives(Part):
-    """What guides the search, and what its results are judged by: data the search has not seen."""
+    """The objectives that guide the search, and those that its results are judged by.
+
+    Attributes:
+        search: They guide the search.
+        held_out: They score the front and the models on data that the search has not seen.
+    """
 
     search: tuple[Objective, ...] = Field(min_length=1)
     held_out: tuple[Objective, ...] = ()
@@ -237,7 +242,12 @@ class Scoring(Part):
 
 
 class Budget(Part):
-    """When to stop: after so many evaluations, so many seconds, or whichever comes first."""
+    """When to stop: after so many evaluations, so many seconds, or whichever comes first.
+
+    Attributes:
+        evaluations: Merges that are scored; one that is scored on a sample counts for its share of the examples.
+        seconds: Seconds of searching, all stretches of a resumed run together.
+    """
 
     evaluations: int | None = Field(default=None, ge=1)
     seconds: float | None = Field(default=None, gt=0)
@@ -315,7 +325,25 @@ class Tracking(Part):
 
 
 class Recipe(Part):
-    """A search, whole: models, merge operator, objectives, algorithm, scoring, budget, seed, runtime, tracking."""
+    """A search, whole: models, merge operator, objectives, algorithm, scoring, budget, seed, runtime, tracking.
+
+    Attributes:
+        name: Letters, digits, dots, dashes and underscores. It names run directories and MLflow runs.
+        models: The models to merge.
+        objectives: How merges are scored.
+        budget: When to stop.
+        prepare: A function that makes models or data before the search: it is given an empty folder and writes into it.
+            Paths elsewhere in the recipe that begin with ``prepared:`` are relative to that folder. It runs once for
+            the same function, arguments and source.
+        merge: How sources are made of the models.
+        calibration: Tasks that searches by gradient learn coefficients on.
+        search: The algorithm that proposes merges, or a list of them: stages, each of which begins with the merges that
+            the one before it found.
+        scoring: How candidates are scored.
+        seed: Of everything that is drawn: the same seed gives the same search.
+        runtime: Where the search runs.
+        tracking: Where the run is mirrored to.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     models: Models
