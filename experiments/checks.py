@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ecotone.experiments import compose, preparation
+from ecotone.experiments import compose
 from ecotone.experiments.parts import LanguageObjective, PythonObjective
 from ecotone.experiments.recipe import (
     Recipe,
@@ -20,7 +20,7 @@ from ecotone.fitness.backends import architectures
 from ecotone.fitness.callables import resolve
 from ecotone.fitness.objectives import LANGUAGE
 from ecotone.fitness.specs import ObjectiveSpec, WorkerSpec
-from ecotone.fitness.worker import needs_of, open_sources
+from ecotone.fitness.worker import needs_of
 from ecotone.merging.inner_products import region_borders
 from ecotone.merging.models import tokenizers
 from ecotone.merging.models.layout import Layout
@@ -39,31 +39,35 @@ class Finding:
 
 
 def validate(recipe: Recipe) -> list[Finding]:
-    """Check a recipe against its functions and its checkpoints' headers; no weight is read, nothing is trained.
+    """Check a recipe against its functions and its checkpoints' headers.
 
     Raises:
         EcotoneError: The first thing that does not fit.
     """
-    return list(_findings(recipe))
+    return list(findings(compose.Composition(recipe)))
 
 
-def _findings(recipe: Recipe) -> Iterator[Finding]:
+def findings(composition: compose.Composition) -> Iterator[Finding]:
+    """Check a recipe, step by step: what ``validate`` tells, and ``run`` does before it scores anything.
+
+    Raises:
+        EcotoneError: The first thing that does not fit.
+    """
+    recipe = composition.recipe
     yield Finding("recipe", f"{recipe.name}, signature {recipe.signature}")
     yield from _functions(recipe)
     yield from _workers(recipe)
-    compose.check_operator(recipe)
-    prepared = preparation.prepared_folder(recipe)
-    if prepared is not None and not prepared.is_dir():
+    assert composition.operator
+    if not composition.prepared:
         yield Finding("models", "not written yet: the preparation step makes them when the recipe is run")
-        yield from _search(recipe)
+        yield from _search(composition)
         return
-    spec = compose.worker_spec(recipe, prepared)
-    sources = open_sources(spec)
+    spec, sources = composition.spec, composition.sources
     if spec.architecture == "auto":
         architectures.named(sources.origin)
     yield from _models(sources)
     yield from _language(spec, sources)
-    yield from _search(recipe, sources)
+    yield from _search(composition)
     yield from _memory(recipe, spec, sources)
     yield from _needs(recipe, sources)
 
@@ -163,9 +167,9 @@ def _task(objective: ObjectiveSpec) -> str:
     return f"{found.metric} on {found.documents} of {found.available} documents, {found.kind}"
 
 
-def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]:
+def _search(composition: compose.Composition) -> Iterator[Finding]:
     """How large the problem is, as far as it is known; refuses what the algorithm cannot take on."""
-    found, chain = compose.check_search(recipe, sources), recipe.chain
+    found, chain = composition.outlined, composition.recipe.chain
     if chain is not None:
         for index, one in enumerate(found):
             yield Finding(f"search[{index}]", f"{one.text}; {chain.placed(index)}")

@@ -6,12 +6,14 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ecotone.experiments import preparation
 from ecotone.experiments.parts import LanguageObjective, Objective, PythonObjective
 from ecotone.experiments.recipe import (
     Calibration,
@@ -21,7 +23,9 @@ from ecotone.experiments.recipe import (
 )
 from ecotone.fitness.pools import Pool, SerialPool
 from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.worker import open_sources
 from ecotone.merging import operators
+from ecotone.merging.models.hub import is_repository
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, PoolError, nearest
@@ -33,7 +37,6 @@ from ecotone.search.chain import ChainSettings, of_stage
 from ecotone.search.coefficients import Setting
 from ecotone.search.kinds import Context, Pair, SearchSettings
 from ecotone.search.manager import Schedule
-from ecotone.search.protocol import Search
 from ecotone.settings import PREPARED, Call
 
 
@@ -248,19 +251,20 @@ def context_of(
     )
 
 
-def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = ()) -> Pair:
+def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = (), operator: Operator | None = None) -> Pair:
     """The algorithm and the population that ``search`` asks for.
 
     Args:
         recipe: What is asked for.
         space: The models.
         starts: Merges for the algorithm to begin with, where it can.
+        operator: The recipe's merge operator, if it is there already.
 
     Raises:
         InputError: The algorithm does not fit the objectives or the number of coefficients, or is not installed; or the
             segments of a stage's merges do not fit those of the next.
     """
-    return recipe.search.make(context_of(recipe, space, starts))
+    return recipe.search.make(context_of(recipe, space, starts, operator))
 
 
 @dataclass(frozen=True)
@@ -269,13 +273,13 @@ class Outlined:
 
     Args:
         settings: The algorithm's.
-        search: The search; None where the headers, or the names alone, are not enough to make it.
+        pair: The search and its population; None where the headers, or the names alone, are not enough to make them.
         context: What it is made for.
         coefficients: (segments, models) of its merges; None where they are not known yet.
     """
 
     settings: SearchSettings
-    search: Search | None
+    pair: Pair | None
     context: Context
     coefficients: tuple[int, int] | None
 
@@ -286,21 +290,23 @@ class Outlined:
         if self.coefficients is not None:
             segments, models = self.coefficients
             size = f": {segments * models} coefficients ({segments} x {models} models)"
-        return f"{self.settings.algorithm}{size}{self.settings.describe(self.search, self.context)}"
+        search = None if self.pair is None else self.pair[0]
+        return f"{self.settings.algorithm}{size}{self.settings.describe(search, self.context)}"
 
 
-def check_search(recipe: Recipe, sources: Sources | None = None) -> list[Outlined]:
+def check_search(recipe: Recipe, sources: Sources | None = None, operator: Operator | None = None) -> list[Outlined]:
     """Make the search, or each of its stages, as far as that is possible before a weight is read, to refuse early.
 
     Args:
         recipe: What to check.
         sources: The models; without them only searches with coefficients a model or a group can be made.
+        operator: The recipe's merge operator, if it is there already.
 
     Raises:
         InputError: As for ``make_search``.
     """
     _check_experts(recipe, _names(recipe.models) if sources is None else sources.names)
-    operator = check_operator(recipe)
+    operator = operator or check_operator(recipe)
     chain = recipe.chain
     if chain is None:
         return [_outlined(recipe, recipe.searches[0], operator, sources)]
@@ -327,8 +333,7 @@ def _outlined(
     context = context if chain is None else chain.contexts(context)[index]
     if settings.needs().geometry or (sources is None and not settings.reads_only_names()):
         return Outlined(settings, None, context, None)
-    search, _ = settings.make(context)
-    return Outlined(settings, search, context, (settings.segments(outline), outline.dimension))
+    return Outlined(settings, settings.make(context), context, (settings.segments(outline), outline.dimension))
 
 
 def _outline_of(sources: Sources) -> Space:
@@ -384,3 +389,80 @@ def make_schedule(recipe: Recipe) -> Schedule:
         order=recipe.scoring.order,
         grace=recipe.runtime.grace,
     )
+
+
+class Composition:
+    """What a recipe is run by. Each thing is made when it is first asked for, and once.
+
+    Args:
+        recipe: The recipe.
+        sys_path: Folders that workers find the user's own modules in.
+    """
+
+    def __init__(self, recipe: Recipe, sys_path: Sequence[str] = ()) -> None:
+        self.recipe = recipe
+        self._sys_path = tuple(sys_path)
+
+    @cached_property
+    def operator(self) -> Operator:
+        """The merge operator.
+
+        Raises:
+            InputError: As for ``check_operator``.
+        """
+        return check_operator(self.recipe)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether nothing is left to prepare: its models and data can be looked at."""
+        folder = preparation.prepared_folder(self.recipe)
+        return folder is None or folder.is_dir()
+
+    @property
+    def here(self) -> bool:
+        """Whether the models lie on this machine, as far as they are paths."""
+        models = self.recipe.models
+        paths = [path for path in (*models.experts, models.base) if path is not None and not is_repository(path)]
+        return all(path.startswith(PREPARED) or Path(path).exists() for path in paths)
+
+    @cached_property
+    def spec(self) -> WorkerSpec:
+        """What a worker is made of; runs the preparation step unless it has been run.
+
+        Raises:
+            InputError: The preparation step failed.
+        """
+        return worker_spec(self.recipe, preparation.prepare(self.recipe), self._sys_path)
+
+    @cached_property
+    def sources(self) -> Sources:
+        """The models, of which only headers are read.
+
+        Raises:
+            EcotoneError: They cannot be opened, or do not fit each other.
+        """
+        return open_sources(self.spec)
+
+    @cached_property
+    def outlined(self) -> list[Outlined]:
+        """The search, or its stages, as far as they can be made before a weight is read.
+
+        Raises:
+            InputError: As for ``make_search``.
+        """
+        return check_search(self.recipe, self.sources if self.prepared else None, self.operator)
+
+    def search(self, space: Space) -> Pair:
+        """The search and its population, as they were made from the models' headers if that was possible.
+
+        Args:
+            space: The models.
+
+        Raises:
+            InputError: As for ``make_search``.
+        """
+        made = self.__dict__.get("outlined")
+        if made and self.recipe.chain is None and made[0].pair is not None and made[0].context.space.like(space):
+            pair: Pair = made[0].pair
+            return pair
+        return make_search(self.recipe, space, operator=self.operator)
