@@ -1,0 +1,180 @@
+"""What a scoring backend is: it shows one candidate after the other to the objectives.
+
+The settings of a backend are the recipe's ``scoring`` part. The worker opens the models, has the backend make what
+shows them, and knows nothing else of it. The first backend is a module in the worker's memory
+(``ecotone.fitness.backends.resident``). A package of your own adds one by an entry point of the group
+``ecotone.backends``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ecotone.merging.placement import Needs
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats, Genome
+from ecotone.settings import Call, Part
+
+
+class Backend(Protocol):
+    """Shows candidates to objectives, one after the other.
+
+    A worker calls ``show`` with at most ``group`` genomes and has every objective score each model before it asks for
+    the next. A backend without gradients raises ``InputError`` in ``gradient`` and ``expert``, and its settings say so.
+    """
+
+    group: int
+    """How many candidates are merged in one pass."""
+    dtype: torch.dtype | None
+    """The floating-point type that merges are scored in; None when the model mixes several."""
+
+    @property
+    def model(self) -> Any:
+        """What objectives are given: a module in evaluation mode, a dict of tensors by name, or a client."""
+        ...
+
+    def show(self, genomes: Sequence[Genome]) -> Iterator[Any]:
+        """The model with the weights of one genome after the other.
+
+        Raises:
+            InputError: A genome does not fit the models; nothing has been shown then.
+        """
+        ...
+
+    def gradient(
+        self, genome: Genome, losses: Callable[[nn.Module], Iterator[Tensor]], weights: Sequence[float] = (1.0,)
+    ) -> tuple[list[float], Floats]:
+        """Losses of a merge, and (S, K) the gradient of their weighted sum by its coefficients.
+
+        Raises:
+            InputError: The backend has no gradients, the genome does not fit, or a loss is no scalar with a graph.
+        """
+        ...
+
+    def expert(self, name: str) -> nn.Module:
+        """The module with an expert's own weights.
+
+        Raises:
+            InputError: There is no such expert, or the backend has no module.
+        """
+        ...
+
+    def not_finite(self) -> str:
+        """Name of the first tensor that holds NaN or infinity now; empty without one, or where it cannot be known."""
+        ...
+
+
+@dataclass(frozen=True)
+class BackendContext:
+    """What a backend is made for.
+
+    Args:
+        sources: The models.
+        architecture: What a module is made by: a call, ``auto``, or None.
+        device: Where the worker merges.
+        dtype: The floating-point type that merges are rounded to; None keeps the architecture's own.
+    """
+
+    sources: Sources
+    architecture: Call | Literal["auto"] | None
+    device: torch.device
+    dtype: torch.dtype | None
+
+
+class ScoringSettings(Part):
+    """How candidates are scored. Floating-point results depend on it, so it is part of a recipe's signature.
+
+    A backend's settings are a subclass with a ``Literal`` of its name as ``backend``, and all of ``DECLARED``.
+
+    Attributes:
+        backend: What shows candidates to the objectives.
+        batch: Candidates asked for and scored together.
+        in_flight: The most candidates asked for and not yet learned from, in all; two batches unless said otherwise.
+            Strict order keeps workers busy with two to three batches for each, as the slow ones hold up what is asked.
+        order: ``strict`` learns in the order of asking, so that results depend on the recipe alone;
+            ``arrival`` learns at once, for the highest use of workers.
+        threads: CPU threads a worker computes with.
+        device: ``auto`` takes a GPU when the worker has one.
+    """
+
+    backend: str
+    batch: int = Field(default=8, ge=1)
+    in_flight: int | None = Field(default=None, ge=1)
+    order: Literal["strict", "arrival"] = "strict"
+    threads: int = Field(default=1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    DECLARED: ClassVar[tuple[str, ...]] = ("gives", "gradients", "make", "needs", "describe")
+
+    @model_validator(mode="after")
+    def _room(self) -> ScoringSettings:
+        if self.in_flight is not None and self.in_flight < self.batch:
+            raise ValueError(f"in_flight: expected at least batch ({self.batch}), found {self.in_flight}")
+        return self
+
+    @property
+    def window(self) -> int:
+        """The most candidates in flight: two batches unless said otherwise."""
+        return 2 * self.batch if self.in_flight is None else self.in_flight
+
+    def gives(self) -> Literal["model", "client"]:
+        """What objectives are given: a ``model`` (a module or tensors) or a ``client`` that answers prompts."""
+        raise NotImplementedError
+
+    def gradients(self) -> bool:
+        """Whether merges can be differentiated by their coefficients."""
+        raise NotImplementedError
+
+    def make(self, context: BackendContext) -> Backend:
+        """The backend.
+
+        Raises:
+            InputError: The architecture cannot be made or does not fit the models, or a package is not installed.
+        """
+        raise NotImplementedError
+
+    def needs(self, sources: Sources, device: torch.device, dtype: torch.dtype | None, *, settings: bool) -> Needs:
+        """The memory that a worker takes, from the models' headers alone.
+
+        Args:
+            sources: The models.
+            device: Where it merges.
+            dtype: The floating-point type that merges are rounded to.
+            settings: Whether genomes have settings of the operator of their own.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What ``validate`` tells of the backend, as a phrase."""
+        raise NotImplementedError
+
+
+def check_declared(name: str, kind: Any) -> None:
+    """Refuse a backend that does not say all of itself that it must.
+
+    Raises:
+        InputError: It is no subclass of ``ScoringSettings``, its ``backend`` is no ``Literal`` with this name, or it
+            lacks a method of ``ScoringSettings.DECLARED`` or the text of a field.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, ScoringSettings)):
+        raise InputError(f"backend {name!r}: expected a subclass of ScoringSettings, found {kind!r}.")
+    where = f"backend {name!r} ({kind.__module__}.{kind.__qualname__})"
+    annotation = kind.model_fields["backend"].annotation
+    if get_origin(annotation) is not Literal or name not in get_args(annotation):
+        raise InputError(f"{where}: backend: expected a Literal that holds {name!r}, found {annotation}.")
+    missing = [one for one in ScoringSettings.DECLARED if getattr(kind, one) is getattr(ScoringSettings, one)]
+    if missing:
+        raise InputError(f"{where}: expected a method {missing[0]!r} of its own, found none.", "See ScoringSettings.")
+    silent = [field for field, text in kind.texts().items() if not text]
+    if silent:
+        raise InputError(
+            f"{where}: expected a text for the field {silent[0]!r}, found none.",
+            "Add an entry to the Attributes section of the class's docstring.",
+        )
