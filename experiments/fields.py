@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ecotone.chosen import Chosen
 from ecotone.experiments.recipe import Recipe
-from ecotone.experiments.words import allowed
+from ecotone.experiments.words import UNWRITTEN, parts_in
 from ecotone.populations.errors import InputError, nearest
 from ecotone.search.chain import ChainSettings, StageSettings
-from ecotone.settings import Part
+from ecotone.settings import Part, chosen_of
 
 _WORDS = {
     **{"string": "text", "boolean": "true or false", "null": "none"},
@@ -63,7 +62,7 @@ def fields_of(part: type[Part], path: str = "", kinds: tuple[str, ...] = ()) -> 
     shapes = part.model_json_schema()
     for name, field in part.model_fields.items():
         place = f"{path}.{name}".lstrip(".")
-        if (part, name) not in ((ChainSettings, "stages"), (StageSettings, "search")):
+        if (part, name) not in UNWRITTEN:
             shape = shapes["properties"][name] if "properties" in shapes else {}
             yield FieldText(
                 place, kinds, in_words(shape, shapes.get("$defs", {})), _default(field), part.texts().get(name, "")
@@ -76,13 +75,12 @@ def fields_of(part: type[Part], path: str = "", kinds: tuple[str, ...] = ()) -> 
 def inside(part: type[Part], name: str) -> list[tuple[type[Part], tuple[str, ...]]]:
     """The parts that a field may hold, each with the names of its kind, if it is one."""
     field = part.model_fields[name]
+    chosen = chosen_of(field)
+    if chosen is None:
+        return [(one, ()) for one in dict.fromkeys(parts_in(field.annotation))]
     found: dict[type[Part], tuple[str, ...]] = {}
-    for one in dict.fromkeys(one for annotation in (field.annotation, *field.metadata) for one in allowed(annotation)):
-        if isinstance(one, Chosen):
-            for kind_name, kind in one.registry.usable().items():
-                found[kind] = (*found.get(kind, ()), kind_name)
-        else:
-            found.setdefault(one, ())
+    for kind_name, kind in chosen.registry.usable().items():
+        found[kind] = (*found.get(kind, ()), kind_name)
     return list(found.items())
 
 

@@ -466,7 +466,7 @@ class Recipe(Part):
         try:
             recipe = cls.model_validate(record)
         except ValidationError as error:
-            raise InputError(explained(error, record, cls)) from error
+            raise InputError(explained(error, cls)) from error
         if folder is None:
             return recipe
         found = recipe._absolute(folder)

@@ -8,21 +8,21 @@ of the group ``ecotone.searches`` in a package of your own.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome, Integers
 from ecotone.populations.population import Population
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
 from ecotone.search.coefficients import CoefficientBox, Setting, borders_of
 from ecotone.search.protocol import Search
-from ecotone.settings import Part
+from ecotone.settings import Part, check_kind
 
 Pair: TypeAlias = tuple[Search, Population]
 Fineness: TypeAlias = Literal["model", "groups", "block", "tensor", "element"]
@@ -104,7 +104,7 @@ class SearchSettings(Part):
     """The settings of a search algorithm: its part of a recipe, and what it says of itself.
 
     A subclass has a field ``algorithm``, a ``Literal`` of the names that recipes give it, an entry for each field in
-    the ``Attributes`` section of its docstring, and all of ``DECLARED``. The registry refuses one that lacks any.
+    the ``Attributes`` section of its docstring, and all abstract methods. The registry refuses one that lacks any.
 
     Attributes:
         algorithm: The search algorithm.
@@ -114,29 +114,28 @@ class SearchSettings(Part):
     algorithm: str
     archive: int = Field(default=20, ge=1)
 
-    DECLARED: ClassVar[tuple[str, ...]] = ("needs", "begins", "fineness", "borders", "make", "describe")
     searches_settings: ClassVar[bool] = False
     """Whether settings of the merge operator can be searched beside the coefficients."""
 
+    @abstractmethod
     def needs(self) -> Needs:
         """What it asks of a recipe."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begins(self) -> Begins:
         """Whether it can begin with merges that were found before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fineness(self) -> Fineness:
         """How fine the segments of its merges may be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def borders(self, space: Space) -> Integers:
         """(S+1,) borders that the segments of its merges may have, when it begins with nothing else.
 
         Raises:
             InputError: The models have fewer blocks than there are to be groups.
         """
-        raise NotImplementedError
 
     def segments(self, space: Space) -> int:
         """How many sets of coefficients there are to begin with."""
@@ -149,14 +148,15 @@ class SearchSettings(Part):
             ValueError: Something does not fit.
         """
 
+    @abstractmethod
     def make(self, context: Context) -> Pair:
         """The search and the population that it breeds from.
 
         Raises:
             InputError: The settings do not fit the models, objectives or budget, or a package is not installed.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, search: Search | None, context: Context) -> str:
         """What ``validate`` tells of the search that ``make`` gave, as a clause; empty for nothing.
 
@@ -164,7 +164,6 @@ class SearchSettings(Part):
             search: The search; None where it cannot be made before the models are read.
             context: What it is made for; its space may know the models' headers alone, or their names.
         """
-        raise NotImplementedError
 
     def reads_only_names(self) -> bool:
         """Whether the recipe alone, without the models' headers, is enough to make it."""
@@ -262,24 +261,10 @@ class ModelsFirstBox(FrontBox):
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Refuse a search algorithm that does not say all of itself that it must.
+    """Refuse a search algorithm that does not say all of itself that it must (``ecotone.settings.check_kind``).
 
     Raises:
         InputError: It is no subclass of ``SearchSettings``, its ``algorithm`` is no ``Literal`` with this name, or it
-            lacks a method of ``SearchSettings.DECLARED`` or the text of a field.
+            lacks a method or the text of a field.
     """
-    if not (isinstance(kind, type) and issubclass(kind, SearchSettings)):
-        raise InputError(f"search {name!r}: expected a subclass of SearchSettings, found {kind!r}.")
-    where = f"search {name!r} ({kind.__module__}.{kind.__qualname__})"
-    annotation = kind.model_fields["algorithm"].annotation
-    if get_origin(annotation) is not Literal or name not in get_args(annotation):
-        raise InputError(f"{where}: algorithm: expected a Literal that holds {name!r}, found {annotation}.")
-    missing = [one for one in SearchSettings.DECLARED if getattr(kind, one) is getattr(SearchSettings, one)]
-    if missing:
-        raise InputError(f"{where}: expected a method {missing[0]!r} of its own, found none.", "See SearchSettings.")
-    silent = [field for field, text in kind.texts().items() if not text]
-    if silent:
-        raise InputError(
-            f"{where}: expected a text for the field {silent[0]!r}, found none.",
-            "Add an entry to the Attributes section of the class's docstring.",
-        )
+    check_kind(name, kind, SearchSettings, "algorithm")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, TypeAlias
 
-from ecotone.chosen import Chosen
 from ecotone.registry import Registry
 from ecotone.search.kinds import SearchSettings, check_declared
+from ecotone.settings import Chosen
 
 SEARCHES: Registry[type[SearchSettings]] = Registry(
     "search algorithm",

@@ -8,9 +8,10 @@ shows them, and knows nothing else of it. The first backend is a module in the w
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 
 from ecotone.merging.placement import Needs
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome
-from ecotone.settings import Call, Part
+from ecotone.settings import Call, Part, check_kind
 
 
 class Backend(Protocol):
@@ -91,7 +91,7 @@ class BackendContext:
 class ScoringSettings(Part):
     """How candidates are scored. Floating-point results depend on it, so it is part of a recipe's signature.
 
-    A backend's settings are a subclass with a ``Literal`` of its name as ``backend``, and all of ``DECLARED``.
+    A backend's settings are a subclass with a ``Literal`` of its name as ``backend``, and all abstract methods.
 
     Attributes:
         backend: What shows candidates to the objectives.
@@ -111,8 +111,6 @@ class ScoringSettings(Part):
     threads: int = Field(default=1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    DECLARED: ClassVar[tuple[str, ...]] = ("gives", "gradients", "make", "needs", "describe")
-
     @model_validator(mode="after")
     def _room(self) -> ScoringSettings:
         if self.in_flight is not None and self.in_flight < self.batch:
@@ -124,22 +122,23 @@ class ScoringSettings(Part):
         """The most candidates in flight: two batches unless said otherwise."""
         return 2 * self.batch if self.in_flight is None else self.in_flight
 
+    @abstractmethod
     def gives(self) -> Literal["model", "client"]:
         """What objectives are given: a ``model`` (a module or tensors) or a ``client`` that answers prompts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradients(self) -> bool:
         """Whether merges can be differentiated by their coefficients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, context: BackendContext) -> Backend:
         """The backend.
 
         Raises:
             InputError: The architecture cannot be made or does not fit the models, or a package is not installed.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def needs(self, sources: Sources, device: torch.device, dtype: torch.dtype | None, *, settings: bool) -> Needs:
         """The memory that a worker takes, from the models' headers alone.
 
@@ -149,32 +148,17 @@ class ScoringSettings(Part):
             dtype: The floating-point type that merges are rounded to.
             settings: Whether genomes have settings of the operator of their own.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> str:
         """What ``validate`` tells of the backend, as a phrase."""
-        raise NotImplementedError
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Refuse a backend that does not say all of itself that it must.
+    """Refuse a backend that does not say all of itself that it must (``ecotone.settings.check_kind``).
 
     Raises:
         InputError: It is no subclass of ``ScoringSettings``, its ``backend`` is no ``Literal`` with this name, or it
-            lacks a method of ``ScoringSettings.DECLARED`` or the text of a field.
+            lacks a method or the text of a field.
     """
-    if not (isinstance(kind, type) and issubclass(kind, ScoringSettings)):
-        raise InputError(f"backend {name!r}: expected a subclass of ScoringSettings, found {kind!r}.")
-    where = f"backend {name!r} ({kind.__module__}.{kind.__qualname__})"
-    annotation = kind.model_fields["backend"].annotation
-    if get_origin(annotation) is not Literal or name not in get_args(annotation):
-        raise InputError(f"{where}: backend: expected a Literal that holds {name!r}, found {annotation}.")
-    missing = [one for one in ScoringSettings.DECLARED if getattr(kind, one) is getattr(ScoringSettings, one)]
-    if missing:
-        raise InputError(f"{where}: expected a method {missing[0]!r} of its own, found none.", "See ScoringSettings.")
-    silent = [field for field, text in kind.texts().items() if not text]
-    if silent:
-        raise InputError(
-            f"{where}: expected a text for the field {silent[0]!r}, found none.",
-            "Add an entry to the Attributes section of the class's docstring.",
-        )
+    check_kind(name, kind, ScoringSettings, "backend")
