@@ -129,7 +129,7 @@ def _default(field: Any) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, Part):
-        value = value.model_dump(mode="json")
+        return "its own defaults"
     return "none" if value is None else json.dumps(value, default=str)
 
 
@@ -170,3 +170,38 @@ def _bounds(shape: Mapping[str, Any]) -> str:
         if key in shape
     ]
     return f" {' and '.join(told)}" if told else ""
+
+
+def page() -> str:
+    """Every field as one Markdown page: a section a part, and for a part that has kinds one a kind."""
+    lines = [
+        "# Every field of a recipe",
+        "",
+        "Written by `make docs` from the declarations. `ecotone recipe --explain FIELD` says the same of one field.",
+        "",
+    ]
+    for title, summary, fields in sections(Recipe, "recipe"):
+        lines += [f"## {title}", "", summary, "", "| field | takes | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [f"| `{one.path}` | {_cell(one.type)} | `{_cell(one.default)}` | {_cell(one.text)} |" for one in fields]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def sections(part: type[Part], title: str, path: str = "") -> Iterator[tuple[str, str, list[FieldText]]]:
+    """Title, summary and own fields of a part, and then of those in it; kinds that have several names are told once."""
+    own = [one for one in fields_of(part, path) if one.path.removeprefix(path).count(".") <= (1 if path else 0)]
+    if part is not ChainSettings:
+        yield title, part.summary(), own
+    for name in part.model_fields:
+        place = f"{path}.{name}".lstrip(".") if (part, name) not in UNWRITTEN else path
+        for nested, kinds in inside(part, name):
+            if nested is not StageSettings or part is ChainSettings:
+                yield from sections(nested, f"{place}: {', '.join(kinds)}" if kinds else place, place)
+
+
+def _cell(text: str) -> str:
+    return text.replace("``", "`").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(page())
