@@ -8,7 +8,7 @@ of the group ``ecotone.searches`` in a package of your own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_origin
 
@@ -154,6 +154,18 @@ class SearchSettings(Part):
             context: What it is made for; its space may know the models' headers alone, or their names.
         """
         raise NotImplementedError
+
+    def check(self, operator: str, needs_base: bool, losses: Sequence[str]) -> None:
+        """Refuse an operator or calibration tasks that do not fit it; by default none.
+
+        Args:
+            operator: The merge operator's name.
+            needs_base: Whether the operator adds to a base model.
+            losses: The losses of the calibration tasks.
+
+        Raises:
+            ValueError: One does not fit; the message names the recipe's field.
+        """
 
     def reads_only_names(self) -> bool:
         """Whether the recipe alone, without the models' headers, is enough to make it."""

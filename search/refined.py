@@ -18,7 +18,7 @@ import numpy as np
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.trial import CalibrationBatch, Evaluation, Outcome, Trial
-from ecotone.search.adamerging import Adam, problem
+from ecotone.search.descent import Adam, problem
 from ecotone.search.m2n2 import M2N2, RefineSettings
 
 _SCORE = -1  # stands where a gradient trial has its task's position
