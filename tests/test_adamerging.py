@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,14 +16,15 @@ from pydantic import ValidationError
 
 from ecotone.fitness.pools import Batch, Completed
 from ecotone.populations.errors import InputError, SearchError
-from ecotone.populations.genome import Floats
+from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.gram import GramTable
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import ElitistArchive
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
-from ecotone.search.descent import Adam
+from ecotone.search.descent import LINES, Adam, Descent, GradientSettings, Line
+from ecotone.search.kinds import Context
 from ecotone.search.manager import Schedule
 from ecotone.search.protocol import numbered
 
@@ -67,7 +68,7 @@ def noisy(trial: Trial) -> Evaluation:
     return measured(trial, noise=0.3)
 
 
-def run(search: AdaMerging, measure: Measure = measured, n: int = 100, shuffle: int | None = None) -> list[Trial]:
+def run(search: Descent[Any], measure: Measure = measured, n: int = 100, shuffle: int | None = None) -> list[Trial]:
     """Drive it to its end, telling all that is in flight at once, in order or shuffled; returns its trials."""
     trials: list[Trial] = []
     while not search.done:
@@ -740,3 +741,97 @@ def test_mistakes_are_refused_in_words(settings: dict[str, Any], words: str) -> 
     with pytest.raises(InputError) as caught:
         search_of(**settings)
     assert words in str(caught.value)
+
+
+# -- what it says of itself ----------------------------------------------------------------------------------
+
+
+def context_of(tensors: int = 3, starts: tuple[Genome, ...] = ()) -> Context:
+    names = tuple(f"tensor-{i}" for i in range(tensors))
+    gram = GramTable.from_vectors(RNG.standard_normal((2, 24)).astype(np.float32))
+    space = Space(TASKS, names, BORDERS, ("first", "second"), np.array([0, 10, 24]), gram, np.eye(2), TASKS)
+    return Context(space, GOALS, 7, tasks=TASKS, starts=starts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "segments"),
+    [
+        (AdaMergingSettings(), 3),
+        (AdaMergingSettings(granularity="block"), 2),
+        (AdaMergingSettings(granularity="groups", groups=2), 2),
+        (AdaMergingSettings(granularity="model"), 1),
+    ],
+)
+def test_settings_make_the_search_they_describe(settings: AdaMergingSettings, segments: int) -> None:
+    context = context_of()
+    search, population = settings.make(context)
+    assert isinstance(search, AdaMerging)
+    assert search.settings is settings
+    assert (search.tasks, search.goals, search.seed) == (TASKS, GOALS, 7)
+    assert population.capacity == settings.archive
+    genome = search.ask(1)[0].genome
+    assert genome.refined(settings.borders(context.space)).shape == (segments, 2)
+    assert (genome.coefficients == 0.3).all()
+    assert settings.fineness() == settings.granularity
+
+
+def test_settings_say_how_many_checks_a_complete_run_takes() -> None:
+    settings = AdaMergingSettings(steps=12, check_every=5, restarts=3, archive=4)
+    context = context_of()
+    search, _ = settings.make(context)
+    assert settings.describe(search, context) == "; 3 x 12 steps on 2 tasks, scored 12 times"
+    assert settings.describe(None, context) == ""
+    assert isinstance(search, AdaMerging)
+    assert sum(trial.calibration is None for trial in run(search)) == 12
+
+
+def test_settings_begin_with_given_merges() -> None:
+    starts = (Genome.uniform(24, [0.1, 0.9]), Genome(BORDERS, TARGETS["left"]))
+    settings = AdaMergingSettings()
+    search, _ = settings.make(context_of(starts=starts))
+    begun = [trial.genome for trial in search.ask(100) if trial.calibration is None]
+    assert [genome.digest for genome in begun] == [start.digest for start in starts]
+    assert settings.begins().most == LINES
+    assert not settings.begins().refusal
+
+
+def test_it_needs_gradients_and_takes_any_losses() -> None:
+    needs = AdaMergingSettings().needs()
+    assert (needs.gradients, needs.affine, needs.geometry, needs.objectives) == (True, True, False, 1)
+    AdaMergingSettings().check("linear", needs_base=False, losses=["entropy", "cross_entropy"])
+
+
+class HalvingSettings(GradientSettings):
+    """A descent of another package."""
+
+    algorithm: Literal["halving"] = "halving"
+    init: float = 0.5
+    rate: float = 0.02
+    spread: float = 0.1
+
+
+class Halving(Descent[HalvingSettings]):
+    """Adam moves twice the coefficients."""
+
+    def _point(self, coefficients: Floats) -> Floats:
+        return 2.0 * coefficients
+
+    def _used(self, point: Floats) -> Floats:
+        return point / 2.0
+
+    def _pulled(self, line: Line, gradient: Floats) -> Floats:
+        return gradient / 2.0
+
+
+def test_a_descent_of_another_package_needs_only_what_adam_moves() -> None:
+    settings = HalvingSettings(steps=300, check_every=100)
+    search = Halving(BORDERS, 2, ("left",), GOALS, 0, settings)
+    assert (search.ask(1)[0].genome.coefficients == 0.5).all()
+    search = Halving(BORDERS, 2, ("left",), GOALS, 0, settings)
+    for trial in run(search):
+        assert trial.genome.sources == 2
+    report = search.report()
+    assert report["algorithm"] == "halving"
+    assert report["lines"][0]["coefficients"] == pytest.approx(TARGETS["left"], abs=0.02)
+    with pytest.raises(InputError, match="calibration: halving learns from calibration tasks"):
+        Halving(BORDERS, 2, (), GOALS, 0, settings)

@@ -33,6 +33,7 @@ from ecotone.populations.space import Space
 from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
 from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
 from ecotone.search.expert_merging import EXCLUDED, ExpertMerging, ExpertMergingSettings, shares
+from ecotone.search.kinds import Context
 from ecotone.search.manager import Schedule
 from ecotone.search.surrogates import sigmoid
 
@@ -866,6 +867,67 @@ def test_a_layer_that_gives_no_tensor_fails_in_words():
 def test_a_task_without_more_words_is_drawn_to_the_expert_of_its_name():
     spec = CalibrationSpec("left", function("inputs"), "distillation")
     assert calibration.build(spec, CPU)._wanted == Distillation("left")
+
+
+# -- what it says of itself ----------------------------------------------------------------------------------
+
+
+def test_settings_make_the_search_they_describe():
+    settings = ExpertMergingSettings(steps=8, check_every=4, restarts=2, chunks=1.5, archive=3)
+    context = Context(space_of(), GOALS, 5, tasks=NAMES)
+    search, population = settings.make(context)
+    assert search.settings is settings
+    assert (search.tasks, search.seed, population.capacity) == (NAMES, 5, 3)
+    assert settings.describe(search, context) == "; 2 x 16 steps on 2 tasks, scored 10 times"
+    assert settings.describe(None, context) == ""
+    assert sum(trial.calibration is None for trial in run(search)) == 10
+    assert settings.needs().gradients
+    assert settings.needs().affine
+
+
+def test_settings_begin_with_given_merges():
+    start = Genome(BORDERS, np.where(LEARNED[:, None], rows_of(space_of()), 0.0))
+    search, _ = ExpertMergingSettings().make(Context(space_of(), GOALS, 0, tasks=NAMES, starts=(start,)))
+    assert search.ask(1)[0].genome.digest == start.digest
+
+
+def test_with_chunks_its_segments_may_be_any():
+    space = space_of()
+    plain, chunked = ExpertMergingSettings(), ExpertMergingSettings(chunks=1.0)
+    assert (plain.fineness(), chunked.fineness()) == ("tensor", "element")
+    assert plain.borders(space).tolist() == BORDERS.tolist()
+    assert chunked.borders(space).tolist() == list(range(25))
+    trials = run(chunked.make(Context(space, GOALS, 0, tasks=NAMES))[0])
+    assert not all(np.isin(trial.genome.boundaries, BORDERS).all() for trial in trials)
+    assert all(np.isin(trial.genome.boundaries, chunked.borders(space)).all() for trial in trials)
+
+
+@pytest.mark.parametrize(
+    ("operator", "needs_base", "losses", "words"),
+    [
+        (
+            "linear",
+            False,
+            ["distillation"],
+            "merge.operator: expert_merging leaves tensors as the base has them, found l",
+        ),
+        ("task_arithmetic", True, ["entropy"], "found loss entropy alone; say loss: distillation"),
+        (
+            "task_arithmetic",
+            True,
+            ["entropy", "cross_entropy", "entropy"],
+            "found loss cross_entropy and entropy alone",
+        ),
+        ("task_arithmetic", True, ["entropy", "distillation"], ""),
+    ],
+)
+def test_what_does_not_fit_it_is_refused(operator, needs_base, losses, words):
+    settings = ExpertMergingSettings()
+    if not words:
+        settings.check(operator, needs_base, losses)
+        return
+    with pytest.raises(ValueError, match=words):
+        settings.check(operator, needs_base, losses)
 
 
 # -- recipes -------------------------------------------------------------------------------------------------
