@@ -85,11 +85,11 @@ class GradientSettings(Segmented):
         return self.steps
 
     def needs(self) -> Needs:
-        """Gradients on calibration tasks, and merges linear in their coefficients."""
+        """It needs gradients on calibration tasks, and merges linear in their coefficients."""
         return Needs(gradients=True, affine=True)
 
     def begins(self) -> Begins:
-        """With several merges, each of which begins runs of its own."""
+        """It can begin with several merges, each of which begins runs of its own."""
         return Begins(most=LINES)
 
     def describe(self, search: Search | None, context: Context) -> str:
@@ -271,7 +271,7 @@ class Descent(Generic[Settings]):
 
     @property
     def evaluations(self) -> int:
-        """Checks of all lines, if each takes all its steps: what a complete run needs of the budget."""
+        """Checks of all lines, if each takes all its steps: the evaluations that a complete run needs."""
         every, steps, most = self.settings.check_every, self.settings.steps, self.settings.most_steps
         return self.lines * len({*range(0, most, every), *range(steps, most + 1, steps)})
 
@@ -301,7 +301,7 @@ class Descent(Generic[Settings]):
             self._complete(line)
 
     def state(self) -> dict[str, Any]:
-        """The lines, what is to be asked for next, and what is in flight."""
+        """The lines, the trials to ask for next, and those in flight."""
         return {
             "next": self._next,
             "queue": [list(request) for request in self._queue],
@@ -328,7 +328,7 @@ class Descent(Generic[Settings]):
         self._begin(line)
 
     def _begin(self, line: Line) -> None:
-        """Queue what the line needs at its coefficients: a check when one is due, and gradients for the next step."""
+        """Queue the line's trials at its coefficients: a check when one is due, and gradients for the next step."""
         last, checked = line.step == line.last, bool(line.checks) and line.checks[-1]["step"] == line.step
         wanted = [_CHECK] if (last or line.step % self.settings.check_every == 0) and not checked else []
         wanted += [] if last else list(range(self.settings.accumulate * len(self._groups(line))))
@@ -374,7 +374,7 @@ class Descent(Generic[Settings]):
         line.told[batch] = known, np.array(evaluation.gradient, np.float64)
 
     def _complete(self, line: Line) -> None:
-        """Everything of the line's step is told: write down the check, and move on unless this was the end."""
+        """Record a step that is told as a whole and its check, and move on unless this was the end."""
         if line.told and not line.ended:
             for batch in sorted(line.told):
                 line.sums[:, self._group(line, batch)] += line.told[batch][0] / self.settings.accumulate
@@ -502,7 +502,7 @@ class Descent(Generic[Settings]):
 
 
 def _fallen(checks: Sequence[Mapping[str, Any]], loss_of: Callable[[Mapping[str, float]], float]) -> Iterator[str]:
-    """Say so when the loss fell over the checks, and the score from its best too."""
+    """Warn when the loss fell over the checks, and the score fell from its best too."""
     known = [check for check in checks if check["score"] is not None and check["losses"]]
     if len(known) < 2:
         return

@@ -194,7 +194,8 @@ class ExpertMerging(Descent[ExpertMergingSettings]):
         alpha = self._used(line.adam.point)
         learned = np.isfinite(line.adam.point)
         learned[line.held] = False
-        away = np.sign(alpha - self._used(line.start)) / np.count_nonzero(learned)
+        away = np.sign(alpha - self._used(line.start)) / np.count_nonzero(learned)  # of mean |alpha - alpha at start|
+        # The gradient by alpha, times alpha (1 - alpha), which is d alpha / d raw.
         pulled: Floats = (gradient / line.weights.sum() + self.settings.regulariser * away) * alpha * (1 - alpha)
         pulled[~learned] = 0.0
         pulled *= min(1.0, self.settings.clip / max(float(np.linalg.norm(pulled)), 1e-300))
@@ -204,16 +205,17 @@ class ExpertMerging(Descent[ExpertMergingSettings]):
 
     def _grown(self, line: Line) -> bool:
         """Cut the tensors into chunks, once; unless that would leave nothing to learn."""
-        if self.settings.chunks is None or line.grown:
+        settings = self.settings
+        if settings.chunks is None or line.grown:
             return False
         importance = self.importance(self._used(line.adam.point))
-        counts = shares(importance**self.settings.steepness * (importance > 0), self.settings.chunks * len(importance))
+        counts = shares(importance**settings.steepness * (importance > 0), settings.chunks * len(importance))
         if not counts.any():
             return False
         borders, owners = self._cut(counts)
-        line.grown, line.before, line.last = True, line.step, line.step + self.settings.steps
+        line.grown, line.before, line.last = True, line.step, line.step + settings.steps
         line.borders, line.held = borders, np.flatnonzero(counts[owners] == 0).tolist()
-        line.adam, line.start = Adam(line.adam.point[owners], self.settings.rate), line.start[owners]
+        line.adam, line.start = Adam(line.adam.point[owners], settings.rate), line.start[owners]
         line.stale = 0
         return True
 
