@@ -24,6 +24,7 @@ from pydantic import (
 
 from ecotone.experiments.parts import LanguageObjective, Objective
 from ecotone.experiments.words import explained
+from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations.errors import InputError
 from ecotone.search.chain import ChainSettings
@@ -436,8 +437,10 @@ class Recipe(Part):
                 "models.architecture: expected a function that returns the torch module which calibration "
                 "differentiates, found none; name it, or say auto for Hugging Face directories"
             )
-        for part in self.searches:
-            part.check(self.merge.operator, [task.loss for task in self.calibration])
+        kind, losses = operators.operators.get(self.merge.operator), [task.loss for task in self.calibration]
+        if kind is not None:
+            for part in self.searches:
+                part.check(self.merge.operator, kind().needs_base, losses)
 
     @classmethod
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:

@@ -1,7 +1,7 @@
 """CMA-ES and separable CMA-ES over merge coefficients, from the ``cmaes`` library, behind our protocol.
 
-Hansen and Ostermeier 2001; Ros and Hansen 2008 for the separable form, which learns a diagonal covariance only
-and so scales to thousands of coefficients. It optimises one number: the mean of the objectives' scores.
+Hansen and Ostermeier 2001. The separable form (Ros and Hansen 2008) learns a diagonal covariance only, and so scales to
+thousands of coefficients. Both optimise one number: the mean of the objectives' scores.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class CmaEsSettings(Box):
         return self
 
     def needs(self) -> Needs:
-        """One objective."""
+        """It needs no more than one objective."""
         return Needs()
 
     def begins(self) -> Begins:
-        """With the best one, which is its first mean."""
+        """It can begin with the best merge, which is its first mean."""
         return Begins(most=1, fixed=True, placed=self.start is not None)
 
     def make(self, context: Context) -> Pair:
@@ -64,19 +64,34 @@ class CmaEsSettings(Box):
 
 
 class CmaEs:
-    """CMA-ES; a generation is told as a whole, so at most one generation is in flight.
+    """CMA-ES, or its separable form, over the coefficients of a box.
 
-    The library's optimiser draws from one stream, which its pickles drop. Here every trial draws from its own
-    stream (of the recipe's seed and its number), so a search rebuilt by replay or from ``state()`` goes on with
-    the same points. A failed candidate counts as the worst of its generation.
+    The optimiser learns from whole generations, so at most one generation is in flight. A failed candidate counts as
+    the worst of its generation.
+
+    The library's optimiser draws from one stream, which its pickles drop. Here every trial draws from a stream of its
+    own, of the recipe's seed and its number. So a search rebuilt by replay or from ``state()`` goes on with the same
+    points.
 
     Args:
         box: Where coefficients lie.
         goals: The objectives; their oriented mean is maximised.
         seed: The recipe's seed.
-        settings: Step size, population size, and whether the covariance is diagonal.
+        settings: Step size, population size, and whether the covariance is diagonal; None for the defaults.
         start: Initial value of every coefficient, or a point (D,), moved into the box; None means 1/K, the plain
             average.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.cma_es import CmaEs, CmaEsSettings
+
+        archive = ElitistArchive(goals, capacity=20)
+        search = CmaEs(box, goals, 0, CmaEsSettings(sigma=0.3, population_size=8))
+        for _ in range(20):  # generations
+            for trial in search.ask(8):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
     """
 
     def __init__(
@@ -108,7 +123,7 @@ class CmaEs:
 
     @property
     def done(self) -> bool:
-        """True when the optimiser's own stopping rules say that it has converged."""
+        """True when the optimiser has converged by its own stopping rules."""
         return not self._asked and bool(self._optimiser.should_stop())
 
     def ask(self, n: int) -> list[Trial]:
@@ -123,7 +138,7 @@ class CmaEs:
         return trials
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Note the score; with the last of the generation, update the distribution."""
+        """Note the score; with the last one of the generation, update the distribution."""
         position = trial.number - (self._next - len(self._asked))
         self._values[position] = -quality(evaluation, self.goals) if evaluation.ok else None
         if len(self._values) == self._optimiser.population_size:

@@ -141,13 +141,6 @@ class SearchSettings(Part):
         """How many sets of coefficients there are to begin with."""
         return len(self.borders(space)) - 1
 
-    def check(self, operator: str, losses: Sequence[str]) -> None:
-        """Refuse what does not fit the merge operator, or the losses of the calibration tasks.
-
-        Raises:
-            ValueError: Something does not fit.
-        """
-
     @abstractmethod
     def make(self, context: Context) -> Pair:
         """The search and the population that it breeds from.
@@ -163,6 +156,18 @@ class SearchSettings(Part):
         Args:
             search: The search; None where it cannot be made before the models are read.
             context: What it is made for; its space may know the models' headers alone, or their names.
+        """
+
+    def check(self, operator: str, needs_base: bool, losses: Sequence[str]) -> None:
+        """Refuse an operator or calibration tasks that do not fit it; by default none.
+
+        Args:
+            operator: The merge operator's name.
+            needs_base: Whether the operator adds to a base model.
+            losses: The losses of the calibration tasks.
+
+        Raises:
+            ValueError: One does not fit; the message names the recipe's field.
         """
 
     def reads_only_names(self) -> bool:

@@ -3,14 +3,14 @@
 "Competition and Attraction Improve Model Fusion" (Abrantes, Lange, Tang; 2025). One child a step:
 
 1. Parent A is drawn in proportion to shared fitness (``ecotone.populations.niches``).
-2. Parent B is drawn in proportion to its attraction for A: what it scores where A is weak.
+2. Parent B is drawn in proportion to its attraction for A: its scores on the examples where A is weak.
 3. A split point and one mixing weight join them: the weight holds before the split, its complement after.
    The join is spherical (SLERP) with the one angle between the two whole parents, or linear.
-4. Evolving from scratch, every parameter then gets Gaussian noise.
-5. The archive takes the child and lets its least fit member go.
+4. When models evolve from scratch, every parameter then gets Gaussian noise.
+5. The archive takes the child, and its least fit member leaves.
 
-The parents' angle comes from the Gram table of the sources, so children are composed without touching a
-weight; only children with noise are dense vectors.
+The parents' angle comes from the Gram table of the sources, so composing a child touches no weight. Only children with
+noise are dense vectors.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class M2N2Settings(SearchSettings):
         algorithm: ``m2n2``.
         archive: Merges that the population keeps.
         alpha: How strongly members that solve the same examples share their fitness; 0 is a plain genetic algorithm.
-        resource: What an example is worth: the ``max`` of its scores so far, or ``one``.
+        resource: Worth of an example: the ``max`` of its scores so far, or ``one``.
         attraction: Choose parent B by attraction; otherwise by fitness, like A.
         split: Draw a split point; otherwise one weight mixes the whole vector.
         crossover: Join two parents; otherwise the child is a copy of A (then ``mutation`` must be above 0).
         interpolation: ``slerp`` or ``linear``.
         granularity: Where split points may fall: ``element``, ``tensor`` or ``block`` borders.
         mutation: Standard deviation of the noise added to every parameter; 0 when the seeds are trained.
-        max_segments: A genome of more segments is simplified (``Genome.simplified``) to so many.
+        max_segments: The most segments of a merge; one of more is simplified (``Genome.simplified``).
         refine: Refine children by gradient on the calibration tasks (``ecotone.search.refined``); None for no
             refinement.
         race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
@@ -98,7 +98,7 @@ class M2N2Settings(SearchSettings):
         return self
 
     def needs(self) -> Needs:
-        """Objectives to maximise, merges linear in their coefficients, and the models' inner products."""
+        """It needs objectives to maximise, merges linear in their coefficients, and the models' inner products."""
         return Needs(
             maximised=True,
             gradients=self.refine is not None,
@@ -109,7 +109,7 @@ class M2N2Settings(SearchSettings):
         )
 
     def begins(self) -> Begins:
-        """With merges of any segments, in place of the models; not with mutation."""
+        """It can begin with merges of any segments, in place of the models; not with mutation."""
         why = "with mutation m2n2 breeds whole vectors of weights, beginning with the models" if self.mutation else ""
         return Begins(why, any_segments=True)
 
@@ -118,7 +118,7 @@ class M2N2Settings(SearchSettings):
         return self.granularity
 
     def borders(self, space: Space) -> Integers:
-        """(S+1,) where split points may fall."""
+        """(S+1,) positions where split points may fall."""
         return space.borders(self.granularity)
 
     def make(self, context: Context) -> Pair:
@@ -132,7 +132,7 @@ class M2N2Settings(SearchSettings):
         return raced((search, archive), context, self.race, whole=search.first_child)
 
     def describe(self, search: Search | None, context: Context) -> str:
-        """What children learn before they are scored."""
+        """How many children learn, in how many steps, before they are scored."""
         if self.refine is None:
             return ""
         each = "every child" if self.refine.every == 1 else f"one child in {self.refine.every}"
@@ -157,12 +157,17 @@ class M2N2:
 
     Example::
 
+        from ecotone.populations.niches import NicheArchive
+        from ecotone.populations.population import quality
+        from ecotone.search.m2n2 import M2N2, M2N2Settings
+
         archive = NicheArchive(goals, capacity=20)
         search = M2N2(space, archive, M2N2Settings(), seed=0)
-        for _ in range(1000):
+        for _ in range(200):
             for trial in search.ask(1):
                 evaluation = score(trial.genome)
                 search.tell(trial, evaluation, archive.add(trial, evaluation))
+        best = max(archive.members, key=lambda member: quality(member.evaluation, goals))
     """
 
     def __init__(
@@ -200,7 +205,7 @@ class M2N2:
         return self._seeds
 
     def ask(self, n: int) -> list[Trial]:
-        """What it begins with; then, once that is told, children of the archive."""
+        """First the models or ``starts``; once they are all told, children of the archive."""
         if self._next < self._seeds:
             numbers = range(self._next, min(self._next + n, self._seeds))
             trials = [Trial(number, self._seed_genome(number)) for number in numbers]
@@ -212,7 +217,7 @@ class M2N2:
         return trials
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """The archive has learned already; only count, and forget the norms of those that left."""
+        """Count the trial, and forget the norms of members that left. The archive has learned already."""
         self._told += 1
         for number in outcome.evicted:
             self._norms.pop(number, None)
@@ -243,12 +248,12 @@ class M2N2:
         trials = []
         for number in numbers:
             rng = trial_rng(self.seed, number)
-            parents = [a := _draw(rng, fitness)]
+            parents = [a := _draw(rng, fitness)]  # step 1
             if self.settings.crossover:
-                parents.append(b := self._mate(rng, a, fitness, attraction))
-                child = self._child(rng, a, b)
+                parents.append(b := self._mate(rng, a, fitness, attraction))  # step 2
+                child = self._child(rng, a, b)  # step 3, and 4 with mutation
             else:
-                child = self._mutated(rng, _residual(self._genome(a)))
+                child = self._mutated(rng, _residual(self._genome(a)))  # step 4
             trials.append(Trial(number, child, tuple(members[i].trial.number for i in parents)))
         return trials
 
@@ -323,10 +328,10 @@ def normal_quantiles() -> NDArray[np.float32]:
 
 
 def _sixteen_bits(rng: np.random.Generator, size: int) -> NDArray[np.uint16]:
-    """(size,) what ``rng.integers(0, 65536, size, np.uint16)`` draws, in a third of the time.
+    """(size,) the numbers that ``rng.integers(0, 65536, size, np.uint16)`` draws, in a third of the time.
 
     A generator hands out its 64-bit numbers in parts, low bits first; half a number may be left over from earlier
-    draws. To be the last draw of ``rng``, which does not notice that the half was taken.
+    draws. This must be the last draw of ``rng``, which does not notice that the half was taken.
     """
     left = rng.bit_generator.state
     over = np.array([left["uinteger"]] if left["has_uint32"] else [], "<u4").view("<u2")

@@ -1,4 +1,4 @@
-"""Random search: coefficients drawn evenly from a box. The baseline every other search has to beat."""
+"""Random search: coefficients drawn evenly from a box. Every other search has to beat this baseline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ecotone.search.racing import RaceSettings, raced
 
 
 class RandomSettings(Box):
-    """Random search: coefficients drawn evenly. The baseline every other search has to beat.
+    """Random search: coefficients drawn evenly from a box. Every other search has to beat this baseline.
 
     Attributes:
         algorithm: ``random``.
@@ -23,11 +23,11 @@ class RandomSettings(Box):
     race: RaceSettings | None = None
 
     def needs(self) -> Needs:
-        """One objective."""
+        """It needs no more than one objective."""
         return Needs()
 
     def begins(self) -> Begins:
-        """It cannot."""
+        """It cannot begin with merges."""
         return Begins("random search has no use for merges to begin with")
 
     def make(self, context: Context) -> Pair:
@@ -37,11 +37,22 @@ class RandomSettings(Box):
 
 
 class RandomSearch:
-    """Each trial's coefficients are independent and uniform in the box.
+    """Random search: each trial's coefficients are independent and uniform in the box.
 
     Args:
         box: Where coefficients lie.
         seed: The recipe's seed.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.random_search import RandomSearch
+
+        archive = ElitistArchive(goals, capacity=20)
+        search = RandomSearch(box, seed=0)
+        for trial in search.ask(100):
+            evaluation = score(trial.genome)
+            search.tell(trial, evaluation, archive.add(trial, evaluation))
     """
 
     def __init__(self, box: CoefficientBox, seed: int) -> None:
@@ -51,7 +62,7 @@ class RandomSearch:
 
     @property
     def done(self) -> bool:
-        """Never."""
+        """Never: it draws until the budget is spent."""
         return False
 
     def ask(self, n: int) -> list[Trial]:
@@ -62,7 +73,7 @@ class RandomSearch:
         return trials
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Nothing to learn."""
+        """Do nothing: it learns from no score."""
 
     def state(self) -> dict[str, Any]:
         """The counter."""

@@ -1,9 +1,10 @@
 """M2N2 with Lamarckian refinement: now and then a child learns before it is scored.
 
-Every n-th child takes a few steps of Adam on the sum of the calibration tasks' losses, over coefficients of its own:
-one for each of its segments and sources. What is scored is the merge that has learned, and it is what population,
-journal and front then have: what was acquired is inherited, as Lamarck thought (memetic algorithms call it Lamarckian
-learning; Whitley, Gordon and Mathias 1994). Crossover finds where to cut, gradients find how much of what to take.
+Every n-th child takes a few steps of Adam on the sum of the calibration tasks' losses. It moves coefficients of its
+own, one for each of its segments and sources. The merge that has learned is the one that is scored, and that enters
+population, journal and front. So children inherit what their parents acquired, as Lamarck thought: memetic algorithms
+call it Lamarckian learning (Whitley, Gordon and Mathias 1994). Crossover finds where to cut, gradients find how much of
+each source to take.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.trial import CalibrationBatch, Evaluation, Outcome, Trial
-from ecotone.search.adamerging import Adam, problem
+from ecotone.search.descent import Adam, problem
 from ecotone.search.m2n2 import M2N2, RefineSettings
 
 _SCORE = -1  # stands where a gradient trial has its task's position
@@ -26,7 +27,7 @@ _SCORE = -1  # stands where a gradient trial has its task's position
 
 @dataclass(eq=False)
 class _Child:
-    """A child that learns. ``losses`` has the sum over the tasks before each step; ``told`` gradients by task."""
+    """A child that learns. ``losses`` has the sum over the tasks before each step, ``told`` the gradients by task."""
 
     trial: Trial
     number: int  # among the refined children, from 0
@@ -40,7 +41,7 @@ class _Child:
 
     @property
     def genome(self) -> Genome:
-        """The child as far as it has learned; as it was bred when a gradient failed."""
+        """The child with the coefficients learned so far; as it was bred when a gradient failed."""
         bred = self.trial.genome
         return bred if self.failure or not self.adam.t else replace(bred, coefficients=self.adam.point)
 
@@ -61,19 +62,38 @@ class _Child:
 
 
 class Refined:
-    """M2N2, every n-th child of which is refined by gradient before it is scored.
+    """M2N2 in which every n-th child is refined by gradient before it is scored.
 
-    The others are scored meanwhile. Steps see batches of the tasks one after the other, so that no two children learn
-    from the same ones (until a task's examples come round again). When a gradient fails the child is scored as it was
-    bred. Trials are numbered over gradients and scores together; the archive has these numbers.
+    The others are scored meanwhile. Each step takes the next batch of every task, so that no two children learn from
+    the same batches (until a task's examples come round again). When a gradient fails, the child is scored as it was
+    bred. Gradients and scores share one numbering of trials; the archive has these numbers.
 
     Args:
         search: Breeds the children, which must not be dense.
         tasks: Names of the T calibration tasks.
-        settings: Which children are refined, and how.
+        settings: Which children are refined, in how many steps; None for the defaults.
 
     Raises:
         InputError: There are no tasks, or the search breeds with noise.
+
+    Example::
+
+        from ecotone.populations.niches import NicheArchive
+        from ecotone.populations.trial import Outcome
+        from ecotone.search.m2n2 import M2N2, M2N2Settings, RefineSettings
+        from ecotone.search.refined import Refined
+
+        archive = NicheArchive(goals, capacity=20)
+        breeding = M2N2(space, archive, M2N2Settings(), seed=0)
+        search = Refined(breeding, ["left", "right"], RefineSettings(every=2, steps=3))
+        for _ in range(100):
+            for trial in search.ask(1):
+                if trial.calibration is None:  # a child, which may have learned
+                    evaluation = score(trial.genome)
+                    outcome = archive.add(trial, evaluation)
+                else:  # a gradient by a child's coefficients
+                    evaluation, outcome = gradient(trial), Outcome(accepted=False)
+                search.tell(trial, evaluation, outcome)
     """
 
     def __init__(self, search: M2N2, tasks: Sequence[str], settings: RefineSettings | None = None) -> None:
@@ -99,14 +119,14 @@ class Refined:
         return False
 
     def ask(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials: what children that learn need next, then new children."""
+        """Up to ``n`` trials: first those that learning children need, then new children."""
         trials: list[Trial] = []
         while len(trials) < n and (self._queue or self._breed()):
             trials.append(self._proposed(*self._queue.popleft()))
         return trials
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Take a step when a child's gradients are all told; let the search learn scores."""
+        """Move a child when its gradients are all told; pass scores on to the search."""
         number, task = self._flying.pop(trial.number)
         if task == _SCORE:
             self._trials.pop(number)
@@ -125,7 +145,7 @@ class Refined:
             self._step(number, child)
 
     def state(self) -> dict[str, Any]:
-        """The search, the children that are not told, and what is to be asked for."""
+        """The search, the children that are not told, and the trials to ask for."""
         return {
             "next": self._next,
             "begun": self._begun,
@@ -153,9 +173,10 @@ class Refined:
         self._refined = [dict(record) for record in state["refined"]]
 
     def report(self) -> dict[str, Any]:
-        """By refined child the ``number`` of its scored trial, the sum of the tasks' losses before the first and before
-        the last step (``first`` and ``last``, None where unknown) and the ``failure`` that ended it, empty when none
-        did; ``warnings`` when all failed. Plain values.
+        """The refined children (``refined``), and ``warnings`` when all of them failed; plain values.
+
+        A child has the ``number`` of its scored trial, the sum of the tasks' losses before the first and before the
+        last step (``first`` and ``last``, None where unknown), and the ``failure`` that ended it, empty when none did.
         """
         failed = [record for record in self._refined if record["failure"]]
         texts = []
@@ -167,7 +188,7 @@ class Refined:
     # -- children ------------------------------------------------------------------------------------------
 
     def _breed(self) -> bool:
-        """Queue what the search's next trial needs; False when it has none."""
+        """Queue the gradients or the score that the search's next trial needs; False when it has none."""
         trials = self.search.ask(1)
         for trial in trials:
             self._trials[trial.number] = trial
@@ -196,7 +217,7 @@ class Refined:
         self._queue = kept
 
     def _step(self, number: int, child: _Child) -> None:
-        """Everything of the child's step is told: move it, then on to the next step or to be scored."""
+        """Move a child whose step is told as a whole; then queue the next step, or its score."""
         if not child.failure:
             told = [child.told[task] for task in range(len(self.tasks))]  # in this order, whenever they were told
             child.losses.append(sum(loss for loss, _ in told))
@@ -219,7 +240,7 @@ class Refined:
         return Trial(self._next - 1, genome, trial.parents, calibration=batch)
 
     def _record(self, number: int, told: int) -> None:
-        """Write down how the refinement of a child went, if it had one."""
+        """Record the refinement of a child, if it had one."""
         child = self._learning.pop(number, None)
         if child is not None:
             first, last = (child.losses[0], child.losses[-1]) if child.losses else (None, None)

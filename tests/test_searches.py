@@ -25,12 +25,12 @@ from ecotone.populations.niches import NicheArchive
 from ecotone.populations.population import ElitistArchive, Population
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
-from ecotone.search.adamerging import AdaMerging
+from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
 from ecotone.search.bayesian_map import BayesianMap
 from ecotone.search.cma_es import CmaEs
 from ecotone.search.coefficients import CoefficientBox, Granularity, Setting
-from ecotone.search.expert_merging import ExpertMerging
-from ecotone.search.m2n2 import M2N2, M2N2Settings
+from ecotone.search.expert_merging import ExpertMerging, ExpertMergingSettings
+from ecotone.search.m2n2 import M2N2, M2N2Settings, RefineSettings
 from ecotone.search.map import MapSearch
 from ecotone.search.nested_map import NestedMapSearch
 from ecotone.search.nsga import Nsga, Variant
@@ -79,8 +79,8 @@ def m2n2(settings: M2N2Settings) -> Callable[[int], Pair]:
 
 def refined(tasks: tuple[str, ...], **settings: Any) -> Callable[[int], Pair]:
     def make(seed: int) -> Pair:
-        archive = NicheArchive(GOALS, 5)
-        return Refined(M2N2(SPACE, archive, M2N2Settings(), seed), tasks, rate=0.02, **settings), archive
+        archive, settled = NicheArchive(GOALS, 5), RefineSettings(rate=0.02, **settings)
+        return Refined(M2N2(SPACE, archive, M2N2Settings(), seed), tasks, settled), archive
 
     return make
 
@@ -142,7 +142,7 @@ def nested_map(seed: int) -> Pair:
 
 def adamerging(granularity: Granularity, tasks: tuple[str, ...], **settings: Any) -> Callable[[int], Pair]:
     return lambda seed: (
-        AdaMerging(SPACE.borders(granularity), 3, tasks, TWO_GOALS, seed, rate=0.02, **settings),
+        AdaMerging(SPACE.borders(granularity), 3, tasks, TWO_GOALS, seed, AdaMergingSettings(rate=0.02, **settings)),
         ElitistArchive(TWO_GOALS, 5),
     )
 
@@ -178,8 +178,8 @@ def then_cma_es(seed: int) -> Stage:
 def then_adamerging(seed: int) -> Stage:
     def make(starts: Sequence[Genome]) -> Pair:
         coefficients = [start.refined(SPACE.tensor_borders) for start in starts]
-        arguments = SPACE.tensor_borders, 3, ("odd",), TWO_GOALS, seed
-        search = AdaMerging(*arguments, rate=0.02, steps=6, check_every=3, restarts=2, starts=coefficients)
+        settings = AdaMergingSettings(rate=0.02, steps=6, check_every=3, restarts=2)
+        search = AdaMerging(SPACE.tensor_borders, 3, ("odd",), TWO_GOALS, seed, settings, coefficients)
         return search, ElitistArchive(TWO_GOALS, 5)
 
     return Stage("adamerging", make, 14, "front", 3)
@@ -196,7 +196,7 @@ def then_nsga(seed: int) -> Stage:
 
 def expert_merging(tasks: tuple[str, ...], **settings: Any) -> Callable[[int], Pair]:
     return lambda seed: (
-        ExpertMerging(SPACE, tasks, TWO_GOALS, seed, exclude=["b"], **settings),
+        ExpertMerging(SPACE, tasks, TWO_GOALS, seed, ExpertMergingSettings(exclude=("b",), **settings)),
         ElitistArchive(TWO_GOALS, 5),
     )
 

@@ -30,7 +30,7 @@ from ecotone.populations.niches import NicheArchive
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
-from ecotone.search.adamerging import AdaMerging
+from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
 from ecotone.search.bayesian_map import BayesianMap
 from ecotone.search.cma_es import CmaEs
 from ecotone.search.coefficients import CoefficientBox
@@ -56,7 +56,7 @@ def adamerging(evaluations: int | None = None, start: Any = "front", most: int |
     def make(starts: Sequence[Genome]) -> Pair:
         given: dict[str, Any] = {"rate": 0.02, "steps": 4, "check_every": 2} | settings
         coefficients = [one.refined(FINE) for one in starts] or None
-        search = AdaMerging(FINE, 3, ("odd", "even"), TWO_GOALS, 2, starts=coefficients, **given)
+        search = AdaMerging(FINE, 3, ("odd", "even"), TWO_GOALS, 2, AdaMergingSettings(**given), coefficients)
         return search, ElitistArchive(TWO_GOALS, 5)
 
     return Stage("adamerging", make, evaluations, start, most)
