@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -29,6 +29,8 @@ from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.kinds import Begins, Context, ModelsFirstBox, Needs, Pair
 from ecotone.search.protocol import trial_rng
 from ecotone.search.racing import RaceSettings, raced
+
+Variant: TypeAlias = Literal["nsga2", "nsga3"]
 
 _TRIES = 8  # children bred anew because they equal a survivor or a trial in flight
 
@@ -46,7 +48,7 @@ class NsgaSettings(ModelsFirstBox):
         race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
     """
 
-    algorithm: Literal["nsga2", "nsga3"] = "nsga2"
+    algorithm: Variant = "nsga2"
     population: int | None = Field(default=None, ge=4)
     crossover: float = Field(default=0.9, ge=0, le=1)
     crossover_index: float = Field(default=20.0, ge=0)
