@@ -115,13 +115,16 @@ class BayesianMap:
 
     Example::
 
-        search = BayesianMap(box, goals, seed=0, settings=BayesianMapSettings(samples=8))
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.bayesian_map import BayesianMap, BayesianMapSettings
+
         archive = ElitistArchive(goals, capacity=20)
+        search = BayesianMap(box, goals, 0, BayesianMapSettings(samples=8))
         for _ in range(10):
             for trial in search.ask(4):
                 evaluation = score(trial.genome)
                 search.tell(trial, evaluation, archive.add(trial, evaluation))
-        print(search.report()["leave_one_out"])
+        errors = search.report()["leave_one_out"]  # of the models, in score units
     """
 
     def __init__(

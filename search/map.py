@@ -97,13 +97,16 @@ class MapSearch:
 
     Example::
 
-        search = MapSearch(box, goals, seed=0, settings=MapSettings(samples=20), evaluations=40)
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.map import MapSearch, MapSettings
+
         archive = ElitistArchive(goals, capacity=20)
+        search = MapSearch(box, goals, 0, MapSettings(samples=20), evaluations=40, generations=20, filling=2)
         while not search.done:
             for trial in search.ask(4):
                 evaluation = score(trial.genome)
                 search.tell(trial, evaluation, archive.add(trial, evaluation))
-        print(search.report()["gap"])
+        members, gap = search.report()["members"], search.report()["gap"]  # as predicted and as measured
     """
 
     def __init__(

@@ -111,13 +111,17 @@ class NestedMapSearch:
 
     Example::
 
-        search = NestedMapSearch(box, goals, seed=0, sources=space.sources)
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.nested_map import NestedMapSearch, NestedMapSettings
+
         archive = ElitistArchive(goals, capacity=20)
+        preference = {goals[0].name: 2.0}
+        search = NestedMapSearch(box, goals, 0, space.sources, NestedMapSettings(preference=preference))
         while not search.done:
             for trial in search.ask(4):
                 evaluation = score(trial.genome)
                 search.tell(trial, evaluation, archive.add(trial, evaluation))
-        print(search.report()["tree"][0]["coefficients"])
+        preferred = search.report()["tree"][0]["coefficients"]  # by model
     """
 
     def __init__(

@@ -100,8 +100,11 @@ class Nsga:
 
     Example::
 
-        search = Nsga(box, goals, seed=0, settings=NsgaSettings(algorithm="nsga3", population=12))
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.nsga import Nsga, NsgaSettings
+
         archive = ElitistArchive(goals, capacity=20)
+        search = Nsga(box, goals, 0, NsgaSettings(algorithm="nsga3", population=12))
         for _ in range(25):
             for trial in search.ask(4):
                 evaluation = score(trial.genome)

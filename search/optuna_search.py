@@ -136,8 +136,11 @@ class OptunaSearch:
 
     Example::
 
-        search = OptunaSearch(box, goals, seed=0, settings=OptunaSettings(sampler="tpe", startup=5))
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.optuna_search import OptunaSearch, OptunaSettings
+
         archive = ElitistArchive(goals, capacity=20)
+        search = OptunaSearch(box, goals, 0, OptunaSettings(sampler="tpe", startup=5))
         for _ in range(10):
             for trial in search.ask(4):
                 evaluation = score(trial.genome)
