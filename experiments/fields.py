@@ -182,7 +182,9 @@ def page() -> str:
     ]
     for title, summary, fields in sections(Recipe, "recipe"):
         lines += [f"## {title}", "", summary, "", "| field | takes | default | meaning |", "| --- | --- | --- | --- |"]
-        lines += [f"| `{one.path}` | {_cell(one.type)} | `{_cell(one.default)}` | {_cell(one.text)} |" for one in fields]
+        lines += [
+            f"| `{one.path}` | {_cell(one.type)} | `{_cell(one.default)}` | {_cell(one.text)} |" for one in fields
+        ]
         lines.append("")
     return "\n".join(lines)
 

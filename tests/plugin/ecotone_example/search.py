@@ -37,7 +37,9 @@ class HillClimbingSettings(Box):
     def make(self, context: Context) -> Pair:
         """The search, and an archive of the best."""
         box = self.box(context)
-        start = box.point(context.starts[0]) if context.starts else box.filled(np.full(box.coefficients, 1 / box.sources))
+        start = (
+            box.point(context.starts[0]) if context.starts else box.filled(np.full(box.coefficients, 1 / box.sources))
+        )
         search = HillClimbing(box, context.goals, context.seed, self, start)
         return search, ElitistArchive(context.goals, self.archive)
 
