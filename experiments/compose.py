@@ -283,6 +283,10 @@ class Outlined:
     context: Context
     coefficients: tuple[int, int] | None
 
+    def suits(self, space: Space) -> bool:
+        """Whether the search is what ``space`` would give, and can be carried out."""
+        return self.pair is not None and not self.settings.needs().geometry and self.context.space.like(space)
+
     @property
     def text(self) -> str:
         """The algorithm, how many coefficients it has, as far as they are known, and what it says of itself."""
@@ -331,9 +335,11 @@ def _outlined(
     outline = _outline(recipe, operator, groups) if sources is None else _outline_of(sources)
     context = context_of(recipe, outline, operator=operator)
     context = context if chain is None else chain.contexts(context)[index]
-    if settings.needs().geometry or (sources is None and not settings.reads_only_names()):
+    if settings.needs().vectors or (sources is None and not settings.reads_only_names()):
         return Outlined(settings, None, context, None)
-    return Outlined(settings, settings.make(context), context, (settings.segments(outline), outline.dimension))
+    segments = settings.segments(outline)
+    coefficients = None if segments is None else (segments, outline.dimension)
+    return Outlined(settings, settings.make(context), context, coefficients)
 
 
 def _outline_of(sources: Sources) -> Space:
@@ -461,8 +467,8 @@ class Composition:
         Raises:
             InputError: As for ``make_search``.
         """
-        made = self.__dict__.get("outlined")
-        if made and self.recipe.chain is None and made[0].pair is not None and made[0].context.space.like(space):
-            pair: Pair = made[0].pair
-            return pair
+        made: list[Outlined] = self.__dict__.get("outlined", [])
+        if self.recipe.chain is None and made and made[0].suits(space):
+            assert made[0].pair is not None
+            return made[0].pair
         return make_search(self.recipe, space, operator=self.operator)

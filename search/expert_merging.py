@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from ecotone.populations.population import ElitistArchive
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
 from ecotone.search.descent import Adam, Descent, GradientSettings, Line
-from ecotone.search.kinds import Context, Fineness, Pair
+from ecotone.search.kinds import Context, Fineness, Needs, Pair
 from ecotone.search.surrogates import sigmoid
 
 EXCLUDED = (
@@ -94,6 +95,10 @@ class ExpertMergingSettings(GradientSettings):
     def borders(self, space: Space) -> Integers:
         """(S+1,) borders of the tensors; with chunks, all places where they may be cut."""
         return np.asarray(space.borders(self.fineness()))
+
+    def needs(self) -> Needs:
+        """Gradients, merges linear in their coefficients, and for chunks the models' inner products."""
+        return replace(super().needs(), geometry=self.chunks is not None)
 
     def check(self, operator: str, needs_base: bool, losses: Sequence[str]) -> None:
         """Refuse merges without a base, and tasks of which none has the experts' distance for its loss."""

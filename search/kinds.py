@@ -69,7 +69,7 @@ class Needs:
         per_example: ``no``; ``useful`` when it makes better use of scores by example; ``needed`` when it has no
             meaning without.
         vectors: Whether it breeds whole vectors of weights, which have no coefficients.
-        geometry: Whether it is made of the models' inner products: then headers are not enough to make it.
+        geometry: Whether it reads the models' inner products: made from headers alone it can be checked, not run.
     """
 
     objectives: int = 1
@@ -137,8 +137,8 @@ class SearchSettings(Part):
             InputError: The models have fewer blocks than there are to be groups.
         """
 
-    def segments(self, space: Space) -> int:
-        """How many sets of coefficients there are to begin with."""
+    def segments(self, space: Space) -> int | None:
+        """How many sets of coefficients there are to begin with; None where their number is not fixed."""
         return len(self.borders(space)) - 1
 
     @abstractmethod
@@ -172,7 +172,7 @@ class SearchSettings(Part):
 
     def reads_only_names(self) -> bool:
         """Whether the recipe alone, without the models' headers, is enough to make it."""
-        return not self.needs().geometry and self.fineness() in ("model", "groups")
+        return self.fineness() in ("model", "groups")
 
 
 class Segmented(SearchSettings):
@@ -201,7 +201,7 @@ class Segmented(SearchSettings):
         """(S+1,) borders of one segment a model, group, block or tensor."""
         return borders_of(space, self.granularity, self.groups)
 
-    def segments(self, space: Space) -> int:
+    def segments(self, space: Space) -> int | None:
         """Models, groups, blocks or tensors."""
         return len(borders_of(space, self.granularity, self.groups)) - 1
 

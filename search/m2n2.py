@@ -121,6 +121,10 @@ class M2N2Settings(SearchSettings):
         """(S+1,) positions where split points may fall."""
         return space.borders(self.granularity)
 
+    def segments(self, space: Space) -> int | None:
+        """Not fixed: children have the split points of both parents."""
+        return None
+
     def make(self, context: Context) -> Pair:
         """The search, and its archive of niches."""
         archive = NicheArchive(context.goals, self.archive, self.alpha, self.resource)
