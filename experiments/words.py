@@ -42,6 +42,8 @@ def _line(entry: Mapping[str, Any], root: type[Part]) -> str:
         return f"{field}: missing; a recipe needs `{field}`."
     if kind == UNKNOWN_KIND:
         return f"{field}: {message}"
+    if kind == "model_type":
+        return f"{field}: expected a mapping, found {entry['input']!r}."
     if kind == "value_error":
         return f"{message}." if field == "recipe" else f"{field}: {message}."
     return f"{field}: {message[0].lower()}{message[1:]}, found {entry['input']!r}."

@@ -19,7 +19,7 @@ from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.space import Space
 from ecotone.search.kinds import FINENESS, Context, Pair, SearchSettings
-from ecotone.search.registry import AnySearch
+from ecotone.search.registry import SEARCHES, AnySearch
 from ecotone.search.stages import Stage, StagedSearch, Start, stage_seed
 from ecotone.settings import Part
 
@@ -46,10 +46,10 @@ class StageSettings(Part):
     @model_validator(mode="before")
     @classmethod
     def _sorted(cls, value: Any) -> Any:
-        """Tell the stage's keys from the search's; a ``start`` that is a number is the algorithm's own."""
+        """Tell the stage's keys from the search's; a number as ``start`` is the algorithm's own, where it has one."""
         if not isinstance(value, Mapping) or "search" in value:
             return value
-        placed = isinstance(value.get("start"), int | float)
+        placed = isinstance(value.get("start"), int | float) and _has_start(value.get("algorithm"))
         own = {"evaluations", "starts"} | (set() if placed else {"start"})
         rest = {key: one for key, one in value.items() if key not in own}
         return {"search": rest, **{key: value[key] for key in own if key in value}}
@@ -217,6 +217,10 @@ def of_stage(index: int) -> Iterator[None]:
             return text.replace("search.", place).replace("budget.evaluations", f"{place}evaluations")
 
         raise InputError(named(error.message), named(error.remedy)) from error
+
+
+def _has_start(algorithm: Any) -> bool:
+    return algorithm in SEARCHES and "start" in SEARCHES.get(algorithm, "search").model_fields
 
 
 def _reach(search: SearchSettings) -> int:

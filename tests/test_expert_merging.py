@@ -966,9 +966,9 @@ def test_a_recipe_becomes_specs_and_a_search(folder):
     assert isinstance(made, ExpertMerging)
     settings = made.settings
     assert (settings.steps, settings.chunks, settings.accumulate, made.evaluations) == (40, 1.2, 2, 5)
-    checked = compose.check_search(recipe, sources)
-    assert checked is not None
-    assert len(checked[1]) - 1 == 4
+    (checked,) = compose.check_search(recipe, sources)
+    assert checked.coefficients is not None
+    assert checked.coefficients[0] == 4
 
 
 @pytest.mark.parametrize(
@@ -997,7 +997,7 @@ def test_recipes_that_do_not_fit_are_refused(changes, words):
 
 def test_an_unknown_expert_is_known_before_the_models_are():
     recipe = Recipe.from_record(record(search={"algorithm": "expert_merging"}))
-    assert compose.check_search(recipe) is None
+    assert compose.check_search(recipe)[0].coefficients is None
     task = record()["calibration"][0]
     for changes, words in (
         (
@@ -1015,7 +1015,7 @@ def test_the_ready_recipe():
     """Each task is drawn to the expert of its name, and what a complete run needs is within its budget."""
     file = Path(__file__).parents[1] / "experiments" / "recipes" / "digits-expert-merging.yaml"
     recipe = Recipe.from_yaml(file)
-    assert compose.check_search(recipe) is None
+    assert compose.check_search(recipe)[0].coefficients is None
     worker = compose.worker_spec(recipe, Path("prepared"))
     assert [task.distillation.expert for task in worker.calibration] == [task.name for task in recipe.calibration]
     made, _ = compose.make_search(recipe, space_of())

@@ -272,7 +272,7 @@ BUDGET = {"evaluations": 24}
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"calibration": []}, "calibration: m2n2 with refine learns on tasks given there, found none."),
+        ({"calibration": []}, "calibration: m2n2 learns on tasks given there, found none."),
         ({"search": M2N2_REFINED | {"mutation": 0.1}}, "search: refine: with mutation children are whole vectors,"),
         ({"search": M2N2_REFINED | {"refine": {"evry": 3}}}, "search.refine.evry: unknown key. Did you mean 'every'?"),
         (
