@@ -27,8 +27,8 @@ from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.designs import DesignName, sobol
 from ecotone.search.designs import design as planned
 from ecotone.search.kinds import Context, Pair
-from ecotone.search.nsga import lattice
 from ecotone.search.protocol import Search
+from ecotone.search.simplex import lattice
 from ecotone.search.surrogates import Link, Quadratic, SurrogateSettings, checked_links, minimum, must_vary
 
 Predict: TypeAlias = Callable[[Floats], Floats]  # (N, D) points to (N, M) oriented scores
