@@ -150,7 +150,7 @@ class Nsga:
         return [self._proposed(number) for number in range(self._next, self._next + n)]
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Put the trial to the survivors; when there are too many, the least of them leaves."""
+        """Add the trial to the survivors; when there are too many, the least of them leaves."""
         point = self._flying.pop(trial.number)
         if not evaluation.ok:
             self._forget(point)
@@ -338,7 +338,7 @@ def polynomial(rng: np.random.Generator, point: Floats, box: CoefficientBox, rat
 
 
 def crowding(points: Floats) -> Floats:
-    """(N,) crowding distance of each of the ``points`` (N, M) of one front; infinite at its ends (Deb et al. 2002)."""
+    """(N,) crowding distance (Deb et al. 2002) of each of the ``points`` (N, M) of one front; infinite at its ends."""
     if len(points) < 3:  # there are only ends
         return np.full(len(points), np.inf if (points[0] != points[-1]).any() else 0.0)
     distance = np.zeros(len(points))
@@ -346,13 +346,13 @@ def crowding(points: Floats) -> Floats:
         order = np.argsort(column, kind="stable")
         width = column[order[-1]] - column[order[0]]
         if width > 0:
-            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / width
+            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / width  # (section III-B)
             distance[order[[0, -1]]] = np.inf
     return distance
 
 
 def most_redundant(costs: Floats, rank: Integers, directions: Floats) -> int:
-    """The point of the last front that NSGA-III's niching (Deb and Jain 2014, section IV-E) would not take.
+    """The point of the last front that NSGA-III's niching (Deb and Jain 2014) would not take.
 
     Points are normalised and joined to their nearest direction; of the direction that has most of them the
     farthest point of the last front goes. Where the paper draws lots, distance decides.
@@ -363,13 +363,13 @@ def most_redundant(costs: Floats, rank: Integers, directions: Floats) -> int:
         directions: (H, M) as from ``reference_directions``.
     """
     units = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    normal = costs / intercepts(costs, rank)
+    normal = costs / intercepts(costs, rank)  # (section IV-C)
     along = normal @ units.T
     distance = np.sqrt(np.maximum((normal**2).sum(axis=1, keepdims=True) - along**2, 0.0))
-    niche = distance.argmin(axis=1)
+    niche = distance.argmin(axis=1)  # (section IV-D)
     crowd = np.bincount(niche, minlength=len(units))
     last = np.flatnonzero(rank == rank.max())
-    keys = [(crowd[niche[i]], distance[i, niche[i]], i) for i in last]
+    keys = [(crowd[niche[i]], distance[i, niche[i]], i) for i in last]  # (section IV-E)
     return int(max(keys)[2])
 
 
