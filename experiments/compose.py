@@ -45,7 +45,7 @@ from ecotone.experiments.recipe import (
     SurrogateBox,
 )
 from ecotone.experiments.storage import cache_folder
-from ecotone.fitness.callables import resolve
+from ecotone.fitness.callables import put_last, resolve
 from ecotone.fitness.pools import Pool, SerialPool
 from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
 from ecotone.merging import operators
@@ -63,6 +63,7 @@ from ecotone.search.m2n2 import M2N2, M2N2Settings
 from ecotone.search.manager import Schedule
 from ecotone.search.protocol import Search
 from ecotone.search.random_search import RandomSearch
+from ecotone.settings import split_call
 
 
 def goals_of(objectives: Sequence[Objective]) -> tuple[Goal, ...]:
@@ -86,9 +87,9 @@ def versions() -> dict[str, str]:
 
 
 def python_paths(folders: tuple[str, ...]) -> tuple[str, ...]:
-    """Put the working directory and ``folders`` on the Python path; returns them."""
+    """Put ``folders`` and the working directory last on the Python path; returns them."""
     paths = tuple(dict.fromkeys([*folders, str(Path.cwd())]))
-    sys.path.extend(path for path in paths if path not in sys.path)
+    put_last(paths)
     return paths
 
 
@@ -111,7 +112,9 @@ def prepared_folder(recipe: Recipe) -> Path | None:
 def _preparation_key(recipe: Recipe) -> str:
     """16 hexadecimal digits of all that changes what the step writes."""
     assert recipe.prepare is not None
-    text = json.dumps([recipe.prepare.call, _preparation_arguments(recipe), _module_source(recipe)], sort_keys=True)
+    place, function, is_file = split_call(recipe.prepare.call)
+    name = f"{Path(place).name}:{function}" if is_file else recipe.prepare.call  # a job's folder is another each time
+    text = json.dumps([name, _preparation_arguments(recipe), _module_source(recipe)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

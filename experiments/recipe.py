@@ -28,6 +28,7 @@ from pydantic import (
 from ecotone.experiments.parts import OBJECTIVES, Call, LanguageObjective, Objective, Part
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations.errors import InputError, nearest
+from ecotone.settings import with_files
 
 PREPARED = "prepared:"
 RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
@@ -887,7 +888,7 @@ class Recipe(Part):
         except ValidationError as error:
             raise InputError(_explained(error)) from error
         if folder is None:
-            return recipe
+            return with_files(recipe, lambda path: str(Path(path).expanduser().absolute()))
         found = recipe._absolute(folder)
         found._folder = folder
         return found
@@ -922,7 +923,7 @@ class Recipe(Part):
             search=tuple(_with_paths(objective, resolved) for objective in self.objectives.search),
             held_out=tuple(_with_paths(objective, resolved) for objective in self.objectives.held_out),
         )
-        return self.model_copy(update={"models": models, "objectives": objectives})
+        return with_files(self.model_copy(update={"models": models, "objectives": objectives}), resolved)
 
 
 def _with_paths(objective: Objective, resolved: Callable[[str], str]) -> Objective:
