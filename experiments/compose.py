@@ -45,6 +45,7 @@ from ecotone.experiments.recipe import (
     SurrogateBox,
 )
 from ecotone.experiments.storage import cache_folder
+from ecotone.extras import how_to_install
 from ecotone.fitness.callables import put_last, resolve
 from ecotone.fitness.pools import Pool, SerialPool
 from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
@@ -267,7 +268,7 @@ def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
     except ImportError as error:
         raise PoolError(
             f"runtime.pool: Ray is not installed ({error}).",
-            "`pip install 'ecotone[ray]'`, or --set runtime.pool=serial.",
+            f"`{how_to_install('ray')}`, or --set runtime.pool=serial.",
         ) from error
     return RayPool(
         spec,

@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from ecotone.experiments.parts import OBJECTIVES, Call, LanguageObjective, Objective, Part
+from ecotone.experiments.ready import recipe_file
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations.errors import InputError, nearest
 from ecotone.settings import with_files
@@ -863,16 +864,15 @@ class Recipe(Part):
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
         """Read a recipe file; ``settings`` replaces fields by dotted name, as ``--set`` does.
 
+        Where there is no such file, ``path`` may name a ready recipe, as ``digits-specialists``.
         Paths of models are made absolute: they are relative to the file's folder, where its own functions are, too.
 
         Raises:
             InputError: The file is missing or not YAML, a key is unknown, or a value does not fit.
         """
-        file = Path(path)
+        file = recipe_file(path)
         try:
             record = yaml.safe_load(file.read_text())
-        except FileNotFoundError as error:
-            raise InputError(f"{file}: no such recipe.", "Ready ones are in experiments/recipes/.") from error
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             raise InputError(f"{file}: cannot be read as YAML: {error}") from error
         if not isinstance(record, dict):

@@ -37,6 +37,7 @@ from ecotone.experiments.jobs import JobServer
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch
 from ecotone.experiments.runs import Run
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, PoolError
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -350,7 +351,7 @@ class AuthenticationError(Exception):
             InputError,
             "size 104857600 exceeded). Keep models on the hub or on a disk",
         ),
-        (ImportError("No module named 'ray'"), PoolError, "pip install 'ecotone[ray]'"),
+        (ImportError("No module named 'ray'"), PoolError, how_to_install("ray")),
     ],
 )
 def test_what_the_client_raises_is_told_in_words(
