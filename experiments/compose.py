@@ -21,6 +21,8 @@ from ecotone.experiments.recipe import (
     Range,
     Recipe,
 )
+from ecotone.extras import how_to_install
+from ecotone.fitness.callables import put_last
 from ecotone.fitness.pools import Pool, SerialPool
 from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
 from ecotone.fitness.worker import open_sources
@@ -61,9 +63,9 @@ def versions() -> dict[str, str]:
 
 
 def python_paths(folders: tuple[str, ...]) -> tuple[str, ...]:
-    """Put the working directory and ``folders`` on the Python path; returns them."""
+    """Put ``folders`` and the working directory last on the Python path; returns them."""
     paths = tuple(dict.fromkeys([*folders, str(Path.cwd())]))
-    sys.path.extend(path for path in paths if path not in sys.path)
+    put_last(paths)
     return paths
 
 
@@ -140,7 +142,7 @@ def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
     except ImportError as error:
         raise PoolError(
             f"runtime.pool: Ray is not installed ({error}).",
-            "`pip install 'ecotone[ray]'`, or --set runtime.pool=serial.",
+            f"`{how_to_install('ray')}`, or --set runtime.pool=serial.",
         ) from error
     return RayPool(
         spec,

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import ecotone
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
 
 State: TypeAlias = Literal["pending", "running", "stopped", "succeeded", "failed"]
@@ -287,7 +288,7 @@ class JobServer:
         except EcotoneError:
             raise
         except ImportError as error:
-            raise PoolError(f"Ray's job client is not installed ({error}).", "pip install 'ecotone[ray]'") from error
+            raise PoolError(f"Ray's job client is not installed ({error}).", f"`{how_to_install('ray')}`.") from error
         except Exception as error:
             raise _in_words(error, self.address) from error
 

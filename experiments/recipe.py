@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ecotone.experiments.parts import LanguageObjective, Objective
+from ecotone.experiments.ready import recipe_file
 from ecotone.experiments.words import explained
 from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
@@ -30,7 +31,7 @@ from ecotone.populations.errors import InputError
 from ecotone.search.chain import ChainSettings
 from ecotone.search.kinds import SearchSettings
 from ecotone.search.registry import SEARCHES, AnySearch
-from ecotone.settings import PREPARED, Call, Part
+from ecotone.settings import PREPARED, Call, Part, with_files
 
 RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
 USUAL = "m2n2"  # the algorithm of a recipe that names none
@@ -446,16 +447,15 @@ class Recipe(Part):
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
         """Read a recipe file; ``settings`` replaces fields by dotted name, as ``--set`` does.
 
+        Where there is no such file, ``path`` may name a ready recipe, as ``digits-specialists``.
         Paths of models are made absolute: they are relative to the file's folder, where its own functions are, too.
 
         Raises:
             InputError: The file is missing or not YAML, a key is unknown, or a value does not fit.
         """
-        file = Path(path)
+        file = recipe_file(path)
         try:
             record = yaml.safe_load(file.read_text())
-        except FileNotFoundError as error:
-            raise InputError(f"{file}: no such recipe.", "Ready ones are in experiments/recipes/.") from error
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             raise InputError(f"{file}: cannot be read as YAML: {error}") from error
         if not isinstance(record, dict):
@@ -471,7 +471,7 @@ class Recipe(Part):
         except ValidationError as error:
             raise InputError(explained(error, cls)) from error
         if folder is None:
-            return recipe
+            return with_files(recipe, lambda path: str(Path(path).expanduser().absolute()))
         found = recipe._absolute(folder)
         found._folder = folder
         return found
@@ -506,7 +506,7 @@ class Recipe(Part):
             search=tuple(_with_paths(objective, resolved) for objective in self.objectives.search),
             held_out=tuple(_with_paths(objective, resolved) for objective in self.objectives.held_out),
         )
-        return self.model_copy(update={"models": models, "objectives": objectives})
+        return with_files(self.model_copy(update={"models": models, "objectives": objectives}), resolved)
 
 
 def _with_paths(objective: Objective, resolved: Callable[[str], str]) -> Objective:

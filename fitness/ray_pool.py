@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from ecotone.extras import how_to_install
 from ecotone.fitness.pools import Batch, Completed
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, WorkerBrokenError
@@ -845,7 +846,7 @@ def _ray(local: bool) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise PoolError("pool: Ray is not installed.", "pip install 'ecotone[ray]'") from error
+        raise PoolError("pool: Ray is not installed.", f"`{how_to_install('ray')}`.") from error
     return ray
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ecotone.fitness.backends.resident import Resident, stack_of
+from ecotone.fitness.callables import put_last
 from ecotone.fitness.gradients import calibration
 from ecotone.fitness.language.generation import same_model
 from ecotone.fitness.objectives import Divisible, Model, Objective, Score, build, same_draws
@@ -75,7 +75,7 @@ class Worker:
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
-        sys.path[:0] = [folder for folder in spec.sys_path if folder not in sys.path]
+        put_last(spec.sys_path)
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._device = _device(spec.device)

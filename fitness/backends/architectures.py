@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ecotone.extras import how_to_install
 from ecotone.fitness.callables import call
 from ecotone.fitness.specs import CallSpec
 from ecotone.merging.models.checkpoint import Model
@@ -64,7 +65,7 @@ def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise InputError("architecture: 'auto' needs transformers.", "pip install 'ecotone[hf]'") from error
+        raise InputError("architecture: 'auto' needs transformers.", f"`{how_to_install('hf')}`.") from error
     kind = getattr(transformers, name, None)
     if kind is None:
         version = transformers.__version__
