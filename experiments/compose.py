@@ -51,7 +51,7 @@ from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillatio
 from ecotone.merging import operators
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
+from ecotone.populations.errors import EcotoneError, InputError, nearest
 from ecotone.populations.genome import Floats, Genome, Integers
 from ecotone.populations.gram import GramTable
 from ecotone.populations.niches import NicheArchive
@@ -259,25 +259,9 @@ def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
     runtime = recipe.runtime
     if runtime.pool == "serial":
         return SerialPool(spec)
-    try:
-        from ecotone.fitness.ray_pool import RayPool
-    except ImportError as error:
-        raise PoolError(
-            f"runtime.pool: Ray is not installed ({error}).",
-            "`pip install 'ecotone[ray]'`, or --set runtime.pool=serial.",
-        ) from error
-    return RayPool(
-        spec,
-        workers=runtime.workers,
-        address=runtime.address,
-        cpus_per_worker=runtime.cpus_per_worker,
-        gpus_per_worker=runtime.gpus_per_worker,
-        resources=dict(runtime.resources),
-        start_timeout=runtime.start_timeout,
-        attempts=runtime.attempts,
-        time_limit=runtime.time_limit,
-        idle_timeout=runtime.idle_timeout,
-    )
+    from ecotone.fitness.ray.pool import RayPool
+
+    return RayPool(spec, runtime)
 
 
 def unused_workers(recipe: Recipe) -> str:
