@@ -858,7 +858,14 @@ def test_a_score_that_was_cut_short_by_the_order_to_stop_is_not_taken(tmp_path, 
         assert [e.scores for e in collect(pool, 1)[0]] == [{"f": 7}]
 
 
-# -- Ray: what it tells --------------------------------------------------------------------------------------
+# -- Ray: what it refuses and tells ------------------------------------------------------------------
+
+
+def test_without_ray_it_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(PoolError, match="Ray is not installed") as refused:
+        ray_pool(vectors(folder, "value"), 1).start()
+    assert refused.value.remedy == "pip install 'ecotone[ray]'"
 
 
 def test_metrics_that_cannot_be_made_or_set_are_left_out(monkeypatch):

@@ -93,6 +93,7 @@ class Crew:
 
     def begin(self) -> None:
         """Ask for all."""
+        self._meters.make()
         self._actors.prepare()
         self._wait.restart()
         for _ in range(self.size):

@@ -52,13 +52,13 @@ class RayPool:
         self.slots = settings.workers
         self._attempts = settings.attempts
         self._clock = clock
-        self._meters = Meters()
-        self._jobs = Jobs(settings.attempts, self._meters)
+        meters = Meters()
+        self._jobs = Jobs(settings.attempts, meters)
         asked = {"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker, **settings.resources}
         self._cluster = cluster = Cluster(settings.address, asked, clock)
         actors = Actors(cluster, _placed(spec, settings), settings, clock)
         wait = PlaceWait(cluster, settings.start_timeout, clock)
-        self._crew = Crew(self.slots, actors, cluster, self._jobs, self._meters, wait, clock)
+        self._crew = Crew(self.slots, actors, cluster, self._jobs, meters, wait, clock)
         self._results = Results(self._crew, cluster, self._jobs, settings.attempts, clock)
         self._schedule = Schedule(self._crew, self._jobs, cluster, settings, clock)
         self._started = self._closed = False
@@ -78,7 +78,6 @@ class RayPool:
         try:
             self._cluster.connect()
             self._cluster.check_place()
-            self._meters.make()
             self._schedule.begin()
             self._crew.begin()
             return self._first_space()
