@@ -21,7 +21,6 @@ from ecotone.experiments.recipe import (
     Range,
     Recipe,
 )
-from ecotone.extras import how_to_install
 from ecotone.fitness.callables import put_last
 from ecotone.fitness.pools import Pool, SerialPool
 from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
@@ -30,7 +29,7 @@ from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import InputError, PoolError, nearest
+from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
 from ecotone.populations.space import Space
@@ -137,25 +136,9 @@ def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
     runtime = recipe.runtime
     if runtime.pool == "serial":
         return SerialPool(spec)
-    try:
-        from ecotone.fitness.ray_pool import RayPool
-    except ImportError as error:
-        raise PoolError(
-            f"runtime.pool: Ray is not installed ({error}).",
-            f"`{how_to_install('ray')}`, or --set runtime.pool=serial.",
-        ) from error
-    return RayPool(
-        spec,
-        workers=runtime.workers,
-        address=runtime.address,
-        cpus_per_worker=runtime.cpus_per_worker,
-        gpus_per_worker=runtime.gpus_per_worker,
-        resources=dict(runtime.resources),
-        start_timeout=runtime.start_timeout,
-        attempts=runtime.attempts,
-        time_limit=runtime.time_limit,
-        idle_timeout=runtime.idle_timeout,
-    )
+    from ecotone.fitness.ray.pool import RayPool
+
+    return RayPool(spec, runtime)
 
 
 def unused_workers(recipe: Recipe) -> str:

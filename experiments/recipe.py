@@ -25,6 +25,7 @@ from pydantic import (
 from ecotone.experiments.parts import LanguageObjective, Objective
 from ecotone.experiments.ready import recipe_file
 from ecotone.experiments.words import explained
+from ecotone.fitness.runtime import Runtime
 from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations.errors import InputError
@@ -258,57 +259,6 @@ class Budget(Part):
     def _some(self) -> Budget:
         if self.evaluations is None and self.seconds is None:
             raise ValueError("expected evaluations, seconds or both, found neither")
-        return self
-
-
-class Runtime(Part):
-    """Where it runs. Nothing here changes results under ``order: strict``.
-
-    Attributes:
-        pool: ``ray`` for worker processes here or on a cluster, ``serial`` for this process.
-        workers: Ray workers.
-        address: A Ray cluster's address; None starts a local one.
-        cpus_per_worker: Logical CPUs Ray reserves for each worker.
-        gpus_per_worker: Logical GPUs, fractions allowed.
-        resources: Custom Ray resources of each worker.
-        start_timeout: Seconds to wait for a place when no worker has one; loading models is not counted. By default 120
-            on this machine and 3600 on a cluster, where machines may have to be started first.
-        attempts: How often a batch that killed its worker is tried again before its candidates are tried alone.
-        time_limit: Seconds that a candidate may take at a Ray worker; a batch has them for each of its candidates. Past
-            it the worker is killed and replaced; the candidates of a batch are then tried alone once, and one alone is
-            a failure (at another node, with a limit below 30 s, at the second attempt: the node may be gone). With a
-            limit that candidates come near to, results depend on how fast workers are.
-        idle_timeout: Seconds after which a Ray worker that has nothing to do while others work is given back to the
-            cluster, which may remove its node, until there is work for it again. None keeps it.
-        sources: Where a worker keeps the models that it mixes: on the ``device``, in main memory (``host``; with a GPU
-            page-locked), or ``mapped`` from their files; ``auto`` is the first of these that free memory has room for,
-            and on a CPU, where copies gain nothing, ``mapped`` unless models are small and forming them takes work.
-        grace: Seconds for which a run that is told to end waits for what is being evaluated.
-        mirror_every: Seconds between two copies, at the least, of a run directory that is a URL.
-        lease: Seconds after its last sign of life when the manager of such a run is held for dead.
-        log: The level of the run's log: at ``debug`` each trial asked and told is in it, too.
-    """
-
-    pool: Literal["serial", "ray"] = "ray"
-    workers: int = Field(default=1, ge=1)
-    address: str | None = None
-    cpus_per_worker: float = Field(default=1.0, ge=0)
-    gpus_per_worker: float = Field(default=0.0, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict)
-    start_timeout: float | None = Field(default=None, gt=0)
-    attempts: int = Field(default=3, ge=1)
-    time_limit: float | None = Field(default=None, gt=0)
-    idle_timeout: float | None = Field(default=None, gt=0)
-    sources: Literal["auto", "device", "host", "mapped"] = "auto"
-    grace: float = Field(default=30.0, ge=0)
-    mirror_every: float = Field(default=30.0, gt=0)
-    lease: float = Field(default=60.0, gt=0)
-    log: Literal["info", "debug"] = "info"
-
-    @model_validator(mode="after")
-    def _can_be_limited(self) -> Runtime:
-        if self.time_limit is not None and self.pool == "serial":
-            raise ValueError("time_limit: the serial pool cannot stop a candidate; leave it out, or say pool: ray")
         return self
 
 
