@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-import ecotone.merging.sources
+import ecotone.merging.memory
 from ecotone.fitness import worker as workers
 from ecotone.fitness.backends.resident import STACK_BYTES, stack_of
 from ecotone.fitness.specs import WorkerSpec
@@ -94,15 +94,15 @@ def slopes(sources, device=CPU):
 # -- the same bits -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", sorted(operators.operators))
+@pytest.mark.parametrize("operator", sorted(operators.OPERATORS))
 @pytest.mark.parametrize("adapters", [False, True], ids=["checkpoints", "adapters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_bits_do_not_depend_on_the_placement(tmp_path, monkeypatch, operator, adapters, dtype):
     paths = written(tmp_path, dtype, adapters)
     plain = Sources.open(paths[1:], paths[0], operator)
     expected, derivatives = merges(plain), slopes(plain)
-    for limit in (ecotone.merging.sources.RESIDENT_BYTES, 0):  # rows of small models are kept, or not
-        monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", limit)
+    for limit in (ecotone.merging.memory.RESIDENT_BYTES, 0):  # rows of small models are kept, or not
+        monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", limit)
         for place in PLACEMENTS:
             sources = Sources.open(paths[1:], paths[0], operator, placement=place)
             assert all(torch.equal(a, b) for a, b in zip(merges(sources), expected, strict=True)), place
@@ -111,19 +111,19 @@ def test_bits_do_not_depend_on_the_placement(tmp_path, monkeypatch, operator, ad
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("operator", sorted(operators.operators))
+@pytest.mark.parametrize("operator", sorted(operators.OPERATORS))
 @pytest.mark.parametrize("adapters", [False, True], ids=["checkpoints", "adapters"])
 @pytest.mark.parametrize("place", [*PLACEMENTS, "auto"])
 def test_bits_do_not_depend_on_the_placement_on_a_gpu(tmp_path, monkeypatch, operator, adapters, place):
     paths = written(tmp_path, torch.bfloat16, adapters)
     plain = Sources.open(paths[1:], paths[0], operator)
     expected, derivatives = merges(plain), slopes(plain)
-    for limit in (ecotone.merging.sources.RESIDENT_BYTES, 0):
-        monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", limit)
+    for limit in (ecotone.merging.memory.RESIDENT_BYTES, 0):
+        monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", limit)
         sources = Sources.open(paths[1:], paths[0], operator, placement=place)
         assert all(torch.equal(a, b) for a, b in zip(merges(sources, CUDA), expected, strict=True))
         np.testing.assert_allclose(slopes(sources, CUDA), derivatives, rtol=1e-3, atol=1e-3)
-        held = [tensor for tensors in sources._kept.values() for each in tensors.values() for tensor in each]
+        held = [tensor for tensors in sources._held.kept.values() for each in tensors.values() for tensor in each]
         place_of = sources.placed(CUDA)
         assert bool(held) == (place_of != "mapped")
         assert all(tensor.is_cuda if place_of == "device" else tensor.is_pinned() for tensor in held)
@@ -135,14 +135,14 @@ def test_bits_do_not_depend_on_the_placement_on_a_gpu(tmp_path, monkeypatch, ope
 @pytest.mark.parametrize("operator", ["linear", "dare"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["checkpoints", "adapters"])
 def test_what_is_kept_is_what_headers_say(tmp_path, monkeypatch, operator, adapters):
-    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", 0)
     paths = written(tmp_path, torch.bfloat16, adapters)
     for place in ("host", "device", "mapped"):
         sources = Sources.open(paths[1:], paths[0], operator, placement=place)
         needs = sources.needs(CPU)
         assert sources.loads == 0
         merges(sources)
-        held = [tensor for tensors in sources._kept.values() for each in tensors.values() for tensor in each]
+        held = [tensor for tensors in sources._held.kept.values() for each in tensors.values() for tensor in each]
         own = {tensor.data_ptr(): tensor.nbytes for tensor in held}
         assert sum(own.values()) == (needs.sources["host"].host if place != "mapped" else 0)
         assert "_matrix" not in sources.__dict__ or sources._matrix is None
@@ -171,7 +171,7 @@ def test_small_models_are_kept_as_rows_unless_they_are_to_be_mapped(tmp_path):
         sources.stack(genomes_of(sources))
         rows = 4 * sources.layout.size * len(sources.checkpoints)
         assert (sources._matrix is None) == (place == "mapped")
-        assert sources._kept == {}
+        assert sources._held.kept == {}
         needs = sources.needs(CPU, stack=100)
         if operator == "ties" and place == "auto":
             assert needs.sources["host"].host == rows
