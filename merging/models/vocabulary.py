@@ -99,7 +99,7 @@ def check_numbers(models: Sequence[Model], stop: int | None = None) -> None:
     tokens: dict[int, tuple[str, Model]] = {}
     numbers: dict[str, tuple[int, Model]] = {}
     for model in models:
-        for number, token in (tokenizers.vocabulary(model.path) or {}).items():
+        for number, token in (tokenizers.vocabulary(model.tokenizer) or {}).items():
             if stop is not None and number >= stop:
                 continue
             said, by = tokens.setdefault(number, (token, model))

@@ -69,8 +69,9 @@ class Setting:
         try:
             return self.adapter.validate_python(value, strict=strict)
         except ValidationError as error:
-            wanted = self.expected or error.errors(include_url=False)[0]["msg"]
-            raise InputError(f"{self.name}: expected {wanted}, found {value!r}.", self.text) from error
+            said = error.errors(include_url=False)[0]["msg"]
+            wanted = f"expected {self.expected}" if self.expected else said[:1].lower() + said[1:]
+            raise InputError(f"{self.name}: {wanted}, found {value!r}.", self.text) from error
 
 
 @cache
@@ -143,7 +144,8 @@ def _faults_of(setting: Setting) -> Iterator[str]:
 
 
 def _is_frozen(kind: Any) -> bool:
-    return isinstance(kind, type) and is_dataclass(kind) and bool(kind.__dataclass_params__.frozen)
+    parameters = getattr(kind, "__dataclass_params__", None)
+    return isinstance(kind, type) and is_dataclass(kind) and parameters is not None and bool(parameters.frozen)
 
 
 def _fields(kind: Any) -> tuple[Field[Any], ...]:
