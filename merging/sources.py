@@ -23,7 +23,7 @@ from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model, declared
 from ecotone.merging.models.vocabulary import Vocabulary, fitted
 from ecotone.merging.operators.base import Operator, directions, weights_of
-from ecotone.merging.placement import Needs, Placement, Wish
+from ecotone.merging.placement import Wish
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
@@ -37,8 +37,7 @@ class Sources:
 
     Use ``Sources.open``. What of them is kept in memory is a matter of their placement
     (``ecotone.merging.placement``): as the checkpoints hold them, adapters formed. Models that are small are kept as
-    they are mixed, too, unless they are to be
-    mapped: as a row of float32 each.
+    they are mixed, too, unless they are to be mapped: as a row of float32 each.
 
     Args:
         layout: The flat vector that the models share.
@@ -61,10 +60,11 @@ class Sources:
         self.operator = operator
         self.experts = tuple(declared(expert) for expert in experts)
         self.base = None if base is None else declared(base)
-        self._memory = Memory(
-            layout, self.checkpoints, len(operator.columns(self.names)), operator.changes, placement == "mapped"
-        )
-        self._held = Held(self.checkpoints, self._memory, placement)
+        columns = len(operator.columns(self.names))
+        self.memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
+        """What merging takes in memory."""
+        self.held = Held(self.checkpoints, self.memory, placement)
+        """What of the models is kept, and where."""
         self._tuned: dict[Operator, Sources] = {}  # the latest comes last
 
     @classmethod
@@ -128,11 +128,6 @@ class Sources:
         """Where buffers and configuration come from: the base, or else the first expert."""
         return self.base or self.experts[0]
 
-    @property
-    def loads(self) -> int:
-        """Tensors read so far, each model's counted."""
-        return self._held.loads
-
     @cached_property
     def tokenizer(self) -> Path:
         """Where the tokenizer that goes with every merge is: the origin's, or that of the first model that has one."""
@@ -146,40 +141,21 @@ class Sources:
 
     def stretch(self, name: str) -> Stretch:
         """``name`` in every model that is mixed; the operator's work on it is done as pieces of it are used."""
-        return Stretch(self._held.read(name), self._transform, self._span(name)[0])
+        return Stretch(self.held.read(name), self._transform, self._span(name)[0])
 
     def near(self, name: str, device: torch.device) -> Stretch:
         """``stretch(name)`` from where the sources are kept for merges on ``device``; what is not yet kept is now."""
         start, stop = self._span(name)
-        in_rows = device.type == "cpu" and self._memory.formed and self.placed(device) != "mapped"
+        in_rows = device.type == "cpu" and self.memory.formed and self.held.placed(device) != "mapped"
         if in_rows and self._matrix is not None:
             return self._matrix[start:stop]
-        return Stretch(self._held.near(name, device), self._transform, start)
+        return Stretch(self.held.near(name, device), self._transform, start)
 
     def _span(self, name: str) -> tuple[int, int]:
         """Where a tensor begins and ends in the flat vector."""
         index = self.layout.tensors.index(name)
         start, stop = self.layout.tensor_borders[index : index + 2].tolist()
         return start, stop
-
-    def placed(self, device: torch.device) -> Placement:
-        """Where the sources are kept for merges on a device; ``auto`` is settled at its first use there."""
-        return self._held.placed(device)
-
-    def place(self, device: torch.device, placement: Placement) -> None:
-        """Settle what ``auto`` means on a device."""
-        self._held.place(device, placement)
-
-    def needs(
-        self,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-        threads: int = 1,
-        stack: int = 0,
-        settings: bool = False,
-    ) -> Needs:
-        """The memory that a worker takes, from headers alone; arguments as of ``Memory.needs``."""
-        return self._memory.needs(device, dtype, threads, stack, settings)
 
     def read(self, name: str) -> list[Tensor]:
         """J flat tensors: ``name`` in every model that is mixed, memory-mapped where nothing is changed or formed."""
@@ -308,7 +284,7 @@ class Sources:
             InputError: A genome does not fit.
         """
         mixtures = [self.mixture(genome) for genome in genomes]
-        here = CPU if self._memory.row_bytes else torch.device(device)
+        here = CPU if self.memory.row_bytes else torch.device(device)
         buffer = torch.empty(len(mixtures), self.layout.size, dtype=dtype or self.layout.dtype, device=here)
         for tuned, members in self._groups(genomes):
             rows = [buffer[i] for i in members]
@@ -321,12 +297,12 @@ class Sources:
     @cached_property
     def _transform(self) -> Transform:
         """The operator's work on the stored tensors; what it must know of all of them is found at first use."""
-        return self.operator.transform(self._held.pieces)
+        return self.operator.transform(self.held.pieces)
 
     @cached_property
     def _matrix(self) -> Stretch | None:
         """J vectors (n,) in the type they are summed in, of models small enough to keep, or None."""
-        return as_rows(self.layout, len(self.checkpoints), self.stretch) if self._memory.row_bytes else None
+        return as_rows(self.layout, len(self.checkpoints), self.stretch) if self.memory.row_bytes else None
 
     @cached_property
     def _geometry(self) -> GramTable:

@@ -232,10 +232,10 @@ def test_terms_of_weight_zero_are_left_out(tmp_path):
 def test_one_pass_over_the_sources_serves_all_candidates(sources, monkeypatch):
     monkeypatch.setattr("ecotone.merging.memory.RESIDENT_BYTES", 0)  # nothing is kept
     sources.stack([random_genome(sources, 1, 0)])  # by now an operator knows what it must of all tensors
-    before = sources.loads
+    before = sources.held.loads
     genomes = [random_genome(sources, 5, seed) for seed in range(6)]
     sources.materialise(genomes, [empty(sources, torch.float32) for _ in genomes])
-    assert sources.loads - before == len(sources.checkpoints) * len(SHAPES)
+    assert sources.held.loads - before == len(sources.checkpoints) * len(SHAPES)
 
 
 def test_writes_into_the_parameters_of_a_module(tmp_path):

@@ -190,12 +190,12 @@ def test_memory_counts_what_wrappers_form(trio):
     plain, wrapped = sources_of([one, two], base), sources_of([Reversed(one), Truncated(two, base)], base)
     cpu = torch.device("cpu")
     largest = max(info.nbytes for info in wrapped.layout.parameters.values())
-    assert wrapped.needs(cpu).buffers.host - plain.needs(cpu).buffers.host == largest + 4 * largest
-    streamed = sources_of([Reversed(one), two], base, "ties").needs(cpu).buffers.host
+    assert wrapped.memory.needs(cpu).buffers.host - plain.memory.needs(cpu).buffers.host == largest + 4 * largest
+    streamed = sources_of([Reversed(one), two], base, "ties").memory.needs(cpu).buffers.host
     whole = sum(info.nbytes for info in wrapped.layout.parameters.values())
-    assert streamed - sources_of([one, two], base, "ties").needs(cpu).buffers.host == whole
-    assert plain.placed(cpu) == "mapped"  # files are as near
-    assert wrapped.placed(cpu) == "host"  # what is formed is kept, as it is small
+    assert streamed - sources_of([one, two], base, "ties").memory.needs(cpu).buffers.host == whole
+    assert plain.held.placed(cpu) == "mapped"  # files are as near
+    assert wrapped.held.placed(cpu) == "host"  # what is formed is kept, as it is small
 
 
 def test_models_share_what_one_of_them_holds(trio, tmp_path):

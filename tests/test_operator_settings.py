@@ -101,9 +101,9 @@ def test_settings_that_are_not_the_operators_are_refused(paths):
 def test_a_new_density_counts_leading_bits_but_once(paths):
     sources = opened(paths, "ties")
     sources.stack([Genome.uniform(SIZE, [0.3] * 3, density=0.2)])
-    table = sources._held.pieces.leading
+    table = sources.held.pieces.leading
     sources.stack([Genome.uniform(SIZE, [0.3] * 3, density=0.6)])
-    assert all(tuned._held.pieces.leading is table for tuned in sources._tuned.values())
+    assert all(tuned.held.pieces.leading is table for tuned in sources._tuned.values())
 
 
 # -- boxes with settings -------------------------------------------------------------------------------------

@@ -307,11 +307,11 @@ def test_slopes_are_inner_products_with_the_changed_task_vectors(tmp_path):
 
 def test_nothing_is_read_before_it_is_needed(tmp_path):
     sources = opened(tmp_path, *fine_tuned(2, torch.float32))
-    assert sources.loads == 0
+    assert sources.held.loads == 0
     sources.read("a")
-    first = sources.loads
+    first = sources.held.loads
     sources.read("a")
-    assert sources.loads - first == 3  # thresholds and signs are found once
+    assert sources.held.loads - first == 3  # thresholds and signs are found once
 
 
 def test_a_worker_passes_the_settings_on(tmp_path):

@@ -154,8 +154,8 @@ class ModelSuite:
         """Headers tell, to the byte, and no weight is read for that."""
         monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", 0)
         sources = _sources(model, base, wish="host")
-        needs = sources.needs(CPU)
-        assert sources.loads == 0
+        needs = sources.memory.needs(CPU)
+        assert sources.held.loads == 0
         _merged(sources, 0.5)
         kept = {each.data_ptr(): each.nbytes for each in _kept(sources)}
         assert needs.sources["host"].host == sum(kept.values())
@@ -199,7 +199,7 @@ def _vector(model: Model, sources: Sources) -> Floats:
 
 
 def _kept(sources: Sources) -> list[Tensor]:
-    return [each for tensors in sources._held.kept.values() for flat in tensors.values() for each in flat]
+    return [each for tensors in sources.held.kept.values() for flat in tensors.values() for each in flat]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
