@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -120,8 +120,9 @@ def mergekit_config(
         "parameters": {"normalize": False},
         "models": [{"model": model, "parameters": {"weight": _setting(column)}} for model, column in columns.items()],
     }
-    adapters = any("+" in model for model in columns)
-    return MergekitMerge(config, plain, moved, adapters, tuple(_notes(list(columns), sources, dtype, kind, moved)))
+    return MergekitMerge(
+        config, plain, moved, _with_adapters(columns), tuple(_notes(list(columns), sources, dtype, kind, moved))
+    )
 
 
 def snapped(genome: Genome, layout: Layout) -> Snap | None:
@@ -185,6 +186,11 @@ def _parts_of_others(names: tuple[str, ...]) -> frozenset[str]:
     ends = sorted(name[start:] for name in names for start in range(len(name)))
     following = ((name, bisect_left(ends, name) + 1) for name in names)
     return frozenset(name for name, place in following if place < len(ends) and ends[place].startswith(name))
+
+
+def _with_adapters(references: Iterable[str]) -> bool:
+    """Whether mergekit merges an adapter into its base first: a reference has a plus sign between the two."""
+    return any("+" in reference for reference in references)
 
 
 def _setting(values: Mapping[str, float]) -> float | list[dict[str, str | float]]:
@@ -259,7 +265,7 @@ def _notes(
     models: Sequence[str], sources: Sources, dtype: torch.dtype | str | None, kind: str, moved: Snap | None
 ) -> list[str]:
     notes = []
-    if any("+" in model for model in models):
+    if _with_adapters(models):
         notes.append(
             "mergekit merges adapters into their base first, with --lora-merge-dtype float32 almost without rounding; "
             "its result differs in last bits."
