@@ -57,7 +57,7 @@ def needs_of(spec: WorkerSpec, sources: Sources, device: torch.device, *, settin
     """
     kind = _kind(spec, sources)
     stack = stack_of(sources.layout, kind, batch=spec.batch)
-    return sources.needs(device, kind, spec.threads, stack, settings)
+    return sources.memory.needs(device, kind, spec.threads, stack, settings)
 
 
 class Worker:
@@ -106,7 +106,7 @@ class Worker:
         free = Free.here(device)
         share = free.divided(spec.device_share, spec.neighbours)
         needs = needs_of(spec, self._sources, device)
-        self._sources.place(device, settled(spec.sources, needs, free, share, device))
+        self._sources.held.place(device, settled(spec.sources, needs, free, share, device))
 
     def space(self) -> Space:
         """What the search may know of the models; streams the sources once."""
