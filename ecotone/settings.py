@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -43,6 +43,14 @@ class Part(BaseModel):
     """A part of a recipe: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    extras: ClassVar[type[Part] | None] = None
+    """Of a part that takes keys beside its fields: the part that such a key's value may be."""
+
+    @classmethod
+    def more_fields(cls) -> Iterator[MoreField]:
+        """Of a part that takes keys beside its fields: these, as they are declared elsewhere."""
+        yield from ()
 
     @classmethod
     def texts(cls) -> dict[str, str]:
@@ -79,6 +87,25 @@ class Part(BaseModel):
             if text and name in shape.get("properties", {}):
                 shape["properties"][name]["description"] = text
         return shape
+
+
+@dataclass(frozen=True)
+class MoreField:
+    """A key that a part takes beside its fields.
+
+    Args:
+        name: The key.
+        kinds: Names of the kinds that it belongs to.
+        shape: JSON Schema of its value.
+        default: Its value where none is given.
+        text: What it means.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    shape: Mapping[str, Any]
+    default: Any
+    text: str
 
 
 @cache

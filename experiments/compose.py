@@ -14,13 +14,9 @@ from typing import Any
 import numpy as np
 
 from ecotone.experiments import preparation
+from ecotone.experiments.merge import Range
 from ecotone.experiments.parts import LanguageObjective, Objective, PythonObjective
-from ecotone.experiments.recipe import (
-    Calibration,
-    Models,
-    Range,
-    Recipe,
-)
+from ecotone.experiments.recipe import Calibration, Models, Recipe
 from ecotone.fitness.callables import put_last
 from ecotone.fitness.pools import Pool, SerialPool
 from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec

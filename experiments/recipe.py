@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from ecotone.experiments.merge import Merge
 from ecotone.experiments.parts import LanguageObjective, Objective
 from ecotone.experiments.ready import recipe_file
 from ecotone.experiments.words import explained
@@ -68,81 +69,6 @@ class Models(Part):
         if self.names is not None and len(self.names) != len(self.experts):
             raise ValueError(f"names: expected {len(self.experts)}, one an expert, found {len(self.names)}")
         return self
-
-
-class Range(Part):
-    """Bounds between which a search chooses a setting of the merge operator, for every merge anew.
-
-    Attributes:
-        low: The smallest value.
-        high: The largest value.
-        scale: ``linear``, ``log``, or ``integer`` for whole numbers alone.
-    """
-
-    low: float
-    high: float
-    scale: Literal["linear", "log", "integer"] = "linear"
-
-    @model_validator(mode="after")
-    def _is_open(self) -> Range:
-        if not self.low < self.high:
-            raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
-        if self.scale == "log" and self.low <= 0:
-            raise ValueError(f"low: expected more than 0 with scale log, found {self.low}")
-        return self
-
-
-def _value_or_range(value: Any) -> str:
-    return "range" if isinstance(value, Mapping | Range) else "value"
-
-
-Density: TypeAlias = Annotated[
-    Annotated[Annotated[float, Field(gt=0, le=1)], Tag("value")] | Annotated[Range, Tag("range")],
-    Discriminator(_value_or_range),
-]
-MaskSeed: TypeAlias = Annotated[
-    Annotated[Annotated[int, Field(ge=0)], Tag("value")] | Annotated[Range, Tag("range")],
-    Discriminator(_value_or_range),
-]
-
-
-class Merge(Part):
-    """How sources are made of the models.
-
-    Attributes:
-        operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to the base, ``ties``,
-            ``dare`` and ``dare_ties`` add thinned ones, ``ties_vectors`` those of AdaMerging++; ``slerp`` goes from one
-            of two models to the other. Each is described in its file in ``merging/operators``.
-        density: The share of each task vector that is kept, for operators that thin. With ``{low, high}`` it is
-            searched beside the coefficients.
-        mask_seed: For ``dare`` and ``dare_ties``: of the draw of what is kept. It, too, may be searched.
-        combine: For ``ties`` and ``dare_ties``: the ``mean`` or the ``sum`` of the task vectors that agree.
-        per: For ``slerp``: the angle is that of the whole ``model``, or of each ``tensor``.
-        dtype: What merged weights are rounded to, scored in and exported in; by default what the experts are stored
-            in (float32 when an architecture is given and they mix types).
-    """
-
-    operator: str = "linear"
-    density: Density | None = None
-    mask_seed: MaskSeed | None = None
-    combine: Literal["mean", "sum"] | None = None
-    per: Literal["model", "tensor"] | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The operator's settings that are given and the same for all merges."""
-        return {name: value for name, value in self._given.items() if not isinstance(value, Range)}
-
-    @property
-    def ranges(self) -> dict[str, Range]:
-        """Those that are searched."""
-        return {name: value for name, value in self._given.items() if isinstance(value, Range)}
-
-    @property
-    def _given(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in ("density", "mask_seed", "combine", "per")}
-        return {name: value for name, value in found.items() if value is not None}
 
 
 class Objectives(Part):
@@ -388,10 +314,9 @@ class Recipe(Part):
                 "models.architecture: expected a function that returns the torch module which calibration "
                 "differentiates, found none; name it, or say auto for Hugging Face directories"
             )
-        kind, losses = operators.operators.get(self.merge.operator), [task.loss for task in self.calibration]
-        if kind is not None:
-            for part in self.searches:
-                part.check(self.merge.operator, kind().needs_base, losses)
+        operator, losses = operators.get(self.merge.operator), [task.loss for task in self.calibration]
+        for part in self.searches:
+            part.check(operator.name, operator.needs_base, losses)
 
     @classmethod
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
