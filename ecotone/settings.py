@@ -42,7 +42,9 @@ Parts = TypeVar("Parts", bound=BaseModel)
 class Part(BaseModel):
     """A part of a recipe: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
     extras: ClassVar[type[Part] | None] = None
     """Of a part that takes keys beside its fields: the part that such a key's value may be."""

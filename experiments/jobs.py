@@ -111,7 +111,7 @@ class JobServer:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"--address: expected http://HOST:PORT of a Ray dashboard, found {address!r}.", _tunnel())
-        self.address = address.rstrip("/")
+        self.address: str = address.rstrip("/")
         with self._explained():
             self._client = _client(self.address)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, ValidationError, model_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -56,8 +56,8 @@ class Merge(Part):
             experts are stored (float32 when an architecture is given and they mix types).
     """
 
-    model_config = ConfigDict(extra="allow")
-    extras = Range
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
+    extras: ClassVar[type[Part] | None] = Range
 
     operator: str = "linear"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
