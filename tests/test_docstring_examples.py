@@ -23,7 +23,10 @@ VECTORS = np.random.default_rng(0).standard_normal((3, 24)).astype(np.float32)
 NAMES = ("left", "middle", "right")
 PROBES = np.random.default_rng(1).standard_normal((3, 40, 24))
 GOALS = tuple(Goal(f"like {name}") for name in NAMES)
-SHOWN = ("BayesianMap", "M2N2", "MapSearch", "NestedMapSearch", "Nsga", "OptunaSearch")
+SHOWN = (
+    *("AdaMerging", "BayesianMap", "CmaEs", "ExpertMerging", "M2N2", "MapSearch", "NestedMapSearch", "Nsga"),
+    *("OptunaSearch", "Racing", "RandomSearch", "Refined", "StagedSearch"),
+)
 
 
 def classes() -> Iterator[type]:
