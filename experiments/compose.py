@@ -11,7 +11,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,13 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ecotone.experiments.parts import Call, LanguageObjective, Objective, PythonObjective
 from ecotone.experiments.recipe import (
-    PREPARED,
     BayesianMapBox,
     Box,
     Budget,
-    Calibration,
     CmaEsBox,
     ExpertMergingSearch,
     GradientSearch,
@@ -46,8 +42,9 @@ from ecotone.experiments.recipe import (
 )
 from ecotone.experiments.storage import cache_folder
 from ecotone.fitness.callables import resolve
+from ecotone.fitness.kinds import ObjectiveSettings
 from ecotone.fitness.pools import Pool, SerialPool
-from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.merging import operators
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
@@ -63,11 +60,12 @@ from ecotone.search.m2n2 import M2N2, M2N2Settings
 from ecotone.search.manager import Schedule
 from ecotone.search.protocol import Search
 from ecotone.search.random_search import RandomSearch
+from ecotone.settings import PREPARED, Call
 
 
-def goals_of(objectives: Sequence[Objective]) -> tuple[Goal, ...]:
+def goals_of(objectives: Sequence[ObjectiveSettings]) -> tuple[Goal, ...]:
     """Names and directions of a recipe's objectives."""
-    return tuple(Goal(objective.name, objective.direction) for objective in objectives)
+    return tuple(objective.goal for objective in objectives)
 
 
 _PACKAGES = (
@@ -188,8 +186,9 @@ def _only_one(lock: Path) -> Iterator[None]:
 def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] = ()) -> WorkerSpec:
     """What a worker of this recipe is made of."""
     models, runtime = recipe.models, recipe.runtime
-    architecture = models.architecture
+    architecture, objectives = models.architecture, recipe.objectives
     ray = runtime.pool == "ray"
+    located = partial(_located, prepared=prepared)
     return WorkerSpec(
         experts=tuple(_located(path, prepared) for path in models.experts),
         base=None if models.base is None else _located(models.base, prepared),
@@ -197,11 +196,13 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         settings=recipe.merge.settings,
         names=models.names,
         vocabulary=models.vocabulary,
-        architecture=_call(architecture, prepared) if isinstance(architecture, Call) else architecture,
-        search=tuple(_objective(objective, recipe, prepared) for objective in recipe.objectives.search),
-        held_out=tuple(_objective(objective, recipe, prepared) for objective in recipe.objectives.held_out),
+        architecture=architecture.located(located) if isinstance(architecture, Call) else architecture,
+        search=tuple(objective.located(located) for objective in objectives.search),
+        held_out=tuple(objective.located(located) for objective in objectives.held_out),
+        tokenizer=_tokenizer(recipe, prepared),
         divided=any(getattr(part, "race", None) is not None for part in recipe.searches),
-        calibration=tuple(_calibration(task, recipe.seed, prepared) for task in recipe.calibration),
+        calibration=tuple(task.located(located) for task in recipe.calibration),
+        seed=recipe.seed,
         checkpointing=recipe.scoring.checkpointing,
         device=recipe.scoring.device,
         dtype=recipe.merge.dtype,
@@ -299,48 +300,12 @@ def _located(path: str, prepared: Path | None) -> str:
     return str(prepared / path.removeprefix(PREPARED))
 
 
-def _call(call: Call | PythonObjective, prepared: Path | None) -> CallSpec:
-    return CallSpec(call.call, {name: _expanded(value, prepared) for name, value in call.arguments.items()})
-
-
-def _head(call: Call | None, prepared: Path | None) -> CallSpec | None:
-    return None if call is None else _call(call, prepared)
-
-
-def _expanded(value: Any, prepared: Path | None) -> Any:
-    """``value`` with the paths in it, at any depth, that begin with ``prepared:`` made whole."""
-    if isinstance(value, dict):
-        return {key: _expanded(one, prepared) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_expanded(one, prepared) for one in value]
-    return _located(value, prepared) if isinstance(value, str) else value
-
-
-def _objective(objective: Objective, recipe: Recipe, prepared: Path | None) -> ObjectiveSpec:
-    goal = Goal(objective.name, objective.direction)
-    if isinstance(objective, PythonObjective):
-        return ObjectiveSpec(goal, "call", call=_call(objective, prepared))
-    if isinstance(objective, LanguageObjective):
-        settings: dict[str, Any] = _expanded(objective.settings, prepared)
-        return ObjectiveSpec(goal, objective.type, settings=settings, tokenizer=tokenizer_of(recipe, prepared))
-    data, head = _call(objective.data, prepared), _head(objective.head, prepared)
-    spec = ObjectiveSpec(goal, objective.type, data=data, head=head)
-    return spec if objective.batch is None else replace(spec, batch=objective.batch)
-
-
-def tokenizer_of(recipe: Recipe, prepared: Path | None) -> str:
+def _tokenizer(recipe: Recipe, prepared: Path | None) -> str | None:
     """The directory of the tokenizer: that of the recipe, or else the base's or the first expert's."""
-    models = recipe.models
+    models, objectives = recipe.models, (*recipe.objectives.search, *recipe.objectives.held_out)
+    if not any(objective.needs_tokenizer for objective in objectives):
+        return None
     return _located(models.tokenizer or models.base or models.experts[0], prepared)
-
-
-def _calibration(task: Calibration, seed: int, prepared: Path | None) -> CalibrationSpec:
-    data, head = _call(task.data, prepared), _head(task.head, prepared)
-    spec = CalibrationSpec(task.name, data, task.loss, head, task.batch, seed)
-    if task.loss != "distillation":
-        return spec
-    wanted = Distillation(task.expert or task.name, task.temperature, task.hidden, task.layers)
-    return replace(spec, distillation=wanted)
 
 
 # -- search ----------------------------------------------------------------------------------------------
@@ -376,7 +341,7 @@ def _raced(recipe: Recipe, search: Search, population: Population) -> tuple[Sear
     from ecotone.search.racing import RaceSettings, Racing
 
     objectives = recipe.objectives.search
-    limits = {one.name: LIMITS[one.type] for one in objectives if one.type in LIMITS}
+    limits = {one.name: one.limits for one in objectives if one.limits is not None}
     whole = search.first_child if isinstance(search, M2N2) else 0
     settings, own = RaceSettings(**race.model_dump()), isinstance(recipe.search, NsgaBox)
     goals = goals_of(objectives)
@@ -658,12 +623,12 @@ def _names(models: Models) -> tuple[str, ...]:
 def _check_experts(recipe: Recipe, names: Sequence[str]) -> None:
     """Refuse tasks that are drawn to an expert there is not, unless ``names`` (K,) are not all known yet."""
     for task in recipe.calibration:
-        expert = task.expert or task.name
-        if task.loss != "distillation" or expert in names or len(set(names)) < len(names):
+        expert = task.teacher
+        if expert is None or expert in names or len(set(names)) < len(names):
             continue
         raise InputError(
-            f"calibration {task.name!r}: expert: expected one of {', '.join(names)}, found {expert!r}.",
-            nearest(expert, list(names)) if task.expert else "Say which expert the task is to be like.",
+            f"{task.where}: expert: expected one of {', '.join(names)}, found {expert!r}.",
+            nearest(expert, list(names)) if expert != task.name else "Say which expert the task is to be like.",
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
@@ -25,13 +25,12 @@ from pydantic import (
     model_validator,
 )
 
-from ecotone.experiments.parts import OBJECTIVES, Call, LanguageObjective, Objective, Part
+from ecotone.fitness.registry import AnyCalibration, AnyObjective
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations.errors import InputError, nearest
+from ecotone.settings import PREPARED, UNKNOWN_KIND, Call, Chosen, Part, chosen_of
 
-PREPARED = "prepared:"
 RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
-PATHS = ("data", "examples", "folder")  # fields of objectives of language models that name files
 
 
 class Models(Part):
@@ -143,8 +142,8 @@ class Merge(Part):
 class Objectives(Part):
     """What guides the search, and what its results are judged by: data the search has not seen."""
 
-    search: tuple[Objective, ...] = Field(min_length=1)
-    held_out: tuple[Objective, ...] = ()
+    search: tuple[AnyObjective, ...] = Field(min_length=1)
+    held_out: tuple[AnyObjective, ...] = ()
 
     @model_validator(mode="after")
     def _unique(self) -> Objectives:
@@ -152,42 +151,6 @@ class Objectives(Part):
             names = [objective.name for objective in objectives]
             if len(set(names)) < len(names):
                 raise ValueError(f"{group}: expected objectives of different names, found {names}")
-        return self
-
-
-class Calibration(Part):
-    """A task that a gradient search learns coefficients on: a stream of batches, and the loss that is differentiated.
-
-    Attributes:
-        name: The task's name.
-        data: Returns the inputs, or (inputs, labels); labels are used by ``cross_entropy`` alone.
-        loss: ``entropy`` of the predictions, ``cross_entropy`` with the labels, or ``distillation``: how far logits and
-            hidden layers are from those of an expert (Expert Merging), which needs no labels.
-        head: As in objectives of type ``accuracy``.
-        batch: Examples in one batch.
-        expert: For ``distillation``: the name of the expert to be like; by default the one named as the task.
-        temperature: For ``distillation``: what logits are divided by.
-        hidden: For ``distillation``: weight of the hidden layers' mean squared error.
-        layers: For ``distillation``: which hidden layers: names of the architecture's modules, or positions in a
-            Hugging Face model's ``hidden_states``; by default the last of these, or the outputs that the head takes.
-    """
-
-    name: str
-    data: Call
-    loss: Literal["entropy", "cross_entropy", "distillation"] = "entropy"
-    head: Call | None = None
-    batch: int = Field(default=16, ge=1)
-    expert: str | None = None
-    temperature: float = Field(default=1.0, gt=0)
-    hidden: float = Field(default=1.0, ge=0)
-    layers: tuple[int | str, ...] | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _distils(self) -> Calibration:
-        plain = {"expert": None, "temperature": 1.0, "hidden": 1.0, "layers": None}
-        given = [name for name, value in plain.items() if getattr(self, name) != value]
-        if given and self.loss != "distillation":
-            raise ValueError(f"{given[0]}: belongs to loss: distillation, found loss: {self.loss}")
         return self
 
 
@@ -773,7 +736,7 @@ class Recipe(Part):
     budget: Budget
     prepare: Call | None = None
     merge: Merge = Merge()
-    calibration: tuple[Calibration, ...] = ()
+    calibration: tuple[AnyCalibration, ...] = ()
     search: AnySearch = M2N2Search()
     scoring: Scoring = Scoring()
     seed: int = Field(default=0, ge=0)
@@ -919,23 +882,10 @@ class Recipe(Part):
             }
         )
         objectives = Objectives.model_construct(
-            search=tuple(_with_paths(objective, resolved) for objective in self.objectives.search),
-            held_out=tuple(_with_paths(objective, resolved) for objective in self.objectives.held_out),
+            search=tuple(objective.with_paths(resolved) for objective in self.objectives.search),
+            held_out=tuple(objective.with_paths(resolved) for objective in self.objectives.held_out),
         )
         return self.model_copy(update={"models": models, "objectives": objectives})
-
-
-def _with_paths(objective: Objective, resolved: Callable[[str], str]) -> Objective:
-    """The objective with the paths of its files made absolute."""
-    if not isinstance(objective, LanguageObjective):
-        return objective
-    given = {name: getattr(objective, name) for name in PATHS if getattr(objective, name, None) is not None}
-    return objective.model_copy(
-        update={
-            name: resolved(value) if isinstance(value, str) else tuple(map(resolved, value))
-            for name, value in given.items()
-        }
-    )
 
 
 def algorithm_of(record: Mapping[str, Any]) -> str:
@@ -963,7 +913,7 @@ def _check_expert_merging(recipe: Recipe) -> None:
             "merge.operator: expert_merging leaves tensors as the base has them, found linear, which has no base; "
             "use task_arithmetic or ties_vectors, and give models.base"
         )
-    if all(task.loss != "distillation" for task in recipe.calibration):
+    if all(task.teacher is None for task in recipe.calibration):
         found = sorted({task.loss for task in recipe.calibration})
         raise ValueError(
             f"calibration: expert_merging learns to be like the experts, found loss {' and '.join(found)} alone; "
@@ -1078,6 +1028,8 @@ def _line(entry: dict[str, Any]) -> str:
         given = entry["input"].get(name) if isinstance(entry["input"], dict) else None
         hint = f" {nearest(str(given), _TAGS[name])}" if given else ""
         return f"{field}.{name}: expected one of {', '.join(_TAGS[name])}, found {given!r}.{hint}"
+    if kind == UNKNOWN_KIND:
+        return f"{field}: {message}"
     if kind == "value_error":
         return f"{message}." if field == "recipe" else f"{field}: {message}."
     return f"{field}: {message[0].lower()}{message[1:]}, found {entry['input']!r}."
@@ -1097,9 +1049,8 @@ _ALGORITHMS: dict[str, type[Part]] = {
     "adamerging": AdaMergingSearch,
     "expert_merging": ExpertMergingSearch,
 }
-_TAGS = {"type": tuple(OBJECTIVES), "algorithm": tuple(_ALGORITHMS)}
+_TAGS = {"algorithm": tuple(_ALGORITHMS)}
 _PARTS: dict[str, type[Part]] = {
-    **OBJECTIVES,
     "Call": Call,
     "range": Range,
     "stages": Stages,
@@ -1115,12 +1066,16 @@ def _place(steps: tuple[int | str, ...]) -> tuple[list[int | str], type[Part]]:
     """The steps that the user wrote, without those that pydantic adds for unions, and the part they lead to."""
     part: type[Part] = Recipe
     written: list[int | str] = []
+    chosen: Chosen | None = None
     for step in steps:
         if isinstance(step, int):
             written.append(step)
+        elif chosen is not None and step in chosen.registry:
+            part, chosen = chosen.registry.get(step, chosen.tag), None
         elif step in part.model_fields:
             if (part, step) not in ((Stages, "stages"), (Stage, "search")):
                 written.append(step)
+            chosen = chosen_of(part.model_fields[step])
             part = _part(part.model_fields[step].annotation) or part
         else:
             part = _PARTS.get(step, part)

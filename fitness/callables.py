@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from ecotone.fitness.specs import CallSpec
 from ecotone.populations.errors import EcotoneError, InputError, nearest
+from ecotone.settings import Call
 
 
 def resolve(path: str, field: str = "call") -> Callable[..., Any]:
@@ -39,7 +39,7 @@ def resolve(path: str, field: str = "call") -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def call(spec: CallSpec, field: str = "call") -> Any:
+def call(spec: Call, field: str = "call") -> Any:
     """What the function of ``spec`` returns for its arguments.
 
     Raises:
@@ -73,5 +73,5 @@ def _imported(name: str, path: str, field: str) -> Any:
         ) from error
 
 
-def _shown(spec: CallSpec) -> str:
+def _shown(spec: Call) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in spec.arguments.items())

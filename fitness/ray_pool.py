@@ -809,8 +809,7 @@ def _draining_of(ray: Any) -> Callable[..., Collection[str]]:
 
 def _paths(spec: WorkerSpec) -> list[str]:
     """The paths, or names of the hub's repositories, that a worker opens."""
-    tokenizers = [one.tokenizer for one in (*spec.search, *spec.held_out)]
-    return list(dict.fromkeys(path for path in (*spec.experts, spec.base, *tokenizers) if path is not None))
+    return list(dict.fromkeys(path for path in (*spec.experts, spec.base, spec.tokenizer) if path is not None))
 
 
 def _check_paths(paths: Sequence[str]) -> None:

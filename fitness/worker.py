@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ecotone.fitness.backends.resident import Resident, stack_of
-from ecotone.fitness.gradients import calibration
+from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.language.generation import same_model
-from ecotone.fitness.objectives import Divisible, Model, Objective, Score, build, same_draws
+from ecotone.fitness.objectives import Model, same_draws
+from ecotone.fitness.protocol import CalibrationTask, Divisible, Objective, Score
 from ecotone.fitness.specs import WorkerSpec
+from ecotone.merging.models.checkpoint import located
 from ecotone.merging.placement import Free, Needs, settled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest
@@ -85,18 +87,18 @@ class Worker:
         self._resident = Resident(
             self._sources, spec.architecture, self._device, kind, checkpointing=spec.checkpointing
         )
+        tokenizer = None if spec.tokenizer is None else str(located(spec.tokenizer))
+        context = ObjectiveContext(self._device, self._resident.dtype, tokenizer)
         self._objectives: dict[str, list[Objective]] = {
-            "search": [build(objective, self._device, self._resident.dtype) for objective in spec.search],
-            "held_out": [build(objective, self._device, self._resident.dtype) for objective in spec.held_out],
+            "search": [objective.build(context) for objective in spec.search],
+            "held_out": [objective.build(context) for objective in spec.held_out],
         }
         self._parts: dict[tuple[int, int, float, float], Objective] = {}  # by objective and part of a sample
         if spec.divided and (whole := [one for one in self._objectives["search"] if not isinstance(one, Divisible)]):
             raise _indivisible(whole[0])
         if spec.calibration and not isinstance(self._resident.model, nn.Module):
             raise InputError("calibration: expected a torch module to differentiate.", "Name an architecture.")
-        self._tasks = {
-            task.name: calibration.build(task, self._device, self._resident.dtype) for task in spec.calibration
-        }
+        self._tasks = {task.name: task.build(context, spec.seed) for task in spec.calibration}
         for task in self._tasks.values():
             task.fits(self._resident.model, self._sources.names)
 
@@ -230,7 +232,7 @@ class Worker:
         seconds = time.perf_counter() - began
         return Evaluation(scores, seconds=seconds, items=items, details=details, gradient=gradient)
 
-    def _task(self, name: str) -> calibration.Task:
+    def _task(self, name: str) -> CalibrationTask:
         if name in self._tasks:
             return self._tasks[name]
         remedy = nearest(name, tuple(self._tasks)) if self._tasks else "The worker has no calibration tasks."
