@@ -105,7 +105,8 @@ def _functions(recipe: Recipe) -> Iterator[Finding]:
 def _check_calls(calls: Sequence[NamedCall], field: str) -> None:
     """Refuse a function that cannot be imported, or does not take the arguments that the recipe has for it."""
     for one in calls:
-        _check_takes(resolve(one.call.call, field), one.call, field, one.given)
+        place = f"{field}.{one.field}" if one.field else field
+        _check_takes(resolve(one.call.call, place), one.call, place, one.given)
 
 
 def _check_takes(function: Callable[..., Any], call: Call, field: str, given: int = 0) -> None:

@@ -1072,6 +1072,8 @@ def _place(steps: tuple[int | str, ...]) -> tuple[list[int | str], type[Part]]:
             written.append(step)
         elif chosen is not None and step in chosen.registry:
             part, chosen = chosen.registry.get(step, chosen.tag), None
+        elif chosen is not None and step == chosen.tag:
+            written.append(step)
         elif step in part.model_fields:
             if (part, step) not in ((Stages, "stages"), (Stage, "search")):
                 written.append(step)

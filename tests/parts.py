@@ -1,0 +1,35 @@
+"""Objectives, calibration tasks and Python functions in short, for tests that need no recipe around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from ecotone.fitness.kinds import CalibrationSettings, ObjectiveContext, ObjectiveSettings
+from ecotone.fitness.registry import AnyCalibration, AnyObjective
+from ecotone.settings import Call
+
+CPU = torch.device("cpu")
+
+_objectives: TypeAdapter[ObjectiveSettings] = TypeAdapter(AnyObjective)
+_tasks: TypeAdapter[CalibrationSettings] = TypeAdapter(AnyCalibration)
+
+
+def call(path: str, arguments: dict[str, Any] | None = None) -> Call:
+    return Call(call=path, arguments=arguments or {})
+
+
+def objective(name: str, kind: str = "accuracy", /, **fields: Any) -> ObjectiveSettings:
+    """Settings of that kind; what is not given has its default."""
+    return _objectives.validate_python({"name": name, "type": kind, **fields})
+
+
+def calibration(name: str, data: Call, loss: str = "entropy", **fields: Any) -> CalibrationSettings:
+    """A task's settings; what is not given has its default."""
+    return _tasks.validate_python({"name": name, "data": data, "loss": loss, **fields})
+
+
+def context(dtype: torch.dtype | None = None, tokenizer: Any = None, device: torch.device = CPU) -> ObjectiveContext:
+    return ObjectiveContext(device, dtype, None if tokenizer is None else str(tokenizer))
