@@ -5,17 +5,18 @@ import sys
 import numpy as np
 import pytest
 import torch
+from parts import call, objective
 from safetensors.torch import save_file, save_model
 from torch import nn
 
 from ecotone.fitness.backends import resident
 from ecotone.fitness.backends.resident import Resident
-from ecotone.fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Goal, Trial
+from ecotone.populations.trial import Trial
 
 pytestmark = pytest.mark.usefixtures("threads")
 MODULE = """
@@ -75,15 +76,15 @@ def folder(tmp_path, monkeypatch):
 
 
 def accuracy(name="acc", **arguments):
-    return ObjectiveSpec(Goal(name), data=CallSpec("worker_tested:data", arguments))
+    return objective(name, data=call("worker_tested:data", arguments))
 
 
-def function(name, call):
-    return ObjectiveSpec(Goal(name), "call", call=CallSpec(f"worker_tested:{call}"))
+def function(name, path):
+    return objective(name, "call", call=f"worker_tested:{path}")
 
 
 def nets(folder, **fields):
-    fields.setdefault("architecture", CallSpec("worker_tested:net"))
+    fields.setdefault("architecture", call("worker_tested:net"))
     fields.setdefault("search", (accuracy(),))
     return WorkerSpec((str(folder / "a.safetensors"), str(folder / "b.safetensors")), device="cpu", **fields)
 
@@ -250,16 +251,16 @@ def test_an_objective_that_spoils_the_weights_harms_no_other_candidate(folder, m
     ("fields", "words"),
     [
         (
-            {"architecture": CallSpec("worker_tested:net", {"hidden": 6})},
+            {"architecture": call("worker_tested:net", {"hidden": 6})},
             "0.bias: expected shape \\(5,\\).*found \\(6,\\)",
         ),
         (
-            {"architecture": CallSpec("worker_tested:deeper")},
+            {"architecture": call("worker_tested:deeper")},
             "its tensor '3.weight' of shape \\(3, 3\\) is in no check",
         ),
-        ({"architecture": CallSpec("worker_tested:tied")}, "expected a tensor '0.bias' of shape \\(5,\\)"),
-        ({"architecture": CallSpec("worker_tested:nothing")}, "to return a torch module, found dict"),
-        ({"architecture": CallSpec("worker_tested:nett")}, "architecture: .*Did you mean 'net'"),
+        ({"architecture": call("worker_tested:tied")}, "expected a tensor '0.bias' of shape \\(5,\\)"),
+        ({"architecture": call("worker_tested:nothing")}, "to return a torch module, found dict"),
+        ({"architecture": call("worker_tested:nett")}, "architecture: .*Did you mean 'net'"),
         ({"architecture": "auto"}, "'auto' needs a config.json"),
         ({"architecture": "net"}, "architecture: expected 'auto' or a function, found 'net'"),
         ({"dtype": "float33"}, "dtype: expected float32.*found 'float33'"),
@@ -300,7 +301,7 @@ def test_running_means_are_merged_and_counters_are_restored(folder, tmp_path, st
         save_file(net.state_dict(), paths[-1])
     sources = Sources.open(paths)
     genomes = [Genome.uniform(sources.layout.size, [0.25, 0.75]), Genome.uniform(sources.layout.size, [1.0, 0.0])]
-    made = Resident(sources, CallSpec("worker_tested:norm_net"), torch.device("cpu"), None, stack_bytes)
+    made = Resident(sources, call("worker_tested:norm_net"), torch.device("cpu"), None, stack_bytes)
     means = []
     for model in made.show(genomes):
         means.append(model[1].running_mean.clone())
@@ -324,7 +325,7 @@ def test_tied_weights_get_the_same_values_whether_or_not_the_architecture_ties_t
     assert sources.layout.size == 16
     genomes = [Genome.uniform(16, [0.5, 0.5]), Genome.uniform(16, [0.0, 1.0])]
     stack = next(iter(sources.stack(genomes).values()))
-    found = list(shown(sources, CallSpec("worker_tested:tied", {"tie": tie}), genomes, stack_bytes=stack_bytes))
+    found = list(shown(sources, call("worker_tested:tied", {"tie": tie}), genomes, stack_bytes=stack_bytes))
     for state, expected in zip(found, stack, strict=True):
         assert torch.equal(state["first.weight"], expected)
         assert torch.equal(state["second.weight"], expected)

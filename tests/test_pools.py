@@ -17,14 +17,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from parts import call, objective
 from safetensors.torch import save_file
 from torch import nn
 
 from ecotone.fitness.pools import Batch, SerialPool
-from ecotone.fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.populations.errors import CheckpointError, InputError, PoolError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Evaluation, Goal, Trial
+from ecotone.populations.trial import Evaluation, Trial
 
 HERE = str(Path(__file__).parent)
 MODULE = """
@@ -151,16 +152,16 @@ def make_pool(request):
         pool.close()
 
 
-def vectors(folder, call, **arguments):
+def vectors(folder, path, **arguments):
     paths = (str(folder / "va.safetensors"), str(folder / "vb.safetensors"))
-    objective = ObjectiveSpec(Goal("f"), "call", call=CallSpec(f"pools_tested:{call}", arguments))
-    return WorkerSpec(paths, search=(objective,), device="cpu", sys_path=(str(folder),))
+    scored = objective("f", "call", call=f"pools_tested:{path}", arguments=arguments)
+    return WorkerSpec(paths, search=(scored,), device="cpu", sys_path=(str(folder),))
 
 
 def nets(folder, **fields):
     paths = (str(folder / "a.safetensors"), str(folder / "b.safetensors"))
-    fields.setdefault("search", (ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:data")),))
-    return WorkerSpec(paths, architecture=CallSpec("pools_tested:net"), device="cpu", sys_path=(str(folder),), **fields)
+    fields.setdefault("search", (objective("acc", data=call("pools_tested:data")),))
+    return WorkerSpec(paths, architecture=call("pools_tested:net"), device="cpu", sys_path=(str(folder),), **fields)
 
 
 def batch(number, *firsts):
@@ -237,7 +238,7 @@ def test_an_objective_that_always_raises_fails_every_candidate_and_not_the_pool(
     [
         ({"experts": ("missing.safetensors",)}, CheckpointError, "missing.safetensors"),
         (
-            {"search": (ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:refuses")),)},
+            {"search": (objective("acc", data=call("pools_tested:refuses")),)},
             InputError,
             "objective 'acc': data: pools_tested:refuses\\(\\) raised ValueError: no data today",
         ),
@@ -313,8 +314,8 @@ def determined(folder):
     return nets(
         folder,
         search=(
-            ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:data")),
-            ObjectiveSpec(Goal("draws"), "call", call=CallSpec("pools_tested:draws")),
+            objective("acc", data=call("pools_tested:data")),
+            objective("draws", "call", call="pools_tested:draws"),
         ),
     )
 
@@ -473,8 +474,8 @@ def test_a_place_is_waited_for_and_told_of_and_opening_takes_what_it_takes(
         ray_pool(vectors(folder, "value"), 1, resources={"unicorn": 1.0}, start_timeout=2).start()
     [said] = [record.getMessage() for record in caplog.records if getattr(record, "event", "") == "waiting"]
     assert said.endswith("nodes have 4 CPU, 2 GPU, 0 unicorn. Waiting up to 2 s.")
-    data = CallSpec("pools_tested:opened", {"folder": str(tmp_path), "seconds": 4.0})
-    with ray_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=data),)), 1, start_timeout=2) as pool:
+    data = call("pools_tested:opened", {"folder": str(tmp_path), "seconds": 4.0})
+    with ray_pool(nets(folder, search=(objective("acc", data=data),)), 1, start_timeout=2) as pool:
         pool.start()
 
 
@@ -489,7 +490,7 @@ def test_a_pool_works_with_the_workers_that_have_a_place(folder, cluster):
 
 @pytest.mark.slow
 def test_workers_that_die_while_they_open_are_given_up(folder, cluster):
-    spec = nets(folder, search=(ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:dies")),))
+    spec = nets(folder, search=(objective("acc", data=call("pools_tested:dies")),))
     with pytest.raises(PoolError, match="2 workers in a row died while they opened the models"):
         ray_pool(spec, 1, attempts=2).start()
 
@@ -517,8 +518,8 @@ def test_each_worker_gets_its_share_of_a_logical_gpu(folder, cluster, workers, s
 
 
 def test_the_search_goes_on_while_a_worker_is_slow_to_open(tmp_path, folder, cluster):
-    data = CallSpec("pools_tested:dawdles", {"folder": str(tmp_path)})
-    with ray_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=data),)), 2) as pool:
+    data = call("pools_tested:dawdles", {"folder": str(tmp_path)})
+    with ray_pool(nets(folder, search=(objective("acc", data=data),)), 2) as pool:
         pool.start()
         for number in range(6):
             pool.submit(Batch(number, (Trial(number, genomes(1)[0]),)))
@@ -531,8 +532,8 @@ def test_a_worker_that_cannot_be_opened_is_tried_again_while_others_work(
     tmp_path, folder, cluster, caplog, monkeypatch, dies
 ):
     monkeypatch.setattr("ecotone.fitness.ray_pool._BACKOFF", 0.2)
-    data = CallSpec("pools_tested:opened", {"folder": str(tmp_path), "good": [0, 3], "dies": dies})
-    with ray_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=data),)), 1) as pool:
+    data = call("pools_tested:opened", {"folder": str(tmp_path), "good": [0, 3], "dies": dies})
+    with ray_pool(nets(folder, search=(objective("acc", data=data),)), 1) as pool:
         pool.start()
         pool.slots = 2
         pool._spawn()
@@ -551,7 +552,7 @@ def test_a_worker_that_cannot_be_opened_is_tried_again_while_others_work(
 
 @pytest.mark.slow
 def test_workers_that_die_while_they_read_the_models_are_given_up(folder, cluster):
-    spec = nets(folder, search=(ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:no_space")),))
+    spec = nets(folder, search=(objective("acc", data=call("pools_tested:no_space")),))
     with pytest.raises(PoolError, match="2 workers died while they read the models"):
         ray_pool(spec, 1, attempts=2).start()
 
