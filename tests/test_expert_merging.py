@@ -843,9 +843,9 @@ def test_a_layer_that_gives_no_tensor_fails_in_words():
 
 
 def test_a_task_without_more_words_is_drawn_to_the_expert_of_its_name():
-    task = calibration("left", function("inputs"), "distillation")
+    task = calibration("left", function("inputs"), "distillation", hidden=0.0)
     assert (task.expert, task.teacher) == (None, "left")
-    task.build(context(), 0).fits(nn.Linear(4, 3), ["right", "left"])
+    task.build(context(torch.float32), 0).fits(nn.Linear(4, 3), ["right", "left"])
 
 
 # -- recipes -------------------------------------------------------------------------------------------------
