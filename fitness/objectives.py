@@ -92,6 +92,7 @@ class Accuracy:
         labels: (N,) class numbers from 0.
         batch: Largest number of examples in one forward pass; the N examples are cut evenly.
         head: Makes the logits of the module's outputs; None takes the outputs, or their ``logits``.
+        classes: The fewest classes that logits must have; None is as many as the labels name.
 
     Raises:
         InputError: Inputs and labels do not fit each other, or batch is below 1.
@@ -102,12 +103,13 @@ class Accuracy:
     labels: Tensor
     batch: int = BATCH
     head: Head | None = None
+    classes: int | None = None
     _batches: Batches = field(init=False, repr=False)
     _classes: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_batches", _cut(Examples(self.inputs, self.labels), self.batch, self.goal))
-        object.__setattr__(self, "_classes", int(self.labels.max()) + 1)
+        object.__setattr__(self, "_classes", self.classes or int(self.labels.max()) + 1)
 
     def score(self, model: Any) -> Score:
         """Accuracy, with one bool an example. Logits with NaN make the score NaN.
@@ -132,7 +134,7 @@ class Accuracy:
         """The accuracy on these examples."""
         part = Examples(self.inputs, self.labels).rows(torch.from_numpy(numbers.copy()))
         assert part.labels is not None
-        return Accuracy(self.goal, part.inputs, part.labels, self.batch, self.head)
+        return Accuracy(self.goal, part.inputs, part.labels, self.batch, self.head, self._classes)
 
     def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
         """The share that is right."""
@@ -306,6 +308,8 @@ class CallableObjective:
 def _score_of(returned: Any) -> Score:
     value, per_example = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError("text is no number, even where it looks like one")
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(

@@ -67,7 +67,8 @@ def _own_settings(value: Any) -> Any:
 
 
 def _recorded(task: Any, handler: SerializerFunctionWrapHandler) -> Any:
-    return {**_ALWAYS_TOLD, **handler(task)}
+    told = handler(task)
+    return {**told, **{name: plain for name, plain in _ALWAYS_TOLD.items() if name not in told}}
 
 
 AnyObjective: TypeAlias = Annotated[ObjectiveSettings, Chosen(OBJECTIVES, "type")]

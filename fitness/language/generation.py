@@ -370,12 +370,12 @@ class ExactMatch:
 
 @contextmanager
 def same_model(objectives: Sequence[Objective]) -> Iterator[None]:
-    """Within, all objectives are scored on one model whose weights stay the same: what they share is made once."""
-    generators = {
-        id(one.generator): one.generator for one in objectives if isinstance(one, TokensGenerated | ExactMatch)
-    }
+    """Within, all objectives are scored on one model whose weights stay the same: those with one ``generator`` have it
+    write once.
+    """
+    generators = [getattr(one, "generator", None) for one in objectives]
     with ExitStack() as stack:
-        for generator in generators.values():
+        for generator in {id(one): one for one in generators if isinstance(one, Generator)}.values():
             stack.enter_context(generator.same_model())
         yield
 
