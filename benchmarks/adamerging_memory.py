@@ -45,13 +45,15 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from materialise import save
 
-from ecotone.fitness.gradients import calibration
-from ecotone.fitness.specs import CalibrationSpec, CallSpec, WorkerSpec
+from ecotone.fitness.gradients.calibration import EntropyLossSettings
+from ecotone.fitness.kinds import ObjectiveContext
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging import sources
 from ecotone.merging.kernel import compiled
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.trial import CalibrationBatch, Trial
+from ecotone.settings import Call
 
 CONTENDERS = (
     "ecotone",
@@ -155,14 +157,17 @@ class Head(nn.Module):
         return nn.functional.linear(outputs.last_hidden_state.mean(1), self.weight)
 
 
-def tasks(arguments: argparse.Namespace) -> tuple[CalibrationSpec, ...]:
+def tasks(arguments: argparse.Namespace) -> tuple[EntropyLossSettings, ...]:
     [count] = arguments.experts
     here = "adamerging_memory"
     return tuple(
-        CalibrationSpec(
-            f"task {number}",
-            CallSpec(f"{here}:tokens", {"task": number, "words": arguments.words, "length": arguments.length}),
-            head=CallSpec(f"{here}:Head", {"task": number, "width": arguments.width}),
+        EntropyLossSettings(
+            name=f"task {number}",
+            data=Call(
+                call=f"{here}:tokens",
+                arguments={"task": number, "words": arguments.words, "length": arguments.length},
+            ),
+            head=Call(call=f"{here}:Head", arguments={"task": number, "width": arguments.width}),
             batch=arguments.batch,
         )
         for number in range(count)
@@ -227,7 +232,8 @@ def textbook(arguments: argparse.Namespace, by_task: bool) -> tuple[Step, int]:
     encoder = transformers.BertModel.from_pretrained(directory / "0").eval().requires_grad_(False).to(device)
     base = dict(encoder.named_parameters())
     specs = tasks(arguments)
-    made = [calibration.build(spec, device, torch.float32) for spec in specs]
+    context = ObjectiveContext(device, torch.float32)
+    made = [settings.build(context, 0) for settings in specs]
     vectors = []
     for number in range(1, len(specs) + 1):
         expert = load_file(directory / str(number) / "model.safetensors")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -23,9 +23,9 @@ from pydantic import (
 )
 
 from ecotone.experiments.merge import Merge
-from ecotone.experiments.parts import LanguageObjective, Objective
 from ecotone.experiments.ready import recipe_file
 from ecotone.experiments.words import explained
+from ecotone.fitness.registry import AnyCalibration, AnyObjective
 from ecotone.fitness.runtime import Runtime
 from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
@@ -37,7 +37,6 @@ from ecotone.settings import PREPARED, Call, Part, with_files
 
 RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
 USUAL = "m2n2"  # the algorithm of a recipe that names none
-PATHS = ("data", "examples", "folder")  # fields of objectives of language models that name files
 
 
 class Models(Part):
@@ -79,8 +78,8 @@ class Objectives(Part):
         held_out: They score the front and the models on data that the search has not seen.
     """
 
-    search: tuple[Objective, ...] = Field(min_length=1)
-    held_out: tuple[Objective, ...] = ()
+    search: tuple[AnyObjective, ...] = Field(min_length=1)
+    held_out: tuple[AnyObjective, ...] = ()
 
     @model_validator(mode="after")
     def _unique(self) -> Objectives:
@@ -88,42 +87,6 @@ class Objectives(Part):
             names = [objective.name for objective in objectives]
             if len(set(names)) < len(names):
                 raise ValueError(f"{group}: expected objectives of different names, found {names}")
-        return self
-
-
-class Calibration(Part):
-    """A task that a gradient search learns coefficients on: a stream of batches, and the loss that is differentiated.
-
-    Attributes:
-        name: The task's name.
-        data: Returns the inputs, or (inputs, labels); labels are used by ``cross_entropy`` alone.
-        loss: ``entropy`` of the predictions, ``cross_entropy`` with the labels, or ``distillation``: how far logits and
-            hidden layers are from those of an expert (Expert Merging), which needs no labels.
-        head: As in objectives of type ``accuracy``.
-        batch: Examples in one batch.
-        expert: For ``distillation``: the name of the expert to be like; by default the one named as the task.
-        temperature: For ``distillation``: what logits are divided by.
-        hidden: For ``distillation``: weight of the hidden layers' mean squared error.
-        layers: For ``distillation``: which hidden layers: names of the architecture's modules, or positions in a
-            Hugging Face model's ``hidden_states``; by default the last of these, or the outputs that the head takes.
-    """
-
-    name: str
-    data: Call
-    loss: Literal["entropy", "cross_entropy", "distillation"] = "entropy"
-    head: Call | None = None
-    batch: int = Field(default=16, ge=1)
-    expert: str | None = None
-    temperature: float = Field(default=1.0, gt=0)
-    hidden: float = Field(default=1.0, ge=0)
-    layers: tuple[int | str, ...] | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _distils(self) -> Calibration:
-        plain = {"expert": None, "temperature": 1.0, "hidden": 1.0, "layers": None}
-        given = [name for name, value in plain.items() if getattr(self, name) != value]
-        if given and self.loss != "distillation":
-            raise ValueError(f"{given[0]}: belongs to loss: distillation, found loss: {self.loss}")
         return self
 
 
@@ -229,7 +192,7 @@ class Recipe(Part):
     budget: Budget
     prepare: Call | None = None
     merge: Merge = Merge()
-    calibration: tuple[Calibration, ...] = ()
+    calibration: tuple[AnyCalibration, ...] = ()
     search: Searches = Field(default_factory=lambda: SEARCHES.get(USUAL, "search").model_validate({"algorithm": USUAL}))
     scoring: Scoring = Scoring()
     seed: int = Field(default=0, ge=0)
@@ -314,9 +277,9 @@ class Recipe(Part):
                 "models.architecture: expected a function that returns the torch module which calibration "
                 "differentiates, found none; name it, or say auto for Hugging Face directories"
             )
-        operator, losses = operators.get(self.merge.operator), [task.loss for task in self.calibration]
+        operator = operators.get(self.merge.operator)
         for part in self.searches:
-            part.check(operator.name, operator.needs_base, losses)
+            part.check(operator.name, operator.needs_base, self.calibration)
 
     @classmethod
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -378,23 +341,10 @@ class Recipe(Part):
             }
         )
         objectives = Objectives.model_construct(
-            search=tuple(_with_paths(objective, resolved) for objective in self.objectives.search),
-            held_out=tuple(_with_paths(objective, resolved) for objective in self.objectives.held_out),
+            search=tuple(objective.with_paths(resolved) for objective in self.objectives.search),
+            held_out=tuple(objective.with_paths(resolved) for objective in self.objectives.held_out),
         )
         return with_files(self.model_copy(update={"models": models, "objectives": objectives}), resolved)
-
-
-def _with_paths(objective: Objective, resolved: Callable[[str], str]) -> Objective:
-    """The objective with the paths of its files made absolute."""
-    if not isinstance(objective, LanguageObjective):
-        return objective
-    given = {name: getattr(objective, name) for name in PATHS if getattr(objective, name, None) is not None}
-    return objective.model_copy(
-        update={
-            name: resolved(value) if isinstance(value, str) else tuple(map(resolved, value))
-            for name, value in given.items()
-        }
-    )
 
 
 def algorithm_of(record: Mapping[str, Any]) -> str:

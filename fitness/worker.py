@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from ecotone.fitness.backends.resident import Resident, stack_of
 from ecotone.fitness.callables import put_last
-from ecotone.fitness.gradients import calibration
+from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.language.generation import same_model
-from ecotone.fitness.objectives import Divisible, Model, Objective, Score, build, same_draws
+from ecotone.fitness.objectives import Model, same_draws
+from ecotone.fitness.protocol import CalibrationTask, Divisible, Objective, Score
 from ecotone.fitness.specs import WorkerSpec
+from ecotone.merging.models.checkpoint import located
 from ecotone.merging.placement import Free, Needs, settled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest
+from ecotone.populations.genome import Genome
 from ecotone.populations.samples import Sample
 from ecotone.populations.space import Space
 from ecotone.populations.trial import CalibrationBatch, Evaluation, Trial
@@ -85,18 +88,18 @@ class Worker:
         self._resident = Resident(
             self._sources, spec.architecture, self._device, kind, checkpointing=spec.checkpointing
         )
+        tokenizer = None if spec.tokenizer is None else str(located(spec.tokenizer))
+        context = ObjectiveContext(self._device, self._resident.dtype, tokenizer)
         self._objectives: dict[str, list[Objective]] = {
-            "search": [build(objective, self._device, self._resident.dtype) for objective in spec.search],
-            "held_out": [build(objective, self._device, self._resident.dtype) for objective in spec.held_out],
+            "search": [objective.build(context) for objective in spec.search],
+            "held_out": [objective.build(context) for objective in spec.held_out],
         }
         self._parts: dict[tuple[int, int, float, float], Objective] = {}  # by objective and part of a sample
         if spec.divided and (whole := [one for one in self._objectives["search"] if not isinstance(one, Divisible)]):
             raise _indivisible(whole[0])
         if spec.calibration and not isinstance(self._resident.model, nn.Module):
             raise InputError("calibration: expected a torch module to differentiate.", "Name an architecture.")
-        self._tasks = {
-            task.name: calibration.build(task, self._device, self._resident.dtype) for task in spec.calibration
-        }
+        self._tasks = {task.name: task.build(context, spec.seed) for task in spec.calibration}
         for task in self._tasks.values():
             task.fits(self._resident.model, self._sources.names)
 
@@ -150,9 +153,42 @@ class Worker:
             return [self._measure_group([trial])[0] for trial in trials]
         return evaluations
 
+    def try_out(self) -> None:
+        """Score the first expert, on one example of each objective that can be asked of one and on all of others.
+
+        Raises:
+            InputError: An objective cannot be computed, or its score is no finite number. The message names it.
+            WorkerBrokenError: As ``measure``.
+        """
+        seeds = self._sources.operator.seeds(len(self._sources.experts))
+        expert = Genome.uniform(self._sources.layout.size, seeds[0])
+        for objectives in self._objectives.values():
+            few = [one.subset(np.zeros(1, np.int64)) if isinstance(one, Divisible) else one for one in objectives]
+            found = self._scores(few, next(self._resident.show([expert])), time.perf_counter())
+            if isinstance(found, Evaluation):
+                assert found.failure is not None
+                raise InputError(
+                    found.failure.message,
+                    "It was tried out on the first expert, before any of the budget is spent.",
+                )
+
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
-        scores: dict[str, Score] = {}
         objectives = [self._part(objective, trial.sample) for objective in self._objectives[trial.subset]]
+        scores = self._scores(objectives, model, began)
+        if isinstance(scores, Evaluation):
+            return scores
+        if trial.sample is not None:
+            return self._joined(trial.sample, self._objectives[trial.subset], scores, began)
+        return Evaluation(
+            {name: score.value for name, score in scores.items()},
+            {name: score.per_example for name, score in scores.items() if score.per_example is not None},
+            seconds=time.perf_counter() - began,
+            items=sum(score.items for score in scores.values()),
+        )
+
+    def _scores(self, objectives: Sequence[Objective], model: Model, began: float) -> dict[str, Score] | Evaluation:
+        """What the objectives say of ``model``, by name; or the failure of the first that fails."""
+        scores: dict[str, Score] = {}
         with same_model(objectives):
             for objective in objectives:
                 name = objective.goal.name
@@ -163,14 +199,7 @@ class Worker:
                 if not math.isfinite(score.value):
                     return self._not_finite(f"objective {name!r}: expected a finite score, found {score.value}", began)
                 scores[name] = score
-        if trial.sample is not None:
-            return self._joined(trial.sample, self._objectives[trial.subset], scores, began)
-        return Evaluation(
-            {name: score.value for name, score in scores.items()},
-            {name: score.per_example for name, score in scores.items() if score.per_example is not None},
-            seconds=time.perf_counter() - began,
-            items=sum(score.items for score in scores.values()),
-        )
+        return scores
 
     def _part(self, objective: Objective, sample: Sample | None) -> Objective:
         """The objective on the examples of a sample that are to be scored now, made once."""
@@ -230,7 +259,7 @@ class Worker:
         seconds = time.perf_counter() - began
         return Evaluation(scores, seconds=seconds, items=items, details=details, gradient=gradient)
 
-    def _task(self, name: str) -> calibration.Task:
+    def _task(self, name: str) -> CalibrationTask:
         if name in self._tasks:
             return self._tasks[name]
         remedy = nearest(name, tuple(self._tasks)) if self._tasks else "The worker has no calibration tasks."

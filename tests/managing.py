@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ecotone.fitness.objectives import pooled_mean
 from ecotone.fitness.pools import Pool
+from ecotone.fitness.protocol import pooled_mean
 from ecotone.populations.journal import Journal
 from ecotone.populations.population import Population
 from ecotone.populations.trial import Evaluation, Goal, Trial

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from managing import begun, ended
+from parts import calibration, call, context, objective
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,11 +19,9 @@ from ecotone.experiments import compose
 from ecotone.experiments.recipe import Recipe
 from ecotone.fitness.backends.resident import Resident
 from ecotone.fitness.data import Examples
-from ecotone.fitness.gradients import calibration
-from ecotone.fitness.gradients.calibration import Distilled
-from ecotone.fitness.gradients.distillation import Behaviour, distance, observe
+from ecotone.fitness.gradients.distillation import Behaviour, DistillationSettings, Distilled, distance, observe
 from ecotone.fitness.pools import SerialPool
-from ecotone.fitness.specs import CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
@@ -75,7 +74,12 @@ def folder(tmp_path, monkeypatch):
 
 
 def function(name, **arguments):
-    return CallSpec(f"distillation_tested:{name}", arguments)
+    return call(f"distillation_tested:{name}", arguments)
+
+
+def wanted_of(name, expert=None, batch=16, **wanted):
+    """Settings of a task that is drawn to an expert."""
+    return DistillationSettings(name=name, data=call("m:f"), expert=expert, batch=batch, **wanted)
 
 
 def written(folder, name="net", dtype=torch.float64):
@@ -98,18 +102,18 @@ def spec_of(folder, name="net", dtype=torch.float64, **fields):
     base, *experts = written(folder, name, dtype)
     wanted = fields.pop("wanted", {})
     tasks = tuple(
-        CalibrationSpec(
+        calibration(
             expert,
             function("inputs", shift=0.5 * number),
             "distillation",
-            function("head") if name == "encoder" else None,
+            head=function("head") if name == "encoder" else None,
             batch=6,
-            distillation=Distillation(expert, **wanted),
+            **wanted,
         )
         for number, expert in enumerate(NAMES)
     )
-    objective = ObjectiveSpec(GOALS[0], data=function("data"), head=function("head") if name == "encoder" else None)
-    options = {"calibration": tasks, "search": (objective,), "operator": "task_arithmetic", **fields}
+    accuracy = objective("acc", data=function("data"), head=function("head") if name == "encoder" else None)
+    options = {"calibration": tasks, "search": (accuracy,), "operator": "task_arithmetic", **fields}
     return WorkerSpec(tuple(experts), base, architecture=function(name), device="cpu", **options)
 
 
@@ -175,7 +179,7 @@ def test_the_expert_itself_has_no_hidden_distance_and_its_own_entropy(folder, wa
             continue  # trimmed task vectors do not make the expert
         found = differentiated(worker, np.tile(np.eye(2)[number], (len(stored), 1)), task, step=1)
         stream = worker._tasks[task]
-        logits = observe(model, stream.batch(1).inputs, stream._head, Distillation(task, hidden=0.0)).logits
+        logits = observe(model, stream.batch(1).inputs, stream._head, wanted_of(task, hidden=0.0)).logits
         temperature = wanted.get("temperature", 1.0)
         said = torch.log_softmax(logits.double() / temperature, -1)
         entropy = -(said.exp() * said).sum(-1).mean().item() * temperature**2
@@ -243,7 +247,7 @@ class Functional(nn.Module):
 
 def stream_of(size=10, batch=4, **fields):
     examples = Examples(torch.randn(size, 3, generator=torch.Generator().manual_seed(1)))
-    return Distilled("a", examples, Distillation("left", hidden=0.0), batch=batch, **fields)
+    return Distilled(wanted_of("a", "left", batch, hidden=0.0), examples, **fields)
 
 
 @pytest.mark.parametrize(("size", "batch", "parts"), [(10, 4, 3), (10, 5, 2), (3, 1, 3), (5, 16, 1)])
@@ -318,9 +322,7 @@ def test_scores_between_gradients_are_those_of_the_merge_not_of_an_expert(folder
 
 
 def hugging_spec(paths, checkpointing=False, **wanted):
-    task = CalibrationSpec(
-        "texts", function("texts"), "distillation", batch=5, distillation=Distillation("left", **wanted)
-    )
+    task = calibration("texts", function("texts"), "distillation", batch=5, expert="left", **wanted)
     experts = tuple(map(str, paths[1:]))
     options = {"names": NAMES, "calibration": (task,), "device": "cpu", "checkpointing": checkpointing}
     return WorkerSpec(experts, str(paths[0]), "task_arithmetic", architecture="auto", **options)
@@ -734,7 +736,7 @@ def test_restored_in_the_middle_it_goes_on_the_same(at):
 def test_adamerging_learns_from_labels(folder):
     """The supervised path: cross-entropy on labelled batches, the same machinery."""
     spec = spec_of(folder)
-    labelled = tuple(CalibrationSpec(name, function("data"), "cross_entropy", batch=10) for name in NAMES)
+    labelled = tuple(calibration(name, function("data"), "cross_entropy", batch=10) for name in NAMES)
     spec = WorkerSpec(**{**vars(spec), "calibration": labelled})
     search = managed(spec, folder / "j.sqlite", make=AdaMerging, rate=0.05, steps=40, check_every=20)
     checks = search.report()["lines"][0]["checks"]
@@ -825,18 +827,13 @@ def test_mistakes_are_refused_in_words(settings, words):
         ("net", {}, "calibration 'left': layers: the model's outputs are its logits"),
         ("net", {"layers": (1,)}, "layers: expected names of modules (no Hugging Face model), found 1"),
         ("net", {"layers": ("1", "7")}, "layers: the model has no module '7'"),
-        ("net", {"hidden": -1.0}, "hidden: expected a number of at least 0, found -1.0"),
-        ("net", {"temperature": 0.0}, "temperature: expected a number above 0, found 0.0"),
     ],
 )
 def test_tasks_that_cannot_be_distilled_are_refused_before_the_first_batch(folder, name, wanted, words):
     spec = spec_of(folder, name)
-    tasks = [
-        CalibrationSpec("left", task.data, "distillation", distillation=Distillation(**{"expert": "left", **wanted}))
-        for task in spec.calibration[:1]
-    ]
+    tasks = tuple(calibration("left", task.data, "distillation", **wanted) for task in spec.calibration[:1])
     with pytest.raises(InputError) as caught:
-        Worker(WorkerSpec(**{**vars(spec), "calibration": tuple(tasks)}))
+        Worker(WorkerSpec(**{**vars(spec), "calibration": tasks}))
     assert words in str(caught.value)
 
 
@@ -861,12 +858,13 @@ def test_a_layer_that_gives_no_tensor_fails_in_words():
 
     for layer, words in (("odd", "odd: expected a tensor of real numbers"), ("idle", "did not use its module 'idle'")):
         with pytest.raises(InputError, match=words):
-            observe(Model(), torch.zeros(2, 3), None, Distillation("left", layers=(layer,)))
+            observe(Model(), torch.zeros(2, 3), None, wanted_of("left", layers=(layer,)))
 
 
 def test_a_task_without_more_words_is_drawn_to_the_expert_of_its_name():
-    spec = CalibrationSpec("left", function("inputs"), "distillation")
-    assert calibration.build(spec, CPU)._wanted == Distillation("left")
+    task = calibration("left", function("inputs"), "distillation", hidden=0.0)
+    assert (task.expert, task.teacher) == (None, "left")
+    task.build(context(torch.float32), 0).fits(nn.Linear(4, 3), ["right", "left"])
 
 
 # -- what it says of itself ----------------------------------------------------------------------------------
@@ -923,11 +921,12 @@ def test_with_chunks_its_segments_may_be_any():
 )
 def test_what_does_not_fit_it_is_refused(operator, needs_base, losses, words):
     settings = ExpertMergingSettings()
+    tasks = [calibration(f"task {i}", function("inputs"), loss) for i, loss in enumerate(losses)]
     if not words:
-        settings.check(operator, needs_base, losses)
+        settings.check(operator, needs_base, tasks)
         return
     with pytest.raises(ValueError, match=words):
-        settings.check(operator, needs_base, losses)
+        settings.check(operator, needs_base, tasks)
 
 
 # -- recipes -------------------------------------------------------------------------------------------------
@@ -959,8 +958,12 @@ def test_a_recipe_becomes_specs_and_a_search(folder):
     recipe = Recipe.from_record(record(models=models, search=search))
     assert Recipe.from_record(recipe.record()).signature == recipe.signature
     first, second = compose.worker_spec(recipe, None).calibration
-    assert first.distillation == Distillation("left", hidden=0.0)
-    assert second.distillation == Distillation("right", 2.0, 0.0, ("0", 1))
+    data = function("inputs")
+    assert first == DistillationSettings(name="left", data=data, hidden=0.0)
+    assert second == DistillationSettings(
+        name="all", data=data, expert="right", temperature=2.0, hidden=0.0, layers=("0", 1)
+    )
+    assert [task.teacher for task in (first, second)] == ["left", "right"]
     sources = Sources.open([left, right], base, "task_arithmetic")
     made, _ = compose.make_search(recipe, sources.space())
     assert isinstance(made, ExpertMerging)
@@ -983,6 +986,23 @@ def test_a_recipe_becomes_specs_and_a_search(folder):
         (
             {"calibration": [{"name": "left", "data": {"call": "a:b"}, "temperature": 2.0}]},
             "temperature: belongs to loss: distillation, found loss: entropy",
+        ),
+        (
+            {"calibration": [{"name": "left", "data": {"call": "a:b"}, "loss": "distillation", "hidden": -1.0}]},
+            "calibration[0].hidden: input should be greater than or equal to 0, found -1.0.",
+        ),
+        (
+            {"calibration": [{"name": "left", "data": {"call": "a:b"}, "loss": "distillation", "temperature": 0}]},
+            "calibration[0].temperature: input should be greater than 0, found 0.",
+        ),
+        (
+            {"calibration": [{"name": "left", "data": {"call": "a:b"}, "loss": "distilation"}]},
+            "calibration[0].loss: expected one of entropy, cross_entropy, distillation, found 'distilation'. "
+            "Did you mean 'distillation'?",
+        ),
+        (
+            {"calibration": [{"name": "left", "data": {"call": "a:b"}, "loss": "distillation", "temprature": 2}]},
+            "calibration[0].temprature: unknown key. Did you mean 'temperature'?",
         ),
         ({"search": {"algorithm": "expert_merging", "clamp": True}}, "search.clamp: unknown key"),
         ({"search": {"algorithm": "expert_merging", "granularity": "block"}}, "search.granularity"),
@@ -1017,7 +1037,7 @@ def test_the_ready_recipe():
     recipe = Recipe.from_yaml(file)
     assert compose.check_search(recipe)[0].coefficients is None
     worker = compose.worker_spec(recipe, Path("prepared"))
-    assert [task.distillation.expert for task in worker.calibration] == [task.name for task in recipe.calibration]
+    assert [task.teacher for task in worker.calibration] == [task.name for task in recipe.calibration]
     made, _ = compose.make_search(recipe, space_of())
     assert made.evaluations == 7 <= recipe.budget.evaluations
 

@@ -6,13 +6,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from parts import calibration, call, objective
 from safetensors.torch import save_file, save_model
 
 from ecotone.fitness.backends import activation_checkpointing as checkpointing
 from ecotone.fitness.backends import resident
 from ecotone.fitness.backends.resident import Resident
 from ecotone.fitness.pools import Batch, SerialPool
-from ecotone.fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging import gradient as gradients
 from ecotone.merging.gradient import Slopes
@@ -20,7 +21,7 @@ from ecotone.merging.kernel import compiled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Trial
+from ecotone.populations.trial import CalibrationBatch, Evaluation, Trial
 
 pytestmark = pytest.mark.usefixtures("threads")
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def architecture(name, **arguments):
-    return CallSpec(f"gradients_tested:{name}", arguments)
+    return call(f"gradients_tested:{name}", arguments)
 
 
 def written(folder, name, count, dtype=torch.float64, **arguments):
@@ -568,12 +569,12 @@ def test_checkpointing_is_for_models_that_have_it(folder):
 
 def spec_of(folder, dtype=torch.float64, **fields):
     paths = [str(path) for path in written(folder, "net", 3, dtype)]
-    objective = ObjectiveSpec(Goal("acc"), data=CallSpec("gradients_tested:data"))
+    accuracy = objective("acc", data=call("gradients_tested:data"))
     tasks = tuple(
-        CalibrationSpec(name, CallSpec("gradients_tested:data", {"scale": scale}), batch=6, **more)
+        calibration(name, call("gradients_tested:data", {"scale": scale}), batch=6, **more)
         for name, scale, more in (("sure", 1.0, {}), ("told", 2.0, {"loss": "cross_entropy"}))
     )
-    options = {"search": (objective,), "calibration": tasks, "architecture": architecture("net"), **fields}
+    options = {"search": (accuracy,), "calibration": tasks, "architecture": architecture("net"), **fields}
     return WorkerSpec(tuple(paths[1:]), paths[0], "task_arithmetic", device="cpu", **options)
 
 
@@ -712,7 +713,7 @@ def test_a_worker_without_tasks_says_so(folder):
 
 
 def test_objectives_that_spoil_weights_harm_no_gradient(folder):
-    spoils = ObjectiveSpec(Goal("s"), "call", call=CallSpec("gradients_tested:spoils"))
+    spoils = objective("s", "call", call="gradients_tested:spoils")
     worker = Worker(spec_of(folder, search=(spoils,)))
     genome = genome_of(worker._sources, "tensors")
     first, _, last = worker.measure([trial(0, genome, "sure"), trial(1, genome), trial(2, genome, "sure")])
@@ -730,9 +731,9 @@ def test_checkpointing_is_the_spec_s(folder):
 def worker_of(folder, name, head=None):
     """A worker with the objectives ``acc`` and ``odd``, and the calibration task ``t``."""
     paths = tuple(map(str, written(folder, name, 3)))
-    acc = ObjectiveSpec(Goal("acc"), data=architecture("data"))
-    odd = ObjectiveSpec(Goal("odd"), "call", call=architecture("forgets"))
-    task = CalibrationSpec("t", architecture("data"), head=head, batch=8)
+    acc = objective("acc", data=architecture("data"))
+    odd = objective("odd", "call", call="gradients_tested:forgets")
+    task = calibration("t", architecture("data"), head=head, batch=8)
     return Worker(
         WorkerSpec(
             *(paths[1:], paths[0], "task_arithmetic"),

@@ -358,10 +358,11 @@ PEAK = """
 import ctypes, json, sys, threading
 import numpy as np
 from ecotone.fitness.callables import call
-from ecotone.fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.objectives import CallSettings
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of, open_sources
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Goal, Trial
+from ecotone.populations.trial import Trial
 import torch
 
 def anonymous():
@@ -380,7 +381,7 @@ def merge(paths):
     return spec
 
 operator, small, large = sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(",")
-objectives = (ObjectiveSpec(Goal("length"), "call", call=CallSpec("builtins:len")),)
+objectives = (CallSettings(name="length", type="call", call="builtins:len"),)
 merge(small)  # imports and compiled loops are there
 ctypes.CDLL(None).malloc_trim(0)
 peak, stop = 0, threading.Event()

@@ -24,7 +24,8 @@ from ecotone.experiments import compose
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.report import search_report_text
 from ecotone.experiments.running import launch, resume
-from ecotone.fitness.objectives import Accuracy, Divisible, Entropy, pooled_mean
+from ecotone.fitness.objectives import Accuracy, Entropy
+from ecotone.fitness.protocol import Divisible, pooled_mean
 from ecotone.fitness.worker import Worker
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
