@@ -190,7 +190,7 @@ class Recipe(Part):
     objectives: Objectives
     budget: Budget
     prepare: Call | None = None
-    merge: Merge = Merge()
+    merge: Merge = Field(default_factory=Merge)
     calibration: tuple[AnyCalibration, ...] = ()
     search: Searches = Field(default_factory=lambda: SEARCHES.get(USUAL, "search").model_validate({"algorithm": USUAL}))
     scoring: Scoring = Scoring()
