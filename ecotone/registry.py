@@ -65,7 +65,7 @@ class Registry(Generic[Kind]):
         self._found: dict[str, Kind] = {}
         self._given: dict[str, Kind] = {}
 
-    def get(self, name: str, field: str) -> Kind:
+    def get(self, name: Any, field: str) -> Kind:
         """The kind of that name.
 
         Args:
@@ -76,6 +76,8 @@ class Registry(Generic[Kind]):
             InputError: There is none (the nearest name is given), two packages have one of that name, its package
                 cannot be imported, or it does not declare all that it must.
         """
+        if not isinstance(name, str):
+            raise InputError(f"{field}: expected one of {', '.join(self.names())}, found {name!r}.")
         if name in self._given:
             return self._given[name]
         if name not in self._found:
@@ -139,9 +141,8 @@ class Registry(Generic[Kind]):
             return kind  # type: ignore[no-any-return]
         points = self._others.get(name, [])
         if not points:
-            raise InputError(
-                f"{field}: expected one of {', '.join(self.names())}, found {name!r}.", nearest(name, self.names())
-            )
+            known = self.names()
+            raise InputError(f"{field}: expected one of {', '.join(known)}, found {name!r}.", nearest(name, known))
         if len(points) > 1:
             packages = " and ".join(f"{_package(point)} ({point.value})" for point in points)
             raise InputError(

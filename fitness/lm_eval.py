@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ecotone.extras import how_to_install
 from ecotone.fitness.kinds import ObjectiveContext, ObjectiveSettings
 from ecotone.fitness.protocol import Score, pooled_mean
 from ecotone.populations.errors import InputError, nearest
@@ -993,7 +994,7 @@ def _installed(where: str) -> Iterator[None]:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"{where}: type lm_eval needs lm-eval ({error}).", "pip install 'ecotone[language]'"
+            f"{where}: type lm_eval needs lm-eval ({error}).", f"`{how_to_install('language')}`."
         ) from error
     yield
 

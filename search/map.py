@@ -1,31 +1,40 @@
 """MAP: a front of merges from a few dozen evaluations, by way of quadratic surrogates.
 
-Li et al. 2024, "MAP: Low-compute model merging with amortized Pareto fronts via quadratic approximation". Three
-steps: measure a sampling design; fit a quadratic with a link to every objective; let NSGA-III (Deb and Jain 2014,
-from pymoo) find the front of the surrogates. Then, beyond the paper, a well-spread part of the predicted front is
-evaluated for real, so that the front is reported both as predicted and as measured.
+Li et al. 2024, "MAP: Low-compute model merging with amortized Pareto fronts via quadratic approximation". It has
+three steps, which the code names:
+
+1. Measure a sampling design.
+2. Fit a quadratic with a link to every objective.
+3. Let NSGA-III (Deb and Jain 2014, from pymoo) find the front of these surrogates.
+
+Beyond the paper, a well-spread part of the predicted front is scored, so that the report has the front both as
+predicted and as measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import scipy  # its parts are imported when they are used
 from numpy.typing import ArrayLike
-from scipy.spatial import KDTree
+from pydantic import Field
 from threadpoolctl import threadpool_limits
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import farthest_first, non_dominated
 from ecotone.populations.genome import Floats, Integers
+from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.designs import DesignName, sobol
 from ecotone.search.designs import design as planned
-from ecotone.search.nsga import lattice
-from ecotone.search.surrogates import Link, Links, Quadratic, checked_links, minimum, must_vary
+from ecotone.search.kinds import Context, Pair
+from ecotone.search.protocol import Search
+from ecotone.search.simplex import lattice
+from ecotone.search.surrogates import Link, Quadratic, SurrogateSettings, checked_links, minimum, must_vary
 
 Predict: TypeAlias = Callable[[Floats], Floats]  # (N, D) points to (N, M) oriented scores
 
@@ -36,35 +45,73 @@ LARGEST = 1000  # coefficients a surrogate may have
 OPTIMISER = 2_654_435_769  # spawn key of the optimiser's generator, with the number of its first trial
 
 
+class MapSettings(SurrogateSettings):
+    """MAP: a design, a quadratic surrogate of each objective, their front, and the part of it that is scored.
+
+    Attributes:
+        algorithm: ``map``.
+        samples: Points of the design; None means (D+1)(D+2), twice what determines a quadratic in D variables.
+        design: How these points are chosen: ``mixed``, ``sobol``, ``grid`` or ``random`` (``ecotone.search.designs``).
+        front: Members of the predicted front to score; None means what is left of the budget, or 20 without one.
+        margin: How far beyond the sampled points coefficients may be predicted, in shares of their extent; never
+            outside the box.
+        caution: Standard errors taken off each predicted score before fronts are compared: without it the front is
+            where the surrogates err most. Surrogates that fit exactly have none.
+    """
+
+    algorithm: Literal["map"] = "map"
+    design: DesignName = "mixed"
+    front: int | None = Field(default=None, ge=1)
+    margin: float = Field(default=0.1, ge=0)
+    caution: float = Field(default=1.0, ge=0)
+
+    def make(self, context: Context) -> Pair:
+        """The search, and an archive of the best."""
+        box, space = self.box(context), context.space
+        starts = self.first(box, context)
+        search = MapSearch(box, context.goals, context.seed, self, context.evaluations, space.seeds, starts)
+        return search, ElitistArchive(context.goals, self.archive)
+
+    def describe(self, search: Search | None, context: Context) -> str:
+        """The bounds, and how many samples the design has."""
+        samples = f"; {search.samples} samples before it proposes anything" if isinstance(search, MapSearch) else ""
+        return f"{super().describe(search, context)}{samples}"
+
+
 class MapSearch:
     """Plain MAP: a design, surrogates, their front, and the members of that front that are evaluated.
 
-    Failed points of the design are left out; only when fewer than (D+1)(D+2)/2 are left are they replaced, by points
-    drawn evenly. Members are taken in an order that stays well spread wherever it is cut, so a larger budget goes
-    on where a smaller one stopped.
+    Failed points of the design are left out. When fewer than (D+1)(D+2)/2 points remain, points drawn evenly replace
+    them. Members of the front are scored in an order that is well spread wherever it is cut, so a larger budget
+    continues where a smaller one stopped.
 
     Args:
         box: Where coefficients lie.
         goals: The objectives, two at least.
         seed: The recipe's seed.
-        design: ``mixed``, ``sobol``, ``grid`` or ``random``; see ``ecotone.search.designs``.
-        samples: Points of the design; None means (D+1)(D+2), twice what determines a quadratic.
-        links: ``auto``, one of ``sigmoid``, ``softplus`` and ``identity``, or one of these four by objective.
-            ``auto`` is sigmoid for maximised scores within [0, 1], softplus for minimised ones of at least 0.
-        evaluations: The budget, which must leave room beyond the design; None means none.
-        front: Members of the predicted front to evaluate; None means what is left of the budget, or 20 without.
-        margin: How far beyond the sampled points coefficients may be predicted, in shares of their extent; never
-            outside the box.
-        caution: Standard errors taken off each predicted score before fronts are compared: without it the front is
-            where the surrogates err most. Surrogates that fit exactly have none.
-        generations: Of NSGA-III.
-        filling: Rounds that fill the gaps in NSGA-III's front; with none, predicted hypervolumes are percents short.
+        settings: The design, the surrogates' links, and how the predicted front is found; None means the defaults.
+        evaluations: The budget, which must leave room beyond the design; None means no limit.
         seeds: (J, K) coefficients of the models themselves, for the mixed design; None means one-hot vectors.
         starts: (n, D) points to measure before the design, besides ``samples`` and ``evaluations``; those outside
             the box are left out.
+        generations: Of NSGA-III.
+        filling: Rounds that fill the gaps in NSGA-III's front; with none, predicted hypervolumes are percents short.
 
     Raises:
-        InputError: One objective only, too many variables, or too few samples or evaluations.
+        InputError: One objective only, too many variables, too few samples or evaluations, or links of no objective.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.map import MapSearch, MapSettings
+
+        archive = ElitistArchive(goals, capacity=20)
+        search = MapSearch(box, goals, 0, MapSettings(samples=20), evaluations=40, generations=20, filling=2)
+        while not search.done:
+            for trial in search.ask(4):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
+        members, gap = search.report()["members"], search.report()["gap"]  # as predicted and as measured
     """
 
     def __init__(
@@ -72,26 +119,22 @@ class MapSearch:
         box: CoefficientBox,
         goals: Sequence[Goal],
         seed: int,
-        design: DesignName = "mixed",
-        samples: int | None = None,
-        links: Links = "auto",
+        settings: MapSettings | None = None,
         evaluations: int | None = None,
-        front: int | None = None,
-        margin: float = 0.1,
-        caution: float = 1.0,
-        generations: int = GENERATIONS,
-        filling: int = FILLING,
         seeds: Floats | None = None,
         starts: ArrayLike | None = None,
+        generations: int = GENERATIONS,
+        filling: int = FILLING,
     ) -> None:
         self.box, self.goals, self.seed = box, tuple(goals), seed
-        self.samples = enough_samples(box, goals, samples, evaluations)
-        self.links, self.margin, self.caution = checked_links(links, goals), margin, caution
+        self.settings = settings = settings or MapSettings()
+        self.samples = enough_samples(box, goals, settings.samples, evaluations)
+        self.links = checked_links(settings.links, goals)
         self.generations, self.filling = generations, filling
-        rest = None if evaluations is None else evaluations - self.samples
-        self.front = (FRONT if rest is None else rest) if front is None else front
+        rest = FRONT if evaluations is None else evaluations - self.samples
+        self.front = rest if settings.front is None else settings.front
         first = box.inside(starts)
-        self._design = np.vstack([first, planned(design, self.samples, box, seed, seeds)])
+        self._design = np.vstack([first, planned(settings.design, self.samples, box, seed, seeds)])
         self._points: list[Floats] = []  # by trial number
         self._scores: dict[int, Floats | None] = {}  # (M,) as measured, by trial number; None is a failure
         self._measured = -1  # trials that the surrogates are fitted to; -1 before
@@ -147,10 +190,10 @@ class MapSearch:
         return head | self._surrogates().report(self._chosen, measured, numbers)
 
     def _next(self) -> Iterator[Floats]:
-        """What may be asked for now, in order."""
+        """The points that may be asked for now, in order."""
         asked = len(self._points)
         if asked < len(self._design):
-            yield from self._design[asked:]
+            yield from self._design[asked:]  # (step 1)
         elif self._chosen is not None:
             yield from self._chosen[asked - self._measured :]
         elif len(self._scores) == asked:
@@ -169,16 +212,16 @@ class MapSearch:
             values = np.array([self._scores[n] for n in numbers])
             for goal, column in zip(self.goals, values.T, strict=True):
                 must_vary(column, goal.name)
-            self._model = Surrogates.fit(points, values, self.goals, self.links)
+            self._model = Surrogates.fit(points, values, self.goals, self.links)  # (step 2)
         return self._model
 
     def _choose(self, measured: int) -> Floats:
         """(F, D) the part of the predicted front to evaluate."""
         model = self._surrogates()
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(measured, OPTIMISER)))
-        low, high = reach(model.points, self.box, self.margin)
-        points, scores = predicted_front(
-            lambda c: model.cautious(c, self.caution), low, high, rng, self.generations, self.filling
+        low, high = reach(model.points, self.box, self.settings.margin)
+        points, scores = predicted_front(  # (step 3)
+            lambda c: model.cautious(c, self.settings.caution), low, high, rng, self.generations, self.filling
         )
         return np.asarray(points[spread(scores, self.front)])
 
@@ -295,7 +338,7 @@ class Surrogates:
         return {g.name: float(e) if np.isfinite(e) else None for g, e in zip(self.goals, errors, strict=True)}
 
     def report(self, points: Floats, measured: Sequence[Floats | None], numbers: Sequence[int]) -> dict[str, Any]:
-        """What was predicted at (F, D) ``points`` beside what was measured there, and the errors of the models."""
+        """The scores predicted at (F, D) ``points`` beside those measured there, and the errors of the models."""
         names = [goal.name for goal in self.goals]
         predicted, errors = self.predict(points), self.std(points)
         members = [
@@ -443,7 +486,7 @@ def _between(points: Floats, scores: Floats, low: Floats, high: Floats, rng: np.
         return np.clip(near + 0.02 * (high - low) * rng.normal(size=near.shape), low, high)
     extent = np.ptp(scores, axis=0)
     scaled = scores / np.where(extent > 0, extent, 1.0)
-    distances, neighbours = KDTree(scaled).query(scaled, k=min(count, objectives + 1))
+    distances, neighbours = scipy.spatial.KDTree(scaled).query(scaled, k=min(count, objectives + 1))
     weights = (distances[:, -1] + 1e-12) ** (objectives - 1)
     parents = rng.choice(count, CHILDREN, p=weights / weights.sum())
     around = points[neighbours[parents]] - points[parents][:, None]  # (CHILDREN, neighbours, D)

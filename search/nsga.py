@@ -12,23 +12,63 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import Field
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import ranks
 from ecotone.populations.genome import Floats, Integers
+from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.kinds import Begins, Context, ModelsFirstBox, Needs, Pair
 from ecotone.search.protocol import trial_rng
+from ecotone.search.racing import RaceSettings, raced
+from ecotone.search.simplex import reference_directions
 
 Variant: TypeAlias = Literal["nsga2", "nsga3"]
 
 _TRIES = 8  # children bred anew because they equal a survivor or a trial in flight
+
+
+class NsgaSettings(ModelsFirstBox):
+    """NSGA-II or NSGA-III in steady state: each result counts from the next proposal on.
+
+    Attributes:
+        algorithm: ``nsga2`` (crowding distance), or ``nsga3`` (reference directions; two objectives or more).
+        population: Survivors that children are bred from; None means 20, or two an objective if that is more.
+        crossover: Probability that a child has coefficients of both parents.
+        crossover_index: Distribution index of the crossover: the larger, the nearer to a parent.
+        mutation: Probability that a coefficient mutates; None means 1/D.
+        mutation_index: Distribution index of the mutation: the larger, the smaller its steps.
+        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+    """
+
+    algorithm: Variant = "nsga2"
+    population: int | None = Field(default=None, ge=4)
+    crossover: float = Field(default=0.9, ge=0, le=1)
+    crossover_index: float = Field(default=20.0, ge=0)
+    mutation: float | None = Field(default=None, ge=0, le=1)
+    mutation_index: float = Field(default=20.0, ge=0)
+    race: RaceSettings | None = None
+
+    def needs(self) -> Needs:
+        """Reference directions have a meaning for two objectives or more."""
+        return Needs(objectives=2 if self.algorithm == "nsga3" else 1)
+
+    def begins(self) -> Begins:
+        """With merges that are scored in place of the models."""
+        return Begins()
+
+    def make(self, context: Context) -> Pair:
+        """The search, and an archive of the best."""
+        box = self.box(context)
+        search = Nsga(box, context.goals, context.seed, self, self.first(box, context))
+        archive = ElitistArchive(context.goals, self.archive)
+        return raced((search, archive), context, self.race, own_parents=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +91,23 @@ class Nsga:
         box: Where coefficients lie.
         goals: The M objectives.
         seed: The recipe's seed.
-        variant: ``nsga2`` (crowding distance), or ``nsga3`` (reference directions; two objectives or more).
-        population: Survivors kept, at least 4; None means ``default_population``.
-        crossover: Probability that a child has genes of both parents.
-        crossover_index: Distribution index of the crossover: the larger, the nearer to a parent.
-        mutation: Probability that a coefficient mutates; None means 1/D.
-        mutation_index: Distribution index of the mutation.
+        settings: Which of the two, its population, and how children are bred; None means the defaults.
         seeds: (n, D) points to score first, such as the models themselves; moved into the box.
 
     Raises:
-        InputError: NSGA-III with one objective, a population of less than 4, or seeds of another shape.
+        InputError: NSGA-III with one objective, or seeds of another shape.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.nsga import Nsga, NsgaSettings
+
+        archive = ElitistArchive(goals, capacity=20)
+        search = Nsga(box, goals, 0, NsgaSettings(algorithm="nsga3", population=12))
+        for _ in range(25):
+            for trial in search.ask(4):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
     """
 
     def __init__(
@@ -68,32 +115,23 @@ class Nsga:
         box: CoefficientBox,
         goals: Sequence[Goal],
         seed: int,
-        variant: Variant = "nsga2",
-        population: int | None = None,
-        crossover: float = 0.9,
-        crossover_index: float = 20.0,
-        mutation: float | None = None,
-        mutation_index: float = 20.0,
+        settings: NsgaSettings | None = None,
         seeds: ArrayLike | None = None,
     ) -> None:
         self.box = box
         self.goals = tuple(goals)
         self.seed = seed
-        self.variant: Variant = variant
-        self.population = default_population(len(self.goals)) if population is None else population
-        self.crossover = crossover
-        self.crossover_index = crossover_index
-        self.mutation = 1.0 / box.size if mutation is None else mutation
-        self.mutation_index = mutation_index
+        self.settings = settings = settings or NsgaSettings()
+        self.population = settings.population or default_population(len(self.goals))
+        self.mutation = 1.0 / box.size if settings.mutation is None else settings.mutation
         self.seeds = seed_points(box, seeds)
-        if self.population < 4:
-            raise InputError(f"search.population: expected at least 4, found {self.population}.")
-        if variant == "nsga3" and len(self.goals) < 2:
+        if settings.algorithm == "nsga3" and len(self.goals) < 2:
             raise InputError(
                 f"search.algorithm: nsga3 expects two objectives or more, found {len(self.goals)}.",
                 "For one objective use cma_es.",
             )
-        self.directions = reference_directions(len(self.goals), self.population) if variant == "nsga3" else None
+        directed = settings.algorithm == "nsga3"
+        self.directions = reference_directions(len(self.goals), self.population) if directed else None
         self._next = 0
         self._survivors: list[_Survivor] = []
         self._flying: dict[int, Floats] = {}
@@ -112,7 +150,7 @@ class Nsga:
         return [self._proposed(number) for number in range(self._next, self._next + n)]
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Put the trial to the survivors; when there are too many, the least of them leaves."""
+        """Add the trial to the survivors; when there are too many, the least of them leaves."""
         point = self._flying.pop(trial.number)
         if not evaluation.ok:
             self._forget(point)
@@ -167,12 +205,13 @@ class Nsga:
 
     def _child(self, rng: np.random.Generator) -> tuple[Floats, tuple[int, ...]]:
         """A child that equals no survivor and nothing in flight, if breeding some more gives one."""
+        settings = self.settings
         for _ in range(_TRIES):
             a, b = self._parents(rng)
             child = self._survivors[a].point
-            if rng.random() < self.crossover:
-                child = simulated_binary(rng, child, self._survivors[b].point, self.box, self.crossover_index)
-            child = polynomial(rng, child, self.box, self.mutation, self.mutation_index)
+            if rng.random() < settings.crossover:
+                child = simulated_binary(rng, child, self._survivors[b].point, self.box, settings.crossover_index)
+            child = polynomial(rng, child, self.box, self.mutation, settings.mutation_index)
             if child.tobytes() not in self._known:
                 break
         return child, (self._survivors[a].number, self._survivors[b].number)
@@ -186,7 +225,7 @@ class Nsga:
     def _parents(self, rng: np.random.Generator) -> tuple[int, int]:
         """Two different survivors."""
         count = len(self._survivors)
-        if self.variant == "nsga3":
+        if self.settings.algorithm == "nsga3":
             a, b = rng.choice(count, 2, replace=False)
             return int(a), int(b)
         a = self._tournament(rng)
@@ -299,7 +338,7 @@ def polynomial(rng: np.random.Generator, point: Floats, box: CoefficientBox, rat
 
 
 def crowding(points: Floats) -> Floats:
-    """(N,) crowding distance of each of the ``points`` (N, M) of one front; infinite at its ends (Deb et al. 2002)."""
+    """(N,) crowding distance (Deb et al. 2002) of each of the ``points`` (N, M) of one front; infinite at its ends."""
     if len(points) < 3:  # there are only ends
         return np.full(len(points), np.inf if (points[0] != points[-1]).any() else 0.0)
     distance = np.zeros(len(points))
@@ -307,33 +346,13 @@ def crowding(points: Floats) -> Floats:
         order = np.argsort(column, kind="stable")
         width = column[order[-1]] - column[order[0]]
         if width > 0:
-            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / width
+            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / width  # (section III-B)
             distance[order[[0, -1]]] = np.inf
     return distance
 
 
-def reference_directions(objectives: int, count: int) -> Floats:
-    """(H, M) directions spread evenly over the unit simplex, as many as fit into ``count`` (but at least M).
-
-    The lattice of Das and Dennis 1998; when it is too coarse to have a point inside, what is left of ``count``
-    goes to a second lattice shrunk to half its size (Deb and Jain 2014, section IV-A).
-    """
-    outer = _divisions(objectives, count)
-    directions = _lattice(objectives, outer)
-    room = count - len(directions)
-    if outer >= objectives or room < objectives:
-        return directions
-    inner = 0.5 * lattice(objectives, room) + 0.5 / objectives
-    return np.unique(np.concatenate([directions, inner]), axis=0)
-
-
-def lattice(objectives: int, count: int) -> Floats:
-    """(H, M) the finest lattice of Das and Dennis 1998 on the unit simplex of at most ``count`` points (at least M)."""
-    return _lattice(objectives, _divisions(objectives, count))
-
-
 def most_redundant(costs: Floats, rank: Integers, directions: Floats) -> int:
-    """The point of the last front that NSGA-III's niching (Deb and Jain 2014, section IV-E) would not take.
+    """The point of the last front that NSGA-III's niching (Deb and Jain 2014) would not take.
 
     Points are normalised and joined to their nearest direction; of the direction that has most of them the
     farthest point of the last front goes. Where the paper draws lots, distance decides.
@@ -344,13 +363,13 @@ def most_redundant(costs: Floats, rank: Integers, directions: Floats) -> int:
         directions: (H, M) as from ``reference_directions``.
     """
     units = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    normal = costs / intercepts(costs, rank)
+    normal = costs / intercepts(costs, rank)  # (section IV-C)
     along = normal @ units.T
     distance = np.sqrt(np.maximum((normal**2).sum(axis=1, keepdims=True) - along**2, 0.0))
-    niche = distance.argmin(axis=1)
+    niche = distance.argmin(axis=1)  # (section IV-D)
     crowd = np.bincount(niche, minlength=len(units))
     last = np.flatnonzero(rank == rank.max())
-    keys = [(crowd[niche[i]], distance[i, niche[i]], i) for i in last]
+    keys = [(crowd[niche[i]], distance[i, niche[i]], i) for i in last]  # (section IV-E)
     return int(max(keys)[2])
 
 
@@ -369,22 +388,6 @@ def intercepts(costs: Floats, rank: Integers) -> Floats:
         found = front
     found = np.where(np.isfinite(found), np.minimum(found, worst), worst) if (found > 1e-6).all() else front
     return np.where(found > 1e-6, found, np.where(worst > 1e-6, worst, 1.0))
-
-
-def _divisions(objectives: int, count: int) -> int:
-    """The most divisions of an axis whose lattice has at most ``count`` points; at least 1."""
-    divisions = 1
-    while objectives > 1 and comb(divisions + objectives, objectives - 1) <= count:
-        divisions += 1
-    return divisions
-
-
-def _lattice(objectives: int, divisions: int) -> Floats:
-    """(H, M) all points of the unit simplex whose coordinates are multiples of 1 / divisions."""
-    slots = divisions + objectives - 1
-    bars = np.array(list(combinations(range(slots), objectives - 1)), np.int64)  # stars and bars
-    edges = np.hstack([np.full((len(bars), 1), -1), bars, np.full((len(bars), 1), slots)])
-    return (np.diff(edges, axis=1) - 1) / divisions
 
 
 def _table(rows: Sequence[Floats], columns: int) -> Floats:
