@@ -294,7 +294,7 @@ def test_validate_tells_lines_steps_and_checks(tmp_path: Path) -> None:
         ({"calibration": []}, "calibration: adamerging learns on tasks given there, found none"),
         ({"search": {"algorithm": "random"}}, r"calibration: random does not use it .*found \['task 0', 'task 1'\]"),
         ({"calibration.1.name": "task 0"}, "calibration: expected tasks of different names"),
-        ({"calibration.0.loss": "entrpy"}, r"calibration\[0\]\.loss: input should be .entropy., .* found .entrpy."),
+        ({"calibration.0.loss": "entrpy"}, r"calibration\[0\]\.loss: expected one of entropy, .* found 'entrpy'\. Did"),
         ({"calibration.0.batch": 0}, r"calibration\[0\]\.batch"),
         ({"search.rate": 0}, r"search\.adamerging\.rate|search\.rate"),
         ({"search.groups": 2}, "search: groups: expected granularity: groups with it, found granularity: tensor"),
