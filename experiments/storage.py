@@ -50,8 +50,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from ecotone.populations.database import locked
 from ecotone.populations.errors import EcotoneError, JournalError
-from ecotone.populations.journal import Journal, locked
+from ecotone.populations.journal import Journal
 
 JOURNAL = "journal.sqlite"
 FILES = (JOURNAL, "recipe.yaml", "tracking.json", "log.jsonl")

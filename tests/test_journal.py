@@ -17,7 +17,8 @@ import pytest
 
 from ecotone.populations.errors import JournalError
 from ecotone.populations.genome import Genome
-from ecotone.populations.journal import FORMAT, Event, Journal
+from ecotone.populations.journal import Event, Journal
+from ecotone.populations.migrations import FORMAT
 from ecotone.populations.trial import CalibrationBatch, Evaluation, Failure, Trial
 
 
@@ -406,7 +407,7 @@ def test_a_journal_of_a_later_format(path: Path) -> None:
     with Journal.open(path, write=True) as journal:
         journal.note("format", str(FORMAT + 1))
     with pytest.raises(
-        JournalError, match=rf"expected journal format {FORMAT}, found {FORMAT + 1}.*version that wrote it"
+        JournalError, match=rf"newer Ecotone \(format {FORMAT + 1}; this one reads up to {FORMAT}\)\. Update Ecotone"
     ):
         Journal.open(path)
 
