@@ -3,7 +3,7 @@
 The journal is the checkpoint. A resumed search is rebuilt by replaying it, so nothing else has to be saved,
 and nothing in it is a pickle. Tables:
 
-- ``facts``: text by key (recipe, state, versions, elapsed seconds).
+- ``facts``: what is known of the run as a whole, as text by name (``ecotone.populations.facts``).
 - ``events``: the order of things: ``ask`` (a batch of trials was proposed) and ``tell`` (a batch was learned).
 - ``trials``: number, batch, genome, digest, parents; of those that want a gradient, ``calibration``: tasks, step and
   weights; of those that are scored on a sample, ``stop``: the share of the examples that it reaches.
@@ -26,7 +26,7 @@ import json
 import sqlite3
 import struct
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from ecotone.populations.database import connected, explained, is_locked, locked
 from ecotone.populations.errors import JournalError
+from ecotone.populations.facts import CREATED, FORMAT_OF, Fact, Note, Value
 from ecotone.populations.genome import Genome
 from ecotone.populations.migrations import FORMAT, create, current
 from ecotone.populations.rows import (
@@ -98,8 +99,8 @@ class Journal:
         self._depth = 0
 
     @classmethod
-    def create(cls, path: str | Path, facts: Mapping[str, str]) -> Journal:
-        """A new journal that holds ``facts``; the file must not exist."""
+    def create(cls, path: str | Path, notes: Iterable[Note] = ()) -> Journal:
+        """A new journal that says ``notes`` of its run; the file must not exist."""
         file = Path(path)
         if file.exists():
             raise JournalError(
@@ -110,7 +111,7 @@ class Journal:
             lock = locked(file)
             try:
                 journal = cls(file, connected(file, write=True), lock)
-                journal._begin(facts)
+                journal._begin(notes)
                 journal._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # synced: a power cut leaves a journal
             except BaseException:  # leave no half journal behind: another attempt would be refused
                 for suffix in ("", "-wal", "-shm"):
@@ -139,11 +140,11 @@ class Journal:
                 raise
         return journal
 
-    def _begin(self, facts: Mapping[str, str]) -> None:
+    def _begin(self, notes: Iterable[Note]) -> None:
         with self.transaction():
             create(self._connection)
-            for key, value in {"format": str(FORMAT), "created": str(time.time()), **facts}.items():
-                self.note(key, value)
+            for note in (FORMAT_OF.note(FORMAT), CREATED.note(time.time()), *notes):
+                self._keep(note)
 
     def close(self) -> None:
         """Close the file and let the next writer in."""
@@ -179,10 +180,13 @@ class Journal:
             finally:
                 self._depth -= 1
 
-    def note(self, key: str, value: str) -> None:
+    def note(self, fact: Fact[Value], value: Value) -> None:
         """Set a fact."""
+        self._keep(fact.note(value))
+
+    def _keep(self, note: Note) -> None:
         with explained(self.path):
-            self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
+            self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", note)
 
     def asked(self, batch: int, requested: int, trials: Sequence[Trial]) -> None:
         """Record that ``ask(requested)`` proposed ``trials``, which make up batch number ``batch``."""
@@ -247,11 +251,10 @@ class Journal:
 
     # -- reading -----------------------------------------------------------------------------------------
 
-    def fact(self, key: str) -> str | None:
-        """The fact noted under ``key``, or None."""
-        row = self._rows("SELECT value FROM facts WHERE key = ?", (key,))
-        found = next(iter(row), None)
-        return None if found is None else str(found[0])
+    def fact(self, fact: Fact[Value]) -> Value | None:
+        """The value of a fact, or None where it was never noted."""
+        row = next(iter(self._rows("SELECT value FROM facts WHERE key = ?", (fact.name,))), None)
+        return None if row is None else fact.read(str(row[0]))
 
     def events(self) -> list[Event]:
         """All events, in order."""

@@ -1,8 +1,8 @@
 """Formats of the journal: the tables of today's, and the steps that bring older ones up to it.
 
-Each step is a small function on a connection. It rebuilds the tables that change, so that a migrated journal has the same
-tables as a new one. All steps that a journal needs are one transaction: a killed process leaves the old journal or the
-new one. The table ``facts`` says the format, so it is the same in every format.
+Each step is a small function on a connection. It rebuilds the tables that change, so that a migrated journal has the
+same tables as a new one. All steps that a journal needs are one transaction: a killed process leaves the old journal
+or the new one. The table ``facts`` says the format, so it is the same in every format.
 """
 
 from __future__ import annotations

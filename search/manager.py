@@ -27,6 +27,7 @@ from threadpoolctl import threadpool_limits
 
 from ecotone.fitness.pools import Batch, Completed, Pool
 from ecotone.populations.errors import JournalError, PoolError, SearchError
+from ecotone.populations.facts import ELAPSED
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Event, Journal
 from ecotone.populations.pareto import ParetoFront
@@ -173,7 +174,7 @@ class Manager:
                     self._advance(results)
                 else:
                     self._observe(self.progress)
-            self.journal.note("elapsed", repr(self.progress.elapsed))
+            self.journal.note(ELAPSED, self.progress.elapsed)
             return self._finished()
 
     def drain(self) -> None:
@@ -197,7 +198,7 @@ class Manager:
                     _log_batch("told", batch)
                     self._ask_more()
             self._keep_residuals()
-            self.journal.note("elapsed", repr(self.progress.elapsed))
+            self.journal.note(ELAPSED, self.progress.elapsed)
         self._noted = self.progress.elapsed
         self._submit()
         self.progress.in_flight = self._waiting
@@ -399,7 +400,7 @@ class Manager:
         events = self.journal.events()
         if not events:
             return
-        self.progress.elapsed = self._noted = float(self.journal.fact("elapsed") or 0.0)
+        self.progress.elapsed = self._noted = self.journal.fact(ELAPSED) or 0.0
         self._stored = self.journal.kept()
         ahead: dict[int, Evaluation] = {}  # read and not told: as many as were in flight, not the whole journal
         with closing(self.journal.batches()) as asked, closing(self.journal.evaluations()) as stored:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from html import unescape
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ecotone.experiments.compare import compare, search_seconds
 from ecotone.experiments.pages import page
 from ecotone.experiments.runs import Run, front_rows, reference_point
 from ecotone.populations.errors import InputError
+from ecotone.populations.facts import Note
 from ecotone.populations.fronts import non_dominated
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal, Row
@@ -64,7 +66,7 @@ def write_run(
             return Evaluation.failed("exception", "no luck")
         return Evaluation({name: float(value) for (name, _), value in zip(goals, point, strict=True)})
 
-    with Journal.create(directory / "journal.sqlite", record) as journal:
+    with Journal.create(directory / "journal.sqlite", starmap(Note, record.items())) as journal:
         for number, point in enumerate(points):
             trial = Trial(number, genomes(number))
             journal.asked(number, 1, [trial])

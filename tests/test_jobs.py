@@ -37,6 +37,7 @@ from ecotone.experiments.jobs import JobServer
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch
 from ecotone.experiments.runs import Run
+from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, PoolError
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -267,7 +268,7 @@ def test_a_resumed_job_finds_what_travelled_elsewhere(tmp_path: Path) -> None:
     known = Run(run).status()
     assert (known["evaluations"], known["failures"], known["state"]) == (60, 0, "finished")
     with Run(run).journal() as journal:
-        assert str(old) not in str(journal.fact("recipe")) + str(journal.fact("sys_path"))
+        assert str(old) not in str(journal.fact(facts.RECIPE)) + str(journal.fact(facts.SYS_PATH))
 
 
 def test_a_head_that_was_just_started_is_waited_for(client: Remembering, monkeypatch: pytest.MonkeyPatch) -> None:

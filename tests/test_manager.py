@@ -20,6 +20,7 @@ from managing import begun, ended, of_sample
 from numpy.typing import NDArray
 
 from ecotone.fitness.pools import Batch, Completed
+from ecotone.populations import facts
 from ecotone.populations.errors import JournalError, PoolError, SearchError
 from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
@@ -339,7 +340,7 @@ def test_a_budget_of_seconds_stops_asking_and_tells_the_rest(tmp_path: Path) -> 
         told = [event for event in manager.journal.events() if event.kind == "tell"]
         asked = [event for event in manager.journal.events() if event.kind == "ask"]
         assert len(told) == len(asked) > 5
-        assert float(manager.journal.fact("elapsed") or 0) >= 20.0
+        assert (manager.journal.fact(facts.ELAPSED) or 0) >= 20.0
     # Resumed, the seconds of the first stretch count.
     idle = Simulated()
     later = managed("m2n2", tmp_path / "j.sqlite", idle, schedule, clock=lambda: 0.0)
@@ -478,7 +479,7 @@ def test_time_that_passes_without_results_is_written_down(tmp_path: Path) -> Non
     with manager.journal, pytest.raises(Crash):
         manager.run()
     with Journal.open(tmp_path / "j.sqlite") as journal:
-        assert 120 < float(journal.fact("elapsed") or 0) <= 200
+        assert 120 < (journal.fact(facts.ELAPSED) or 0) <= 200
 
 
 def test_the_observer_can_end_a_wait(tmp_path: Path) -> None:
@@ -542,7 +543,7 @@ def test_draining_waits_for_the_grace_and_no_longer(grace: float, tmp_path: Path
     assert pool.now == pytest.approx(5 + grace)
     with Journal.open(path) as journal:
         asked = [event for event in journal.events() if event.kind == "ask"]
-        assert float(journal.fact("elapsed") or 0) == pytest.approx(5 + grace)
+        assert (journal.fact(facts.ELAPSED) or 0) == pytest.approx(5 + grace)
     assert len(asked) == 3
     second = Simulated()
     carried_out("random", path, second)
@@ -870,7 +871,7 @@ def test_only_members_and_front_keep_their_dense_weights(tmp_path: Path) -> None
 def test_measuring_pays_for_each_merge_once(tmp_path: Path) -> None:
     genomes = [Genome.uniform(SIZE, [i / 10, 1.0]) for i in range(5)]
     again = [genomes[0].split(3), *genomes[1:3]]
-    with Journal.create(tmp_path / "j.sqlite", {}) as journal:
+    with Journal.create(tmp_path / "j.sqlite") as journal:
         pool = Simulated(0)
         found = measure(pool, journal, [*genomes, *again], "held_out", batch=2)
         assert set(found) == {genome.digest for genome in genomes}
@@ -897,7 +898,7 @@ def test_a_measurement_that_comes_twice_or_is_of_the_search_counts_once(tmp_path
         wrong = [Evaluation.failed("exception", "late") for _ in found]
         return [(of_the_search, wrong), (batch, found), (batch, wrong)]
 
-    with Journal.create(tmp_path / "j.sqlite", {}) as journal:
+    with Journal.create(tmp_path / "j.sqlite") as journal:
         found = measure(Altered(again), journal, genomes, "held_out", batch=2)
     assert [found[genome.digest].scores for genome in genomes] == [scored(Trial(0, one)).scores for one in genomes]
 

@@ -16,6 +16,7 @@ from test_manager import GOALS, SPACE, Crash, Simulated, scored
 from ecotone.experiments.checks import validate
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
+from ecotone.populations import facts
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats
 from ecotone.populations.journal import Journal
@@ -283,9 +284,9 @@ def test_recipes_that_are_refused(others: dict[str, Any], message: str, tmp_path
     assert str(caught.value).startswith(message)
 
 
-def facts(path: Path) -> tuple[str, Any]:
+def outcome(path: Path) -> tuple[str, Any]:
     with Journal.open(path / "journal.sqlite") as journal:
-        return journal.digest(), json.loads(journal.fact("report") or "null")
+        return journal.digest(), journal.fact(facts.REPORT)
 
 
 def test_a_real_run_and_one_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +295,7 @@ def test_a_real_run_and_one_that_was_stopped(tmp_path: Path, monkeypatch: pytest
     texts = {finding.subject: finding.text for finding in validate(recipe)}
     assert texts["search"] == "m2n2: one child in 2 takes 3 steps on 2 tasks before it is scored"
     run = launch(recipe, tmp_path / "run", folders=(str(tmp_path / "a"),))
-    digest, report = facts(run.directory)
+    digest, report = outcome(run.directory)
     learned = report["refined"]
     assert len(learned) >= 9
     assert all(record["failure"] == "" for record in learned)
@@ -303,7 +304,7 @@ def test_a_real_run_and_one_that_was_stopped(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         launch(stopping, tmp_path / "stopped", folders=(str(tmp_path / "b"),))
     resume(tmp_path / "stopped")
-    assert facts(tmp_path / "stopped") == (digest, report)
+    assert outcome(tmp_path / "stopped") == (digest, report)
 
 
 def test_a_refined_stage(tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ def test_a_refined_stage(tmp_path: Path) -> None:
     stages = [{"algorithm": "map", "evaluations": 16, "samples": 12}, M2N2_REFINED | {"granularity": "tensor"}]
     recipe = Recipe.from_yaml(toy_recipe(tmp_path, search=stages, budget={"evaluations": 32}))
     run = launch(recipe, tmp_path / "run", folders=(str(tmp_path),))
-    _, report = facts(run.directory)
+    _, report = outcome(run.directory)
     second = report["stages"][1]
     assert second["evaluations"] == 16
     with run.journal() as journal:

@@ -23,6 +23,7 @@ from ecotone.experiments.compose import make_search
 from ecotone.experiments.recipe import Recipe, Stages
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import Run
+from ecotone.populations import facts
 from ecotone.populations.errors import InputError, JournalError, SearchError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
@@ -570,7 +571,7 @@ QUICK = [{"algorithm": "nsga2", "evaluations": 16}, ADA | {"starts": 2}]
 
 def outcome_of(path: Path) -> tuple[str, Any]:
     with Journal.open(path / "journal.sqlite") as journal:
-        return journal.digest(), json.loads(journal.fact("report") or "null")
+        return journal.digest(), journal.fact(facts.REPORT)
 
 
 def test_map_then_adamerging_on_real_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,7 +587,7 @@ def test_map_then_adamerging_on_real_models(tmp_path: Path, monkeypatch: pytest.
     starts = report["stages"][1]["starts"]
     assert report["stages"][1]["evaluations"] == 2 * len(starts)
     with run.journal() as journal:
-        assert journal.fact("algorithm") == "map+adamerging"
+        assert journal.fact(facts.ALGORITHM) == "map+adamerging"
         rows = {row.number: row for row in journal.rows()}
         for line, number in zip(report["stages"][1]["report"]["lines"], starts, strict=True):
             start = journal.trial(number).genome
