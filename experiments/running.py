@@ -25,6 +25,7 @@ from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
 from ecotone.populations.space import Space
+from ecotone.populations.trial import Scores
 from ecotone.search.manager import Manager, Observer, Progress, measure
 
 Notify = Callable[[str], None]
@@ -183,12 +184,12 @@ def _judge(recipe: Recipe, journal: Journal, pool: Pool, space: Space) -> None:
     for name, genome in _references(recipe, space):
         journal.refer(name, genome)
     references = [genome for _, genome in journal.references()]
-    measure(pool, journal, references, "search", batch)
+    measure(pool, journal, references, Scores(), batch)
     if recipe.objectives.held_out:
         goals = compose.goals_of(recipe.objectives.search)
         rows = front_rows(list(journal.rows()), goals)
         genomes = [journal.trial(row.number).genome for row in rows]
-        measure(pool, journal, [*references, *genomes], "held_out", batch)
+        measure(pool, journal, [*references, *genomes], Scores("held_out"), batch)
 
 
 def _references(recipe: Recipe, space: Space) -> Iterator[tuple[str, Genome]]:

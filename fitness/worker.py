@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -26,7 +26,7 @@ from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest
 from ecotone.populations.samples import Sample
 from ecotone.populations.space import Space
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Trial
+from ecotone.populations.trial import Evaluation, Gradient, Scores, Trial, Wish
 
 
 class WorkerBrokenError(PoolError):
@@ -100,6 +100,11 @@ class Worker:
         for task in self._tasks.values():
             task.fits(self._resident.model, self._sources.names)
 
+        self._measures: dict[type[Wish], Callable[[Sequence[Trial]], list[Evaluation]]] = {
+            Scores: self._scored,
+            Gradient: self._differentiated,
+        }
+
     def _place(self) -> None:
         """Settle where the sources are kept, before anything is."""
         spec, device = self._spec, self._device
@@ -113,7 +118,7 @@ class Worker:
         return self._sources.space(self._spec.dense)
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
-        """One evaluation a trial, in order: scores, or for trials with a calibration batch losses and their gradient.
+        """One evaluation a trial, in order, of what the trial wants.
 
         A trial that cannot be measured has a failure; the others are unaffected.
 
@@ -121,16 +126,16 @@ class Worker:
             WorkerBrokenError: One has broken the GPU's context, as an assertion in a kernel does. Make another worker
                 in another process.
         """
+        runs = groupby(trials, lambda trial: type(trial.wants))
+        return [evaluation for wish, run in runs for evaluation in self._measures[wish](list(run))]
+
+    def _scored(self, trials: Sequence[Trial]) -> list[Evaluation]:
         group = self._resident.group
-        evaluations: list[Evaluation] = []
-        for batch, run in groupby(trials, lambda trial: trial.calibration):
-            together = list(run)
-            if batch is not None:
-                evaluations += [self._differentiate(trial, batch) for trial in together]
-                continue
-            for start in range(0, len(together), group):
-                evaluations += self._measure_group(together[start : start + group])
-        return evaluations
+        groups = [trials[start : start + group] for start in range(0, len(trials), group)]
+        return [evaluation for some in groups for evaluation in self._measure_group(some)]
+
+    def _differentiated(self, trials: Sequence[Trial]) -> list[Evaluation]:
+        return [self._differentiate(trial, trial.gradient) for trial in trials if trial.gradient is not None]
 
     def _measure_group(self, trials: Sequence[Trial]) -> list[Evaluation]:
         """Trials whose weights are merged in one pass, or one by one if that fails."""
@@ -152,7 +157,9 @@ class Worker:
 
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
         scores: dict[str, Score] = {}
-        objectives = [self._part(objective, trial.sample) for objective in self._objectives[trial.subset]]
+        assert isinstance(trial.wants, Scores)
+        whole, sample = self._objectives[trial.wants.subset], trial.wants.sample
+        objectives = [self._part(objective, sample) for objective in whole]
         with same_model(objectives):
             for objective in objectives:
                 name = objective.goal.name
@@ -163,8 +170,8 @@ class Worker:
                 if not math.isfinite(score.value):
                     return self._not_finite(f"objective {name!r}: expected a finite score, found {score.value}", began)
                 scores[name] = score
-        if trial.sample is not None:
-            return self._joined(trial.sample, self._objectives[trial.subset], scores, began)
+        if sample is not None:
+            return self._joined(sample, whole, scores, began)
         return Evaluation(
             {name: score.value for name, score in scores.items()},
             {name: score.per_example for name, score in scores.items() if score.per_example is not None},
@@ -200,7 +207,7 @@ class Worker:
         items, seconds = sum(score.items for score in found.values()), time.perf_counter() - began
         return Evaluation(scores, per_example, None, seconds, items, errors=errors if sample.partial else {})
 
-    def _differentiate(self, trial: Trial, batch: CalibrationBatch) -> Evaluation:
+    def _differentiate(self, trial: Trial, batch: Gradient) -> Evaluation:
         began = time.perf_counter()
         name, details, items = batch.tasks[0], dict[str, float](), 0
 
