@@ -21,12 +21,14 @@ from ecotone.fitness.gradients import calibration
 from ecotone.fitness.language.generation import same_model
 from ecotone.fitness.objectives import Divisible, Model, Objective, Score, build, same_draws
 from ecotone.fitness.specs import WorkerSpec
+from ecotone.fitness.statistics.gather import Gatherer, NotFiniteError
+from ecotone.fitness.statistics.kinds import Data
 from ecotone.merging.placement import Free, Needs, settled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest
 from ecotone.populations.samples import Sample
 from ecotone.populations.space import Space
-from ecotone.populations.trial import Evaluation, Gradient, Scores, Trial, Wish
+from ecotone.populations.trial import Evaluation, Gradient, Scores, Statistics, Trial, Wish
 
 
 class WorkerBrokenError(PoolError):
@@ -100,9 +102,11 @@ class Worker:
         for task in self._tasks.values():
             task.fits(self._resident.model, self._sources.names)
 
+        self._gatherer = Gatherer(self._sources, self._resident, spec.architecture, self._data)
         self._measures: dict[type[Wish], Callable[[Sequence[Trial]], list[Evaluation]]] = {
             Scores: self._scored,
             Gradient: self._differentiated,
+            Statistics: self._gathered,
         }
 
     def _place(self) -> None:
@@ -236,6 +240,23 @@ class Worker:
             return self._not_finite(f"{where}: expected a finite gradient, found NaN or infinity", began)
         seconds = time.perf_counter() - began
         return Evaluation(scores, seconds=seconds, items=items, details=details, gradient=gradient)
+
+    def _gathered(self, trials: Sequence[Trial]) -> list[Evaluation]:
+        return [self._gather(trial, trial.wants) for trial in trials if isinstance(trial.wants, Statistics)]
+
+    def _gather(self, trial: Trial, wants: Statistics) -> Evaluation:
+        began, where = time.perf_counter(), f"statistics {wants.kind}"
+        try:
+            found = self._gatherer.evaluate(trial.genome, wants)
+        except NotFiniteError as error:
+            return self._not_finite(f"{where}: {error}", began)
+        except (Exception, SystemExit) as error:
+            return _failed(where, error, began)
+        return replace(found, seconds=time.perf_counter() - began)
+
+    def _data(self, name: str) -> Data:
+        task = self._task(name)
+        return Data(name, task.examples, task.head)
 
     def _task(self, name: str) -> calibration.Task:
         if name in self._tasks:

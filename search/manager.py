@@ -458,8 +458,8 @@ def _same(a: Batch, b: Batch) -> bool:
     return a is b or _key(a) == _key(b)
 
 
-def _key(batch: Batch) -> list[tuple[int, str]]:
-    return [(trial.number, trial.genome.digest) for trial in batch.trials]
+def _key(batch: Batch) -> list[tuple[int, str, Wish]]:
+    return [(trial.number, trial.genome.digest, trial.wants) for trial in batch.trials]
 
 
 def _all_failed(progress: Progress) -> SearchError:
@@ -475,7 +475,12 @@ def _all_failed(progress: Progress) -> SearchError:
 
 
 def measure(
-    pool: Pool, journal: Journal, genomes: Iterable[Genome], wants: Wish, batch: int, *, again: bool = False
+    pool: Pool,
+    journal: Journal,
+    genomes: Iterable[Genome],
+    wants: Wish,
+    batch: int,
+    keep: Callable[[Evaluation], bool] = lambda evaluation: True,
 ) -> dict[str, Evaluation]:
     """Measure genomes outside the search, each once: what the journal has, or the search scored, is not paid again.
 
@@ -485,14 +490,14 @@ def measure(
         genomes: The merges; equal ones are measured once.
         wants: Scores on the search's objectives or on the held-out ones, or statistics.
         batch: Genomes measured together.
-        again: Measure those again that failed.
+        keep: Which of the evaluations in the journal are kept; the others are measured again.
 
     Returns:
         Evaluations by genome digest.
     """
     wanted = {genome.digest: genome for genome in genomes}
     known = {digest: journal.measurement(digest, wants) for digest in wanted}
-    done = {digest: found for digest, found in known.items() if found is not None and not (again and found.failure)}
+    done = {digest: found for digest, found in known.items() if found is not None and keep(found)}
     if wants == Scores():
         done |= _scored_already(journal, [genome for digest, genome in wanted.items() if digest not in done])
     missing = [Trial(i, wanted[digest], wants=wants) for i, digest in enumerate(d for d in wanted if d not in done)]
