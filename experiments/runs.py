@@ -106,7 +106,7 @@ class Run:
                 "evaluations": len(rows),
                 "samples": sum(row.partial for row in everything),
                 "gradients": sum(row.gradient is not None for row in everything),
-                "statistics": sum(row.statistics is not None for row in everything),
+                "statistics": sum(row.statistics is not None for row in everything) + len(journal.statistics()),
                 "budget": journal.fact(facts.BUDGET) or {},
                 "failures": len(failed),
                 "last_failure": _in_words(failed[-1].failure) if failed else None,

@@ -66,8 +66,8 @@ def gather(
 ) -> list[ModelStatistics]:
     """Gather statistics of models, or go on where an earlier call ended.
 
-    What the journal in ``out`` has, and the cache of this machine holds undamaged, is not gathered again; of what failed
-    another attempt is made.
+    Statistics that the journal in ``out`` has, and the cache of this machine holds undamaged, are not gathered again.
+    Those that failed are tried again. ``out`` may be the directory of a run of the same recipe that is not going on.
 
     Args:
         recipe: Names the models and the calibration tasks.
@@ -92,11 +92,8 @@ def gather(
         space = pool.start()
         genomes = dict(_genomes(recipe, space, models))
         with _journal(Path(out) / JOURNAL, recipe, space, paths) as journal:
-            for name, genome in genomes.items():
-                journal.refer(name, genome)
             notify(f"Gathering {wants.kind} of {', '.join(genomes)} ...")
             found = measure(pool, journal, genomes.values(), wants, 1, _held(cache))
-            journal.note(facts.STATE, "finished")
     return [_told(name, genome, found[genome.digest], cache) for name, genome in genomes.items()]
 
 
@@ -142,17 +139,14 @@ def _journal(file: Path, recipe: Recipe, space: Space, paths: tuple[str, ...]) -
                 facts.GEOMETRY.note(space.gram.prefix[-1].tolist()),
                 facts.VERSIONS.note(compose.versions()),
                 facts.SYS_PATH.note(paths),
-                facts.STATE.note("running"),
+                facts.STATE.note("finished"),  # there is no search to be gone on with
             ],
         )
     journal = Journal.open(file, write=True)
     try:
         if journal.fact(facts.SIGNATURE) != recipe.signature:
-            raise InputError(
-                f"{file.parent}: statistics of another recipe, or a run, are there.", "Choose another --out."
-            )
+            raise InputError(f"{file.parent}: another recipe's journal is there.", "Choose another --out.")
         same_models(journal, space)
-        journal.note(facts.STATE, "running")
     except BaseException:
         journal.close()
         raise

@@ -354,6 +354,11 @@ class Journal:
         query = f"SELECT {COLUMNS} FROM measurements WHERE digest = ? AND wants = ?"
         return next((evaluation_of(row) for row in self._rows(query, (digest, wish_text(wants)))), None)
 
+    def statistics(self) -> list[tuple[str, Wish, Evaluation]]:
+        """Statistics that were gathered outside the search: the genome's digest, the wish, and what came back."""
+        rows = self._rows(f"SELECT digest, wants, {COLUMNS} FROM measurements WHERE statistics IS NOT NULL")
+        return [(digest, wish_of(wants), evaluation_of(row)) for digest, wants, *row in rows]
+
     def examples(self, subset: Subset) -> dict[str, int]:
         """By objective, on how many examples the scores stand; those are missing that give none by example."""
         query = "SELECT shapes FROM measurements WHERE wants = ? AND shapes IS NOT NULL LIMIT 1"
