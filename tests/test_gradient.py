@@ -20,7 +20,7 @@ from ecotone.merging.kernel import compiled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Evaluation, Goal, Gradient, Trial
+from ecotone.populations.trial import Evaluation, Goal, Gradient, Scores, Trial
 
 pytestmark = pytest.mark.usefixtures("threads")
 CPU = torch.device("cpu")
@@ -578,7 +578,7 @@ def spec_of(folder, dtype=torch.float64, **fields):
 
 
 def trial(number, genome, task=None, step=0):
-    return Trial(number, genome, calibration=None if task is None else Gradient.of(task, step))
+    return Trial(number, genome, wants=Scores() if task is None else Gradient.of(task, step))
 
 
 def same(one, two):
