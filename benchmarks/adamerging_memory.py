@@ -45,6 +45,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from materialise import save
 
+from ecotone.fitness.backends.resident import ResidentSettings
 from ecotone.fitness.gradients.calibration import EntropyLossSettings
 from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.specs import WorkerSpec
@@ -187,7 +188,7 @@ def ecotone(arguments: argparse.Namespace, name: str) -> tuple[Step, int]:
         "task_arithmetic",
         architecture="auto",
         calibration=specs,
-        checkpointing=name.endswith("checkpointing"),
+        backend=ResidentSettings(checkpointing=name.endswith("checkpointing")),
         device=arguments.device,
         threads=arguments.threads,
         sources="mapped" if name.endswith("streamed") else "auto",

@@ -170,8 +170,8 @@ def write_questions(directory: Path, length: int, vocabulary: list[str], argumen
     context = ObjectiveContext(torch.device("cpu"), tokenizer=str(directory / "0"))
     asked = MultipleChoiceSettings(name="sure", type="multiple_choice", **settings).build(context)
     worker = worker_of(directory, "multiple_choice", settings, arguments)
-    genome = Genome.uniform(worker._resident._sources.layout.size, [1 / EXPERTS] * EXPERTS)
-    likelihoods = asked.likelihoods(next(worker._resident.show([genome]))).reshape(-1, CHOICES)
+    genome = Genome.uniform(worker._backend._sources.layout.size, [1 / EXPERTS] * EXPERTS)
+    likelihoods = asked.likelihoods(next(worker._backend.show([genome]))).reshape(-1, CHOICES)
     ordered = np.sort(likelihoods, axis=1)
     for number in np.flatnonzero(rng.random(len(made)) < 0.5).tolist():  # or no model would know more than chance
         made[number]["answer"] = int(likelihoods[number].argmax())
@@ -255,7 +255,7 @@ class Ways:
         return clock, value, right
 
     def _ours(self, worker: Worker, genome: Genome, clock: Clock) -> tuple[float, list[bool]]:
-        shown = worker._resident.show
+        shown = worker._backend.show
 
         def show(genomes: Sequence[Genome]) -> Iterator[Any]:
             with lap(clock, "materialise"):
@@ -265,7 +265,7 @@ class Ways:
                     model = next(models)
                 yield model
 
-        with patch.object(worker._resident, "show", show):
+        with patch.object(worker._backend, "show", show):
             [evaluation] = worker.measure([Trial(0, genome)])
         if evaluation.failure:
             raise RuntimeError(evaluation.failure.message + evaluation.failure.details)

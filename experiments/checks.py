@@ -58,6 +58,7 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
     yield from _functions(recipe)
     yield from _workers(recipe)
     assert composition.operator
+    yield Finding("scoring", f"{recipe.scoring.backend}: {recipe.scoring.describe()}")
     if not composition.prepared:
         yield Finding("models", "not written yet: the preparation step makes them when the recipe is run")
         yield from _search(composition)

@@ -12,6 +12,8 @@ REGISTRIES = {
     "operators": "ecotone.merging.operators:OPERATORS",
     "objectives": "ecotone.fitness.registry:OBJECTIVES",
     "losses": "ecotone.fitness.registry:LOSSES",
+    "backends": "ecotone.fitness.backends.registry:BACKENDS",
+    "statistics": "ecotone.fitness.statistics.kinds:STATISTICS",
     "formats": "ecotone.merging.models.formats:FORMATS",
 }
 

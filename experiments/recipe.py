@@ -25,6 +25,8 @@ from pydantic import (
 from ecotone.experiments.merge import Merge
 from ecotone.experiments.ready import recipe_file
 from ecotone.experiments.words import explained
+from ecotone.fitness.backends import registry
+from ecotone.fitness.backends.registry import BACKENDS, AnyScoring
 from ecotone.fitness.registry import AnyCalibration, AnyObjective
 from ecotone.fitness.runtime import Runtime
 from ecotone.merging.models.hub import is_repository
@@ -98,40 +100,6 @@ Searches: TypeAlias = Annotated[
 ]
 
 
-class Scoring(Part):
-    """How candidates are scored; floating-point results depend on it, so it is part of the signature.
-
-    Attributes:
-        batch: Candidates asked for and scored together.
-        in_flight: The most candidates asked for and not yet learned from, in all; two batches unless said otherwise.
-            Strict order keeps workers busy with two to three batches for each, as the slow ones hold up what is asked.
-        order: ``strict`` learns in the order of asking, so that results depend on the recipe alone;
-            ``arrival`` learns at once, for the highest use of workers.
-        threads: CPU threads a worker computes with.
-        device: ``auto`` takes a GPU when the worker has one.
-        checkpointing: Compute activations again on the way back of a gradient instead of keeping them: less memory,
-            more time (Hugging Face models only).
-    """
-
-    batch: int = Field(default=8, ge=1)
-    in_flight: int | None = Field(default=None, ge=1)
-    order: Literal["strict", "arrival"] = "strict"
-    threads: int = Field(default=1, ge=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _room(self) -> Scoring:
-        if self.in_flight is not None and self.in_flight < self.batch:
-            raise ValueError(f"in_flight: expected at least batch ({self.batch}), found {self.in_flight}")
-        return self
-
-    @property
-    def window(self) -> int:
-        """The most candidates in flight: two batches unless said otherwise."""
-        return 2 * self.batch if self.in_flight is None else self.in_flight
-
-
 class Budget(Part):
     """When to stop: after so many evaluations, so many seconds, or whichever comes first.
 
@@ -193,7 +161,7 @@ class Recipe(Part):
     merge: Merge = Field(default_factory=Merge)
     calibration: tuple[AnyCalibration, ...] = ()
     search: Searches = Field(default_factory=lambda: SEARCHES.get(USUAL, "search").model_validate({"algorithm": USUAL}))
-    scoring: Scoring = Scoring()
+    scoring: AnyScoring = Field(default_factory=lambda: BACKENDS.get(registry.USUAL, "scoring").model_validate({}))
     seed: int = Field(default=0, ge=0)
     runtime: Runtime = Runtime()
     tracking: Tracking = Tracking()
@@ -270,6 +238,11 @@ class Recipe(Part):
         if names and not learning:
             raise ValueError(
                 f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does), found {names}"
+            )
+        if learning and not self.scoring.gradients():
+            raise ValueError(
+                f"scoring.backend: {learning[0].algorithm} follows gradients, found {self.scoring.backend}, which has "
+                "none; use resident"
             )
         if learning and self.models.architecture is None:
             raise ValueError(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ecotone.fitness.backends.base import ScoringSettings
+from ecotone.fitness.backends.resident import ResidentSettings
 from ecotone.fitness.kinds import CalibrationSettings, ObjectiveSettings
 from ecotone.merging.placement import Wish
 from ecotone.settings import Call
@@ -30,8 +32,7 @@ class WorkerSpec:
         divided: Whether trials may ask for some of the examples of the search's objectives (``Divisible``).
         calibration: Tasks of gradient trials.
         seed: Of the order in which their examples come.
-        checkpointing: Compute activations again on the way back instead of keeping them (Hugging Face models only):
-            less memory and more time for a gradient trial.
+        backend: Makes what shows candidates to the objectives.
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
         dtype: Name of the resident model's dtype (``bfloat16``). None is the checkpoints' own, whatever type the
             architecture is made in (float32 when they mix types), so that what is scored is what can be exported.
@@ -57,7 +58,7 @@ class WorkerSpec:
     divided: bool = False
     calibration: tuple[CalibrationSettings, ...] = ()
     seed: int = 0
-    checkpointing: bool = False
+    backend: ScoringSettings = field(default_factory=ResidentSettings)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: str | None = None
     threads: int = 1

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ecotone.fitness.backends.resident import Resident, stack_of
+from ecotone.fitness.backends.base import BackendContext
 from ecotone.fitness.callables import put_last
 from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.language.generation import same_model
@@ -61,12 +61,11 @@ def needs_of(spec: WorkerSpec, sources: Sources, device: torch.device, *, settin
         InputError: The spec's type is none.
     """
     kind = _kind(spec, sources)
-    stack = stack_of(sources.layout, kind, batch=spec.batch)
-    return sources.memory.needs(device, kind, spec.threads, stack, settings)
+    return spec.backend.needs(sources, device, kind, spec.threads, spec.batch, settings=settings)
 
 
 class Worker:
-    """Holds the sources, one resident model, objectives and calibration tasks; measures one batch after the other.
+    """Holds the sources, a backend that shows merges, objectives and calibration tasks; measures batch after batch.
 
     What it says of a trial depends on the spec alone: not on earlier trials, on its batch or on the process.
     The number of CPU threads is set for the whole process.
@@ -87,11 +86,9 @@ class Worker:
         self._sources = open_sources(spec)
         self._place()
         kind = _kind(spec, self._sources)
-        self._resident = Resident(
-            self._sources, spec.architecture, self._device, kind, checkpointing=spec.checkpointing
-        )
+        self._backend = spec.backend.make(BackendContext(self._sources, spec.architecture, self._device, kind))
         tokenizer = None if spec.tokenizer is None else str(located(spec.tokenizer))
-        context = ObjectiveContext(self._device, self._resident.dtype, tokenizer)
+        context = ObjectiveContext(self._device, self._backend.dtype, tokenizer)
         self._objectives: dict[str, list[Objective]] = {
             "search": [objective.build(context) for objective in spec.search],
             "held_out": [objective.build(context) for objective in spec.held_out],
@@ -99,13 +96,13 @@ class Worker:
         self._parts: dict[tuple[int, int, float, float], Objective] = {}  # by objective and part of a sample
         if spec.divided and (whole := [one for one in self._objectives["search"] if not isinstance(one, Divisible)]):
             raise _indivisible(whole[0])
-        if spec.calibration and not isinstance(self._resident.model, nn.Module):
+        if spec.calibration and not isinstance(self._backend.model, nn.Module):
             raise InputError("calibration: expected a torch module to differentiate.", "Name an architecture.")
         self._tasks = {task.name: task.build(context, spec.seed) for task in spec.calibration}
         for task in self._tasks.values():
-            task.fits(self._resident.model, self._sources.names)
+            task.fits(self._backend.model, self._sources.names)
 
-        self._gatherer = Gatherer(self._sources, self._resident, spec.architecture, self._data)
+        self._gatherer = Gatherer(self._sources, self._backend, spec.architecture, self._data)
         self._measures: dict[type[Wish], Callable[[Sequence[Trial]], list[Evaluation]]] = {
             Scores: self._scored,
             Gradient: self._differentiated,
@@ -137,7 +134,7 @@ class Worker:
         return [evaluation for wish, run in runs for evaluation in self._measures[wish](list(run))]
 
     def _scored(self, trials: Sequence[Trial]) -> list[Evaluation]:
-        group = self._resident.group
+        group = self._backend.group
         groups = [trials[start : start + group] for start in range(0, len(trials), group)]
         return [evaluation for some in groups for evaluation in self._measure_group(some)]
 
@@ -149,7 +146,7 @@ class Worker:
         evaluations: list[Evaluation] = []
         began = time.perf_counter()
         try:
-            models = self._resident.show([trial.genome for trial in trials])
+            models = self._backend.show([trial.genome for trial in trials])
             shared = (time.perf_counter() - began) / len(trials)
             for trial in trials:
                 began = time.perf_counter() - shared
@@ -173,7 +170,7 @@ class Worker:
         expert = Genome.uniform(self._sources.layout.size, seeds[0])
         for objectives in self._objectives.values():
             few = [one.subset(np.zeros(1, np.int64)) if isinstance(one, Divisible) else one for one in objectives]
-            found = self._scores(few, next(self._resident.show([expert])), time.perf_counter())
+            found = self._scores(few, next(self._backend.show([expert])), time.perf_counter())
             if isinstance(found, Evaluation):
                 assert found.failure is not None
                 raise InputError(
@@ -254,8 +251,8 @@ class Worker:
 
         try:
             for name in batch.tasks:
-                self._task(name).prepare(batch.step, self._resident.expert)
-            values, gradient = self._resident.gradient(trial.genome, losses, batch.weights)
+                self._task(name).prepare(batch.step, self._backend.expert)
+            values, gradient = self._backend.gradient(trial.genome, losses, batch.weights)
         except (Exception, SystemExit) as error:
             return _failed(f"calibration {name!r}", error, began)
         scores = dict(zip(batch.tasks, values, strict=True))
@@ -293,7 +290,7 @@ class Worker:
         raise InputError(f"expected a calibration task of that name, found {name!r}.", remedy)
 
     def _not_finite(self, found: str, began: float) -> Evaluation:
-        tensor = self._resident.not_finite()
+        tensor = self._backend.not_finite()
         cause = f"the merged weights hold NaN or infinity ({tensor})" if tensor else "the merged weights are finite"
         return Evaluation.failed("not finite", f"{found}; {cause}.", seconds=time.perf_counter() - began)
 

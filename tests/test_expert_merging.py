@@ -17,7 +17,7 @@ from torch import nn
 
 from ecotone.experiments import compose
 from ecotone.experiments.recipe import Recipe
-from ecotone.fitness.backends.resident import Resident
+from ecotone.fitness.backends.resident import Resident, ResidentSettings
 from ecotone.fitness.data import Examples
 from ecotone.fitness.gradients.distillation import Behaviour, DistillationSettings, Distilled, distance, observe
 from ecotone.fitness.pools import SerialPool
@@ -173,8 +173,8 @@ def test_the_expert_itself_has_no_hidden_distance_and_its_own_entropy(folder, wa
         stored = load_file(spec.experts[number])
         model = Resident(worker._sources, spec.architecture, CPU, torch.float64).model
         model.load_state_dict(stored)
-        worker._resident.expert(task)
-        assert all(torch.equal(value, stored[key]) for key, value in worker._resident.model.state_dict().items())
+        worker._backend.expert(task)
+        assert all(torch.equal(value, stored[key]) for key, value in worker._backend.model.state_dict().items())
         if operator == "ties_vectors":
             continue  # trimmed task vectors do not make the expert
         found = differentiated(worker, np.tile(np.eye(2)[number], (len(stored), 1)), task, step=1)
@@ -208,7 +208,7 @@ def test_the_gradient_by_logits_is_that_of_autograd_through_sigmoid_merge_and_lo
     total = torch.zeros((), dtype=torch.float64)
     for number, task in enumerate(NAMES):
         stream = worker._tasks[task]
-        model = worker._resident.expert(task)
+        model = worker._backend.expert(task)
         with torch.no_grad():
             said = observe(model, stream.batch(2).inputs, stream._head, stream._wanted)
         ours = observe(Functional(model, merged), stream.batch(2).inputs, stream._head, stream._wanted)
@@ -324,7 +324,12 @@ def test_scores_between_gradients_are_those_of_the_merge_not_of_an_expert(folder
 def hugging_spec(paths, checkpointing=False, **wanted):
     task = calibration("texts", function("texts"), "distillation", batch=5, expert="left", **wanted)
     experts = tuple(map(str, paths[1:]))
-    options = {"names": NAMES, "calibration": (task,), "device": "cpu", "checkpointing": checkpointing}
+    options = {
+        "names": NAMES,
+        "calibration": (task,),
+        "device": "cpu",
+        "backend": ResidentSettings(checkpointing=checkpointing),
+    }
     return WorkerSpec(experts, str(paths[0]), "task_arithmetic", architecture="auto", **options)
 
 
@@ -336,11 +341,11 @@ def test_hidden_states_and_logits_of_hugging_face_models_by_token(hugging_face, 
     tensors = len(worker._sources.layout.tensors)
     found = differentiated(worker, np.full((tensors, 2), 0.2), "texts")
     inputs = worker._tasks["texts"].batch(0).inputs
-    merged = next(worker._resident.show([Genome.uniform(worker._sources.layout.size, [0.2, 0.2])]))
+    merged = next(worker._backend.show([Genome.uniform(worker._sources.layout.size, [0.2, 0.2])]))
     with torch.no_grad():
         ours = merged(**inputs, output_hidden_states=True)
         mine = [ours.logits.clone(), *(state.clone() for state in ours.hidden_states)]
-        theirs = worker._resident.expert("left")(**inputs, output_hidden_states=True)
+        theirs = worker._backend.expert("left")(**inputs, output_hidden_states=True)
     keep = inputs["attention_mask"].bool()
     by_token = mine[0].ndim == 3
     logits, other = (t[keep] if by_token else t for t in (mine[0], theirs.logits))
@@ -354,7 +359,7 @@ def test_hidden_states_and_logits_of_hugging_face_models_by_token(hugging_face, 
 
 @with_states
 def test_checkpointing_changes_neither_loss_nor_gradient(hugging_face):
-    names = [name for name, _ in Worker(hugging_spec(hugging_face))._resident.model.named_modules()]
+    names = [name for name, _ in Worker(hugging_spec(hugging_face))._backend.model.named_modules()]
     layer = next(name for name in names if name.endswith("layers.1") or name.endswith("layer.1"))
     for wanted in ({}, {"layers": (layer,)}):
         plain, again = (Worker(hugging_spec(hugging_face, flag, **wanted)) for flag in (False, True))
@@ -691,7 +696,7 @@ def test_a_run_learns_and_leaves_frozen_tensors_to_the_base_bit_for_bit(folder, 
     first, last = line["checks"][0]["losses"], line["checks"][-1]["losses"]
     assert sum(last.values()) < 0.9 * sum(first.values())
     worker = Worker(spec)
-    merged = next(worker._resident.show([search._lines[0].genome])).state_dict()
+    merged = next(worker._backend.show([search._lines[0].genome])).state_dict()
     base = load_file(spec.base)
     assert torch.equal(merged["0.bias"], base["0.bias"])
     assert not torch.equal(merged["0.weight"], base["0.weight"])

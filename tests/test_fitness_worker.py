@@ -172,7 +172,7 @@ def test_models_too_large_to_stack_score_the_same(folder, monkeypatch, stack_byt
     expected = evaluated(Worker(nets(folder)), genomes)
     monkeypatch.setattr(resident.Resident.__init__, "__defaults__", (None, stack_bytes))
     worker = Worker(nets(folder))
-    assert worker._resident.group == max(1, stack_bytes // 172)
+    assert worker._backend.group == max(1, stack_bytes // 172)
     assert evaluated(worker, genomes) == expected
 
 
@@ -180,7 +180,7 @@ def test_a_model_may_be_held_in_another_type(folder):
     worker = Worker(nets(folder, dtype="bfloat16"))
     [evaluation] = worker.measure([Trial(0, Genome.uniform(43, [1.0, 0.0]))])
     assert evaluation.ok
-    assert worker._resident.dtype == torch.bfloat16
+    assert worker._backend.dtype == torch.bfloat16
 
 
 def test_threads_are_the_specs(folder):

@@ -722,7 +722,7 @@ def test_objectives_that_spoil_weights_harm_no_gradient(folder):
 
 def test_checkpointing_is_the_spec_s(folder):
     with pytest.raises(InputError, match="checkpointing: expected a Hugging Face model"):
-        Worker(spec_of(folder, checkpointing=True))
+        Worker(spec_of(folder, backend=resident.ResidentSettings(checkpointing=True)))
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------

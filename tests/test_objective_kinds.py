@@ -274,7 +274,7 @@ def test_kinds_of_others_are_validated_described_and_measured_like_ours(
     scored, learned = worker.measure([Trial(0, genome), Trial(1, genome, wants=batch)])
     assert scored.ok
     assert 0 < scored.scores["small"] < 1
-    model = next(worker._resident.show([genome]))
+    model = next(worker._backend.show([genome]))
     entropy = nn.functional.cross_entropy(model(torch.eye(3)), torch.tensor([0, 1, 1])).item()
     assert learned.scores["t"] == pytest.approx(entropy * (1 - np.exp(-entropy)), rel=1e-5)
     assert learned.gradient is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
-from ecotone.fitness.backends.resident import Resident
+from ecotone.fitness.backends.base import Backend
 from ecotone.fitness.data import Examples
 from ecotone.fitness.heads import Head
 from ecotone.fitness.statistics.cache import Cache, digest_of
@@ -34,7 +34,7 @@ class Gatherer:
 
     Args:
         sources: The models that genomes mix.
-        resident: The model that shows merges.
+        backend: Shows merges.
         architecture: Tells architectures of the same tensors apart: its text is part of the keys.
         data: Returns a calibration task's data by its name.
         cache: Where statistics are kept; None is this machine's.
@@ -43,13 +43,13 @@ class Gatherer:
     def __init__(
         self,
         sources: Sources,
-        resident: Resident,
+        backend: Backend,
         architecture: object,
         data: Callable[[str], Data],
         cache: Cache | None = None,
     ) -> None:
         self._sources = sources
-        self._resident = resident
+        self._backend = backend
         self._architecture = architecture
         self._data = data
         self._cache = Cache() if cache is None else cache
@@ -68,7 +68,7 @@ class Gatherer:
         details: dict[str, str | int | float] = {"file": str(self._cache.file(key)), "cached": int(found is not None)}
         if found is not None:
             return Evaluation({}, details=details, statistics=found)
-        model = next(self._resident.show([genome]))
+        model = next(self._backend.show([genome]))
         if not isinstance(model, nn.Module):
             raise InputError("expected a torch module to observe, found a dict of tensors.", "Name an architecture.")
         tensors = kind(settings).gather(model, tasks)
@@ -95,7 +95,7 @@ class Gatherer:
         sources = self._sources
         origin = sources.origin
         module = [str(self._architecture), json.dumps(origin.config, sort_keys=True, default=str)]
-        merge = [repr(sources.operator), str(self._resident.dtype), digest_of(sources.buffers())]
+        merge = [repr(sources.operator), str(self._backend.dtype), digest_of(sources.buffers())]
         return [*module, *merge, *(_digest_of_model(model, sources.layout.tensors) for model in sources.checkpoints)]
 
 
