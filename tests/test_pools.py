@@ -35,7 +35,8 @@ from ecotone.populations.genome import Genome
 from ecotone.populations.trial import Evaluation, Scores, Trial
 
 HERE = str(Path(__file__).parent)
-PATIENCE = 240.0  # seconds, below the limit of a whole test
+PATIENCE = 600.0  # seconds
+pytestmark = pytest.mark.timeout(1800)
 MODULE = """
 import ctypes, os, pathlib, time, torch
 from torch import nn
@@ -131,15 +132,23 @@ def folder(tmp_path_factory):
 def cluster():
     """One Ray for all tests of this file, with logical GPUs; pools find it initialised and must leave it so."""
     ray = pytest.importorskip("ray")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=2,
-        include_dashboard=False,
-        object_store_memory=100 * 1024**2,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    for attempt in range(1, 4):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=4,
+                num_gpus=2,
+                include_dashboard=False,
+                object_store_memory=100 * 1024**2,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _system_config={"worker_register_timeout_seconds": int(PATIENCE)},
+            )
+            break
+        except Exception:  # Ray gives its own processes half a minute, which is little on a busy machine
+            ray.shutdown()
+            if attempt == 3:
+                raise
     yield ray
     ray.shutdown()
 
