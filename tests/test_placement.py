@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import save_file
 
 import ecotone.merging.memory
-from ecotone.fitness import worker as workers
+from ecotone.fitness.backends import resident
 from ecotone.fitness.backends.resident import STACK_BYTES, stack_of
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
@@ -280,7 +280,7 @@ def test_a_worker_settles_the_placement_before_it_makes_a_model(tmp_path, monkey
     assert Worker(small)._sources.held.placed(CPU) == "host"
     assert Worker(spec_of(paths, operator="ties", batch=1, neighbours=50))._sources.held.placed(CPU) == "mapped"
     monkeypatch.setattr(placement, "_available", lambda: 1000)
-    monkeypatch.setattr(workers, "Resident", None)
+    monkeypatch.setattr(resident, "Resident", None)
     with pytest.raises(InputError, match=r"memory: expected .* in main memory for each worker"):
         Worker(small)
 

@@ -454,7 +454,7 @@ def gathered_by(pool: Pool) -> Evaluation:
 def test_a_ray_worker_that_is_killed_while_it_gathers(tmp_path: Path) -> None:
     """The trial is tried again by another worker, with the same result."""
     pytest.importorskip("ray")
-    from ecotone.fitness.ray_pool import RayPool
+    from ecotone.fitness.ray.pool import RayPool
 
     architecture = {"call": "kills:encoder", "arguments": {"file": str(tmp_path / "armed")}}
     recipe = recipe_of(tmp_path)
@@ -465,7 +465,7 @@ def test_a_ray_worker_that_is_killed_while_it_gathers(tmp_path: Path) -> None:
     assert expected.statistics is not None
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "armed").touch()
-    found = gathered_by(RayPool(spec, 1, start_timeout=120))
+    found = gathered_by(RayPool(spec, Runtime(workers=1, start_timeout=120)))
     assert not (tmp_path / "armed").exists()  # it was killed
     assert found.failure is None
     assert found.statistics == expected.statistics
