@@ -25,6 +25,7 @@ from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.statistics import gather
 from ecotone.fitness.data import Examples
 from ecotone.fitness.pools import Batch, Pool, SerialPool
+from ecotone.fitness.runtime import Runtime
 from ecotone.fitness.statistics.cache import Cache, digest_of
 from ecotone.fitness.statistics.kinds import STATISTICS, Data, Gathering
 from ecotone.fitness.statistics.layers import linear_layers
