@@ -27,7 +27,6 @@ from ecotone.experiments.ready import recipe_file
 from ecotone.experiments.words import explained
 from ecotone.fitness.registry import AnyCalibration, AnyObjective
 from ecotone.fitness.runtime import Runtime
-from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations.errors import InputError
 from ecotone.search.chain import ChainSettings
@@ -191,7 +190,7 @@ class Recipe(Part):
     objectives: Objectives
     budget: Budget
     prepare: Call | None = None
-    merge: Merge = Merge()
+    merge: Merge = Field(default_factory=Merge)
     calibration: tuple[AnyCalibration, ...] = ()
     search: Searches = Field(default_factory=lambda: SEARCHES.get(USUAL, "search").model_validate({"algorithm": USUAL}))
     scoring: Scoring = Scoring()
@@ -277,6 +276,8 @@ class Recipe(Part):
                 "models.architecture: expected a function that returns the torch module which calibration "
                 "differentiates, found none; name it, or say auto for Hugging Face directories"
             )
+        from ecotone.merging import operators  # imports torch
+
         operator = operators.get(self.merge.operator)
         for part in self.searches:
             part.check(operator.name, operator.needs_base, self.calibration)

@@ -20,6 +20,9 @@ from ecotone.populations.trial import Goal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ecotone.fitness.data import Examples
+    from ecotone.fitness.heads import Head
+
 
 @dataclass(frozen=True)
 class Score:
@@ -84,6 +87,14 @@ class CalibrationTask(Protocol):
     @property
     def name(self) -> str:
         """The task's name."""
+
+    @property
+    def examples(self) -> Examples:
+        """All examples, on the model's device."""
+
+    @property
+    def head(self) -> Head | None:
+        """Makes the logits of the model's outputs; None where the outputs are the logits."""
 
     def fits(self, model: Any, experts: Sequence[str]) -> None:
         """Raise ``InputError`` where it is plain before the first batch that the loss cannot be computed.

@@ -27,7 +27,7 @@ def begun(
     **others: Any,
 ) -> Manager:
     """A manager of the journal ``path``, new or to go on with; close its journal after use."""
-    journal = Journal.open(path, write=True) if path.exists() else Journal.create(path, {})
+    journal = Journal.open(path, write=True) if path.exists() else Journal.create(path)
     return Manager(search, population, goals, pool, journal, schedule, **others)
 
 

@@ -28,7 +28,7 @@ from ecotone.fitness.registry import LOSSES, OBJECTIVES, AnyObjective
 from ecotone.fitness.worker import Worker
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import CalibrationBatch, Goal, Trial
+from ecotone.populations.trial import Goal, Gradient, Trial
 
 SMALLEST: dict[str, dict[str, Any]] = {
     "accuracy": {"data": {"call": "m:data"}},
@@ -270,8 +270,8 @@ def test_kinds_of_others_are_validated_described_and_measured_like_ours(
     worker = Worker(pickle.loads(pickle.dumps(compose.worker_spec(recipe, None))))
     worker.try_out()
     genome = Genome.uniform(worker._sources.layout.size, [0.5, 0.5])
-    batch = CalibrationBatch.of("t", 0)
-    scored, learned = worker.measure([Trial(0, genome), Trial(1, genome, calibration=batch)])
+    batch = Gradient.of("t", 0)
+    scored, learned = worker.measure([Trial(0, genome), Trial(1, genome, wants=batch)])
     assert scored.ok
     assert 0 < scored.scores["small"] < 1
     model = next(worker._resident.show([genome]))

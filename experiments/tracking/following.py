@@ -20,6 +20,7 @@ from ecotone.experiments.tracking.mirrored_run import MirroredRun
 from ecotone.experiments.tracking.notes import MirrorReport, note, noted, say, sole_mirror, status
 from ecotone.experiments.tracking.store import SILENCE, in_words, require_mlflow
 from ecotone.experiments.tracking.target import Target, state_of
+from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, JournalError
 from ecotone.populations.journal import Journal
 
@@ -204,7 +205,7 @@ def _is_over(directory: Path, alive: Callable[[], bool]) -> bool:
     there = alive()  # before the journal is looked at: what a process that is gone wrote is there to be seen
     try:
         with Journal.open(directory / "journal.sqlite") as journal:
-            return journal.fact("state") in FINAL_STATES or not (there or journal.in_use)
+            return (journal.fact(facts.STATE) or "running") in FINAL_STATES or not (there or journal.in_use)
     except JournalError:
         return not there
 

@@ -23,6 +23,7 @@ from ecotone.experiments.tracking.store import TrackingError, in_words, known_ru
 from ecotone.experiments.tracking.summary import Summary, summary_of
 from ecotone.experiments.tracking.target import Target
 from ecotone.experiments.tracking.view import RUNS, view_tag, view_value
+from ecotone.populations import facts
 from ecotone.populations.journal import Journal
 
 ROWS_PER_BATCH = 1000  # MLflow's limit
@@ -91,10 +92,10 @@ class MirroredRun:
                 if row.number != self._after + 1 and not finished:
                     return
                 self._after = row.number
-                if row.calibration is not None:
+                if row.gradient is not None:
                     self.board.learn(row)
                     continue
-                if row.partial:
+                if not row.scored:
                     continue
                 line = self.board.add(row)
                 if line is not None and line.step > self.cursor:
@@ -213,7 +214,7 @@ class MirroredRun:
             self._log_picture()
         self._colour()  # again: searches that began at the same time did not see each other
         self._set_status(state, _last_written(journal.path))
-        reasons = {f"ecotone.{key}": journal.fact(key) or "" for key in ("stop_reason", "error")}
+        reasons = {f"ecotone.{fact.name}": journal.fact(fact) or "" for fact in (facts.STOP_REASON, facts.ERROR)}
         self._tag({key: reason for key, reason in reasons.items() if reason or key in self.tags})
         self._artifacts(journal, summary)
         self._tag({"ecotone.end": mark})

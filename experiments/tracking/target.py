@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from ecotone.experiments.compare import algorithm_name
@@ -15,6 +14,7 @@ from ecotone.experiments.storage import url_of
 from ecotone.experiments.tracking.names import VIEW_TAG, flattened
 from ecotone.experiments.tracking.store import absolute_uri, default_uri
 from ecotone.experiments.tracking.view import view_key
+from ecotone.populations import facts
 from ecotone.populations.journal import Journal
 from ecotone.populations.trial import Goal
 
@@ -43,32 +43,33 @@ class Target:
     @classmethod
     def of(cls, journal: Journal, directory: Path, uri: str | None, experiment: str | None) -> Target:
         """What the journal in ``directory`` says; ``uri`` and ``experiment`` replace its own."""
-        wanted = _json_fact(journal, "tracking", {})
-        created = journal.fact("created") or "0"
-        name = journal.fact("name") or directory.name
-        signature = journal.fact("signature") or ""
-        budget = _json_fact(journal, "budget", {}).get("evaluations")
-        goals = tuple(Goal(*goal) for goal in _json_fact(journal, "goals", []))
-        models = tuple(map(str, _json_fact(journal, "models", [])))
+        wanted = journal.fact(facts.TRACKING) or {}
+        created = journal.fact(facts.CREATED) or 0.0
+        name = journal.fact(facts.NAME) or directory.name
+        signature = journal.fact(facts.SIGNATURE) or ""
+        seed = journal.fact(facts.SEED)
+        budget = (journal.fact(facts.BUDGET) or {}).get("evaluations")
+        goals = journal.fact(facts.GOALS) or ()
+        models = journal.fact(facts.MODELS) or ()
         return cls(
             uri=absolute_uri(uri or wanted.get("uri") or default_uri(directory.parent)),
             experiment=experiment or wanted.get("experiment") or "ecotone",
-            name=f"{algorithm_name(journal)} seed {journal.fact('seed') or 0}, {name}",
-            identity=hashlib.blake2b("\n".join((created, name, signature)).encode(), digest_size=16).hexdigest(),
-            created=float(created),
+            name=f"{algorithm_name(journal)} seed {seed or 0}, {name}",
+            identity=hashlib.blake2b("\n".join((repr(created), name, signature)).encode(), digest_size=16).hexdigest(),
+            created=created,
             goals=goals,
-            held_out=tuple(Goal(*goal) for goal in _json_fact(journal, "held_out_goals", [])),
+            held_out=journal.fact(facts.HELD_OUT_GOALS) or (),
             models=models,
             stride=None if budget is None else max(1, int(budget) // STEPS),
-            parameters=flattened(_json_fact(journal, "recipe", {})),
+            parameters=flattened(journal.fact(facts.RECIPE) or {}),
             tags={
-                "algorithm": journal.fact("algorithm") or "",
+                "algorithm": journal.fact(facts.ALGORITHM) or "",
                 "models": ", ".join(models),
                 "objectives": ", ".join(goal.name for goal in goals),
                 "ecotone.run_dir": url_of(directory) or str(directory),
                 VIEW_TAG: view_key(goals),
                 "ecotone.signature": signature,
-                "ecotone.versions": journal.fact("versions") or "{}",
+                "ecotone.versions": json.dumps(journal.fact(facts.VERSIONS) or {}),
             },
         )
 
@@ -81,14 +82,9 @@ class Target:
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-def _json_fact(journal: Journal, key: str, otherwise: Any) -> Any:
-    text = journal.fact(key)
-    return otherwise if text is None else json.loads(text) or otherwise
-
-
 def state_of(journal: Journal, live: bool) -> str:
     """The journal's state; ``killed`` when it says running but nobody runs it."""
-    state = journal.fact("state") or "running"
+    state = journal.fact(facts.STATE) or "running"
     if state == "running" and not live and not journal.in_use:
         return "killed"
     return state
