@@ -906,6 +906,19 @@ def test_a_measurement_that_comes_twice_or_is_of_the_search_counts_once(tmp_path
     assert [found[genome.digest].scores for genome in genomes] == [scored(Trial(0, one)).scores for one in genomes]
 
 
+def test_a_batch_of_an_earlier_measurement_that_comes_late_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """It has the same number and the same merges: what was wanted of them tells."""
+    genomes = [Genome.uniform(SIZE, [i / 10, 1.0]) for i in range(2)]
+
+    def late(batch: Batch, found: list[Evaluation]) -> Completed:
+        trials = tuple(replace(trial, wants=Scores("held_out")) for trial in batch.trials)
+        return [(replace(batch, trials=trials), [Evaluation({"acc": -1.0}) for _ in found]), (batch, found)]
+
+    with Journal.create(tmp_path / "j.sqlite") as journal:
+        found = measure(Altered(late), journal, genomes, Scores(), batch=2)
+    assert [found[genome.digest].scores for genome in genomes] == [scored(Trial(0, one)).scores for one in genomes]
+
+
 def test_what_the_search_scored_is_not_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
     carried_out("m2n2", path, Simulated(), Schedule(evaluations=6, batch=3, in_flight=3))

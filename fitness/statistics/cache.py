@@ -38,20 +38,8 @@ class Cache:
 
     def find(self, key: str) -> Gathered | None:
         """What is kept under ``key``, or None. A damaged file counts as none, and is logged."""
-        file = self.file(key)
-        if not file.exists():
-            return None
-        try:
-            tensors = load_file(file)
-            with safe_open(file, "pt") as opened:
-                recorded = (opened.metadata() or {}).get("digest")
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            _log.warning("%s cannot be read (%s); it is made again.", file, error)
-            return None
-        if (found := gathered(key, tensors)).digest != recorded:
-            _log.warning("%s is damaged: its numbers are not those that were written; it is made again.", file)
-            return None
-        return found
+        tensors = self._whole(key)
+        return None if tensors is None else gathered(key, tensors)
 
     def holds(self, wanted: Gathered) -> bool:
         """Whether just these statistics lie here, undamaged."""
@@ -63,12 +51,30 @@ class Cache:
         Raises:
             InputError: They do not lie here, or others do.
         """
-        if not self.holds(wanted):
+        tensors = self._whole(wanted.key)
+        if tensors is None or gathered(wanted.key, tensors) != wanted:
             raise InputError(
                 f"{self.file(wanted.key)}: expected the statistics of digest {wanted.digest}, found none or others.",
                 "Gather them again: `ecotone statistics`.",
             )
-        return load_file(self.file(wanted.key))
+        return tensors
+
+    def _whole(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors under ``key``, if they are those that were written there."""
+        file = self.file(key)
+        if not file.exists():
+            return None
+        try:
+            tensors = load_file(file)
+            with safe_open(file, "pt") as opened:
+                recorded = (opened.metadata() or {}).get("digest")
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            _log.warning("%s cannot be read (%s); it is made again.", file, error)
+            return None
+        if digest_of(tensors) != recorded:
+            _log.warning("%s is damaged: its numbers are not those that were written; it is made again.", file)
+            return None
+        return tensors
 
     def write(self, key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> Gathered:
         """Keep ``tensors`` under ``key``; they appear whole or not at all.
