@@ -51,7 +51,7 @@ from ecotone.fitness.worker import Worker
 from ecotone.merging import sources
 from ecotone.merging.kernel import compiled
 from ecotone.populations.genome import Floats, Genome
-from ecotone.populations.trial import CalibrationBatch, Trial
+from ecotone.populations.trial import Gradient, Trial
 
 CONTENDERS = (
     "ecotone",
@@ -194,8 +194,8 @@ def ecotone(arguments: argparse.Namespace, name: str) -> tuple[Step, int]:
         genome = Genome(borders, coefficients)
         names = tuple(task.name for task in specs)
         groups = [names] if name == "ecotone" else [(each,) for each in names]
-        batches = [CalibrationBatch(group, number, (1.0,) * len(group)) for group in groups]
-        evaluations = worker.measure([Trial(0, genome, calibration=batch) for batch in batches])
+        batches = [Gradient(group, number, (1.0,) * len(group)) for group in groups]
+        evaluations = worker.measure([Trial(0, genome, wants=batch) for batch in batches])
         failures = [evaluation.failure for evaluation in evaluations if evaluation.failure]
         if failures:
             raise RuntimeError(failures[0].message + failures[0].details)

@@ -44,7 +44,6 @@ from ecotone.experiments.recipe import (
     Stages,
     SurrogateBox,
 )
-from ecotone.experiments.storage import cache_folder
 from ecotone.fitness.callables import resolve
 from ecotone.fitness.pools import Pool, SerialPool
 from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
@@ -52,6 +51,7 @@ from ecotone.merging import operators
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
+from ecotone.populations.folders import cache_folder
 from ecotone.populations.genome import Floats, Genome, Integers
 from ecotone.populations.gram import GramTable
 from ecotone.populations.niches import NicheArchive

@@ -22,7 +22,7 @@ from ecotone.merging.sources import Sources
 from ecotone.populations import facts
 from ecotone.populations.errors import CheckpointError, InputError, SearchError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Subset, Trial
+from ecotone.populations.trial import Scores, Subset, Trial
 
 ANCESTORS = 200
 
@@ -271,7 +271,7 @@ def _compared(pool: SerialPool, genome: Genome, subset: Subset, recorded: Mappin
 
 
 def _measured(pool: SerialPool, genome: Genome, subset: Subset) -> Mapping[str, float]:
-    pool.submit(Batch(0, (Trial(0, genome, subset=subset),)))
+    pool.submit(Batch(0, (Trial(0, genome, wants=Scores(subset)),)))
     ((_, (evaluation,)),) = pool.completed()
     if evaluation.failure is not None:
         raise SearchError(f"the export cannot be scored: {evaluation.failure.message}\n{evaluation.failure.details}")

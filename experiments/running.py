@@ -25,6 +25,7 @@ from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
 from ecotone.populations.space import Space
+from ecotone.populations.trial import Scores
 from ecotone.search.manager import Manager, Observer, Progress, measure
 
 Notify = Callable[[str], None]
@@ -116,7 +117,7 @@ def resume(
         with compose.make_pool(recipe, spec) as pool:
             space = pool.start()
             _check_numbers(space, notify)
-            _same_models(journal, space)
+            same_models(journal, space)
             journal.note(facts.RECIPE, recipe.record())
             journal.note(facts.BUDGET, recipe.budget.model_dump(mode="json"))
             journal.note(facts.TRACKING, _tracking(recipe))
@@ -180,18 +181,18 @@ def _carry_out(
 def _judge(recipe: Recipe, journal: Journal, pool: Pool, space: Space) -> None:
     """Score front, best and reference merges on held-out data, and the references on search data too."""
     batch = recipe.scoring.batch
-    for name, genome in _references(recipe, space):
+    for name, genome in references(recipe, space):
         journal.refer(name, genome)
-    references = [genome for _, genome in journal.references()]
-    measure(pool, journal, references, "search", batch)
+    merges = [genome for _, genome in journal.references()]
+    measure(pool, journal, merges, Scores(), batch)
     if recipe.objectives.held_out:
         goals = compose.goals_of(recipe.objectives.search)
         rows = front_rows(list(journal.rows()), goals)
         genomes = [journal.trial(row.number).genome for row in rows]
-        measure(pool, journal, [*references, *genomes], "held_out", batch)
+        measure(pool, journal, [*merges, *genomes], Scores("held_out"), batch)
 
 
-def _references(recipe: Recipe, space: Space) -> Iterator[tuple[str, Genome]]:
+def references(recipe: Recipe, space: Space) -> Iterator[tuple[str, Genome]]:
     """The models themselves (the base too, where there are task vectors) and the average of the experts.
 
     They are named after the operator when it mixes changed models.
@@ -339,7 +340,7 @@ def _check_numbers(space: Space, notify: Notify) -> None:
         notify(f"Beware: the weights of {', '.join(infinite)} hold infinity, or are too large to be squared.")
 
 
-def _same_models(journal: Journal, space: Space) -> None:
+def same_models(journal: Journal, space: Space) -> None:
     """Refuse to go on with other weights than the run began with: their inner products tell."""
     recorded = np.asarray(journal.fact(facts.GEOMETRY) or [])
     if recorded.shape != space.gram.prefix[-1].shape or not np.allclose(recorded, space.gram.prefix[-1], rtol=1e-6):

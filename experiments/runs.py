@@ -21,7 +21,7 @@ from ecotone.populations.genome import Floats
 from ecotone.populations.journal import Journal, Row
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import mean_score
-from ecotone.populations.trial import Evaluation, Failure, Goal, Trial, oriented
+from ecotone.populations.trial import Evaluation, Failure, Goal, Scores, Trial, oriented
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class Run:
                 "seed": journal.fact(facts.SEED) or 0,
                 "evaluations": len(rows),
                 "samples": sum(row.partial for row in everything),
-                "gradients": sum(row.calibration is not None for row in everything),
+                "gradients": sum(row.gradient is not None for row in everything),
+                "statistics": sum(row.statistics is not None for row in everything) + len(journal.statistics()),
                 "budget": journal.fact(facts.BUDGET) or {},
                 "failures": len(failed),
                 "last_failure": _in_words(failed[-1].failure) if failed else None,
@@ -186,8 +187,8 @@ class Run:
             return [
                 Scored(
                     name,
-                    _scores(journal.measurement(genome.digest, "search")),
-                    _scores(journal.measurement(genome.digest, "held_out")),
+                    _scores(journal.measurement(genome.digest, Scores())),
+                    _scores(journal.measurement(genome.digest, Scores("held_out"))),
                 )
                 for name, genome in journal.references()
             ]
@@ -287,7 +288,7 @@ def _mean(scores: Mapping[str, float] | None, wanted: Sequence[Goal]) -> float:
 
 
 def _scored(journal: Journal, row: Row) -> Scored:
-    return Scored(row.number, row.scores, _scores(journal.measurement(row.digest, "held_out")), row.parents)
+    return Scored(row.number, row.scores, _scores(journal.measurement(row.digest, Scores("held_out"))), row.parents)
 
 
 def _in_words(failure: Failure | None) -> str | None:

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -21,12 +21,14 @@ from ecotone.fitness.gradients import calibration
 from ecotone.fitness.language.generation import same_model
 from ecotone.fitness.objectives import Divisible, Model, Objective, Score, build, same_draws
 from ecotone.fitness.specs import WorkerSpec
+from ecotone.fitness.statistics.gather import Gatherer, NotFiniteError
+from ecotone.fitness.statistics.kinds import Data
 from ecotone.merging.placement import Free, Needs, settled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest
 from ecotone.populations.samples import Sample
 from ecotone.populations.space import Space
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Trial
+from ecotone.populations.trial import Evaluation, Gradient, Scores, Statistics, Trial, Wish
 
 
 class WorkerBrokenError(PoolError):
@@ -100,6 +102,13 @@ class Worker:
         for task in self._tasks.values():
             task.fits(self._resident.model, self._sources.names)
 
+        self._gatherer = Gatherer(self._sources, self._resident, spec.architecture, self._data)
+        self._measures: dict[type[Wish], Callable[[Sequence[Trial]], list[Evaluation]]] = {
+            Scores: self._scored,
+            Gradient: self._differentiated,
+            Statistics: self._gathered,
+        }
+
     def _place(self) -> None:
         """Settle where the sources are kept, before anything is."""
         spec, device = self._spec, self._device
@@ -113,7 +122,7 @@ class Worker:
         return self._sources.space(self._spec.dense)
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
-        """One evaluation a trial, in order: scores, or for trials with a calibration batch losses and their gradient.
+        """One evaluation a trial, in order, of what the trial wants.
 
         A trial that cannot be measured has a failure; the others are unaffected.
 
@@ -121,16 +130,16 @@ class Worker:
             WorkerBrokenError: One has broken the GPU's context, as an assertion in a kernel does. Make another worker
                 in another process.
         """
+        runs = groupby(trials, lambda trial: type(trial.wants))
+        return [evaluation for wish, run in runs for evaluation in self._measures[wish](list(run))]
+
+    def _scored(self, trials: Sequence[Trial]) -> list[Evaluation]:
         group = self._resident.group
-        evaluations: list[Evaluation] = []
-        for batch, run in groupby(trials, lambda trial: trial.calibration):
-            together = list(run)
-            if batch is not None:
-                evaluations += [self._differentiate(trial, batch) for trial in together]
-                continue
-            for start in range(0, len(together), group):
-                evaluations += self._measure_group(together[start : start + group])
-        return evaluations
+        groups = [trials[start : start + group] for start in range(0, len(trials), group)]
+        return [evaluation for some in groups for evaluation in self._measure_group(some)]
+
+    def _differentiated(self, trials: Sequence[Trial]) -> list[Evaluation]:
+        return [self._differentiate(trial, trial.gradient) for trial in trials if trial.gradient is not None]
 
     def _measure_group(self, trials: Sequence[Trial]) -> list[Evaluation]:
         """Trials whose weights are merged in one pass, or one by one if that fails."""
@@ -152,7 +161,9 @@ class Worker:
 
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
         scores: dict[str, Score] = {}
-        objectives = [self._part(objective, trial.sample) for objective in self._objectives[trial.subset]]
+        assert isinstance(trial.wants, Scores)
+        whole, sample = self._objectives[trial.wants.subset], trial.wants.sample
+        objectives = [self._part(objective, sample) for objective in whole]
         with same_model(objectives):
             for objective in objectives:
                 name = objective.goal.name
@@ -163,8 +174,8 @@ class Worker:
                 if not math.isfinite(score.value):
                     return self._not_finite(f"objective {name!r}: expected a finite score, found {score.value}", began)
                 scores[name] = score
-        if trial.sample is not None:
-            return self._joined(trial.sample, self._objectives[trial.subset], scores, began)
+        if sample is not None:
+            return self._joined(sample, whole, scores, began)
         return Evaluation(
             {name: score.value for name, score in scores.items()},
             {name: score.per_example for name, score in scores.items() if score.per_example is not None},
@@ -200,7 +211,7 @@ class Worker:
         items, seconds = sum(score.items for score in found.values()), time.perf_counter() - began
         return Evaluation(scores, per_example, None, seconds, items, errors=errors if sample.partial else {})
 
-    def _differentiate(self, trial: Trial, batch: CalibrationBatch) -> Evaluation:
+    def _differentiate(self, trial: Trial, batch: Gradient) -> Evaluation:
         began = time.perf_counter()
         name, details, items = batch.tasks[0], dict[str, float](), 0
 
@@ -229,6 +240,23 @@ class Worker:
             return self._not_finite(f"{where}: expected a finite gradient, found NaN or infinity", began)
         seconds = time.perf_counter() - began
         return Evaluation(scores, seconds=seconds, items=items, details=details, gradient=gradient)
+
+    def _gathered(self, trials: Sequence[Trial]) -> list[Evaluation]:
+        return [self._gather(trial, trial.wants) for trial in trials if isinstance(trial.wants, Statistics)]
+
+    def _gather(self, trial: Trial, wants: Statistics) -> Evaluation:
+        began, where = time.perf_counter(), f"statistics {wants.kind}"
+        try:
+            found = self._gatherer.evaluate(trial.genome, wants)
+        except NotFiniteError as error:
+            return self._not_finite(f"{where}: {error}", began)
+        except (Exception, SystemExit) as error:
+            return _failed(where, error, began)
+        return replace(found, seconds=time.perf_counter() - began)
+
+    def _data(self, name: str) -> Data:
+        task = self._task(name)
+        return Data(name, task.examples, task.head)
 
     def _task(self, name: str) -> calibration.Task:
         if name in self._tasks:

@@ -5,12 +5,14 @@ and nothing in it is a pickle. Tables:
 
 - ``facts``: what is known of the run as a whole, as text by name (``ecotone.populations.facts``).
 - ``events``: the order of things: ``ask`` (a batch of trials was proposed) and ``tell`` (a batch was learned).
-- ``trials``: number, batch, genome, digest, parents; of those that want a gradient, ``calibration``: tasks, step and
-  weights; of those that are scored on a sample, ``stop``: the share of the examples that it reaches.
-- ``evaluations``: what came back for a trial, committed on arrival, before it is told.
+- ``trials``: number, batch, genome, digest, parents; ``wants``: what is to be measured, as JSON (``Wish.record``); and
+  whether that gives scores of all examples.
+- ``evaluations``: what came back for a trial, committed on arrival, before it is told. Of statistics these are the key
+  and the digest: the tensors lie in a cache.
 - ``gradients``: those of gradient trials, in float64.
 - ``residuals``: dense parts of genomes evolved from scratch, kept for members and the front only.
-- ``measurements``: scores outside the search (held-out data, reference merges), by genome digest.
+- ``measurements``: what was measured outside the search (held-out data, reference merges, statistics), by genome
+  digest and wish.
 - ``reference_merges``: the seed models and their average.
 
 Commits use SQLite's write-ahead log with ``synchronous=NORMAL``: a killed process loses nothing that was
@@ -27,7 +29,7 @@ import sqlite3
 import struct
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -43,15 +45,15 @@ from ecotone.populations.genome import Genome
 from ecotone.populations.migrations import FORMAT, create, current
 from ecotone.populations.rows import (
     COLUMNS,
-    SCORED,
-    calibration_of,
     evaluation_of,
     evaluation_row,
     failure_of,
     scores_of,
     trial_row,
+    wish_of,
+    wish_text,
 )
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Failure, Subset, Trial
+from ecotone.populations.trial import Evaluation, Failure, Gradient, Scores, Subset, Trial, Wish
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Row:
-    """A trial as the journal's overview shows it: without genome, gradient and per-example scores."""
+    """A trial as the journal's overview shows it: without genome, gradient, per-example scores and tensors.
+
+    ``scored`` says whether it has scores of all examples, unless it failed. ``wants`` lacks its sample.
+    """
 
     number: int
     digest: str
@@ -74,13 +79,19 @@ class Row:
     failure: Failure | None
     seconds: float
     time: float
-    calibration: CalibrationBatch | None = None
-    partial: bool = False
+    statistics: str | None = None
+    wants: Wish = field(default_factory=Scores)
+    scored: bool = True
 
     @property
-    def scored(self) -> bool:
-        """Whether it has scores of all examples, unless it failed."""
-        return self.calibration is None and not self.partial
+    def partial(self) -> bool:
+        """Whether it was scored on a sample."""
+        return self.wants.scored and not self.scored
+
+    @property
+    def gradient(self) -> Gradient | None:
+        """The gradient that was wanted, if one was."""
+        return self.wants.gradient
 
 
 class Journal:
@@ -202,7 +213,7 @@ class Journal:
         now, found = time.time(), list(results)
         with self.transaction():
             self._connection.executemany(
-                "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [(trial.number, *evaluation_row(evaluation, now)) for trial, evaluation in found],
             )
             self._connection.executemany(
@@ -232,12 +243,12 @@ class Journal:
                 ],
             )
 
-    def measured(self, genome: Genome, subset: Subset, evaluation: Evaluation) -> None:
-        """Record the scores of a genome outside the search."""
+    def measured(self, genome: Genome, wants: Wish, evaluation: Evaluation) -> None:
+        """Record what was measured of a genome outside the search."""
         with self.transaction():
             self._connection.execute(
-                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (genome.digest, subset, *evaluation_row(evaluation, time.time())),
+                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (genome.digest, wish_text(wants), *evaluation_row(evaluation, time.time())),
             )
 
     def refer(self, name: str, genome: Genome) -> None:
@@ -272,13 +283,12 @@ class Journal:
 
         Args:
             after: A trial's number.
-            unscored: Also those whose gradient was wanted (their scores are losses by task), and those that were
-                scored on some of the examples only.
+            unscored: Also those whose gradient was wanted (their scores are losses by task), those of statistics, and
+                those that were scored on some of the examples only.
         """
-        for number, digest, parents, calibration, partial, scores, failure, seconds, when in self._rows(
-            "SELECT t.number, t.digest, t.parents, t.calibration, t.stop < 1, e.scores, e.failure, e.seconds, e.time "
-            "FROM trials t JOIN evaluations e USING (number) "
-            f"WHERE number > ? AND (? OR {SCORED}) ORDER BY number",
+        for number, digest, parents, wants, whole, scores, failure, seconds, when, statistics in self._rows(
+            "SELECT number, digest, parents, wants, scored, scores, failure, seconds, time, statistics "
+            "FROM trials JOIN evaluations USING (number) WHERE number > ? AND (? OR scored) ORDER BY number",
             (after, unscored),
         ):
             yield Row(
@@ -289,8 +299,9 @@ class Journal:
                 failure_of(failure),
                 float(seconds),
                 when,
-                calibration_of(calibration),
-                bool(partial),
+                None if statistics is None else json.loads(statistics)["digest"],
+                wish_of(wants),
+                bool(whole),
             )
 
     def trial(self, number: int) -> Trial:
@@ -299,7 +310,7 @@ class Journal:
         Raises:
             JournalError: There is no such trial, or its dense weights were not kept.
         """
-        query = "SELECT genome, parents, dense, calibration FROM trials WHERE number = ?"
+        query = "SELECT genome, parents, dense, wants FROM trials WHERE number = ?"
         row = next(iter(self._rows(query, (number,))), None)
         if row is None:
             (count,) = next(iter(self._rows("SELECT count(*) FROM trials")))
@@ -307,7 +318,7 @@ class Journal:
         genome = Genome.from_json(row[0])
         if row[2]:
             genome = Genome(genome.boundaries, genome.coefficients, genome.parameters, self._residual(number))
-        return Trial(number, genome, tuple(json.loads(row[1])), calibration=calibration_of(row[3]))
+        return Trial(number, genome, tuple(json.loads(row[1])), wish_of(row[3]))
 
     def evaluation(self, number: int) -> Evaluation | None:
         """What came back for a trial, or None when nothing has yet."""
@@ -333,23 +344,30 @@ class Journal:
     def evaluation_of(self, digest: str) -> Evaluation | None:
         """What the first trial of that genome that was scored has scored, or None."""
         query = (
-            f"SELECT {COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? AND {SCORED} "
+            f"SELECT {COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? AND scored "
             "ORDER BY number LIMIT 1"
         )
         return next((evaluation_of(row) for row in self._rows(query, (digest,))), None)
 
-    def measurement(self, digest: str, subset: Subset) -> Evaluation | None:
-        """The scores of a genome outside the search, or None."""
-        query = f"SELECT {COLUMNS} FROM measurements WHERE digest = ? AND subset = ?"
-        return next((evaluation_of(row) for row in self._rows(query, (digest, subset))), None)
+    def measurement(self, digest: str, wants: Wish) -> Evaluation | None:
+        """What was measured of a genome outside the search, or None."""
+        query = f"SELECT {COLUMNS} FROM measurements WHERE digest = ? AND wants = ?"
+        return next((evaluation_of(row) for row in self._rows(query, (digest, wish_text(wants)))), None)
+
+    def statistics(self) -> list[tuple[str, Wish, Evaluation]]:
+        """Statistics that were gathered outside the search: the genome's digest, the wish, and what came back."""
+        rows = self._rows(f"SELECT digest, wants, {COLUMNS} FROM measurements WHERE statistics IS NOT NULL")
+        return [(digest, wish_of(wants), evaluation_of(row)) for digest, wants, *row in rows]
 
     def examples(self, subset: Subset) -> dict[str, int]:
         """By objective, on how many examples the scores stand; those are missing that give none by example."""
-        query = "SELECT shapes FROM measurements WHERE subset = ? AND shapes IS NOT NULL LIMIT 1"
-        row = next(iter(self._rows(query, (subset,))), None)
+        query = "SELECT shapes FROM measurements WHERE wants = ? AND shapes IS NOT NULL LIMIT 1"
+        row = next(iter(self._rows(query, (wish_text(Scores(subset)),))), None)
         if row is None and subset == "search":
-            query = f"SELECT shapes FROM evaluations JOIN trials USING (number) WHERE {SCORED} AND shapes IS NOT NULL"
-            row = next(iter(self._rows(f"{query} LIMIT 1")), None)
+            query = (
+                "SELECT shapes FROM evaluations JOIN trials USING (number) WHERE scored AND shapes IS NOT NULL LIMIT 1"
+            )
+            row = next(iter(self._rows(query)), None)
         return {} if row is None else {name: size for name, _, size, _ in json.loads(row[0])}
 
     def references(self) -> list[tuple[str, Genome]]:
@@ -379,7 +397,7 @@ class Journal:
         return {number for (number,) in self._rows("SELECT number FROM residuals")}
 
     def digest(self) -> str:
-        """A hash over every evaluated trial's number, genome digest and scores: equal searches have equal digests."""
+        """A hash over the number, genome, scores and statistics of all evaluated trials, equal for equal searches."""
         hasher = hashlib.blake2b(digest_size=16)
         for row in self.rows(unscored=True):
             hasher.update(f"{row.number}:{row.digest}:".encode())
@@ -387,6 +405,8 @@ class Journal:
                 hasher.update(f"failed {row.failure.kind}".encode())
             for name, value in sorted((row.scores or {}).items()):
                 hasher.update(name.encode() + struct.pack("<d", value))
+            if row.statistics is not None:
+                hasher.update(f"statistics {row.statistics}".encode())
         return hasher.hexdigest()
 
     @property

@@ -8,26 +8,28 @@ or the new one. The table ``facts`` says the format, so it is the same in every 
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ecotone.populations.errors import JournalError
 
-FORMAT = 4
+FORMAT = 5
 
 SCHEMA = """
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER);
 CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
-    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, calibration TEXT, stop REAL);
+    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, wants TEXT NOT NULL,
+    scored INTEGER NOT NULL);
 CREATE TABLE evaluations (number INTEGER PRIMARY KEY, scores TEXT, shapes TEXT, per_example BLOB, failure TEXT,
-    seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL);
+    seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL, statistics TEXT);
 CREATE TABLE gradients (number INTEGER PRIMARY KEY, segments INTEGER NOT NULL, gradient BLOB NOT NULL);
 CREATE TABLE residuals (number INTEGER PRIMARY KEY, residual BLOB NOT NULL);
-CREATE TABLE measurements (digest TEXT NOT NULL, subset TEXT NOT NULL, scores TEXT, shapes TEXT, per_example BLOB,
+CREATE TABLE measurements (digest TEXT NOT NULL, wants TEXT NOT NULL, scores TEXT, shapes TEXT, per_example BLOB,
     failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL,
-    PRIMARY KEY (digest, subset)) WITHOUT ROWID;
+    statistics TEXT, PRIMARY KEY (digest, wants)) WITHOUT ROWID;
 CREATE TABLE reference_merges (name TEXT PRIMARY KEY, position INTEGER NOT NULL, genome TEXT NOT NULL,
     digest TEXT NOT NULL) WITHOUT ROWID;
 """
@@ -49,7 +51,51 @@ def _several_tasks(connection: sqlite3.Connection) -> None:
     connection.execute("DROP TABLE older")
 
 
-STEPS: Mapping[int, Callable[[sqlite3.Connection], None]] = {3: _several_tasks}
+_TRIALS_5 = """
+CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
+    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, wants TEXT NOT NULL,
+    scored INTEGER NOT NULL)"""
+_MEASUREMENTS_5 = """
+CREATE TABLE measurements (digest TEXT NOT NULL, wants TEXT NOT NULL, scores TEXT, shapes TEXT, per_example BLOB,
+    failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL,
+    statistics TEXT, PRIMARY KEY (digest, wants)) WITHOUT ROWID"""
+
+
+def _wishes(connection: sqlite3.Connection) -> None:
+    """4 to 5: trials and measurements say in ``wants`` what is measured; evaluations may be of statistics."""
+
+    def wants(calibration: str | None, stop: float | None) -> str:
+        if calibration is not None:
+            tasks, step, weights = json.loads(calibration)
+            record = {"sort": "gradient", "tasks": tasks, "step": step, "weights": weights}
+        else:
+            record = {"sort": "scores"} if stop is None or stop == 1 else {"sort": "scores", "reaches": stop}
+        return json.dumps(record, sort_keys=True)
+
+    def wants_on(subset: str) -> str:
+        held_out = {} if subset == "search" else {"subset": subset}
+        return json.dumps({"sort": "scores", **held_out}, sort_keys=True)
+
+    connection.create_function("wants", 2, wants, deterministic=True)
+    connection.create_function("wants_on", 1, wants_on, deterministic=True)
+    connection.execute("ALTER TABLE trials RENAME TO older")
+    connection.execute(_TRIALS_5)
+    connection.execute(
+        "INSERT INTO trials SELECT number, batch, genome, digest, parents, dense, wants(calibration, stop), "
+        "calibration IS NULL AND ifnull(stop, 1) = 1 FROM older"
+    )
+    connection.execute("DROP TABLE older")
+    connection.execute("ALTER TABLE evaluations ADD COLUMN statistics TEXT")
+    connection.execute("ALTER TABLE measurements RENAME TO older")
+    connection.execute(_MEASUREMENTS_5)
+    connection.execute(
+        "INSERT INTO measurements SELECT digest, wants_on(subset), scores, shapes, per_example, failure, seconds, "
+        "items, details, errors, time, NULL FROM older"
+    )
+    connection.execute("DROP TABLE older")
+
+
+STEPS: Mapping[int, Callable[[sqlite3.Connection], None]] = {3: _several_tasks, 4: _wishes}
 """By the format that a step begins with, what brings a journal to the next one."""
 
 OLDEST = min(STEPS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -12,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Failure, Trial
+from ecotone.populations.trial import WISHES, Evaluation, Failure, Gathered, Trial, Wish
 
-SCORED = "(calibration IS NULL AND ifnull(stop, 1) = 1)"
-COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors"
+COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors, statistics"
 
 
 @lru_cache(maxsize=8)
@@ -28,19 +28,20 @@ def trial_row(trial: Trial, batch: int) -> tuple[Any, ...]:
     """The row of ``trials``."""
     genome = trial.genome
     text = _dense_text(genome.size, genome.sources) if genome.is_dense else genome.to_json(residual=False)
-    batched = trial.calibration
-    calibration = None if batched is None else json.dumps([batched.tasks, batched.step, batched.weights])
-    stop = None if trial.sample is None else trial.sample.stop
-    dense = int(genome.residual is not None)
-    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), dense, calibration, stop
+    parents, dense, wants = json.dumps(trial.parents), int(genome.residual is not None), wish_text(trial.wants)
+    return trial.number, batch, text, genome.digest, parents, dense, wants, int(trial.scored)
 
 
-def calibration_of(text: str | None) -> CalibrationBatch | None:
-    """The batch that a row of ``trials`` has."""
-    if text is None:
-        return None
-    tasks, step, weights = json.loads(text)
-    return CalibrationBatch(tuple(tasks), step, tuple(weights))
+def wish_text(wish: Wish) -> str:
+    """A wish as the journal keeps it; equal wishes have equal texts."""
+    return json.dumps({"sort": wish.sort, **wish.record()}, sort_keys=True)
+
+
+@lru_cache(maxsize=64)
+def wish_of(text: str) -> Wish:
+    """The wish that ``text`` tells of, without its sample."""
+    record = json.loads(text)
+    return WISHES[record["sort"]].recorded(record)
 
 
 def evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
@@ -61,6 +62,7 @@ def evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
         json.dumps(dict(evaluation.details)) if evaluation.details else None,
         json.dumps(dict(evaluation.errors)) if evaluation.errors else None,
         now,
+        None if evaluation.statistics is None else json.dumps(asdict(evaluation.statistics)),
     )
 
 
@@ -76,7 +78,7 @@ def _shapes(text: str) -> list[tuple[str, str, int, int]]:
 
 def evaluation_of(row: Sequence[Any]) -> Evaluation:
     """The evaluation, without its gradient, of the values of ``COLUMNS``."""
-    scores, shapes, blob, failure, seconds, items, details, errors = row
+    scores, shapes, blob, failure, seconds, items, details, errors, statistics = row
     per_example, start = {}, 0
     for name, kind, size, length in _shapes(shapes) if shapes else ():
         per_example[name] = _unpacked(kind, size, blob[start : start + length])
@@ -89,6 +91,7 @@ def evaluation_of(row: Sequence[Any]) -> Evaluation:
         items,
         json.loads(details) if details else {},
         errors=json.loads(errors) if errors else {},
+        statistics=None if statistics is None else Gathered(**json.loads(statistics)),
     )
 
 

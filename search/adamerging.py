@@ -25,7 +25,7 @@ import numpy as np
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats, Genome, Integers
 from ecotone.populations.population import quality
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Goal, Gradient, Outcome, Trial
 from ecotone.search.nsga import lattice
 from ecotone.search.protocol import trial_rng
 
@@ -321,8 +321,8 @@ class AdaMerging:
         tasks = groups[group]
         weights = tuple(float(line.weights[task]) for task in tasks)
         step = line.step * self.accumulate + again
-        wanted = CalibrationBatch(tuple(self.tasks[task] for task in tasks), step, weights)
-        return Trial(number, line.genome, parents, calibration=wanted)
+        wanted = Gradient(tuple(self.tasks[task] for task in tasks), step, weights)
+        return Trial(number, line.genome, parents, wanted)
 
     def _differentiated(self, line: Line, batch: int, evaluation: Evaluation) -> None:
         """Keep a batch's losses and gradient; without them the line ends, and asks for nothing more."""

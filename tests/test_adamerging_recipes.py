@@ -206,7 +206,7 @@ def test_front_and_best_are_scored_merges(tmp_path: Path) -> None:
     best = run.best()
     assert best is not None
     assert best.id in scored
-    assert all(row.scores and set(row.scores) == {row.calibration.task} for row in rows if row.calibration is not None)
+    assert all(row.scores and set(row.scores) == {row.gradient.task} for row in rows if row.gradient is not None)
 
 
 def test_the_report_tells_how_each_line_went(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_tasks_together_come_to_the_same_merge_with_half_the_trials(tmp_path: Pa
         coefficients.append(np.array(line["coefficients"]))
         found.append(run.status()["gradients"])
         with run.journal() as journal:
-            losses = [row.scores for row in journal.rows(unscored=True) if row.calibration is not None]
+            losses = [row.scores for row in journal.rows(unscored=True) if row.gradient is not None]
         assert all(len(each or {}) == together for each in losses)
     assert found == [GRADIENTS, GRADIENTS // 2]
     np.testing.assert_allclose(coefficients[0], coefficients[1], atol=1e-4)

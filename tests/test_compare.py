@@ -24,7 +24,7 @@ from ecotone.populations.facts import Note
 from ecotone.populations.fronts import non_dominated
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal, Row
-from ecotone.populations.trial import Evaluation, Goal, Trial
+from ecotone.populations.trial import Evaluation, Goal, Scores, Trial
 
 AB = [["a", "maximize"], ["b", "maximize"]]
 MODELS = ["left", "right"]
@@ -75,11 +75,11 @@ def write_run(
             journal.keep([trial], [])
             if held_out and point is not None:
                 scores = {name: value / 2 for (name, _), value in zip(held_out, point, strict=True)}
-                journal.measured(trial.genome, "held_out", Evaluation(scores))
+                journal.measured(trial.genome, Scores("held_out"), Evaluation(scores))
         for index, (name, point) in enumerate(seeds.items()):
             merge = Genome.uniform(10, [index + 5, 0])
             journal.refer(name, merge)
-            journal.measured(merge, "search", evaluation(point))
+            journal.measured(merge, Scores(), evaluation(point))
     return Run(directory)
 
 

@@ -29,7 +29,7 @@ from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
 from ecotone.populations.population import ElitistArchive
 from ecotone.populations.space import Space
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Goal, Gradient, Outcome, Trial
 from ecotone.search.adamerging import AdaMerging
 from ecotone.search.expert_merging import EXCLUDED, ExpertMerging, shares
 from ecotone.search.manager import Schedule
@@ -114,7 +114,7 @@ def spec_of(folder, name="net", dtype=torch.float64, **fields):
 def differentiated(worker, coefficients, task="left", step=0, weight=1.0, borders=None):
     sources = worker._sources
     borders = sources.layout.tensor_borders if borders is None else borders
-    trial = Trial(0, Genome(borders, coefficients), calibration=CalibrationBatch.of(task, step, weight))
+    trial = Trial(0, Genome(borders, coefficients), wants=Gradient.of(task, step, weight))
     (evaluation,) = worker.measure([trial])
     assert evaluation.ok, evaluation.failure
     return evaluation
@@ -404,15 +404,15 @@ def measured(trial):
     """Half the squared distance to the task's target in every tensor, with noise by batch, and its gradient."""
     lengths = np.diff(trial.genome.boundaries)[:, None] / 24
     c = trial.genome.coefficients
-    if trial.calibration is None:
+    if trial.gradient is None:
         away = [(c - TARGETS[name]) ** 2 for name in NAMES]
         return Evaluation({"acc": -float((lengths * away[0]).sum() + (lengths * away[1]).sum())})
-    task, step = trial.calibration.task, trial.calibration.step
+    task, step = trial.gradient.task, trial.gradient.step
     noise = 0.2 * np.random.default_rng([step, NAMES.index(task)]).standard_normal(2)
     away = c - TARGETS[task] + noise
     return Evaluation(
         {task: 0.5 * float((lengths * away**2).sum())},
-        gradient=trial.calibration.weights[0] * lengths * away,
+        gradient=trial.gradient.weights[0] * lengths * away,
         details={Evaluation.detail_of(task, "diversity"): 1.0},
     )
 
@@ -467,8 +467,8 @@ def test_its_steps_are_those_of_torchs_adam_on_logits(settings):
     weights = (settings.get("weights", {}).get("left", 1.0), 1.0)
     expected = torch_path(30, **{**{k: v for k, v in settings.items() if k != "weights"}, "weights": weights})
     accumulate = settings.get("accumulate", 1)
-    asked = [t for t in trials if t.calibration is not None and t.calibration.task == "left"]
-    assert [t.calibration.step for t in asked] == list(range(30 * accumulate))
+    asked = [t for t in trials if t.gradient is not None and t.gradient.task == "left"]
+    assert [t.gradient.step for t in asked] == list(range(30 * accumulate))
     path = np.array([t.genome.refined(BORDERS) for t in asked[::accumulate]])
     # clip_grad_norm_ divides by norm + 1e-6, and Adam hardly minds
     assert path == pytest.approx(expected[:-1], abs=1e-4 if settings.get("clip") else 1e-6)
@@ -549,10 +549,10 @@ def test_the_second_stage_has_the_chunks_that_importance_gives():
     assert line["steps"] == 60
     assert [check["step"] for check in line["checks"]] == [0, 15, 30, 45, 60]
     assert len(line["checks"]) == search.evaluations
-    assert [t.calibration.step for t in trials if t.calibration and t.calibration.task == "left"] == list(range(60))
+    assert [t.gradient.step for t in trials if t.gradient and t.gradient.task == "left"] == list(range(60))
     finest = trials[-1].genome
     assert finest.boundaries.tolist() == [0, 2, 5, 8, 10, 14, 24]
-    middle = next(t for t in trials if t.calibration is not None and t.calibration.step == 30).genome
+    middle = next(t for t in trials if t.gradient is not None and t.gradient.step == 30).genome
     assert middle.refined(finest.boundaries)[-1].tolist() == finest.coefficients[-1].tolist()  # 0 chunks: as it was
     assert not np.allclose(finest.coefficients[:3], middle.refined(finest.boundaries)[:3])
 
@@ -575,19 +575,19 @@ def test_one_chunk_a_tensor_is_the_scalar_form():
     trials = run(search)
     assert search.report()["lines"][0]["chunks"] == {"a.weight": 1, "b.weight": 1}
     assert all(trial.genome.boundaries.tolist() == [0, 12, 24] for trial in trials)
-    second = [t for t in trials if t.calibration is not None and t.calibration.step >= 20]
+    second = [t for t in trials if t.gradient is not None and t.gradient.step >= 20]
     plain = search_of(space_of(vectors, tensors, borders), starts=[second[0].genome.coefficients], steps=20)
     line = plain._lines[0]
     line.start = np.full((2, 2), math.log(1 / 9))  # the regulariser still draws to the first start
     line.before, line.last = 20, 40
-    fresh = [t for t in run(plain) if t.calibration is not None and t.calibration.step >= 20]
+    fresh = [t for t in run(plain) if t.gradient is not None and t.gradient.step >= 20]
     found, expected = (np.array([t.genome.coefficients for t in trials]) for trials in (second, fresh))
     assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_patience_ends_a_stage_and_the_next_begins():
     def flat(trial):
-        return Evaluation({"acc": 0.5}) if trial.calibration is None else measured(trial)
+        return Evaluation({"acc": 0.5}) if trial.gradient is None else measured(trial)
 
     search = search_of(chunks=1.0, patience=2, check_every=5, steps=100)
     run(search, flat)
@@ -600,7 +600,7 @@ def test_a_line_whose_first_check_fails_is_cut_once():
     first = []
 
     def unlucky(trial):
-        if trial.calibration is None and not first:
+        if trial.gradient is None and not first:
             first.append(trial)
             return Evaluation.failed("out of memory", "once")
         return measured(trial)
@@ -621,7 +621,7 @@ def test_it_begins_with_the_merges_that_it_is_given_to_the_last_bit():
     starts = [np.random.default_rng(seed).uniform(0.05, 0.95, (len(space.tensors), 2)) for seed in range(20)]
     search = search_of(space, starts=starts, exclude=[])
     asked = search.ask(1000)
-    begun = [trial.genome.coefficients for trial in asked if trial.calibration is None]
+    begun = [trial.genome.coefficients for trial in asked if trial.gradient is None]
     assert all(np.array_equal(found, start) for found, start in zip(begun, starts, strict=True))
     for trial in asked:
         search.tell(trial, measured(trial), Outcome(False))
@@ -752,18 +752,18 @@ def test_batches_may_be_accumulated_in_adamerging_too():
     """Two batches a step are one of twice the size."""
 
     def linear(trial):
-        if trial.calibration is None:
+        if trial.gradient is None:
             return Evaluation({"acc": 0.0})
-        c, step = trial.genome.coefficients, trial.calibration.step
-        return Evaluation({trial.calibration.task: float(step)}, gradient=c - np.array([0.0, 1.0]) * (step % 2))
+        c, step = trial.genome.coefficients, trial.gradient.step
+        return Evaluation({trial.gradient.task: float(step)}, gradient=c - np.array([0.0, 1.0]) * (step % 2))
 
     search = AdaMerging(np.array([0, 24]), 2, ("left",), GOALS, 0, steps=30, accumulate=2, check_every=10, rate=0.05)
     trials = run(search, linear)
-    steps = [t.calibration.step for t in trials if t.calibration is not None]
+    steps = [t.gradient.step for t in trials if t.gradient is not None]
     assert steps == list(range(60))
 
     def mean(trial):
-        if trial.calibration is None:
+        if trial.gradient is None:
             return Evaluation({"acc": 0.0})
         return Evaluation({"left": 0.0}, gradient=trial.genome.coefficients - np.array([0.0, 0.5]))
 

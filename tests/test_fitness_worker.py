@@ -15,7 +15,7 @@ from ecotone.fitness.worker import Worker
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Goal, Trial
+from ecotone.populations.trial import Goal, Scores, Trial
 
 pytestmark = pytest.mark.usefixtures("threads")
 MODULE = """
@@ -121,7 +121,7 @@ def test_a_module_is_scored_with_the_merged_weights(folder):
 def test_subsets_have_their_own_objectives(folder):
     worker = Worker(nets(folder, held_out=(accuracy("test", n=20),)))
     genome = Genome.uniform(43, [1.0, 0.0])
-    search, held_out = worker.measure([Trial(0, genome), Trial(1, genome, subset="held_out")])
+    search, held_out = worker.measure([Trial(0, genome), Trial(1, genome, wants=Scores("held_out"))])
     assert set(search.scores) == {"acc"}
     assert set(held_out.scores) == {"test"}
     assert held_out.items == 20

@@ -20,7 +20,7 @@ from ecotone.merging.kernel import compiled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Trial
+from ecotone.populations.trial import Evaluation, Goal, Gradient, Scores, Trial
 
 pytestmark = pytest.mark.usefixtures("threads")
 CPU = torch.device("cpu")
@@ -578,7 +578,7 @@ def spec_of(folder, dtype=torch.float64, **fields):
 
 
 def trial(number, genome, task=None, step=0):
-    return Trial(number, genome, calibration=None if task is None else CalibrationBatch.of(task, step))
+    return Trial(number, genome, wants=Scores() if task is None else Gradient.of(task, step))
 
 
 def same(one, two):
@@ -606,14 +606,14 @@ def test_a_gradient_trial_has_a_loss_and_a_gradient_and_no_scores(mixed):
     for one, evaluation in zip(trials, worker.measure(trials), strict=True):
         assert evaluation.ok
         assert evaluation.seconds > 0
-        if one.calibration is None:
+        if one.gradient is None:
             assert set(evaluation.scores) == {"acc"}
             assert evaluation.gradient is None
             assert 0 < evaluation.details["merge_seconds"] <= evaluation.seconds
             continue
-        assert set(evaluation.scores) == {one.calibration.task}
+        assert set(evaluation.scores) == {one.gradient.task}
         assert evaluation.items == 6
-        assert 0 < evaluation.details[Evaluation.detail_of(one.calibration.task, "diversity")] <= 1
+        assert 0 < evaluation.details[Evaluation.detail_of(one.gradient.task, "diversity")] <= 1
         assert evaluation.gradient.shape == one.genome.coefficients.shape
 
 
@@ -631,7 +631,7 @@ def test_the_gradient_is_that_of_the_loss(folder, task):
 def test_tasks_together_are_the_weighted_sum_of_each_alone(folder):
     worker = Worker(spec_of(folder))
     genome = genome_of(worker._sources, "tensors")
-    both = Trial(0, genome, calibration=CalibrationBatch(("sure", "told"), 5, (2.0, 0.5)))
+    both = Trial(0, genome, wants=Gradient(("sure", "told"), 5, (2.0, 0.5)))
     one, two, joint = worker.measure([trial(1, genome, "sure", 5), trial(2, genome, "told", 5), both])
     assert joint.scores == {**one.scores, **two.scores}
     assert joint.details == {**one.details, **two.details}
@@ -642,7 +642,7 @@ def test_tasks_together_are_the_weighted_sum_of_each_alone(folder):
 def test_a_task_that_fails_among_others_is_named(folder):
     worker = Worker(spec_of(folder))
     genome = genome_of(worker._sources, "tensors")
-    wrong = Trial(0, genome, calibration=CalibrationBatch(("sure", "sore"), 0, (1.0, 1.0)))
+    wrong = Trial(0, genome, wants=Gradient(("sure", "sore"), 0, (1.0, 1.0)))
     [found] = worker.measure([wrong])
     assert found.failure.message.startswith("calibration 'sore': expected a calibration task of that name")
 
@@ -751,7 +751,7 @@ def test_a_gradient_does_not_depend_on_what_was_scored_before(folder, name):
     for before in (0, 1, 3):
         worker = worker_of(folder, name)
         genome = Genome.uniform(worker._sources.layout.size, [0.3, 0.3])
-        gradient = Trial(before, genome, calibration=CalibrationBatch.of("t", 0))
+        gradient = Trial(before, genome, wants=Gradient.of("t", 0))
         *_, evaluation = worker.measure([*(Trial(number, genome) for number in range(before)), gradient])
         assert evaluation.ok, evaluation.failure
         found.append((evaluation.scores["t"], evaluation.gradient.tobytes()))

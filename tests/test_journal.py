@@ -20,7 +20,7 @@ from ecotone.populations.errors import JournalError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Event, Journal
 from ecotone.populations.migrations import FORMAT
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Failure, Trial
+from ecotone.populations.trial import Evaluation, Failure, Gradient, Scores, Trial
 
 
 def genome(number: int) -> Genome:
@@ -136,9 +136,9 @@ def test_failures_and_details_come_back(path: Path) -> None:
 def test_gradients_come_back_exactly_and_are_no_scores(path: Path) -> None:
     gradient = np.array([[0.1, 1 / 3], [-0.0, 5e-324]])
     asked = [
-        Trial(0, genome(0), calibration=CalibrationBatch.of("math", 7)),
+        Trial(0, genome(0), wants=Gradient.of("math", 7)),
         Trial(1, genome(0)),
-        Trial(2, genome(1), calibration=CalibrationBatch(("code", "math"), 8, (0.1, 2.0))),
+        Trial(2, genome(1), wants=Gradient(("code", "math"), 8, (0.1, 2.0))),
     ]
     with Journal.create(path) as journal:
         journal.asked(0, 3, asked)
@@ -155,7 +155,7 @@ def test_gradients_come_back_exactly_and_are_no_scores(path: Path) -> None:
         assert [row.number for row in journal.rows()] == [1]
         assert [row.number for row in journal.rows(0, unscored=True)] == [1, 2]
         rows = list(journal.rows(unscored=True))
-        assert [row.calibration for row in rows] == [trial.calibration for trial in asked]
+        assert [row.gradient for row in rows] == [trial.gradient for trial in asked]
         assert [row.scores for row in rows] == [{"math": 2.5}, {"acc": 0.5}, {}]
         of_genome = journal.evaluation_of(genome(0).digest)
         assert of_genome is not None
@@ -166,7 +166,7 @@ def test_gradients_come_back_exactly_and_are_no_scores(path: Path) -> None:
 def test_a_digest_tells_losses(tmp_path: Path) -> None:
     digests = set()
     for number, value in enumerate((1.0, 1.5)):
-        trial = Trial(0, genome(0), calibration=CalibrationBatch.of("math", 0))
+        trial = Trial(0, genome(0), wants=Gradient.of("math", 0))
         with Journal.create(tmp_path / str(number) / "journal.sqlite") as journal:
             journal.asked(0, 1, [trial])
             journal.arrived([(trial, Evaluation({"math": value}, gradient=np.zeros((2, 2))))])
@@ -198,18 +198,18 @@ def test_measurements_and_references(path: Path) -> None:
         journal.refer("low", genome(0))
         journal.refer("high", genome(1))
         journal.refer("low", genome(2))  # the first stays
-        journal.measured(genome(0), "held_out", scored(0.5))
-        journal.measured(genome(0), "search", scored(0.75))
-        journal.measured(genome(0), "search", scored(0.8))  # the last stays
+        journal.measured(genome(0), Scores("held_out"), scored(0.5))
+        journal.measured(genome(0), Scores(), scored(0.75))
+        journal.measured(genome(0), Scores(), scored(0.8))  # the last stays
     with Journal.open(path) as journal:
         assert journal.references() == [("low", genome(0)), ("high", genome(1))]
-        found = journal.measurement(genome(0).split(5).digest, "held_out")
+        found = journal.measurement(genome(0).split(5).digest, Scores("held_out"))
         assert found is not None
         assert found.scores == {"acc": 0.5}
-        again = journal.measurement(genome(0).digest, "search")
+        again = journal.measurement(genome(0).digest, Scores())
         assert again is not None
         assert again.scores == {"acc": 0.8}
-        assert journal.measurement(genome(1).digest, "search") is None
+        assert journal.measurement(genome(1).digest, Scores()) is None
 
 
 # -- the digest ----------------------------------------------------------------------------------------------

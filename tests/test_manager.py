@@ -29,7 +29,7 @@ from ecotone.populations.niches import NicheArchive
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import ElitistArchive, Population
 from ecotone.populations.space import Space
-from ecotone.populations.trial import Evaluation, Goal, Trial, oriented
+from ecotone.populations.trial import Evaluation, Goal, Scores, Trial, oriented
 from ecotone.search.cma_es import CmaEs
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.m2n2 import M2N2, M2N2Settings
@@ -873,20 +873,20 @@ def test_measuring_pays_for_each_merge_once(tmp_path: Path) -> None:
     again = [genomes[0].split(3), *genomes[1:3]]
     with Journal.create(tmp_path / "j.sqlite") as journal:
         pool = Simulated(0)
-        found = measure(pool, journal, [*genomes, *again], "held_out", batch=2)
+        found = measure(pool, journal, [*genomes, *again], Scores("held_out"), batch=2)
         assert set(found) == {genome.digest for genome in genomes}
         assert len(pool.submitted) == 5
         for genome in genomes:
             assert found[genome.digest].scores == scored(Trial(0, genome)).scores
-            stored = journal.measurement(genome.digest, "held_out")
+            stored = journal.measurement(genome.digest, Scores("held_out"))
             assert stored is not None
             assert stored.scores == found[genome.digest].scores
         more = Simulated(0)
         new = Genome.uniform(SIZE, [9.0, 9.0])
-        assert set(measure(more, journal, [*genomes, new], "held_out", batch=2)) == {*found, new.digest}
+        assert set(measure(more, journal, [*genomes, new], Scores("held_out"), batch=2)) == {*found, new.digest}
         assert len(more.submitted) == 1
         other = Simulated(0)
-        measure(other, journal, genomes, "search", batch=10)
+        measure(other, journal, genomes, Scores(), batch=10)
         assert len(other.submitted) == 5  # another subset is another measurement
 
 
@@ -899,7 +899,20 @@ def test_a_measurement_that_comes_twice_or_is_of_the_search_counts_once(tmp_path
         return [(of_the_search, wrong), (batch, found), (batch, wrong)]
 
     with Journal.create(tmp_path / "j.sqlite") as journal:
-        found = measure(Altered(again), journal, genomes, "held_out", batch=2)
+        found = measure(Altered(again), journal, genomes, Scores("held_out"), batch=2)
+    assert [found[genome.digest].scores for genome in genomes] == [scored(Trial(0, one)).scores for one in genomes]
+
+
+def test_a_batch_of_an_earlier_measurement_that_comes_late_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """It has the same number and the same merges: what was wanted of them tells."""
+    genomes = [Genome.uniform(SIZE, [i / 10, 1.0]) for i in range(2)]
+
+    def late(batch: Batch, found: list[Evaluation]) -> Completed:
+        trials = tuple(replace(trial, wants=Scores("held_out")) for trial in batch.trials)
+        return [(replace(batch, trials=trials), [Evaluation({"acc": -1.0}) for _ in found]), (batch, found)]
+
+    with Journal.create(tmp_path / "j.sqlite") as journal:
+        found = measure(Altered(late), journal, genomes, Scores(), batch=2)
     assert [found[genome.digest].scores for genome in genomes] == [scored(Trial(0, one)).scores for one in genomes]
 
 
@@ -910,12 +923,12 @@ def test_what_the_search_scored_is_not_measured_again(tmp_path: Path) -> None:
     average = Genome.uniform(SIZE, [0.5, 0.5])
     with Journal.open(path, write=True) as journal:
         pool = Simulated()
-        found = measure(pool, journal, [*seeds, average], "search", batch=2)
+        found = measure(pool, journal, [*seeds, average], Scores(), batch=2)
         assert len(pool.submitted) == 1
         for genome in (*seeds, average):
-            stored = journal.measurement(genome.digest, "search")
+            stored = journal.measurement(genome.digest, Scores())
             assert stored is not None
             assert stored.scores == found[genome.digest].scores == scored(Trial(0, genome)).scores
         held_out = Simulated()
-        measure(held_out, journal, seeds, "held_out", batch=2)
+        measure(held_out, journal, seeds, Scores("held_out"), batch=2)
         assert len(held_out.submitted) == 2

@@ -32,7 +32,7 @@ from ecotone.populations import facts
 from ecotone.populations.facts import Note
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
-from ecotone.populations.trial import Evaluation, Goal, Trial
+from ecotone.populations.trial import Evaluation, Goal, Scores, Trial
 
 pytest.importorskip("mlflow")
 
@@ -169,7 +169,9 @@ def a_search(directory: Path, algorithm: str, reach: float) -> Front:
             journal.asked(number, 1, [trial])
             journal.arrived([(trial, Evaluation(scores))])
             journal.told(number)
-            journal.measured(trial.genome, "held_out", Evaluation({key: 0.9 * value for key, value in scores.items()}))
+            journal.measured(
+                trial.genome, Scores("held_out"), Evaluation({key: 0.9 * value for key, value in scores.items()})
+            )
         journal.note(facts.STATE, "finished")
         points = [(row.scores["math"], row.scores["code"]) for row in journal.rows() if row.scores]
     return sorted(p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points))

@@ -24,7 +24,7 @@ from ecotone.fitness.pools import Batch, SerialPool
 from ecotone.fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
 from ecotone.populations.errors import CheckpointError, InputError, PoolError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Evaluation, Goal, Trial
+from ecotone.populations.trial import Evaluation, Goal, Scores, Trial
 
 HERE = str(Path(__file__).parent)
 MODULE = """
@@ -821,7 +821,12 @@ def test_trials_travel_with_the_call_unless_they_are_large(size, count, argument
 
     rng = np.random.default_rng(0)
     sent = tuple(
-        Trial(i, Genome.dense(rng.normal(size=size), 2) if size else Genome.uniform(9, [0.5, 0.5]), (1, 2), "held_out")
+        Trial(
+            i,
+            Genome.dense(rng.normal(size=size), 2) if size else Genome.uniform(9, [0.5, 0.5]),
+            (1, 2),
+            Scores("held_out"),
+        )
         for i in range(count)
     )
     parts = _parts(sent)

@@ -30,7 +30,7 @@ from ecotone.populations.genome import Genome
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.population import ElitistArchive, Population
 from ecotone.populations.samples import Sample, error_of_mean, estimate, order, reached
-from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Scores, Trial
 from ecotone.search.cma_es import CmaEs
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.m2n2 import M2N2, M2N2Settings
@@ -374,7 +374,7 @@ def test_a_worker_scores_samples_and_joins_them(tmp_path: Path, monkeypatch: pyt
     [plain] = worker.measure([Trial(0, genome)])
     seen: dict[str, NDArray[Any]] = {}
     for start, stop in pairwise((0.0, 0.1, 0.55, 1.0)):
-        [found] = worker.measure([Trial(1, genome, sample=Sample(3, start, stop, seen))])
+        [found] = worker.measure([Trial(1, genome, wants=Scores(sample=Sample(3, start, stop, seen)))])
         assert found.ok
         assert found.items == sum(reached(40, stop) - reached(40, start) for _ in plain.scores)
         seen = dict(found.per_example)

@@ -24,7 +24,7 @@ from ecotone.populations.gram import GramTable
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.population import ElitistArchive, Population
 from ecotone.populations.space import Space
-from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Scores, Trial
 from ecotone.search.adamerging import AdaMerging
 from ecotone.search.bayesian_map import BayesianMap
 from ecotone.search.cma_es import CmaEs
@@ -278,10 +278,10 @@ def expanded(genome: Genome, vectors: NDArray[np.float32] = VECTORS) -> NDArray[
 
 def differentiated(trial: Trial) -> Evaluation:
     """The loss of a gradient trial, half the squared distance to a point of its task and step, and its gradient."""
-    assert trial.calibration is not None
+    assert trial.gradient is not None
     if trial.number == 25:
         return Evaluation.failed("not finite", "unlucky")
-    coefficients, batch = trial.genome.coefficients, trial.calibration
+    coefficients, batch = trial.genome.coefficients, trial.gradient
     losses, gradient = {}, np.zeros(coefficients.shape)
     for task, weight in zip(batch.tasks, batch.weights, strict=True):
         away = coefficients - np.random.default_rng([len(task), batch.step]).standard_normal(coefficients.shape)
@@ -293,7 +293,7 @@ def differentiated(trial: Trial) -> Evaluation:
 
 def scored(trial: Trial) -> Evaluation:
     """Real-valued examples, and a failure now and then (never of a seed)."""
-    if trial.calibration is not None:
+    if trial.gradient is not None:
         return differentiated(trial)
     if trial.number % 11 == 7:
         return Evaluation.failed("exception", "ValueError: unlucky")
@@ -361,7 +361,7 @@ def test_trials_are_numbered_and_fit_the_space(kind: str) -> None:
     for trial in trials:
         assert (trial.genome.size, trial.genome.sources) == (SIZE, 3)
         assert all(parent < trial.number for parent in trial.parents)
-        assert trial.subset == "search"
+        assert trial.gradient or trial.wants == Scores(sample=trial.sample)
     of_two_tasks = ("adamerging-sweep", "adamerging-together", "expert_merging-chunks", "m2n2-refined-all")
     several = 2 if kind in of_two_tasks else 3 if "raced" in kind else 1  # gradients, or samples, of one merge
     assert len(set(driver.digests)) > 30 / several  # it does look at different merges

@@ -39,7 +39,7 @@ from ecotone.populations.errors import JournalError
 from ecotone.populations.facts import Note
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal, Row
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Trial
+from ecotone.populations.trial import Evaluation, Goal, Gradient, Scores, Trial
 
 pytest.importorskip("mlflow")
 
@@ -106,9 +106,9 @@ def tell(journal: Journal, begin: int, end: int, batch: int = 5) -> None:
 def finish(journal: Journal, held_out: Sequence[int] = (), state: str = "finished") -> None:
     for name, number in (("a", 0), ("b", 1000)):
         journal.refer(name, genome(number))
-    journal.measured(genome(1000), "search", Evaluation({"acc": 0.25, "loss": 2.5}))
+    journal.measured(genome(1000), Scores(), Evaluation({"acc": 0.25, "loss": 2.5}))
     for number in (0, 1000, *held_out):
-        journal.measured(genome(number), "held_out", Evaluation({"test acc": 0.5 + number / 4000}))
+        journal.measured(genome(number), Scores("held_out"), Evaluation({"test acc": 0.5 + number / 4000}))
     journal.note(facts.STATE, state)
 
 
@@ -301,7 +301,7 @@ def test_losses_of_calibration_tasks_are_means_since_the_step_before(runs: Path)
     (directory / "recipe.yaml").write_text("seed: 3\n")
 
     def learned(journal: Journal, first: int, losses: Sequence[float]) -> None:
-        trials = [Trial(first + i, genome(0), calibration=CalibrationBatch.of("math 1", i)) for i in range(len(losses))]
+        trials = [Trial(first + i, genome(0), wants=Gradient.of("math 1", i)) for i in range(len(losses))]
         journal.asked(first, len(trials), trials)
         told = [Evaluation({"math 1": loss}, gradient=np.zeros((1, 2))) for loss in losses]
         journal.arrived(zip(trials, told, strict=True))
@@ -498,7 +498,7 @@ def a_search_of_three(directory: Path, count: int) -> None:
             trial = Trial(n, genome(n))
             journal.asked(n, 1, [trial])
             journal.arrived([(trial, Evaluation(three(n)))])
-            journal.measured(trial.genome, "held_out", Evaluation({k: v / 2 for k, v in three(n).items()}))
+            journal.measured(trial.genome, Scores("held_out"), Evaluation({k: v / 2 for k, v in three(n).items()}))
         journal.note(facts.STATE, "finished")
 
 

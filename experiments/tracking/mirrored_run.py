@@ -92,10 +92,10 @@ class MirroredRun:
                 if row.number != self._after + 1 and not finished:
                     return
                 self._after = row.number
-                if row.calibration is not None:
+                if row.gradient is not None:
                     self.board.learn(row)
                     continue
-                if row.partial:
+                if not row.scored:
                     continue
                 line = self.board.add(row)
                 if line is not None and line.step > self.cursor:

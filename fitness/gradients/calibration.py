@@ -70,6 +70,16 @@ class Task:
         self._order = lru_cache(maxsize=2)(partial(_order, seed, name, len(examples)))
         self._classes = 0 if examples.labels is None else int(examples.labels.max()) + 1
 
+    @property
+    def examples(self) -> Examples:
+        """All examples."""
+        return self._examples
+
+    @property
+    def head(self) -> Head | None:
+        """Makes the logits of the model's outputs; None where the outputs are the logits."""
+        return self._head
+
     def batch(self, step: int) -> Examples:
         """The examples of batch ``step``, from 0."""
         size = len(self._examples)
