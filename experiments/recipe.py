@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from ecotone.experiments.parts import OBJECTIVES, Call, LanguageObjective, Objective, Part
+from ecotone.experiments.tracking.settings import TrackingSettings
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations.errors import InputError, nearest
 
@@ -750,20 +751,6 @@ class Runtime(Part):
         return self
 
 
-class Tracking(Part):
-    """Where the run is mirrored to.
-
-    Attributes:
-        mlflow: Mirror the journal into MLflow.
-        uri: A tracking server or store; None is $MLFLOW_TRACKING_URI, or else an SQLite file beside the runs.
-        experiment: MLflow experiment.
-    """
-
-    mlflow: bool = True
-    uri: str | None = None
-    experiment: str = "ecotone"
-
-
 class Recipe(Part):
     """A search, whole: models, merge operator, objectives, algorithm, scoring, budget, seed, runtime, tracking."""
 
@@ -778,7 +765,7 @@ class Recipe(Part):
     scoring: Scoring = Scoring()
     seed: int = Field(default=0, ge=0)
     runtime: Runtime = Runtime()
-    tracking: Tracking = Tracking()
+    tracking: TrackingSettings = TrackingSettings()
     _folder: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")

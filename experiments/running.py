@@ -119,7 +119,7 @@ def resume(
             _same_models(journal, space)
             journal.note("recipe", json.dumps(recipe.record()))
             journal.note("budget", recipe.budget.model_dump_json())
-            journal.note("tracking", _tracking_fact(recipe))
+            journal.note("tracking", recipe.tracking.fact())
             journal.note("sys_path", json.dumps(recorded["sys_path"]))
             _carry_out(recipe, place, journal, pool, space, observe, notify)
     return Run(place.directory)
@@ -252,21 +252,21 @@ def _recorded(journal: Journal, place: Place) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
-    """Have a process of its own mirror the journal into MLflow meanwhile."""
-    if not recipe.tracking.mlflow:
-        yield
-        return
-    if not tracking.installed():
-        notify(
-            "MLflow is not installed, so the run is not tracked: `pip install 'ecotone[mlflow]'`, then `ecotone sync`."
-        )
-        yield
-        return
-    process = tracking.start(place.directory, os.getpid())
+    """Have processes of their own mirror the journal into the recipe's trackers meanwhile."""
+    followers = {}
+    for name, settings in recipe.tracking.trackers.items():
+        if settings.installed():
+            followers[name] = tracking.start(place.directory, os.getpid(), name)
+        else:
+            remedy = f"`{settings.install}`, then `ecotone sync`"
+            notify(f"{settings.title} is not installed, so it does not get the run: {remedy}.")
     yield
-    notify("Waiting for MLflow to have everything ...")
-    if not tracking.wait(process, 60, place.directory):
-        notify(f"MLflow does not have everything yet; `ecotone sync {place.where}` sends the rest.")
+    end = time.monotonic() + 60
+    for name, process in followers.items():
+        title = recipe.tracking.trackers[name].title
+        notify(f"Waiting for {title} to have everything ...")
+        if not tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name):
+            notify(f"{title} does not have everything yet; `ecotone sync {place.where}` sends the rest.")
 
 
 def _facts(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> dict[str, str]:
@@ -279,7 +279,7 @@ def _facts(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> dict[str, st
         "goals": _goals_fact(recipe, "search"),
         "held_out_goals": _goals_fact(recipe, "held_out"),
         "budget": recipe.budget.model_dump_json(),
-        "tracking": _tracking_fact(recipe),
+        "tracking": recipe.tracking.fact(),
         "versions": json.dumps(compose.versions()),
         "models": json.dumps(list(space.seed_names)),
         "sys_path": json.dumps(paths),
@@ -290,12 +290,6 @@ def _facts(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> dict[str, st
 
 def _goals_fact(recipe: Recipe, group: str) -> str:
     return json.dumps([[goal.name, goal.direction] for goal in compose.goals_of(getattr(recipe.objectives, group))])
-
-
-def _tracking_fact(recipe: Recipe) -> str:
-    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    found = None if uri is None else tracking.absolute_uri(uri)
-    return json.dumps({"uri": found, "experiment": recipe.tracking.experiment})
 
 
 def _recorded_paths(journal: Journal) -> dict[str, Any]:

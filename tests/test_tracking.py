@@ -27,13 +27,13 @@ import pytest
 
 from ecotone.experiments import tracking
 from ecotone.experiments.runs import Run
-from ecotone.experiments.tracking.mirrored_run import MirroredRun
+from ecotone.experiments.tracking.mlflow.run import MlflowRecord
+from ecotone.experiments.tracking.mlflow.server import serving
+from ecotone.experiments.tracking.mlflow.server import stop as stop_server
+from ecotone.experiments.tracking.mlflow.store import opened, sqlite_file
+from ecotone.experiments.tracking.mlflow.view import view_key, view_tag, view_value
 from ecotone.experiments.tracking.names import acceptable, metric_names
 from ecotone.experiments.tracking.scoreboard import Scoreboard
-from ecotone.experiments.tracking.server import serving
-from ecotone.experiments.tracking.server import stop as stop_server
-from ecotone.experiments.tracking.store import opened, sqlite_file
-from ecotone.experiments.tracking.view import view_key, view_tag, view_value
 from ecotone.populations.errors import JournalError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal, Row
@@ -561,20 +561,20 @@ def test_pictures_of_the_evolving_front(runs: Path) -> None:
 
 def test_a_mirror_that_was_stopped_while_it_logged_the_front(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = a_run(runs, 40, budget=40)
-    monkeypatch.setattr("ecotone.experiments.tracking.mirrored_run.ROWS_PER_BATCH", 4)
+    monkeypatch.setattr("ecotone.experiments.tracking.mlflow.run.ROWS_PER_BATCH", 4)
 
     def stopped(*_: object) -> None:
         raise OSError("stopped here")
 
     with monkeypatch.context() as during:
-        logged = MirroredRun._log
+        logged = MlflowRecord._log
 
-        def some(self: MirroredRun, rows: Any) -> None:
+        def some(self: MlflowRecord, rows: Any) -> None:
             logged(self, rows)
             if any(key.startswith("front/") for key, *_ in rows):
                 stopped()
 
-        during.setattr(MirroredRun, "_log", some)
+        during.setattr(MlflowRecord, "_log", some)
         assert tracking.mirror(directory).error == "stopped here"
     report = tracking.mirror(directory)
     assert report.complete
@@ -669,7 +669,7 @@ def test_names_stay_apart() -> None:
 
 
 def test_more_objectives_than_one_batch_takes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ecotone.experiments.tracking.mirrored_run.ROWS_PER_BATCH", 3)  # a line has up to nine rows
+    monkeypatch.setattr("ecotone.experiments.tracking.mlflow.run.ROWS_PER_BATCH", 3)  # a line has up to nine rows
     report = tracking.mirror(a_run(runs, 12, budget=12))
     history = history_of(report.uri, report.run_id or "")
     assert without_times(history) == expected(12, range(1, 13))
@@ -728,7 +728,7 @@ def test_status_needs_no_mlflow(runs: Path) -> None:
     assert (nothing["run_id"], nothing["mirrored"], nothing["mirroring"]) == (None, 0, False)
     report = tracking.mirror(directory)
     code = (
-        "import json, sys\nfrom experiments import tracking\n"
+        "import json, sys\nfrom ecotone.experiments import tracking\n"
         f"print(json.dumps(tracking.status({str(directory)!r})))\n"
         "assert not {'mlflow', 'torch', 'ray'} & set(sys.modules), 'too much imported'"
     )
@@ -738,6 +738,7 @@ def test_status_needs_no_mlflow(runs: Path) -> None:
         "experiment": "merges",
         "experiment_id": report.experiment_id,
         "run_id": report.run_id,
+        "page": None,
         "mirrored": 6,
         "complete": True,
         "error": None,
@@ -771,8 +772,8 @@ def test_server_down_is_a_report_and_harms_nothing(tmp_path: Path) -> None:
 def mirroring(directory: Path, rows: int = 30) -> subprocess.Popen[bytes]:
     """A process that mirrors in many small batches."""
     code = (
-        "from ecotone.experiments.tracking import mirror, mirrored_run\n"
-        f"mirrored_run.ROWS_PER_BATCH = {rows}\nmirror({str(directory)!r})"
+        "from ecotone.experiments.tracking import mirror\nfrom ecotone.experiments.tracking.mlflow import run\n"
+        f"run.ROWS_PER_BATCH = {rows}\nmirror({str(directory)!r})"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -780,7 +781,7 @@ def mirroring(directory: Path, rows: int = 30) -> subprocess.Popen[bytes]:
 @pytest.mark.slow
 def test_killed_in_the_middle_then_mirrored_again(runs: Path, empty_store: Path, tmp_path: Path) -> None:
     directory = a_run(runs, 600, budget=600)
-    undisturbed = tracking.mirror(directory, uri=_another_store(tmp_path, empty_store))
+    undisturbed = tracking.mirror(directory, changes={"uri": _another_store(tmp_path, empty_store)})
     (directory / "tracking.json").unlink()
     uri = tracking.default_uri(runs)
     seen = []
