@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import json
-import math
 import os
 import re
 import shutil
@@ -38,151 +37,27 @@ from ecotone.populations.errors import JournalError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal, Row
 from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Trial
+from ecotone.testing.trackers import (
+    GOALS,
+    a_run,
+    best,
+    evaluation,
+    expected,
+    facts,
+    finish,
+    front,
+    genome,
+    scores,
+    tell,
+)
 
 pytest.importorskip("mlflow")
 
 ARTIFACTS = ("recipe.yaml", "front.json", "candidates.csv", "front.csv", "genomes.json", "environment.json")
-GOALS = [["acc", "maximize"], ["loss", "minimize"]]
 History = dict[str, list[tuple[int, float, int]]]
 
 
 # -- helpers -------------------------------------------------------------------------------------------------
-
-
-def genome(number: int) -> Genome:
-    return Genome.uniform(10, [number / 7, 1.0])
-
-
-def scores(number: int) -> dict[str, float] | None:
-    """What trial ``number`` scored: accuracy costs loss, every seventh fails, from 28 on the scores come again."""
-    if number % 7 == 3:
-        return None
-    turn = number % 28 + 12
-    return {"acc": (turn * 37 % 101) / 101, "loss": 1.0 + (turn * 37 % 101 * 0.6 + turn * 53 % 29) / 89}
-
-
-def evaluation(number: int) -> Evaluation:
-    found = scores(number)
-    return Evaluation.failed("not finite", "acc: NaN") if found is None else Evaluation(found, seconds=0.5)
-
-
-def facts(budget: int | None, **others: str) -> dict[str, str]:
-    recipe = {
-        "seed": 3,
-        "models": ["a", "b"],
-        "search": {"type": "m2n2", "options": {"archive": 20}},
-        "note": "x" * 9000,
-    }
-    return {
-        "recipe": json.dumps(recipe),
-        "name": "digits",
-        "algorithm": "m2n2",
-        "signature": "5ca1ab1e",
-        "seed": "3",
-        "goals": json.dumps(GOALS),
-        "held_out_goals": json.dumps([["test acc", "maximize"]]),
-        "budget": json.dumps({"evaluations": budget, "seconds": None}),
-        "state": "running",
-        "tracking": json.dumps({"uri": None, "experiment": "merges"}),
-        "models": json.dumps(["a", "b"]),
-        "versions": json.dumps({"numpy": "2.0"}),
-        **others,
-    }
-
-
-def tell(journal: Journal, begin: int, end: int, batch: int = 5) -> None:
-    """Trials ``begin`` to ``end - 1``, in batches."""
-    for first in range(begin, end, batch):
-        numbers = range(first, min(first + batch, end))
-        trials = [Trial(n, genome(n), (n - 1,) if n else ()) for n in numbers]
-        journal.asked(first, len(trials), trials)
-        journal.arrived([(t, evaluation(t.number)) for t in trials])
-        journal.told(first)
-
-
-def finish(journal: Journal, held_out: Sequence[int] = (), state: str = "finished") -> None:
-    for name, number in (("a", 0), ("b", 1000)):
-        journal.refer(name, genome(number))
-    journal.measured(genome(1000), "search", Evaluation({"acc": 0.25, "loss": 2.5}))
-    for number in (0, 1000, *held_out):
-        journal.measured(genome(number), "held_out", Evaluation({"test acc": 0.5 + number / 4000}))
-    journal.note("state", state)
-
-
-def a_run(runs: Path, count: int, budget: int | None, name: str = "one", **others: str) -> Path:
-    """A finished run of ``count`` evaluations."""
-    directory = runs / name
-    directory.mkdir(parents=True)
-    (directory / "recipe.yaml").write_text("seed: 3\n")
-    with Journal.create(directory / "journal.sqlite", facts(budget, **others)) as journal:
-        tell(journal, 0, count)
-        finish(journal, held_out=[best(count)])
-        journal.note("stop_reason", "the budget is spent")
-    return directory
-
-
-def best(count: int) -> int:
-    """The trial of best mean of oriented scores, the first of equals."""
-    means = {n: (s["acc"] - s["loss"]) / 2 for n in range(count) if (s := scores(n))}
-    return max(means, key=lambda n: (means[n], -n))
-
-
-def front(count: int) -> list[int]:
-    """Trials that no other dominates, by accuracy."""
-    ok = {n: s for n in range(count) if (s := scores(n))}
-    kept = [
-        n
-        for n, s in ok.items()
-        if not any(
-            o["acc"] >= s["acc"] and o["loss"] <= s["loss"] and (o != s or m < n) for m, o in ok.items() if m != n
-        )
-    ]
-    return sorted(kept, key=lambda n: (ok[n]["acc"], n))
-
-
-def volume(count: int) -> float:
-    """What the front dominates, down to accuracy 0 and loss 2.5, the worst of the reference merges."""
-    area, covered = 0.0, 0.0
-    for number in front(count):  # by accuracy: each adds a strip
-        found = scores(number) or {}
-        area += max(0.0, found["acc"] - covered) * max(0.0, 2.5 - found["loss"]) if found["loss"] < 2.5 else 0.0
-        covered = max(covered, found["acc"])
-    return round(area, 12)
-
-
-def expected(count: int, borders: Sequence[int]) -> dict[str, list[tuple[int, float]]]:
-    """The history that the scores imply, computed the slow way; rates are left out."""
-    history: dict[str, list[tuple[int, float]]] = {}
-    for before, step in zip([0, *borders], borders, strict=False):
-        window = [s for n in range(before, step) if (s := scores(n))]
-        ok = [s for n in range(step) if (s := scores(n))]
-        values = {
-            "evaluations": step,
-            "failures": step - len(ok),
-            "front_size": len(front(step)),
-            "best/acc": max(s["acc"] for s in ok),
-            "best/loss": min(s["loss"] for s in ok),
-            "best/mean": max((s["acc"] - s["loss"]) / 2 for s in ok),
-        }
-        if window:
-            values["acc"] = math.fsum(s["acc"] for s in window) / len(window)
-            values["loss"] = math.fsum(s["loss"] for s in window) / len(window)
-        for key, value in values.items():
-            history.setdefault(key, []).append((step, value))
-    ended = {
-        "held_out/test acc": 0.5 + best(count) / 4000,
-        "references/a/acc": scores(0)["acc"],  # type: ignore[index]
-        "references/a/loss": scores(0)["loss"],  # type: ignore[index]
-        "references/a/held_out/test acc": 0.5,
-        "references/b/acc": 0.25,
-        "references/b/loss": 2.5,
-        "references/b/held_out/test acc": 0.75,
-    }
-    history.update({key: [(count, value)] for key, value in ended.items()})
-    history["hypervolume"] = [(step, volume(step)) for step in borders]
-    for name in ("acc", "loss"):
-        history[f"front/{name}"] = [(k, scores(n)[name]) for k, n in enumerate(front(count))]  # type: ignore[index]
-    return history
 
 
 def client(uri: str) -> Any:

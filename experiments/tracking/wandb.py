@@ -29,7 +29,7 @@ from ecotone.populations.errors import InputError
 COLOUR = "#1f77b4"  # of fronts in pictures; W&B gives runs colours of its own
 TABLE = "front_table"
 PICTURES = f"{PICTURE}_picture"
-_MARKS = "ecotone"  # the key of the configuration with what W&B is to remember for us
+_OWN = "ecotone"  # the key of the configuration with what is not the recipe's
 _MODES = {"online": "online", "offline": "offline", "dryrun": "offline"}
 _SERVER = "https://api.wandb.ai"
 _SILENT = ("connection refused", "no such host", "timeout", "timed out", "deadline exceeded", "giving up after")
@@ -257,7 +257,8 @@ class WandbRecord:
 
     def _finish(self, code: int) -> None:
         run, self._run = self._run, None
-        run.finish(exit_code=code)
+        with _released():
+            run.finish(exit_code=code)
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -273,7 +274,8 @@ class WandbRecord:
             self._run = self._begun()
             self.page = self._run.url
             self.cursor = int(self._run.summary.get(CURSOR) or 0)
-            self._marks |= dict(self._run.config.get(_MARKS) or {})
+            known = dict(self._run.config.get(_OWN) or {})
+            self._marks |= {key: value for key, value in known.items() if key in self._marks}
             self._run.config.update(self._configuration(), allow_val_change=True)
         return self._run
 
@@ -281,27 +283,32 @@ class WandbRecord:
         import wandb
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        return wandb.init(
-            project=self.settings.project,
-            entity=self.settings.entity,
-            id=self.run_id,
-            name=self.subject.name,
-            group=self.subject.recipe[:128],
-            tags=[self.subject.algorithm[:64]] if self.subject.algorithm else None,
-            dir=str(self.folder),
-            mode=self.mode,
-            resume="allow" if self.mode == "online" else None,
-            reinit="create_new",
-            settings=wandb.Settings(**_SETTINGS),
-        )
+        try:
+            return wandb.init(
+                project=self.settings.project,
+                entity=self.settings.entity,
+                id=self.run_id,
+                name=self.subject.name,
+                group=self.subject.recipe[:128],
+                tags=[self.subject.algorithm[:64]] if self.subject.algorithm else None,
+                dir=str(self.folder),
+                mode=self.mode,
+                resume="allow" if self.mode == "online" else None,
+                reinit="create_new",
+                settings=wandb.Settings(**_SETTINGS),
+            )
+        except Exception:
+            with _released():
+                raise
 
     def _configuration(self) -> dict[str, Any]:
-        """The recipe, flattened, what runs are looked up by, and our marks."""
-        return {**self.subject.parameters, **self.subject.tags, _MARKS: self._marks}
+        """The recipe, flattened, and under one key what runs are looked up by and where we stand."""
+        tags = {key.removeprefix("ecotone."): value for key, value in self.subject.tags.items()}
+        return {**self.subject.parameters, _OWN: {**tags, **self._marks}}
 
     def _mark(self, **marks: Any) -> None:
         self._marks |= marks
-        self._run.config.update({_MARKS: dict(self._marks)}, allow_val_change=True)
+        self._run.config.update({_OWN: self._configuration()[_OWN]}, allow_val_change=True)
 
     def _log(self, step: int, time: int, values: Mapping[str, Any], axis: str) -> None:
         """Log one row under W&B's own ``step``."""
@@ -357,9 +364,21 @@ class OfflineRecord(WandbRecord):
     def _finish(self, code: int) -> None:
         """End the log, and take earlier ones of the same run away: this one has all of theirs."""
         super()._finish(code)
-        for other in (self.folder / "wandb").glob(f"offline-run-*-{self.run_id}"):
-            if other != self._log_folder:
-                shutil.rmtree(other)
+        for log in (self.folder / "wandb").glob(f"offline-run-*/run-{self.run_id}.wandb"):
+            if log.parent != self._log_folder:
+                shutil.rmtree(log.parent)
+
+
+@contextlib.contextmanager
+def _released() -> Iterator[None]:
+    """After it W&B's own process is ended: only then is all written, and the run's id free for the next attempt."""
+    import wandb
+
+    try:
+        yield
+    finally:
+        if wandb.run is None:  # nobody else's run is in this process
+            wandb.teardown()
 
 
 def _rows(lines: Iterable[Line]) -> list[dict[str, float]]:

@@ -1,0 +1,1 @@
+"""Conformance suites, for our own tests and for those of plug-ins. They need pytest."""
