@@ -146,6 +146,7 @@ class WandbRecord:
         self._run: Any = None
         self._forget()
         if memory.get("end"):
+            self.end = str(memory["end"])
             self.cursor = int(memory.get("cursor", 0))
             self._marks |= memory.get("marks", {})
         else:
@@ -176,11 +177,6 @@ class WandbRecord:
     def pictured(self) -> int:
         """Evaluations of the latest picture."""
         return int(self._marks["pictured"])
-
-    @property
-    def end(self) -> str:
-        """The mark of the end that W&B shows."""
-        return str(self._marks["end"])
 
     @property
     def front(self) -> str:
@@ -215,15 +211,16 @@ class WandbRecord:
     def go_on(self, evaluations: int) -> None:
         """Take more; after a front in another run, whose id says after how many evaluations it took over."""
         if self.front and evaluations > self.cursor:
+            self.close()
             self.run_id = f"{self.subject.identity}-{self.cursor}"
             self._forget()
         self._open()
-        self._mark(end="")
+        self.end = ""
 
     # -- the end -----------------------------------------------------------------------------------------------
 
     def finish(self, end: End) -> None:
-        """Log the end: the front, the state, the files, and at last the mark that all of it is there."""
+        """Log the end: the front, the state, the files; it is there when W&B says that it has sent or written all."""
         import wandb
 
         run = self._open()
@@ -238,8 +235,8 @@ class WandbRecord:
         reasons = {key: text for key, text in end.reasons.items() if text}
         run.summary.update({**end.metrics, "state": end.state, **reasons})
         self._artifact(end)
-        self._mark(end=end.mark)
         self._finish(0 if end.state == "finished" else 1)
+        self.end = end.mark  # known to us alone, and only now: W&B sends what it has in no order that it tells
 
     def close(self) -> None:
         """End the connection; the run goes on when it is opened again."""
@@ -265,8 +262,8 @@ class WandbRecord:
     def _forget(self) -> None:
         """Begin with nothing."""
         self.cursor = 0
-        self._marks: dict[str, Any] = {"stride": self.subject.stride, "pictured": 0, "front": "", "end": ""}
-        self._defined = {CURSOR}
+        self.end = ""
+        self._marks: dict[str, Any] = {"stride": self.subject.stride, "pictured": 0, "front": ""}
 
     def _open(self) -> Any:
         """The run; where it stands is asked of W&B when it is opened."""
@@ -283,6 +280,7 @@ class WandbRecord:
         import wandb
 
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._defined = {CURSOR}
         try:
             return wandb.init(
                 project=self.settings.project,
