@@ -50,13 +50,13 @@ def scoring_rate(batch: int, threads: int, seconds: float) -> float:
     import numpy as np
 
     from ecotone import Recipe
-    from ecotone.experiments import compose
+    from ecotone.experiments import compose, preparation
     from ecotone.fitness.worker import Worker
     from ecotone.populations.genome import Genome
     from ecotone.populations.trial import Trial
 
     recipe = Recipe.from_yaml(RECIPE, {"scoring.threads": threads})
-    worker = Worker(compose.worker_spec(recipe, compose.prepare(recipe)))
+    worker = Worker(compose.worker_spec(recipe, preparation.prepare(recipe)))
     space = worker.space()
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((batch, space.size), np.float32) * np.float32(0.05)

@@ -49,23 +49,24 @@ from seeds import numbers
 from ecotone.populations.fronts import hypervolume, non_dominated
 from ecotone.populations.genome import Floats
 from ecotone.populations.trial import Evaluation, Goal, Outcome
-from ecotone.search.bayesian_map import BayesianMap
+from ecotone.search.bayesian_map import BayesianMap, BayesianMapSettings
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.map import MapSearch
 from ecotone.search.nsga import Nsga
-from ecotone.search.optuna_search import OptunaSearch
+from ecotone.search.optuna_search import OptunaSearch, OptunaSettings
 from ecotone.search.protocol import Search
 from ecotone.search.random_search import RandomSearch
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (30, 60, 120, 240)
 BATCH = 5
+BINS = BayesianMapSettings(acquisition="bins", patience=None)
 Maker = Callable[[CoefficientBox, Sequence[Goal], int], Search]
 ALGORITHMS: dict[str, Maker] = {
-    "bayesian_map": lambda box, goals, seed: BayesianMap(box, goals, seed, patience=None),
-    "paper's bins": lambda box, goals, seed: BayesianMap(box, goals, seed, acquisition="bins", patience=None),
+    "bayesian_map": lambda box, goals, seed: BayesianMap(box, goals, seed, BayesianMapSettings(patience=None)),
+    "paper's bins": lambda box, goals, seed: BayesianMap(box, goals, seed, BINS),
     "map": lambda box, goals, seed: MapSearch(box, goals, seed, evaluations=BUDGETS[-1]),
-    "optuna tpe": lambda box, goals, seed: OptunaSearch(box, goals, seed, "tpe", seeds=models_first(box)),
+    "optuna tpe": lambda box, goals, seed: OptunaSearch(box, goals, seed, seeds=models_first(box)),
     "optuna gp": lambda box, goals, seed: gaussian_process(box, goals, seed),
     "nsga2": lambda box, goals, seed: Nsga(box, goals, seed, seeds=models_first(box)),
     "random": lambda box, goals, seed: RandomSearch(box, seed),
@@ -75,7 +76,7 @@ ALGORITHMS: dict[str, Maker] = {
 def gaussian_process(box: CoefficientBox, goals: Sequence[Goal], seed: int) -> Search:
     """Optuna's GP, its acquisition function in small parts."""
     _in_parts()
-    return OptunaSearch(box, goals, seed, "gp", seeds=models_first(box))
+    return OptunaSearch(box, goals, seed, OptunaSettings(sampler="gp"), models_first(box))
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ecotone import Recipe, Run, launch, resume
-from ecotone.experiments import compose
+from ecotone.experiments import compose, preparation
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, open_sources
 from ecotone.populations.genome import Genome
@@ -95,7 +95,7 @@ def judge_of(recipe: Recipe) -> Judge:
 @lru_cache(maxsize=2)
 def _judge(recipe_json: str) -> Judge:
     recipe = Recipe.model_validate_json(recipe_json)
-    return Judge(replace(compose.worker_spec(recipe, compose.prepare(recipe)), calibration=()))
+    return Judge(replace(compose.worker_spec(recipe, preparation.prepare(recipe)), calibration=()))
 
 
 # -- tables --------------------------------------------------------------------------------------------------

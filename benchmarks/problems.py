@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ecotone.experiments import compose
+from ecotone.experiments import compose, preparation
 from ecotone.experiments.recipe import Recipe
 from ecotone.fitness.worker import Worker
 from ecotone.merging.sources import Sources
@@ -163,5 +163,5 @@ def _text_worker() -> tuple[Worker, int]:
     for part, count in EXAMPLES.items():
         settings |= {f"objectives.{part}.{i}.arguments.limit": count for i in range(sources("text"))}
     recipe = Recipe.from_yaml(Path(__file__).parents[1] / "experiments" / "recipes" / "text-map.yaml", settings)
-    spec = compose.worker_spec(recipe, compose.prepare(recipe))
+    spec = compose.worker_spec(recipe, preparation.prepare(recipe))
     return Worker(spec), Sources.open(spec.experts, spec.base, spec.operator).layout.size

@@ -13,7 +13,6 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -21,21 +20,21 @@ from threadpoolctl import threadpool_limits
 from ecotone.populations.errors import InputError
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
-from ecotone.search.nsga import Nsga
-from ecotone.search.optuna_search import OptunaSearch
+from ecotone.search.nsga import Nsga, NsgaSettings
+from ecotone.search.optuna_search import OptunaSearch, OptunaSettings
 from ecotone.search.protocol import Search
 
-SEARCHES: dict[str, dict[str, Any]] = {
-    "native nsga2": {"variant": "nsga2"},
-    "native nsga3": {"variant": "nsga3"},
-    "tpe": {"sampler": "tpe"},
-    "tpe, not multivariate": {"sampler": "tpe", "multivariate": False},
-    "gp": {"sampler": "gp"},
-    "nsga2": {"sampler": "nsga2"},
-    "nsga3": {"sampler": "nsga3"},
-    "cma_es": {"sampler": "cma_es"},
-    "random": {"sampler": "random"},
-    "qmc": {"sampler": "qmc"},
+SEARCHES: dict[str, NsgaSettings | OptunaSettings] = {
+    "native nsga2": NsgaSettings(),
+    "native nsga3": NsgaSettings(algorithm="nsga3"),
+    "tpe": OptunaSettings(sampler="tpe"),
+    "tpe, not multivariate": OptunaSettings(sampler="tpe", multivariate=False),
+    "gp": OptunaSettings(sampler="gp"),
+    "nsga2": OptunaSettings(sampler="nsga2"),
+    "nsga3": OptunaSettings(sampler="nsga3"),
+    "cma_es": OptunaSettings(sampler="cma_es"),
+    "random": OptunaSettings(sampler="random"),
+    "qmc": OptunaSettings(sampler="qmc"),
 }
 
 
@@ -79,8 +78,11 @@ def measured(name: str, coefficients: int, trials: int, arguments: argparse.Name
 def prepared(name: str, box: CoefficientBox, trials: int, objectives: int) -> Search:
     """A search that has been told so many trials."""
     settings, goals = SEARCHES[name], [Goal(str(i)) for i in range(objectives)]
-    search: Any = Nsga(box, goals, 0, **settings) if "variant" in settings else OptunaSearch(box, goals, 0, **settings)
-    if settings.get("sampler") in ("tpe", "gp"):  # they know only points and scores: spare the time to propose these
+    if isinstance(settings, NsgaSettings):
+        search: Search = Nsga(box, goals, 0, settings)
+    else:
+        search = OptunaSearch(box, goals, 0, settings)
+    if name.startswith(("tpe", "gp")):  # they know only points and scores: spare the time to propose these
         points = np.random.default_rng(0).random((trials, box.size))
         records = [
             {"state": "COMPLETE", "point": point.tolist(), "values": scores(point, objectives).tolist(), "notes": {}}

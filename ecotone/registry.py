@@ -65,7 +65,7 @@ class Registry(Generic[Kind]):
         self._found: dict[str, Kind] = {}
         self._given: dict[str, Kind] = {}
 
-    def get(self, name: str, field: str) -> Kind:
+    def get(self, name: Any, field: str) -> Kind:
         """The kind of that name.
 
         Args:
@@ -131,7 +131,7 @@ class Registry(Generic[Kind]):
                 found[point.name].append(point)
         return dict(found)
 
-    def _loaded(self, name: str, field: str) -> Kind:
+    def _loaded(self, name: Any, field: str) -> Kind:
         if name in self._ours:
             module, _, attribute = self._ours[name].partition(":")
             kind = getattr(import_module(module), attribute)
@@ -139,8 +139,9 @@ class Registry(Generic[Kind]):
             return kind  # type: ignore[no-any-return]
         points = self._others.get(name, [])
         if not points:
+            known = self.names()
             raise InputError(
-                f"{field}: expected one of {', '.join(self.names())}, found {name!r}.", nearest(name, self.names())
+                f"{field}: expected one of {', '.join(known)}, found {name!r}.", nearest(name, known) if name else ""
             )
         if len(points) > 1:
             packages = " and ".join(f"{_package(point)} ({point.value})" for point in points)

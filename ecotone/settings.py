@@ -10,13 +10,28 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from typing_extensions import Self
+
+from ecotone.populations.errors import InputError
+from ecotone.registry import Registry
 
 _SECTION = re.compile(r"^(Attributes|Args):\s*$")
 _ENTRY = re.compile(r"^ {4}(\w+): ?(.*)$")
@@ -43,15 +58,25 @@ class Part(BaseModel):
         text = inspect.cleandoc(cls.__doc__ or "")
         return " ".join(text.split("\n\n", 1)[0].split())
 
+    def located(self, located: Located) -> Self:
+        """The same with the texts in it, at any depth, put through ``located``."""
+        return self.model_validate(expanded(self.model_dump(), located))
+
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """The JSON Schema, each field with its text."""
-        found = handler.resolve_ref_schema(handler(schema))
-        found["description"] = cls.summary()
+        whole = handler(schema)
+        cls.with_texts(handler.resolve_ref_schema(whole))
+        return whole
+
+    @classmethod
+    def with_texts(cls, shape: JsonSchemaValue) -> JsonSchemaValue:
+        """The JSON Schema of this part with its summary and the texts of its fields put in."""
+        shape["description"] = cls.summary()
         for name, text in cls.texts().items():
-            if text and name in found.get("properties", {}):
-                found["properties"][name]["description"] = text
-        return found
+            if text and name in shape.get("properties", {}):
+                shape["properties"][name]["description"] = text
+        return shape
 
 
 @cache
@@ -125,3 +150,118 @@ def expanded(value: Any, located: Located) -> Any:
     if isinstance(value, list | tuple):
         return [expanded(one, located) for one in value]
     return located(value) if isinstance(value, str) else value
+
+
+# -- parts chosen by name from a registry ------------------------------------------------------------------------
+
+UNKNOWN_KIND = "unknown_kind"
+"""The type of the error of a tag that names no kind that can be used. Its message is whole: it needs no "found"."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Makes a field one of the kinds of a registry, which a key of the mapping names::
+
+        search: Annotated[SearchSettings, Chosen(SEARCHES, "algorithm")]
+
+    The kind is looked up when a value is validated, so kinds of other packages are taken like ours, and none is
+    imported that is not named. An error lies at the same place as in a union of pydantic's: below the name of the kind.
+    The JSON Schema is ``oneOf`` all kinds that can be used.
+
+    Args:
+        registry: The kinds, each a ``Part``.
+        tag: The key that names the kind, which is a field of every kind.
+        default: The kind of a mapping without that key; None refuses it.
+    """
+
+    registry: Registry[Any]
+    tag: str
+    default: str | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.validated)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        kinds = {name: kind.__pydantic_core_schema__ for name, kind in self.registry.usable().items()}
+        return handler(core_schema.tagged_union_schema(kinds, self.tag))
+
+    def validated(self, value: Any) -> Part:
+        """The settings that a mapping, or an instance, is of.
+
+        Raises:
+            ValidationError: The kind cannot be used, or the value does not fit it.
+        """
+        if isinstance(value, Mapping):
+            value = dict(value) if self.default is None else {self.tag: self.default, **value}
+            name = value.get(self.tag)
+        elif isinstance(value, Part):
+            name = getattr(value, self.tag, None)
+        else:
+            raise PydanticCustomError("no_settings", "Expected a mapping of settings")
+        # Of a mapping the locations of errors begin with the key, as they do in a tagged union.
+        return _by_name(self._kind(name)).validate_python({name: value})[name]  # type: ignore[no-any-return]
+
+    def _kind(self, name: Any) -> type[Part]:
+        try:
+            if name and isinstance(name, str):
+                return self.registry.get(name, self.tag)  # type: ignore[no-any-return]
+            raise InputError(f"{self.tag}: expected one of {', '.join(self.registry)}, found {name!r}.")
+        except InputError as error:
+            said = f"{error.message.removeprefix(f'{self.tag}: ')} {error.remedy}".strip()
+            problem = PydanticCustomError(UNKNOWN_KIND, "{said}", {"said": said})
+            details = InitErrorDetails(type=problem, loc=(self.tag,), input=name)
+            raise ValidationError.from_exception_data(self.registry.sort, [details]) from error
+
+
+@cache
+def _by_name(kind: type[Part]) -> TypeAdapter[dict[str, Any]]:
+    return TypeAdapter(dict[str, kind])  # type: ignore[valid-type]
+
+
+def chosen_of(field: FieldInfo) -> Chosen | None:
+    """The registry that a field's value, or that of an item or member of it, is chosen from; None without one."""
+    return next(_markers([*field.metadata, field.annotation]), None)
+
+
+def _markers(annotations: Any) -> Iterator[Chosen]:
+    for one in annotations:
+        if isinstance(one, Chosen):
+            yield one
+        else:
+            yield from _markers([*getattr(one, "__metadata__", ()), *get_args(one)])
+
+
+def check_kind(name: str, kind: Any, base: type[Part], tag: str) -> None:
+    """Refuse a kind that does not declare all that its sort must.
+
+    Args:
+        name: What recipes call it.
+        kind: The kind.
+        base: What kinds of the sort are made of. Its abstract methods, and its class variables without a value, are
+            what each of them must have.
+        tag: The field that names the kind.
+
+    Raises:
+        InputError: It is no class of ``base``, its tag is not the name, it lacks a method or a class variable, or one
+            of its fields has no text.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        found = kind.__name__ if isinstance(kind, type) else type(kind).__name__
+        raise InputError(f"expected a class made of {base.__name__}, found {found}.")
+    field = kind.model_fields.get(tag)
+    names = () if field is None else get_args(field.annotation)
+    if name not in names:
+        known = ", ".join(map(repr, names)) or "none"
+        raise InputError(
+            f"{tag}: expected a Literal that holds {name!r}, found {known}.",
+            f"Declare {tag}: Literal[{name!r}] in {kind.__name__}.",
+        )
+    lacking = [*sorted(kind.__abstractmethods__), *(v for v in sorted(base.__class_vars__) if not hasattr(kind, v))]
+    if lacking:
+        raise InputError(f"{kind.__name__} lacks {', '.join(lacking)}.", f"{base.__name__} says what each is.")
+    silent = [field for field, text in kind.texts().items() if not text]
+    if silent:
+        raise InputError(
+            f"{kind.__name__}: expected a text for each field, found none for {', '.join(silent)}.",
+            "Write it into the Attributes section of the class's docstring.",
+        )

@@ -12,28 +12,22 @@ from typing import Any
 import torch
 
 from ecotone.experiments import compose
-from ecotone.experiments.parts import Call, LanguageObjective, PythonObjective
+from ecotone.experiments.parts import LanguageObjective, PythonObjective
 from ecotone.experiments.recipe import (
-    Box,
-    GradientSearch,
-    M2N2Search,
-    MapBox,
-    NestedMapBox,
     Recipe,
-    Stages,
-    SurrogateBox,
 )
 from ecotone.fitness.backends import architectures
 from ecotone.fitness.callables import resolve
 from ecotone.fitness.objectives import LANGUAGE
 from ecotone.fitness.specs import ObjectiveSpec, WorkerSpec
-from ecotone.fitness.worker import needs_of, open_sources
+from ecotone.fitness.worker import needs_of
 from ecotone.merging.inner_products import region_borders
 from ecotone.merging.models import tokenizers
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
+from ecotone.settings import Call
 
 
 @dataclass(frozen=True)
@@ -45,31 +39,35 @@ class Finding:
 
 
 def validate(recipe: Recipe) -> list[Finding]:
-    """Check a recipe against its functions and its checkpoints' headers; no weight is read, nothing is trained.
+    """Check a recipe against its functions and its checkpoints' headers.
 
     Raises:
         EcotoneError: The first thing that does not fit.
     """
-    return list(_findings(recipe))
+    return list(findings(compose.Composition(recipe)))
 
 
-def _findings(recipe: Recipe) -> Iterator[Finding]:
+def findings(composition: compose.Composition) -> Iterator[Finding]:
+    """Check a recipe, step by step: what ``validate`` tells, and ``run`` does before it scores anything.
+
+    Raises:
+        EcotoneError: The first thing that does not fit.
+    """
+    recipe = composition.recipe
     yield Finding("recipe", f"{recipe.name}, signature {recipe.signature}")
     yield from _functions(recipe)
     yield from _workers(recipe)
-    compose.check_operator(recipe)
-    prepared = compose.prepared_folder(recipe)
-    if prepared is not None and not prepared.is_dir():
+    assert composition.operator
+    if not composition.prepared:
         yield Finding("models", "not written yet: the preparation step makes them when the recipe is run")
-        yield from _search(recipe)
+        yield from _search(composition)
         return
-    spec = compose.worker_spec(recipe, prepared)
-    sources = open_sources(spec)
+    spec, sources = composition.spec, composition.sources
     if spec.architecture == "auto":
         architectures.named(sources.origin)
     yield from _models(sources)
     yield from _language(spec, sources)
-    yield from _search(recipe, sources)
+    yield from _search(composition)
     yield from _memory(recipe, spec, sources)
     yield from _needs(recipe, sources)
 
@@ -169,62 +167,14 @@ def _task(objective: ObjectiveSpec) -> str:
     return f"{found.metric} on {found.documents} of {found.available} documents, {found.kind}"
 
 
-def _search(recipe: Recipe, sources: Sources | None = None) -> Iterator[Finding]:
+def _search(composition: compose.Composition) -> Iterator[Finding]:
     """How large the problem is, as far as it is known; refuses what the algorithm cannot take on."""
-    checked = compose.check_search(recipe, sources)
-    if isinstance(recipe.search, Stages):
-        for index, one in enumerate(compose.stage_recipes(recipe)):
-            yield Finding(f"search[{index}]", "; ".join([*_sizes(one, sources), _place(recipe.search, index)]))
-    elif checked is not None or _refinement(recipe):
-        yield Finding("search", "".join(_sizes(recipe, sources)))
-
-
-def _sizes(recipe: Recipe, sources: Sources | None) -> Iterator[str]:
-    """The algorithm and how many coefficients it has, as far as they are known."""
-    checked = compose.check_search(recipe, sources)
-    if checked is None:
-        yield f"{recipe.search.algorithm}{_refinement(recipe)}"
-        return
-    search, borders, models = checked
-    segments = len(borders) - 1
-    size = f"{segments * models} coefficients ({segments} x {models} models)"
-    yield f"{recipe.search.algorithm}: {size}{_bounds(recipe.search)}{_samples(recipe, search, models)}"
-
-
-def _refinement(recipe: Recipe) -> str:
-    """What M2N2's children learn before they are scored; empty when they do not."""
-    refine = recipe.search.refine if isinstance(recipe.search, M2N2Search) else None
-    if refine is None:
-        return ""
-    each = "every child" if refine.every == 1 else f"one child in {refine.every}"
-    return f": {each} takes {refine.steps} steps on {len(recipe.calibration)} tasks before it is scored"
-
-
-def _place(chain: Stages, index: int) -> str:
-    """What a stage begins with, and its share of the budget."""
-    stage, start = chain.stages[index], chain.starts[index]
-    most = f", at most {stage.most} merges" if stage.most not in (None, 1) and start in ("front", "archive") else ""
-    begins = "" if start == "none" else f"begins with the {start} of stage {index - 1}{most}, "
-    share = "the rest of the budget" if stage.evaluations is None else f"{stage.evaluations} evaluations"
-    return f"{begins}{share}"
-
-
-def _bounds(part: object) -> str:
-    return f", each from {part.low:g} to {part.high:g}" if isinstance(part, Box) else ""
-
-
-def _samples(recipe: Recipe, search: Any, models: int) -> str:
-    """What a search with surrogates scores before it has one, and what a gradient search needs of the budget."""
-    part = recipe.search
-    if isinstance(part, GradientSearch):
-        gradients = f"{search.lines} x {search.most_steps} steps on {len(recipe.calibration)} tasks"
-        return f"; {gradients}, scored {search.evaluations} times"
-    if isinstance(part, NestedMapBox):
-        return f"; {models - 1} pairs of {search.samples} samples and {search.front} members of a front"
-    if not isinstance(part, SurrogateBox):
-        return ""
-    samples = search.samples if isinstance(part, MapBox) else search.design
-    return f"; {samples} samples before it proposes anything"
+    found, chain = composition.outlined, composition.recipe.chain
+    if chain is not None:
+        for index, one in enumerate(found):
+            yield Finding(f"search[{index}]", f"{one.text}; {chain.placed(index)}")
+    elif found[0].text != found[0].settings.algorithm:
+        yield Finding("search", found[0].text)
 
 
 def _memory(recipe: Recipe, spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
@@ -296,7 +246,7 @@ def _needs(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
     resident = sum(info.nbytes for info in sources.origin.tensors.values())
     regions = len(region_borders(layout, count)) - 1
     yield Finding("split points", f"{regions:,} regions of about {max(1, layout.size // regions):,} parameters")
-    breeders = [part for part in recipe.searches if isinstance(part, M2N2Search) and part.mutation > 0]
+    breeders = [part for part in recipe.searches if part.needs().vectors]
     if breeders:
         dense = 4 * layout.size * (max(part.archive for part in breeders) + recipe.scoring.window)
         yield Finding("dense archive", f"{readable(dense)} in the manager: mutation breeds whole vectors")

@@ -185,6 +185,43 @@ def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOp
     out.print("The recipe is valid.")
 
 
+@app.command("recipe")
+def recipe_fields(
+    schema: Annotated[bool, typer.Option("--schema", help="Print JSON Schema of a whole recipe.")] = False,
+    explain: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Explain one field, by its dotted path, e.g. search.archive.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a recipe may hold: every field with its type, default and meaning, or one of them."""
+    from ecotone.experiments import fields
+
+    if schema and explain is not None:
+        raise InputError("--explain: expected without --schema, found both.", "Leave one out.")
+    if schema:
+        print_json(fields.schema())
+        return
+    found = fields.everything() if explain is None else fields.explained_path(explain)
+    if as_json:
+        print_json([vars(one) for one in found])
+        return
+    for one in found:
+        typer.echo(str(one))
+
+
+@app.command()
+def plugins(as_json: JsonOption = False) -> None:
+    """List every kind that recipes can name, and the package that each comes from."""
+    from ecotone.experiments import report
+    from ecotone.experiments.plugins import origins
+
+    found = origins()
+    if as_json:
+        print_json([vars(one) for one in found])
+        return
+    report.console().print(report.plugins_table(found))
+
+
 @app.command()
 def status(
     run: RunArgument,

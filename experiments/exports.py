@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ecotone.experiments import compose
+from ecotone.experiments import compose, preparation
 from ecotone.experiments.mergekit import MergekitMerge, mergekit_config
 from ecotone.experiments.recipe import Recipe, algorithm_of
 from ecotone.experiments.runs import Run, Scored
@@ -101,7 +101,7 @@ def rescored(run: Run, genome: Genome) -> dict[str, dict[str, float]]:
         SearchError: It cannot be scored.
     """
     recipe = _recipe(run)
-    spec = replace(compose.worker_spec(recipe, compose.prepare(recipe)), dense=False, calibration=())
+    spec = replace(compose.worker_spec(recipe, preparation.prepare(recipe)), dense=False, calibration=())
     subsets: tuple[Subset, ...] = ("search", "held_out") if recipe.objectives.held_out else ("search",)
     with SerialPool(spec) as pool:
         pool.start()
@@ -110,7 +110,7 @@ def rescored(run: Run, genome: Genome) -> dict[str, dict[str, float]]:
 
 def _opened(recipe: Recipe) -> tuple[Sources, str | None]:
     """A recipe's models, and the type that its merges are scored in; None where each tensor keeps its own."""
-    spec = compose.worker_spec(recipe, compose.prepare(recipe))
+    spec = compose.worker_spec(recipe, preparation.prepare(recipe))
     sources = open_sources(spec)
     own = None if spec.architecture is None else str(sources.layout.dtype).split(".")[-1]
     return sources, recipe.merge.dtype or own
@@ -242,7 +242,7 @@ def verify(path: str | Path) -> list[Comparison]:
     record = read_record(target)
     recipe = Recipe.from_record(record["recipe"])
     paths = compose.python_paths(tuple(record.get("sys_path", ())))
-    spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
+    spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
     alone: dict[str, Any] = {
         "experts": (str(target),),
         "base": None,

@@ -22,7 +22,6 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from ecotone.experiments.parts import Part
 from ecotone.merging.models.checkpoint import Model
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.lora import Adapter
@@ -30,6 +29,7 @@ from ecotone.merging.models.vocabulary import Resized
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
+from ecotone.settings import Part
 
 IN_ORDER = 4  # models whose weighted sum torch takes from the first to the last
 _AS_CHECKPOINT = "Export a checkpoint instead: leave the format out."

@@ -2,46 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Part(BaseModel):
-    """A part of a recipe: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-
-def _with_text_keys(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Refuse keys that JSON, and so the journal, would turn into text."""
-    left: list[Any] = [arguments]
-    while left:
-        value = left.pop()
-        if isinstance(value, Mapping):
-            wrong = [key for key in value if not isinstance(key, str)]
-            if wrong:
-                raise ValueError(f"expected text as keys of mappings, found {wrong[0]!r}; put it in quotes")
-            left += value.values()
-        elif isinstance(value, list | tuple):
-            left += value
-    return arguments
-
-
-Arguments: TypeAlias = Annotated[dict[str, Any], AfterValidator(_with_text_keys)]
-
-
-class Call(Part):
-    """A Python function, ``package.module:function``, and its keyword arguments.
-
-    An argument (of an architecture, an objective or its data) that begins with ``prepared:`` is a path, relative to
-    what the preparation step wrote.
-    """
-
-    call: str = Field(description="package.module:function")
-    arguments: Arguments = Field(default_factory=dict)
-
+from ecotone.settings import Arguments, Call, Part
 
 # -- objectives of any model ---------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from rich.tree import Tree
 from ecotone.experiments.runs import Run, Scored, points_of
 from ecotone.populations.fronts import hypervolume
 from ecotone.populations.trial import Goal, oriented
+from ecotone.registry import Origin
 
 if TYPE_CHECKING:
     from ecotone.experiments.compare import Comparison, Group, Line
@@ -370,6 +371,19 @@ def jobs_table(jobs: Sequence[Mapping[str, object]]) -> Table:
         table.add_column(name, overflow="fold")
     for job in jobs:
         table.add_row(*(str(job[name] or "-") for name in ("run", "job", "state", "started", "ended", "out")))
+    return table
+
+
+def plugins_table(origins: Sequence[Origin]) -> Table:
+    """Kinds that recipes can name: one row each."""
+    table = Table(box=None)
+    for name in ("sort", "name", "from", "place"):
+        table.add_column(name, overflow="fold")
+    for one in origins:
+        place = Text(one.place)
+        if one.error:
+            place.append(f" cannot be used: {one.error}", "red")
+        table.add_row(one.sort, one.name, Text(one.package), place)
     return table
 
 

@@ -9,22 +9,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import yaml
 
-from ecotone.experiments import compose, logs, storage, tracking
+from ecotone.experiments import checks, compose, logs, preparation, storage, tracking
 from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
 from ecotone.experiments.runs import Run, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.fitness.pools import Pool
+from ecotone.merging.operators.base import Operator
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
 from ecotone.populations.space import Space
+from ecotone.search.kinds import Pair
 from ecotone.search.manager import Manager, Observer, Progress, measure
 
 Notify = Callable[[str], None]
@@ -69,17 +72,16 @@ def launch(
             )
         own = () if recipe.folder is None else (str(recipe.folder),)
         paths = compose.python_paths((*folders, *own))
-        compose.check_operator(recipe)
-        compose.check_search(recipe)
-        notify("Preparing the models ..." if _must_prepare(recipe) else "Starting the workers ...")
+        composition = _checked(recipe, paths, notify)
+        notify("Starting the workers ...")
         _tell_unused(recipe, notify)
-        spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
-        with compose.make_pool(recipe, spec) as pool:
+        with compose.make_pool(recipe, composition.spec) as pool:
             space = pool.start()
             _check_numbers(space, notify)
+            pair = composition.search(space)
             _write_recipe(recipe, directory)
             with Journal.create(directory / JOURNAL, _facts(recipe, space, paths)) as journal:
-                _carry_out(recipe, place, journal, pool, space, observe, notify)
+                _carry_out(composition, pair, place, journal, pool, space, observe, notify)
     return Run(directory)
 
 
@@ -112,8 +114,8 @@ def resume(
         paths = compose.python_paths(tuple(recorded["sys_path"]))
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
-        spec = compose.worker_spec(recipe, compose.prepare(recipe), paths)
-        with compose.make_pool(recipe, spec) as pool:
+        composition = compose.Composition(recipe, paths)
+        with compose.make_pool(recipe, composition.spec) as pool:
             space = pool.start()
             _check_numbers(space, notify)
             _same_models(journal, space)
@@ -121,8 +123,27 @@ def resume(
             journal.note("budget", recipe.budget.model_dump_json())
             journal.note("tracking", recipe.tracking.fact())
             journal.note("sys_path", json.dumps(recorded["sys_path"]))
-            _carry_out(recipe, place, journal, pool, space, observe, notify)
+            _carry_out(composition, composition.search(space), place, journal, pool, space, observe, notify)
     return Run(place.directory)
+
+
+def _checked(recipe: Recipe, paths: Sequence[str], notify: Notify) -> compose.Composition:
+    """Every check that ``validate`` makes, before anything is started; the models are prepared meanwhile.
+
+    A search on a cluster may be started where the models are not: then their headers are left to the workers.
+
+    Raises:
+        EcotoneError: Something does not fit.
+    """
+    composition = compose.Composition(recipe, paths)
+    if not composition.prepared:
+        deque(checks.findings(composition), maxlen=0)
+        notify("Preparing the models ...")
+        composition = compose.Composition(recipe, paths)
+        preparation.prepare(recipe)
+    if recipe.runtime.address is None or composition.here:
+        deque(checks.findings(composition), maxlen=0)
+    return composition
 
 
 def _write_recipe(recipe: Recipe, directory: Path) -> None:
@@ -141,7 +162,8 @@ def _write_recipe(recipe: Recipe, directory: Path) -> None:
 
 
 def _carry_out(
-    recipe: Recipe,
+    composition: compose.Composition,
+    pair: Pair,
     place: Place,
     journal: Journal,
     pool: Pool,
@@ -149,7 +171,7 @@ def _carry_out(
     observe: Observer,
     notify: Notify,
 ) -> None:
-    search, population = compose.make_search(recipe, space)
+    recipe, (search, population) = composition.recipe, pair
     goals = compose.goals_of(recipe.objectives.search)
     schedule = compose.make_schedule(recipe)
     runtime = recipe.runtime
@@ -173,14 +195,15 @@ def _carry_out(
         if isinstance(search, Reporting):
             journal.note("report", json.dumps(search.report(), default=np.ndarray.tolist))
         notify("Scoring the front on held-out data ...")
-        _judge(recipe, journal, pool, space)
+        _judge(composition, journal, pool, space)
         journal.note("state", "finished")
 
 
-def _judge(recipe: Recipe, journal: Journal, pool: Pool, space: Space) -> None:
+def _judge(composition: compose.Composition, journal: Journal, pool: Pool, space: Space) -> None:
     """Score front, best and reference merges on held-out data, and the references on search data too."""
+    recipe = composition.recipe
     batch = recipe.scoring.batch
-    for name, genome in _references(recipe, space):
+    for name, genome in _references(recipe, composition.operator, space):
         journal.refer(name, genome)
     references = [genome for _, genome in journal.references()]
     measure(pool, journal, references, "search", batch)
@@ -191,14 +214,13 @@ def _judge(recipe: Recipe, journal: Journal, pool: Pool, space: Space) -> None:
         measure(pool, journal, [*references, *genomes], "held_out", batch)
 
 
-def _references(recipe: Recipe, space: Space) -> Iterator[tuple[str, Genome]]:
+def _references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tuple[str, Genome]]:
     """The models themselves (the base too, where there are task vectors) and the average of the experts.
 
     They are named after the operator when it mixes changed models.
     """
-    operator = compose.check_operator(recipe)
     changed = f" ({operator.name})" if operator.changes else ""
-    if recipe.models.base is not None and recipe.merge.operator != "linear":
+    if recipe.models.base is not None and operator.needs_base:
         yield "base", Genome.uniform(space.size, np.zeros(space.dimension))
     for name, row in zip(space.seed_names, space.seeds, strict=True):
         yield f"{name}{changed}", Genome.uniform(space.size, row)
@@ -347,11 +369,6 @@ def _same_models(journal: Journal, space: Space) -> None:
 def _tell_unused(recipe: Recipe, notify: Notify) -> None:
     if text := compose.unused_workers(recipe):
         notify(text)
-
-
-def _must_prepare(recipe: Recipe) -> bool:
-    folder = compose.prepared_folder(recipe)
-    return folder is not None and not folder.is_dir()
 
 
 def new_directory(name: str) -> Path:

@@ -47,6 +47,16 @@ class Space:
         """K, the number of sources."""
         return len(self.sources)
 
+    def like(self, other: Space) -> bool:
+        """Whether the other has the same sources, tensors, blocks and seeds; geometry and vectors may differ."""
+        return (
+            (self.sources, self.tensors, self.blocks, self.seed_names)
+            == (other.sources, other.tensors, other.blocks, other.seed_names)
+            and np.array_equal(self.tensor_borders, other.tensor_borders)
+            and np.array_equal(self.block_borders, other.block_borders)
+            and np.array_equal(self.seeds, other.seeds)
+        )
+
     def borders(self, granularity: str) -> Integers:
         """Segment borders of a granularity: ``model`` (one segment), ``block``, ``tensor`` or ``element``.
 

@@ -12,24 +12,27 @@ quadratic approximation") is ``acquisition: bins``: it looks where the error of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 from threadpoolctl import threadpool_limits
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import non_dominated, ranks
 from ecotone.populations.genome import Floats
+from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.designs import sobol
 from ecotone.search.gaussian import SHAPE, GaussianProcess, Inputs, Paths
-from ecotone.search.protocol import trial_rng
-from ecotone.search.surrogates import Link, LinkName, features, minimum, must_vary
+from ecotone.search.kinds import Context, Pair
+from ecotone.search.protocol import Search, trial_rng
+from ecotone.search.surrogates import Link, SurrogateSettings, checked_links, features, minimum, must_vary
 
 Acquisition: TypeAlias = Literal["hypervolume", "bins"]
 Singles: TypeAlias = NDArray[np.float32]
@@ -49,6 +52,48 @@ TEMPERATURE, REPEATS, RADII = 0.07, 30, (0.2, 0.8)  # of angular bins
 STEP_SIZES = (0.01, 0.03, 0.1)  # of candidates around the front, in widths of the box
 
 
+class BayesianMapSettings(SurrogateSettings):
+    """Bayesian MAP: a front by batches of proposals, over surrogates that say how sure they are.
+
+    Attributes:
+        algorithm: ``bayesian_map``.
+        samples: Candidates scored before the first model; None means ``2 D + 2`` or ``(D+1)(D+2)/2`` in D variables,
+            whichever is less.
+        acquisition: How proposals are chosen: by the ``hypervolume`` that they are expected to add, or by the paper's
+            angular ``bins`` (at most six coefficients).
+        reference: By objective the score, in the objective's own units, from which hypervolume counts. None means for
+            shares the worst that the models alone score, for others a tenth of the front's extent beyond the worst
+            score on it.
+        patience: Stop when the front's hypervolume has grown by less than ``tolerance`` in so many evaluations after
+            the design; None means never.
+        tolerance: Growth of the hypervolume below which ``patience`` counts, as a share of it.
+        paths: Functions drawn of each model for a proposal.
+        candidates: Points among which a proposal begins to look.
+    """
+
+    algorithm: Literal["bayesian_map"] = "bayesian_map"
+    acquisition: Acquisition = "hypervolume"
+    reference: dict[str, float] | None = None
+    patience: int | None = Field(default=120, ge=1)
+    tolerance: float = Field(default=1e-3, ge=0)
+    paths: int = Field(default=32, ge=1)
+    candidates: int = Field(default=512, ge=8)
+
+    def make(self, context: Context) -> Pair:
+        """The search, and an archive of the best."""
+        box = self.box(context)
+        starts = self.first(box, context)
+        search = BayesianMap(box, context.goals, context.seed, self, context.space.seeds, starts)
+        if starts is None:
+            _check_budget(search.design, context.evaluations)
+        return search, ElitistArchive(context.goals, self.archive)
+
+    def describe(self, search: Search | None, context: Context) -> str:
+        """The bounds, and how many samples the design has."""
+        samples = f"; {search.design} samples before it proposes anything" if isinstance(search, BayesianMap) else ""
+        return f"{super().describe(search, context)}{samples}"
+
+
 class BayesianMap:
     """Sequential batches over a surrogate that says how sure it is.
 
@@ -61,21 +106,25 @@ class BayesianMap:
         box: Where coefficients lie.
         goals: The M objectives, two at least.
         seed: The recipe's seed.
-        design: Trials before the first model; None means ``2 D + 2`` or ``(D+1)(D+2)/2``, whichever is less.
-        acquisition: ``hypervolume``, or ``bins`` for the paper's angular bins (at most six coefficients).
-        links: A link for each objective, None for the one suited to its scores; None for all suited.
-        reference: (M,) scores, in the objectives' own units, from which hypervolume counts; None means the worst that
-            the models alone score for shares, else a tenth of the front's extent beyond the worst score on it.
-        patience: Stop when the front's hypervolume has grown by less than ``tolerance`` in so many evaluations
-            after the design; None means never.
-        tolerance: Relative growth of the hypervolume.
-        paths: Functions drawn of each model.
-        candidates: Points among which a proposal begins to look.
+        settings: The design's size, how proposals are chosen, and when to stop; None means the defaults.
         seeds: (J, K) coefficients of the models themselves, for the design; None means one-hot vectors.
         starts: (n, D) points to score before the design, which has as many more; those outside the box are left out.
 
     Raises:
-        InputError: One objective only, too many coefficients, or a setting outside its range.
+        InputError: One objective only, too many coefficients, or links or a reference of other objectives.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.bayesian_map import BayesianMap, BayesianMapSettings
+
+        archive = ElitistArchive(goals, capacity=20)
+        search = BayesianMap(box, goals, 0, BayesianMapSettings(samples=8))
+        for _ in range(10):
+            for trial in search.ask(4):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
+        errors = search.report()["leave_one_out"]  # of the models, in score units
     """
 
     def __init__(
@@ -83,31 +132,20 @@ class BayesianMap:
         box: CoefficientBox,
         goals: Sequence[Goal],
         seed: int,
-        design: int | None = None,
-        acquisition: Acquisition = "hypervolume",
-        links: Sequence[LinkName | None] | None = None,
-        reference: ArrayLike | None = None,
-        patience: int | None = 120,
-        tolerance: float = 1e-3,
-        paths: int = 32,
-        candidates: int = 512,
+        settings: BayesianMapSettings | None = None,
         seeds: Floats | None = None,
         starts: ArrayLike | None = None,
     ) -> None:
         self.box = box
         self.goals = tuple(goals)
         self.seed = seed
-        self.design = min(2 * box.size + 2, minimum(box.size)) if design is None else design
-        self.acquisition = acquisition
-        self.links = [None] * len(self.goals) if links is None else [name and Link(name) for name in links]
-        self.reference = None if reference is None else np.asarray(reference, np.float64)
-        self.patience = patience
-        self.tolerance = tolerance
-        self.paths = paths
-        self.candidates = candidates
+        self.settings = settings = settings or BayesianMapSettings()
+        self.links = _links(settings, goals)
+        self.reference = _reference(settings.reference, goals)
         self._check()
         first = box.inside(starts)
-        self._opening = np.vstack([first, opening(box, self.design, seed, seeds)])
+        count = min(2 * box.size + 2, minimum(box.size)) if settings.samples is None else settings.samples
+        self._opening = np.vstack([first, opening(box, count, seed, seeds)])
         self._alone = self._opening[len(first) :][: box.sources if seeds is None else len(np.atleast_2d(seeds))]
         self.design = len(self._opening)
         self._next = 0
@@ -129,33 +167,25 @@ class BayesianMap:
                 f"in {size} variables has {minimum(size)} coefficients of its own.",
                 "Use granularity: model, or groups with few groups; or nsga2, which has no surrogate.",
             )
-        if self.acquisition == "bins" and size > 6:
+        if self.settings.acquisition == "bins" and size > 6:
             raise InputError(
                 f"search.acquisition: bins expects at most 6 coefficients, found {size}.", "Use hypervolume."
             )
-        _expect(self.acquisition in ("hypervolume", "bins"), "acquisition", "hypervolume or bins", self.acquisition)
-        _expect(self.design >= 1, "design", "at least 1", self.design)
-        _expect(len(self.links) == objectives, "links", f"{objectives}, one an objective", len(self.links))
-        _expect(self.patience is None or self.patience >= 1, "patience", "at least 1", self.patience)
-        _expect(self.paths >= 1, "paths", "at least 1", self.paths)
-        _expect(self.candidates >= 8, "candidates", "at least 8", self.candidates)
-        if self.reference is not None:
-            fits = self.reference.shape == (objectives,) and bool(np.isfinite(self.reference).all())
-            _expect(fits, "reference", f"{objectives} numbers, one an objective", self.reference.tolist())
 
     # -- the protocol ------------------------------------------------------------------------------------
 
     @property
     def done(self) -> bool:
         """True when the front has stopped growing and nothing is in flight."""
-        if self.patience is None or self._flying or len(self._points) < self.design + self.patience:
+        patience = self.settings.patience
+        if patience is None or self._flying or len(self._points) < self.design + patience:
             return False
         known = self._known(len(self._points))
         if len(known.points) < 2:
             return False
         volumes = Volume.fixed(len(self.goals)).of(self._frame(known).scaled(known.scores)[:, None])
-        before = float(volumes[: -self.patience].max(axis=0).mean())
-        return float(volumes.max(axis=0).mean()) <= (1.0 + self.tolerance) * before
+        before = float(volumes[:-patience].max(axis=0).mean())
+        return float(volumes.max(axis=0).mean()) <= (1.0 + self.settings.tolerance) * before
 
     def ask(self, n: int) -> list[Trial]:
         """Up to ``n`` points: of the design, or proposed; none while the first half of the design is unknown."""
@@ -228,10 +258,10 @@ class BayesianMap:
         known = self._known()
         if len(known.points) < 2:
             return self.box.low + (self.box.high - self.box.low) * sobol(n, self.box.size, rng)
-        if self.acquisition == "bins":
+        if self.settings.acquisition == "bins":
             return Bins(self.box, known, self._chosen(known)).points(n, rng)
         drawn = self._drawn(known, rng)
-        volume = Volume.drawn(drawn.frame.scaled(known.front), self.paths, rng)
+        volume = Volume.drawn(drawn.frame.scaled(known.front), self.settings.paths, rng)
         if self._flying:
             volume.add(drawn(np.array(list(self._flying.values()))))
         return self._picked(n, drawn, volume, known, rng)
@@ -243,7 +273,7 @@ class BayesianMap:
                 must_vary(raw, goal.name)
         models = self._models(known)
         self._logs = np.array([model.logs for model in models])
-        functions = [model.paths(self.paths, FEATURES, rng) for model in models]
+        functions = [model.paths(self.settings.paths, FEATURES, rng) for model in models]
         return Drawn(self.box, self._chosen(known), known.signs, functions, self._frame(known))
 
     def _models(self, known: Known) -> list[GaussianProcess]:
@@ -291,10 +321,11 @@ class BayesianMap:
 
     def _candidates(self, known: Known, rng: np.random.Generator) -> Floats:
         """(C, D): a quarter even in the box, half around the front, a quarter on lines through two of its points."""
-        quarter, width = self.candidates // 4, self.box.high - self.box.low
+        count, width = self.settings.candidates, self.box.high - self.box.low
+        quarter = count // 4
         even = self.box.low + width * sobol(quarter, self.box.size, rng)
         front = known.points[known.on_front]
-        around = front[rng.integers(len(front), size=self.candidates - 2 * quarter)]
+        around = front[rng.integers(len(front), size=count - 2 * quarter)]
         around = self._near(around, rng.choice(STEP_SIZES, (len(around), 1)), rng)
         one, other = front[rng.integers(len(front), size=(2, quarter))]
         between = one + rng.uniform(-0.2, 1.2, (quarter, 1)) * (other - one)
@@ -451,7 +482,7 @@ class Volume:
     def of(self, values: Floats) -> Singles:
         """(n, S, L) powers of how far scaled scores (n, S or 1, M) reach."""
         single = values.astype(np.float32)
-        reach = single[:, :, None, 0] * self.inverse[None, :, :, 0]
+        reach = single[:, :, None, 0] * self.inverse[None, :, :, 0]  # min_m y_m / d_m (lemma 5)
         for index in range(1, self.inverse.shape[-1]):
             np.minimum(reach, single[:, :, None, index] * self.inverse[None, :, :, index], out=reach)
         return np.asarray(reach**self.power)
@@ -597,6 +628,32 @@ def from_angles(turns: Floats) -> Floats:
     )
 
 
-def _expect(fits: bool, name: str, wanted: str, found: object) -> None:
-    if not fits:
-        raise InputError(f"search.{name}: expected {wanted}, found {found}.")
+# -- settings and refusals -----------------------------------------------------------------------------------
+
+
+def _links(settings: BayesianMapSettings, goals: Sequence[Goal]) -> list[Link | None]:
+    """The link of each objective; None where it is left to the scores."""
+    names = checked_links(settings.links, goals).values()
+    return [None if name == "auto" else Link(name) for name in names]  # type: ignore[arg-type]
+
+
+def _reference(reference: Mapping[str, float] | None, goals: Sequence[Goal]) -> Floats | None:
+    """(M,) scores from which hypervolume counts; None where they are left to the search."""
+    names = [goal.name for goal in goals]
+    if reference is None:
+        return None
+    if sorted(reference) != sorted(names):
+        raise InputError(
+            f"search.reference: expected a score for each of the objectives {names}, found {list(reference)}."
+        )
+    return np.array([reference[name] for name in names], np.float64)
+
+
+def _check_budget(design: int, evaluations: int | None) -> None:
+    """Refuse a budget that is spent before a model of the objectives can be of use."""
+    if evaluations is not None and evaluations <= design:
+        raise InputError(
+            f"budget.evaluations: expected more than {design}, the samples that bayesian_map takes before it proposes "
+            f"anything, found {evaluations}.",
+            "Raise the budget, take fewer samples (search.samples), or use nsga2.",
+        )

@@ -1,39 +1,97 @@
 """CMA-ES and separable CMA-ES over merge coefficients, from the ``cmaes`` library, behind our protocol.
 
-Hansen and Ostermeier 2001; Ros and Hansen 2008 for the separable form, which learns a diagonal covariance only
-and so scales to thousands of coefficients. It optimises one number: the mean of the objectives' scores.
+Hansen and Ostermeier 2001. The separable form (Ros and Hansen 2008) learns a diagonal covariance only, and so scales to
+thousands of coefficients. Both optimise one number: the mean of the objectives' scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from cmaes import CMA, SepCMA
 from numpy.typing import ArrayLike
+from pydantic import Field, model_validator
 
-from ecotone.populations.population import quality
+from ecotone.populations.population import ElitistArchive, quality
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.kinds import Begins, Box, Context, Needs, Pair
+from ecotone.search.racing import RaceSettings, raced
+
+
+class CmaEsSettings(Box):
+    """CMA-ES, or its separable form, on the mean of the objectives.
+
+    Attributes:
+        algorithm: ``cma_es``, or ``sep_cma_es``, which learns a diagonal covariance only.
+        start: Initial value of every coefficient; None means 1/K, the plain average (for operators that go from one
+            model to the other, halfway). Settings of the operator start at their defaults.
+        sigma: Initial step size, in units of the coefficients.
+        population_size: Candidates a generation; None means ``4 + floor(3 ln D)``.
+        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+    """
+
+    algorithm: Literal["cma_es", "sep_cma_es"] = "cma_es"
+    start: float | None = None
+    sigma: float = Field(default=0.2, gt=0)
+    population_size: int | None = Field(default=None, ge=2)
+    race: RaceSettings | None = None
+
+    @model_validator(mode="after")
+    def _start_inside(self) -> CmaEsSettings:
+        if self.start is not None and not self.low <= self.start <= self.high:
+            raise ValueError(f"start: expected between {self.low} and {self.high}, found {self.start}")
+        return self
+
+    def needs(self) -> Needs:
+        """It needs no more than one objective."""
+        return Needs()
+
+    def begins(self) -> Begins:
+        """It can begin with the best merge, which is its first mean."""
+        return Begins(most=1, fixed=True, placed=self.start is not None)
+
+    def make(self, context: Context) -> Pair:
+        """The search, and an archive of the best."""
+        box = self.box(context)
+        start: ArrayLike | None = box.point(context.starts[0]) if context.starts else self.start
+        if start is None and not context.affine:
+            start = (self.low + self.high) / 2  # halfway from one model to the other
+        search = CmaEs(box, context.goals, context.seed, self, start)
+        return raced((search, ElitistArchive(context.goals, self.archive)), context, self.race)
 
 
 class CmaEs:
-    """CMA-ES; a generation is told as a whole, so at most one generation is in flight.
+    """CMA-ES, or its separable form, over the coefficients of a box.
 
-    The library's optimiser draws from one stream, which its pickles drop. Here every trial draws from its own
-    stream (of the recipe's seed and its number), so a search rebuilt by replay or from ``state()`` goes on with
-    the same points. A failed candidate counts as the worst of its generation.
+    The optimiser learns from whole generations, so at most one generation is in flight. A failed candidate counts as
+    the worst of its generation.
+
+    The library's optimiser draws from one stream, which its pickles drop. Here every trial draws from a stream of its
+    own, of the recipe's seed and its number. So a search rebuilt by replay or from ``state()`` goes on with the same
+    points.
 
     Args:
         box: Where coefficients lie.
         goals: The objectives; their oriented mean is maximised.
         seed: The recipe's seed.
+        settings: Step size, population size, and whether the covariance is diagonal; None for the defaults.
         start: Initial value of every coefficient, or a point (D,), moved into the box; None means 1/K, the plain
-            average. Settings start at their defaults.
-        sigma: Initial step size, in units of the coefficients.
-        population_size: Candidates a generation; None means ``4 + floor(3 ln D)``.
-        separable: Learn a diagonal covariance only.
+            average.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.cma_es import CmaEs, CmaEsSettings
+
+        archive = ElitistArchive(goals, capacity=20)
+        search = CmaEs(box, goals, 0, CmaEsSettings(sigma=0.3, population_size=8))
+        for _ in range(20):  # generations
+            for trial in search.ask(8):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
     """
 
     def __init__(
@@ -41,11 +99,10 @@ class CmaEs:
         box: CoefficientBox,
         goals: Sequence[Goal],
         seed: int,
+        settings: CmaEsSettings | None = None,
         start: ArrayLike | None = None,
-        sigma: float = 0.2,
-        population_size: int | None = None,
-        separable: bool = False,
     ) -> None:
+        settings = settings or CmaEsSettings()
         self.box = box
         self.goals = tuple(goals)
         self.seed = seed
@@ -58,15 +115,15 @@ class CmaEs:
         self._optimiser: Any
         if size == 1:  # the library asks for two dimensions at least; the second is idle
             mean, bounds = np.append(mean, mean), np.tile(bounds, (2, 1))
-        kind = SepCMA if separable else CMA
-        self._optimiser = kind(mean, sigma, bounds=bounds, population_size=population_size, seed=0)
+        kind = SepCMA if settings.algorithm == "sep_cma_es" else CMA
+        self._optimiser = kind(mean, settings.sigma, bounds=bounds, population_size=settings.population_size, seed=0)
         self._next = 0
         self._asked: list[Any] = []  # points of this generation, in trial order
         self._values: dict[int, float | None] = {}  # by position in the generation; None is a failure
 
     @property
     def done(self) -> bool:
-        """True when the optimiser's own stopping rules say that it has converged."""
+        """True when the optimiser has converged by its own stopping rules."""
         return not self._asked and bool(self._optimiser.should_stop())
 
     def ask(self, n: int) -> list[Trial]:
@@ -81,7 +138,7 @@ class CmaEs:
         return trials
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Note the score; with the last of the generation, update the distribution."""
+        """Note the score; with the last one of the generation, update the distribution."""
         position = trial.number - (self._next - len(self._asked))
         self._values[position] = -quality(evaluation, self.goals) if evaluation.ok else None
         if len(self._values) == self._optimiser.population_size:

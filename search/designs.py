@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 import numpy as np
-from scipy.stats import qmc
+import scipy  # its parts are imported when they are used
 
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats
@@ -65,7 +65,7 @@ def sobol(count: int, size: int, rng: np.random.Generator) -> Floats:
     """(count, size) first points in the unit cube of a scrambled Sobol sequence."""
     power = max(0, int(np.ceil(np.log2(max(count, 1)))))
     words = rng.integers(2**63)  # an integer seed means the same to every version of scipy
-    return np.asarray(qmc.Sobol(size, scramble=True, seed=int(words)).random_base2(power)[:count])
+    return np.asarray(scipy.stats.qmc.Sobol(size, scramble=True, seed=int(words)).random_base2(power)[:count])
 
 
 def _mixed(count: int, box: CoefficientBox, rng: np.random.Generator, models: Floats) -> Floats:

@@ -5,31 +5,35 @@ Chunking" (arXiv:2509.25712). In
 
     theta = theta_0 + sum_k alpha_k tau_k,    alpha = sigmoid(raw)
 
-each tensor has an alpha of its own for each expert, but for norms, embeddings, biases and heads, which stay as the base
-has them. Adam moves raw against the gradient of
+each tensor has an alpha of its own for each expert. Norms, embeddings, biases and heads have none: they stay as the
+base has them. Adam moves raw against the gradient of
 
     mean over tasks of the distance to the expert's logits and hidden layers (``ecotone.fitness.gradients.calibration``)
         + regulariser * mean |alpha - alpha at the start|
 
-Expert Merging++ then cuts the tensors that matter most into chunks, shares a number of coefficients out among them by
-importance, and learns on. How lines, steps, checks and restarts go is AdaMerging's (``ecotone.search.adamerging``).
+Expert Merging++ then cuts the tensors that matter most into chunks. It shares a number of coefficients out among the
+tensors by importance, and learns on. ``ecotone.search.descent`` has lines, steps, checks and restarts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats, Integers
+from ecotone.populations.population import ElitistArchive
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
-from ecotone.search.adamerging import Adam, AdaMerging, Line
+from ecotone.search.descent import Adam, Descent, GradientSettings, Line
+from ecotone.search.kinds import Context, Fineness, Needs, Pair
 from ecotone.search.surrogates import sigmoid
 
 EXCLUDED = (
@@ -38,42 +42,127 @@ EXCLUDED = (
     "*bias",
     *("*lm_head*", "*classifier*", "score.*", "*.score.*", "cls.*", "*qa_outputs*", "head.*", "*.head.*", "fc.*"),
 )
-"""Names of tensors that are left as the base has them unless others are given: norms, embeddings, biases, heads."""
+"""Names of tensors that stay as the base has them unless others are given: norms, embeddings, biases, heads."""
 
-_EDGE = 1e-3  # starts are kept so far from 0 and 1, where the sigmoid is flat
+_EDGE = 1e-3  # the least distance of starts from 0 and 1, where the sigmoid is flat
 
 
-class ExpertMerging(AdaMerging):
-    """Adam on the logits of coefficients between 0 and 1, one a tensor and expert; with ``chunks``, ++.
+class ExpertMergingSettings(GradientSettings):
+    """Expert Merging: coefficients between 0 and 1, learned from the experts; with ``chunks``, Expert Merging++.
+
+    Attributes:
+        algorithm: ``expert_merging``.
+        granularity: Always ``tensor``.
+        groups: Always 1.
+        steps: Steps of Adam, each over ``accumulate`` batches of every task; with ``chunks`` there are as many again.
+        weights: By task, the weight of its loss, relative to the sum of all; 1 where none is given. A task of weight 0
+            is left out.
+        init: Initial value of every coefficient, unless the search begins with merges.
+        rate: Adam's step size, in logits.
+        spread: Standard deviation, in logits, of the normal noise that is added to the starts of other restarts.
+        regulariser: Weight of the mean distance of the coefficients from their starts.
+        clip: Longest gradient (Euclidean, over the logits of all coefficients); a longer one is shortened to it.
+        exclude: Patterns of the names of tensors that stay as the base has them, as for file names, in any case. None
+            excludes norms, embeddings, biases and heads.
+        chunks: Chunks a tensor, on average, that tensors are cut into after ``steps`` steps (or when ``patience`` ends
+            them), the more the more a tensor matters (Expert Merging++). Adam then takes up to ``steps`` steps more.
+            None leaves this stage out.
+        steepness: Power of a tensor's importance by which chunks are shared out; 0 shares them out evenly.
+    """
+
+    algorithm: Literal["expert_merging"] = "expert_merging"
+    granularity: Literal["tensor"] = "tensor"
+    groups: Literal[1] = 1
+    steps: int = Field(default=100, ge=1)
+    init: float = Field(default=0.1, gt=0, lt=1)
+    rate: float = Field(default=0.5, gt=0)
+    spread: float = Field(default=0.5, ge=0)
+    regulariser: float = Field(default=5.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    exclude: tuple[str, ...] | None = None
+    chunks: float | None = Field(default=None, gt=0)
+    steepness: float = Field(default=1.0, ge=0)
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of a run that takes them all."""
+        return self.steps if self.chunks is None else 2 * self.steps
+
+    def fineness(self) -> Fineness:
+        """Tensors; with chunks, any part of them."""
+        return "tensor" if self.chunks is None else "element"
+
+    def borders(self, space: Space) -> Integers:
+        """(S+1,) borders of the tensors; with chunks, all places where they may be cut."""
+        return np.asarray(space.borders(self.fineness()))
+
+    def needs(self) -> Needs:
+        """Gradients, merges linear in their coefficients, and for chunks the models' inner products."""
+        return replace(super().needs(), geometry=self.chunks is not None)
+
+    def check(self, operator: str, needs_base: bool, losses: Sequence[str]) -> None:
+        """Refuse merges without a base, and tasks of which none has the experts' distance for its loss."""
+        if not needs_base:
+            raise ValueError(
+                f"merge.operator: expert_merging leaves tensors as the base has them, found {operator}, which has no "
+                "base; use task_arithmetic or ties_vectors, and give models.base"
+            )
+        if "distillation" not in losses:
+            raise ValueError(
+                "calibration: expert_merging learns to be like the experts, found loss "
+                f"{' and '.join(sorted(set(losses)))} alone; say loss: distillation, or use algorithm adamerging"
+            )
+
+    def make(self, context: Context) -> Pair:
+        """The search, and an archive of the best merges of its checks."""
+        space = context.space
+        starts = [start.refined(space.tensor_borders) for start in context.starts] or None
+        search = ExpertMerging(space, context.tasks, context.goals, context.seed, self, starts)
+        return search, ElitistArchive(context.goals, self.archive)
+
+
+class ExpertMerging(Descent[ExpertMergingSettings]):
+    """Adam on the logits of coefficients, one a tensor and expert; ``Descent`` says how lines, steps and checks go.
+
+    With ``chunks`` (Expert Merging++), S tensors are cut into ``chunks`` S in all. Tensor l gets
+
+        floor(chunks S I_l^steepness / sum_j I_j^steepness)
+
+    of equal size; with none its coefficients stay as they are. Its importance I_l is ``sum_k alpha_k ||tau_k||
+    sqrt(n_l)`` over its n_l parameters: coefficient times root-mean-square of the task vector times number of
+    parameters. (The paper takes the mean absolute value for the root-mean-square.)
 
     Args:
-        space: The models; ++ takes the length of task vectors from its Gram table.
+        space: The models; Expert Merging++ takes the length of task vectors from its Gram table.
         tasks: Names of the T calibration tasks.
         goals: The objectives of the checks.
         seed: The recipe's seed, for restarts.
-        init: Every coefficient's start when there are no ``starts``; between 0 and 1.
-        starts: (S, K) coefficients of the S tensors to start from; clipped to between 0.001 and 0.999, and 0 where a
-            tensor is excluded.
-        rate: Adam's step size, in logits.
-        regulariser: Weight of the mean distance of the coefficients from the line's start.
-        clip: Longest gradient (Euclidean, over all raw coefficients); a longer one is shortened to it.
-        exclude: Patterns of the names of tensors that stay as the base has them, as for file names, in any case; None
-            means ``EXCLUDED``.
-        chunks: After ``steps`` steps (or when ``patience`` ends them) tensors are cut into so many chunks each on
-            average, and a line takes up to ``steps`` more. Tensor l gets floor(chunks S I_l^steepness / sum_j
-            I_j^steepness) of equal size, none meaning that its coefficients stay as they are. Its importance I_l is
-            sum_k alpha_k ||tau_k|| sqrt(n_l) over its n_l parameters: coefficient, root-mean-square of the task vector
-            and number of parameters (the paper takes the mean absolute value for the root-mean-square). None leaves
-            this stage out.
-        steepness: How much more chunks go to important tensors; 0 shares them out evenly.
-        **settings: ``steps``, ``accumulate``, ``weights``, ``sweep``, ``restarts``, ``spread`` (in logits),
-            ``check_every`` and ``patience`` as for AdaMerging. Weights of tasks count relative to their sum.
+        settings: Step size, regulariser, chunks and so on; None for the defaults.
+        starts: (S, K) coefficients of the S tensors for each merge to start from, moved to between 0.001 and 0.999, and
+            to 0 where a tensor is excluded. None for ``settings.init`` everywhere.
 
     Raises:
-        InputError: A setting is out of its range, a pattern matches no tensor, or no tensor is left to learn on.
-    """
+        InputError: As for ``Descent``; or a pattern matches no tensor, or no tensor is left to learn on.
 
-    algorithm = "expert_merging"
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.populations.trial import Outcome
+        from ecotone.search.expert_merging import ExpertMerging, ExpertMergingSettings
+
+        archive = ElitistArchive(goals, capacity=20)
+        settings = ExpertMergingSettings(steps=20, exclude=(), chunks=1.2)
+        search = ExpertMerging(space, ["left", "right"], goals, 0, settings)
+        while not search.done:
+            for trial in search.ask(4):
+                if trial.calibration is None:  # a check
+                    evaluation = score(trial.genome)
+                    outcome = archive.add(trial, evaluation)
+                else:  # a gradient by the coefficients
+                    evaluation, outcome = gradient(trial), Outcome(accepted=False)
+                search.tell(trial, evaluation, outcome)
+        chunks = search.report()["lines"][0]["chunks"]  # by tensor
+    """
 
     def __init__(
         self,
@@ -81,33 +170,13 @@ class ExpertMerging(AdaMerging):
         tasks: Sequence[str],
         goals: Sequence[Goal],
         seed: int,
-        *,
-        init: float = 0.1,
+        settings: ExpertMergingSettings | None = None,
         starts: Sequence[Floats] | None = None,
-        rate: float = 0.5,
-        steps: int = 100,
-        regulariser: float = 5.0,
-        clip: float = 1.0,
-        exclude: Sequence[str] | None = None,
-        chunks: float | None = None,
-        steepness: float = 1.0,
-        spread: float = 0.5,
-        **settings: Any,
     ) -> None:
-        _check(init, regulariser, clip, chunks, steepness)
-        self.regulariser, self.clip, self.chunks, self.steepness = regulariser, clip, chunks, steepness
+        settings = settings or ExpertMergingSettings()
         self._space = space
-        self._excluded = _excluded(space.tensors, exclude)
-        borders = np.asarray(space.tensor_borders)
-        super().__init__(
-            *(borders, space.dimension, tasks, goals, seed),
-            **{"init": init, "starts": starts, "rate": rate, "steps": steps, "spread": spread, **settings},
-        )
-
-    @property
-    def most_steps(self) -> int:
-        """Steps of a line that takes them all."""
-        return self.steps if self.chunks is None else 2 * self.steps
+        self._excluded = _excluded(space.tensors, settings.exclude)
+        super().__init__(space.tensor_borders, space.dimension, tasks, goals, seed, settings, starts)
 
     # -- what Adam moves: logits, minus infinity where the coefficient is 0 and stays so ------------------------
 
@@ -126,33 +195,32 @@ class ExpertMerging(AdaMerging):
         return sigmoid(point)
 
     def _pulled(self, line: Line, gradient: Floats) -> Floats:
-        """Gradient by the logits of mean task loss and regulariser, at most ``clip`` long."""
+        """The gradient by the logits of the mean task loss and the regulariser, at most ``clip`` long."""
         alpha = self._used(line.adam.point)
         learned = np.isfinite(line.adam.point)
         learned[line.held] = False
-        away = np.sign(alpha - self._used(line.start)) / np.count_nonzero(learned)
-        pulled: Floats = (gradient / line.weights.sum() + self.regulariser * away) * alpha * (1 - alpha)
+        away = np.sign(alpha - self._used(line.start)) / np.count_nonzero(learned)  # of mean |alpha - alpha at start|
+        # The gradient by alpha, times alpha (1 - alpha), which is d alpha / d raw.
+        pulled: Floats = (gradient / line.weights.sum() + self.settings.regulariser * away) * alpha * (1 - alpha)
         pulled[~learned] = 0.0
-        pulled *= min(1.0, self.clip / max(float(np.linalg.norm(pulled)), 1e-300))
+        pulled *= min(1.0, self.settings.clip / max(float(np.linalg.norm(pulled)), 1e-300))
         return pulled
-
-    def _outside(self, line: Line) -> Any:
-        return np.zeros(line.adam.point.shape, bool)  # nothing is clamped
 
     # -- Expert Merging++ ----------------------------------------------------------------------------------------
 
     def _grown(self, line: Line) -> bool:
         """Cut the tensors into chunks, once; unless that would leave nothing to learn."""
-        if self.chunks is None or line.grown:
+        settings = self.settings
+        if settings.chunks is None or line.grown:
             return False
         importance = self.importance(self._used(line.adam.point))
-        counts = shares(importance**self.steepness * (importance > 0), self.chunks * len(importance))
+        counts = shares(importance**settings.steepness * (importance > 0), settings.chunks * len(importance))
         if not counts.any():
             return False
         borders, owners = self._cut(counts)
-        line.grown, line.before, line.last = True, line.step, line.step + self.steps
+        line.grown, line.before, line.last = True, line.step, line.step + settings.steps
         line.borders, line.held = borders, np.flatnonzero(counts[owners] == 0).tolist()
-        line.adam, line.start = Adam(line.adam.point[owners], self.rate), line.start[owners]
+        line.adam, line.start = Adam(line.adam.point[owners], settings.rate), line.start[owners]
         line.stale = 0
         return True
 
@@ -179,10 +247,10 @@ class ExpertMerging(AdaMerging):
     # -- report ----------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """AdaMerging's, with the names of the tensors that stay the base's as ``excluded``.
+        """As ``Descent.report``, with the names of the tensors that stay as the base has them (``excluded``).
 
-        A line also has ``chunks``: by tensor, where ++ cut it, the number of its coefficients an expert; 0 where they
-        are those of the first stage.
+        A line that Expert Merging++ has cut also has ``chunks``: by tensor, the number of its coefficients for each
+        expert; 0 where they stay those of the first stage.
         """
         excluded = [name for name, out in zip(self._space.tensors, self._excluded, strict=True) if out]
         return {**super().report(), "excluded": excluded}
@@ -230,16 +298,3 @@ def _excluded(tensors: Sequence[str], exclude: Sequence[str] | None) -> NDArray[
             "Give fewer patterns; [] excludes none.",
         )
     return out
-
-
-def _check(init: float, regulariser: float, clip: float, chunks: float | None, steepness: float) -> None:
-    if not 0 < init < 1:
-        raise InputError(f"search.init: expected a number between 0 and 1, found {init}.", "The authors' is 0.1.")
-    wanted: Mapping[str, float] = {"regulariser": regulariser, "steepness": steepness}
-    for name, value in wanted.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"search.{name}: expected a number of at least 0, found {value}.")
-    if not clip > 0:
-        raise InputError(f"search.clip: expected a number above 0, found {clip}.")
-    if chunks is not None and not 0 < chunks < math.inf:
-        raise InputError(f"search.chunks: expected a number above 0, found {chunks}.", "The authors' are 0.9 to 1.2.")

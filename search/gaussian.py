@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.linalg import cho_solve, cholesky, solve_triangular
-from scipy.linalg.lapack import dpotri
-from scipy.optimize import minimize
+import scipy  # its parts are imported when they are used
 
 from ecotone.populations.genome import Floats
 
@@ -130,7 +128,7 @@ class GaussianProcess:
         """(N, N) lower Cholesky factor of the covariance of the observations."""
         covariance = kernel(self.inputs, self.inputs, self.logs)
         covariance[np.diag_indices(len(covariance))] += self.noise
-        return np.asarray(cholesky(covariance, lower=True, overwrite_a=True, check_finite=False))
+        return np.asarray(scipy.linalg.cholesky(covariance, lower=True, overwrite_a=True, check_finite=False))
 
     @property
     def noise(self) -> Floats:
@@ -142,7 +140,7 @@ class GaussianProcess:
         return self._solve((self.values - self.centre) / self.scale)
 
     def _solve(self, right: Floats) -> Floats:
-        return np.asarray(cho_solve((self.root, True), right, check_finite=False))
+        return np.asarray(scipy.linalg.cho_solve((self.root, True), right, check_finite=False))
 
     def mean(self, inputs: Inputs) -> Floats:
         """(n,) expected values at n inputs."""
@@ -150,7 +148,9 @@ class GaussianProcess:
 
     def variance(self, inputs: Inputs) -> Floats:
         """(n,) variances of the noise-free values at n inputs."""
-        cross = solve_triangular(self.root, kernel(self.inputs, inputs, self.logs), lower=True, check_finite=False)
+        cross = scipy.linalg.solve_triangular(
+            self.root, kernel(self.inputs, inputs, self.logs), lower=True, check_finite=False
+        )
         own = kernel_diagonal(inputs, self.logs) - np.einsum("ij,ij->j", cross, cross)
         return np.asarray(self.scale**2 * np.maximum(own, 0.0))
 
@@ -237,16 +237,16 @@ def log_evidence(
     covariance = 1.0 + inner * (linear + quadratic * inner) + matern
     covariance[np.diag_indices(len(covariance))] += noise
     try:
-        root = cholesky(covariance, lower=True, check_finite=False)
+        root = scipy.linalg.cholesky(covariance, lower=True, check_finite=False)
     except np.linalg.LinAlgError:
         return -np.inf, np.zeros_like(logs)
-    alpha = cho_solve((root, True), values, check_finite=False)
-    value = -0.5 * values @ alpha - np.log(np.diag(root)).sum() - 0.5 * len(values) * np.log(2.0 * np.pi)
+    alpha = scipy.linalg.cho_solve((root, True), values, check_finite=False)
+    value = -0.5 * values @ alpha - np.log(np.diag(root)).sum() - 0.5 * len(values) * np.log(2.0 * np.pi)  # (eq. 5.8)
     push = np.outer(alpha, alpha) - _inverse(root)
     slope = push * (residual * (5.0 / 3.0) * (1.0 + distances) * decay)  # by the squared scaled distance
     scaled = inputs.places / lengths
     by_length = 2.0 * (slope.sum(axis=1) @ scaled**2 - np.einsum("id,id->d", scaled, slope @ scaled))
-    gradient = 0.5 * np.concatenate(
+    gradient = 0.5 * np.concatenate(  # (eq. 5.9)
         [
             [linear * np.vdot(push, inner), quadratic * np.vdot(push, inner**2), np.vdot(push, matern)],
             by_length,
@@ -276,7 +276,7 @@ def _climb(inputs: Inputs, values: Floats, weights: Floats, prior: Prior, start:
     reach = 5.0 * prior.deviation
     begin = np.clip(start, prior.mean - reach, prior.mean + reach)
     with suppress(_SpentError):  # the library looks at its own limits only between line searches
-        minimize(
+        scipy.optimize.minimize(
             downhill,
             begin,
             jac=True,
@@ -292,7 +292,7 @@ class _SpentError(Exception):
 
 def _inverse(root: Floats) -> Floats:
     """The inverse of the matrix whose lower Cholesky factor is ``root``."""
-    half, _ = dpotri(root, lower=1)  # only the lower triangle is computed
+    half, _ = scipy.linalg.lapack.dpotri(root, lower=1)  # only the lower triangle is computed
     return np.asarray(np.tril(half) + np.tril(half, -1).T)
 
 

@@ -3,14 +3,14 @@
 "Competition and Attraction Improve Model Fusion" (Abrantes, Lange, Tang; 2025). One child a step:
 
 1. Parent A is drawn in proportion to shared fitness (``ecotone.populations.niches``).
-2. Parent B is drawn in proportion to its attraction for A: what it scores where A is weak.
+2. Parent B is drawn in proportion to its attraction for A: its scores on the examples where A is weak.
 3. A split point and one mixing weight join them: the weight holds before the split, its complement after.
    The join is spherical (SLERP) with the one angle between the two whole parents, or linear.
-4. Evolving from scratch, every parameter then gets Gaussian noise.
-5. The archive takes the child and lets its least fit member go.
+4. When models evolve from scratch, every parameter then gets Gaussian noise.
+5. The archive takes the child, and its least fit member leaves.
 
-The parents' angle comes from the Gram table of the sources, so children are composed without touching a
-weight; only children with noise are dense vectors.
+The parents' angle comes from the Gram table of the sources, so composing a child touches no weight. Only children with
+noise are dense vectors.
 """
 
 from __future__ import annotations
@@ -18,45 +18,129 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from ecotone.populations.errors import InputError
-from ecotone.populations.genome import Floats, Genome, combine
+from ecotone.populations.genome import Floats, Genome, Integers, combine
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Outcome, Trial
-from ecotone.search.protocol import trial_rng
+from ecotone.search.kinds import Begins, Context, Fineness, Needs, Pair, SearchSettings
+from ecotone.search.protocol import Search, trial_rng
+from ecotone.search.racing import RaceSettings, raced
+from ecotone.settings import Part
 
 Odds: TypeAlias = list[float]
 
 
-@dataclass(frozen=True)
-class M2N2Settings:
-    """The switches of M2N2; turning one off gives the paper's ablations.
+class RefineSettings(Part):
+    """Refinement of M2N2's children by gradient on the calibration tasks, before they are scored.
 
-    Args:
+    Attributes:
+        every: Refine every so many children; 1 refines all.
+        steps: Steps of Adam for each, over one batch of every task.
+        rate: Adam's step size, in units of the coefficients.
+    """
+
+    every: int = Field(default=4, ge=1)
+    steps: int = Field(default=5, ge=1)
+    rate: float = Field(default=0.01, gt=0)
+
+
+class M2N2Settings(SearchSettings):
+    """M2N2: evolution with niches, attraction and split points. Turning a switch off gives the paper's ablations.
+
+    Attributes:
+        algorithm: ``m2n2``.
+        archive: Merges that the population keeps.
+        alpha: How strongly members that solve the same examples share their fitness; 0 is a plain genetic algorithm.
+        resource: Worth of an example: the ``max`` of its scores so far, or ``one``.
         attraction: Choose parent B by attraction; otherwise by fitness, like A.
         split: Draw a split point; otherwise one weight mixes the whole vector.
         crossover: Join two parents; otherwise the child is a copy of A (then ``mutation`` must be above 0).
         interpolation: ``slerp`` or ``linear``.
         granularity: Where split points may fall: ``element``, ``tensor`` or ``block`` borders.
         mutation: Standard deviation of the noise added to every parameter; 0 when the seeds are trained.
-        max_segments: A genome of more segments is simplified (``Genome.simplified``) to so many.
+        max_segments: The most segments of a merge; one of more is simplified (``Genome.simplified``).
+        refine: Refine children by gradient on the calibration tasks (``ecotone.search.refined``); None for no
+            refinement.
+        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
     """
 
+    algorithm: Literal["m2n2"] = "m2n2"
+    archive: int = Field(default=20, ge=2)
+    alpha: float = Field(default=1.0, ge=0)
+    resource: Literal["max", "one"] = "max"
     attraction: bool = True
     split: bool = True
     crossover: bool = True
     interpolation: Literal["slerp", "linear"] = "slerp"
     granularity: Literal["element", "tensor", "block"] = "element"
-    mutation: float = 0.0
-    max_segments: int = 1024
+    mutation: float = Field(default=0.0, ge=0)
+    max_segments: int = Field(default=1024, ge=2)
+    refine: RefineSettings | None = None
+    race: RaceSettings | None = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> M2N2Settings:
+        if self.refine is not None and self.race is not None:
+            raise ValueError("race: children that are refined cannot race; leave refine or race out")
+        if self.refine is not None and self.mutation > 0:
+            raise ValueError("refine: with mutation children are whole vectors, without coefficients; leave one out")
+        if not self.crossover and self.mutation == 0:
+            raise ValueError("crossover: without it and with mutation 0 every child is a copy; set mutation above 0")
+        return self
+
+    def needs(self) -> Needs:
+        """It needs objectives to maximise, merges linear in their coefficients, and the models' inner products."""
+        return Needs(
+            maximised=True,
+            gradients=self.refine is not None,
+            affine=True,
+            per_example="useful",
+            vectors=self.mutation > 0,
+            geometry=True,
+        )
+
+    def begins(self) -> Begins:
+        """It can begin with merges of any segments, in place of the models; not with mutation."""
+        why = "with mutation m2n2 breeds whole vectors of weights, beginning with the models" if self.mutation else ""
+        return Begins(why, any_segments=True)
+
+    def fineness(self) -> Fineness:
+        """The granularity of split points."""
+        return self.granularity
+
+    def borders(self, space: Space) -> Integers:
+        """(S+1,) positions where split points may fall."""
+        return space.borders(self.granularity)
+
+    def segments(self, space: Space) -> int | None:
+        """Not fixed: children have the split points of both parents."""
+        return None
+
+    def make(self, context: Context) -> Pair:
+        """The search, and its archive of niches."""
+        archive = NicheArchive(context.goals, self.archive, self.alpha, self.resource)
+        search = M2N2(context.space, archive, self, context.seed, context.starts)
+        if self.refine is not None:
+            from ecotone.search.refined import Refined
+
+            return Refined(search, context.tasks, self.refine), archive
+        return raced((search, archive), context, self.race, whole=search.first_child)
+
+    def describe(self, search: Search | None, context: Context) -> str:
+        """How many children learn, in how many steps, before they are scored."""
+        if self.refine is None:
+            return ""
+        each = "every child" if self.refine.every == 1 else f"one child in {self.refine.every}"
+        return f": {each} takes {self.refine.steps} steps on {len(context.tasks)} tasks before it is scored"
 
 
 class M2N2:
@@ -77,12 +161,17 @@ class M2N2:
 
     Example::
 
+        from ecotone.populations.niches import NicheArchive
+        from ecotone.populations.population import quality
+        from ecotone.search.m2n2 import M2N2, M2N2Settings
+
         archive = NicheArchive(goals, capacity=20)
         search = M2N2(space, archive, M2N2Settings(), seed=0)
-        for _ in range(1000):
+        for _ in range(200):
             for trial in search.ask(1):
                 evaluation = score(trial.genome)
                 search.tell(trial, evaluation, archive.add(trial, evaluation))
+        best = max(archive.members, key=lambda member: quality(member.evaluation, goals))
     """
 
     def __init__(
@@ -93,11 +182,6 @@ class M2N2:
         seed: int,
         starts: Sequence[Genome] = (),
     ) -> None:
-        if not settings.crossover and settings.mutation <= 0:
-            raise InputError(
-                "search.crossover: without crossover and with mutation 0 every child is a copy.",
-                "Set search.mutation above 0, or search.crossover: true.",
-            )
         if settings.mutation > 0 and space.vectors is None:
             raise InputError("search.mutation: breeding with noise needs the dense vectors of the sources.")
         if settings.mutation > 0 and starts:
@@ -125,7 +209,7 @@ class M2N2:
         return self._seeds
 
     def ask(self, n: int) -> list[Trial]:
-        """What it begins with; then, once that is told, children of the archive."""
+        """First the models or ``starts``; once they are all told, children of the archive."""
         if self._next < self._seeds:
             numbers = range(self._next, min(self._next + n, self._seeds))
             trials = [Trial(number, self._seed_genome(number)) for number in numbers]
@@ -137,7 +221,7 @@ class M2N2:
         return trials
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """The archive has learned already; only count, and forget the norms of those that left."""
+        """Count the trial, and forget the norms of members that left. The archive has learned already."""
         self._told += 1
         for number in outcome.evicted:
             self._norms.pop(number, None)
@@ -168,12 +252,12 @@ class M2N2:
         trials = []
         for number in numbers:
             rng = trial_rng(self.seed, number)
-            parents = [a := _draw(rng, fitness)]
+            parents = [a := _draw(rng, fitness)]  # step 1
             if self.settings.crossover:
-                parents.append(b := self._mate(rng, a, fitness, attraction))
-                child = self._child(rng, a, b)
+                parents.append(b := self._mate(rng, a, fitness, attraction))  # step 2
+                child = self._child(rng, a, b)  # step 3, and 4 with mutation
             else:
-                child = self._mutated(rng, _residual(self._genome(a)))
+                child = self._mutated(rng, _residual(self._genome(a)))  # step 4
             trials.append(Trial(number, child, tuple(members[i].trial.number for i in parents)))
         return trials
 
@@ -248,10 +332,10 @@ def normal_quantiles() -> NDArray[np.float32]:
 
 
 def _sixteen_bits(rng: np.random.Generator, size: int) -> NDArray[np.uint16]:
-    """(size,) what ``rng.integers(0, 65536, size, np.uint16)`` draws, in a third of the time.
+    """(size,) the numbers that ``rng.integers(0, 65536, size, np.uint16)`` draws, in a third of the time.
 
     A generator hands out its 64-bit numbers in parts, low bits first; half a number may be left over from earlier
-    draws. To be the last draw of ``rng``, which does not notice that the half was taken.
+    draws. This must be the last draw of ``rng``, which does not notice that the half was taken.
     """
     left = rng.bit_generator.state
     over = np.array([left["uinteger"]] if left["has_uint32"] else [], "<u4").view("<u2")

@@ -10,22 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import scipy  # its parts are imported when they are used
 from numpy.typing import ArrayLike
-from scipy.spatial import KDTree
+from pydantic import Field
 from threadpoolctl import threadpool_limits
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import farthest_first, non_dominated
 from ecotone.populations.genome import Floats, Integers
+from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.designs import DesignName, sobol
 from ecotone.search.designs import design as planned
+from ecotone.search.kinds import Context, Pair
 from ecotone.search.nsga import lattice
-from ecotone.search.surrogates import Link, Links, Quadratic, checked_links, minimum, must_vary
+from ecotone.search.protocol import Search
+from ecotone.search.surrogates import Link, Quadratic, SurrogateSettings, checked_links, minimum, must_vary
 
 Predict: TypeAlias = Callable[[Floats], Floats]  # (N, D) points to (N, M) oriented scores
 
@@ -34,6 +38,39 @@ GENERATIONS = 50  # of NSGA-III
 FILLING = 18  # rounds of filling the gaps that it leaves
 LARGEST = 1000  # coefficients a surrogate may have
 OPTIMISER = 2_654_435_769  # spawn key of the optimiser's generator, with the number of its first trial
+
+
+class MapSettings(SurrogateSettings):
+    """MAP: a design, a quadratic surrogate of each objective, their front, and the part of it that is scored.
+
+    Attributes:
+        algorithm: ``map``.
+        samples: Points of the design; None means (D+1)(D+2), twice what determines a quadratic in D variables.
+        design: How these points are chosen: ``mixed``, ``sobol``, ``grid`` or ``random`` (``ecotone.search.designs``).
+        front: Members of the predicted front to score; None means what is left of the budget, or 20 without one.
+        margin: How far beyond the sampled points coefficients may be predicted, in shares of their extent; never
+            outside the box.
+        caution: Standard errors taken off each predicted score before fronts are compared: without it the front is
+            where the surrogates err most. Surrogates that fit exactly have none.
+    """
+
+    algorithm: Literal["map"] = "map"
+    design: DesignName = "mixed"
+    front: int | None = Field(default=None, ge=1)
+    margin: float = Field(default=0.1, ge=0)
+    caution: float = Field(default=1.0, ge=0)
+
+    def make(self, context: Context) -> Pair:
+        """The search, and an archive of the best."""
+        box, space = self.box(context), context.space
+        starts = self.first(box, context)
+        search = MapSearch(box, context.goals, context.seed, self, context.evaluations, space.seeds, starts)
+        return search, ElitistArchive(context.goals, self.archive)
+
+    def describe(self, search: Search | None, context: Context) -> str:
+        """The bounds, and how many samples the design has."""
+        samples = f"; {search.samples} samples before it proposes anything" if isinstance(search, MapSearch) else ""
+        return f"{super().describe(search, context)}{samples}"
 
 
 class MapSearch:
@@ -47,24 +84,29 @@ class MapSearch:
         box: Where coefficients lie.
         goals: The objectives, two at least.
         seed: The recipe's seed.
-        design: ``mixed``, ``sobol``, ``grid`` or ``random``; see ``ecotone.search.designs``.
-        samples: Points of the design; None means (D+1)(D+2), twice what determines a quadratic.
-        links: ``auto``, one of ``sigmoid``, ``softplus`` and ``identity``, or one of these four by objective.
-            ``auto`` is sigmoid for maximised scores within [0, 1], softplus for minimised ones of at least 0.
-        evaluations: The budget, which must leave room beyond the design; None means none.
-        front: Members of the predicted front to evaluate; None means what is left of the budget, or 20 without.
-        margin: How far beyond the sampled points coefficients may be predicted, in shares of their extent; never
-            outside the box.
-        caution: Standard errors taken off each predicted score before fronts are compared: without it the front is
-            where the surrogates err most. Surrogates that fit exactly have none.
-        generations: Of NSGA-III.
-        filling: Rounds that fill the gaps in NSGA-III's front; with none, predicted hypervolumes are percents short.
+        settings: The design, the surrogates' links, and how the predicted front is found; None means the defaults.
+        evaluations: The budget, which must leave room beyond the design; None means no limit.
         seeds: (J, K) coefficients of the models themselves, for the mixed design; None means one-hot vectors.
         starts: (n, D) points to measure before the design, besides ``samples`` and ``evaluations``; those outside
             the box are left out.
+        generations: Of NSGA-III.
+        filling: Rounds that fill the gaps in NSGA-III's front; with none, predicted hypervolumes are percents short.
 
     Raises:
-        InputError: One objective only, too many variables, or too few samples or evaluations.
+        InputError: One objective only, too many variables, too few samples or evaluations, or links of no objective.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.map import MapSearch, MapSettings
+
+        archive = ElitistArchive(goals, capacity=20)
+        search = MapSearch(box, goals, 0, MapSettings(samples=20), evaluations=40, generations=20, filling=2)
+        while not search.done:
+            for trial in search.ask(4):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
+        members, gap = search.report()["members"], search.report()["gap"]  # as predicted and as measured
     """
 
     def __init__(
@@ -72,26 +114,22 @@ class MapSearch:
         box: CoefficientBox,
         goals: Sequence[Goal],
         seed: int,
-        design: DesignName = "mixed",
-        samples: int | None = None,
-        links: Links = "auto",
+        settings: MapSettings | None = None,
         evaluations: int | None = None,
-        front: int | None = None,
-        margin: float = 0.1,
-        caution: float = 1.0,
-        generations: int = GENERATIONS,
-        filling: int = FILLING,
         seeds: Floats | None = None,
         starts: ArrayLike | None = None,
+        generations: int = GENERATIONS,
+        filling: int = FILLING,
     ) -> None:
         self.box, self.goals, self.seed = box, tuple(goals), seed
-        self.samples = enough_samples(box, goals, samples, evaluations)
-        self.links, self.margin, self.caution = checked_links(links, goals), margin, caution
+        self.settings = settings = settings or MapSettings()
+        self.samples = enough_samples(box, goals, settings.samples, evaluations)
+        self.links = checked_links(settings.links, goals)
         self.generations, self.filling = generations, filling
-        rest = None if evaluations is None else evaluations - self.samples
-        self.front = (FRONT if rest is None else rest) if front is None else front
+        rest = FRONT if evaluations is None else evaluations - self.samples
+        self.front = rest if settings.front is None else settings.front
         first = box.inside(starts)
-        self._design = np.vstack([first, planned(design, self.samples, box, seed, seeds)])
+        self._design = np.vstack([first, planned(settings.design, self.samples, box, seed, seeds)])
         self._points: list[Floats] = []  # by trial number
         self._scores: dict[int, Floats | None] = {}  # (M,) as measured, by trial number; None is a failure
         self._measured = -1  # trials that the surrogates are fitted to; -1 before
@@ -176,9 +214,9 @@ class MapSearch:
         """(F, D) the part of the predicted front to evaluate."""
         model = self._surrogates()
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(measured, OPTIMISER)))
-        low, high = reach(model.points, self.box, self.margin)
+        low, high = reach(model.points, self.box, self.settings.margin)
         points, scores = predicted_front(
-            lambda c: model.cautious(c, self.caution), low, high, rng, self.generations, self.filling
+            lambda c: model.cautious(c, self.settings.caution), low, high, rng, self.generations, self.filling
         )
         return np.asarray(points[spread(scores, self.front)])
 
@@ -443,7 +481,7 @@ def _between(points: Floats, scores: Floats, low: Floats, high: Floats, rng: np.
         return np.clip(near + 0.02 * (high - low) * rng.normal(size=near.shape), low, high)
     extent = np.ptp(scores, axis=0)
     scaled = scores / np.where(extent > 0, extent, 1.0)
-    distances, neighbours = KDTree(scaled).query(scaled, k=min(count, objectives + 1))
+    distances, neighbours = scipy.spatial.KDTree(scaled).query(scaled, k=min(count, objectives + 1))
     weights = (distances[:, -1] + 1e-12) ** (objectives - 1)
     parents = rng.choice(count, CHILDREN, p=weights / weights.sum())
     around = points[neighbours[parents]] - points[parents][:, None]  # (CHILDREN, neighbours, D)

@@ -11,24 +11,65 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats
+from ecotone.populations.population import ElitistArchive, Population
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.designs import design
+from ecotone.search.kinds import Begins, Context
 from ecotone.search.map import Surrogates, by_objective, copied, measured_scores, predicted_front, spread
-from ecotone.search.protocol import trial_rng
-from ecotone.search.surrogates import Links, checked_links, minimum, must_vary
+from ecotone.search.protocol import Search, trial_rng
+from ecotone.search.surrogates import SurrogateSettings, checked_links, minimum, must_vary
 
 SAMPLES = 12  # a pair: twice the coefficients of a quadratic in two variables
 FRONT = 4  # members of a pair's predicted front that are evaluated
 GENERATIONS, FILLING = 30, 2  # of a pair's optimiser
 STREAM = 2_246_822_507  # spawn key of a pair's generators, with the number of its first trial
 UNIT = CoefficientBox(np.array([0, 1]), 2, 0.0, 1.0)
+
+
+class NestedMapSettings(SurrogateSettings):
+    """Nested MAP: a tree of pairwise MAPs, for many models with one coefficient each.
+
+    Attributes:
+        algorithm: ``nested_map``.
+        samples: Points of each pair's design, of which the two nodes themselves are known already; None means 12.
+        owners: By objective the model that it belongs to; None means that objectives and models are in the same order.
+        preference: By objective how much it matters, at least 0; 1 where not given.
+        front: Members of each pair's predicted front to score, the preferred one first; None means 4.
+        caution: Standard errors taken off each predicted score before fronts are compared.
+    """
+
+    algorithm: Literal["nested_map"] = "nested_map"
+    owners: dict[str, str] | None = None
+    preference: dict[str, float] | None = None
+    front: int | None = Field(default=None, ge=1)
+    caution: float = Field(default=1.0, ge=0)
+
+    searches_settings: ClassVar[bool] = False
+
+    def begins(self) -> Begins:
+        """It cannot."""
+        return Begins("nested_map builds its tree from the models themselves")
+
+    def make(self, context: Context) -> tuple[Search, Population]:
+        """The search, and an archive of the best."""
+        box, sources = self.box(context), context.space.sources
+        search = NestedMapSearch(box, context.goals, context.seed, sources, self, context.evaluations)
+        return search, ElitistArchive(context.goals, self.archive)
+
+    def describe(self, search: Search | None, context: Context) -> str:
+        """The bounds, and how many pairs are merged with how many evaluations each."""
+        pairs, bounds = context.space.dimension - 1, super().describe(search, context)
+        if not isinstance(search, NestedMapSearch):
+            return bounds
+        return f"{bounds}; {pairs} pairs of {search.samples} samples and {search.front} members of a front"
 
 
 @dataclass(frozen=True)
@@ -61,17 +102,26 @@ class NestedMapSearch:
         goals: The objectives, each of which belongs to one model.
         seed: The recipe's seed.
         sources: K names of the models, two at least.
-        owners: By objective the model that it belongs to; None means that goals and sources are in the same order.
-        preference: By objective how much it matters, at least 0; 1 where not given.
-        samples: Points of each pair's design, of which the two nodes themselves are known already.
-        front: Members of each pair's predicted front to evaluate, the preferred one first.
-        links: As for ``ecotone.search.map.MapSearch``.
-        evaluations: The budget, which must be enough for the whole tree; None means none.
-        caution: Standard errors taken off each predicted score before fronts are compared.
+        settings: Whose objectives are whose, the preferences, and the size of each pair; None means the defaults.
+        evaluations: The budget, which must be enough for the whole tree; None means no limit.
 
     Raises:
         InputError: The objectives do not belong to the models one by one, the box has several segments or lacks 0
             or 1, a preference is negative or of no objective, or there are too few samples or evaluations.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.nested_map import NestedMapSearch, NestedMapSettings
+
+        archive = ElitistArchive(goals, capacity=20)
+        preference = {goals[0].name: 2.0}
+        search = NestedMapSearch(box, goals, 0, space.sources, NestedMapSettings(preference=preference))
+        while not search.done:
+            for trial in search.ask(4):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
+        preferred = search.report()["tree"][0]["coefficients"]  # by model
     """
 
     def __init__(
@@ -80,21 +130,18 @@ class NestedMapSearch:
         goals: Sequence[Goal],
         seed: int,
         sources: Sequence[str],
-        owners: Mapping[str, str] | None = None,
-        preference: Mapping[str, float] | None = None,
-        samples: int = SAMPLES,
-        front: int = FRONT,
-        links: Links = "auto",
+        settings: NestedMapSettings | None = None,
         evaluations: int | None = None,
-        caution: float = 1.0,
     ) -> None:
         self.box, self.goals, self.seed, self.sources = box, tuple(goals), seed, tuple(sources)
+        self.settings = settings = settings or NestedMapSettings()
         _check_box(box, self.sources)
-        self.owned = _owned(self.goals, self.sources, owners)
-        self.weights = _weights(self.goals, preference)
-        self.samples, self.front, self.caution = samples, front, caution
-        self.links = checked_links(links, goals)
-        _check_size(len(self.sources), samples, front, evaluations)
+        self.owned = _owned(self.goals, self.sources, settings.owners)
+        self.weights = _weights(self.goals, settings.preference)
+        self.samples = SAMPLES if settings.samples is None else settings.samples
+        self.front = FRONT if settings.front is None else settings.front
+        self.links = checked_links(settings.links, goals)
+        _check_size(len(self.sources), self.samples, self.front, evaluations)
         self._points: list[Floats] = []  # (K,) by trial number
         self._shares: list[Floats] = []  # (2,) of a pair's nodes, by trial number
         self._scores: dict[int, Floats | None] = {}  # (M,) as measured, by trial number; None is a failure
@@ -196,7 +243,7 @@ class NestedMapSearch:
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(begin, STREAM)))
 
         def predict(shares: Floats) -> Floats:
-            return self._pair_values(index, model.cautious(shares, self.caution))
+            return self._pair_values(index, model.cautious(shares, self.settings.caution))
 
         low, high = self._reach()
         shares, scores = predicted_front(predict, low, high, rng, GENERATIONS, FILLING)
@@ -422,7 +469,7 @@ def _weights(goals: tuple[Goal, ...], preference: Mapping[str, float] | None) ->
     names, given = [goal.name for goal in goals], dict(preference or {})
     _check_names("search.preference", "objective", list(given), names)
     weights = np.array([float(given.get(name, 1.0)) for name in names])
-    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
+    if (weights < 0).any() or weights.sum() == 0:
         shown = ", ".join(f"{name}={weight:g}" for name, weight in zip(names, weights, strict=True))
         raise InputError(f"search.preference: expected weights of at least 0, one of them above, found {shown}.")
     return weights
@@ -442,8 +489,6 @@ def _check_size(models: int, samples: int, front: int, evaluations: int | None) 
             f"found {samples}.",
             f"Use {2 * fewest} or more.",
         )
-    if front < 1:
-        raise InputError(f"search.front: expected at least 1 member of each pair's front, found {front}.")
     needed = models + (models - 1) * (samples - 2 + front)
     if evaluations is not None and evaluations < needed:
         least = models + (models - 1) * (fewest - 1)

@@ -18,17 +18,58 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import Field
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import ranks
 from ecotone.populations.genome import Floats, Integers
+from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.kinds import Begins, Context, ModelsFirstBox, Needs, Pair
 from ecotone.search.protocol import trial_rng
+from ecotone.search.racing import RaceSettings, raced
 
 Variant: TypeAlias = Literal["nsga2", "nsga3"]
 
 _TRIES = 8  # children bred anew because they equal a survivor or a trial in flight
+
+
+class NsgaSettings(ModelsFirstBox):
+    """NSGA-II or NSGA-III in steady state: each result counts from the next proposal on.
+
+    Attributes:
+        algorithm: ``nsga2`` (crowding distance), or ``nsga3`` (reference directions; two objectives or more).
+        population: Survivors that children are bred from; None means 20, or two an objective if that is more.
+        crossover: Probability that a child has coefficients of both parents.
+        crossover_index: Distribution index of the crossover: the larger, the nearer to a parent.
+        mutation: Probability that a coefficient mutates; None means 1/D.
+        mutation_index: Distribution index of the mutation: the larger, the smaller its steps.
+        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+    """
+
+    algorithm: Variant = "nsga2"
+    population: int | None = Field(default=None, ge=4)
+    crossover: float = Field(default=0.9, ge=0, le=1)
+    crossover_index: float = Field(default=20.0, ge=0)
+    mutation: float | None = Field(default=None, ge=0, le=1)
+    mutation_index: float = Field(default=20.0, ge=0)
+    race: RaceSettings | None = None
+
+    def needs(self) -> Needs:
+        """Reference directions have a meaning for two objectives or more."""
+        return Needs(objectives=2 if self.algorithm == "nsga3" else 1)
+
+    def begins(self) -> Begins:
+        """With merges that are scored in place of the models."""
+        return Begins()
+
+    def make(self, context: Context) -> Pair:
+        """The search, and an archive of the best."""
+        box = self.box(context)
+        search = Nsga(box, context.goals, context.seed, self, self.first(box, context))
+        archive = ElitistArchive(context.goals, self.archive)
+        return raced((search, archive), context, self.race, own_parents=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +92,23 @@ class Nsga:
         box: Where coefficients lie.
         goals: The M objectives.
         seed: The recipe's seed.
-        variant: ``nsga2`` (crowding distance), or ``nsga3`` (reference directions; two objectives or more).
-        population: Survivors kept, at least 4; None means ``default_population``.
-        crossover: Probability that a child has genes of both parents.
-        crossover_index: Distribution index of the crossover: the larger, the nearer to a parent.
-        mutation: Probability that a coefficient mutates; None means 1/D.
-        mutation_index: Distribution index of the mutation.
+        settings: Which of the two, its population, and how children are bred; None means the defaults.
         seeds: (n, D) points to score first, such as the models themselves; moved into the box.
 
     Raises:
-        InputError: NSGA-III with one objective, a population of less than 4, or seeds of another shape.
+        InputError: NSGA-III with one objective, or seeds of another shape.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.nsga import Nsga, NsgaSettings
+
+        archive = ElitistArchive(goals, capacity=20)
+        search = Nsga(box, goals, 0, NsgaSettings(algorithm="nsga3", population=12))
+        for _ in range(25):
+            for trial in search.ask(4):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
     """
 
     def __init__(
@@ -68,32 +116,23 @@ class Nsga:
         box: CoefficientBox,
         goals: Sequence[Goal],
         seed: int,
-        variant: Variant = "nsga2",
-        population: int | None = None,
-        crossover: float = 0.9,
-        crossover_index: float = 20.0,
-        mutation: float | None = None,
-        mutation_index: float = 20.0,
+        settings: NsgaSettings | None = None,
         seeds: ArrayLike | None = None,
     ) -> None:
         self.box = box
         self.goals = tuple(goals)
         self.seed = seed
-        self.variant: Variant = variant
-        self.population = default_population(len(self.goals)) if population is None else population
-        self.crossover = crossover
-        self.crossover_index = crossover_index
-        self.mutation = 1.0 / box.size if mutation is None else mutation
-        self.mutation_index = mutation_index
+        self.settings = settings = settings or NsgaSettings()
+        self.population = settings.population or default_population(len(self.goals))
+        self.mutation = 1.0 / box.size if settings.mutation is None else settings.mutation
         self.seeds = seed_points(box, seeds)
-        if self.population < 4:
-            raise InputError(f"search.population: expected at least 4, found {self.population}.")
-        if variant == "nsga3" and len(self.goals) < 2:
+        if settings.algorithm == "nsga3" and len(self.goals) < 2:
             raise InputError(
                 f"search.algorithm: nsga3 expects two objectives or more, found {len(self.goals)}.",
                 "For one objective use cma_es.",
             )
-        self.directions = reference_directions(len(self.goals), self.population) if variant == "nsga3" else None
+        directed = settings.algorithm == "nsga3"
+        self.directions = reference_directions(len(self.goals), self.population) if directed else None
         self._next = 0
         self._survivors: list[_Survivor] = []
         self._flying: dict[int, Floats] = {}
@@ -167,12 +206,13 @@ class Nsga:
 
     def _child(self, rng: np.random.Generator) -> tuple[Floats, tuple[int, ...]]:
         """A child that equals no survivor and nothing in flight, if breeding some more gives one."""
+        settings = self.settings
         for _ in range(_TRIES):
             a, b = self._parents(rng)
             child = self._survivors[a].point
-            if rng.random() < self.crossover:
-                child = simulated_binary(rng, child, self._survivors[b].point, self.box, self.crossover_index)
-            child = polynomial(rng, child, self.box, self.mutation, self.mutation_index)
+            if rng.random() < settings.crossover:
+                child = simulated_binary(rng, child, self._survivors[b].point, self.box, settings.crossover_index)
+            child = polynomial(rng, child, self.box, self.mutation, settings.mutation_index)
             if child.tobytes() not in self._known:
                 break
         return child, (self._survivors[a].number, self._survivors[b].number)
@@ -186,7 +226,7 @@ class Nsga:
     def _parents(self, rng: np.random.Generator) -> tuple[int, int]:
         """Two different survivors."""
         count = len(self._survivors)
-        if self.variant == "nsga3":
+        if self.settings.algorithm == "nsga3":
             a, b = rng.choice(count, 2, replace=False)
             return int(a), int(b)
         a = self._tournament(rng)

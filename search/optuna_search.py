@@ -12,17 +12,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import Field
 
-from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import ranks
 from ecotone.populations.genome import Floats
-from ecotone.populations.population import quality
+from ecotone.populations.population import ElitistArchive, quality
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.kinds import Begins, Context, ModelsFirstBox, Needs, Pair
 from ecotone.search.nsga import seed_points
 
 Sampler: TypeAlias = Literal["tpe", "gp", "nsga2", "nsga3", "cma_es", "random", "qmc"]
@@ -56,6 +58,46 @@ _SAMPLERS: dict[str, tuple[str, dict[str, tuple[str | None, Any]]]] = {
 }
 
 
+class OptunaSettings(ModelsFirstBox):
+    """One of Optuna's samplers. A setting that is not given is the sampler's own.
+
+    Attributes:
+        algorithm: ``optuna``.
+        sampler: ``tpe``, ``gp``, ``nsga2``, ``nsga3``, ``cma_es``, ``random``, or ``qmc`` (scrambled Sobol points).
+        startup: Scored trials, drawn evenly, before the model begins (``tpe``, ``gp``: 10; ``cma_es``: 1).
+        multivariate: Model the coefficients jointly (``tpe``: true).
+        constant_liar: Take trials in flight for poor ones, so that proposals differ (``tpe``: true). It spreads
+            proposals well without ``multivariate``, little with it.
+        population: Trials a generation (``nsga2``, ``nsga3``: 50; ``cma_es``: 4 + floor(3 ln D)).
+        separable: Learn a diagonal covariance only (``cma_es``: false).
+        history: The most scored trials that the model is fitted to, which bounds the seconds of a proposal: the best
+            fronts, and as many of the latest (``gp``: 200).
+    """
+
+    algorithm: Literal["optuna"] = "optuna"
+    sampler: Sampler = "tpe"
+    startup: int | None = Field(default=None, ge=1)
+    multivariate: bool | None = None
+    constant_liar: bool | None = None
+    population: int | None = Field(default=None, ge=2)
+    separable: bool | None = None
+    history: int | None = Field(default=None, ge=2)
+
+    def needs(self) -> Needs:
+        """The reference directions of ``nsga3`` have a meaning for two objectives or more."""
+        return Needs(objectives=2 if self.sampler == "nsga3" else 1)
+
+    def begins(self) -> Begins:
+        """With merges that are scored in place of the models."""
+        return Begins()
+
+    def make(self, context: Context) -> Pair:
+        """The search, and an archive of the best."""
+        box = self.box(context)
+        search = OptunaSearch(box, context.goals, context.seed, self, self.first(box, context))
+        return search, ElitistArchive(context.goals, self.archive)
+
+
 class OptunaSearch:
     """One of Optuna's samplers; it never waits for results.
 
@@ -85,20 +127,24 @@ class OptunaSearch:
         box: Where coefficients lie.
         goals: The M objectives.
         seed: The recipe's seed.
-        sampler: ``tpe``, ``gp``, ``nsga2``, ``nsga3``, ``cma_es``, ``random``, or ``qmc`` (scrambled Sobol points).
-        startup: Scored trials, drawn evenly, before the model begins (``tpe``, ``gp``: 10; ``cma_es``: 1).
-        multivariate: Model the coefficients jointly (``tpe``: True).
-        constant_liar: Take trials in flight for poor ones, so that proposals differ (``tpe``: True). It spreads
-            proposals well without ``multivariate``, little with it.
-        population: Trials a generation (``nsga2``, ``nsga3``: 50; ``cma_es``: 4 + floor(3 ln D)).
-        separable: Learn a diagonal covariance only (``cma_es``: False).
-        history: The most scored trials that the model is fitted to, which bounds the seconds of a proposal: the best
-            fronts, and as many of the latest (``gp``: 200).
+        settings: The sampler and its settings; None means the defaults.
         seeds: (n, D) points to score first, such as the models themselves; moved into the box.
 
     Raises:
-        InputError: Optuna is not installed, the sampler is unknown or has no such setting, or it does not fit the
+        InputError: Optuna is not installed, the sampler lacks a setting that is given, or it does not fit the
             objectives or the number of coefficients.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.optuna_search import OptunaSearch, OptunaSettings
+
+        archive = ElitistArchive(goals, capacity=20)
+        search = OptunaSearch(box, goals, 0, OptunaSettings(sampler="tpe", startup=5))
+        for _ in range(10):
+            for trial in search.ask(4):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, archive.add(trial, evaluation))
     """
 
     def __init__(
@@ -106,34 +152,20 @@ class OptunaSearch:
         box: CoefficientBox,
         goals: Sequence[Goal],
         seed: int,
-        sampler: Sampler = "tpe",
-        startup: int | None = None,
-        multivariate: bool | None = None,
-        constant_liar: bool | None = None,
-        population: int | None = None,
-        separable: bool | None = None,
-        history: int | None = None,
+        settings: OptunaSettings | None = None,
         seeds: ArrayLike | None = None,
     ) -> None:
-        _check(sampler, box.size, len(goals))
+        self.settings = settings = settings or OptunaSettings()
+        _check(settings.sampler, box.size, len(goals))
         self.box = box
         self.goals = tuple(goals)
         self.seed = seed
-        self.sampler: Sampler = sampler
-        given = {
-            "startup": startup,
-            "multivariate": multivariate,
-            "constant_liar": constant_liar,
-            "population": population,
-            "separable": separable,
-            "history": history,
-        }
-        self.settings = _settings(sampler, {name: value for name, value in given.items() if value is not None})
+        self._options = _options(settings)
         self._optuna = _imported()
         self._names = [f"c{i:05d}" for i in range(box.size)]
         self._space = dict.fromkeys(self._names, self._optuna.distributions.FloatDistribution(box.low, box.high))
-        joint = self._space if self.settings.get("multivariate", True) else {}
-        self._class = _of_joint_space(getattr(self._optuna.samplers, _SAMPLERS[sampler][0]), joint)
+        joint = self._space if self._options.get("multivariate", True) else {}
+        self._class = _of_joint_space(getattr(self._optuna.samplers, _SAMPLERS[settings.sampler][0]), joint)
         self._next = 0
         with self._quietly():
             self._storage, self._study = self._opened()
@@ -198,7 +230,9 @@ class OptunaSearch:
     def _opened(self) -> tuple[Any, Any]:
         """A storage in memory and its one study."""
         storage = self._optuna.storages.InMemoryStorage()
-        directions = ["maximize"] * (1 if self.sampler == "cma_es" else len(self.goals))  # scores are told oriented
+        directions = ["maximize"] * (
+            1 if self.settings.sampler == "cma_es" else len(self.goals)
+        )  # scores are told oriented
         return storage, self._optuna.create_study(
             storage=storage, sampler=self._seeded(0), directions=directions, study_name="search"
         )
@@ -207,7 +241,7 @@ class OptunaSearch:
         return int(self._storage.get_study_id_from_name(self._study.study_name))
 
     def _values(self, evaluation: Evaluation) -> list[float]:
-        if self.sampler == "cma_es":
+        if self.settings.sampler == "cma_es":
             return [quality(evaluation, self.goals)]
         return [float(score) for score in oriented(evaluation.scores, self.goals)]
 
@@ -248,18 +282,19 @@ class OptunaSearch:
 
     def _seeded(self, number: int) -> Any:
         """The sampler of one trial. A QMC sequence is one for all trials; the study counts its points."""
-        key = () if self.sampler == "qmc" else (number,)
+        sampler = self.settings.sampler
+        key = () if sampler == "qmc" else (number,)
         options: dict[str, Any] = {"seed": int(np.random.SeedSequence(self.seed, spawn_key=key).generate_state(1)[0])}
-        if self.sampler == "qmc":
+        if sampler == "qmc":
             options["scramble"] = True
-        for name, (theirs, _) in _SAMPLERS[self.sampler][1].items():
+        for name, (theirs, _) in _SAMPLERS[sampler][1].items():
             if theirs is not None:
-                options[theirs] = self.settings[name]
+                options[theirs] = self._options[name]
         return self._class(**options)
 
     def _shown(self) -> Any:
         """The study, or when it has more scored trials than ``history``, a copy that lacks the others."""
-        history = self.settings.get("history")
+        history = self._options.get("history")
         if history is None:
             return self._study
         states = self._optuna.trial.TrialState
@@ -280,12 +315,7 @@ class OptunaSearch:
         return [scored[i] for i in np.sort(kept)]
 
 
-def _check(sampler: str, coefficients: int, objectives: int) -> None:
-    known = get_args(Sampler)
-    if sampler not in known:
-        raise InputError(
-            f"search.sampler: expected one of {', '.join(known)}, found {sampler!r}.", nearest(str(sampler), known)
-        )
+def _check(sampler: Sampler, coefficients: int, objectives: int) -> None:
     if sampler == "nsga3" and objectives < 2:
         raise InputError(
             f"search.sampler: nsga3 expects two objectives or more, found {objectives}.",
@@ -303,22 +333,23 @@ def _check(sampler: str, coefficients: int, objectives: int) -> None:
         )
 
 
-def _settings(sampler: str, given: dict[str, Any]) -> dict[str, Any]:
+def _options(settings: OptunaSettings) -> dict[str, Any]:
     """Every setting of the sampler, by our name: as given, or its default."""
-    taken = _SAMPLERS[sampler][1]
+    sampler = settings.sampler
+    taken, any_samplers = _SAMPLERS[sampler][1], {name for _, names in _SAMPLERS.values() for name in names}
+    given = settings.model_dump(include=any_samplers, exclude_none=True)
     for name, value in given.items():
         if name not in taken:
             raise InputError(
                 f"search.{name}: sampler {sampler} has no such setting, found {value}.",
                 f"Its settings: {', '.join(taken) or 'none'}.",
             )
-    settings = {name: given.get(name, default) for name, (_, default) in taken.items()}
-    least = {"startup": 1, "population": 2, "history": settings.get("startup")}
-    for name, value in given.items():
-        if name in least and value < least[name]:
-            because = " (startup)" if name == "history" else ""
-            raise InputError(f"search.{name}: expected at least {least[name]}{because}, found {value}.")
-    return settings
+    options = {name: given.get(name, default) for name, (_, default) in taken.items()}
+    if "history" in given and options["history"] < options["startup"]:
+        raise InputError(
+            f"search.history: expected at least {options['startup']} (startup), found {options['history']}."
+        )
+    return options
 
 
 def _imported() -> Any:

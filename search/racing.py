@@ -3,15 +3,15 @@
 Two rules end a candidate early, and each may be used alone:
 
 - Successive halving (Jamieson and Talwalkar 2016). A group of candidates is scored on a small share of the examples;
-  the best one in ``eta`` of them go on to a larger share, and so on. What counts is an estimate of the score on all
-  examples, with its standard error (``ecotone.populations.samples.estimate``); of several objectives, the front it is
-  on comes first, then its mean. This is a guess, and may lose a good candidate.
-- A bound. Whatever a candidate scores on the examples it has not seen, it would enter neither the population nor the
-  front: then it need not be scored on them. This loses nothing.
+  the best one in ``eta`` of them go on to a larger share, and so on. Candidates are ranked by estimates of their scores
+  on all examples (``ecotone.populations.samples.estimate``): with several objectives by the front they are on, then by
+  the mean. This is a guess, and may lose a good candidate.
+- A bound. A candidate stops once no score on the remaining examples could put it in the population or on the front.
+  This loses nothing.
 
-Examples come in one seeded order, so that all candidates are compared on the same ones, and a larger share holds the
-smaller. What was scored is not scored again. Only candidates that come through to all examples are members of the
-population and of the front; a search is told that the others have failed, which all of them can take.
+Examples come in one seeded order. So all candidates are compared on the same ones, a larger share holds the smaller,
+and no example is scored twice for one candidate. Only candidates scored on all examples enter the population and the
+front. The search is told that the others failed, which every search can take.
 """
 
 from __future__ import annotations
@@ -20,54 +20,52 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import ranks
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import Population
 from ecotone.populations.samples import Estimate, Sample, estimate, order
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
+from ecotone.search.kinds import Context, Pair
 from ecotone.search.protocol import Search
+from ecotone.settings import Part
 
 KEY = 2_246_822_519  # spawn key of the order of examples
 
 
-@dataclass(frozen=True)
-class RaceSettings:
-    """How candidates race.
+class RaceSettings(Part):
+    """How candidates race: they are scored on some of the examples first, and only the promising ones on all.
 
-    Args:
-        fidelities: Shares of the examples after which a group is cut, ascending, in (0, 1); none for no halving.
-        eta: One candidate in so many goes on, at least 1; the number is rounded up.
+    Attributes:
+        fidelities: Shares of the examples after which a group is cut, ascending, between 0 and 1; none for no cuts.
+        eta: One candidate in so many goes on; the number is rounded up.
         group: Candidates that race one another.
-        slices: Parts in which the rest of the examples is scored; after each the bound is looked at.
-        bound: Whether candidates end that can enter neither population nor front.
+        slices: Parts in which the rest of the examples is scored; the bound is checked after each.
+        bound: Whether a candidate stops once no remaining score could put it in the population or on the front.
     """
 
     fidelities: tuple[float, ...] = (0.1,)
-    eta: float = 3.0
-    group: int = 9
-    slices: int = 3
+    eta: float = Field(default=3.0, ge=1)
+    group: int = Field(default=9, ge=1)
+    slices: int = Field(default=3, ge=1)
     bound: bool = True
 
-    def __post_init__(self) -> None:
-        ascending = all(a < b for a, b in zip((0.0, *self.fidelities), (*self.fidelities, 1.0), strict=True))
-        if not ascending:
-            raise InputError(
-                f"search.race.fidelities: expected ascending shares between 0 and 1, found {list(self.fidelities)}."
-            )
-        for name, least in (("eta", 1.0), ("group", 1), ("slices", 1)):
-            if not getattr(self, name) >= least:
-                raise InputError(f"search.race.{name}: expected at least {least:g}, found {getattr(self, name)}.")
+    @model_validator(mode="after")
+    def _ascending(self) -> RaceSettings:
+        if not all(a < b for a, b in pairwise((0.0, *self.fidelities, 1.0))):
+            raise ValueError(f"fidelities: expected ascending shares between 0 and 1, found {list(self.fidelities)}")
+        return self
 
     @property
     def stops(self) -> tuple[float, ...]:
-        """Shares of the examples at which a candidate is looked at, the last of them 1."""
+        """Shares of the examples after which a candidate is judged, the last of them 1."""
         last = self.fidelities[-1] if self.fidelities else 0.0
         rest = [last + (1.0 - last) * part / self.slices for part in range(1, self.slices)]
         return (*self.fidelities, *rest, 1.0)
@@ -86,7 +84,7 @@ class _Runner:
 
 @dataclass(eq=False)
 class _Group:
-    """Candidates that race one another. ``waiting`` counts those that are to be told at this level."""
+    """Candidates that race one another. ``waiting`` counts those whose scores at this level are not told yet."""
 
     level: int = 0
     size: int = 0  # candidates that began
@@ -106,18 +104,49 @@ class _Group:
 class Racing:
     """A search whose candidates race. To the manager it is one search, whose trials are scored on samples.
 
-    Trials are numbered over samples and whole scores together; the population has these numbers.
+    Samples and whole scores share one numbering of trials; the population has these numbers.
 
     Args:
         search: Proposes the candidates; it is told of each once, when its race is over.
-        population: What the manager adds to before ``tell``.
+        population: The manager adds to it before ``tell``.
         goals: The objectives, whose evaluations must give one score an example.
         seed: The recipe's seed.
-        settings: The race.
-        limits: By name of an objective whose score is its examples' mean, the least and the most that one can score.
-            Without those of an objective nothing is ruled out by the bound.
-        whole: The first so many candidates are scored on all examples at once, such as models that others are bred of.
+        settings: The race; None for the defaults.
+        limits: By name of an objective whose score is the mean of its examples', the least and the most that one
+            example can score. Without those of an objective the bound rules nothing out.
+        whole: Number of first candidates that are scored on all examples at once, such as models to breed from.
         own_parents: Whether the search names parents by its own numbers, not by those of the population's members.
+
+    Example::
+
+        import numpy as np
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.populations.samples import error_of_mean
+        from ecotone.populations.trial import Evaluation, Goal, Outcome
+        from ecotone.search.racing import RaceSettings, Racing
+        from ecotone.search.random_search import RandomSearch
+
+        questions = np.random.default_rng(0).normal(0.2, 1.0, (200, box.size))
+
+        def accuracy(trial):  # on the trial's sample of 200 examples
+            right = questions @ box.point(trial.genome) > 0.0
+            if trial.scored:
+                return Evaluation({"accuracy": right.mean()}, {"accuracy": right})
+            seen = right[trial.sample.then(200)]
+            errors = {"accuracy": error_of_mean(seen, 200)}
+            return Evaluation({"accuracy": seen.mean()}, {"accuracy": seen}, errors=errors)
+
+        race = RaceSettings(fidelities=(0.1, 0.4), eta=2.0)
+        race_goals, limits = [Goal("accuracy")], {"accuracy": (0.0, 1.0)}
+        archive = ElitistArchive(race_goals, capacity=20)
+        search = Racing(RandomSearch(box, seed=0), archive, race_goals, 0, race, limits)
+        for _ in range(100):
+            for trial in search.ask(4):
+                evaluation = accuracy(trial)
+                outcome = archive.add(trial, evaluation) if trial.scored else Outcome(accepted=False)
+                search.tell(trial, evaluation, outcome)
+        spent = search.report()["spent"]  # in evaluations on all examples
     """
 
     def __init__(
@@ -152,7 +181,7 @@ class Racing:
 
     @property
     def done(self) -> bool:
-        """True when the search is, and all races are over."""
+        """True when the search is done and all races are over."""
         return self.search.done and not self._runners
 
     def ask(self, n: int) -> list[Trial]:
@@ -183,7 +212,7 @@ class Racing:
                 self._go_on(number)
 
     def state(self) -> dict[str, Any]:
-        """The search, the races that are on, and what estimates need of the population."""
+        """The search, the races under way, and the population's scores by example that estimates need."""
         runners = {
             number: {
                 "genome": one.trial.genome.to_json(),
@@ -234,10 +263,12 @@ class Racing:
         self._told, self._counts, self._misses = dict(state["told"]), dict(state["counts"]), list(state["misses"])
 
     def report(self) -> dict[str, Any]:
-        """How many ``candidates`` raced or were scored at once, how many of them came through (``whole``), ended by
-        ``halving`` or by the ``bound``, or ``failed``; what that took in evaluations on all examples (``spent``); of
-        the estimates of those that came through, how many there were (``estimates``) and the root mean square of their
-        errors in standard errors (``miss``, about 1 when these are right, None without estimates). Plain values.
+        """Counts of candidates, and the quality of the estimates; plain values.
+
+        ``candidates`` were proposed. Of these ``whole`` were scored on all examples, ``halving`` and the ``bound``
+        ended others, and some ``failed``. All together took ``spent`` evaluations on all examples. For candidates
+        scored on all examples there were so many ``estimates``; ``miss`` is the root mean square of their errors in
+        standard errors, about 1 when these are right, and None without estimates.
         """
         miss = math.sqrt(sum(one * one for one in self._misses) / len(self._misses)) if self._misses else None
         texts = []
@@ -284,7 +315,7 @@ class Racing:
         return index
 
     def _proposed(self, number: int) -> Trial:
-        """What the candidate is to be scored on now, as a trial."""
+        """The trial that scores the candidate on its next sample."""
         runner = self._runners[number]
         self._numbers[self._next] = number
         self._next += 1
@@ -301,7 +332,7 @@ class Racing:
         self._queue.append(number)
 
     def _arrived(self, index: int, told: int = 1) -> None:
-        """Somebody of a group has been told, or ended; cut the group when it waits for nobody."""
+        """Count ``told`` candidates of a group as told or ended; cut the group when it waits for none."""
         group = self._groups[index]
         group.waiting -= told
         if index == self._begun or group.waiting:
@@ -341,7 +372,7 @@ class Racing:
     # -- estimates -----------------------------------------------------------------------------------------
 
     def _estimates(self, trial: Trial, evaluation: Evaluation) -> dict[str, Estimate]:
-        """What its scores on all examples are likely to be, with the help of its parents'."""
+        """Estimates of its scores on all examples, made sharper by its parents' scores."""
         parents = [self._known[parent] for parent in dict.fromkeys(trial.parents) if parent in self._known]
         return {
             goal.name: estimate(
@@ -368,7 +399,7 @@ class Racing:
                 self._misses.append((evaluation.scores[name] - one.value) / one.error)
 
     def _has_a_chance(self, runner: _Runner, trial: Trial) -> bool:
-        """Whether it would enter population or front if the rest of the examples came out best."""
+        """Whether it would enter population or front with the best possible scores on the remaining examples."""
         if not self._known:
             return True
         whole = next(iter(self._known.values()))
@@ -391,5 +422,26 @@ class Racing:
 
 
 def _ended(text: str) -> Evaluation:
-    """What a search is told of a candidate that was not scored on all examples."""
+    """The evaluation that the search is told for a candidate that was not scored on all examples."""
     return Evaluation.failed("ended early", text)
+
+
+def raced(
+    pair: Pair, context: Context, race: RaceSettings | None, whole: int = 0, *, own_parents: bool = False
+) -> Pair:
+    """The search and its population, the candidates racing where there is a race.
+
+    Args:
+        pair: The search and its population.
+        context: What they were made for.
+        race: The race's settings; None for no race.
+        whole: As for ``Racing``.
+        own_parents: As for ``Racing``.
+    """
+    if race is None:
+        return pair
+    search, population = pair
+    racing = Racing(
+        search, population, context.goals, context.seed, race, context.limits, whole, own_parents=own_parents
+    )
+    return racing, population

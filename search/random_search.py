@@ -1,19 +1,58 @@
-"""Random search: coefficients drawn evenly from a box. The baseline every other search has to beat."""
+"""Random search: coefficients drawn evenly from a box. Every other search has to beat this baseline."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Evaluation, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.kinds import Begins, Box, Context, Needs, Pair
+from ecotone.search.racing import RaceSettings, raced
+
+
+class RandomSettings(Box):
+    """Random search: coefficients drawn evenly from a box. Every other search has to beat this baseline.
+
+    Attributes:
+        algorithm: ``random``.
+        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+    """
+
+    algorithm: Literal["random"] = "random"
+    race: RaceSettings | None = None
+
+    def needs(self) -> Needs:
+        """It needs no more than one objective."""
+        return Needs()
+
+    def begins(self) -> Begins:
+        """It cannot begin with merges."""
+        return Begins("random search has no use for merges to begin with")
+
+    def make(self, context: Context) -> Pair:
+        """The search, and an archive of the best."""
+        search = RandomSearch(self.box(context), context.seed)
+        return raced((search, ElitistArchive(context.goals, self.archive)), context, self.race)
 
 
 class RandomSearch:
-    """Each trial's coefficients are independent and uniform in the box.
+    """Random search: each trial's coefficients are independent and uniform in the box.
 
     Args:
         box: Where coefficients lie.
         seed: The recipe's seed.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.random_search import RandomSearch
+
+        archive = ElitistArchive(goals, capacity=20)
+        search = RandomSearch(box, seed=0)
+        for trial in search.ask(100):
+            evaluation = score(trial.genome)
+            search.tell(trial, evaluation, archive.add(trial, evaluation))
     """
 
     def __init__(self, box: CoefficientBox, seed: int) -> None:
@@ -23,7 +62,7 @@ class RandomSearch:
 
     @property
     def done(self) -> bool:
-        """Never."""
+        """Never: it draws until the budget is spent."""
         return False
 
     def ask(self, n: int) -> list[Trial]:
@@ -34,7 +73,7 @@ class RandomSearch:
         return trials
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Nothing to learn."""
+        """Do nothing: it learns from no score."""
 
     def state(self) -> dict[str, Any]:
         """The counter."""

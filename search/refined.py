@@ -1,14 +1,14 @@
 """M2N2 with Lamarckian refinement: now and then a child learns before it is scored.
 
-Every n-th child takes a few steps of Adam on the sum of the calibration tasks' losses, over coefficients of its own:
-one for each of its segments and sources. What is scored is the merge that has learned, and it is what population,
-journal and front then have: what was acquired is inherited, as Lamarck thought (memetic algorithms call it Lamarckian
-learning; Whitley, Gordon and Mathias 1994). Crossover finds where to cut, gradients find how much of what to take.
+Every n-th child takes a few steps of Adam on the sum of the calibration tasks' losses. It moves coefficients of its
+own, one for each of its segments and sources. The merge that has learned is the one that is scored, and that enters
+population, journal and front. So children inherit what their parents acquired, as Lamarck thought: memetic algorithms
+call it Lamarckian learning (Whitley, Gordon and Mathias 1994). Crossover finds where to cut, gradients find how much of
+each source to take.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,15 +19,15 @@ import numpy as np
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.trial import CalibrationBatch, Evaluation, Outcome, Trial
-from ecotone.search.adamerging import Adam, problem
-from ecotone.search.m2n2 import M2N2
+from ecotone.search.descent import Adam, problem
+from ecotone.search.m2n2 import M2N2, RefineSettings
 
 _SCORE = -1  # stands where a gradient trial has its task's position
 
 
 @dataclass(eq=False)
 class _Child:
-    """A child that learns. ``losses`` has the sum over the tasks before each step; ``told`` gradients by task."""
+    """A child that learns. ``losses`` has the sum over the tasks before each step, ``told`` the gradients by task."""
 
     trial: Trial
     number: int  # among the refined children, from 0
@@ -41,7 +41,7 @@ class _Child:
 
     @property
     def genome(self) -> Genome:
-        """The child as far as it has learned; as it was bred when a gradient failed."""
+        """The child with the coefficients learned so far; as it was bred when a gradient failed."""
         bred = self.trial.genome
         return bred if self.failure or not self.adam.t else replace(bred, coefficients=self.adam.point)
 
@@ -62,37 +62,49 @@ class _Child:
 
 
 class Refined:
-    """M2N2, every n-th child of which is refined by gradient before it is scored.
+    """M2N2 in which every n-th child is refined by gradient before it is scored.
 
-    The others are scored meanwhile. Steps see batches of the tasks one after the other, so that no two children learn
-    from the same ones (until a task's examples come round again). When a gradient fails the child is scored as it was
-    bred. Trials are numbered over gradients and scores together; the archive has these numbers.
+    The others are scored meanwhile. Each step takes the next batch of every task, so that no two children learn from
+    the same batches (until a task's examples come round again). When a gradient fails, the child is scored as it was
+    bred. Gradients and scores share one numbering of trials; the archive has these numbers.
 
     Args:
         search: Breeds the children, which must not be dense.
         tasks: Names of the T calibration tasks.
-        every: Refine every so many children; 1 refines all.
-        steps: Steps of Adam for each.
-        rate: Adam's step size, in units of the coefficients.
+        settings: Which children are refined, in how many steps; None for the defaults.
 
     Raises:
-        InputError: A setting is out of its range, there are no tasks, or the search breeds with noise.
+        InputError: There are no tasks, or the search breeds with noise.
+
+    Example::
+
+        from ecotone.populations.niches import NicheArchive
+        from ecotone.populations.trial import Outcome
+        from ecotone.search.m2n2 import M2N2, M2N2Settings, RefineSettings
+        from ecotone.search.refined import Refined
+
+        archive = NicheArchive(goals, capacity=20)
+        breeding = M2N2(space, archive, M2N2Settings(), seed=0)
+        search = Refined(breeding, ["left", "right"], RefineSettings(every=2, steps=3))
+        for _ in range(100):
+            for trial in search.ask(1):
+                if trial.calibration is None:  # a child, which may have learned
+                    evaluation = score(trial.genome)
+                    outcome = archive.add(trial, evaluation)
+                else:  # a gradient by a child's coefficients
+                    evaluation, outcome = gradient(trial), Outcome(accepted=False)
+                search.tell(trial, evaluation, outcome)
     """
 
-    def __init__(self, search: M2N2, tasks: Sequence[str], every: int = 4, steps: int = 5, rate: float = 0.01) -> None:
+    def __init__(self, search: M2N2, tasks: Sequence[str], settings: RefineSettings | None = None) -> None:
         if not tasks:
             raise InputError("calibration: refinement learns from calibration tasks, and there are none.", "Give one.")
-        for name, count in (("every", every), ("steps", steps)):
-            if count < 1:
-                raise InputError(f"search.refine.{name}: expected at least 1, found {count}.")
-        if not 0 < rate < math.inf:
-            raise InputError(f"search.refine.rate: expected a number above 0, found {rate}.")
         if search.settings.mutation > 0:
             raise InputError(
                 "search.refine: with mutation children are whole vectors, which have no coefficients to refine.",
                 "Set mutation: 0, or leave refine out.",
             )
-        self.search, self.tasks, self.every, self.steps, self.rate = search, tuple(tasks), every, steps, rate
+        self.search, self.tasks, self.settings = search, tuple(tasks), settings or RefineSettings()
         self._next = 0
         self._begun = 0  # refinements
         self._trials: dict[int, Trial] = {}  # of the search and not told, by its own numbers
@@ -107,14 +119,14 @@ class Refined:
         return False
 
     def ask(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials: what children that learn need next, then new children."""
+        """Up to ``n`` trials: first those that learning children need, then new children."""
         trials: list[Trial] = []
         while len(trials) < n and (self._queue or self._breed()):
             trials.append(self._proposed(*self._queue.popleft()))
         return trials
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Take a step when a child's gradients are all told; let the search learn scores."""
+        """Move a child when its gradients are all told; pass scores on to the search."""
         number, task = self._flying.pop(trial.number)
         if task == _SCORE:
             self._trials.pop(number)
@@ -133,7 +145,7 @@ class Refined:
             self._step(number, child)
 
     def state(self) -> dict[str, Any]:
-        """The search, the children that are not told, and what is to be asked for."""
+        """The search, the children that are not told, and the trials to ask for."""
         return {
             "next": self._next,
             "begun": self._begun,
@@ -161,9 +173,10 @@ class Refined:
         self._refined = [dict(record) for record in state["refined"]]
 
     def report(self) -> dict[str, Any]:
-        """By refined child the ``number`` of its scored trial, the sum of the tasks' losses before the first and before
-        the last step (``first`` and ``last``, None where unknown) and the ``failure`` that ended it, empty when none
-        did; ``warnings`` when all failed. Plain values.
+        """The refined children (``refined``), and ``warnings`` when all of them failed; plain values.
+
+        A child has the ``number`` of its scored trial, the sum of the tasks' losses before the first and before the
+        last step (``first`` and ``last``, None where unknown), and the ``failure`` that ended it, empty when none did.
         """
         failed = [record for record in self._refined if record["failure"]]
         texts = []
@@ -175,12 +188,12 @@ class Refined:
     # -- children ------------------------------------------------------------------------------------------
 
     def _breed(self) -> bool:
-        """Queue what the search's next trial needs; False when it has none."""
+        """Queue the gradients or the score that the search's next trial needs; False when it has none."""
         trials = self.search.ask(1)
         for trial in trials:
             self._trials[trial.number] = trial
             bred = trial.number - self.search.first_child
-            if bred >= 0 and (bred + 1) % self.every == 0:
+            if bred >= 0 and (bred + 1) % self.settings.every == 0:
                 self._learning[trial.number] = self._child(trial.number)
                 self._begun += 1
                 self._differentiate(trial.number)
@@ -190,7 +203,7 @@ class Refined:
 
     def _child(self, number: int) -> _Child:
         trial = self._trials[number]
-        return _Child(trial, self._begun, Adam(trial.genome.coefficients, self.rate))
+        return _Child(trial, self._begun, Adam(trial.genome.coefficients, self.settings.rate))
 
     def _differentiate(self, number: int) -> None:
         """Queue a gradient of each task for the child's next step."""
@@ -204,13 +217,13 @@ class Refined:
         self._queue = kept
 
     def _step(self, number: int, child: _Child) -> None:
-        """Everything of the child's step is told: move it, then on to the next step or to be scored."""
+        """Move a child whose step is told as a whole; then queue the next step, or its score."""
         if not child.failure:
             told = [child.told[task] for task in range(len(self.tasks))]  # in this order, whenever they were told
             child.losses.append(sum(loss for loss, _ in told))
             child.adam.step(sum((gradient for _, gradient in told), np.zeros_like(child.adam.point)))
             child.told = {}
-        if child.failure or child.adam.t == self.steps:
+        if child.failure or child.adam.t == self.settings.steps:
             self._queue.append((number, _SCORE))
         else:
             self._differentiate(number)
@@ -220,14 +233,14 @@ class Refined:
         trial, child = self._trials[number], self._learning.get(number)
         batch = None
         if child is not None and task != _SCORE:
-            batch = CalibrationBatch.of(self.tasks[task], child.number * self.steps + child.adam.t)
+            batch = CalibrationBatch.of(self.tasks[task], child.number * self.settings.steps + child.adam.t)
         genome = trial.genome if child is None else child.genome
         self._flying[self._next] = number, task
         self._next += 1
         return Trial(self._next - 1, genome, trial.parents, calibration=batch)
 
     def _record(self, number: int, told: int) -> None:
-        """Write down how the refinement of a child went, if it had one."""
+        """Record the refinement of a child, if it had one."""
         child = self._learning.pop(number, None)
         if child is not None:
             first, last = (child.losses[0], child.losses[-1]) if child.losses else (None, None)

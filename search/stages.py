@@ -1,10 +1,10 @@
-"""A chain of searches: each stage begins with what the one before it found.
+"""A chain of searches: each stage begins with merges that the one before it found.
 
     MAP finds a front of merges with one coefficient a model -> AdaMerging refines its members tensor by tensor
 
-A stage is a search of its own with a population of its own, and counts its trials from 0. Outside they are numbered on
-through all stages, so that the chain is one search with one journal, one budget and one front. What a stage begins with
-was scored in the stage before: the stage learns these scores again, and nobody pays for them twice.
+A stage is a search of its own with a population of its own, and counts its trials from 0. Outside, numbers run on
+through all stages, so that the chain is one search with one journal, one budget and one front. The merges that a stage
+begins with were scored in the stage before. The stage is told these scores, so no merge is paid for twice.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Stage:
     """One search of a chain.
 
     Args:
-        name: The algorithm's, for reports.
+        name: The algorithm's name, for reports.
         make: Gives the search and its population; takes the genomes to begin with, none of them for the first stage.
         evaluations: The most trials that are scored for this stage; None means as many as the budget has.
-        start: What of the stage before to begin with: its ``front``, its ``best`` merge, its ``archive``, the members
-            of its population, or ``none`` of these.
+        start: Merges of the stage before to begin with: its ``front``, its ``best`` merge, its ``archive`` (the members
+            of its population), or ``none``.
         starts: The most genomes to begin with, the best and others spread over the scores; None means all.
     """
 
@@ -60,11 +60,11 @@ def stage_seed(seed: int, stage: int) -> int:
 
 
 class StagedSearch:
-    """Runs one stage after the other; to the manager it is one search, whose ``population`` is the running stage's.
+    """A chain of stages, one after the other. To the manager it is one search.
 
-    A stage ends when its search is done, or has been given its share of the evaluations, and everything is told. Then
-    the next begins; the last may go on until the budget is spent. Where nothing of a stage could be scored there is
-    nothing to begin the next with, and the chain ends.
+    Its ``population`` is the running stage's. A stage ends when its search is done or its share of the evaluations is
+    spent, and everything is told. Then the next begins; the last may go on until the budget is spent. When no trial of
+    a stage could be scored, the next has nothing to begin with, and the chain ends.
 
     Args:
         stages: In order; the first begins with nothing.
@@ -72,6 +72,26 @@ class StagedSearch:
 
     Raises:
         InputError: There are no stages, the first has something to begin with, or a search refuses its arguments.
+
+    Example::
+
+        from ecotone.populations.population import ElitistArchive
+        from ecotone.search.cma_es import CmaEs, CmaEsSettings
+        from ecotone.search.random_search import RandomSearch
+        from ecotone.search.stages import Stage, StagedSearch, stage_seed
+
+        def first(starts):
+            return RandomSearch(box, seed=0), ElitistArchive(goals, capacity=20)
+
+        def second(starts):  # from the best merge of the first
+            search = CmaEs(box, goals, stage_seed(0, 1), CmaEsSettings(sigma=0.1), box.point(starts[0]))
+            return search, ElitistArchive(goals, capacity=20)
+
+        search = StagedSearch([Stage("random", first, 40), Stage("cma_es", second, start="best")], goals)
+        for _ in range(40):
+            for trial in search.ask(4):
+                evaluation = score(trial.genome)
+                search.tell(trial, evaluation, search.population.add(trial, evaluation))
     """
 
     def __init__(self, stages: Sequence[Stage], goals: Sequence[Goal]) -> None:
@@ -104,7 +124,7 @@ class StagedSearch:
         self.running.tell(trial, evaluation, outcome)
 
     def state(self) -> dict[str, Any]:
-        """The running stage, what it began with, and the reports of those before."""
+        """The running stage, the merges it began with, and the reports of the stages before."""
         return {"next": self._next, "reports": list(self._reports), "running": self.running.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -115,9 +135,11 @@ class StagedSearch:
         self.running.restore(state["running"])
 
     def report(self) -> dict[str, Any]:
-        """By stage its ``algorithm``, ``start``, the numbers of the trials it began with (``starts``), its first trial
-        (``first``, None before there is one), how many ``evaluations`` it was given, and its search's own ``report``,
-        None where it has none; ``warnings`` of all. Plain values; the numbers of trials are those of the chain.
+        """Every stage that has begun (``stages``), and the ``warnings`` of all; plain values.
+
+        A stage has its ``algorithm``, its ``start``, the numbers of the trials it began with (``starts``), that of its
+        first trial (``first``, None before there is one), the number of ``evaluations`` it was given, and its search's
+        own ``report``, None where it has none. Numbers of trials are those of the chain.
         """
         stages = [*self._reports, self.running.report()]
         texts = [f"stage {i} ({one['algorithm']}): {text}" for i, one in enumerate(stages) for text in _warnings(one)]
@@ -128,7 +150,7 @@ class StagedSearch:
     # -- going on ------------------------------------------------------------------------------------------
 
     def _following(self) -> tuple[int, list[Member]] | None:
-        """The next stage and what it begins with; None when there is none, or nothing that it needs."""
+        """The next stage and the merges it begins with; None when there is no stage, or no merge that it needs."""
         index = self.running.index + 1
         if index == len(self.stages):
             return None
@@ -147,7 +169,7 @@ class StagedSearch:
         return True
 
     def _proposed(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials to be scored; those whose scores are known are told at once, and others asked for."""
+        """Up to ``n`` trials to be scored. Those whose scores are known are told at once, and others asked for."""
         trials: list[Trial] = []
         while n:
             found, n = self.running.ask(n), 0
@@ -213,7 +235,7 @@ class StagedPopulation:
 class _Running:
     """A stage under way. Its trials have numbers of their own, from 0; ``numbers`` has those of the chain.
 
-    Several trials of a stage may stand for one of the chain, when a search asks more than once for what it began with.
+    Several trials of a stage may stand for one of the chain, when a search proposes a merge it began with again.
     """
 
     def __init__(self, index: int, stage: Stage, goals: Sequence[Goal], starts: Sequence[Member]) -> None:
@@ -247,7 +269,7 @@ class _Running:
         return self.search.ask(count) if count and not self.search.done else []
 
     def remembered(self, trial: Trial) -> Member | None:
-        """What the stage began with, when the trial is just that."""
+        """The merge that the stage began with, when the trial is the same."""
         if trial.calibration is not None or trial.sample is not None or self._recalled == REMEMBERED:
             return None
         return self.starts.get(trial.genome.digest)
@@ -262,7 +284,7 @@ class _Running:
         return replace(trial, number=number, parents=parents)
 
     def learn(self, trial: Trial, known: Member) -> None:
-        """Tell the stage what a trial scored before it."""
+        """Tell the stage the scores that a trial had before it began."""
         self._note(known.trial.number)
         self._recalled += 1
         trial = replace(known.trial, number=trial.number)
@@ -298,7 +320,7 @@ class _Running:
         return map(self._outward, self.population.members)
 
     def found(self, start: Start, most: int | None) -> list[Member]:
-        """What a stage that begins with ``start`` begins with, by the chain's numbers."""
+        """The merges for a stage that begins with ``start``, with the chain's numbers."""
         if start == "archive":
             members = list(self.members())
         else:
@@ -358,8 +380,8 @@ class _Running:
 
 
 def _spread(members: Sequence[Member], most: int, goals: Sequence[Goal]) -> list[Member]:
-    """``most`` of the members, in the same order: the best, then always the one whose scores are farthest from those
-    of the others taken, in ranges of the scores.
+    """``most`` of the members, in the same order: the best, then each time the one whose scores are farthest from
+    those of the members taken so far. Distances are in ranges of the scores.
     """
     scores: Floats = np.array([oriented(member.evaluation.scores, goals) for member in members])
     extent = np.ptp(scores, axis=0)
@@ -377,7 +399,7 @@ def _renumbered(value: Any, numbers: Sequence[int], key: str = "") -> Any:
     if key in ("number", "design") and isinstance(value, int):
         return numbers[value] if value < len(numbers) else None  # None: not asked for yet
     if key == "warnings":
-        # As AdaMerging's warning has it: an error's own text may speak of trials, too.
+        # Only as a descent's warning has it: an error's own text may speak of trials, too.
         return re.sub(r"\btrial (\d+)(?= is its best\.$)", lambda found: f"trial {numbers[int(found[1])]}", value)
     return value
 

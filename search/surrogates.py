@@ -17,10 +17,13 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from ecotone.populations.errors import InputError, SearchError, nearest
 from ecotone.populations.genome import Floats
 from ecotone.populations.trial import Direction, Goal
+from ecotone.search.coefficients import CoefficientBox
+from ecotone.search.kinds import Begins, Context, FrontBox, Needs
 
 LinkName: TypeAlias = Literal["sigmoid", "softplus", "identity"]
 LINKS: tuple[LinkName, ...] = ("sigmoid", "softplus", "identity")
@@ -32,6 +35,32 @@ POOR = 1e7  # condition number of the scaled design from which it needs a ridge
 
 
 Links: TypeAlias = str | Mapping[str, str]  # for all objectives, or by objective; ``auto`` besides the names
+
+
+class SurrogateSettings(FrontBox):
+    """What the searches with a quadratic surrogate of each objective have in common.
+
+    Attributes:
+        samples: Candidates scored before the first surrogate; None leaves their number to the algorithm.
+        links: How scores are bent before a quadratic is fitted: ``sigmoid``, ``softplus``, ``identity`` or ``auto``, or
+            one of these four by objective. ``auto`` is sigmoid for maximised scores within [0, 1], softplus for
+            minimised ones of at least 0, and identity for all others.
+    """
+
+    samples: int | None = Field(default=None, ge=1)
+    links: str | dict[str, str] = "auto"
+
+    def needs(self) -> Needs:
+        """Two objectives, to trade off."""
+        return Needs(objectives=2)
+
+    def begins(self) -> Begins:
+        """With merges that are scored before the design."""
+        return Begins()
+
+    def first(self, box: CoefficientBox, context: Context) -> list[Floats] | None:
+        """Points (D,) to score before the design: the merges to begin with; None without any."""
+        return [box.point(start) for start in context.starts] or None
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,25 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from managing import begun, ended
+from pydantic import ValidationError
 
 from ecotone.fitness.pools import Batch, Completed
 from ecotone.populations.errors import InputError, SearchError
-from ecotone.populations.genome import Floats
+from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.gram import GramTable
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import ElitistArchive
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
-from ecotone.search.adamerging import Adam, AdaMerging
+from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
+from ecotone.search.descent import LINES, Adam, Descent, GradientSettings, Line
+from ecotone.search.kinds import Context
 from ecotone.search.manager import Schedule
 from ecotone.search.protocol import numbered
 
@@ -36,7 +39,8 @@ Measure = Callable[[Trial], Evaluation]
 
 def search_of(**settings: Any) -> AdaMerging:
     arguments: dict[str, Any] = {"rate": 0.02, "steps": 60, "check_every": 20} | settings
-    return AdaMerging(BORDERS, 2, arguments.pop("tasks", TASKS), GOALS, arguments.pop("seed", 0), **arguments)
+    tasks, seed, starts = arguments.pop("tasks", TASKS), arguments.pop("seed", 0), arguments.pop("starts", None)
+    return AdaMerging(BORDERS, 2, tasks, GOALS, seed, AdaMergingSettings(**arguments), starts)
 
 
 def of(trial: Trial) -> Floats:
@@ -64,7 +68,7 @@ def noisy(trial: Trial) -> Evaluation:
     return measured(trial, noise=0.3)
 
 
-def run(search: AdaMerging, measure: Measure = measured, n: int = 100, shuffle: int | None = None) -> list[Trial]:
+def run(search: Descent[Any], measure: Measure = measured, n: int = 100, shuffle: int | None = None) -> list[Trial]:
     """Drive it to its end, telling all that is in flight at once, in order or shuffled; returns its trials."""
     trials: list[Trial] = []
     while not search.done:
@@ -152,8 +156,9 @@ def test_layer_wise_with_equal_gradients_is_task_wise() -> None:
             return Evaluation({"near-left": 0.0, "far-right": 0.0})
         return Evaluation({trial.calibration.task: 1.0}, gradient=trial.genome.coefficients - pull)
 
-    wise = AdaMerging(np.array([0, 24]), 2, TASKS, GOALS, 0, steps=200, rate=0.01)
-    layers = AdaMerging(BORDERS, 2, TASKS, GOALS, 0, steps=200, rate=0.01)
+    settings = AdaMergingSettings(steps=200, rate=0.01)
+    wise = AdaMerging(np.array([0, 24]), 2, TASKS, GOALS, 0, settings)
+    layers = AdaMerging(BORDERS, 2, TASKS, GOALS, 0, settings)
     whole, layered = run(wise, toward), run(layers, toward)
     assert [trial.genome.digest for trial in layered] == [trial.genome.digest for trial in whole]
     assert final(layers).tolist() == [final(wise)[0].tolist()] * 3
@@ -336,7 +341,7 @@ def test_a_sweep_of_weightings_yields_the_front_between_two_tasks() -> None:
 
 
 def test_a_sweep_over_three_tasks_has_at_most_so_many_lines() -> None:
-    search = AdaMerging(BORDERS, 2, ("a", "b", "c"), GOALS, 0, sweep=7)
+    search = AdaMerging(BORDERS, 2, ("a", "b", "c"), GOALS, 0, AdaMergingSettings(sweep=7))
     table = np.array([list(line["weights"].values()) for line in search.report()["lines"]])
     assert table.shape == (6, 3)
     assert table.sum(axis=1) == pytest.approx(np.full(6, 3.0))
@@ -692,24 +697,40 @@ def test_a_report_is_plain_json_also_before_the_end() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rate": 0.0}, "search.rate: expected a number above 0, found 0.0"),
-        ({"rate": -1e-3}, "search.rate"),
-        ({"rate": float("nan")}, "search.rate"),
-        ({"init": float("inf")}, "search.init"),
-        ({"spread": -0.1}, "search.spread: expected a number of at least 0, found -0.1"),
-        ({"spread": 0.0, "restarts": 3}, "search.spread: with 0 all 3 restarts would be the same"),
-        ({"steps": 0}, "search.steps: expected at least 1, found 0"),
-        ({"check_every": 0}, "search.check_every: expected at least 1, found 0"),
-        ({"patience": 0}, "search.patience"),
-        ({"restarts": 0}, "search.restarts"),
+        ({"rate": 0.0}, "rate\n  Input should be greater than 0"),
+        ({"rate": -1e-3}, "rate\n  Input should be greater than 0"),
+        ({"rate": float("nan")}, "rate\n  Input should be a finite number"),
+        ({"init": float("inf")}, "init\n  Input should be a finite number"),
+        ({"spread": -0.1}, "spread\n  Input should be greater than or equal to 0"),
+        ({"spread": 0.0, "restarts": 3}, "spread: with 0 all 3 restarts would be the same; raise it"),
+        ({"steps": 0}, "steps\n  Input should be greater than or equal to 1"),
+        ({"check_every": 0}, "check_every\n  Input should be greater than or equal to 1"),
+        ({"patience": 0}, "patience\n  Input should be greater than or equal to 1"),
+        ({"restarts": 0}, "restarts\n  Input should be greater than or equal to 1"),
+        ({"sweep": 1}, "sweep\n  Input should be greater than or equal to 2"),
+        ({"weights": {"left": float("nan")}}, "weights.left\n  Input should be a finite number"),
+        ({"weights": {"left": 1.0}, "sweep": 3}, "a sweep chooses the weights of the tasks; give weights or sweep"),
+        ({"groups": 2}, "groups: expected granularity: groups with it, found granularity: tensor"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        AdaMergingSettings(**settings)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
         ({"weights": {"lift": 1.0}}, "search.weights: there is no calibration task 'lift'. Did you mean 'left'?"),
         ({"weights": {"left": -1.0}}, "search.weights.left: expected a number of at least 0, found -1.0"),
-        ({"weights": {"left": float("nan")}}, "search.weights.left"),
         ({"weights": {"left": 0.0, "right": 0.0}}, "search.weights: all are 0"),
-        ({"weights": {"left": 1.0}, "sweep": 3}, "Give weights or sweep, not both"),
         ({"sweep": 3, "tasks": ("left",)}, "search.sweep: expected two calibration tasks or more to weigh"),
-        ({"sweep": 1}, "search.sweep: expected at least 2 weightings"),
-        ({"tasks": ()}, "calibration: AdaMerging learns from calibration tasks, and there are none"),
+        (
+            {"sweep": 2, "tasks": ("a", "b", "c")},
+            "search.sweep: expected at least 3 weightings, one a calibration",
+        ),
+        ({"tasks": ()}, "calibration: adamerging learns from calibration tasks, and there are none"),
         ({"tasks": ("left", "left")}, "two tasks named 'left'"),
         ({"starts": []}, "search.start: expected one start or more"),
         ({"starts": [np.zeros((2, 3))]}, r"search.start: expected coefficients of shape (3, 2)"),
@@ -720,3 +741,97 @@ def test_mistakes_are_refused_in_words(settings: dict[str, Any], words: str) -> 
     with pytest.raises(InputError) as caught:
         search_of(**settings)
     assert words in str(caught.value)
+
+
+# -- what it says of itself ----------------------------------------------------------------------------------
+
+
+def context_of(tensors: int = 3, starts: tuple[Genome, ...] = ()) -> Context:
+    names = tuple(f"tensor-{i}" for i in range(tensors))
+    gram = GramTable.from_vectors(RNG.standard_normal((2, 24)).astype(np.float32))
+    space = Space(TASKS, names, BORDERS, ("first", "second"), np.array([0, 10, 24]), gram, np.eye(2), TASKS)
+    return Context(space, GOALS, 7, tasks=TASKS, starts=starts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "segments"),
+    [
+        (AdaMergingSettings(), 3),
+        (AdaMergingSettings(granularity="block"), 2),
+        (AdaMergingSettings(granularity="groups", groups=2), 2),
+        (AdaMergingSettings(granularity="model"), 1),
+    ],
+)
+def test_settings_make_the_search_they_describe(settings: AdaMergingSettings, segments: int) -> None:
+    context = context_of()
+    search, population = settings.make(context)
+    assert isinstance(search, AdaMerging)
+    assert search.settings is settings
+    assert (search.tasks, search.goals, search.seed) == (TASKS, GOALS, 7)
+    assert population.capacity == settings.archive
+    genome = search.ask(1)[0].genome
+    assert genome.refined(settings.borders(context.space)).shape == (segments, 2)
+    assert (genome.coefficients == 0.3).all()
+    assert settings.fineness() == settings.granularity
+
+
+def test_settings_say_how_many_checks_a_complete_run_takes() -> None:
+    settings = AdaMergingSettings(steps=12, check_every=5, restarts=3, archive=4)
+    context = context_of()
+    search, _ = settings.make(context)
+    assert settings.describe(search, context) == "; 3 x 12 steps on 2 tasks, scored 12 times"
+    assert settings.describe(None, context) == ""
+    assert isinstance(search, AdaMerging)
+    assert sum(trial.calibration is None for trial in run(search)) == 12
+
+
+def test_settings_begin_with_given_merges() -> None:
+    starts = (Genome.uniform(24, [0.1, 0.9]), Genome(BORDERS, TARGETS["left"]))
+    settings = AdaMergingSettings()
+    search, _ = settings.make(context_of(starts=starts))
+    begun = [trial.genome for trial in search.ask(100) if trial.calibration is None]
+    assert [genome.digest for genome in begun] == [start.digest for start in starts]
+    assert settings.begins().most == LINES
+    assert not settings.begins().refusal
+
+
+def test_it_needs_gradients_and_takes_any_losses() -> None:
+    needs = AdaMergingSettings().needs()
+    assert (needs.gradients, needs.affine, needs.geometry, needs.objectives) == (True, True, False, 1)
+    AdaMergingSettings().check("linear", needs_base=False, losses=["entropy", "cross_entropy"])
+
+
+class HalvingSettings(GradientSettings):
+    """A descent of another package."""
+
+    algorithm: Literal["halving"] = "halving"
+    init: float = 0.5
+    rate: float = 0.02
+    spread: float = 0.1
+
+
+class Halving(Descent[HalvingSettings]):
+    """Adam moves twice the coefficients."""
+
+    def _point(self, coefficients: Floats) -> Floats:
+        return 2.0 * coefficients
+
+    def _used(self, point: Floats) -> Floats:
+        return point / 2.0
+
+    def _pulled(self, line: Line, gradient: Floats) -> Floats:
+        return gradient / 2.0
+
+
+def test_a_descent_of_another_package_needs_only_what_adam_moves() -> None:
+    settings = HalvingSettings(steps=300, check_every=100)
+    search = Halving(BORDERS, 2, ("left",), GOALS, 0, settings)
+    assert (search.ask(1)[0].genome.coefficients == 0.5).all()
+    search = Halving(BORDERS, 2, ("left",), GOALS, 0, settings)
+    for trial in run(search):
+        assert trial.genome.sources == 2
+    report = search.report()
+    assert report["algorithm"] == "halving"
+    assert report["lines"][0]["coefficients"] == pytest.approx(TARGETS["left"], abs=0.02)
+    with pytest.raises(InputError, match="calibration: halving learns from calibration tasks"):
+        Halving(BORDERS, 2, (), GOALS, 0, settings)

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 
 import ecotone
 from ecotone import Recipe, Run, launch, resume
-from ecotone.experiments.compose import prepare, worker_spec
+from ecotone.experiments.compose import worker_spec
 from ecotone.experiments.exports import verify
+from ecotone.experiments.preparation import prepare
 from ecotone.populations.errors import InputError, JournalError
 
 ROOT = Path(__file__).parent.parent

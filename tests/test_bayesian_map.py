@@ -9,18 +9,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 import ecotone.search.bayesian_map as bayesian_map
 from ecotone.populations.errors import InputError, SearchError
 from ecotone.populations.fronts import hypervolume
 from ecotone.populations.genome import Floats
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
-from ecotone.search.bayesian_map import BayesianMap, Bins, Known, Volume, angles, coordinates, from_angles, opening
+from ecotone.search.bayesian_map import (
+    BayesianMap,
+    BayesianMapSettings,
+    Bins,
+    Known,
+    Volume,
+    angles,
+    coordinates,
+    from_angles,
+    opening,
+)
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.surrogates import Link
 
 Score = Callable[[Floats], Floats]  # (D,) coefficients to (M,) scores
-SMALL = {"paths": 16, "candidates": 128}
+SMALL: dict[str, Any] = {"paths": 16, "candidates": 128}
 
 
 def box_of(sources: int, low: float = 0.0, high: float = 1.0, segments: int = 1) -> CoefficientBox:
@@ -65,7 +76,7 @@ def dense(score: Score, size: int, side: int) -> Floats:
 
 @pytest.mark.parametrize(("size", "side", "budget"), [(2, 101, 36), (3, 25, 60)])
 def test_it_finds_the_front_of_quadratics(size: int, side: int, budget: int) -> None:
-    search = BayesianMap(box_of(size), goals_of(size), 0, patience=None, **SMALL)
+    search = BayesianMap(box_of(size), goals_of(size), 0, BayesianMapSettings(patience=None, **SMALL))
     found = hypervolume(run(search, specialists, budget)[1], np.zeros(size))
     assert found > (0.98 if size == 2 else 0.9) * hypervolume(dense(specialists, size, side), np.zeros(size))
     rng = np.random.default_rng(0)
@@ -77,7 +88,7 @@ def test_losses_are_minimised() -> None:
     def losses(point: Floats) -> Floats:
         return -np.log(specialists(point))
 
-    search = BayesianMap(box_of(2), goals_of(2, "minimize"), 0, patience=None, **SMALL)
+    search = BayesianMap(box_of(2), goals_of(2, "minimize"), 0, BayesianMapSettings(patience=None, **SMALL))
     scores = run(search, losses, 40)[1]
     wanted = hypervolume(-dense(losses, 2, 101), [-2.0, -2.0])
     assert hypervolume(-scores, [-2.0, -2.0]) > 0.98 * wanted
@@ -85,7 +96,7 @@ def test_losses_are_minimised() -> None:
 
 def test_unbounded_scores_and_one_of_each_direction() -> None:
     goals = (Goal("gain"), Goal("cost", "minimize"))
-    search = BayesianMap(box_of(2, -1.0, 1.0), goals, 0, patience=None, **SMALL)
+    search = BayesianMap(box_of(2, -1.0, 1.0), goals, 0, BayesianMapSettings(patience=None, **SMALL))
 
     def score(point: Floats) -> Floats:
         return np.array([-50 * np.sum((point - 0.5) ** 2), 100 * np.sum((point + 0.5) ** 2) - 300])
@@ -98,7 +109,7 @@ def test_unbounded_scores_and_one_of_each_direction() -> None:
 
 def test_hypervolume_counts_from_the_worst_of_the_models() -> None:
     """Where every merge scores .7 and more, what is below the models alone is of no use."""
-    search = BayesianMap(box_of(2, high=1.5), goals_of(2), 0, **SMALL)
+    search = BayesianMap(box_of(2, high=1.5), goals_of(2), 0, BayesianMapSettings(**SMALL))
     known = {(1, 0): (0.9, 0.75), (0, 1): (0.72, 0.85)}
     for trial in search.ask(search.design):
         scores = np.array(known.get(tuple(trial.genome.coefficients.ravel()), (0.95, 0.6)))
@@ -109,7 +120,8 @@ def test_hypervolume_counts_from_the_worst_of_the_models() -> None:
 
 @pytest.mark.parametrize("reference", [(0.6, 0.0), (0.0, 0.6)])
 def test_the_reference_says_which_part_of_the_front_counts(reference: tuple[float, float]) -> None:
-    search = BayesianMap(box_of(2), goals_of(2), 0, reference=reference, patience=None, **SMALL)
+    given = {"goal-0": reference[0], "goal-1": reference[1]}
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(reference=given, patience=None, **SMALL))
     scores = run(search, specialists, 36)[1][12:]
     assert (scores > np.array(reference) - 0.05).all(axis=1).mean() > 0.8
 
@@ -121,7 +133,7 @@ def test_a_front_may_have_segments() -> None:
         wishes = np.array([[0.9, 0.1, 0.5, 0.5], [0.1, 0.9, 0.5, 0.5]])
         return np.asarray(1 / (1 + np.exp(6 * np.sum((point - wishes) ** 2, axis=1) - 2)))
 
-    search = BayesianMap(box_of(2, segments=2), goals_of(2), 0, patience=None, **SMALL)
+    search = BayesianMap(box_of(2, segments=2), goals_of(2), 0, BayesianMapSettings(patience=None, **SMALL))
     points, _ = run(search, score, 60)
     assert points.shape == (60, 4)
     assert np.abs(points[-24:, 2:] - 0.5).mean() < 0.1
@@ -144,7 +156,7 @@ def distances(points: Floats) -> Floats:
 
 
 def test_pending_points_are_not_proposed_again() -> None:
-    search = BayesianMap(box_of(3), goals_of(3), 0, **SMALL)
+    search = BayesianMap(box_of(3), goals_of(3), 0, BayesianMapSettings(**SMALL))
     told(search)
     points = np.array([trial.genome.coefficients.ravel() for _ in range(5) for trial in search.ask(4)])
     assert points.shape == (20, 3)
@@ -153,7 +165,7 @@ def test_pending_points_are_not_proposed_again() -> None:
 
 
 def test_it_waits_for_half_of_the_design() -> None:
-    search = BayesianMap(box_of(3), goals_of(3), 0, **SMALL)
+    search = BayesianMap(box_of(3), goals_of(3), 0, BayesianMapSettings(**SMALL))
     trials = search.ask(100)
     assert len(trials) == search.design == 8
     for trial in trials[:3]:
@@ -165,14 +177,14 @@ def test_it_waits_for_half_of_the_design() -> None:
 
 @pytest.mark.parametrize("acquisition", ["hypervolume", "bins"])
 def test_everything_stays_in_the_box(acquisition: Any) -> None:
-    search = BayesianMap(box_of(3, -0.3, 0.7), goals_of(3), 0, acquisition=acquisition, **SMALL)
+    search = BayesianMap(box_of(3, -0.3, 0.7), goals_of(3), 0, BayesianMapSettings(acquisition=acquisition, **SMALL))
     points, _ = run(search, specialists, 40)
     assert points.min() >= -0.3
     assert points.max() <= 0.7
 
 
 def test_a_region_that_fails_is_left() -> None:
-    search = BayesianMap(box_of(2), goals_of(2), 0, patience=None, **SMALL)
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(patience=None, **SMALL))
     failed = []
     for _ in range(12):
         for trial in search.ask(4):
@@ -186,7 +198,7 @@ def test_a_region_that_fails_is_left() -> None:
 
 
 def test_dead_workers_say_nothing_about_a_point() -> None:
-    search = BayesianMap(box_of(2), goals_of(2), 0, patience=None, **SMALL)
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(patience=None, **SMALL))
     for trial in search.ask(search.design):
         search.tell(trial, Evaluation.failed("worker died", "gone"), Outcome(False))
     assert search._known().points.shape == (0, 2)
@@ -195,7 +207,7 @@ def test_dead_workers_say_nothing_about_a_point() -> None:
 
 
 def test_while_everything_fails_it_looks_everywhere() -> None:
-    search = BayesianMap(box_of(2), goals_of(2), 0, patience=3, **SMALL)
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(patience=3, **SMALL))
     points = []
     for _ in range(10):
         for trial in search.ask(4):
@@ -210,18 +222,18 @@ def test_it_ends_when_the_front_has_stopped_growing() -> None:
     def flat(point: Floats) -> Floats:
         return np.round(specialists(point), 1)  # soon nothing is left to find
 
-    search = BayesianMap(box_of(2), goals_of(2), 0, patience=16, **SMALL)
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(patience=16, **SMALL))
     points, scores = run(search, flat, 400)
     assert 22 <= len(points) < 120
     assert search.done
     full, before = hypervolume(scores, [0, 0]), hypervolume(scores[:-16], [0, 0])
     assert full == pytest.approx(before, rel=0.003)
-    unending = BayesianMap(box_of(2), goals_of(2), 0, patience=None, **SMALL)
+    unending = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(patience=None, **SMALL))
     assert len(run(unending, flat, len(points) + 8)[0]) == len(points) + 8
 
 
 def test_it_does_not_end_while_something_is_in_flight() -> None:
-    search = BayesianMap(box_of(2), goals_of(2), 0, patience=1, tolerance=10.0, **SMALL)
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(patience=1, tolerance=10.0, **SMALL))
     told(search)
     one, other = search.ask(2)
     search.tell(one, evaluation(search, np.array([0.1, 0.1])), Outcome(True))
@@ -237,7 +249,7 @@ def test_sixteen_models_and_sixteen_objectives() -> None:
     def score(point: Floats) -> Floats:
         return np.asarray(1 / (1 + np.exp(4 * point.sum() / 16 - 6 * point)))
 
-    search = BayesianMap(box_of(16), goals_of(16), 0, **SMALL)
+    search = BayesianMap(box_of(16), goals_of(16), 0, BayesianMapSettings(**SMALL))
     assert search.design == 34
     points, scores = run(search, score, 42, batch=8)
     assert points.shape == (42, 16)
@@ -254,14 +266,14 @@ def test_a_proposal_is_bounded_whatever_has_been_told(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(bayesian_map.GaussianProcess, "fit", noted)
     monkeypatch.setattr(bayesian_map, "REMEMBERED", 40)
-    search = BayesianMap(box_of(2), goals_of(2), 0, design=200, patience=None, **SMALL)
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(samples=200, patience=None, **SMALL))
     told(search)
     assert len(search.ask(3)) == 3
     assert sizes == [40, 40]
 
 
 def test_what_is_forgotten_is_dominated_and_not_all_that_is() -> None:
-    search = BayesianMap(box_of(2), goals_of(2), 0, design=100, **SMALL)
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(samples=100, **SMALL))
     told(search)
     everything, kept = search._known(100), search._known(40)
     assert len(kept.points) == 40
@@ -277,26 +289,39 @@ def test_what_is_forgotten_is_dominated_and_not_all_that_is() -> None:
         (3, 1, {}, "two objectives or more, found 1. For one objective use cma_es"),
         (96, 3, {}, "at most 32 coefficients, found 96"),
         (7, 3, {"acquisition": "bins"}, "at most 6 coefficients, found 7"),
-        (3, 3, {"acquisition": "best"}, "expected hypervolume or bins, found best"),
-        (3, 3, {"design": 0}, "search.design: expected at least 1"),
-        (3, 3, {"links": ["sigmoid"]}, "search.links: expected 3"),
-        (3, 3, {"links": ["logit", None, None]}, "there is no link 'logit'"),
-        (3, 3, {"reference": [0.0, 0.0]}, "search.reference: expected 3 numbers"),
-        (3, 3, {"reference": [0.0, 0.0, math.nan]}, "search.reference: expected 3 numbers"),
-        (3, 3, {"patience": 0}, "search.patience: expected at least 1"),
+        (3, 3, {"links": {"goal-0": "logit"}}, "there is no link 'logit'"),
+        (3, 3, {"links": {"goal-9": "sigmoid"}}, "there is no objective 'goal-9'"),
+        (3, 3, {"reference": {"goal-0": 0.0}}, "search.reference: expected a score for each of the objectives"),
     ],
 )
 def test_what_it_refuses(size: int, objectives: int, settings: Any, words: str) -> None:
     with pytest.raises(InputError) as caught:
-        BayesianMap(box_of(size), goals_of(objectives), 0, **settings)
+        BayesianMap(box_of(size), goals_of(objectives), 0, BayesianMapSettings(**settings))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"acquisition": "best"}, "acquisition"),
+        ({"samples": 0}, "samples"),
+        ({"reference": {"goal-0": math.nan}}, "reference.goal-0"),
+        ({"patience": 0}, "patience"),
+        ({"paths": 0}, "paths"),
+        ({"candidates": 7}, "candidates"),
+    ],
+)
+def test_settings_outside_their_bounds_are_refused(settings: Any, field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        BayesianMapSettings(**settings)
+    assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [field]
 
 
 def test_a_constant_objective_is_named() -> None:
     def score(point: Floats) -> Floats:
         return np.array([specialists(point)[0], 0.25])
 
-    search = BayesianMap(box_of(2), goals_of(2), 0, **SMALL)
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(**SMALL))
     with pytest.raises(SearchError, match="goal-1: the score is the same"):
         run(search, score, 20)
 
@@ -308,19 +333,20 @@ def test_a_front_of_one_point() -> None:
         return np.full(2, -5.0) + np.sum((point - 0.4) ** 2) * np.array([1.0, 30.0])
 
     goals = goals_of(2, "minimize")
-    points, scores = run(BayesianMap(box_of(2), goals, 0, patience=None, **SMALL), score, 30)
+    points, scores = run(BayesianMap(box_of(2), goals, 0, BayesianMapSettings(patience=None, **SMALL)), score, 30)
     assert np.abs(points[np.argmin(scores[:, 0])] - 0.4).max() < 0.02
     assert len(np.unique(points, axis=0)) == 30
 
 
 def test_where_nothing_can_be_gained_no_point_comes_twice() -> None:
-    search = BayesianMap(box_of(2), goals_of(2), 0, reference=(2.0, 2.0), **SMALL)
+    reference = {"goal-0": 2.0, "goal-1": 2.0}
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(reference=reference, **SMALL))
     points, _ = run(search, specialists, 40)
     assert distances(points).min() > 1e-3
 
 
 def test_it_reports_how_far_the_models_can_be_trusted() -> None:
-    search = BayesianMap(box_of(2), goals_of(2), 0, patience=None, **SMALL)
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(patience=None, **SMALL))
     assert search.report() == {"algorithm": "bayesian_map", "objectives": ["goal-0", "goal-1"], "design": []}
     trials = told(search)
     search.tell(search.ask(1)[0], Evaluation.failed("exception", "no"), Outcome(False))
@@ -423,7 +449,7 @@ def test_bins_where_the_quadratic_is_wrong_come_first(monkeypatch: pytest.Monkey
 
 
 def test_bins_propose_and_learn() -> None:
-    search = BayesianMap(box_of(3), goals_of(3), 0, acquisition="bins", patience=None)
+    search = BayesianMap(box_of(3), goals_of(3), 0, BayesianMapSettings(acquisition="bins", patience=None))
     points, scores = run(search, specialists, 40)
     assert len(np.unique(points, axis=0)) == 40
     assert hypervolume(scores, np.zeros(3)) > 0.5 * hypervolume(dense(specialists, 3, 15), np.zeros(3))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ecotone.experiments import compose
+from ecotone.experiments import preparation
 from ecotone.experiments.checks import validate
 from ecotone.experiments.examples import digits
 from ecotone.experiments.recipe import Recipe
@@ -94,7 +94,7 @@ def test_specialists_depend_on_the_seed_alone(specialists: Path, tmp_path: Path)
 )
 def test_the_recipes_of_groups(name: str, coefficients: int) -> None:
     recipe = Recipe.from_yaml(RECIPES / f"{name}.yaml")
-    compose.prepare(recipe)
+    preparation.prepare(recipe)
     found = {finding.subject: finding.text for finding in validate(recipe)}
     assert found["search"].startswith(f"bayesian_map: {coefficients} coefficients (1 x {coefficients} models)")
     groups = [objective.data.arguments["digits"] for objective in recipe.objectives.search]  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from managing import begun, ended
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,8 +31,9 @@ from ecotone.populations.gram import GramTable
 from ecotone.populations.population import ElitistArchive
 from ecotone.populations.space import Space
 from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
-from ecotone.search.adamerging import AdaMerging
-from ecotone.search.expert_merging import EXCLUDED, ExpertMerging, shares
+from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
+from ecotone.search.expert_merging import EXCLUDED, ExpertMerging, ExpertMergingSettings, shares
+from ecotone.search.kinds import Context
 from ecotone.search.manager import Schedule
 from ecotone.search.surrogates import sigmoid
 
@@ -188,9 +190,8 @@ def test_the_gradient_by_logits_is_that_of_autograd_through_sigmoid_merge_and_lo
     spec = spec_of(folder, name, wanted={"hidden": 0.7, **wanted})
     worker = Worker(spec)
     space = worker.space()
-    search = ExpertMerging(
-        space, NAMES, GOALS, 0, exclude=["*bias"], starts=[rows_of(space)], clip=1e9, weights={"left": 3.0}
-    )
+    settings = ExpertMergingSettings(exclude=("*bias",), clip=1e9, weights={"left": 3.0})
+    search = ExpertMerging(space, NAMES, GOALS, 0, settings, [rows_of(space)])
     line = search._lines[0]
     line.start = line.start + 0.3  # away from where the regulariser has its kink
     sources, stored = worker._sources, [load_file(path) for path in (spec.base, *spec.experts)]
@@ -396,8 +397,10 @@ def rows_of(space):
 
 
 def search_of(space=None, **settings):
+    space = space_of() if space is None else space
     settings = {"steps": 30, "check_every": 10, **settings}
-    return ExpertMerging(space_of() if space is None else space, NAMES, GOALS, settings.pop("seed", 0), **settings)
+    seed, starts = settings.pop("seed", 0), settings.pop("starts", None)
+    return ExpertMerging(space, NAMES, GOALS, seed, ExpertMergingSettings(**settings), starts)
 
 
 def measured(trial):
@@ -669,9 +672,9 @@ def managed(spec, path, pool=None, make=ExpertMerging, **settings):
         space = open_pool.start()
         settings = {"steps": 12, "check_every": 4, **settings}
         if make is ExpertMerging:
-            search = ExpertMerging(space, NAMES, GOALS, 0, **settings)
+            search = ExpertMerging(space, NAMES, GOALS, 0, ExpertMergingSettings(**settings))
         else:
-            search = AdaMerging(space.tensor_borders, 2, NAMES, GOALS, 0, **settings)
+            search = AdaMerging(space.tensor_borders, 2, NAMES, GOALS, 0, AdaMergingSettings(**settings))
         schedule = Schedule(batch=2, in_flight=4)
         manager = begun(path, search, ElitistArchive(GOALS, 4), GOALS, open_pool, schedule)
         assert ended(manager) == "converged"
@@ -757,7 +760,9 @@ def test_batches_may_be_accumulated_in_adamerging_too():
         c, step = trial.genome.coefficients, trial.calibration.step
         return Evaluation({trial.calibration.task: float(step)}, gradient=c - np.array([0.0, 1.0]) * (step % 2))
 
-    search = AdaMerging(np.array([0, 24]), 2, ("left",), GOALS, 0, steps=30, accumulate=2, check_every=10, rate=0.05)
+    settings = {"steps": 30, "check_every": 10, "rate": 0.05}
+    whole = np.array([0, 24])
+    search = AdaMerging(whole, 2, ("left",), GOALS, 0, AdaMergingSettings(accumulate=2, **settings))
     trials = run(search, linear)
     steps = [t.calibration.step for t in trials if t.calibration is not None]
     assert steps == list(range(60))
@@ -767,7 +772,7 @@ def test_batches_may_be_accumulated_in_adamerging_too():
             return Evaluation({"acc": 0.0})
         return Evaluation({"left": 0.0}, gradient=trial.genome.coefficients - np.array([0.0, 0.5]))
 
-    plain = AdaMerging(np.array([0, 24]), 2, ("left",), GOALS, 0, steps=30, check_every=10, rate=0.05)
+    plain = AdaMerging(whole, 2, ("left",), GOALS, 0, AdaMergingSettings(**settings))
     run(plain, mean)
     ours, theirs = (s.report()["lines"][0] for s in (search, plain))
     assert ours["coefficients"] == pytest.approx(theirs["coefficients"], abs=1e-12)
@@ -780,14 +785,28 @@ def test_batches_may_be_accumulated_in_adamerging_too():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"init": 0.0}, "search.init: expected a number between 0 and 1, found 0.0"),
-        ({"init": 1.0}, "search.init"),
-        ({"regulariser": -1.0}, "search.regulariser: expected a number of at least 0, found -1.0"),
-        ({"clip": 0.0}, "search.clip: expected a number above 0, found 0.0"),
-        ({"chunks": 0.0}, "search.chunks: expected a number above 0, found 0.0"),
-        ({"steepness": -0.1}, "search.steepness"),
-        ({"rate": 0.0}, "search.rate"),
-        ({"accumulate": 0}, "search.accumulate: expected at least 1, found 0"),
+        ({"init": 0.0}, "init\n  Input should be greater than 0"),
+        ({"init": 1.0}, "init\n  Input should be less than 1"),
+        ({"regulariser": -1.0}, "regulariser\n  Input should be greater than or equal to 0"),
+        ({"clip": 0.0}, "clip\n  Input should be greater than 0"),
+        ({"chunks": 0.0}, "chunks\n  Input should be greater than 0"),
+        ({"chunks": math.inf}, "chunks\n  Input should be a finite number"),
+        ({"steepness": -0.1}, "steepness\n  Input should be greater than or equal to 0"),
+        ({"rate": 0.0}, "rate\n  Input should be greater than 0"),
+        ({"accumulate": 0}, "accumulate\n  Input should be greater than or equal to 1"),
+        ({"granularity": "block"}, "granularity\n  Input should be 'tensor'"),
+        ({"groups": 2}, "groups\n  Input should be 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, words):
+    with pytest.raises(ValidationError) as caught:
+        ExpertMergingSettings(**settings)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
         ({"exclude": ["*"]}, "search.exclude: all 4 tensors are excluded"),
         ({"exclude": ["*bias", "a.wieght"]}, "'a.wieght' matches no tensor. Did you mean 'a.weight'?"),
         ({"starts": [np.zeros((3, 2))]}, "search.start: expected coefficients of shape (4, 2)"),
@@ -850,6 +869,67 @@ def test_a_task_without_more_words_is_drawn_to_the_expert_of_its_name():
     assert calibration.build(spec, CPU)._wanted == Distillation("left")
 
 
+# -- what it says of itself ----------------------------------------------------------------------------------
+
+
+def test_settings_make_the_search_they_describe():
+    settings = ExpertMergingSettings(steps=8, check_every=4, restarts=2, chunks=1.5, archive=3)
+    context = Context(space_of(), GOALS, 5, tasks=NAMES)
+    search, population = settings.make(context)
+    assert search.settings is settings
+    assert (search.tasks, search.seed, population.capacity) == (NAMES, 5, 3)
+    assert settings.describe(search, context) == "; 2 x 16 steps on 2 tasks, scored 10 times"
+    assert settings.describe(None, context) == ""
+    assert sum(trial.calibration is None for trial in run(search)) == 10
+    assert settings.needs().gradients
+    assert settings.needs().affine
+
+
+def test_settings_begin_with_given_merges():
+    start = Genome(BORDERS, np.where(LEARNED[:, None], rows_of(space_of()), 0.0))
+    search, _ = ExpertMergingSettings().make(Context(space_of(), GOALS, 0, tasks=NAMES, starts=(start,)))
+    assert search.ask(1)[0].genome.digest == start.digest
+
+
+def test_with_chunks_its_segments_may_be_any():
+    space = space_of()
+    plain, chunked = ExpertMergingSettings(), ExpertMergingSettings(chunks=1.0)
+    assert (plain.fineness(), chunked.fineness()) == ("tensor", "element")
+    assert plain.borders(space).tolist() == BORDERS.tolist()
+    assert chunked.borders(space).tolist() == list(range(25))
+    trials = run(chunked.make(Context(space, GOALS, 0, tasks=NAMES))[0])
+    assert not all(np.isin(trial.genome.boundaries, BORDERS).all() for trial in trials)
+    assert all(np.isin(trial.genome.boundaries, chunked.borders(space)).all() for trial in trials)
+
+
+@pytest.mark.parametrize(
+    ("operator", "needs_base", "losses", "words"),
+    [
+        (
+            "linear",
+            False,
+            ["distillation"],
+            "merge.operator: expert_merging leaves tensors as the base has them, found l",
+        ),
+        ("task_arithmetic", True, ["entropy"], "found loss entropy alone; say loss: distillation"),
+        (
+            "task_arithmetic",
+            True,
+            ["entropy", "cross_entropy", "entropy"],
+            "found loss cross_entropy and entropy alone",
+        ),
+        ("task_arithmetic", True, ["entropy", "distillation"], ""),
+    ],
+)
+def test_what_does_not_fit_it_is_refused(operator, needs_base, losses, words):
+    settings = ExpertMergingSettings()
+    if not words:
+        settings.check(operator, needs_base, losses)
+        return
+    with pytest.raises(ValueError, match=words):
+        settings.check(operator, needs_base, losses)
+
+
 # -- recipes -------------------------------------------------------------------------------------------------
 
 
@@ -884,10 +964,11 @@ def test_a_recipe_becomes_specs_and_a_search(folder):
     sources = Sources.open([left, right], base, "task_arithmetic")
     made, _ = compose.make_search(recipe, sources.space())
     assert isinstance(made, ExpertMerging)
-    assert (made.steps, made.chunks, made.accumulate, made.evaluations) == (40, 1.2, 2, 5)
-    checked = compose.check_search(recipe, sources)
-    assert checked is not None
-    assert len(checked[1]) - 1 == 4
+    settings = made.settings
+    assert (settings.steps, settings.chunks, settings.accumulate, made.evaluations) == (40, 1.2, 2, 5)
+    (checked,) = compose.check_search(recipe, sources)
+    assert checked.coefficients is not None
+    assert checked.coefficients[0] == 4
 
 
 @pytest.mark.parametrize(
@@ -916,7 +997,7 @@ def test_recipes_that_do_not_fit_are_refused(changes, words):
 
 def test_an_unknown_expert_is_known_before_the_models_are():
     recipe = Recipe.from_record(record(search={"algorithm": "expert_merging"}))
-    assert compose.check_search(recipe) is None
+    assert compose.check_search(recipe)[0].coefficients is None
     task = record()["calibration"][0]
     for changes, words in (
         (
@@ -934,7 +1015,7 @@ def test_the_ready_recipe():
     """Each task is drawn to the expert of its name, and what a complete run needs is within its budget."""
     file = Path(__file__).parents[1] / "experiments" / "recipes" / "digits-expert-merging.yaml"
     recipe = Recipe.from_yaml(file)
-    assert compose.check_search(recipe) is None
+    assert compose.check_search(recipe)[0].coefficients is None
     worker = compose.worker_spec(recipe, Path("prepared"))
     assert [task.distillation.expert for task in worker.calibration] == [task.name for task in recipe.calibration]
     made, _ = compose.make_search(recipe, space_of())

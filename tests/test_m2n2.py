@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
@@ -134,16 +135,16 @@ def slerp(a: Vector, b: Vector, t: Vector) -> Vector:
 PAPER = M2N2Settings()
 ABLATIONS: dict[str, tuple[M2N2Settings, float]] = {
     "paper": (PAPER, 1.0),
-    "no attraction": (replace(PAPER, attraction=False), 1.0),
-    "no split": (replace(PAPER, split=False), 1.0),
-    "linear": (replace(PAPER, interpolation="linear"), 1.0),
+    "no attraction": (M2N2Settings(attraction=False), 1.0),
+    "no split": (M2N2Settings(split=False), 1.0),
+    "linear": (M2N2Settings(interpolation="linear"), 1.0),
     "no competition": (PAPER, 0.0),
     "strong competition": (PAPER, 2.0),
-    "tensors": (replace(PAPER, granularity="tensor"), 1.0),
-    "blocks": (replace(PAPER, granularity="block"), 1.0),
-    "mutation": (replace(PAPER, mutation=0.05), 1.0),
-    "mutation alone": (replace(PAPER, mutation=0.05, crossover=False), 1.0),
-    "all off": (replace(PAPER, attraction=False, split=False, interpolation="linear"), 0.0),
+    "tensors": (M2N2Settings(granularity="tensor"), 1.0),
+    "blocks": (M2N2Settings(granularity="block"), 1.0),
+    "mutation": (M2N2Settings(mutation=0.05), 1.0),
+    "mutation alone": (M2N2Settings(mutation=0.05, crossover=False), 1.0),
+    "all off": (M2N2Settings(attraction=False, split=False, interpolation="linear"), 0.0),
 }
 
 
@@ -222,7 +223,7 @@ def draws(number: int, seed: int = 0) -> tuple[float, int]:
 
 
 def test_weight_and_complement_on_the_two_sides_of_the_split() -> None:
-    search = two_parents(replace(PAPER, interpolation="linear"), COMPLEMENTARY, PAIR)
+    search = two_parents(M2N2Settings(interpolation="linear"), COMPLEMENTARY, PAIR)
     for trial in search.ask(40):
         weight, split = draws(trial.number)
         assert sorted(trial.parents) == [0, 1]  # attraction: only the other one adds anything
@@ -254,7 +255,7 @@ class Fixed:
 @pytest.mark.parametrize("interpolation", ["slerp", "linear"])
 @pytest.mark.parametrize("mutated", [False, True])
 def test_weight_zero_cuts_and_joins(interpolation: str, mutated: bool) -> None:
-    settings = replace(PAPER, interpolation=interpolation, mutation=1e-12 if mutated else 0.0)  # type: ignore[arg-type]
+    settings = M2N2Settings(interpolation=interpolation, mutation=1e-12 if mutated else 0.0)  # type: ignore[arg-type]
     search = two_parents(settings, COMPLEMENTARY, PAIR)
     for position in (1, 17, SIZE - 1):
         child = born(search, 0.0, position)
@@ -264,9 +265,9 @@ def test_weight_zero_cuts_and_joins(interpolation: str, mutated: bool) -> None:
 
 @pytest.mark.parametrize("interpolation", ["slerp", "linear"])
 def test_split_at_zero_is_no_split_with_the_complement(interpolation: str) -> None:
-    settings = replace(PAPER, interpolation=interpolation)  # type: ignore[arg-type]
+    settings = M2N2Settings(interpolation=interpolation)  # type: ignore[arg-type]
     split = two_parents(settings, COMPLEMENTARY, PAIR)
-    unsplit = two_parents(replace(settings, split=False), COMPLEMENTARY, PAIR)
+    unsplit = two_parents(settings.model_copy(update={"split": False}), COMPLEMENTARY, PAIR)
     for weight in (0.0, 0.2, 0.5, 0.9):
         assert born(split, weight, 0) == pytest.approx(born(unsplit, 1 - weight, 31), abs=1e-12)
         assert born(unsplit, weight, 0).tolist() == born(unsplit, weight, 31).tolist()
@@ -282,18 +283,18 @@ def born(search: M2N2, weight: float, position: int) -> Vector:
 
 def test_slerp_keeps_the_norm_of_equal_parents() -> None:
     pair = PAIR / np.linalg.norm(PAIR, axis=1, keepdims=True)
-    search = two_parents(replace(PAPER, split=False), COMPLEMENTARY, pair)
+    search = two_parents(M2N2Settings(split=False), COMPLEMENTARY, pair)
     for trial in search.ask(20):
         vector = expanded(trial.genome, pair)
         assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-12)
-    chord = two_parents(replace(PAPER, split=False, interpolation="linear"), COMPLEMENTARY, pair)
+    chord = two_parents(M2N2Settings(split=False, interpolation="linear"), COMPLEMENTARY, pair)
     assert min(np.linalg.norm(expanded(trial.genome, pair)) for trial in chord.ask(20)) < 0.95
 
 
 @pytest.mark.parametrize("second", [0.0, 1.0, -2.0])
 def test_parallel_and_zero_parents_are_mixed_linearly(second: float) -> None:
     pair = np.stack([PAIR[0], second * PAIR[0]])
-    search = two_parents(replace(PAPER, split=False), COMPLEMENTARY, pair)
+    search = two_parents(M2N2Settings(split=False), COMPLEMENTARY, pair)
     for trial in search.ask(10):
         weight, _ = draws(trial.number)
         a, b = trial.parents
@@ -326,7 +327,7 @@ def test_an_archive_that_scores_nothing_still_breeds() -> None:
 
 
 def test_mutation_is_gaussian_of_the_given_width() -> None:
-    settings = replace(PAPER, crossover=False, mutation=0.25)
+    settings = M2N2Settings(crossover=False, mutation=0.25)
     search = two_parents(settings, COMPLEMENTARY, PAIR)
     noise = np.concatenate(
         [expanded(trial.genome) - PAIR[trial.parents[0]].astype(np.float32) for trial in search.ask(200)]
@@ -337,7 +338,7 @@ def test_mutation_is_gaussian_of_the_given_width() -> None:
 
 
 def test_genomes_stop_growing_at_the_limit() -> None:
-    settings = replace(PAPER, max_segments=5)
+    settings = M2N2Settings(max_segments=5)
     archive = NicheArchive([Goal("solved")], CAPACITY)
     search = M2N2(space_of(VECTORS), archive, settings, 0)
     most = 0
@@ -380,10 +381,10 @@ def test_a_batch_is_what_single_asks_would_give() -> None:
 
 def test_settings_that_change_nothing_are_refused() -> None:
     archive = NicheArchive([Goal("solved")], 4)
-    with pytest.raises(InputError, match="every child is a copy"):
-        M2N2(space_of(VECTORS), archive, replace(PAPER, crossover=False), 0)
+    with pytest.raises(ValidationError, match="every child is a copy"):
+        M2N2Settings(crossover=False)
     with pytest.raises(InputError, match="needs the dense vectors"):
-        M2N2(space_of(VECTORS), archive, replace(PAPER, mutation=0.1), 0)
+        M2N2(space_of(VECTORS), archive, M2N2Settings(mutation=0.1), 0)
 
 
 def test_noise_is_the_normal_distributions() -> None:

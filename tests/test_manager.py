@@ -29,11 +29,11 @@ from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import ElitistArchive, Population
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Goal, Trial, oriented
-from ecotone.search.cma_es import CmaEs
+from ecotone.search.cma_es import CmaEs, CmaEsSettings
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.m2n2 import M2N2, M2N2Settings
 from ecotone.search.manager import POLL, Manager, Progress, Schedule, measure
-from ecotone.search.nsga import Nsga
+from ecotone.search.nsga import Nsga, NsgaSettings
 from ecotone.search.protocol import Search
 from ecotone.search.racing import RaceSettings, Racing
 from ecotone.search.random_search import RandomSearch
@@ -147,7 +147,7 @@ def stages() -> tuple[Search, Population]:
     """NSGA-II, then M2N2 from its front, then CMA-ES from the best of that."""
 
     def first(starts: Sequence[Genome]) -> tuple[Search, Population]:
-        return Nsga(BOX, GOALS, 3, population=6, seeds=np.eye(2)), ElitistArchive(GOALS, 5)
+        return Nsga(BOX, GOALS, 3, NsgaSettings(population=6), np.eye(2)), ElitistArchive(GOALS, 5)
 
     def second(starts: Sequence[Genome]) -> tuple[Search, Population]:
         archive = NicheArchive(GOALS, 5)
@@ -155,7 +155,7 @@ def stages() -> tuple[Search, Population]:
 
     def third(starts: Sequence[Genome]) -> tuple[Search, Population]:
         box = CoefficientBox(starts[0].boundaries, 2, -1.0, 1.0)
-        return CmaEs(box, GOALS, 5, box.point(starts[0])), ElitistArchive(GOALS, 5)
+        return CmaEs(box, GOALS, 5, start=box.point(starts[0])), ElitistArchive(GOALS, 5)
 
     chain = [Stage("nsga2", first, 22), Stage("m2n2", second, 31, "front"), Stage("cma_es", third, None, "best")]
     search = StagedSearch(chain, GOALS)
@@ -176,11 +176,14 @@ SEARCHES: dict[str, Callable[[], tuple[Search, Population]]] = {
     "random": lambda: (RandomSearch(BOX, 3), ElitistArchive(GOALS, 5)),
     "cma_es": lambda: (CmaEs(BOX, GOALS, 3), ElitistArchive(GOALS, 5)),
     "sep_cma_es": lambda: (
-        CmaEs(BOX, GOALS, 3, separable=True),
+        CmaEs(BOX, GOALS, 3, CmaEsSettings(algorithm="sep_cma_es")),
         ElitistArchive(GOALS, 5),
     ),
-    "nsga2": lambda: (Nsga(BOX, GOALS, 3, population=6, seeds=np.eye(2)), ElitistArchive(GOALS, 5)),
-    "nsga3": lambda: (Nsga(BOX, GOALS, 3, "nsga3", population=6), ElitistArchive(GOALS, 5)),
+    "nsga2": lambda: (Nsga(BOX, GOALS, 3, NsgaSettings(population=6), np.eye(2)), ElitistArchive(GOALS, 5)),
+    "nsga3": lambda: (
+        Nsga(BOX, GOALS, 3, NsgaSettings(algorithm="nsga3", population=6)),
+        ElitistArchive(GOALS, 5),
+    ),
     "stages": stages,
     "raced": raced,
 }

@@ -13,7 +13,7 @@ from ecotone.populations.fronts import hypervolume, non_dominated
 from ecotone.populations.genome import Floats
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
-from ecotone.search.map import MapSearch, Surrogates, predicted_front, reach, spread
+from ecotone.search.map import MapSearch, MapSettings, Surrogates, predicted_front, reach, spread
 from ecotone.search.surrogates import Link
 
 GOALS = (Goal("a"), Goal("b"))
@@ -93,7 +93,7 @@ def test_the_predicted_front_is_a_dense_grids(dimension: int, side: int, short: 
     It may be above by what the grid itself is ``short`` of the front.
     """
     truth = specialists(dimension, 0, link)
-    search = MapSearch(box(dimension), goals(dimension), 0, links=link, front=1, **QUICK)
+    search = MapSearch(box(dimension), goals(dimension), 0, MapSettings(links=link, front=1), **QUICK)
     run(search, truth)
     model = search._surrogates()
     low, high = np.zeros(dimension), np.full(dimension, 1.5)
@@ -112,7 +112,7 @@ def test_two_concave_objectives_have_the_segment_between_their_peaks() -> None:
     def scores(points: Floats) -> Floats:
         return -np.sum((points[:, None] - peaks) ** 2, axis=2)
 
-    search = MapSearch(box(2), GOALS, 0, front=12)
+    search = MapSearch(box(2), GOALS, 0, MapSettings(front=12))
     found = run(search, scores)
     members = np.array([search._points[number] for number in range(12, 24)])
     along = peaks[1] - peaks[0]
@@ -134,7 +134,7 @@ def test_the_predicted_front_of_two_objectives_is_the_exact_one(dimension: int) 
         distance = np.sum((points[:, None] - peaks) ** 2, axis=2)
         return np.asarray(1 / (1 + np.exp(3 * distance - 1)))
 
-    search = MapSearch(box(dimension), GOALS, 0, links="sigmoid", front=1, **QUICK)
+    search = MapSearch(box(dimension), GOALS, 0, MapSettings(links="sigmoid", front=1), **QUICK)
     run(search, scores)
     low, high = np.zeros(dimension), np.full(dimension, 1.5)
     _, found = predicted_front(search._surrogates().cautious, low, high, np.random.default_rng(0))
@@ -151,7 +151,8 @@ def test_minimised_scores_are_minimised() -> None:
     def scores(points: Floats) -> Floats:
         return np.stack([np.sum((points - 0.25) ** 2, axis=1), np.sum((points - 1.0) ** 2, axis=1)], axis=1)
 
-    search = MapSearch(box(2), (Goal("a", "minimize"), Goal("b", "minimize")), 0, links="identity", front=6, **QUICK)
+    losses = Goal("a", "minimize"), Goal("b", "minimize")
+    search = MapSearch(box(2), losses, 0, MapSettings(links="identity", front=6), **QUICK)
     run(search, scores)
     members = np.array(search._points[12:])
     assert members[:, 0] == pytest.approx(members[:, 1], abs=0.02)
@@ -179,7 +180,7 @@ def test_one_best_point_is_a_front_of_one() -> None:
         away = np.sum((points - 0.5) ** 2, axis=1)
         return np.stack([1 - away, 2 - 3 * away], axis=1)
 
-    search = MapSearch(box(2), GOALS, 0, front=10, **QUICK)
+    search = MapSearch(box(2), GOALS, 0, MapSettings(front=10), **QUICK)
     run(search, scores)
     assert search._points[12] == pytest.approx([0.5, 0.5], abs=0.01)
 
@@ -215,12 +216,12 @@ def test_a_larger_budget_goes_on_where_a_smaller_one_stopped() -> None:
 
 def test_failed_points_are_survived_and_replaced_when_too_many() -> None:
     truth = specialists(2, 0)
-    few = MapSearch(box(2), GOALS, 0, front=5, **QUICK)
+    few = MapSearch(box(2), GOALS, 0, MapSettings(front=5), **QUICK)
     run(few, truth, fails=(1, 4, 13))
     assert len(few._points) == 17  # six would do, ten are left
     report = few.report()
     assert [member["number"] for member in report["members"] if member["measured"] is None] == [13]
-    many = MapSearch(box(2), GOALS, 0, front=5, **QUICK)
+    many = MapSearch(box(2), GOALS, 0, MapSettings(front=5), **QUICK)
     run(many, truth, fails=tuple(range(8)))
     assert len(many._points) == 12 + 2 + 5
     assert many.report()["design"] == list(range(14))
@@ -249,10 +250,10 @@ def test_caution_prefers_what_is_known() -> None:
     def noisy(points: Floats) -> Floats:
         return np.clip(truth(points) + rng.normal(0, 0.05, (len(points), 3)), 0, 1)
 
-    search = MapSearch(box(3), goals(3), 0, front=20, caution=0.0, generations=20, filling=2)
+    search = MapSearch(box(3), goals(3), 0, MapSettings(front=20, caution=0.0), generations=20, filling=2)
     run(search, noisy)
     bold = search._chosen
-    search.caution = 2.0
+    search.settings = MapSettings(front=20, caution=2.0)
     careful = search._choose(20)
     model = search._surrogates()
     assert bold is not None
@@ -279,7 +280,7 @@ def test_the_report_has_both_fronts_the_gap_and_the_error_of_each_surrogate() ->
     def noisy(points: Floats) -> Floats:
         return np.clip(truth(points) + rng.normal(0, 0.02, (len(points), 2)), 0, 1)
 
-    search = MapSearch(box(2), GOALS, 0, samples=20, front=15, **QUICK)
+    search = MapSearch(box(2), GOALS, 0, MapSettings(samples=20, front=15), **QUICK)
     found = run(search, noisy)
     report = search.report()
     assert json.loads(json.dumps(report)) == report
@@ -309,17 +310,17 @@ def test_refusals_say_what_to_do() -> None:
     with pytest.raises(InputError, match=r"two or more objectives.*cma_es"):
         MapSearch(box(2), (Goal("a"),), 0)
     with pytest.raises(InputError, match=r"samples: expected at least 10.*3 variables, found 9.*20"):
-        MapSearch(box(3), GOALS, 0, samples=9)
+        MapSearch(box(3), GOALS, 0, MapSettings(samples=9))
     with pytest.raises(InputError, match=r"evaluations: expected more than the 20 samples.*found 20"):
         MapSearch(box(3), GOALS, 0, evaluations=20)
     with pytest.raises(InputError, match=r"96 variables \(12 segments x 8.*4753.*granularity: model.*nsga2, cma_es"):
         MapSearch(box(8, segments=12), GOALS, 0)
     with pytest.raises(InputError, match=r"no link 'sigmod'.*sigmoid"):
-        MapSearch(box(2), GOALS, 0, links="sigmod")
+        MapSearch(box(2), GOALS, 0, MapSettings(links="sigmod"))
     with pytest.raises(InputError, match=r"no objective 'aa'.*'a'"):
-        MapSearch(box(2), GOALS, 0, links={"aa": "sigmoid"})
-    assert MapSearch(box(2), GOALS, 0, links={"b": "identity"}).links == {"a": "auto", "b": "identity"}
-    assert MapSearch(box(3), GOALS, 0, samples=10, evaluations=11).front == 1
+        MapSearch(box(2), GOALS, 0, MapSettings(links={"aa": "sigmoid"}))
+    assert MapSearch(box(2), GOALS, 0, MapSettings(links={"b": "identity"})).links == {"a": "auto", "b": "identity"}
+    assert MapSearch(box(3), GOALS, 0, MapSettings(samples=10), evaluations=11).front == 1
     assert MapSearch(box(1), GOALS, 0).samples == 6
 
 
@@ -344,7 +345,7 @@ def test_surrogates_take_the_links_they_are_given() -> None:
 
 
 def test_a_link_must_fit_the_scores() -> None:
-    search = MapSearch(box(2), GOALS, 0, links={"b": "sigmoid"})
+    search = MapSearch(box(2), GOALS, 0, MapSettings(links={"b": "sigmoid"}))
     with pytest.raises(InputError, match=r"links\.b: sigmoid is for scores between 0 and 1, found .*identity"):
         run(search, lambda points: np.stack([points[:, 0], 100 * points[:, 1] + 2], axis=1))
 
@@ -353,7 +354,7 @@ def test_a_link_must_fit_the_scores() -> None:
 def test_sixteen_models_are_proposed_in_seconds() -> None:
     """153 coefficients a surrogate, sixteen surrogates."""
     truth = specialists(16, 0)
-    search = MapSearch(box(16), tuple(Goal(f"g{i}") for i in range(16)), 0, front=4, generations=5)
+    search = MapSearch(box(16), tuple(Goal(f"g{i}") for i in range(16)), 0, MapSettings(front=4), generations=5)
     trials = search.ask(400)
     assert len(trials) == 2 * 153
     for trial in trials:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from ecotone.experiments.checks import validate
 from ecotone.experiments.compose import check_search
-from ecotone.experiments.recipe import Box, Recipe
+from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import Run
 from ecotone.populations.errors import EcotoneError, InputError
@@ -238,9 +238,6 @@ def test_nested_map_shows_its_tree(tmp_path: Path) -> None:
 def test_ready_recipes_take_any_search_for_a_front(name: str, algorithm: str) -> None:
     """Only the name of the algorithm has to be changed to compare them on the same coefficients."""
     recipe = Recipe.from_yaml(ROOT / "experiments" / "recipes" / f"{name}.yaml", {"search.algorithm": algorithm})
-    checked = check_search(recipe)
-    assert checked is not None
-    _, borders, models = checked
-    assert (len(borders) - 1) * models == len(recipe.models.experts)
-    assert isinstance(recipe.search, Box)
-    assert (recipe.search.low, recipe.search.high) == (0.0, 1.5)
+    (checked,) = check_search(recipe)
+    assert checked.coefficients == (1, len(recipe.models.experts))
+    assert (checked.settings.low, checked.settings.high) == (0.0, 1.5)  # type: ignore[attr-defined]

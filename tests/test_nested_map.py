@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from ecotone.populations.errors import InputError, SearchError
 from ecotone.populations.genome import Floats
 from ecotone.populations.trial import Evaluation, Goal, Outcome
 from ecotone.search.coefficients import CoefficientBox
-from ecotone.search.nested_map import NestedMapSearch
+from ecotone.search.nested_map import NestedMapSearch, NestedMapSettings
 from ecotone.search.surrogates import Link
 
 TOLD = Outcome(accepted=True)
@@ -61,8 +63,8 @@ def run(search: NestedMapSearch, tasks: Any, batch: int = 5, fails: tuple[int, .
     return points
 
 
-def make(count: int, **settings: Any) -> NestedMapSearch:
-    return NestedMapSearch(box(count), goals(count), 0, names(count), **settings)
+def make(count: int, evaluations: int | None = None, **settings: Any) -> NestedMapSearch:
+    return NestedMapSearch(box(count), goals(count), 0, names(count), NestedMapSettings(**settings), evaluations)
 
 
 def walk(node: dict[str, Any]) -> list[dict[str, Any]]:
@@ -157,7 +159,7 @@ def test_owners_say_which_model_an_objective_belongs_to() -> None:
 
     four = tuple(Goal(name) for name in ("c", "a", "b", "c2"))
     owners = {"c": "m2", "a": "m0", "b": "m1", "c2": "m2"}
-    search = NestedMapSearch(box(3), four, 0, names(3), owners=owners)
+    search = NestedMapSearch(box(3), four, 0, names(3), NestedMapSettings(owners=owners))
     run(search, shuffled)
     report = search.report()
     assert report["owners"] == owners
@@ -222,10 +224,16 @@ def test_merges_stay_in_the_box() -> None:
 
 def test_refusals_say_what_to_do() -> None:
     def refused(
-        match: str, sources: int = 3, goal: int = 3, within: CoefficientBox | None = None, **settings: Any
+        match: str,
+        sources: int = 3,
+        goal: int = 3,
+        within: CoefficientBox | None = None,
+        evaluations: int | None = None,
+        **settings: Any,
     ) -> None:
+        chosen = NestedMapSettings(**settings)
         with pytest.raises(InputError, match=match):
-            NestedMapSearch(within or box(sources), goals(goal), 0, names(sources), **settings)
+            NestedMapSearch(within or box(sources), goals(goal), 0, names(sources), chosen, evaluations)
 
     refused(r"two or more models, found 1", sources=1, goal=1)
     refused(r"2 objectives for 3 models.*owners", goal=2)
@@ -238,8 +246,11 @@ def test_refusals_say_what_to_do() -> None:
     refused(r"preference: there is no objective 'g9'", preference={"g9": 1.0})
     refused(r"preference: expected weights of at least 0.*g1=-1", preference={"g1": -1.0})
     refused(r"samples: expected at least 6 a pair.*found 5", samples=5)
-    refused(r"front: expected at least 1", front=0)
     refused(r"3 models needs 31.*found 30.*least for 3 models is 13", evaluations=30)
+    with pytest.raises(ValidationError, match="front"):
+        NestedMapSettings(front=0)
+    with pytest.raises(ValidationError, match=r"preference\.g0"):
+        NestedMapSettings(preference={"g0": math.nan})
     assert make(3, evaluations=31).samples == 12
     assert make(3, evaluations=13, samples=6, front=1).front == 1
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import hypervolume, igd_plus, ranks
@@ -15,6 +16,7 @@ from ecotone.populations.trial import Evaluation, Goal, Outcome
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.nsga import (
     Nsga,
+    NsgaSettings,
     Variant,
     crowding,
     default_population,
@@ -81,7 +83,7 @@ def dtlz2(x: Table) -> Table:
 def test_the_front_of_zdt1_is_found(variant: Variant, seed: int) -> None:
     reference = np.array([1.1, 1.1])
     whole = 1.1**2 - 1.0 / 3.0  # what the whole front dominates
-    _, costs = carried_out(Nsga(box_of(5), goals_of(2), seed, variant), zdt1, 2000)
+    _, costs = carried_out(Nsga(box_of(5), goals_of(2), seed, NsgaSettings(algorithm=variant)), zdt1, 2000)
     assert hypervolume(-costs, -reference) > (0.98 if variant == "nsga2" else 0.94) * whole
     _, drawn = carried_out(RandomSearch(box_of(5), seed), zdt1, 2000)
     assert hypervolume(-drawn, -reference) < 0.5 * whole
@@ -92,13 +94,13 @@ def test_the_front_of_zdt1_is_found(variant: Variant, seed: int) -> None:
 def test_three_objectives_are_covered_far_better_than_by_random_search(variant: Variant, seed: int) -> None:
     corner = np.random.default_rng(0).random((400, 3))
     sphere = -corner / np.linalg.norm(corner, axis=1, keepdims=True)
-    _, costs = carried_out(Nsga(box_of(7), goals_of(3), seed, variant), dtlz2, 800)
+    _, costs = carried_out(Nsga(box_of(7), goals_of(3), seed, NsgaSettings(algorithm=variant)), dtlz2, 800)
     _, drawn = carried_out(RandomSearch(box_of(7), seed), dtlz2, 800)
     assert igd_plus(-costs, sphere) < 0.5 * igd_plus(-drawn, sphere)
 
 
 def test_nsga3_spreads_its_survivors_over_the_directions() -> None:
-    search = Nsga(box_of(7), goals_of(3), 0, "nsga3", population=36)
+    search = Nsga(box_of(7), goals_of(3), 0, NsgaSettings(algorithm="nsga3", population=36))
     carried_out(search, dtlz2, 1500)
     scores = search.state()["scores"]
     units = -scores / np.linalg.norm(scores, axis=1, keepdims=True)
@@ -119,14 +121,15 @@ def test_one_objective_is_optimised_too() -> None:
 
 @both
 def test_maximising_is_minimising_the_negated_scores(variant: Variant) -> None:
-    down, _ = carried_out(Nsga(box_of(5), goals_of(2), 3, variant), zdt1, 150)
-    up, _ = carried_out(Nsga(box_of(5), goals_of(2, "maximize"), 3, variant), zdt1, 150, sign=-1.0)
+    down, _ = carried_out(Nsga(box_of(5), goals_of(2), 3, NsgaSettings(algorithm=variant)), zdt1, 150)
+    rising = Nsga(box_of(5), goals_of(2, "maximize"), 3, NsgaSettings(algorithm=variant))
+    up, _ = carried_out(rising, zdt1, 150, sign=-1.0)
     assert down.tolist() == up.tolist()
 
 
 @both
 def test_who_leaves_is_of_the_last_front(variant: Variant) -> None:
-    search = Nsga(box_of(3), goals_of(2), 0, variant, population=12)
+    search = Nsga(box_of(3), goals_of(2), 0, NsgaSettings(algorithm=variant, population=12))
     pool: list[int] = []
     scores: dict[int, Table] = {}
     for _ in range(60):
@@ -145,7 +148,8 @@ def test_who_leaves_is_of_the_last_front(variant: Variant) -> None:
 
 @both
 def test_no_proposal_repeats_a_survivor_or_one_in_flight(variant: Variant) -> None:
-    search = Nsga(box_of(2), goals_of(2), 0, variant, population=6, mutation=0.1, seeds=np.eye(2))
+    settings = NsgaSettings(algorithm=variant, population=6, mutation=0.1)
+    search = Nsga(box_of(2), goals_of(2), 0, settings, np.eye(2))
     flying: list[Any] = []
     for _ in range(300):
         known = search.state()["points"].tolist()
@@ -159,7 +163,7 @@ def test_no_proposal_repeats_a_survivor_or_one_in_flight(variant: Variant) -> No
 
 
 def test_children_name_their_parents_and_first_trials_have_none() -> None:
-    search = Nsga(box_of(3), goals_of(2), 0, population=6, seeds=[[2.0, 0.0, -1.0]])
+    search = Nsga(box_of(3), goals_of(2), 0, NsgaSettings(population=6), [[2.0, 0.0, -1.0]])
     first = search.ask(6)
     assert first[0].genome.coefficients.ravel().tolist() == [1.0, 0.0, 0.0]  # moved into the box
     assert all(trial.parents == () for trial in first)
@@ -171,7 +175,7 @@ def test_children_name_their_parents_and_first_trials_have_none() -> None:
 
 @both
 def test_failures_never_breed(variant: Variant) -> None:
-    search = Nsga(box_of(3), goals_of(2), 0, variant, population=5)
+    search = Nsga(box_of(3), goals_of(2), 0, NsgaSettings(algorithm=variant, population=5))
     failed: set[int] = set()
     for _ in range(40):
         for trial in search.ask(3):
@@ -188,16 +192,16 @@ def test_failures_never_breed(variant: Variant) -> None:
 
 def test_what_does_not_fit_is_refused_in_words() -> None:
     with pytest.raises(InputError, match=r"nsga3 expects two objectives or more, found 1.*cma_es"):
-        Nsga(box_of(3), goals_of(1), 0, "nsga3")
-    with pytest.raises(InputError, match=r"search\.population: expected at least 4, found 3"):
-        Nsga(box_of(3), goals_of(2), 0, population=3)
+        Nsga(box_of(3), goals_of(1), 0, NsgaSettings(algorithm="nsga3"))
+    with pytest.raises(ValidationError, match="population"):
+        NsgaSettings(population=3)
     with pytest.raises(InputError, match=r"seeds: expected shape \(n, 3\), found \(2, 2\)"):
         Nsga(box_of(3), goals_of(2), 0, seeds=np.eye(2))
 
 
 def test_the_default_population_has_a_direction_for_every_objective() -> None:
     for objectives in range(2, 41):
-        search = Nsga(box_of(3), goals_of(objectives), 0, "nsga3")
+        search = Nsga(box_of(3), goals_of(objectives), 0, NsgaSettings(algorithm="nsga3"))
         assert search.directions is not None
         assert objectives <= len(search.directions) <= search.population == default_population(objectives)
 
@@ -221,7 +225,7 @@ def test_nsga2_drops_whom_pymoo_drops(objectives: int) -> None:
     rng = np.random.default_rng(objectives)
     for _ in range(20):
         costs = rng.random((11, objectives))
-        search = Nsga(box_of(3), goals_of(objectives), 0, population=10)
+        search = Nsga(box_of(3), goals_of(objectives), 0, NsgaSettings(population=10))
         for trial, cost in zip(search.ask(11), costs, strict=True):
             search.tell(trial, Evaluation({f"f{i}": float(c) for i, c in enumerate(cost)}), TAKEN)
         theirs = rank_and_crowding.RankAndCrowding().do(

@@ -18,7 +18,7 @@ from ecotone.populations.gram import GramTable
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
 from ecotone.search.bayesian_map import opening
-from ecotone.search.cma_es import CmaEs
+from ecotone.search.cma_es import CmaEs, CmaEsSettings
 from ecotone.search.coefficients import CoefficientBox, Setting
 from ecotone.search.designs import design
 from ecotone.search.nested_map import NestedMapSearch
@@ -185,7 +185,7 @@ def test_bounds_that_do_not_fit_are_refused(arguments, match):
 def test_searches_begin_at_the_defaults():
     box = CoefficientBox.of(SPACE, "block", 0.0, 2.0, settings=(Setting("density", 0.1, 0.9, default=0.2),))
     for start, coefficient in ((None, 0.5), (1.2, 1.2), (box.filled(np.full(4, 0.7)), 0.7)):
-        genome = CmaEs(box, GOALS, 0, start=start, sigma=1e-6).ask(1)[0].genome
+        genome = CmaEs(box, GOALS, 0, CmaEsSettings(sigma=1e-6), start).ask(1)[0].genome
         assert genome.coefficients == pytest.approx(np.full((2, 2), coefficient), abs=1e-4)
         assert genome.parameters["density"] == pytest.approx(0.2, abs=1e-4)
     seeds = np.array([[1.0, 0.0], [0.0, 1.0]])

@@ -13,8 +13,9 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from managing import begun, ended
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from processes import same_arithmetic
+from pydantic import ValidationError
 
 from ecotone.fitness.pools import Batch, Completed
 from ecotone.populations.errors import InputError
@@ -27,7 +28,7 @@ from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.manager import Schedule
-from ecotone.search.optuna_search import GP_COEFFICIENTS, OptunaSearch, Sampler
+from ecotone.search.optuna_search import GP_COEFFICIENTS, OptunaSearch, OptunaSettings, Sampler
 from ecotone.search.random_search import RandomSearch
 
 optuna = pytest.importorskip("optuna")
@@ -56,8 +57,14 @@ every_sampler = pytest.mark.parametrize(
 learning = pytest.mark.parametrize("sampler", ["tpe", "nsga2", "nsga3", "cma_es", "gp"])
 
 
-def made(sampler: str, seed: int = 3, goals: tuple[Goal, ...] = GOALS, **settings: Any) -> OptunaSearch:
-    return OptunaSearch(BOX, goals, seed, sampler, **{**SMALL[sampler], **settings})  # type: ignore[arg-type]
+def chosen(sampler: str, **settings: Any) -> OptunaSettings:
+    return OptunaSettings(sampler=sampler, **{**SMALL[sampler], **settings})  # type: ignore[arg-type]
+
+
+def made(
+    sampler: str, seed: int = 3, goals: tuple[Goal, ...] = GOALS, seeds: ArrayLike | None = None, **settings: Any
+) -> OptunaSearch:
+    return OptunaSearch(BOX, goals, seed, chosen(sampler, **settings), seeds)
 
 
 def scores(point: NDArray[np.float64]) -> tuple[float, float]:
@@ -297,14 +304,14 @@ def test_gp_keeps_away_from_what_is_in_flight() -> None:
 
 def test_qmc_points_are_spread_evenly() -> None:
     """64 Sobol points have exactly half of them in the lower half of every coefficient; random ones seldom do."""
-    halves = (points(OptunaSearch(BOX, GOALS, 0, "qmc").ask(64)) < 0.5).sum(axis=0)
+    halves = (points(OptunaSearch(BOX, GOALS, 0, chosen("qmc")).ask(64)) < 0.5).sum(axis=0)
     assert halves.tolist() == [32, 32, 32]
 
 
 @every_sampler
 def test_seeds_come_first_and_trials_stay_in_the_box(sampler: str) -> None:
     box = CoefficientBox(np.array([0, 5, SIZE]), 2, 0.2, 1.5)
-    search = OptunaSearch(box, GOALS, 0, sampler, seeds=[[1.0, 0.2, 0.5, 3.0], [0.3, 1.0, 1.0, 1.0]], **SMALL[sampler])
+    search = OptunaSearch(box, GOALS, 0, chosen(sampler), [[1.0, 0.2, 0.5, 3.0], [0.3, 1.0, 1.0, 1.0]])
     trials = search.ask(3)
     for trial in trials:
         search.tell(trial, Evaluation({"near a": 0.5, "far from b": float(trial.number)}), TAKEN)
@@ -379,27 +386,34 @@ def test_without_the_joint_model_each_coefficient_is_drawn_from_its_own() -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampler": "tpee"}, r"search\.sampler: expected one of tpe, .*found 'tpee'.*Did you mean 'tpe'"),
         ({"sampler": "nsga3", "goals": GOALS[:1]}, r"nsga3 expects two objectives or more, found 1.*cma_es"),
         ({"sampler": "gp", "population": 8}, r"search\.population: sampler gp has no such setting.*startup, history"),
         ({"sampler": "random", "startup": 3}, r"search\.startup: sampler random has no such setting.*none"),
         ({"sampler": "gp", "history": 5}, r"search\.history: expected at least 10 \(startup\), found 5"),
-        ({"sampler": "nsga2", "population": 1}, r"search\.population: expected at least 2, found 1"),
         ({"seeds": np.eye(2)}, r"seeds: expected shape \(n, 3\), found \(2, 2\)"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(change: dict[str, Any], message: str) -> None:
+    given = {"goals": GOALS, "seeds": None} | change
+    goals, seeds = given.pop("goals"), given.pop("seeds")
     with pytest.raises(InputError, match=message):
-        OptunaSearch(**({"box": BOX, "goals": GOALS, "seed": 0} | change))
+        OptunaSearch(BOX, goals, 0, OptunaSettings(**given), seeds)
+
+
+@pytest.mark.parametrize("change", [{"sampler": "tpee"}, {"startup": 0}, {"population": 1}, {"history": 1}])
+def test_what_no_sampler_takes_is_refused_by_the_settings(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        OptunaSettings(**change)
+    assert [error["loc"] for error in caught.value.errors()] == [tuple(change)]
 
 
 def test_too_many_coefficients_for_gp_and_too_few_for_cma_es_are_refused() -> None:
     blocks = CoefficientBox(np.arange(33), 3)
     with pytest.raises(InputError, match=rf"gp models at most {GP_COEFFICIENTS} coefficients, found 96.*nsga2"):
-        OptunaSearch(blocks, GOALS, 0, "gp")
-    assert len(OptunaSearch(blocks, GOALS, 0, "tpe").ask(1)) == 1
+        OptunaSearch(blocks, GOALS, 0, chosen("gp"))
+    assert len(OptunaSearch(blocks, GOALS, 0, chosen("tpe")).ask(1)) == 1
     with pytest.raises(InputError, match="cma_es expects two coefficients or more, found 1"):
-        OptunaSearch(CoefficientBox(np.array([0, 5]), 1), GOALS, 0, "cma_es")
+        OptunaSearch(CoefficientBox(np.array([0, 5]), 1), GOALS, 0, chosen("cma_es"))
 
 
 def test_without_optuna_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,22 +19,22 @@ from managing import of_sample
 from numpy.typing import NDArray
 from processes import same_arithmetic
 
-from ecotone.populations.genome import Genome
+from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.gram import GramTable
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.population import ElitistArchive, Population
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
-from ecotone.search.adamerging import AdaMerging
-from ecotone.search.bayesian_map import BayesianMap
-from ecotone.search.cma_es import CmaEs
+from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
+from ecotone.search.bayesian_map import BayesianMap, BayesianMapSettings
+from ecotone.search.cma_es import CmaEs, CmaEsSettings
 from ecotone.search.coefficients import CoefficientBox, Granularity, Setting
-from ecotone.search.expert_merging import ExpertMerging
-from ecotone.search.m2n2 import M2N2, M2N2Settings
-from ecotone.search.map import MapSearch
-from ecotone.search.nested_map import NestedMapSearch
-from ecotone.search.nsga import Nsga, Variant
-from ecotone.search.optuna_search import OptunaSearch, Sampler
+from ecotone.search.expert_merging import ExpertMerging, ExpertMergingSettings
+from ecotone.search.m2n2 import M2N2, M2N2Settings, RefineSettings
+from ecotone.search.map import MapSearch, MapSettings
+from ecotone.search.nested_map import NestedMapSearch, NestedMapSettings
+from ecotone.search.nsga import Nsga, NsgaSettings, Variant
+from ecotone.search.optuna_search import OptunaSearch, OptunaSettings, Sampler
 from ecotone.search.protocol import Search, numbered, trial_rng
 from ecotone.search.racing import RaceSettings, Racing
 from ecotone.search.random_search import RandomSearch
@@ -79,8 +79,8 @@ def m2n2(settings: M2N2Settings) -> Callable[[int], Pair]:
 
 def refined(tasks: tuple[str, ...], **settings: Any) -> Callable[[int], Pair]:
     def make(seed: int) -> Pair:
-        archive = NicheArchive(GOALS, 5)
-        return Refined(M2N2(SPACE, archive, M2N2Settings(), seed), tasks, rate=0.02, **settings), archive
+        archive, settled = NicheArchive(GOALS, 5), RefineSettings(rate=0.02, **settings)
+        return Refined(M2N2(SPACE, archive, M2N2Settings(), seed), tasks, settled), archive
 
     return make
 
@@ -90,25 +90,28 @@ def boxed(kind: str, population: Callable[[], Population], granularity: Granular
         box = CoefficientBox.of(SPACE, granularity, -1.0, 1.0, groups=2 if granularity == "groups" else 1)
         if kind == "random":
             return RandomSearch(box, seed), population()
-        return CmaEs(box, GOALS, seed, separable=kind == "sep_cma_es"), population()
+        return CmaEs(box, GOALS, seed, CmaEsSettings(algorithm=kind)), population()  # type: ignore[arg-type]
 
     return make
 
 
 def nsga(variant: Variant, goals: tuple[Goal, ...] = TWO_GOALS) -> Callable[[int], Pair]:
     return lambda seed: (
-        Nsga(BLOCKS, goals, seed, variant, population=8, seeds=np.eye(6)),
+        Nsga(BLOCKS, goals, seed, NsgaSettings(algorithm=variant, population=8), np.eye(6)),
         ElitistArchive(goals, 5),
     )
 
 
-def optuna(sampler: Sampler, goals: tuple[Goal, ...] = TWO_GOALS, **settings: Any) -> Callable[[int], Pair]:
-    return lambda seed: (OptunaSearch(BLOCKS, goals, seed, sampler, **settings), ElitistArchive(goals, 5))
+def optuna(
+    sampler: Sampler, goals: tuple[Goal, ...] = TWO_GOALS, seeds: Floats | None = None, **settings: Any
+) -> Callable[[int], Pair]:
+    chosen = OptunaSettings(sampler=sampler, **settings)
+    return lambda seed: (OptunaSearch(BLOCKS, goals, seed, chosen, seeds), ElitistArchive(goals, 5))
 
 
 def plain_map(seed: int) -> Pair:
     box = CoefficientBox.of(SPACE, "model", 0.0, 1.5)
-    search = MapSearch(box, TWO_GOALS, seed, samples=14, front=120, generations=10, filling=0)
+    search = MapSearch(box, TWO_GOALS, seed, MapSettings(samples=14, front=120), generations=10, filling=0)
     return search, ElitistArchive(TWO_GOALS, 5)
 
 
@@ -120,29 +123,28 @@ def with_settings(make: Callable[[CoefficientBox, int], Search]) -> Callable[[in
 
 
 def map_with_settings(box: CoefficientBox, seed: int) -> Search:
-    return MapSearch(box, TWO_GOALS, seed, samples=24, front=120, generations=10, filling=1, seeds=np.eye(3))
+    settings = MapSettings(samples=24, front=120)
+    return MapSearch(box, TWO_GOALS, seed, settings, seeds=np.eye(3), generations=10, filling=1)
 
 
 def bayesian_with_settings(box: CoefficientBox, seed: int) -> Search:
-    return BayesianMap(box, TWO_GOALS, seed, patience=None, paths=4, candidates=32)
+    return BayesianMap(box, TWO_GOALS, seed, BayesianMapSettings(patience=None, paths=4, candidates=32))
 
 
-def bayesian(**settings: Any) -> Callable[[int], Pair]:
-    return lambda seed: (
-        BayesianMap(BLOCKS, TWO_GOALS, seed, patience=None, paths=4, candidates=32, **settings),
-        ElitistArchive(TWO_GOALS, 5),
-    )
+def bayesian(seeds: Floats | None = None, **settings: Any) -> Callable[[int], Pair]:
+    chosen = BayesianMapSettings(patience=None, paths=4, candidates=32, **settings)
+    return lambda seed: (BayesianMap(BLOCKS, TWO_GOALS, seed, chosen, seeds), ElitistArchive(TWO_GOALS, 5))
 
 
 def nested_map(seed: int) -> Pair:
     box = CoefficientBox.of(SPACE, "model", -0.5, 1.5)
-    search = NestedMapSearch(box, THREE_GOALS, seed, SPACE.sources, samples=30, front=30)
+    search = NestedMapSearch(box, THREE_GOALS, seed, SPACE.sources, NestedMapSettings(samples=30, front=30))
     return search, ElitistArchive(THREE_GOALS, 5)
 
 
 def adamerging(granularity: Granularity, tasks: tuple[str, ...], **settings: Any) -> Callable[[int], Pair]:
     return lambda seed: (
-        AdaMerging(SPACE.borders(granularity), 3, tasks, TWO_GOALS, seed, rate=0.02, **settings),
+        AdaMerging(SPACE.borders(granularity), 3, tasks, TWO_GOALS, seed, AdaMergingSettings(rate=0.02, **settings)),
         ElitistArchive(TWO_GOALS, 5),
     )
 
@@ -170,7 +172,7 @@ def then_m2n2(seed: int) -> Stage:
 def then_cma_es(seed: int) -> Stage:
     def make(starts: Sequence[Genome]) -> Pair:
         box = CoefficientBox(np.unique(starts[0].boundaries), 3, -1.0, 1.0)
-        return CmaEs(box, GOALS, seed, box.point(starts[0])), elite()
+        return CmaEs(box, GOALS, seed, start=box.point(starts[0])), elite()
 
     return Stage("cma_es", make, None, "best")
 
@@ -178,8 +180,8 @@ def then_cma_es(seed: int) -> Stage:
 def then_adamerging(seed: int) -> Stage:
     def make(starts: Sequence[Genome]) -> Pair:
         coefficients = [start.refined(SPACE.tensor_borders) for start in starts]
-        arguments = SPACE.tensor_borders, 3, ("odd",), TWO_GOALS, seed
-        search = AdaMerging(*arguments, rate=0.02, steps=6, check_every=3, restarts=2, starts=coefficients)
+        settings = AdaMergingSettings(rate=0.02, steps=6, check_every=3, restarts=2)
+        search = AdaMerging(SPACE.tensor_borders, 3, ("odd",), TWO_GOALS, seed, settings, coefficients)
         return search, ElitistArchive(TWO_GOALS, 5)
 
     return Stage("adamerging", make, 14, "front", 3)
@@ -189,14 +191,14 @@ def then_nsga(seed: int) -> Stage:
     def make(starts: Sequence[Genome]) -> Pair:
         box = CoefficientBox.of(SPACE, "tensor", -1.0, 1.0)
         seeds = [box.point(start) for start in starts]
-        return Nsga(box, TWO_GOALS, seed, population=8, seeds=seeds), ElitistArchive(TWO_GOALS, 5)
+        return Nsga(box, TWO_GOALS, seed, NsgaSettings(population=8), seeds), ElitistArchive(TWO_GOALS, 5)
 
     return Stage("nsga2", make, None, "archive")
 
 
 def expert_merging(tasks: tuple[str, ...], **settings: Any) -> Callable[[int], Pair]:
     return lambda seed: (
-        ExpertMerging(SPACE, tasks, TWO_GOALS, seed, exclude=["b"], **settings),
+        ExpertMerging(SPACE, tasks, TWO_GOALS, seed, ExpertMergingSettings(exclude=("b",), **settings)),
         ElitistArchive(TWO_GOALS, 5),
     )
 
@@ -255,8 +257,8 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "expert_merging-chunks": expert_merging(("odd",), restarts=3, steps=8, check_every=3, chunks=2.0, accumulate=2),
     "random-settings": with_settings(RandomSearch),
     "cma_es-settings": with_settings(lambda box, seed: CmaEs(box, TWO_GOALS, seed)),
-    "nsga2-settings": with_settings(lambda box, seed: Nsga(box, TWO_GOALS, seed, population=8)),
-    "optuna-tpe-settings": with_settings(lambda box, seed: OptunaSearch(box, TWO_GOALS, seed, "tpe")),
+    "nsga2-settings": with_settings(lambda box, seed: Nsga(box, TWO_GOALS, seed, NsgaSettings(population=8))),
+    "optuna-tpe-settings": with_settings(lambda box, seed: OptunaSearch(box, TWO_GOALS, seed)),
     "map-settings": with_settings(map_with_settings),
     "bayesian_map-settings": with_settings(bayesian_with_settings),
     "raced-m2n2": raced(m2n2(M2N2Settings()), whole=3),
@@ -570,12 +572,12 @@ def best_of(search: Search, goal: Goal, evaluations: int) -> float:
     return best
 
 
-@pytest.mark.parametrize("separable", [False, True])
+@pytest.mark.parametrize("algorithm", ["cma_es", "sep_cma_es"])
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_cma_es_finds_the_optimum_of_a_quadratic(separable: bool, direction: str, seed: int) -> None:
+def test_cma_es_finds_the_optimum_of_a_quadratic(algorithm: Any, direction: str, seed: int) -> None:
     goal = Goal("near", direction)  # type: ignore[arg-type]
-    found = best_of(CmaEs(BLOCKS, [goal], seed, separable=separable), goal, 700)
+    found = best_of(CmaEs(BLOCKS, [goal], seed, CmaEsSettings(algorithm=algorithm)), goal, 700)
     assert found < 1e-6
     assert best_of(RandomSearch(BLOCKS, seed), goal, 700) > 1e-2
 
@@ -592,13 +594,13 @@ def test_cma_es_survives_failures_on_its_way() -> None:
     assert best < 1e-4
 
 
-@pytest.mark.parametrize("separable", [False, True])
-def test_cma_es_is_the_librarys_given_the_same_points(separable: bool) -> None:
+@pytest.mark.parametrize("algorithm", ["cma_es", "sep_cma_es"])
+def test_cma_es_is_the_librarys_given_the_same_points(algorithm: Any) -> None:
     """What we add is the stream a trial: the distribution is updated by the library alone."""
     from cmaes import CMA, SepCMA
 
-    ours = CmaEs(BLOCKS, [Goal("near")], 0, separable=separable, population_size=6)
-    theirs: Any = (SepCMA if separable else CMA)(
+    ours = CmaEs(BLOCKS, [Goal("near")], 0, CmaEsSettings(algorithm=algorithm, population_size=6))
+    theirs: Any = (SepCMA if algorithm == "sep_cma_es" else CMA)(
         np.full(6, 1 / 3), 0.2, bounds=np.tile([0, 1], (6, 1)), population_size=6
     )
     archive = ElitistArchive([Goal("near")], 3)
@@ -615,20 +617,22 @@ def test_cma_es_is_the_librarys_given_the_same_points(separable: bool) -> None:
 
 
 def test_cma_es_starts_at_the_average_and_stays_in_its_box() -> None:
-    search = CmaEs(CoefficientBox.of(SPACE, "block", 0.1, 0.6), [Goal("near")], 0, sigma=0.5, population_size=40)
+    wide = CmaEsSettings(sigma=0.5, population_size=40)
+    search = CmaEs(CoefficientBox.of(SPACE, "block", 0.1, 0.6), [Goal("near")], 0, wide)
     points = np.array([trial.genome.coefficients.reshape(-1) for trial in search.ask(40)])
     assert points.min() >= 0.1
     assert points.max() <= 0.6
-    narrow = CmaEs(BLOCKS, [Goal("near")], 0, sigma=1e-6, population_size=40)
+    narrow = CmaEs(BLOCKS, [Goal("near")], 0, CmaEsSettings(sigma=1e-6, population_size=40))
     assert narrow.ask(1)[0].genome.refined(SPACE.block_borders) == pytest.approx(np.full((2, 3), 1 / 3), abs=1e-4)
-    placed = CmaEs(BLOCKS, [Goal("near")], 0, start=0.7, sigma=1e-6)
+    placed = CmaEs(BLOCKS, [Goal("near")], 0, CmaEsSettings(sigma=1e-6), 0.7)
     assert placed.ask(1)[0].genome.refined(SPACE.block_borders) == pytest.approx(np.full((2, 3), 0.7), abs=1e-4)
 
 
-@pytest.mark.parametrize("separable", [False, True])
-def test_cma_es_in_one_dimension_and_its_end(separable: bool) -> None:
+@pytest.mark.parametrize("algorithm", ["cma_es", "sep_cma_es"])
+def test_cma_es_in_one_dimension_and_its_end(algorithm: Any) -> None:
     one = space_of(VECTORS[:1], blocks=(0, SIZE))
-    search = CmaEs(CoefficientBox.of(one, "model", 0.0, 1.0), [Goal("near")], 0, start=0.5, separable=separable)
+    box = CoefficientBox.of(one, "model", 0.0, 1.0)
+    search = CmaEs(box, [Goal("near")], 0, CmaEsSettings(algorithm=algorithm), 0.5)
     archive, best, asked = ElitistArchive([Goal("near")], 3), math.inf, 0
     while not search.done and asked < 5000:
         for trial in search.ask(3):

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 from tiny_language import llama, save_tokenizer
 
 from ecotone import launch
-from ecotone.experiments import compose
+from ecotone.experiments import compose, preparation
 from ecotone.experiments.examples.smollm import experts
 from ecotone.experiments.recipe import Recipe
 from ecotone.populations.errors import InputError
@@ -95,8 +95,8 @@ def test_the_recipes_differ_in_the_search_alone(monkeypatch, tmp_path):
     assert [recipe.search.algorithm for recipe in recipes] == ["m2n2", "bayesian_map", "cma_es"]
     rest = [{key: value for key, value in one.record().items() if key not in ("name", "search")} for one in recipes]
     assert rest[0] == rest[1] == rest[2]
-    compose.prepared_folder(recipes[1]).mkdir(parents=True)
-    assert len({compose.prepared_folder(recipe) for recipe in recipes}) == 1
+    preparation.prepared_folder(recipes[1]).mkdir(parents=True)
+    assert len({preparation.prepared_folder(recipe) for recipe in recipes}) == 1
     for recipe in recipes:
         compose.check_search(recipe)
 

@@ -20,7 +20,7 @@ from test_searches import GOALS, MAKERS, SPACE, TWO_GOALS, Driver, Pair, expande
 
 from ecotone.experiments.checks import validate
 from ecotone.experiments.compose import make_search
-from ecotone.experiments.recipe import Recipe, Stages
+from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import Run
 from ecotone.populations.errors import InputError, JournalError, SearchError
@@ -30,14 +30,14 @@ from ecotone.populations.niches import NicheArchive
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
-from ecotone.search.adamerging import AdaMerging
-from ecotone.search.bayesian_map import BayesianMap
-from ecotone.search.cma_es import CmaEs
+from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
+from ecotone.search.bayesian_map import BayesianMap, BayesianMapSettings
+from ecotone.search.cma_es import CmaEs, CmaEsSettings
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.m2n2 import M2N2, M2N2Settings
 from ecotone.search.manager import Manager, Schedule
-from ecotone.search.map import MapSearch
-from ecotone.search.nsga import Nsga
+from ecotone.search.map import MapSearch, MapSettings
+from ecotone.search.nsga import Nsga, NsgaSettings
 from ecotone.search.stages import REMEMBERED, Stage, StagedSearch, _renumbered, stage_seed
 
 BOX = CoefficientBox.of(SPACE, "block", 0.0, 1.0)
@@ -47,7 +47,7 @@ PLAIN = [kind for kind in MAKERS if not kind.startswith("stages")]
 
 def nsga(evaluations: int | None = 12) -> Stage:
     def make(starts: Sequence[Genome]) -> Pair:
-        return Nsga(BOX, TWO_GOALS, 1, population=6, seeds=np.eye(6)), ElitistArchive(TWO_GOALS, 5)
+        return Nsga(BOX, TWO_GOALS, 1, NsgaSettings(population=6), np.eye(6)), ElitistArchive(TWO_GOALS, 5)
 
     return Stage("nsga2", make, evaluations)
 
@@ -56,7 +56,7 @@ def adamerging(evaluations: int | None = None, start: Any = "front", most: int |
     def make(starts: Sequence[Genome]) -> Pair:
         given: dict[str, Any] = {"rate": 0.02, "steps": 4, "check_every": 2} | settings
         coefficients = [one.refined(FINE) for one in starts] or None
-        search = AdaMerging(FINE, 3, ("odd", "even"), TWO_GOALS, 2, starts=coefficients, **given)
+        search = AdaMerging(FINE, 3, ("odd", "even"), TWO_GOALS, 2, AdaMergingSettings(**given), coefficients)
         return search, ElitistArchive(TWO_GOALS, 5)
 
     return Stage("adamerging", make, evaluations, start, most)
@@ -261,13 +261,13 @@ def test_a_search_that_only_repeats_itself_pays_in_the_end() -> None:
 def test_surrogates_begin_with_points_in_their_box_beside_their_own() -> None:
     starts = np.array([[0.2, 0.4, 0.6], [1.2, 0.0, 0.0], [0.0, 1.0, 0.5]])
     box = CoefficientBox.of(SPACE, "model", 0.0, 1.0)
-    plain = MapSearch(box, TWO_GOALS, 0, samples=12, evaluations=30)
-    given = MapSearch(box, TWO_GOALS, 0, samples=12, evaluations=30, starts=starts)
+    plain = MapSearch(box, TWO_GOALS, 0, MapSettings(samples=12), evaluations=30)
+    given = MapSearch(box, TWO_GOALS, 0, MapSettings(samples=12), evaluations=30, starts=starts)
     points = lambda search, n: np.array([trial.genome.coefficients[0] for trial in search.ask(n)])  # noqa: E731
     assert np.array_equal(points(given, 20), np.vstack([starts[[0, 2]], points(plain, 20)]))
     assert given.front == plain.front == 18
-    before = BayesianMap(box, TWO_GOALS, 0, design=9)
-    after = BayesianMap(box, TWO_GOALS, 0, design=9, starts=starts)
+    before = BayesianMap(box, TWO_GOALS, 0, BayesianMapSettings(samples=9))
+    after = BayesianMap(box, TWO_GOALS, 0, BayesianMapSettings(samples=9), starts=starts)
     assert np.array_equal(points(after, 11), np.vstack([starts[[0, 2]], points(before, 9)]))
     assert after.design == 11
     with pytest.raises(InputError, match=r"starts: expected shape \(n, 3\), found \(1, 2\)"):
@@ -276,7 +276,7 @@ def test_surrogates_begin_with_points_in_their_box_beside_their_own() -> None:
 
 def test_cma_es_begins_at_a_point() -> None:
     point = np.array([0.1, 0.2, 0.3, 0.4, 1.5, 0.6])
-    search = CmaEs(BOX, GOALS, 0, start=point, sigma=1e-6)
+    search = CmaEs(BOX, GOALS, 0, CmaEsSettings(sigma=1e-6), point)
     found = search.ask(1)[0].genome.refined(SPACE.block_borders).ravel()
     assert found == pytest.approx(point.clip(0, 1), abs=1e-4)
 
@@ -406,7 +406,7 @@ def recipe_of(*stages: dict[str, Any], **others: Any) -> Recipe:
 def test_a_list_of_stages_round_trips() -> None:
     placed = {"algorithm": "cma_es", "start": 0.4, "evaluations": 3}
     recipe = recipe_of(MAP, placed, placed | {"start": "best"}, ADA | {"starts": 2})
-    assert isinstance(recipe.search, Stages)
+    assert recipe.chain is not None
     assert recipe.search.algorithm == "map+cma_es+cma_es+adamerging"
     assert recipe.search.starts == ("none", "none", "best", "front")
     assert [stage.most for stage in recipe.search.stages] == [None, 1, 1, 2]
@@ -420,7 +420,7 @@ def test_a_list_of_stages_round_trips() -> None:
 def test_settings_reach_into_stages(tmp_path: Path) -> None:
     path = toy_recipe(tmp_path, search=[MAP, ADA])
     recipe = Recipe.from_yaml(path, {"search.1.rate": 0.5, "search.0.evaluations": 15})
-    assert isinstance(recipe.search, Stages)
+    assert recipe.chain is not None
     assert (recipe.search.stages[0].evaluations, recipe.searches[1].rate) == (15, 0.5)  # type: ignore[union-attr]
 
 
@@ -431,7 +431,7 @@ M2N2_STAGE = {"algorithm": "m2n2", "evaluations": 5}
     ("stages", "message"),
     [
         ([], "search: expected one stage or more, found none."),
-        (["map"], "search[0]: input should be a valid dictionary or instance of Stage, found 'map'."),
+        (["map"], "search[0]: expected a mapping, found 'map'."),
         ([MAP | {"evaluation": 3}, ADA], "search[0].evaluation: unknown key. Did you mean 'evaluations'?"),
         ([MAP, ADA | {"stepps": 3}], "search[1].stepps: unknown key. Did you mean 'steps'?"),
         ([MAP, ADA | {"start": "frnt"}], "search[1].start: input should be 'front', 'best', 'archive' or 'none'"),

@@ -1,0 +1,209 @@
+"""Every field of a recipe in words: its type, bounds, default and text, from the declarations themselves.
+
+``ecotone recipe --schema``, ``ecotone recipe --explain`` and the page of all fields are written from this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.words import UNWRITTEN, parts_in
+from ecotone.populations.errors import InputError, nearest
+from ecotone.search.chain import ChainSettings, StageSettings
+from ecotone.settings import Part, chosen_of
+
+_WORDS = {
+    **{"string": "text", "boolean": "true or false", "null": "none"},
+    **{"integer": "a whole number", "number": "a number"},
+}
+
+
+@dataclass(frozen=True)
+class FieldText:
+    """A field in words.
+
+    Args:
+        path: Its dotted path in a recipe; positions in lists are left out.
+        kinds: Names of the kinds that have it so, where it belongs to a kind (an algorithm, an operator, ...).
+        type: What it takes, with bounds.
+        default: Its default as YAML would have it; ``required`` without one.
+        text: What it means.
+    """
+
+    path: str
+    kinds: tuple[str, ...]
+    type: str
+    default: str
+    text: str
+
+    def __str__(self) -> str:
+        kinds = f" ({', '.join(self.kinds)})" if self.kinds else ""
+        default = "it is required" if self.default == "required" else f"by default {self.default}"
+        return f"{self.path}{kinds}: {self.text}\n  {self.type}; {default}"
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a whole recipe: texts, defaults and bounds, the kinds of installed packages included."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def fields_of(part: type[Part], path: str = "", kinds: tuple[str, ...] = ()) -> Iterator[FieldText]:
+    """The fields of a part and of those in it, in the order of their declaration.
+
+    Args:
+        part: The part.
+        path: Where it stands in a recipe.
+        kinds: Of which kinds it is.
+    """
+    shapes = part.model_json_schema()
+    for name, field in part.model_fields.items():
+        place = f"{path}.{name}".lstrip(".")
+        if (part, name) not in UNWRITTEN:
+            shape = shapes["properties"][name] if "properties" in shapes else {}
+            yield FieldText(
+                place, kinds, in_words(shape, shapes.get("$defs", {})), _default(field), part.texts().get(name, "")
+            )
+        for nested, own in inside(part, name):
+            if nested is not StageSettings and nested is not ChainSettings:
+                yield from fields_of(nested, place, own)
+
+
+def inside(part: type[Part], name: str) -> list[tuple[type[Part], tuple[str, ...]]]:
+    """The parts that a field may hold, each with the names of its kind, if it is one."""
+    field = part.model_fields[name]
+    chosen = chosen_of(field)
+    if chosen is None:
+        return [(one, ()) for one in dict.fromkeys(parts_in(field.annotation))]
+    found: dict[type[Part], tuple[str, ...]] = {}
+    for kind_name, kind in chosen.registry.usable().items():
+        found[kind] = (*found.get(kind, ()), kind_name)
+    return list(found.items())
+
+
+def everything() -> list[FieldText]:
+    """Every field of a recipe; what kinds have alike is told once."""
+    return _joined(list(fields_of(Recipe)))
+
+
+def explained_path(path: str) -> list[FieldText]:
+    """The fields that a dotted path names; several where kinds have fields of that name that differ.
+
+    Args:
+        path: As in ``--set``: ``search.archive``, ``objectives.search.0.batch``; a kind's name may stand before its
+            field, as in ``search.m2n2.archive``.
+
+    Raises:
+        InputError: No field has that path (the nearest one is given).
+    """
+    steps = [step for step in path.split(".") if not step.isdigit()]
+    every = list(fields_of(Recipe))
+    found = [one for one in every if _is(one, steps)]
+    if not found:
+        known = sorted({one.path for one in every})
+        raise InputError(f"{path}: no field of a recipe has that path.", nearest(".".join(steps), known))
+    return _joined(found)
+
+
+def _is(field: FieldText, steps: list[str]) -> bool:
+    """Whether the steps of a path lead to a field, with a kind's name between them or without."""
+    return field.path == ".".join(steps) or any(
+        kind in steps and field.path == ".".join(step for step in steps if step != kind) for kind in field.kinds
+    )
+
+
+def _joined(found: list[FieldText]) -> list[FieldText]:
+    """Fields that say the same, told once."""
+    groups: dict[tuple[str, str, str, str], tuple[str, ...]] = {}
+    for one in found:
+        key = (one.path, one.type, one.default, one.text)
+        groups[key] = tuple(dict.fromkeys((*groups.get(key, ()), *one.kinds)))
+    return [FieldText(path, kinds, kind, default, text) for (path, kind, default, text), kinds in groups.items()]
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Part):
+        return "its own defaults"
+    return "none" if value is None else json.dumps(value, default=str)
+
+
+def in_words(shape: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
+    """A JSON Schema of one field as a phrase: ``a whole number of at least 2``.
+
+    Args:
+        shape: The schema.
+        parts: Schemas that it refers to, by name.
+    """
+    if "$ref" in shape:
+        return in_words(parts.get(shape["$ref"].rsplit("/", 1)[-1], {}), parts)
+    several = shape.get("anyOf") or shape.get("oneOf") or shape.get("allOf")
+    if several:
+        words = dict.fromkeys(in_words(one, parts) for one in several)
+        return " or ".join(sorted(words, key=lambda word: word == "none"))
+    if "enum" in shape:
+        return "one of " + ", ".join(str(one) for one in shape["enum"])
+    if "const" in shape:
+        return str(shape["const"])
+    kind = shape.get("type")
+    if kind == "array":
+        return f"a list of: {in_words(shape['items'], parts)}" if "items" in shape else "a list"
+    if kind == "object":
+        return "a mapping" if "properties" not in shape else "a mapping of the fields below"
+    return _WORDS.get(str(kind), "any value") + _bounds(shape)
+
+
+def _bounds(shape: Mapping[str, Any]) -> str:
+    told = [
+        f"{words} {shape[key]:g}"
+        for key, words in (
+            ("minimum", "of at least"),
+            ("exclusiveMinimum", "above"),
+            ("maximum", "at most"),
+            ("exclusiveMaximum", "below"),
+        )
+        if key in shape
+    ]
+    return f" {' and '.join(told)}" if told else ""
+
+
+def page() -> str:
+    """Every field as one Markdown page: a section a part, and for a part that has kinds one a kind."""
+    lines = [
+        "# Every field of a recipe",
+        "",
+        "Written by `make docs` from the declarations. `ecotone recipe --explain FIELD` says the same of one field.",
+        "",
+    ]
+    for title, summary, fields in sections(Recipe, "recipe"):
+        lines += [f"## {title}", "", summary, "", "| field | takes | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| `{one.path}` | {_cell(one.type)} | `{_cell(one.default)}` | {_cell(one.text)} |" for one in fields
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def sections(part: type[Part], title: str, path: str = "") -> Iterator[tuple[str, str, list[FieldText]]]:
+    """Title, summary and own fields of a part, and then of those in it; kinds that have several names are told once."""
+    own = [one for one in fields_of(part, path) if one.path.removeprefix(path).count(".") <= (1 if path else 0)]
+    if part is not ChainSettings:
+        yield title, part.summary(), own
+    for name in part.model_fields:
+        place = f"{path}.{name}".lstrip(".") if (part, name) not in UNWRITTEN else path
+        for nested, kinds in inside(part, name):
+            if nested is not StageSettings or part is ChainSettings:
+                yield from sections(nested, f"{place}: {', '.join(kinds)}" if kinds else place, place)
+
+
+def _cell(text: str) -> str:
+    return text.replace("``", "`").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(page())

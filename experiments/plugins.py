@@ -1,0 +1,26 @@
+"""Every registry of kinds, and where each kind comes from."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from ecotone.registry import Origin, Registry
+
+REGISTRIES = {
+    "searches": "ecotone.search.registry:SEARCHES",
+}
+
+
+def registries() -> dict[str, Registry[Any]]:
+    """The registries, by what they hold."""
+    found = {}
+    for name, place in REGISTRIES.items():
+        module, _, attribute = place.partition(":")
+        found[name] = getattr(import_module(module), attribute)
+    return found
+
+
+def origins() -> list[Origin]:
+    """Where each kind comes from, and why those that cannot be used cannot."""
+    return [origin for registry in registries().values() for origin in registry.origins()]

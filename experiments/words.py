@@ -1,0 +1,89 @@
+"""Errors of a recipe in words: the field as the user wrote it, what was expected, what was found, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias, get_args
+
+from pydantic import ValidationError
+
+from ecotone.populations.errors import nearest
+from ecotone.search.chain import ChainSettings, StageSettings
+from ecotone.settings import UNKNOWN_KIND, Part, chosen_of
+
+Steps: TypeAlias = tuple[int | str, ...]
+
+MOST = 5  # errors that are told
+UNWRITTEN = ((ChainSettings, "stages"), (StageSettings, "search"))  # fields that a user does not write
+MEMBERS: dict[int | str, type[Part]] = {"stages": ChainSettings}  # of unions, by tag
+
+
+def explained(error: ValidationError, root: type[Part]) -> str:
+    """The first errors of a record that ``root`` refuses, a line each."""
+    entries: list[dict[str, Any]] = [dict(entry) for entry in error.errors()]
+    # Of a list whose items are wrong pydantic also says that it is too short without them.
+    deeper = {entry["loc"][:end] for entry in entries for end in range(len(entry["loc"]))}
+    told = [entry for entry in entries if not (entry["type"] == "too_short" and entry["loc"] in deeper)]
+    lines = [_line(entry, root) for entry in told[:MOST]]
+    more = len(told) - len(lines)
+    return "\n".join(lines + ([f"... and {more} more."] if more > 0 else []))
+
+
+def _line(entry: Mapping[str, Any], root: type[Part]) -> str:
+    kind, message = entry["type"], entry["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        place, part = _place(entry["loc"][:-1], root)
+        key, known = str(entry["loc"][-1]), list(part.model_fields)
+        if "stages" in entry["loc"]:
+            known += [name for name in StageSettings.model_fields if name != "search"]
+        return f"{_written([*place, key])}: unknown key. {nearest(key, known)}"
+    field = _written(_place(entry["loc"], root)[0])
+    if kind == "missing":
+        return f"{field}: missing; a recipe needs `{field}`."
+    if kind == UNKNOWN_KIND:
+        return f"{field}: {message}"
+    if kind == "model_type":
+        return f"{field}: expected a mapping, found {entry['input']!r}."
+    if kind == "value_error":
+        return f"{message}." if field == "recipe" else f"{field}: {message}."
+    return f"{field}: {message[0].lower()}{message[1:]}, found {entry['input']!r}."
+
+
+def _place(steps: Steps, root: type[Part]) -> tuple[list[int | str], type[Part]]:
+    """The steps that the user wrote, without those that pydantic adds for unions, and the part they lead to."""
+    part, chosen = root, None
+    written: list[int | str] = []
+    for step in steps:
+        if isinstance(step, int):
+            written.append(step)
+        elif chosen is not None and step in chosen.registry:
+            part, chosen = chosen.registry.get(step, chosen.tag), None
+        elif chosen is not None and step == chosen.tag:
+            written.append(step)
+        elif step in part.model_fields:
+            field = part.model_fields[step]
+            if (part, step) not in UNWRITTEN:
+                written.append(step)
+            chosen = chosen_of(field)
+            part = part if chosen else _part(field.annotation) or part
+        else:
+            part, chosen = MEMBERS.get(step, part), None if step in MEMBERS else chosen
+    return written, part
+
+
+def _part(annotation: Any) -> type[Part] | None:
+    """The one part that an annotation allows; None where there are none or several."""
+    found = list(dict.fromkeys(parts_in(annotation)))
+    return found[0] if len(found) == 1 else None
+
+
+def parts_in(annotation: Any) -> Iterator[type[Part]]:
+    """The parts that stand in an annotation, at any depth."""
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        yield annotation
+    for one in get_args(annotation):
+        yield from parts_in(one)
+
+
+def _written(steps: list[int | str]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".") or "recipe"

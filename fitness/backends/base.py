@@ -1,0 +1,164 @@
+"""What a scoring backend is: it shows one candidate after the other to the objectives.
+
+The settings of a backend are the recipe's ``scoring`` part. The worker opens the models, has the backend make what
+shows them, and knows nothing else of it. The first backend is a module in the worker's memory
+(``ecotone.fitness.backends.resident``). A package of your own adds one by an entry point of the group
+``ecotone.backends``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ecotone.merging.placement import Needs
+from ecotone.merging.sources import Sources
+from ecotone.populations.genome import Floats, Genome
+from ecotone.settings import Call, Part, check_kind
+
+
+class Backend(Protocol):
+    """Shows candidates to objectives, one after the other.
+
+    A worker calls ``show`` with at most ``group`` genomes and has every objective score each model before it asks for
+    the next. A backend without gradients raises ``InputError`` in ``gradient`` and ``expert``, and its settings say so.
+    """
+
+    group: int
+    """How many candidates are merged in one pass."""
+    dtype: torch.dtype | None
+    """The floating-point type that merges are scored in; None when the model mixes several."""
+
+    @property
+    def model(self) -> Any:
+        """What objectives are given: a module in evaluation mode, a dict of tensors by name, or a client."""
+        ...
+
+    def show(self, genomes: Sequence[Genome]) -> Iterator[Any]:
+        """The model with the weights of one genome after the other.
+
+        Raises:
+            InputError: A genome does not fit the models; nothing has been shown then.
+        """
+        ...
+
+    def gradient(
+        self, genome: Genome, losses: Callable[[nn.Module], Iterator[Tensor]], weights: Sequence[float] = (1.0,)
+    ) -> tuple[list[float], Floats]:
+        """Losses of a merge, and (S, K) the gradient of their weighted sum by its coefficients.
+
+        Raises:
+            InputError: The backend has no gradients, the genome does not fit, or a loss is no scalar with a graph.
+        """
+        ...
+
+    def expert(self, name: str) -> nn.Module:
+        """The module with an expert's own weights.
+
+        Raises:
+            InputError: There is no such expert, or the backend has no module.
+        """
+        ...
+
+    def not_finite(self) -> str:
+        """Name of the first tensor that holds NaN or infinity now; empty without one, or where it cannot be known."""
+        ...
+
+
+@dataclass(frozen=True)
+class BackendContext:
+    """What a backend is made for.
+
+    Args:
+        sources: The models.
+        architecture: What a module is made by: a call, ``auto``, or None.
+        device: Where the worker merges.
+        dtype: The floating-point type that merges are rounded to; None keeps the architecture's own.
+    """
+
+    sources: Sources
+    architecture: Call | Literal["auto"] | None
+    device: torch.device
+    dtype: torch.dtype | None
+
+
+class ScoringSettings(Part):
+    """How candidates are scored. Floating-point results depend on it, so it is part of a recipe's signature.
+
+    A backend's settings are a subclass with a ``Literal`` of its name as ``backend``, and all abstract methods.
+
+    Attributes:
+        backend: What shows candidates to the objectives.
+        batch: Candidates asked for and scored together.
+        in_flight: The most candidates asked for and not yet learned from, in all; two batches unless said otherwise.
+            Strict order keeps workers busy with two to three batches for each, as the slow ones hold up what is asked.
+        order: ``strict`` learns in the order of asking, so that results depend on the recipe alone;
+            ``arrival`` learns at once, for the highest use of workers.
+        threads: CPU threads a worker computes with.
+        device: ``auto`` takes a GPU when the worker has one.
+    """
+
+    backend: str
+    batch: int = Field(default=8, ge=1)
+    in_flight: int | None = Field(default=None, ge=1)
+    order: Literal["strict", "arrival"] = "strict"
+    threads: int = Field(default=1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _room(self) -> ScoringSettings:
+        if self.in_flight is not None and self.in_flight < self.batch:
+            raise ValueError(f"in_flight: expected at least batch ({self.batch}), found {self.in_flight}")
+        return self
+
+    @property
+    def window(self) -> int:
+        """The most candidates in flight: two batches unless said otherwise."""
+        return 2 * self.batch if self.in_flight is None else self.in_flight
+
+    @abstractmethod
+    def gives(self) -> Literal["model", "client"]:
+        """What objectives are given: a ``model`` (a module or tensors) or a ``client`` that answers prompts."""
+
+    @abstractmethod
+    def gradients(self) -> bool:
+        """Whether merges can be differentiated by their coefficients."""
+
+    @abstractmethod
+    def make(self, context: BackendContext) -> Backend:
+        """The backend.
+
+        Raises:
+            InputError: The architecture cannot be made or does not fit the models, or a package is not installed.
+        """
+
+    @abstractmethod
+    def needs(self, sources: Sources, device: torch.device, dtype: torch.dtype | None, *, settings: bool) -> Needs:
+        """The memory that a worker takes, from the models' headers alone.
+
+        Args:
+            sources: The models.
+            device: Where it merges.
+            dtype: The floating-point type that merges are rounded to.
+            settings: Whether genomes have settings of the operator of their own.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What ``validate`` tells of the backend, as a phrase."""
+
+
+def check_declared(name: str, kind: Any) -> None:
+    """Refuse a backend that does not say all of itself that it must (``ecotone.settings.check_kind``).
+
+    Raises:
+        InputError: It is no subclass of ``ScoringSettings``, its ``backend`` is no ``Literal`` with this name, or it
+            lacks a method or the text of a field.
+    """
+    check_kind(name, kind, ScoringSettings, "backend")

@@ -1,0 +1,228 @@
+"""The recipe's list of stages: each a search with its share of the budget and what it begins with.
+
+How a chain runs is in ``ecotone.search.stages``. Nothing here knows an algorithm: each says of itself whether it can
+begin with found merges, and how fine its segments are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+from ecotone.populations.space import Space
+from ecotone.search.kinds import FINENESS, Context, Pair, SearchSettings
+from ecotone.search.registry import SEARCHES, AnySearch
+from ecotone.search.stages import Stage, StagedSearch, Start, stage_seed
+from ecotone.settings import Part
+
+
+class StageSettings(Part):
+    """One search of a chain, written as a search with these keys beside its own.
+
+    Attributes:
+        search: The search; its fields are written beside the others.
+        evaluations: Its share of the budget; the last stage may leave it out and has the rest.
+        start: What of the stage before it begins with: its ``front``, its ``best`` merge, its ``archive`` (the members
+            of its population) or ``none``. By default the front, where the algorithm can begin with given merges. What
+            it begins with is not scored again. M2N2, NSGA and Optuna's samplers take it in place of the models
+            themselves, CMA-ES takes the best as its mean.
+        starts: The most merges to begin with, the best and others spread over the scores; by default 4 for searches by
+            gradient, which learn from each, and all for others.
+    """
+
+    search: AnySearch
+    evaluations: int | None = Field(default=None, ge=1)
+    start: Start | None = None
+    starts: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sorted(cls, value: Any) -> Any:
+        """Tell the stage's keys from the search's; a number as ``start`` is the algorithm's own, where it has one."""
+        if not isinstance(value, Mapping) or "search" in value:
+            return value
+        placed = isinstance(value.get("start"), int | float) and _has_start(value.get("algorithm"))
+        own = {"evaluations", "starts"} | (set() if placed else {"start"})
+        rest = {key: one for key, one in value.items() if key not in own}
+        return {"search": rest, **{key: value[key] for key in own if key in value}}
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = handler(self)
+        search = fields.pop("search")
+        start = fields.pop("start")
+        return {**search, **fields, "start": search.get("start") if start is None else start}
+
+    @property
+    def begins(self) -> Start:
+        """What it begins with when it is not the first."""
+        if self.start is not None:
+            return self.start
+        begins = self.search.begins()
+        return "none" if begins.placed or begins.refusal else "front"
+
+    @property
+    def most(self) -> int | None:
+        """The most merges that it begins with; None means all."""
+        begins = self.search.begins()
+        return begins.most if begins.fixed or self.starts is None else self.starts
+
+
+class ChainSettings(Part):
+    """A chain of searches: a list under ``search``, each of which begins with what the one before it found.
+
+    Attributes:
+        stages: The searches, in order.
+    """
+
+    stages: tuple[StageSettings, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_list(cls, value: Any) -> Any:
+        return {"stages": value} if isinstance(value, list | tuple) else value
+
+    @model_serializer(mode="wrap")
+    def _listed(self, handler: SerializerFunctionWrapHandler) -> list[dict[str, Any]]:
+        stages: list[dict[str, Any]] = handler(self)["stages"]
+        return stages
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> ChainSettings:
+        if not self.stages:
+            raise ValueError("expected one stage or more, found none")
+        first = self.stages[0]
+        if first.start not in (None, "none") or first.starts is not None:
+            raise ValueError("stage 0: there is none before it that it could begin with; leave start and starts out")
+        without = [i for i, stage in enumerate(self.stages[:-1]) if stage.evaluations is None]
+        if without:
+            raise ValueError(
+                f"stage {without[0]}: expected evaluations, its share of the budget; only the last may leave it out"
+            )
+        reach = _reach(first.search)
+        for index, stage in enumerate(self.stages[1:], 1):
+            if stage.begins != "none":
+                self._check_start(index, reach)
+            joined = stage.begins != "none" and stage.search.begins().any_segments
+            reach = max(reach, _reach(stage.search)) if joined else _reach(stage.search)
+        return self
+
+    def _check_start(self, index: int, reach: int) -> None:
+        """Refuse a start that the stage cannot take, or whose segments are finer than the stage's own."""
+        search, before = self.stages[index].search, self.stages[index - 1].search
+        place, begins = f"stage {index} ({search.algorithm})", search.begins()
+        if begins.refusal:
+            raise ValueError(f"{place}: {begins.refusal}; say start: none")
+        if before.needs().vectors:
+            raise ValueError(
+                f"{place}: it cannot begin with what stage {index - 1} finds: with mutation {before.algorithm} breeds "
+                "whole vectors of weights, which have no coefficients; say start: none"
+            )
+        if not begins.any_segments and reach > _reach(search):
+            raise ValueError(
+                f"{place}: its granularity, {search.fineness()}, is coarser than that of the merges of stage "
+                f"{index - 1}, {FINENESS[reach]}; make this one finer, the other coarser, or say start: none"
+            )
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithms, joined by plus signs."""
+        return "+".join(stage.search.algorithm for stage in self.stages)
+
+    @property
+    def starts(self) -> tuple[Start, ...]:
+        """What each stage begins with."""
+        return ("none", *(stage.begins for stage in self.stages[1:]))
+
+    @property
+    def shared_out(self) -> int:
+        """Evaluations of the stages that say how many."""
+        return sum(stage.evaluations or 0 for stage in self.stages)
+
+    def contexts(self, context: Context) -> tuple[Context, ...]:
+        """What each stage is made for: its own seed and its share of the budget."""
+        rest = None if context.evaluations is None else context.evaluations - self.shared_out
+        return tuple(
+            replace(context, seed=stage_seed(context.seed, index), evaluations=stage.evaluations or rest, starts=())
+            for index, stage in enumerate(self.stages)
+        )
+
+    def make(self, context: Context) -> Pair:
+        """The chain as one search, and the population of the stage that runs.
+
+        Raises:
+            InputError: A stage cannot be made, or its segments lack borders of the merges that it begins with.
+        """
+        self.check_segments(context.space)
+        stages = []
+        for index, own in enumerate(self.contexts(context)):
+            make = partial(self._begun, index, own)
+            if index:  # the first is made at once; what does not fit the others is refused before anything is scored
+                make(())
+            stage = self.stages[index]
+            stages.append(Stage(stage.search.algorithm, make, stage.evaluations, self.starts[index], stage.most))
+        search = StagedSearch(stages, context.goals)
+        return search, search.population
+
+    def _begun(self, index: int, context: Context, starts: Sequence[Genome]) -> Pair:
+        with of_stage(index):
+            return self.stages[index].search.make(replace(context, starts=tuple(starts)))
+
+    def check_segments(self, space: Space) -> None:
+        """Refuse a stage whose segments lack borders that the merges of the stage before it may have.
+
+        Raises:
+            InputError: There is one.
+        """
+        reached = np.zeros(0, np.int64)
+        for index, stage in enumerate(self.stages):
+            part = stage.search
+            with of_stage(index):
+                own = part.borders(space)
+            begins = self.starts[index] != "none"
+            if begins and not part.begins().any_segments and not np.isin(reached, own).all():
+                raise InputError(
+                    f"search[{index}].granularity: the segments of the merges of stage {index - 1} have borders that "
+                    f"its own, {part.fineness()}, lack.",
+                    "Make it finer, the stage before coarser, or say start: none.",
+                )
+            reached = np.union1d(own, reached) if begins else own
+
+    def placed(self, index: int) -> str:
+        """What a stage begins with, and its share of the budget, in words."""
+        stage, start = self.stages[index], self.starts[index]
+        most = f", at most {stage.most} merges" if stage.most not in (None, 1) and start in ("front", "archive") else ""
+        begins = "" if start == "none" else f"begins with the {start} of stage {index - 1}{most}, "
+        share = "the rest of the budget" if stage.evaluations is None else f"{stage.evaluations} evaluations"
+        return f"{begins}{share}"
+
+
+@contextlib.contextmanager
+def of_stage(index: int) -> Iterator[None]:
+    """Have errors name the stage's fields as the recipe has them."""
+    try:
+        yield
+    except InputError as error:
+        place = f"search[{index}]."
+
+        def named(text: str) -> str:
+            return text.replace("search.", place).replace("budget.evaluations", f"{place}evaluations")
+
+        raise InputError(named(error.message), named(error.remedy)) from error
+
+
+def _has_start(algorithm: Any) -> bool:
+    return algorithm in SEARCHES and "start" in SEARCHES.get(algorithm, "search").model_fields
+
+
+def _reach(search: SearchSettings) -> int:
+    """How fine the segments of a search's merges are, by position in ``FINENESS``."""
+    return FINENESS.index(search.fineness())

@@ -1,0 +1,275 @@
+"""What a search algorithm says of itself: its settings are its part of a recipe, and its declaration.
+
+An algorithm is one file: the frozen settings (a subclass of ``SearchSettings``) and the class that searches. The
+registry (``ecotone.search.registry``) knows the settings by the algorithm's name, and so do recipes, checks, stages,
+races and reports: none of them knows a kind. To add one, write its file and one line of the registry, or an entry point
+of the group ``ecotone.searches`` in a package of your own.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ecotone.populations.genome import Genome, Integers
+from ecotone.populations.population import Population
+from ecotone.populations.space import Space
+from ecotone.populations.trial import Goal
+from ecotone.search.coefficients import CoefficientBox, Setting, borders_of
+from ecotone.search.protocol import Search
+from ecotone.settings import Part, check_kind
+
+Pair: TypeAlias = tuple[Search, Population]
+Fineness: TypeAlias = Literal["model", "groups", "block", "tensor", "element"]
+FINENESS: tuple[Fineness, ...] = get_args(Fineness)
+"""How fine the segments of merges are, from one in all to any."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an algorithm is made for.
+
+    Args:
+        space: The models.
+        goals: The objectives that guide the search.
+        seed: Of the search.
+        evaluations: Of the budget, what the algorithm may spend; None for no limit.
+        tasks: Names of the calibration tasks.
+        starts: Merges to begin with, best first; empty for none.
+        searched: Settings of the merge operator that are searched beside the coefficients.
+        affine: Whether merges are linear in their coefficients under the operator.
+        limits: By objective whose score is the mean of its examples', the least and the most that one can score.
+    """
+
+    space: Space
+    goals: tuple[Goal, ...]
+    seed: int
+    evaluations: int | None = None
+    tasks: tuple[str, ...] = ()
+    starts: tuple[Genome, ...] = ()
+    searched: tuple[Setting, ...] = ()
+    affine: bool = True
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of a recipe.
+
+    Args:
+        objectives: The fewest objectives that it has a meaning for.
+        maximised: Whether every objective must be one of which more is better.
+        gradients: Whether it learns on calibration tasks, through a torch module.
+        affine: Whether merges must be linear in their coefficients.
+        per_example: ``no``; ``useful`` when it makes better use of scores by example; ``needed`` when it has no
+            meaning without.
+        vectors: Whether it breeds whole vectors of weights, which have no coefficients.
+        geometry: Whether it reads the models' inner products: made from headers alone it can be checked, not run.
+    """
+
+    objectives: int = 1
+    maximised: bool = False
+    gradients: bool = False
+    affine: bool = False
+    per_example: Literal["no", "useful", "needed"] = "no"
+    vectors: bool = False
+    geometry: bool = False
+
+
+@dataclass(frozen=True)
+class Begins:
+    """Whether an algorithm can begin with merges that were found before, as a later stage does.
+
+    Args:
+        refusal: Why it cannot, as a clause; empty when it can.
+        most: The most of them that it takes unless the recipe says otherwise; None for all.
+        fixed: Whether ``most`` holds whatever the recipe says.
+        placed: Whether its own settings already say where it begins.
+        any_segments: Whether it takes merges of any segments, and keeps their borders in its own merges.
+    """
+
+    refusal: str = ""
+    most: int | None = None
+    fixed: bool = False
+    placed: bool = False
+    any_segments: bool = False
+
+
+class SearchSettings(Part):
+    """The settings of a search algorithm: its part of a recipe, and what it says of itself.
+
+    A subclass has a field ``algorithm``, a ``Literal`` of the names that recipes give it, an entry for each field in
+    the ``Attributes`` section of its docstring, and all abstract methods. The registry refuses one that lacks any.
+
+    Attributes:
+        algorithm: The search algorithm.
+        archive: Merges that the population keeps.
+    """
+
+    algorithm: str
+    archive: int = Field(default=20, ge=1)
+
+    searches_settings: ClassVar[bool] = False
+    """Whether settings of the merge operator can be searched beside the coefficients."""
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What it asks of a recipe."""
+
+    @abstractmethod
+    def begins(self) -> Begins:
+        """Whether it can begin with merges that were found before."""
+
+    @abstractmethod
+    def fineness(self) -> Fineness:
+        """How fine the segments of its merges may be."""
+
+    @abstractmethod
+    def borders(self, space: Space) -> Integers:
+        """(S+1,) borders that the segments of its merges may have, when it begins with nothing else.
+
+        Raises:
+            InputError: The models have fewer blocks than there are to be groups.
+        """
+
+    def segments(self, space: Space) -> int | None:
+        """How many sets of coefficients there are to begin with; None where their number is not fixed."""
+        return len(self.borders(space)) - 1
+
+    @abstractmethod
+    def make(self, context: Context) -> Pair:
+        """The search and the population that it breeds from.
+
+        Raises:
+            InputError: The settings do not fit the models, objectives or budget, or a package is not installed.
+        """
+
+    @abstractmethod
+    def describe(self, search: Search | None, context: Context) -> str:
+        """What ``validate`` tells of the search that ``make`` gave, as a clause; empty for nothing.
+
+        Args:
+            search: The search; None where it cannot be made before the models are read.
+            context: What it is made for; its space may know the models' headers alone, or their names.
+        """
+
+    def check(self, operator: str, needs_base: bool, losses: Sequence[str]) -> None:
+        """Refuse an operator or calibration tasks that do not fit it; by default none.
+
+        Args:
+            operator: The merge operator's name.
+            needs_base: Whether the operator adds to a base model.
+            losses: The losses of the calibration tasks.
+
+        Raises:
+            ValueError: One does not fit; the message names the recipe's field.
+        """
+
+    def reads_only_names(self) -> bool:
+        """Whether the recipe alone, without the models' headers, is enough to make it."""
+        return self.fineness() in ("model", "groups")
+
+
+class Segmented(SearchSettings):
+    """Coefficients of segments.
+
+    Attributes:
+        granularity: What has coefficients of its own: the whole ``model``, one of ``groups`` of blocks, a ``block``
+            (the tensors of one layer), or a ``tensor``.
+        groups: With ``granularity: groups``, into how many runs the blocks are put, of about as many parameters each.
+    """
+
+    granularity: Literal["model", "groups", "block", "tensor"] = "block"
+    groups: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _groups_are_asked_for(self) -> Segmented:
+        if self.groups > 1 and self.granularity != "groups":
+            raise ValueError(f"groups: expected granularity: groups with it, found granularity: {self.granularity}")
+        return self
+
+    def fineness(self) -> Fineness:
+        """The granularity."""
+        return self.granularity
+
+    def borders(self, space: Space) -> Integers:
+        """(S+1,) borders of one segment a model, group, block or tensor."""
+        return borders_of(space, self.granularity, self.groups)
+
+    def segments(self, space: Space) -> int | None:
+        """Models, groups, blocks or tensors."""
+        return len(borders_of(space, self.granularity, self.groups)) - 1
+
+
+class Box(Segmented):
+    """Coefficients of segments, each between two bounds.
+
+    Attributes:
+        low: The smallest coefficient.
+        high: The largest coefficient.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    searches_settings: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _box_is_open(self) -> Box:
+        if not self.low < self.high:
+            raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
+        return self
+
+    def box(self, context: Context) -> CoefficientBox:
+        """Where the coefficients lie, and the operator's settings that are searched."""
+        return CoefficientBox.of(context.space, self.granularity, self.low, self.high, self.groups, context.searched)
+
+    def describe(self, search: Search | None, context: Context) -> str:
+        """The bounds."""
+        return f", each from {self.low:g} to {self.high:g}"
+
+
+class FrontBox(Box):
+    """Coefficients of segments, by default one a model, as a search for a front begins best with.
+
+    Attributes:
+        granularity: As for other searches; by default one coefficient a model.
+    """
+
+    granularity: Literal["model", "groups", "block", "tensor"] = "model"
+
+
+class ModelsFirstBox(FrontBox):
+    """A search that may begin with given points.
+
+    Attributes:
+        models_first: Score the models themselves and their average before anything else.
+    """
+
+    models_first: bool = True
+
+    def first(self, box: CoefficientBox, context: Context) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        """(n, D) what to score first: the starts, moved into the box; without any, the models and their average."""
+        space, starts = context.space, context.starts
+        if starts:
+            points = box.clip(np.array([box.point(start) for start in starts]))
+            return points[np.sort(np.unique(points, axis=0, return_index=True)[1])]
+        if not self.models_first:
+            return None
+        rows = [*space.seeds, space.seeds.mean(axis=0)]
+        return np.array([box.point(Genome.uniform(space.size, row)) for row in rows])
+
+
+def check_declared(name: str, kind: Any) -> None:
+    """Refuse a search algorithm that does not say all of itself that it must (``ecotone.settings.check_kind``).
+
+    Raises:
+        InputError: It is no subclass of ``SearchSettings``, its ``algorithm`` is no ``Literal`` with this name, or it
+            lacks a method or the text of a field.
+    """
+    check_kind(name, kind, SearchSettings, "algorithm")
