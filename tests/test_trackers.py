@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import wandb_logs
+import wandb_server
 import yaml
 from processes import Ecotone
 from safetensors.numpy import save_file
@@ -66,8 +68,9 @@ class Mlflow:
     tracker = "mlflow"
     settings: ClassVar[Mapping[str, Any]] = {"uri": None, "experiment": "merges"}
 
-    def down(self) -> Mapping[str, Any]:
-        return {"uri": f"http://127.0.0.1:{free_port()}"}
+    @contextlib.contextmanager
+    def down(self) -> Iterator[Mapping[str, Any]]:
+        yield {"uri": f"http://127.0.0.1:{free_port()}"}
 
     def shown(self, directory: Path) -> Shown:
         from mlflow import MlflowClient
@@ -100,11 +103,14 @@ class Wandb:
     settings: ClassVar[Mapping[str, Any]] = {"mode": "offline", "project": "merges"}
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+        self.monkeypatch = monkeypatch
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
 
-    def down(self) -> Mapping[str, Any]:
-        return {"mode": "online"}
+    @contextlib.contextmanager
+    def down(self) -> Iterator[Mapping[str, Any]]:
+        with self.monkeypatch.context() as patch:
+            patch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+            yield {"mode": "online"}
 
     def shown(self, directory: Path) -> Shown:
         return self.shown_in(directory)
@@ -122,6 +128,27 @@ class TestWandb(TrackerSuite):
     @pytest.fixture
     def case(self, monkeypatch: pytest.MonkeyPatch) -> Wandb:
         return Wandb(monkeypatch)
+
+
+class WandbOnline(Wandb):
+    """W&B on a server."""
+
+    settings: ClassVar[Mapping[str, Any]] = {"mode": "online", "project": "merges"}
+
+    def __init__(self, server: wandb_server.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
+        self.server = server
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+
+    def shown(self, directory: Path) -> Shown:
+        return self.server.shown(str(tracking.status(directory, "wandb")["run_id"]))
+
+
+class TestWandbOnline(TrackerSuite):
+    @pytest.fixture
+    def case(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbOnline]:
+        with wandb_server.serving() as server:
+            yield WandbOnline(server, monkeypatch)
 
 
 # -- several at once -----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,8 +72,8 @@ class Case(Protocol):
     tracker: str
     settings: Mapping[str, Any]
 
-    def down(self) -> Mapping[str, Any]:
-        """Its settings for a place that cannot be reached."""
+    def down(self) -> AbstractContextManager[Mapping[str, Any]]:
+        """Inside, its settings for a place that cannot be reached."""
 
     def shown(self, directory: Path) -> Shown:
         """What it shows of the run in ``directory``."""
@@ -382,8 +383,8 @@ class TrackerSuite:
     def test_down_is_a_report_and_loses_nothing(self, case: Case, directory: Path) -> None:
         """The journal stays as it is, the notes say what is wrong, and later all of it arrives."""
         before = (directory / "journal.sqlite").read_bytes()
-        down = dict(case.down())
-        report = tracking.mirror(directory, case.tracker, down)
+        with case.down() as settings:
+            report = tracking.mirror(directory, case.tracker, dict(settings))
         assert report.error
         assert (report.complete, report.evaluations) == (False, 0)
         assert tracking.status(directory, case.tracker)["error"] == report.error

@@ -46,15 +46,23 @@ class Mirror:
     def advance(self, journal: Journal, state: str) -> bool:
         """Log what is new; True when the search has ended and all of it is logged."""
         final = state != "running"
-        while (self.record.end or self.record.front) and (count := _evaluations(journal)) > self.record.cursor:
-            self.record.go_on(count)
-            self._go_on()
+        self._go_on_after_an_end(journal)
         if not final:
             self.record.begin()
         self.record.log(self._lines(journal, state == "finished"))
         if final:
             self._finish(journal, state)
         return final
+
+    def _go_on_after_an_end(self, journal: Journal) -> None:
+        """Where the search has more than an end showed: it may have had several, each in a run of its own."""
+        run_id = None
+        while run_id != self.record.run_id and (self.record.end or self.record.front):
+            run_id, count = self.record.run_id, sum(1 for _ in journal.rows())
+            if count <= self.record.cursor:
+                return
+            self.record.go_on(count)
+            self._go_on()
 
     def _lines(self, journal: Journal, finished: bool) -> Iterator[Line]:
         """The lines after the cursor. Trials in flight hold up those behind them until the search is finished."""
@@ -119,10 +127,6 @@ class Mirror:
             table=summary.table,
             write=lambda folder: write_artifacts(folder, journal, self.subject, summary),
         )
-
-
-def _evaluations(journal: Journal) -> int:
-    return sum(1 for _ in journal.rows())
 
 
 def _last_written(path: Path) -> float:

@@ -210,12 +210,20 @@ class WandbRecord:
 
     def go_on(self, evaluations: int) -> None:
         """Take more; after a front in another run, whose id says after how many evaluations it took over."""
-        if self.front and evaluations > self.cursor:
+        if self._is_another(evaluations):
             self.close()
-            self.run_id = f"{self.subject.identity}-{self.cursor}"
+            self.run_id = self._successor
             self._forget()
         self._open()
         self.end = ""
+
+    def _is_another(self, evaluations: int) -> bool:
+        """Whether a search of so many evaluations is more than the one whose front W&B shows."""
+        return bool(self.front) and evaluations > self._marks["count"]
+
+    @property
+    def _successor(self) -> str:
+        return f"{self.subject.identity}-{self._marks['count']}"
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -225,7 +233,8 @@ class WandbRecord:
 
         run = self._open()
         if end.front:
-            self._mark(front=end.front)  # first: a search that goes on must not write where a part of its front lies
+            # First: a search that goes on must not write where a part of its front lies.
+            self._mark(front=end.front, count=end.evaluations)
             step = end.evaluations
             for step, values in enumerate(_rows(end.lines), end.evaluations + 1):
                 self._log(step, end.time, values, _axis(values))
@@ -263,16 +272,18 @@ class WandbRecord:
         """Begin with nothing."""
         self.cursor = 0
         self.end = ""
-        self._marks: dict[str, Any] = {"stride": self.subject.stride, "pictured": 0, "front": ""}
+        self._marks: dict[str, Any] = {"stride": self.subject.stride, "pictured": 0, "front": "", "count": 0}
 
     def _open(self) -> Any:
         """The run; where it stands is asked of W&B when it is opened."""
         if self._run is None:
             self._run = self._begun()
             self.page = self._run.url
-            self.cursor = int(self._run.summary.get(CURSOR) or 0)
             known = dict(self._run.config.get(_OWN) or {})
             self._marks |= {key: value for key, value in known.items() if key in self._marks}
+            self.cursor = max(0, self._run.starting_step - 1)
+            if self.front:  # whose rows come after those of the evaluations
+                self.cursor = min(self.cursor, self._marks["count"])
             self._run.config.update(self._configuration(), allow_val_change=True)
         return self._run
 
@@ -309,8 +320,10 @@ class WandbRecord:
         self._run.config.update({_OWN: self._configuration()[_OWN]}, allow_val_change=True)
 
     def _log(self, step: int, time: int, values: Mapping[str, Any], axis: str) -> None:
-        """Log one row under W&B's own ``step``."""
+        """Log one row under W&B's own ``step``, unless an earlier mirror did."""
         run = self._open()
+        if step < run.starting_step:
+            return
         for key in values.keys() - self._defined:
             self._defined.add(key)
             run.define_metric(key, **({} if key == axis else {"step_metric": axis}))
@@ -347,8 +360,8 @@ class OfflineRecord(WandbRecord):
     def go_on(self, evaluations: int) -> None:
         """Write anew what shows less than there is; an earlier end that has a front stays what it is."""
         self.close()
-        if self.front and evaluations > self.cursor:
-            self.run_id = f"{self.subject.identity}-{self.cursor}"
+        if self._is_another(evaluations):
+            self.run_id = self._successor
         self._forget()
 
     def _open(self) -> Any:
