@@ -9,6 +9,7 @@ from ecotone.registry import Origin, Registry
 
 REGISTRIES = {
     "searches": "ecotone.search.registry:SEARCHES",
+    "trackers": "ecotone.experiments.tracking.registry:TRACKERS",
 }
 
 

@@ -198,15 +198,6 @@ def test_losses_of_calibration_tasks_are_means_since_the_step_before(runs: Path)
     assert [(step, value) for step, value, _ in history["loss/math 1"]] == [(2, 3.0), (3, 1.0)]
 
 
-def test_mirroring_again_logs_nothing(runs: Path) -> None:
-    directory = a_run(runs, 20, budget=20)
-    first = tracking.mirror(directory)
-    before = rows_in(first.uri)
-    again = tracking.mirror(directory)
-    assert (again.logged, again.complete, again.run_id) == (0, True, first.run_id)
-    assert rows_in(first.uri) == before
-
-
 def test_growing_journal_is_mirrored_piece_by_piece(runs: Path) -> None:
     directory = runs / "one"
     with Journal.create(directory / "journal.sqlite", facts(30)) as journal:

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
-from pydantic.functional_validators import model_validator
+from pydantic import (
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 
 from ecotone.experiments.tracking.mlflow import MlflowPlace, MlflowSettings
 from ecotone.experiments.tracking.protocol import TrackerSettings
 from ecotone.experiments.tracking.registry import TRACKERS
 from ecotone.experiments.tracking.wandb import WandbSettings
 
-DEFAULT = "mlflow"
-"""What is mirrored to when nothing is said, and what `ecotone sync` takes for a run that has no tracker."""
-OTHERS = "others"
+
+class Switch:
+    """An annotation of settings, or None: ``true`` stands for all defaults, and ``false`` for None."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(_switched, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "boolean"}, *handler(schema)["anyOf"]]}
 
 
 def _switched(value: Any) -> Any:
-    """``true`` means all defaults, ``false`` nothing."""
     if isinstance(value, bool):
         return {} if value else None
     return value
-
-
-Switched: TypeAlias = Annotated[WandbSettings | None, BeforeValidator(_switched)]
 
 
 class TrackingSettings(MlflowPlace):
@@ -37,12 +49,11 @@ class TrackingSettings(MlflowPlace):
     Attributes:
         mlflow: Mirror the journal into MLflow.
         wandb: Mirror the journal into Weights & Biases: ``true``, or its settings.
-        others: Settings of trackers of other packages, by name. Recipes give them beside ``mlflow`` and ``wandb``.
     """
 
     mlflow: bool = True
-    wandb: Switched = None
-    others: dict[str, Any] = Field(default_factory=dict)
+    wandb: Annotated[WandbSettings | None, Switch()] = None
+    _others: dict[str, TrackerSettings | None] = PrivateAttr(default_factory=dict)
 
     @property
     def trackers(self) -> dict[str, TrackerSettings]:
@@ -51,38 +62,50 @@ class TrackingSettings(MlflowPlace):
             "mlflow": MlflowSettings(uri=self.uri, experiment=self.experiment) if self.mlflow else None,
             "wandb": self.wandb,
         }
-        return {name: one for name, one in (ours | self.others).items() if one is not None}
+        return {name: one for name, one in (ours | self._others).items() if one is not None}
 
     def fact(self) -> str:
         """What the journal keeps of it, as JSON: a mirror is a process of its own, and reads it there."""
         return json.dumps({name: one.recorded().model_dump(mode="json") for name, one in self.trackers.items()})
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _with_others(cls, given: Any) -> Any:
-        """Take trackers of other packages in; an unknown key stays where it is, and is refused like any."""
+    def _with_others(cls, given: Any, handler: ModelWrapValidatorHandler[TrackingSettings]) -> TrackingSettings:
+        """Take trackers of other packages out; an unknown key stays where it is, and is refused like any."""
         if not isinstance(given, Mapping):
-            return given
-        known = {name: value for name, value in given.items() if name not in TRACKERS or name in cls.model_fields}
-        named = {name: value for name, value in given.items() if name not in known}
-        if not named:
-            return given
-        return {**known, OTHERS: {name: _plugged(name, value) for name, value in named.items()}}
+            return handler(given)
+        others = {name: _plugged(name, value) for name, value in given.items() if name in cls._plugins()}
+        settings = handler({name: value for name, value in given.items() if name not in others})
+        settings._others = others
+        return settings
 
     @model_serializer(mode="wrap")
-    def _beside_ours(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _with_others_again(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As recipes are written."""
         fields: dict[str, Any] = handler(self)
-        fields.pop(OTHERS, None)
-        return fields | {name: one and one.model_dump(mode="json") for name, one in self.others.items()}
+        return fields | {name: one and one.model_dump(mode="json") for name, one in self._others.items()}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        found = super().__get_pydantic_json_schema__(schema, handler)
+        for name in cls._plugins():
+            shape = handler(TRACKERS.get(name, "tracking").__pydantic_core_schema__)
+            found["properties"][name] = {"anyOf": [{"type": "boolean"}, shape, {"type": "null"}], "default": None}
+        return found
+
+    @classmethod
+    def _plugins(cls) -> list[str]:
+        """Names of trackers of other packages."""
+        return [name for name in TRACKERS if name not in cls.model_fields]
 
 
 def _plugged(name: str, value: Any) -> TrackerSettings | None:
     """The settings of another package's tracker; None when it is switched off."""
-    if isinstance(value, TrackerSettings) or _switched(value) is None:
-        return value or None
+    given = _switched(value)
+    if given is None:
+        return None
     try:
-        return TRACKERS.get(name, f"tracking.{name}").model_validate(_switched(value))
+        return TRACKERS.get(name, f"tracking.{name}").model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, (name, *first["loc"])))
