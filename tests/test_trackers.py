@@ -348,11 +348,12 @@ def test_a_tracker_of_another_package_is_mirrored_to_like_ours(toy: None, runs: 
 
 def test_the_schema_has_every_tracker(toy: None) -> None:
     """Switched by ``true`` or set in full, those of other packages too, each with its texts."""
-    shapes = TrackingSettings.model_json_schema()
+    shapes = Recipe.model_json_schema()["$defs"]
     for name, field in (("wandb", "project"), ("toy", "path")):
-        accepted = shapes["properties"][name]["anyOf"]
+        accepted = shapes["TrackingSettings"]["properties"][name]["anyOf"]
         assert {"type": "boolean"} in accepted
-        (shape,) = (one for one in accepted if one.get("properties"))
+        full = [shapes[one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in accepted]
+        (shape,) = (one for one in full if "properties" in one)
         assert shape["properties"][field]["description"]
 
 

@@ -74,7 +74,8 @@ class TrackingSettings(MlflowPlace):
         """Take trackers of other packages out; an unknown key stays where it is, and is refused like any."""
         if not isinstance(given, Mapping):
             return handler(given)
-        others = {name: _plugged(name, value) for name, value in given.items() if name in cls._plugins()}
+        plugins = set(TRACKERS) - cls.model_fields.keys()
+        others = {name: _plugged(name, value) for name, value in given.items() if name in plugins}
         settings = handler({name: value for name, value in given.items() if name not in others})
         settings._others = others
         return settings
@@ -88,15 +89,13 @@ class TrackingSettings(MlflowPlace):
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         found = super().__get_pydantic_json_schema__(schema, handler)
-        for name in cls._plugins():
-            shape = handler(TRACKERS.get(name, "tracking").__pydantic_core_schema__)
-            found["properties"][name] = {"anyOf": [{"type": "boolean"}, shape, {"type": "null"}], "default": None}
+        properties = handler.resolve_ref_schema(found)["properties"]
+        plugins = {name: kind for name, kind in TRACKERS.usable().items() if name not in cls.model_fields}
+        for name, kind in plugins.items():
+            shape = handler(kind.__pydantic_core_schema__)
+            kind.with_texts(handler.resolve_ref_schema(shape))
+            properties[name] = {"anyOf": [{"type": "boolean"}, shape, {"type": "null"}], "default": None}
         return found
-
-    @classmethod
-    def _plugins(cls) -> list[str]:
-        """Names of trackers of other packages."""
-        return [name for name in TRACKERS if name not in cls.model_fields]
 
 
 def _plugged(name: str, value: Any) -> TrackerSettings | None:
