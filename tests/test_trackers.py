@@ -410,6 +410,15 @@ def test_a_tracker_that_does_not_say_all_of_itself_is_refused() -> None:
         tracking.TRACKERS.register("half", dict)  # type: ignore[arg-type]
 
 
+def test_a_tracker_that_was_off_goes_where_the_recipe_says(runs: Path, tmp_path: Path) -> None:
+    settings = TrackingSettings.model_validate({"mlflow": False, "uri": tracking.default_uri(runs), "experiment": "x"})
+    recipe = json.dumps({"tracking": settings.model_dump(mode="json")})
+    directory = a_run(tmp_path / "elsewhere", 5, 5, tracking=settings.fact(), recipe=recipe)
+    (report,) = tracking.mirror_all(directory).values()
+    assert (report.error, report.uri) == (None, tracking.default_uri(runs))
+    assert tracking.status(directory)["experiment"] == "x"
+
+
 def test_notes_of_old_runs_are_read(runs: Path) -> None:
     """As they were when MLflow was the only tracker: its entries, and nothing else."""
     directory = a_run(runs, 5, 5)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import signal
@@ -85,14 +86,17 @@ def chosen(directory: Path) -> tuple[str, ...]:
 
 
 def settings_of(directory: Path, tracker: str, changes: Mapping[str, Any] | None = None) -> TrackerSettings:
-    """The settings of a tracker, as the journal has them; its defaults when the run is not mirrored to it."""
+    """The settings of a tracker, as the journal has them; of one that was off, what the recipe says of it even so."""
     kind = TRACKERS.get(tracker, "tracker")
     with Journal.open(directory / "journal.sqlite") as journal:
-        recorded = trackers_of(journal).get(tracker, {})
+        on, recipe = trackers_of(journal), json.loads(journal.fact("recipe") or "{}")
+    beside = recipe.get("tracking", {}) if tracker == DEFAULT else {}
+    given = on.get(tracker, {key: value for key, value in beside.items() if key in kind.model_fields})
     try:
-        return kind.model_validate({**recorded, **(changes or {})})
+        settings = kind.model_validate({**given, **(changes or {})})
     except ValueError as error:
         raise InputError(f"tracking.{tracker}: {error}") from error
+    return settings if tracker in on else settings.recorded()
 
 
 def start(run_dir: str | Path, pid: int, tracker: str = DEFAULT) -> subprocess.Popen[bytes]:

@@ -263,8 +263,10 @@ class WandbRecord:
 
     def _finish(self, code: int) -> None:
         run, self._run = self._run, None
-        with _released():
+        try:
             run.finish(exit_code=code)
+        finally:
+            _end_process()
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -307,8 +309,8 @@ class WandbRecord:
                 settings=wandb.Settings(**_SETTINGS),
             )
         except Exception:
-            with _released():
-                raise
+            _end_process()
+            raise
 
     def _configuration(self) -> dict[str, Any]:
         """The recipe, flattened, and under one key what runs are looked up by and where we stand."""
@@ -380,16 +382,12 @@ class OfflineRecord(WandbRecord):
                 shutil.rmtree(log.parent)
 
 
-@contextlib.contextmanager
-def _released() -> Iterator[None]:
-    """After it W&B's own process is ended: only then is all written, and the run's id free for the next attempt."""
+def _end_process() -> None:
+    """End W&B's own process: only then is all written, and the run's id free for the next attempt."""
     import wandb
 
-    try:
-        yield
-    finally:
-        if wandb.run is None:  # nobody else's run is in this process
-            wandb.teardown()
+    if wandb.run is None:  # nobody else's run is in this process
+        wandb.teardown()
 
 
 def _rows(lines: Iterable[Line]) -> list[dict[str, float]]:

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecotone.experiments.tracking.following import wait
+from ecotone.experiments.tracking.following import settings_of, wait
 from ecotone.experiments.tracking.mlflow import MlflowSettings
 from ecotone.experiments.tracking.mlflow.store import ENVIRONMENT, sqlite_file
 from ecotone.experiments.tracking.mlflow.view import view_address, view_key
 from ecotone.experiments.tracking.notes import status
 from ecotone.experiments.tracking.protocol import TrackingError
-from ecotone.experiments.tracking.subject import Subject, trackers_of
+from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations.journal import Journal
 
 _LAST_WORDS = "Its output is in ui.log of the run directory."
@@ -145,8 +145,8 @@ def serving(uri: str, directory: Path, port: int) -> subprocess.Popen[bytes]:
 def store_of(directory: Path) -> str:
     """The URI of the store that a run was mirrored to, credentials included if the journal has them."""
     known = str(status(directory, "mlflow")["uri"])
-    with Journal.open(directory / "journal.sqlite") as journal:
-        settings = MlflowSettings.model_validate(trackers_of(journal).get("mlflow", {}))
+    settings = settings_of(directory, "mlflow")
+    assert isinstance(settings, MlflowSettings)
     return settings.store(directory) if settings.place(directory) == known else known
 
 
