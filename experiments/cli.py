@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -22,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer
 
-from ecotone.experiments import jobs_cli, logs
+from ecotone.experiments import jobs_cli, logs, statistics_cli
 from ecotone.experiments.options import (
     JsonOption,
     RecipeArgument,
@@ -147,6 +146,7 @@ def resume(
         raise InputError("--folder, --env: expected with the http:// address of a cluster's dashboard, found without.")
     from ecotone.experiments.recipe import Recipe, apply_settings
     from ecotone.experiments.running import resume as resume_run
+    from ecotone.populations import facts
 
     try:
         found = _run(run)
@@ -157,7 +157,7 @@ def resume(
         raise JournalError(error.message, f"{error.remedy} {cluster}") from error
     changes = changes_of(settings, workers, address)
     with found.journal() as journal:
-        recorded = json.loads(journal.fact("recipe") or "{}")
+        recorded = journal.fact(facts.RECIPE) or {}
     chosen = Recipe.from_record(apply_settings(recorded, changes))
 
     def work(watcher: Watcher) -> Run:
@@ -509,6 +509,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 jobs_cli.register(app)
+statistics_cli.register(app)
 
 
 def main() -> None:

@@ -9,6 +9,10 @@ from ecotone.registry import Origin, Registry
 
 REGISTRIES = {
     "searches": "ecotone.search.registry:SEARCHES",
+    "operators": "ecotone.merging.operators:OPERATORS",
+    "objectives": "ecotone.fitness.registry:OBJECTIVES",
+    "losses": "ecotone.fitness.registry:LOSSES",
+    "formats": "ecotone.merging.models.formats:FORMATS",
     "trackers": "ecotone.experiments.tracking.registry:TRACKERS",
 }
 

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from parts import call
+from processes import ROOT
 from pydantic import ValidationError
 
 from ecotone.experiments import compose, preparation
-from ecotone.experiments.parts import OBJECTIVES
 from ecotone.experiments.recipe import Recipe, apply_settings, parse_settings
-from ecotone.fitness.specs import CallSpec
+from ecotone.fitness.objectives import AccuracySettings
+from ecotone.fitness.registry import OBJECTIVES
 from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.gram import GramTable
 from ecotone.populations.niches import NicheArchive
@@ -224,10 +226,24 @@ def written(folder: Path, record: Any = PLAIN) -> Path:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nothing\.yaml: no such recipe\. Ready ones are in"):
+    with pytest.raises(InputError, match=r"nothing\.yaml: no such recipe\. Known: .*digits-specialists"):
         Recipe.from_yaml(tmp_path / "nothing.yaml")
     with pytest.raises(InputError, match="cannot be read as YAML"):
         Recipe.from_yaml(tmp_path)
+
+
+def test_a_ready_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = Recipe.from_yaml(ROOT / "experiments" / "recipes" / "digits-specialists.yaml")
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits-specialists", "digits-specialists.yaml", "experiments/recipes/digits-specialists.yaml"):
+        assert Recipe.from_yaml(name).record() == ready.record()
+    with pytest.raises(InputError, match=r"Did you mean 'digits-specialists'\?"):
+        Recipe.from_yaml("digit-specialists")
+    with pytest.raises(InputError, match=r"elsewhere/digits-specialists.yaml: no such recipe"):
+        Recipe.from_yaml("elsewhere/digits-specialists.yaml")
+    (tmp_path / "digits-specialists.yaml").write_text("name: mine")
+    with pytest.raises(InputError, match="models: missing"):
+        Recipe.from_yaml("digits-specialists.yaml")
 
 
 @pytest.mark.parametrize("text", ["a: [1, 2", "a: b: c", "\tname: x"])
@@ -662,8 +678,8 @@ def test_the_worker_is_told_everything() -> None:
     assert (spec.operator, spec.names, spec.dtype, spec.dense) == ("task_arithmetic", ("x", "y"), "bfloat16", False)
     assert spec.sys_path == ("folder",)
     (one,), (held_out,) = spec.search, spec.held_out
-    assert (one.goal.name, one.type, one.call) == ("one", "call", CallSpec("m:f", {"x": 1}))
-    assert (held_out.type, held_out.data, held_out.batch) == ("accuracy", CallSpec("m:data", {}), 64)
+    assert (one.name, one.type, one.call, one.arguments) == ("one", "call", "m:f", {"x": 1})  # type: ignore[attr-defined]
+    assert held_out == AccuracySettings(name="one", data=call("m:data"), batch=64)
     dense = Recipe.from_record(apply_settings(FULL, {"search.mutation": 0.1}))
     assert compose.worker_spec(dense, None).dense
 
@@ -681,9 +697,9 @@ def test_prepared_paths_in_arguments_are_made_whole(tmp_path: Path) -> None:
     spec = compose.worker_spec(Recipe.from_record(record), tmp_path)
     (one,), (held_out,) = spec.search, spec.held_out
     expected = {"data": f"{tmp_path}/a.safetensors", "n": 3, "more": [{"deep": f"{tmp_path}/b/c"}, "not prepared:d"]}
-    assert one.call == CallSpec("m:f", expected)
-    assert held_out.data == CallSpec("m:data", {"file": f"{tmp_path}/e"})
-    assert spec.architecture == CallSpec("m:a", {"config": f"{tmp_path}/f"})
+    assert (one.call, one.arguments) == ("m:f", expected)  # type: ignore[attr-defined]
+    assert held_out.data == call("m:data", {"file": f"{tmp_path}/e"})  # type: ignore[attr-defined]
+    assert spec.architecture == call("m:a", {"config": f"{tmp_path}/f"})
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,11 @@ from ecotone.experiments.tracking.mlflow.store import opened
 from ecotone.experiments.tracking.protocol import TrackerSettings
 from ecotone.experiments.tracking.settings import TrackingSettings
 from ecotone.experiments.tracking.wandb import WandbSettings
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import InputError
 from ecotone.populations.journal import Journal
 from ecotone.testing import trackers
-from ecotone.testing.trackers import COUNT, Shown, TrackerSuite, a_run, best, facts, finish, tell
+from ecotone.testing.trackers import COUNT, Shown, TrackerSuite, a_run, best, finish, noted, tell
 
 pytest.importorskip("mlflow")
 pytest.importorskip("wandb")
@@ -195,7 +196,7 @@ def whole(directory: Path, tracker: str) -> None:
 def test_each_has_a_process_of_its_own(runs: Path, started: Callable[[Path, str], subprocess.Popen[bytes]]) -> None:
     """Both follow one search to its end; one of them is ended in the middle, and the next one goes on."""
     directory = runs / "one"
-    with Journal.create(directory / "journal.sqlite", facts(COUNT, tracking=json.dumps(BOTH))) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(COUNT, tracking=json.dumps(BOTH))) as journal:
         (directory / "recipe.yaml").write_text("seed: 3\n")
         tell(journal, 0, 20)
         processes = {name: started(directory, name) for name in BOTH}
@@ -276,7 +277,7 @@ def test_a_search_is_tracked_by_both(tmp_path: Path, empty_store: Path, ecotone:
 def test_a_tracker_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
     monkeypatch.setattr(WandbSettings, "packages", ("no_such_package",))
     directory = a_run(runs, 5, 5, tracking=json.dumps(BOTH))
-    with pytest.raises(tracking.TrackingError, match=r"Weights & Biases is not installed.*ecotone\[wandb\]"):
+    with pytest.raises(tracking.TrackingError, match=r"Weights & Biases is not installed.*pip install.*\[wandb\]"):
         tracking.start(directory, os.getpid(), "wandb")
     reports = tracking.mirror_all(directory)
     assert reports["mlflow"].complete
@@ -296,8 +297,11 @@ class ToySettings(TrackerSettings):
 
     title: ClassVar[str] = "Toy"
     packages: ClassVar[tuple[str, ...]] = ("json",)
-    install: ClassVar[str] = "pip install toy"
     lacks: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def install(cls) -> str:
+        return "pip install toy"
 
     def describe(self) -> str:
         return self.path
@@ -334,12 +338,12 @@ def test_what_recipes_name_is_on(toy: None, given: dict[str, Any], names: list[s
     assert list(settings.trackers) == names
     record = settings.model_dump(mode="json")
     assert TrackingSettings.model_validate(record) == settings
-    assert list(json.loads(settings.fact())) == names
+    assert list(settings.recorded()) == names
 
 
 def test_a_tracker_of_another_package_is_mirrored_to_like_ours(toy: None, runs: Path) -> None:
     settings = TrackingSettings.model_validate({"toy": {"path": "there"}})
-    directory = a_run(runs, 5, 5, tracking=settings.fact())
+    directory = a_run(runs, 5, 5, tracking=json.dumps(settings.recorded()))
     reports = tracking.mirror_all(directory)
     assert (reports["toy"].uri, reports["toy"].error) == ("there", "not today")
     assert reports["mlflow"].complete
@@ -368,9 +372,10 @@ def test_a_recipe_is_told_where_it_goes(tmp_path: Path, monkeypatch: pytest.Monk
     }
     found = {one.subject: one.text for one in checks._trackers(Recipe.from_record(record))}
     assert found["tracking.mlflow"] == "experiment 'ecotone' of http://host:1"
-    assert found["tracking.wandb"].startswith(
-        "project 'ecotone', offline; not installed: pip install 'ecotone[wandb]'; `ecotone ui` serves no pages for it"
-    )
+    project, missing, *lacks = found["tracking.wandb"].split("; ")
+    assert project == "project 'ecotone', offline"
+    assert missing == f"not installed: `{how_to_install('wandb')}`"
+    assert lacks[0] == "`ecotone ui` serves no pages for it"
 
 
 @pytest.mark.parametrize(
@@ -413,7 +418,7 @@ def test_a_tracker_that_does_not_say_all_of_itself_is_refused() -> None:
 def test_a_tracker_that_was_off_goes_where_the_recipe_says(runs: Path, tmp_path: Path) -> None:
     settings = TrackingSettings.model_validate({"mlflow": False, "uri": tracking.default_uri(runs), "experiment": "x"})
     recipe = json.dumps({"tracking": settings.model_dump(mode="json")})
-    directory = a_run(tmp_path / "elsewhere", 5, 5, tracking=settings.fact(), recipe=recipe)
+    directory = a_run(tmp_path / "elsewhere", 5, 5, tracking=json.dumps(settings.recorded()), recipe=recipe)
     (report,) = tracking.mirror_all(directory).values()
     assert (report.error, report.uri) == (None, tracking.default_uri(runs))
     assert tracking.status(directory)["experiment"] == "x"
@@ -466,7 +471,7 @@ def test_a_folder_that_recipes_name_has_the_logs(runs: Path, tmp_path: Path) -> 
     settings = TrackingSettings.model_validate(
         {"mlflow": False, "wandb": {"mode": "offline", "dir": str(tmp_path / "kept")}}
     )
-    directory = a_run(runs, 5, 5, tracking=settings.fact())
+    directory = a_run(runs, 5, 5, tracking=json.dumps(settings.recorded()))
     (report,) = tracking.mirror_all(directory).values()
     assert (report.error, report.uri) == (None, str(tmp_path / "kept" / "wandb"))
     assert len(wandb_logs.logs(tmp_path / "kept")) == 1

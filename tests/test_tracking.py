@@ -34,20 +34,21 @@ from ecotone.experiments.tracking.mlflow.store import opened, sqlite_file
 from ecotone.experiments.tracking.mlflow.view import view_key, view_tag, view_value
 from ecotone.experiments.tracking.names import acceptable, metric_names
 from ecotone.experiments.tracking.scoreboard import Scoreboard
+from ecotone.populations import facts
 from ecotone.populations.errors import JournalError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal, Row
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Trial
+from ecotone.populations.trial import Evaluation, Goal, Gradient, Scores, Trial
 from ecotone.testing.trackers import (
     GOALS,
     a_run,
     best,
     evaluation,
     expected,
-    facts,
     finish,
     front,
     genome,
+    noted,
     scores,
     tell,
 )
@@ -176,13 +177,13 @@ def test_losses_of_calibration_tasks_are_means_since_the_step_before(runs: Path)
     (directory / "recipe.yaml").write_text("seed: 3\n")
 
     def learned(journal: Journal, first: int, losses: Sequence[float]) -> None:
-        trials = [Trial(first + i, genome(0), calibration=CalibrationBatch.of("math 1", i)) for i in range(len(losses))]
+        trials = [Trial(first + i, genome(0), wants=Gradient.of("math 1", i)) for i in range(len(losses))]
         journal.asked(first, len(trials), trials)
         told = [Evaluation({"math 1": loss}, gradient=np.zeros((1, 2))) for loss in losses]
         journal.arrived(zip(trials, told, strict=True))
         journal.told(first)
 
-    with Journal.create(directory / "journal.sqlite", facts(3)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(3)) as journal:
         tell(journal, 0, 1)
         learned(journal, 1, [2.0, 4.0])
         tell(journal, 3, 4)
@@ -191,7 +192,7 @@ def test_losses_of_calibration_tasks_are_means_since_the_step_before(runs: Path)
         assert report.evaluations == 2
         tell(journal, 5, 6)
         finish(journal)
-        journal.note("stop_reason", "the budget is spent")
+        journal.note(facts.STOP_REASON, "the budget is spent")
     report = tracking.mirror(directory)
     assert (report.evaluations, report.complete) == (3, True)
     history = history_of(report.uri, report.run_id)
@@ -200,7 +201,7 @@ def test_losses_of_calibration_tasks_are_means_since_the_step_before(runs: Path)
 
 def test_growing_journal_is_mirrored_piece_by_piece(runs: Path) -> None:
     directory = runs / "one"
-    with Journal.create(directory / "journal.sqlite", facts(30)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(30)) as journal:
         for begin, end in ((0, 10), (10, 11), (11, 30)):
             tell(journal, begin, end)
             report = tracking.mirror(directory)
@@ -215,7 +216,7 @@ def test_growing_journal_is_mirrored_piece_by_piece(runs: Path) -> None:
 
 def test_a_trial_in_flight_holds_up_those_behind_it(runs: Path) -> None:
     directory = runs / "one"
-    with Journal.create(directory / "journal.sqlite", facts(30)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(30)) as journal:
         trials = [Trial(n, genome(n)) for n in range(6)]
         journal.asked(0, 6, trials)
         journal.arrived([(t, evaluation(t.number)) for t in trials if t.number not in (2, 5)])
@@ -294,9 +295,9 @@ def test_artifacts(runs: Path) -> None:
 def test_status_of_the_run(runs: Path, state: str, status: str) -> None:
     """A journal that says running while nobody writes it was killed."""
     directory = runs / "one"
-    with Journal.create(directory / "journal.sqlite", facts(10)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(10)) as journal:
         tell(journal, 0, 5)
-        journal.note("state", state)
+        journal.note(facts.STATE, state)
     report = tracking.mirror(directory)
     run = client(report.uri).get_run(report.run_id)
     assert (report.complete, run.info.status) == (True, status)
@@ -305,12 +306,12 @@ def test_status_of_the_run(runs: Path, state: str, status: str) -> None:
 
 def test_a_resumed_run_runs_again_and_ends_like_an_uninterrupted_one(runs: Path) -> None:
     directory = runs / "one"
-    with Journal.create(directory / "journal.sqlite", facts(7000)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(7000)) as journal:
         tell(journal, 0, 10)
-        journal.note("state", "interrupted")
+        journal.note(facts.STATE, "interrupted")
     first = tracking.mirror(directory)
     with Journal.open(directory / "journal.sqlite", write=True) as journal:
-        journal.note("state", "running")
+        journal.note(facts.STATE, "running")
         report = tracking.mirror(directory)
         assert client(report.uri).get_run(report.run_id).info.status == "RUNNING"
         tell(journal, 10, 35)
@@ -328,8 +329,8 @@ def test_an_extended_search_is_another_run_beside_its_first_end(runs: Path) -> N
     first = tracking.mirror(directory)
     before = history_of(first.uri, first.run_id or "")
     with Journal.open(directory / "journal.sqlite", write=True) as journal:
-        journal.note("budget", json.dumps({"evaluations": 42, "seconds": None}))
-        journal.note("state", "running")
+        journal.note(facts.BUDGET, {"evaluations": 42, "seconds": None})
+        journal.note(facts.STATE, "running")
         assert tracking.mirror(directory).run_id == first.run_id
         tell(journal, 20, 25)
         report = tracking.mirror(directory)
@@ -359,13 +360,13 @@ def three(number: int) -> dict[str, float]:
 
 def a_search_of_three(directory: Path, count: int) -> None:
     goals = json.dumps([["a", "maximize"], ["b", "maximize"], ["c", "minimize"]])
-    with Journal.create(directory / "journal.sqlite", facts(count, goals=goals, held_out_goals=goals)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(count, goals=goals, held_out_goals=goals)) as journal:
         for n in range(count):
             trial = Trial(n, genome(n))
             journal.asked(n, 1, [trial])
             journal.arrived([(trial, Evaluation(three(n)))])
-            journal.measured(trial.genome, "held_out", Evaluation({k: v / 2 for k, v in three(n).items()}))
-        journal.note("state", "finished")
+            journal.measured(trial.genome, Scores("held_out"), Evaluation({k: v / 2 for k, v in three(n).items()}))
+        journal.note(facts.STATE, "finished")
 
 
 def test_fronts_of_three_objectives(runs: Path) -> None:
@@ -402,7 +403,7 @@ def test_the_hypervolume_is_there_while_the_search_goes_on(runs: Path) -> None:
     """Of scores in [0, 1] that are maximised, from 0: the same that `status` shows."""
     directory = runs / "one"
     goals = json.dumps([["a", "maximize"], ["b", "maximize"]])
-    with Journal.create(directory / "journal.sqlite", facts(20, goals=goals)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(20, goals=goals)) as journal:
         for n in range(12):
             trial = Trial(n, genome(n))
             journal.asked(n, 1, [trial])
@@ -417,7 +418,7 @@ def test_the_hypervolume_is_there_while_the_search_goes_on(runs: Path) -> None:
 def test_pictures_of_the_evolving_front(runs: Path) -> None:
     """After 15, 30, 60 evaluations and at the end, once each, whenever the mirror stops and starts."""
     directory = runs / "one"
-    with Journal.create(directory / "journal.sqlite", facts(70)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(70)) as journal:
         for begin, end in ((0, 20), (20, 31), (31, 70)):
             tell(journal, begin, end)
             tracking.mirror(directory)
@@ -505,13 +506,13 @@ def test_names_that_mlflow_refuses(runs: Path) -> None:
     directory = runs / "one"
     recipe = {"a b": {"c@d": 1, "": None}, "flag": True, "empty": {}}
     with Journal.create(
-        directory / "journal.sqlite", facts(5, goals=json.dumps(goals), recipe=json.dumps(recipe))
+        directory / "journal.sqlite", noted(5, goals=json.dumps(goals), recipe=json.dumps(recipe))
     ) as journal:
         for n in range(5):
             trial = Trial(n, genome(n))
             journal.asked(n, 1, [trial])
             journal.arrived([(trial, Evaluation({name: float(n + 1) for name, _ in goals}))])
-        journal.note("state", "finished")
+        journal.note(facts.STATE, "finished")
     report = tracking.mirror(directory)
     assert (report.error, report.evaluations) == (None, 5)
     run = client(report.uri).get_run(report.run_id)
@@ -711,7 +712,7 @@ def test_following_a_search(runs: Path, started: Callable[..., Any], monkeypatch
     (decoy / "__init__.py").write_text("raise SystemExit('the wrong package')")
     monkeypatch.chdir(decoy.parent)
     directory = runs / "one"
-    with Journal.create(directory / "journal.sqlite", facts(40)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(40)) as journal:
         tell(journal, 0, 10)
         first = started(directory, os.getpid())
         eventually(lambda: tracking.status(directory)["mirrored"] == 10)
@@ -739,7 +740,7 @@ def test_following_a_search(runs: Path, started: Callable[..., Any], monkeypatch
 
 def test_the_followed_process_is_killed(runs: Path) -> None:
     directory = runs / "one"
-    with Journal.create(directory / "journal.sqlite", facts(40)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(40)) as journal:
         tell(journal, 0, 10)
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
     follower = threading.Thread(target=tracking.follow, args=(directory, sleeper.pid, 0.1))
@@ -773,12 +774,12 @@ def test_a_run_resumed_while_its_mirror_still_waits_is_followed(
         follower.start()
         try:
             eventually(lambda: tracking.status(directory)["error"])
-            journal.note("state", "running")
+            journal.note(facts.STATE, "running")
             clock.looks(3)
             clock.passes(1000.0)
             clock.looks(3)
             assert follower.is_alive()
-            journal.note("state", "finished")
+            journal.note(facts.STATE, "finished")
             clock.looks(3)
             assert follower.is_alive()
             clock.passes(1000.0)
@@ -886,7 +887,7 @@ def test_a_server_that_comes_back_gets_everything(
     assert store is not None
     directory = tmp_path / "runs" / "one"
     with Journal.create(
-        directory / "journal.sqlite", facts(60, tracking=json.dumps({"uri": uri, "experiment": "merges"}))
+        directory / "journal.sqlite", noted(60, tracking=json.dumps({"uri": uri, "experiment": "merges"}))
     ) as journal:
         mirror = started(directory, os.getpid())
         tell(journal, 0, 20)

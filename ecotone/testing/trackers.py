@@ -26,9 +26,11 @@ from typing import Any, Protocol
 import pytest
 
 from ecotone.experiments import tracking
+from ecotone.populations import facts
+from ecotone.populations.facts import Note
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
-from ecotone.populations.trial import Evaluation, Trial
+from ecotone.populations.trial import Evaluation, Scores, Trial
 
 GOALS = (("acc", "maximize"), ("loss", "minimize"))
 FILES = frozenset(
@@ -101,7 +103,7 @@ def evaluation(number: int) -> Evaluation:
     return Evaluation.failed("not finite", "acc: NaN") if found is None else Evaluation(found, seconds=0.5)
 
 
-def facts(budget: int | None, **others: str) -> dict[str, str]:
+def noted(budget: int | None, **others: str) -> list[Note]:
     """The facts of a journal whose budget is so many evaluations; ``others`` replace them."""
     recipe = {
         "seed": 3,
@@ -109,7 +111,7 @@ def facts(budget: int | None, **others: str) -> dict[str, str]:
         "search": {"type": "m2n2", "options": {"archive": 20}},
         "note": "x" * 9000,
     }
-    return {
+    told = {
         "recipe": json.dumps(recipe),
         "name": "digits",
         "algorithm": "m2n2",
@@ -124,6 +126,7 @@ def facts(budget: int | None, **others: str) -> dict[str, str]:
         "versions": json.dumps({"numpy": "2.0"}),
         **others,
     }
+    return [Note(name, text) for name, text in told.items()]
 
 
 def tell(journal: Journal, begin: int, end: int, batch: int = 5) -> None:
@@ -140,10 +143,10 @@ def finish(journal: Journal, held_out: Sequence[int] = (), state: str = "finishe
     """Score the models, and the trials ``held_out`` on held-out data, and note the end."""
     for name, number in (("a", 0), ("b", 1000)):
         journal.refer(name, genome(number))
-    journal.measured(genome(1000), "search", Evaluation({"acc": 0.25, "loss": 2.5}))
+    journal.measured(genome(1000), Scores(), Evaluation({"acc": 0.25, "loss": 2.5}))
     for number in (0, 1000, *held_out):
-        journal.measured(genome(number), "held_out", Evaluation({"test acc": 0.5 + number / 4000}))
-    journal.note("state", state)
+        journal.measured(genome(number), Scores("held_out"), Evaluation({"test acc": 0.5 + number / 4000}))
+    journal.note(facts.STATE, state)
 
 
 def a_run(runs: Path, count: int, budget: int | None, name: str = "one", **others: str) -> Path:
@@ -151,10 +154,10 @@ def a_run(runs: Path, count: int, budget: int | None, name: str = "one", **other
     directory = runs / name
     directory.mkdir(parents=True)
     (directory / "recipe.yaml").write_text("seed: 3\n")
-    with Journal.create(directory / "journal.sqlite", facts(budget, **others)) as journal:
+    with Journal.create(directory / "journal.sqlite", noted(budget, **others)) as journal:
         tell(journal, 0, count)
         finish(journal, held_out=[best(count)])
-        journal.note("stop_reason", "the budget is spent")
+        journal.note(facts.STOP_REASON, "the budget is spent")
     return directory
 
 
@@ -332,17 +335,17 @@ class TrackerSuite:
         """By processes that come and go, over an end that is none."""
         directory = tmp_path / "runs" / "one"
         settings = json.dumps({case.tracker: dict(case.settings)})
-        with Journal.create(directory / "journal.sqlite", facts(COUNT, tracking=settings)) as journal:
+        with Journal.create(directory / "journal.sqlite", noted(COUNT, tracking=settings)) as journal:
             (directory / "recipe.yaml").write_text("seed: 3\n")
             for begin, end in ((0, 10), (10, 11), (11, 30)):
                 tell(journal, begin, end)
                 report = tracking.mirror(directory, case.tracker)
                 assert (report.error, report.evaluations, report.complete) == (None, end, False)
-            journal.note("state", "interrupted")
+            journal.note(facts.STATE, "interrupted")
         report = tracking.mirror(directory, case.tracker)
         assert (report.error, report.evaluations, report.complete) == (None, 30, True)
         with Journal.open(directory / "journal.sqlite", write=True) as journal:
-            journal.note("state", "running")
+            journal.note(facts.STATE, "running")
             tell(journal, 30, COUNT)
             finish(journal, [best(COUNT)])
         self.mirrored(case, directory)
@@ -352,10 +355,10 @@ class TrackerSuite:
         """Stopped when its budget was spent but its front not scored: no evaluation is new, and all of it is shown."""
         directory = tmp_path / "runs" / "one"
         settings = json.dumps({case.tracker: dict(case.settings)})
-        with Journal.create(directory / "journal.sqlite", facts(COUNT, tracking=settings)) as journal:
+        with Journal.create(directory / "journal.sqlite", noted(COUNT, tracking=settings)) as journal:
             (directory / "recipe.yaml").write_text("seed: 3\n")
             tell(journal, 0, COUNT)
-            journal.note("state", "interrupted")
+            journal.note(facts.STATE, "interrupted")
         self.mirrored(case, directory)
         with Journal.open(directory / "journal.sqlite", write=True) as journal:
             finish(journal, [best(COUNT)])
@@ -369,8 +372,8 @@ class TrackerSuite:
         first = tracking.mirror(directory, case.tracker)
         assert (first.error, first.complete) == (None, True)
         with Journal.open(directory / "journal.sqlite", write=True) as journal:
-            journal.note("budget", json.dumps({"evaluations": COUNT, "seconds": None}))
-            journal.note("state", "running")
+            journal.note(facts.BUDGET, {"evaluations": COUNT, "seconds": None})
+            journal.note(facts.STATE, "running")
             tell(journal, 20, COUNT)
             finish(journal, [best(COUNT)])
         assert self.mirrored(case, directory).run_id != first.run_id

@@ -12,6 +12,7 @@ from typing import Any
 from ecotone.experiments.tracking.notes import say
 from ecotone.experiments.tracking.subject import Subject
 from ecotone.experiments.tracking.summary import Summary
+from ecotone.populations import facts
 from ecotone.populations.errors import JournalError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal, Row
@@ -35,7 +36,7 @@ def write_artifacts(folder: Path, journal: Journal, subject: Subject, summary: S
     recipe = journal.path.parent / "recipe.yaml"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "recipe.yaml")
-    if journal.fact("state") == "finished" and len(subject.goals) > 1 and summary.front:
+    if journal.fact(facts.STATE) == "finished" and len(subject.goals) > 1 and summary.front:
         _write_report(journal.path.parent, folder / "report.html")
 
 
@@ -69,8 +70,8 @@ def _genome(journal: Journal, number: int) -> Any:
 
 
 def _environment(journal: Journal) -> dict[str, Any]:
-    facts = {key: journal.fact(key) for key in ("algorithm", "seed", "signature")}
-    return {**facts, "versions": json.loads(journal.fact("versions") or "{}")}
+    told = (facts.ALGORITHM, facts.SEED, facts.SIGNATURE, facts.VERSIONS)
+    return {fact.name: journal.fact(fact) for fact in told}
 
 
 def _write_candidates(path: Path, journal: Journal, subject: Subject) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import signal
@@ -26,6 +25,7 @@ from ecotone.experiments.tracking.notes import MirrorReport, note, noted, say, s
 from ecotone.experiments.tracking.protocol import SILENCE, Memory, TrackerSettings
 from ecotone.experiments.tracking.registry import TRACKERS
 from ecotone.experiments.tracking.subject import DEFAULT, Subject, state_of, trackers_of
+from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, first_line
 from ecotone.populations.journal import Journal
 
@@ -89,7 +89,7 @@ def settings_of(directory: Path, tracker: str, changes: Mapping[str, Any] | None
     """The settings of a tracker, as the journal has them; of one that was off, what the recipe says of it even so."""
     kind = TRACKERS.get(tracker, "tracker")
     with Journal.open(directory / "journal.sqlite") as journal:
-        on, recipe = trackers_of(journal), json.loads(journal.fact("recipe") or "{}")
+        on, recipe = trackers_of(journal), journal.fact(facts.RECIPE) or {}
     beside = recipe.get("tracking", {}) if tracker == DEFAULT else {}
     given = on.get(tracker, {key: value for key, value in beside.items() if key in kind.model_fields})
     try:
@@ -282,7 +282,7 @@ def _is_over(directory: Path, alive: Callable[[], bool]) -> bool:
     there = alive()  # before the journal is looked at: what a process that is gone wrote is there to be seen
     try:
         with Journal.open(directory / "journal.sqlite") as journal:
-            return journal.fact("state") in FINAL_STATES or not (there or journal.in_use)
+            return (journal.fact(facts.STATE) or "running") in FINAL_STATES or not (there or journal.in_use)
     except JournalError:
         return not there
 

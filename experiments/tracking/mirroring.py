@@ -19,6 +19,7 @@ from ecotone.experiments.tracking.protocol import End, Line, Record
 from ecotone.experiments.tracking.scoreboard import Scoreboard
 from ecotone.experiments.tracking.subject import Subject
 from ecotone.experiments.tracking.summary import Summary, summary_of
+from ecotone.populations import facts
 from ecotone.populations.journal import Journal
 
 _PORTION = 2000  # rows of the journal read at a time
@@ -72,10 +73,10 @@ class Mirror:
                 if row.number != self._after + 1 and not finished:
                     return
                 self._after = row.number
-                if row.calibration is not None:
+                if row.gradient is not None:
                     self.board.learn(row)
                     continue
-                if row.partial:
+                if not row.scored:
                     continue
                 line = self.board.add(row)
                 if line is not None and line.step > self.record.cursor:
@@ -120,7 +121,7 @@ class Mirror:
             ended=_last_written(journal.path),
             evaluations=self.board.count,
             time=now,
-            reasons={key: journal.fact(key) or "" for key in ("stop_reason", "error")},
+            reasons={fact.name: journal.fact(fact) or "" for fact in (facts.STOP_REASON, facts.ERROR)},
             metrics=summary.metrics,
             front=summary.front_mark if finished else "",
             lines=lines if finished else [],

@@ -13,6 +13,7 @@ conformance suite is ``ecotone.testing.trackers``.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,10 +177,13 @@ class TrackerSettings(Part):
     """Its name, for people."""
     packages: ClassVar[tuple[str, ...]]
     """What it imports."""
-    install: ClassVar[str]
-    """How to install that, a command."""
     lacks: ClassVar[tuple[str, ...]]
     """What it cannot do that others can, a clause each."""
+
+    @classmethod
+    def install(cls) -> str:
+        """The command that installs what it imports."""
+        raise NotImplementedError
 
     def recorded(self) -> TrackerSettings:
         """The settings that the journal keeps: what this process's environment decides is written out."""
@@ -209,7 +213,7 @@ class TrackerSettings(Part):
     def in_words(self, error: BaseException) -> str:
         """One line that says what went wrong, for the user."""
         if isinstance(error, ImportError):
-            return f"{self.title} cannot be imported ({first_line(error)}): {self.install}"
+            return f"{self.title} cannot be imported ({first_line(error)}): `{self.install()}`"
         text = " ".join(str(error).split()) or type(error).__name__
         return text if len(text) <= 300 else f"{text[:297]}..."
 
@@ -226,7 +230,7 @@ class TrackerSettings(Part):
             TrackingError: Something is.
         """
         if not cls.installed():
-            raise TrackingError(f"{cls.title} is not installed.", f"{cls.install}, or switch it off.")
+            raise TrackingError(f"{cls.title} is not installed.", f"`{cls.install()}`, or switch it off.")
 
 
 def check_declared(name: str, kind: Any) -> None:
@@ -238,10 +242,13 @@ def check_declared(name: str, kind: Any) -> None:
     """
     if not (isinstance(kind, type) and issubclass(kind, TrackerSettings)):
         raise InputError(f"tracker {name!r}: expected a subclass of TrackerSettings, found {kind!r}.")
-    ours = TrackerSettings
-    missing = [one for one in ours.DECLARED if getattr(kind, one, None) is getattr(ours, one, None)]
+    missing = [one for one in TrackerSettings.DECLARED if _found(kind, one) is _found(TrackerSettings, one)]
     silent = [field for field, text in kind.texts().items() if not text]
     needed = [field for field, known in kind.model_fields.items() if known.is_required()]
     for what, found in (("lacks", missing), ("says nothing of its fields", silent), ("has no default for", needed)):
         if found:
             raise InputError(f"tracker {name!r}: it {what} {', '.join(found)}.", "See TrackerSettings.")
+
+
+def _found(kind: type, name: str) -> Any:
+    return inspect.getattr_static(kind, name, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -64,9 +63,9 @@ class TrackingSettings(MlflowPlace):
         }
         return {name: one for name, one in (ours | self._others).items() if one is not None}
 
-    def fact(self) -> str:
-        """What the journal keeps of it, as JSON: a mirror is a process of its own, and reads it there."""
-        return json.dumps({name: one.recorded().model_dump(mode="json") for name, one in self.trackers.items()})
+    def recorded(self) -> dict[str, Any]:
+        """What the journal keeps of it: a mirror is a process of its own, and reads it there."""
+        return {name: one.recorded().model_dump(mode="json") for name, one in self.trackers.items()}
 
     @model_validator(mode="wrap")
     @classmethod

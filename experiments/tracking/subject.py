@@ -12,6 +12,7 @@ from typing import Any
 from ecotone.experiments.compare import algorithm_name
 from ecotone.experiments.storage import url_of
 from ecotone.experiments.tracking.names import flattened
+from ecotone.populations import facts
 from ecotone.populations.journal import Journal
 from ecotone.populations.trial import Goal
 
@@ -52,49 +53,45 @@ class Subject:
     @classmethod
     def of(cls, journal: Journal, directory: Path) -> Subject:
         """What the journal in ``directory`` says."""
-        created = journal.fact("created") or "0"
-        name = journal.fact("name") or directory.name
-        signature = journal.fact("signature") or ""
-        algorithm = journal.fact("algorithm") or ""
-        budget = _json_fact(journal, "budget", {}).get("evaluations")
-        goals = tuple(Goal(*goal) for goal in _json_fact(journal, "goals", []))
-        models = tuple(map(str, _json_fact(journal, "models", [])))
+        created = journal.fact(facts.CREATED) or 0.0
+        name = journal.fact(facts.NAME) or directory.name
+        signature = journal.fact(facts.SIGNATURE) or ""
+        algorithm = journal.fact(facts.ALGORITHM) or ""
+        seed = journal.fact(facts.SEED)
+        budget = (journal.fact(facts.BUDGET) or {}).get("evaluations")
+        goals = journal.fact(facts.GOALS) or ()
+        models = journal.fact(facts.MODELS) or ()
         return cls(
-            name=f"{algorithm_name(journal)} seed {journal.fact('seed') or 0}, {name}",
+            name=f"{algorithm_name(journal)} seed {seed or 0}, {name}",
             recipe=name,
             algorithm=algorithm,
-            identity=hashlib.blake2b("\n".join((created, name, signature)).encode(), digest_size=16).hexdigest(),
-            created=float(created),
+            identity=hashlib.blake2b("\n".join((repr(created), name, signature)).encode(), digest_size=16).hexdigest(),
+            created=created,
             goals=goals,
-            held_out=tuple(Goal(*goal) for goal in _json_fact(journal, "held_out_goals", [])),
+            held_out=journal.fact(facts.HELD_OUT_GOALS) or (),
             models=models,
             stride=None if budget is None else max(1, int(budget) // STEPS),
-            parameters=flattened(_json_fact(journal, "recipe", {})),
+            parameters=flattened(journal.fact(facts.RECIPE) or {}),
             tags={
                 "algorithm": algorithm,
                 "models": ", ".join(models),
                 "objectives": ", ".join(goal.name for goal in goals),
                 "ecotone.run_dir": url_of(directory) or str(directory),
                 "ecotone.signature": signature,
-                "ecotone.versions": journal.fact("versions") or "{}",
+                "ecotone.versions": json.dumps(journal.fact(facts.VERSIONS) or {}),
             },
         )
 
 
-def trackers_of(journal: Journal) -> dict[str, Mapping[str, Any]]:
+def trackers_of(journal: Journal) -> Mapping[str, Mapping[str, Any]]:
     """The trackers that a run is mirrored to: the settings of each, as the journal has them, by name."""
-    fact: dict[str, Any] = _json_fact(journal, "tracking", {})
-    return {DEFAULT: fact} if "experiment" in fact or "uri" in fact else fact  # as it was before there were several
-
-
-def _json_fact(journal: Journal, key: str, otherwise: Any) -> Any:
-    text = journal.fact(key)
-    return otherwise if text is None else json.loads(text) or otherwise
+    told = journal.fact(facts.TRACKING) or {}
+    return {DEFAULT: told} if "experiment" in told or "uri" in told else told  # as it was before there were several
 
 
 def state_of(journal: Journal, live: bool) -> str:
     """The journal's state; ``killed`` when it says running but nobody runs it."""
-    state = journal.fact("state") or "running"
+    state = journal.fact(facts.STATE) or "running"
     if state == "running" and not live and not journal.in_use:
         return "killed"
     return state

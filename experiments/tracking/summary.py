@@ -12,7 +12,7 @@ from ecotone.experiments.tracking.names import acceptable, distinct, metric_name
 from ecotone.experiments.tracking.scoreboard import Scoreboard
 from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations.journal import Journal, Row
-from ecotone.populations.trial import Evaluation, Goal
+from ecotone.populations.trial import Evaluation, Goal, Scores
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ def summary_of(journal: Journal, board: Scoreboard, subject: Subject) -> Summary
     names = metric_names([goal.name for goal in (*subject.goals, *subject.held_out)])
     metrics: dict[str, float] = {}
     if board.best is not None:
-        held_out = _measured(journal.measurement(board.best.digest, "held_out"))
+        held_out = _measured(journal.measurement(board.best.digest, Scores("held_out")))
         metrics |= {f"held_out/{names[goal.name]}": held_out[goal.name] for goal in _of(subject.held_out, held_out)}
     references = _references(journal)
     for reference, digest, searched in references:
-        held_out = _measured(journal.measurement(digest, "held_out"))
+        held_out = _measured(journal.measurement(digest, Scores("held_out")))
         for goal in _of(subject.goals, searched):
             metrics[f"references/{reference}/{names[goal.name]}"] = searched[goal.name]
         for goal in _of(subject.held_out, held_out):
             metrics[f"references/{reference}/held_out/{names[goal.name]}"] = held_out[goal.name]
     first = subject.goals[0].name if subject.goals else ""
     front = sorted(board.members.values(), key=lambda row: ((row.scores or {}).get(first, 0.0), row.number))
-    held = {row.number: _measured(journal.measurement(row.digest, "held_out")) for row in front}
+    held = {row.number: _measured(journal.measurement(row.digest, Scores("held_out"))) for row in front}
     return Summary(
         metrics,
         front,
@@ -84,7 +84,7 @@ def _references(journal: Journal) -> list[tuple[str, str, Mapping[str, float]]]:
     """Metric name, digest and search scores of each merge to compare with; a trial of the same genome counts."""
     references = journal.references()
     names = distinct({name: acceptable(name) for name, _ in references})
-    scores = {g.digest: _measured(journal.measurement(g.digest, "search")) for _, g in references}
+    scores = {g.digest: _measured(journal.measurement(g.digest, Scores())) for _, g in references}
     if any(not found for found in scores.values()):
         for row in journal.rows():
             if row.failure is None and row.digest in scores and not scores[row.digest]:

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from ecotone.experiments.tracking.names import CURSOR, PICTURE
 from ecotone.experiments.tracking.protocol import SILENCE, End, Line, Memory, TrackerSettings
 from ecotone.experiments.tracking.subject import Subject
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import InputError
 
 COLOUR = "#1f77b4"  # of fronts in pictures; W&B gives runs colours of its own
@@ -72,12 +73,16 @@ class WandbSettings(TrackerSettings):
 
     title: ClassVar[str] = "Weights & Biases"
     packages: ClassVar[tuple[str, ...]] = ("wandb",)
-    install: ClassVar[str] = "pip install 'ecotone[wandb]'"
     lacks: ClassVar[tuple[str, ...]] = (
         "`ecotone ui` serves no pages for it",
         "`ecotone export --register` makes no model in it",
         "runs are not named by its run ids",
     )
+
+    @classmethod
+    def install(cls) -> str:
+        """The extra."""
+        return how_to_install("wandb")
 
     def recorded(self) -> WandbSettings:
         """With the mode that $WANDB_MODE names, and the folder made absolute."""

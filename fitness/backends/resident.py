@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ecotone.fitness.backends import activation_checkpointing as recomputing
 from ecotone.fitness.backends.architectures import make
-from ecotone.fitness.specs import CallSpec
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.kernel.lazy import fill
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats, Genome
+from ecotone.settings import Call
 
 STACK_BYTES = 64 * 1024**2
 
@@ -64,7 +64,7 @@ class Resident:
     def __init__(
         self,
         sources: Sources,
-        architecture: CallSpec | Literal["auto"] | None,
+        architecture: Call | Literal["auto"] | None,
         device: torch.device,
         dtype: torch.dtype | None = None,
         stack_bytes: int = STACK_BYTES,

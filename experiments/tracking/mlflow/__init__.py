@@ -14,6 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 from ecotone.experiments.tracking.mlflow import store
 from ecotone.experiments.tracking.protocol import Memory, TrackerSettings
 from ecotone.experiments.tracking.subject import Subject
+from ecotone.extras import how_to_install
 from ecotone.settings import Part
 
 if TYPE_CHECKING:
@@ -37,8 +38,12 @@ class MlflowSettings(MlflowPlace, TrackerSettings):
 
     title: ClassVar[str] = "MLflow"
     packages: ClassVar[tuple[str, ...]] = ("mlflow",)
-    install: ClassVar[str] = "pip install 'ecotone[mlflow]'"
     lacks: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def install(cls) -> str:
+        """The extra."""
+        return how_to_install("mlflow")
 
     def recorded(self) -> MlflowSettings:
         """With the URI that $MLFLOW_TRACKING_URI names, made absolute."""

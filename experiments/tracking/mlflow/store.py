@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from ecotone.experiments.storage import is_url
 from ecotone.experiments.tracking.protocol import SILENCE, TrackingError
+from ecotone.extras import how_to_install
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -91,7 +92,7 @@ def in_words(error: BaseException, uri: str) -> str:
     """One line that says what went wrong, for the user."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ImportError):
-        return f"MLflow cannot be imported ({text}): pip install 'ecotone[mlflow]'"
+        return f"MLflow cannot be imported ({text}): `{how_to_install('mlflow')}`"
     if any(sign in text for sign in ("Max retries exceeded", "Connection refused", "timed out", "Connection aborted")):
         return f"the tracking server at {urlsplit(uri).hostname or uri} {SILENCE}"
     return text if len(text) <= 300 else f"{text[:297]}..."
