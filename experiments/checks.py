@@ -57,6 +57,7 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
     yield Finding("recipe", f"{recipe.name}, signature {recipe.signature}")
     yield from _functions(recipe)
     yield from _workers(recipe)
+    yield from _trackers(recipe)
     assert composition.operator
     yield Finding("scoring", f"{recipe.scoring.backend}: {recipe.scoring.describe()}")
     if not composition.prepared:
@@ -78,6 +79,14 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
 def _workers(recipe: Recipe) -> Iterator[Finding]:
     if text := compose.unused_workers(recipe):
         yield Finding("workers", text)
+
+
+def _trackers(recipe: Recipe) -> Iterator[Finding]:
+    """Where the run will be mirrored to, and what cannot be had there."""
+    for name, settings in recipe.tracking.trackers.items():
+        missing = () if settings.installed() else (f"not installed: `{settings.install()}`",)
+        clauses = (settings.recorded().describe(), *missing, *settings.lacks)
+        yield Finding(f"tracking.{name}", "; ".join(clauses))
 
 
 def _functions(recipe: Recipe) -> Iterator[Finding]:

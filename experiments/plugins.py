@@ -15,6 +15,7 @@ REGISTRIES = {
     "backends": "ecotone.fitness.backends.registry:BACKENDS",
     "statistics": "ecotone.fitness.statistics.kinds:STATISTICS",
     "formats": "ecotone.merging.models.formats:FORMATS",
+    "trackers": "ecotone.experiments.tracking.registry:TRACKERS",
 }
 
 

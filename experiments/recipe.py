@@ -24,6 +24,7 @@ from pydantic import (
 
 from ecotone.experiments.merge import Merge
 from ecotone.experiments.ready import recipe_file
+from ecotone.experiments.tracking.settings import TrackingSettings
 from ecotone.experiments.words import explained
 from ecotone.fitness.backends import registry
 from ecotone.fitness.backends.registry import BACKENDS, AnyScoring
@@ -118,20 +119,6 @@ class Budget(Part):
         return self
 
 
-class Tracking(Part):
-    """Where the run is mirrored to.
-
-    Attributes:
-        mlflow: Mirror the journal into MLflow.
-        uri: A tracking server or store; None is $MLFLOW_TRACKING_URI, or else an SQLite file beside the runs.
-        experiment: MLflow experiment.
-    """
-
-    mlflow: bool = True
-    uri: str | None = None
-    experiment: str = "ecotone"
-
-
 class Recipe(Part):
     """A search, whole: models, merge operator, objectives, algorithm, scoring, budget, seed, runtime, tracking.
 
@@ -164,7 +151,7 @@ class Recipe(Part):
     scoring: AnyScoring = Field(default_factory=lambda: BACKENDS.get(registry.USUAL, "scoring").model_validate({}))
     seed: int = Field(default=0, ge=0)
     runtime: Runtime = Runtime()
-    tracking: Tracking = Tracking()
+    tracking: TrackingSettings = TrackingSettings()
     _folder: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")

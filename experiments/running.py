@@ -20,7 +20,6 @@ from ecotone.experiments import checks, compose, logs, preparation, storage, tra
 from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
 from ecotone.experiments.runs import Run, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
-from ecotone.extras import how_to_install
 from ecotone.fitness.pools import Pool
 from ecotone.merging.operators.base import Operator
 from ecotone.populations import facts
@@ -123,7 +122,7 @@ def resume(
             same_models(journal, space)
             journal.note(facts.RECIPE, recipe.record())
             journal.note(facts.BUDGET, recipe.budget.model_dump(mode="json"))
-            journal.note(facts.TRACKING, _tracking(recipe))
+            journal.note(facts.TRACKING, recipe.tracking.recorded())
             journal.note(facts.SYS_PATH, folders)
             _carry_out(composition, composition.search(space), place, journal, pool, space, observe, notify)
     return Run(place.directory)
@@ -276,21 +275,21 @@ def _recorded(journal: Journal, place: Place) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
-    """Have a process of its own mirror the journal into MLflow meanwhile."""
-    if not recipe.tracking.mlflow:
-        yield
-        return
-    if not tracking.installed():
-        notify(
-            f"MLflow is not installed, so the run is not tracked: `{how_to_install('mlflow')}`, then `ecotone sync`."
-        )
-        yield
-        return
-    process = tracking.start(place.directory, os.getpid())
+    """Have processes of their own mirror the journal into the recipe's trackers meanwhile."""
+    followers = {}
+    for name, settings in recipe.tracking.trackers.items():
+        if settings.installed():
+            followers[name] = tracking.start(place.directory, os.getpid(), name)
+        else:
+            remedy = f"`{settings.install()}`, then `ecotone sync`"
+            notify(f"{settings.title} is not installed, so it does not get the run: {remedy}.")
     yield
-    notify("Waiting for MLflow to have everything ...")
-    if not tracking.wait(process, 60, place.directory):
-        notify(f"MLflow does not have everything yet; `ecotone sync {place.where}` sends the rest.")
+    end = time.monotonic() + 60
+    for name, process in followers.items():
+        title = recipe.tracking.trackers[name].title
+        notify(f"Waiting for {title} to have everything ...")
+        if not tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name):
+            notify(f"{title} does not have everything yet; `ecotone sync {place.where}` sends the rest.")
 
 
 def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
@@ -305,19 +304,13 @@ def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.N
         facts.GOALS.note(compose.goals_of(objectives.search)),
         facts.HELD_OUT_GOALS.note(compose.goals_of(objectives.held_out)),
         facts.BUDGET.note(recipe.budget.model_dump(mode="json")),
-        facts.TRACKING.note(_tracking(recipe)),
+        facts.TRACKING.note(recipe.tracking.recorded()),
         facts.VERSIONS.note(compose.versions()),
         facts.MODELS.note(space.seed_names),
         facts.SYS_PATH.note(paths),
         facts.GEOMETRY.note(space.gram.prefix[-1].tolist()),
         facts.STATE.note("running"),
     ]
-
-
-def _tracking(recipe: Recipe) -> dict[str, str | None]:
-    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    found = None if uri is None else tracking.absolute_uri(uri)
-    return {"uri": found, "experiment": recipe.tracking.experiment}
 
 
 def _recorded_paths(journal: Journal) -> tuple[Mapping[str, Any], tuple[str, ...]]:

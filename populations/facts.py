@@ -86,7 +86,7 @@ GEOMETRY: Fact[list[list[float]]] = Fact(
     "geometry", "(J, J) inner products of the sources: other weights have others.", json.loads, _json
 )
 BUDGET = _object("budget", "Evaluations and seconds after which the search ends; null for no limit.")
-TRACKING = _object("tracking", "The URI of the tracking server, and the name of the experiment there.")
+TRACKING = _object("tracking", "The trackers that the run is mirrored to, by name, each with its settings.")
 VERSIONS = _object("versions", "Versions of the packages that results depend on.")
 SYS_PATH: Fact[tuple[str, ...]] = Fact(
     "sys_path", "Folders of the user's own modules; the last is the working directory.", _strings, _json

@@ -25,9 +25,9 @@ import numpy as np
 import pytest
 
 from ecotone.experiments import tracking
-from ecotone.experiments.tracking.server import await_answer, free_port, serving
-from ecotone.experiments.tracking.server import stop as stop_server
-from ecotone.experiments.tracking.view import view_address, view_key
+from ecotone.experiments.tracking.mlflow.server import await_answer, free_port, serving
+from ecotone.experiments.tracking.mlflow.server import stop as stop_server
+from ecotone.experiments.tracking.mlflow.view import view_address, view_key
 from ecotone.populations import facts
 from ecotone.populations.facts import Note
 from ecotone.populations.genome import Genome

@@ -28,8 +28,8 @@ from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import JOURNAL, Run
 from ecotone.experiments.storage import Lease, LeaseLostError, Mirror, StorageError, Store, newest_mirror, take_lease
-from ecotone.experiments.tracking import store as tracking_store
-from ecotone.experiments.tracking.target import Target
+from ecotone.experiments.tracking.mlflow import store as tracking_store
+from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations import migrations
 from ecotone.populations.errors import EcotoneError, JournalError
 from ecotone.populations.facts import NAME
@@ -804,7 +804,7 @@ def test_mlflow_knows_a_run_by_its_url(
     url = f"file://{tmp_path}/store/run"
     run = launch(toy(tmp_path), url, folders=(str(tmp_path),))
     with run.journal() as journal:
-        tags = Target.of(journal, run.directory, None, None).tags
+        tags = Subject.of(journal, run.directory).tags
     machine("second")
     data = SimpleNamespace(data=SimpleNamespace(tags=tags))
     monkeypatch.setattr(tracking_store, "client_of", lambda uri: SimpleNamespace(get_run=lambda run_id: data))
