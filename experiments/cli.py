@@ -167,8 +167,18 @@ def resume(
 
 
 @app.command()
-def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
-    """Check a recipe against its functions and its checkpoints' headers, without reading a weight."""
+def validate(
+    recipe: RecipeArgument,
+    settings: SetOption = None,
+    headers: Annotated[
+        bool, typer.Option("--headers", help="Read the models' headers alone: form no model and score nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a recipe against its functions and its models, and score one model on one example a task.
+
+    `ecotone run` makes the same checks before it spends any of the budget.
+    """
     from ecotone.experiments import report
     from ecotone.experiments.checks import validate as check
     from ecotone.experiments.compose import python_paths
@@ -176,7 +186,7 @@ def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOp
     chosen = recipe_of(recipe, settings)
     python_paths((str(recipe.parent.resolve()),))
     with _stdout_to_stderr():
-        findings = [(finding.subject, finding.text) for finding in check(chosen)]
+        findings = [(finding.subject, finding.text) for finding in check(chosen, headers=headers)]
     if as_json:
         print_json({"valid": True, "signature": chosen.signature, "findings": dict(findings)})
         return
