@@ -1,4 +1,4 @@
-"""The command line. Heavy imports are made inside the commands, so that ``--help`` and ``status`` answer at once."""
+"""The command line. The commands import heavy packages themselves, so that ``--help`` and ``status`` answer at once."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ app = typer.Typer(
 PreferenceOption = Annotated[
     str | None,
     typer.Option(
-        metavar="TEXT", help='What matters: weights "a=0.7,b=0.3" of the objectives, or a point "at:a=0.9,b=0.8".'
+        metavar="TEXT", help='Weights of the objectives, as "a=0.7,b=0.3", or scores to reach, as "at:a=0.9,b=0.8".'
     ),
 ]
 ReferenceOption = Annotated[
     str | None,
-    typer.Option(metavar="TEXT", help='Where hypervolumes are measured from, as in "a=0.2,b=0.1".'),
+    typer.Option(metavar="TEXT", help='Measure hypervolumes from this point, e.g. "a=0.2,b=0.1".'),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=0, help="Ray workers; 0 evaluates in this process. Overrides runtime.workers.")
+    int | None, typer.Option(min=0, help="Number of Ray workers; 0 scores in this process. Overrides runtime.workers.")
 ]
 AddressOption = Annotated[
     str | None, typer.Option(help="Address of a Ray cluster to run on. Overrides runtime.address.")
@@ -71,19 +71,19 @@ _EVERY = 5.0  # seconds between two looks of `status --watch`
 
 
 class LogFormat(str, Enum):
-    """What `run` and `resume` say while they search."""
+    """How `run` and `resume` report while they search."""
 
     text = "text"
     json = "json"
 
 
 LogOption = Annotated[
-    LogFormat, typer.Option("--log", help="text: a line of progress; json: an event a line, on stdout, and no table.")
+    LogFormat, typer.Option("--log", help="text: a line of progress; json: one event per line on stdout, and no table.")
 ]
 
 
 class ExportFormat(str, Enum):
-    """What `export` writes."""
+    """The formats that `export` writes."""
 
     checkpoint = "checkpoint"
     mergekit = "mergekit"
@@ -101,9 +101,9 @@ def run(
     log: LogOption = LogFormat.text,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a recipe: prepare, search, score the front on held-out data, and print what was found.
+    """Run a recipe: prepare, search, score the front on held-out data, and print the results.
 
-    Ctrl-C stops cleanly; `ecotone resume` goes on from there.
+    Ctrl-C stops cleanly. `ecotone resume` goes on from there.
     """
     from ecotone.experiments.running import launch, new_directory
 
@@ -127,16 +127,18 @@ def resume(
     workers: WorkersOption = None,
     address: Annotated[
         str | None,
-        typer.Option(help="Of a Ray cluster to run on; the http:// address of its dashboard to go on there, as a job."),
+        typer.Option(
+            help="Address of a Ray cluster to run on, or of its dashboard (http://...) to go on there, as a job."
+        ),
     ] = None,
     folder: jobs_cli.FolderOption = None,
     environment: jobs_cli.EnvironmentOption = None,
     log: LogOption = LogFormat.text,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on with a run that was stopped or killed; nothing that was evaluated is paid for again.
+    """Go on with a run that was stopped or killed. No finished evaluation is ever repeated.
 
-    Fields of runtime, tracking and budget may be set anew, e.g. --set budget.evaluations=5000 to search longer. With
+    You may set fields of runtime, tracking and budget anew, e.g. --set budget.evaluations=5000 to search longer. With
     the http:// address of a cluster's dashboard the run goes on there, as a job; RUN may then be its name there.
     """
     if address is not None and jobs_cli.is_server(address):
@@ -168,7 +170,7 @@ def resume(
 
 @app.command()
 def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
-    """Check a recipe against its functions and its checkpoints' headers, without reading a weight."""
+    """Check a recipe against its functions and its checkpoints' headers. No weight is read."""
     from ecotone.experiments import report
     from ecotone.experiments.checks import validate as check
     from ecotone.experiments.compose import python_paths
@@ -187,13 +189,13 @@ def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOp
 
 @app.command("recipe")
 def recipe_fields(
-    schema: Annotated[bool, typer.Option("--schema", help="Print JSON Schema of a whole recipe.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a whole recipe.")] = False,
     explain: Annotated[
         str | None, typer.Option(metavar="FIELD", help="Explain one field, by its dotted path, e.g. search.archive.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a recipe may hold: every field with its type, default and meaning, or one of them."""
+    """Explain the fields of a recipe: type, default and meaning of each, or of one."""
     from ecotone.experiments import fields
 
     if schema and explain is not None:
@@ -211,7 +213,7 @@ def recipe_fields(
 
 @app.command()
 def plugins(as_json: JsonOption = False) -> None:
-    """List every kind that recipes can name, and the package that each comes from."""
+    """List the algorithms, operators and other kinds that recipes can name, with the package of each."""
     from ecotone.experiments import report
     from ecotone.experiments.plugins import origins
 
@@ -226,11 +228,11 @@ def plugins(as_json: JsonOption = False) -> None:
 def status(
     run: RunArgument,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it again every few seconds, until the run ends.")
+        bool, typer.Option("--watch", help="Print the state every few seconds, until the run ends.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say where a run stands; also while it is running."""
+    """Show the state of a run, also while it is running."""
     from ecotone.experiments import report
 
     if as_json and watch:
@@ -266,7 +268,7 @@ def front(
 ) -> None:
     """List the Pareto front, best mean first, with scores on search and held-out data.
 
-    A preference marks the member that fits it best. A search that predicts its front reports how it turned out.
+    A preference marks the member that fits it best. If the search predicted its front, prediction and result are shown.
     """
     from ecotone.experiments import report
     from ecotone.experiments.preferences import choose_member, reference_numbers
@@ -290,12 +292,13 @@ def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories, or MLflow run ids.")],
     reference: ReferenceOption = None,
     reach: Annotated[
-        str, typer.Option(metavar="HV", help="A hypervolume, or a share of the best run's, whose cost is looked up.")
+        str,
+        typer.Option(metavar="HV", help="Show the cost to reach this hypervolume, or this share of the best run's."),
     ] = "90%",
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one page that works offline.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page that works offline.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare the fronts of runs of the same objectives: hypervolume, distance to the best front, cost."""
+    """Compare the fronts of runs with the same objectives: hypervolume, distance to the best front, cost."""
     from ecotone.experiments import report
     from ecotone.experiments.compare import compare as compare_runs
 
@@ -323,13 +326,13 @@ def export(
         Path, typer.Option(metavar="DIR", help="A new directory, or a path that ends in .safetensors (or .yaml).")
     ],
     member: Annotated[
-        str | None, typer.Option(help="The number of a trial, as `front` lists them, or 'best', the default.")
+        str | None, typer.Option(help="Number of a member, as `front` lists it, or 'best', the default.")
     ] = None,
     preference: PreferenceOption = None,
     register: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Also make it a version of this model in MLflow; above 2 GiB, without weights."
+            metavar="NAME", help="Also register it as a version of this MLflow model; above 2 GiB, without weights."
         ),
     ] = None,
     alias: Annotated[
@@ -337,14 +340,14 @@ def export(
     ] = None,
     kind: Annotated[
         ExportFormat,
-        typer.Option("--format", help="checkpoint: the weights; mergekit: a YAML file of which mergekit makes them."),
+        typer.Option("--format", help="checkpoint: the weights; mergekit: a YAML file from which mergekit makes them."),
     ] = ExportFormat.checkpoint,
     snap: Annotated[
-        bool, typer.Option("--snap", help="For mergekit: move split points inside tensors to their borders.")
+        bool, typer.Option("--snap", help="With mergekit: move split points inside tensors to tensor borders.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a member's weights as a checkpoint, with a model card and the record that `verify` needs."""
+    """Write a member's weights as a checkpoint, with a model card and the record for `verify`."""
     found = _run(run)
     trial = found.trial(_wanted_member(found, member, preference))
     if kind is ExportFormat.mergekit:
@@ -382,7 +385,7 @@ def _export_mergekit(found: Run, member: int, to: Path, snap: bool, as_json: boo
     for note in merge.notes:
         typer.echo(note)
     if merge.snap is not None:
-        typer.echo(f"It is not the member itself: {merge.snap}. It scores, in the member's place:")
+        typer.echo(f"The file is not the member itself: {merge.snap}. It scores:")
         rows = [
             (f"{subset} {name}", f"{score:.6f}") for subset, named in scores.items() for name, score in named.items()
         ]
@@ -396,11 +399,12 @@ def import_mergekit(
         Path | None, typer.Option(metavar="RECIPE", help="A new file for the recipe; otherwise it is printed.")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Layers of the models; needed with layer_granularity for models not here.")
+        int | None,
+        typer.Option(min=1, help="Number of layers; needed with layer_granularity if the models are not here."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a configuration of mergekit-evolve into a recipe; comments tell what is otherwise."""
+    """Turn a configuration of mergekit-evolve into a recipe. Its comments say what differs."""
     from ecotone.experiments.mergekit import import_mergekit as imported
 
     text = imported(file, layers)
@@ -421,13 +425,13 @@ def import_mergekit(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="What `ecotone export` wrote.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `ecotone export` wrote.")],
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference that passes; raise it on another kind of device.")
     ] = 1e-6,
     as_json: JsonOption = False,
 ) -> None:
-    """Score an exported checkpoint again and compare with what the journal recorded."""
+    """Score an exported checkpoint again, and compare with the recorded scores."""
     from ecotone.experiments import report
     from ecotone.experiments.exports import verify as check
 
@@ -442,7 +446,7 @@ def verify(
         ]
         out = report.console()
         out.print(report.lines(rows))
-        out.print("The checkpoint scores what was recorded." if equal else "The scores differ.")
+        out.print("The scores equal the recorded ones." if equal else "The scores differ.")
     if not equal:
         raise typer.Exit(1)
 
@@ -497,7 +501,7 @@ jobs_cli.register(app)
 
 
 def main() -> None:
-    """The console script: errors become one clear message, and stopping says how to go on."""
+    """The console script. It prints an error as one clear message, and after a stop the command that goes on."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         code = app(standalone_mode=False)
@@ -548,9 +552,9 @@ def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogF
         out.print(text, soft_wrap=True)
     out.print(f"\nThe run is in {finished.where}. What next:", soft_wrap=True)
     for command, text in (
-        ("front", "all members of the front"),
-        ("ui", "the run in MLflow"),
-        ("export --to merged --member best", "the best merge as a checkpoint"),
+        ("front", "list the front"),
+        ("ui", "open the run in MLflow"),
+        ("export --to merged --member best", "write the best merge as a checkpoint"),
     ):
         name, _, options = command.partition(" ")
         typed = f"ecotone {name} {shlex.quote(finished.where)} {options}".rstrip()
@@ -559,7 +563,7 @@ def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogF
 
 @contextlib.contextmanager
 def _watched(recipe: Recipe, log: LogFormat) -> Iterator[Watcher]:
-    """What a search is observed by: a line on stderr with warnings above it, or events on stdout."""
+    """An observer of the search: a line on stderr with warnings above it, or events on stdout."""
     from ecotone.experiments import report
 
     if log is LogFormat.json:
@@ -583,7 +587,7 @@ def _wanted_member(run: Run, member: str | None, preference: str | None) -> int 
 
 
 def _registrar(run: Run, name: str | None, alias: str | None) -> Registrar | None:
-    """What registers an export, if the user wants that; it has checked that MLflow is there."""
+    """The registrar of an export, if the user wants one. It has checked that MLflow is there."""
     if name is None and alias is None:
         return None
     if name is None:
@@ -610,7 +614,7 @@ def _looks_like_id(text: str) -> bool:
 
 
 def _stdout_to_stderr() -> contextlib.redirect_stdout[Any]:
-    """What the user's functions print goes to stderr: stdout is for results."""
+    """Send the prints of the user's functions to stderr: stdout is for results."""
     return contextlib.redirect_stdout(sys.stderr)
 
 

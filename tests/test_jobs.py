@@ -386,7 +386,7 @@ def test_a_cluster_that_takes_jobs_from_anybody_is_told_of(
         said = ecotone("submit", RECIPE, "--address", f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
     assert said.code == 0
-    assert ("Beware: " in said.err) == (code == 200)
+    assert ("Warning: " in said.err) == (code == 200)
 
 
 def test_the_tunnel_leads_to_the_host_of_the_address() -> None:
