@@ -118,7 +118,7 @@ def choose(points: Floats, goals: Sequence[Goal], preference: Preference) -> int
 
 
 def shortfalls(point: Floats, goals: Sequence[Goal], preference: Preference) -> dict[str, float]:
-    """By objective, the distance by which the oriented ``point`` (M,) misses the point to reach; empty if it reaches it."""
+    """By objective, the gap between the oriented ``point`` (M,) and the point to reach; empty if it reaches it."""
     if preference.form == "weights":
         return {}
     by_name = {goal.name: (goal.sign, score) for goal, score in zip(goals, point, strict=True)}

@@ -628,7 +628,7 @@ class _DistantPlace(Place):
             copier.finish(PATIENCE)
 
     def _finish_anyhow(self, copier: Copier) -> None:
-        """Make the last copy of a run that fails or is stopped. An error of copying is only logged: the other matters."""
+        """Make the last copy of a run that fails or is stopped. An error of copying is only logged."""
         try:
             copier.finish(PATIENCE)
         except EcotoneError as another:

@@ -120,7 +120,7 @@ class NicheArchive:
         return worth * top if self.resource == "max" and not self._binary else worth
 
     def fitness(self) -> Floats:
-        """(P,) shared fitness of the members, oldest first. At alpha 1 it sums to the examples that they solve together."""
+        """(P,) shared fitness of the members, oldest first. At alpha 1 it sums to the worth of all solved examples."""
         shared: Floats = self._scores @ self._worth()
         return shared[self._slots]
 
