@@ -43,6 +43,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=$(CURDIR) $(BIN)/pyright --verifytypes ecotone --ignoreexternal
 
 clean:
 	rm -rf .venv .venv-mergekit .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

@@ -76,6 +76,8 @@ class Registry(Generic[Kind]):
             InputError: There is none (the nearest name is given), two packages have one of that name, its package
                 cannot be imported, or it does not declare all that it must.
         """
+        if not isinstance(name, str):
+            raise InputError(f"{field}: expected one of {', '.join(self.names())}, found {name!r}.")
         if name in self._given:
             return self._given[name]
         if name not in self._found:
@@ -131,7 +133,7 @@ class Registry(Generic[Kind]):
                 found[point.name].append(point)
         return dict(found)
 
-    def _loaded(self, name: Any, field: str) -> Kind:
+    def _loaded(self, name: str, field: str) -> Kind:
         if name in self._ours:
             module, _, attribute = self._ours[name].partition(":")
             kind = getattr(import_module(module), attribute)
@@ -140,9 +142,7 @@ class Registry(Generic[Kind]):
         points = self._others.get(name, [])
         if not points:
             known = self.names()
-            raise InputError(
-                f"{field}: expected one of {', '.join(known)}, found {name!r}.", nearest(name, known) if name else ""
-            )
+            raise InputError(f"{field}: expected one of {', '.join(known)}, found {name!r}.", nearest(name, known))
         if len(points) > 1:
             packages = " and ".join(f"{_package(point)} ({point.value})" for point in points)
             raise InputError(

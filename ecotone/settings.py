@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -36,11 +36,23 @@ from ecotone.registry import Registry
 _SECTION = re.compile(r"^(Attributes|Args):\s*$")
 _ENTRY = re.compile(r"^ {4}(\w+): ?(.*)$")
 
+Parts = TypeVar("Parts", bound=BaseModel)
+
 
 class Part(BaseModel):
     """A part of a recipe: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
+
+    extras: ClassVar[type[Part] | None] = None
+    """Of a part that takes keys beside its fields: the part that such a key's value may be."""
+
+    @classmethod
+    def more_fields(cls) -> Iterator[MoreField]:
+        """Of a part that takes keys beside its fields: these, as they are declared elsewhere."""
+        yield from ()
 
     @classmethod
     def texts(cls) -> dict[str, str]:
@@ -77,6 +89,25 @@ class Part(BaseModel):
             if text and name in shape.get("properties", {}):
                 shape["properties"][name]["description"] = text
         return shape
+
+
+@dataclass(frozen=True)
+class MoreField:
+    """A key that a part takes beside its fields.
+
+    Args:
+        name: The key.
+        kinds: Names of the kinds that it belongs to.
+        shape: JSON Schema of its value.
+        default: Its value where none is given.
+        text: What it means.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    shape: Mapping[str, Any]
+    default: Any
+    text: str
 
 
 @cache
@@ -127,7 +158,8 @@ class Call(Part):
     """A Python function and its keyword arguments.
 
     Attributes:
-        call: ``package.module:function``.
+        call: ``package.module:function``, or ``./file.py:function`` for a file, whose path is relative to the
+            recipe's folder.
         arguments: Keyword arguments, plain values. One that begins with ``prepared:`` is a path, relative to what the
             preparation step wrote.
     """
@@ -265,3 +297,31 @@ def check_kind(name: str, kind: Any, base: type[Part], tag: str) -> None:
             f"{kind.__name__}: expected a text for each field, found none for {', '.join(silent)}.",
             "Write it into the Attributes section of the class's docstring.",
         )
+
+
+def split_call(text: str) -> tuple[str, str, bool]:
+    """The module or file that a call names, the function in it, and whether the former is a file (``.py``)."""
+    place, _, function = text.rpartition(":")
+    if place.endswith(".py"):
+        return place, function, True
+    module, _, function = text.partition(":")
+    return module, function, False
+
+
+def with_files(part: Parts, located: Located) -> Parts:
+    """A part with the files that its calls name, at any depth, put through ``located``."""
+    found = {name: _with_files(name, getattr(part, name), located) for name in type(part).model_fields}
+    changed = {name: value for name, value in found.items() if value is not getattr(part, name)}
+    return part.model_copy(update=changed) if changed else part
+
+
+def _with_files(field: str, value: Any, located: Located) -> Any:
+    if isinstance(value, BaseModel):
+        return with_files(value, located)
+    if isinstance(value, tuple):
+        parts = tuple(_with_files(field, one, located) for one in value)
+        return parts if any(new is not old for new, old in zip(parts, value, strict=True)) else value
+    if field != "call" or not isinstance(value, str):
+        return value
+    place, function, is_file = split_call(value)
+    return f"{located(place)}:{function}" if is_file else value

@@ -14,13 +14,10 @@ from typing import Any
 import numpy as np
 
 from ecotone.experiments import preparation
+from ecotone.experiments.merge import Range
 from ecotone.experiments.parts import LanguageObjective, Objective, PythonObjective
-from ecotone.experiments.recipe import (
-    Calibration,
-    Models,
-    Range,
-    Recipe,
-)
+from ecotone.experiments.recipe import Calibration, Models, Recipe
+from ecotone.fitness.callables import put_last
 from ecotone.fitness.pools import Pool, SerialPool
 from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
 from ecotone.fitness.worker import open_sources
@@ -28,7 +25,7 @@ from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import InputError, PoolError, nearest
+from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
 from ecotone.populations.space import Space
@@ -61,9 +58,9 @@ def versions() -> dict[str, str]:
 
 
 def python_paths(folders: tuple[str, ...]) -> tuple[str, ...]:
-    """Put the working directory and ``folders`` on the Python path; returns them."""
+    """Put ``folders`` and the working directory last on the Python path; returns them."""
     paths = tuple(dict.fromkeys([*folders, str(Path.cwd())]))
-    sys.path.extend(path for path in paths if path not in sys.path)
+    put_last(paths)
     return paths
 
 
@@ -135,25 +132,9 @@ def make_pool(recipe: Recipe, spec: WorkerSpec) -> Pool:
     runtime = recipe.runtime
     if runtime.pool == "serial":
         return SerialPool(spec)
-    try:
-        from ecotone.fitness.ray_pool import RayPool
-    except ImportError as error:
-        raise PoolError(
-            f"runtime.pool: Ray is not installed ({error}).",
-            "`pip install 'ecotone[ray]'`, or --set runtime.pool=serial.",
-        ) from error
-    return RayPool(
-        spec,
-        workers=runtime.workers,
-        address=runtime.address,
-        cpus_per_worker=runtime.cpus_per_worker,
-        gpus_per_worker=runtime.gpus_per_worker,
-        resources=dict(runtime.resources),
-        start_timeout=runtime.start_timeout,
-        attempts=runtime.attempts,
-        time_limit=runtime.time_limit,
-        idle_timeout=runtime.idle_timeout,
-    )
+    from ecotone.fitness.ray.pool import RayPool
+
+    return RayPool(spec, runtime)
 
 
 def unused_workers(recipe: Recipe) -> str:

@@ -46,7 +46,11 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
     scored = run.scored(trial.number)
     recipe = _recipe(run)
     sources, dtype = _opened(recipe)
-    record = {**_record(run, recipe, trial, scored), "operator": operator_record(sources.tuned(trial.genome).operator)}
+    record = {
+        **_record(run, recipe, trial, scored),
+        "operator": operator_record(sources.tuned(trial.genome).operator),
+        "models": models_record(sources),
+    }
     target = Path(to)
     if target.suffix in (".yaml", ".yml"):
         raise InputError(f"{target}: expected a directory or a .safetensors file.", "For a .yaml: --format mergekit.")
@@ -119,6 +123,12 @@ def _opened(recipe: Recipe) -> tuple[Sources, str | None]:
 def operator_record(operator: Operator) -> dict[str, Any]:
     """An operator's name and all its settings, defaults included."""
     return {"name": operator.name, **dataclasses.asdict(operator)}  # type: ignore[call-overload]
+
+
+def models_record(sources: Sources) -> dict[str, Any]:
+    """What the models say of themselves: where they are, and what was done to them before they were merged."""
+    base = None if sources.base is None else sources.base.record()
+    return {"base": base, "experts": [expert.record() for expert in sources.experts]}
 
 
 def _recipe(run: Run) -> Recipe:

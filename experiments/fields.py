@@ -70,6 +70,9 @@ def fields_of(part: type[Part], path: str = "", kinds: tuple[str, ...] = ()) -> 
         for nested, own in inside(part, name):
             if nested is not StageSettings and nested is not ChainSettings:
                 yield from fields_of(nested, place, own)
+    for more in part.more_fields():
+        default = "none" if more.default is None else json.dumps(more.default, default=str)
+        yield FieldText(f"{path}.{more.name}", more.kinds, in_words(more.shape, {}), default, more.text)
 
 
 def inside(part: type[Part], name: str) -> list[tuple[type[Part], tuple[str, ...]]]:
@@ -154,7 +157,8 @@ def in_words(shape: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
     if kind == "array":
         return f"a list of: {in_words(shape['items'], parts)}" if "items" in shape else "a list"
     if kind == "object":
-        return "a mapping" if "properties" not in shape else "a mapping of the fields below"
+        title = " of bounds (low, high, scale)" if shape.get("title") == "Range" else ""
+        return f"a mapping{title}" if "properties" not in shape or title else "a mapping of the fields below"
     return _WORDS.get(str(kind), "any value") + _bounds(shape)
 
 

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import ecotone
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
 
 State: TypeAlias = Literal["pending", "running", "stopped", "succeeded", "failed"]
@@ -111,7 +112,7 @@ class JobServer:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"--address: expected http://HOST:PORT of a Ray dashboard, found {address!r}.", _tunnel())
-        self.address = address.rstrip("/")
+        self.address: str = address.rstrip("/")
         with self._explained():
             self._client = _client(self.address)
 
@@ -288,7 +289,7 @@ class JobServer:
         except EcotoneError:
             raise
         except ImportError as error:
-            raise PoolError(f"Ray's job client is not installed ({error}).", "pip install 'ecotone[ray]'") from error
+            raise PoolError(f"Ray's job client is not installed ({error}).", f"`{how_to_install('ray')}`.") from error
         except Exception as error:
             raise _in_words(error, self.address) from error
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +22,8 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from ecotone.merging.models.checkpoint import Model
 from ecotone.merging.models.layout import Layout
-from ecotone.merging.models.lora import Adapter
-from ecotone.merging.models.vocabulary import Resized
+from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
@@ -111,19 +109,20 @@ def mergekit_config(
     kind = str(dtype or sources.layout.dtype).removeprefix("torch.")
     columns: dict[str, dict[str, float]] = {}
     for model, weights in _weights(plain, sources):
-        column = columns.setdefault(reference(model), dict.fromkeys(weights, 0.0))
+        column = columns.setdefault(model.mergekit_reference(), dict.fromkeys(weights, 0.0))
         for name, weight in weights.items():  # mergekit refuses to read a model twice
             column[name] += weight
     config = {
         "merge_method": "linear",
-        "base_model": reference(sources.origin),
+        "base_model": sources.origin.mergekit_reference(),
         "dtype": "float32",
         "out_dtype": kind,
         "parameters": {"normalize": False},
         "models": [{"model": model, "parameters": {"weight": _setting(column)}} for model, column in columns.items()],
     }
-    adapters = any(isinstance(model, Adapter) for model in sources.checkpoints)
-    return MergekitMerge(config, plain, moved, adapters, tuple(_notes(list(columns), sources, dtype, kind, moved)))
+    return MergekitMerge(
+        config, plain, moved, _with_adapters(columns), tuple(_notes(list(columns), sources, dtype, kind, moved))
+    )
 
 
 def snapped(genome: Genome, layout: Layout) -> Snap | None:
@@ -189,28 +188,9 @@ def _parts_of_others(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(name for name, place in following if place < len(ends) and ends[place].startswith(name))
 
 
-def reference(model: Model) -> str:
-    """What mergekit loads a model by: a path or a repository of the hub, an adapter behind its base.
-
-    Raises:
-        InputError: A path has a character that mergekit reads otherwise.
-    """
-    if isinstance(model, Adapter):
-        return f"{reference(model.base)}+{_place(model.path)}"
-    return _place(model.path)
-
-
-def _place(path: Path) -> str:
-    place = path.absolute()
-    repository = place.parent.parent.name
-    if place.parent.name == "snapshots" and repository.startswith("models--"):  # the cache of huggingface_hub
-        return f"{repository.removeprefix('models--').replace('--', '/', 1)}@{place.name}"
-    if "@" in str(place) or "+" in str(place):
-        raise InputError(
-            f"{place}: mergekit reads @ as the beginning of a revision and + as that of an adapter, found in a path.",
-            "Rename the directory, or link to it by another name.",
-        )
-    return str(place)
+def _with_adapters(references: Iterable[str]) -> bool:
+    """Whether mergekit merges an adapter into its base first: a reference has a plus sign between the two."""
+    return any("+" in reference for reference in references)
 
 
 def _setting(values: Mapping[str, float]) -> float | list[dict[str, str | float]]:
@@ -258,11 +238,10 @@ def _check_expressible(genome: Genome, sources: Sources) -> None:
             _AS_CHECKPOINT,
         )
     for model in (sources.origin, *sources.checkpoints):
-        if isinstance(model, Resized):
-            raise InputError(
-                f"{model.path}: mergekit has its own ways to make vocabularies alike, found one that was resized.",
-                _AS_CHECKPOINT,
-            )
+        try:
+            model.mergekit_reference()
+        except InputError as error:
+            raise InputError(error.message, error.remedy or _AS_CHECKPOINT) from error
         if not model.is_hugging_face:
             raise InputError(
                 f"{model.path}: mergekit merges Hugging Face directories, found no config.json.", _AS_CHECKPOINT
@@ -286,7 +265,7 @@ def _notes(
     models: Sequence[str], sources: Sources, dtype: torch.dtype | str | None, kind: str, moved: Snap | None
 ) -> list[str]:
     notes = []
-    if any(isinstance(model, Adapter) for model in sources.checkpoints):
+    if _with_adapters(models):
         notes.append(
             "mergekit merges adapters into their base first, with --lora-merge-dtype float32 almost without rounding; "
             "its result differs in last bits."

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from ecotone.experiments.recipe import Recipe
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory or its URL, or an MLflow run id.")]
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(metavar="RECIPE", help="A recipe file (YAML), or a ready recipe's name, e.g. digits-specialists."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 SetOption = Annotated[
     list[str] | None,

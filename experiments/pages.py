@@ -27,7 +27,7 @@ PANELS = 10  # pairwise charts at most, which five objectives have
 AXES = 16  # coefficients that are drawn one by one; more are averaged by model
 SEGMENTS = 6  # segments that are listed one by one when hovering
 CLOUD = 2000  # dominated points drawn of a run
-COLOURS = (*qualitative.D3, *qualitative.Dark24)
+COLOURS: tuple[str, ...] = (*qualitative.D3, *qualitative.Dark24)
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 0 auto; padding: 1rem 2rem 9rem; max-width: 1240px; }

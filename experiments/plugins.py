@@ -9,6 +9,8 @@ from ecotone.registry import Origin, Registry
 
 REGISTRIES = {
     "searches": "ecotone.search.registry:SEARCHES",
+    "operators": "ecotone.merging.operators:OPERATORS",
+    "formats": "ecotone.merging.models.formats:FORMATS",
 }
 
 

@@ -17,6 +17,7 @@ from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.storage import cache_folder
 from ecotone.fitness.callables import resolve
 from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.settings import split_call
 
 
 def prepared_folder(recipe: Recipe) -> Path | None:
@@ -35,7 +36,9 @@ def prepared_folder(recipe: Recipe) -> Path | None:
 def _preparation_key(recipe: Recipe) -> str:
     """16 hexadecimal digits of all that changes what the step writes."""
     assert recipe.prepare is not None
-    text = json.dumps([recipe.prepare.call, _preparation_arguments(recipe), _module_source(recipe)], sort_keys=True)
+    place, function, is_file = split_call(recipe.prepare.call)
+    name = f"{Path(place).name}:{function}" if is_file else recipe.prepare.call  # a job's folder is another each time
+    text = json.dumps([name, _preparation_arguments(recipe), _module_source(recipe)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -22,15 +22,18 @@ from pydantic import (
     model_validator,
 )
 
+from ecotone.experiments.merge import Merge
 from ecotone.experiments.parts import LanguageObjective, Objective
+from ecotone.experiments.ready import recipe_file
 from ecotone.experiments.words import explained
+from ecotone.fitness.runtime import Runtime
 from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations.errors import InputError
 from ecotone.search.chain import ChainSettings
 from ecotone.search.kinds import SearchSettings
 from ecotone.search.registry import SEARCHES, AnySearch
-from ecotone.settings import PREPARED, Call, Part
+from ecotone.settings import PREPARED, Call, Part, with_files
 
 RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
 USUAL = "m2n2"  # the algorithm of a recipe that names none
@@ -66,81 +69,6 @@ class Models(Part):
         if self.names is not None and len(self.names) != len(self.experts):
             raise ValueError(f"names: expected {len(self.experts)}, one an expert, found {len(self.names)}")
         return self
-
-
-class Range(Part):
-    """Bounds between which a search chooses a setting of the merge operator, for every merge anew.
-
-    Attributes:
-        low: The smallest value.
-        high: The largest value.
-        scale: ``linear``, ``log``, or ``integer`` for whole numbers alone.
-    """
-
-    low: float
-    high: float
-    scale: Literal["linear", "log", "integer"] = "linear"
-
-    @model_validator(mode="after")
-    def _is_open(self) -> Range:
-        if not self.low < self.high:
-            raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
-        if self.scale == "log" and self.low <= 0:
-            raise ValueError(f"low: expected more than 0 with scale log, found {self.low}")
-        return self
-
-
-def _value_or_range(value: Any) -> str:
-    return "range" if isinstance(value, Mapping | Range) else "value"
-
-
-Density: TypeAlias = Annotated[
-    Annotated[Annotated[float, Field(gt=0, le=1)], Tag("value")] | Annotated[Range, Tag("range")],
-    Discriminator(_value_or_range),
-]
-MaskSeed: TypeAlias = Annotated[
-    Annotated[Annotated[int, Field(ge=0)], Tag("value")] | Annotated[Range, Tag("range")],
-    Discriminator(_value_or_range),
-]
-
-
-class Merge(Part):
-    """How sources are made of the models.
-
-    Attributes:
-        operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to the base, ``ties``,
-            ``dare`` and ``dare_ties`` add thinned ones, ``ties_vectors`` those of AdaMerging++; ``slerp`` goes from one
-            of two models to the other. Each is described in its file in ``merging/operators``.
-        density: The share of each task vector that is kept, for operators that thin. With ``{low, high}`` it is
-            searched beside the coefficients.
-        mask_seed: For ``dare`` and ``dare_ties``: of the draw of what is kept. It, too, may be searched.
-        combine: For ``ties`` and ``dare_ties``: the ``mean`` or the ``sum`` of the task vectors that agree.
-        per: For ``slerp``: the angle is that of the whole ``model``, or of each ``tensor``.
-        dtype: What merged weights are rounded to, scored in and exported in; by default what the experts are stored
-            in (float32 when an architecture is given and they mix types).
-    """
-
-    operator: str = "linear"
-    density: Density | None = None
-    mask_seed: MaskSeed | None = None
-    combine: Literal["mean", "sum"] | None = None
-    per: Literal["model", "tensor"] | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The operator's settings that are given and the same for all merges."""
-        return {name: value for name, value in self._given.items() if not isinstance(value, Range)}
-
-    @property
-    def ranges(self) -> dict[str, Range]:
-        """Those that are searched."""
-        return {name: value for name, value in self._given.items() if isinstance(value, Range)}
-
-    @property
-    def _given(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in ("density", "mask_seed", "combine", "per")}
-        return {name: value for name, value in found.items() if value is not None}
 
 
 class Objectives(Part):
@@ -257,57 +185,6 @@ class Budget(Part):
     def _some(self) -> Budget:
         if self.evaluations is None and self.seconds is None:
             raise ValueError("expected evaluations, seconds or both, found neither")
-        return self
-
-
-class Runtime(Part):
-    """Where it runs. Nothing here changes results under ``order: strict``.
-
-    Attributes:
-        pool: ``ray`` for worker processes here or on a cluster, ``serial`` for this process.
-        workers: Ray workers.
-        address: A Ray cluster's address; None starts a local one.
-        cpus_per_worker: Logical CPUs Ray reserves for each worker.
-        gpus_per_worker: Logical GPUs, fractions allowed.
-        resources: Custom Ray resources of each worker.
-        start_timeout: Seconds to wait for a place when no worker has one; loading models is not counted. By default 120
-            on this machine and 3600 on a cluster, where machines may have to be started first.
-        attempts: How often a batch that killed its worker is tried again before its candidates are tried alone.
-        time_limit: Seconds that a candidate may take at a Ray worker; a batch has them for each of its candidates. Past
-            it the worker is killed and replaced; the candidates of a batch are then tried alone once, and one alone is
-            a failure (at another node, with a limit below 30 s, at the second attempt: the node may be gone). With a
-            limit that candidates come near to, results depend on how fast workers are.
-        idle_timeout: Seconds after which a Ray worker that has nothing to do while others work is given back to the
-            cluster, which may remove its node, until there is work for it again. None keeps it.
-        sources: Where a worker keeps the models that it mixes: on the ``device``, in main memory (``host``; with a GPU
-            page-locked), or ``mapped`` from their files; ``auto`` is the first of these that free memory has room for,
-            and on a CPU, where copies gain nothing, ``mapped`` unless models are small and forming them takes work.
-        grace: Seconds for which a run that is told to end waits for what is being evaluated.
-        mirror_every: Seconds between two copies, at the least, of a run directory that is a URL.
-        lease: Seconds after its last sign of life when the manager of such a run is held for dead.
-        log: The level of the run's log: at ``debug`` each trial asked and told is in it, too.
-    """
-
-    pool: Literal["serial", "ray"] = "ray"
-    workers: int = Field(default=1, ge=1)
-    address: str | None = None
-    cpus_per_worker: float = Field(default=1.0, ge=0)
-    gpus_per_worker: float = Field(default=0.0, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict)
-    start_timeout: float | None = Field(default=None, gt=0)
-    attempts: int = Field(default=3, ge=1)
-    time_limit: float | None = Field(default=None, gt=0)
-    idle_timeout: float | None = Field(default=None, gt=0)
-    sources: Literal["auto", "device", "host", "mapped"] = "auto"
-    grace: float = Field(default=30.0, ge=0)
-    mirror_every: float = Field(default=30.0, gt=0)
-    lease: float = Field(default=60.0, gt=0)
-    log: Literal["info", "debug"] = "info"
-
-    @model_validator(mode="after")
-    def _can_be_limited(self) -> Runtime:
-        if self.time_limit is not None and self.pool == "serial":
-            raise ValueError("time_limit: the serial pool cannot stop a candidate; leave it out, or say pool: ray")
         return self
 
 
@@ -437,25 +314,23 @@ class Recipe(Part):
                 "models.architecture: expected a function that returns the torch module which calibration "
                 "differentiates, found none; name it, or say auto for Hugging Face directories"
             )
-        kind, losses = operators.operators.get(self.merge.operator), [task.loss for task in self.calibration]
-        if kind is not None:
-            for part in self.searches:
-                part.check(self.merge.operator, kind().needs_base, losses)
+        operator, losses = operators.get(self.merge.operator), [task.loss for task in self.calibration]
+        for part in self.searches:
+            part.check(operator.name, operator.needs_base, losses)
 
     @classmethod
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
         """Read a recipe file; ``settings`` replaces fields by dotted name, as ``--set`` does.
 
+        Where there is no such file, ``path`` may name a ready recipe, as ``digits-specialists``.
         Paths of models are made absolute: they are relative to the file's folder, where its own functions are, too.
 
         Raises:
             InputError: The file is missing or not YAML, a key is unknown, or a value does not fit.
         """
-        file = Path(path)
+        file = recipe_file(path)
         try:
             record = yaml.safe_load(file.read_text())
-        except FileNotFoundError as error:
-            raise InputError(f"{file}: no such recipe.", "Ready ones are in experiments/recipes/.") from error
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             raise InputError(f"{file}: cannot be read as YAML: {error}") from error
         if not isinstance(record, dict):
@@ -471,7 +346,7 @@ class Recipe(Part):
         except ValidationError as error:
             raise InputError(explained(error, cls)) from error
         if folder is None:
-            return recipe
+            return with_files(recipe, lambda path: str(Path(path).expanduser().absolute()))
         found = recipe._absolute(folder)
         found._folder = folder
         return found
@@ -506,7 +381,7 @@ class Recipe(Part):
             search=tuple(_with_paths(objective, resolved) for objective in self.objectives.search),
             held_out=tuple(_with_paths(objective, resolved) for objective in self.objectives.held_out),
         )
-        return self.model_copy(update={"models": models, "objectives": objectives})
+        return with_files(self.model_copy(update={"models": models, "objectives": objectives}), resolved)
 
 
 def _with_paths(objective: Objective, resolved: Callable[[str], str]) -> Objective:

@@ -21,6 +21,7 @@ from ecotone.experiments import checks, compose, logs, preparation, storage, tra
 from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
 from ecotone.experiments.runs import Run, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
+from ecotone.extras import how_to_install
 from ecotone.fitness.pools import Pool
 from ecotone.merging.operators.base import Operator
 from ecotone.populations.errors import EcotoneError, InputError
@@ -280,7 +281,7 @@ def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
         return
     if not tracking.installed():
         notify(
-            "MLflow is not installed, so the run is not tracked: `pip install 'ecotone[mlflow]'`, then `ecotone sync`."
+            f"MLflow is not installed, so the run is not tracked: `{how_to_install('mlflow')}`, then `ecotone sync`."
         )
         yield
         return

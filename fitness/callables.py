@@ -1,42 +1,73 @@
-"""Functions that a recipe names as ``package.module:function``."""
+"""Functions that a recipe names, as ``package.module:function`` or ``path/to/file.py:function``.
+
+A file is loaded under a private name, so it can be called as any module is. Folders of the user's own modules come last
+on the Python path, so none of their names hides an installed package.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-from collections.abc import Callable
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable
 from functools import reduce
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from ecotone.fitness.former_names import present_name, tell
 from ecotone.fitness.specs import CallSpec
 from ecotone.populations.errors import EcotoneError, InputError, nearest
+from ecotone.settings import split_call
+
+_loading = threading.RLock()
+
+
+def put_last(folders: Iterable[str]) -> None:
+    """Put folders of the user's own modules at the end of the Python path, in this process.
+
+    They are moved there if they stand anywhere else: Ray and ``python -m`` put the working directory first, where a
+    ``datasets.py`` beside the recipe would be imported in place of the installed package.
+    """
+    last = {os.path.realpath(folder): folder for folder in folders}
+    others = [entry for entry in sys.path if os.path.realpath(entry) not in last]
+    sys.path[:] = [*others, *last.values()]
 
 
 def resolve(path: str, field: str = "call") -> Callable[..., Any]:
     """The function that ``path`` names.
 
     Args:
-        path: ``package.module:function``; the part after the colon may be dotted (``module:Class.method``).
+        path: ``package.module:function`` or ``path/to/file.py:function``; the part after the colon may be dotted
+            (``module:Class.method``). A relative path of a file is one from the working directory.
         field: Where the user wrote it, for the error message.
 
     Raises:
-        InputError: There is no colon, no such module, no such attribute, or it cannot be called.
+        InputError: There is no colon, no such module or file, no such attribute, or it cannot be called; or the module
+            or file raises when it is imported.
     """
-    module_name, colon, attribute = path.partition(":")
-    if not (module_name and colon and attribute):
+    place, attribute, is_file = split_call(path)
+    if not (place and attribute):
         raise InputError(
-            f"{field}: expected 'package.module:function', found {path!r}.", "Put a colon before the function."
+            f"{field}: expected 'package.module:function' or './file.py:function', found {path!r}.",
+            "Put a colon before the function.",
         )
-    module = _imported(module_name, path, field)
+    module = _loaded(Path(place), path, field) if is_file else _imported(place, path, field)
     try:
         function = reduce(getattr, attribute.split("."), module)
     except AttributeError as error:
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise InputError(
-            f"{field}: module {module_name!r} has no {attribute!r} (of {path!r}).", nearest(attribute, known)
+            f"{field}: {'file' if is_file else 'module'} {place!r} has no {attribute!r} (of {path!r}).",
+            nearest(attribute, known),
         ) from error
     if not callable(function):
         raise InputError(f"{field}: expected a function at {path!r}, found {type(function).__name__}.")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def call(spec: CallSpec, field: str = "call") -> Any:
@@ -55,7 +86,10 @@ def call(spec: CallSpec, field: str = "call") -> Any:
         raise InputError(f"{field}: {spec.call}({_shown(spec)}) raised {found}.") from error
 
 
-def _imported(name: str, path: str, field: str) -> Any:
+# -- modules -------------------------------------------------------------------------------------------------
+
+
+def _imported(name: str, path: str, field: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -63,6 +97,10 @@ def _imported(name: str, path: str, field: str) -> Any:
             raise InputError(
                 f"{field}: importing {name!r} (of {path!r}) needs the module {error.name!r}, which is not installed."
             ) from error
+        present = present_name(name)
+        if present is not None:
+            tell(name, present)
+            return _imported(present, path, field)
         raise InputError(
             f"{field}: no module named {error.name!r} (of {path!r}).",
             "Check the spelling, and that every worker can import it: install it, or put its folder on the path.",
@@ -71,6 +109,60 @@ def _imported(name: str, path: str, field: str) -> Any:
         raise InputError(
             f"{field}: importing {name!r} (of {path!r}) raised {type(error).__name__}: {error}."
         ) from error
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def _loaded(file: Path, path: str, field: str) -> ModuleType:
+    """The module of a file, loaded once a process; the file's folder is put last on the Python path."""
+    file = file.expanduser().absolute()
+    if not file.is_file():
+        known = [one.name for one in file.parent.glob("*.py")]
+        hint = nearest(file.name, known) if known else "It must be there on every machine that has workers."
+        raise InputError(f"{field}: no such file: {file} (of {path!r}).", hint)
+    key = hashlib.blake2b(os.fsencode(os.path.realpath(file)), digest_size=8).hexdigest()
+    name = f"_ecotone_file_{key}"
+    with _loading:
+        if name not in sys.modules:
+            put_last([str(file.parent)])
+            _execute(name, file, path, field)
+        return sys.modules[name]
+
+
+def _execute(name: str, file: Path, path: str, field: str) -> None:
+    """Run a file as the module of that name; a file that raises leaves none behind."""
+    spec = spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, Exception | SystemExit):
+            raise _broken(file, path, field, error) from error
+        raise
+
+
+def _broken(file: Path, path: str, field: str, error: BaseException) -> InputError:
+    line = _line(file, error)
+    where = str(file) if line is None else f"{file}, line {line}"
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return InputError(
+            f"{field}: {where} (of {path!r}) needs the module {error.name!r}, which is not installed.",
+            "Install it, or put its file beside this one.",
+        )
+    return InputError(f"{field}: loading {where} (of {path!r}) raised {type(error).__name__}: {error}.")
+
+
+def _line(file: Path, error: BaseException) -> int | None:
+    """The line of the file at which it failed to load."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return lines[-1] if lines else None
 
 
 def _shown(spec: CallSpec) -> str:

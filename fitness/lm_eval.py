@@ -31,6 +31,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ecotone.extras import how_to_install
 from ecotone.fitness.objectives import Score, pooled_mean
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Integers
@@ -978,7 +979,7 @@ def _installed(where: str) -> Iterator[None]:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"{where}: type lm_eval needs lm-eval ({error}).", "pip install 'ecotone[language]'"
+            f"{where}: type lm_eval needs lm-eval ({error}).", f"`{how_to_install('language')}`."
         ) from error
     yield
 

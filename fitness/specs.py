@@ -129,7 +129,7 @@ class WorkerSpec:
             architecture is made in (float32 when they mix types), so that what is scored is what can be exported.
         threads: CPU threads of one worker. Results may depend on it in the last bit, so it belongs to the recipe.
         dense: Put the sources themselves into the space, for evolution from scratch.
-        sys_path: Folders put on the worker's Python path, for the user's own modules.
+        sys_path: Folders put last on the worker's Python path, for the user's own modules.
         sources: Where the models that are mixed are kept (``ecotone.merging.placement``); no score depends on it.
         batch: The most candidates scored together, which bounds the memory they take; None if it is not known.
         neighbours: How many workers, this one among them, may share main memory: ``auto`` leaves the others theirs.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ecotone.fitness.backends.resident import Resident, stack_of
+from ecotone.fitness.callables import put_last
 from ecotone.fitness.gradients import calibration
 from ecotone.fitness.language.generation import same_model
 from ecotone.fitness.objectives import Divisible, Model, Objective, Score, build, same_draws
@@ -57,7 +57,7 @@ def needs_of(spec: WorkerSpec, sources: Sources, device: torch.device, *, settin
     """
     kind = _kind(spec, sources)
     stack = stack_of(sources.layout, kind, batch=spec.batch)
-    return sources.needs(device, kind, spec.threads, stack, settings)
+    return sources.memory.needs(device, kind, spec.threads, stack, settings)
 
 
 class Worker:
@@ -75,7 +75,7 @@ class Worker:
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
-        sys.path[:0] = [folder for folder in spec.sys_path if folder not in sys.path]
+        put_last(spec.sys_path)
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._device = _device(spec.device)
@@ -106,7 +106,7 @@ class Worker:
         free = Free.here(device)
         share = free.divided(spec.device_share, spec.neighbours)
         needs = needs_of(spec, self._sources, device)
-        self._sources.place(device, settled(spec.sources, needs, free, share, device))
+        self._sources.held.place(device, settled(spec.sources, needs, free, share, device))
 
     def space(self) -> Space:
         """What the search may know of the models; streams the sources once."""

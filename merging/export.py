@@ -19,8 +19,9 @@ import torch
 
 from ecotone.merging.kernel.materialise import Mixture, mix
 from ecotone.merging.models import tokenizers
-from ecotone.merging.models.checkpoint import DTYPES, INDEX, SINGLE, TensorInfo
+from ecotone.merging.models.checkpoint import DTYPES, INDEX, SINGLE
 from ecotone.merging.models.layout import MERGEABLE
+from ecotone.merging.models.model import TensorInfo
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.genome import Genome
@@ -74,8 +75,8 @@ def export_directory(
     writer = _Writer(sources.tuned(genome), sources.mixture(genome), _dtype(dtype))
     with _renamed(target, writer.nbytes) as partial:
         partial.mkdir()
-        _copy_files(sources.origin.path, partial)
-        if sources.tokenizer != sources.origin.path:
+        _copy_files(sources.origin.files, partial)
+        if sources.tokenizer != sources.origin.files:
             _copy_tokenizer(sources.tokenizer, partial)
         _write_json(partial / "config.json", _config(sources.origin.config or {}, writer.dtype))
         writer.write_shards(partial, shard_bytes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,22 @@ import torch
 from torch import Tensor
 
 from ecotone.merging import operators
-from ecotone.merging.inner_products import gram_table, region_borders, vectors_of
-from ecotone.merging.kernel.lazy import SPAN, Source, fill
-from ecotone.merging.kernel.materialise import COMPILED_SPAN, DEVICE_SPAN, SMALL, Mixture, Stretch, Transform, mix
-from ecotone.merging.models import preflight, tokenizers
-from ecotone.merging.models.checkpoint import Checkpoint, Model, is_adapter, located
+from ecotone.merging.held import CPU, Held, as_rows
+from ecotone.merging.inner_products import gram_table, vectors_of
+from ecotone.merging.kernel.materialise import SMALL, Mixture, Stretch, Transform, mix
+from ecotone.merging.memory import TUNED, Memory
+from ecotone.merging.models import formats, preflight, tokenizers
 from ecotone.merging.models.layout import Layout
-from ecotone.merging.models.lora import Adapter
-from ecotone.merging.models.vocabulary import Resized, Vocabulary, fitted
+from ecotone.merging.models.model import Model, declared
+from ecotone.merging.models.vocabulary import Vocabulary, fitted
 from ecotone.merging.operators.base import Operator, directions, weights_of
-from ecotone.merging.operators.task_vectors import Pieces
-from ecotone.merging.placement import Bytes, Free, Needs, Placement, Wish, chosen
+from ecotone.merging.placement import Wish
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
 from ecotone.populations.space import Space
 
-RESIDENT_BYTES = 256 * 2**20  # what is mixed is kept in main memory, as rows, where it fits in this
-TUNED = 2  # settings of genomes' own for which what is mixed is kept
-CPU = torch.device("cpu")
+_OF_SETTINGS = ("_transform", "_matrix", "_geometry")  # what is found out for an operator's settings
 
 
 class Sources:
@@ -41,8 +37,7 @@ class Sources:
 
     Use ``Sources.open``. What of them is kept in memory is a matter of their placement
     (``ecotone.merging.placement``): as the checkpoints hold them, adapters formed. Models that are small are kept as
-    they are mixed, too, unless they are to be
-    mapped: as a row of float32 each.
+    they are mixed, too, unless they are to be mapped: as a row of float32 each.
 
     Args:
         layout: The flat vector that the models share.
@@ -63,14 +58,14 @@ class Sources:
     ) -> None:
         self.layout = layout
         self.operator = operator
-        self.experts = tuple(experts)
-        self.base = base
-        self.placement = placement
-        self._placed: dict[torch.device, Placement] = {}
-        self._kept: dict[torch.device, dict[str, list[Tensor]]] = {}
+        self.experts = tuple(declared(expert) for expert in experts)
+        self.base = None if base is None else declared(base)
+        columns = len(operator.columns(self.names))
+        self.memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
+        """What merging takes in memory."""
+        self.held = Held(self.checkpoints, self.memory, placement)
+        """What of the models is kept, and where."""
         self._tuned: dict[Operator, Sources] = {}  # the latest comes last
-        self.loads = 0
-        """Tensors read so far, each checkpoint's counted."""
 
     @classmethod
     def open(
@@ -107,11 +102,11 @@ class Sources:
             raise InputError(f"base: the operator {operator!r} needs the model the experts were fine-tuned from.")
         if names is not None and (len(names) != len(experts) or len(set(names)) != len(names)):
             raise InputError(f"names: expected {len(experts)} distinct names, found {list(names)}.")
-        root = None if base is None else Checkpoint.open(base)
-        opened = [_expert(path, root) for path in experts]
+        root = None if base is None else formats.opened_whole(base)
+        opened = [formats.opened(path, root) for path in experts]
         labels = _distinct([expert.name for expert in opened]) if names is None else list(names)
         operation.columns(labels)
-        named: list[Model] = [replace(expert, name=label) for expert, label in zip(opened, labels, strict=True)]
+        named = [expert.named(label) for expert, label in zip(opened, labels, strict=True)]
         models = fitted(([root] if root else []) + named, root, vocabulary)
         layout = preflight.check(models)
         return cls(layout, operation, models[-len(named) :], models[0] if root else None, placement)
@@ -135,14 +130,9 @@ class Sources:
 
     @cached_property
     def tokenizer(self) -> Path:
-        """Where the tokenizer that goes with every merge is: the origin's directory, or the first that has one.
-
-        Where vocabularies are united it is the one with the most tokens.
-        """
-        places = [model.path for model in (self.origin, *self.experts)]
-        if isinstance(self.origin, Resized):
-            return max(places, key=lambda place: len(tokenizers.vocabulary(place) or ()))
-        return next((place for place in places if tokenizers.has_tokenizer(place)), self.origin.path)
+        """Where the tokenizer that goes with every merge is: the origin's, or that of the first model that has one."""
+        places = [model.tokenizer for model in (self.origin, *self.experts)]
+        return next((place for place in places if tokenizers.has_tokenizer(place)), self.origin.files)
 
     @property
     def large(self) -> bool:
@@ -151,122 +141,21 @@ class Sources:
 
     def stretch(self, name: str) -> Stretch:
         """``name`` in every model that is mixed; the operator's work on it is done as pieces of it are used."""
-        start = int(self.layout.tensor_borders[self.layout.tensors.index(name)])
-        return Stretch(self._stored(name), self._transform, start)
+        return Stretch(self.held.read(name), self._transform, self._span(name)[0])
 
     def near(self, name: str, device: torch.device) -> Stretch:
         """``stretch(name)`` from where the sources are kept for merges on ``device``; what is not yet kept is now."""
-        device, placement = _numbered(device), self.placed(device)
-        if placement == "mapped":
-            return self.stretch(name)
+        start, stop = self._span(name)
+        in_rows = device.type == "cpu" and self.memory.formed and self.held.placed(device) != "mapped"
+        if in_rows and self._matrix is not None:
+            return self._matrix[start:stop]
+        return Stretch(self.held.near(name, device), self._transform, start)
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """Where a tensor begins and ends in the flat vector."""
         index = self.layout.tensors.index(name)
         start, stop = self.layout.tensor_borders[index : index + 2].tolist()
-        if device.type == "cpu" and self._formed and self._matrix is not None:
-            return self._matrix[start:stop]
-        kept = self._kept.setdefault(device if placement == "device" else CPU, {})
-        if name not in kept:
-            kept[name] = self._held(name, device, placement)
-        return Stretch(kept[name], self._transform, start)
-
-    def placed(self, device: torch.device) -> Placement:
-        """Where the sources are kept for merges on a device; ``auto`` is settled at its first use there."""
-        if self.placement == "device" and device.type == "cpu":
-            return "host"
-        if self.placement != "auto":
-            return self.placement
-        device = _numbered(device)
-        if device not in self._placed:
-            self._placed[device] = chosen(self.needs(device), Free.here(device), device)
-        return self._placed[device]
-
-    def place(self, device: torch.device, placement: Placement) -> None:
-        """Settle what ``auto`` means on a device."""
-        self._placed[_numbered(device)] = placement
-
-    def needs(
-        self,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-        threads: int = 1,
-        stack: int = 0,
-        settings: bool = False,
-    ) -> Needs:
-        """The memory that a worker takes, from headers alone.
-
-        Args:
-            device: Where it merges.
-            dtype: Type of its model; None is the checkpoints' own.
-            threads: CPU threads.
-            stack: Bytes of the candidates that it merges in one pass; 0 where they are merged in place.
-            settings: Whether genomes have settings of their own, for the latest of which rows are kept, too.
-        """
-        cuda = device.type == "cuda"
-        model = sum(info.nbytes for info in self.layout.buffers.values())
-        model += sum(info.size * (dtype or info.dtype).itemsize for info in self.layout.parameters.values())
-        rows = self._row_bytes * (1 + TUNED if settings and self.operator.changes else 1)
-        if not cuda and self._formed and rows:
-            kept, buffers = rows, 2 * stack
-        else:
-            kept, buffers = self._stored_bytes(rounded=cuda), 2 * stack + (rows if stack else 0)
-        buffers += self._chunk_bytes(COMPILED_SPAN, 2) * threads + self._gram_bytes
-        places: dict[Placement, Bytes]
-        if cuda:
-            staged = 2 * _power_of_two(self._chunk_bytes(DEVICE_SPAN, 1))
-            on_device = Bytes(2 * stack + self._chunk_bytes(DEVICE_SPAN, 4), buffers + staged)
-            places = {"device": Bytes(self._stored_bytes()), "host": Bytes(host=kept), "mapped": Bytes()}
-            return Needs(Bytes(model), on_device, places)
-        places = {"device": Bytes(host=kept), "host": Bytes(host=kept), "mapped": Bytes()}
-        return Needs(Bytes(host=model), Bytes(host=buffers), places, formed=self._formed and rows > 0)
-
-    @property
-    def _formed(self) -> bool:
-        """Whether what is mixed is not what files hold."""
-        return self.operator.changes or not all(isinstance(model, Checkpoint) for model in self.checkpoints)
-
-    def _held(self, name: str, device: torch.device, placement: Placement) -> list[Tensor]:
-        """J flat tensors in memory: what several models share is there once."""
-        held: dict[tuple[int, torch.dtype], Tensor] = {}
-        stored = self._stored(name)
-        keys = [(s.data_ptr() if isinstance(s, Tensor) else id(s), s.dtype) for s in stored]
-        for key, source in zip(keys, stored, strict=True):
-            if key in held:
-                continue
-            if placement == "device":
-                held[key] = torch.empty(source.numel(), dtype=source.dtype, device=device)
-                fill(held[key], source if isinstance(source, Tensor) else source.to(device))
-            else:
-                held[key] = torch.empty(source.numel(), dtype=source.dtype, pin_memory=device.type == "cuda")
-                fill(held[key], source)
-        return [held[key] for key in keys]
-
-    @property
-    def _row_bytes(self) -> int:
-        """Bytes of a row a model where they are kept as rows, else 0."""
-        types = {dtype == torch.float64 for dtype in self.layout.dtypes}
-        size = len(self.checkpoints) * self.layout.size * (8 if True in types else 4)
-        return size if len(types) == 1 and size <= RESIDENT_BYTES and self.placement != "mapped" else 0
-
-    def _stored_bytes(self, *, rounded: bool = False) -> int:
-        """Bytes of the J models as they are kept; page-locked tensors take a power of two."""
-        infos = [
-            holder.tensors[name]
-            for name in self.layout.tensors
-            for holder in {id(h): h for h in (_holder(model, name) for model in self.checkpoints)}.values()
-        ]
-        return sum(_power_of_two(info.nbytes) if rounded else info.nbytes for info in infos)
-
-    def _chunk_bytes(self, span: int, copies: int) -> int:
-        """The most that a thread takes for a chunk: ``copies`` of each source, and what the sum takes."""
-        span = min(span, max(info.size for info in self.layout.parameters.values()))
-        width = 8 if torch.float64 in self.layout.dtypes else 4
-        return span * width * (copies * len(self.checkpoints) + (6 if copies > 1 else 0))
-
-    @property
-    def _gram_bytes(self) -> int:
-        """The Gram table, its sums, and a copy to send."""
-        columns = len(self.operator.columns(self.names))
-        regions = len(region_borders(self.layout, columns))
-        return 8 * regions * (3 * columns**2 + 2)
+        return start, stop
 
     def read(self, name: str) -> list[Tensor]:
         """J flat tensors: ``name`` in every model that is mixed, memory-mapped where nothing is changed or formed."""
@@ -330,8 +219,7 @@ class Sources:
                 del self._tuned[next(iter(self._tuned))]
             other = copy(self)
             other.operator, other._tuned = operator, {}
-            other._pieces = self._pieces
-            for name in ("_transform", "_matrix", "_geometry"):
+            for name in _OF_SETTINGS:
                 other.__dict__.pop(name, None)
             self._tuned[operator] = other
         self._tuned[operator] = self._tuned.pop(operator)
@@ -355,7 +243,7 @@ class Sources:
         mixtures = [self.mixture(genome) for genome in genomes]
         if len(out) != len(mixtures):
             raise InputError(f"out: expected one mapping for each of {len(mixtures)} genomes, found {len(out)}.")
-        targets = [self._targets(tensors) for tensors in out]
+        targets = [self.layout.found_in(tensors) for tensors in out]
         for tuned, members in self._groups(genomes):
             tuned._fill([mixtures[i] for i in members], [targets[i] for i in members])
 
@@ -396,30 +284,25 @@ class Sources:
             InputError: A genome does not fit.
         """
         mixtures = [self.mixture(genome) for genome in genomes]
-        here = CPU if self._row_bytes else torch.device(device)
+        here = CPU if self.memory.row_bytes else torch.device(device)
         buffer = torch.empty(len(mixtures), self.layout.size, dtype=dtype or self.layout.dtype, device=here)
         for tuned, members in self._groups(genomes):
             rows = [buffer[i] for i in members]
             if tuned._matrix is not None:
                 mix(tuned._matrix, 0, [mixtures[i] for i in members], rows, self.large)
             else:
-                self.materialise([genomes[i] for i in members], [self._views(row) for row in rows])
-        return self._views(buffer.to(device))
-
-    def _stored(self, name: str) -> list[Source]:
-        """J flat tensors, memory-mapped or formed as they are read: ``name`` as the checkpoints hold it."""
-        self.loads += len(self.checkpoints)
-        return [checkpoint.flat(name) for checkpoint in self.checkpoints]
+                self.materialise([genomes[i] for i in members], [self.layout.views(row) for row in rows])
+        return self.layout.views(buffer.to(device))
 
     @cached_property
     def _transform(self) -> Transform:
         """The operator's work on the stored tensors; what it must know of all of them is found at first use."""
-        return self.operator.transform(self._pieces)
+        return self.operator.transform(self.held.pieces)
 
     @cached_property
-    def _pieces(self) -> Pieces:
-        """The stored tensors as operators stream them, the same for all settings."""
-        return Pieces(self.layout, self._stored)
+    def _matrix(self) -> Stretch | None:
+        """J vectors (n,) in the type they are summed in, of models small enough to keep, or None."""
+        return as_rows(self.layout, len(self.checkpoints), self.stretch) if self.memory.row_bytes else None
 
     @cached_property
     def _geometry(self) -> GramTable:
@@ -427,56 +310,10 @@ class Sources:
         each = [[(j, 1.0)] for j in range(len(self.checkpoints))]
         return gram_table(self.layout, self.stretch, each, torch.get_num_threads(), 0)
 
-    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """By tensor name, views of a (..., n) buffer."""
-        borders, lead = self.layout.tensor_borders.tolist(), buffer.shape[:-1]
-        return {
-            name: buffer[..., borders[i] : borders[i + 1]].view((*lead, *shape))
-            for i, (name, shape) in enumerate(zip(self.layout.tensors, self.layout.shapes, strict=True))
-        }
-
-    def _targets(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        twins = {kept: alias for alias, kept in self.layout.aliases.items() if alias in tensors}
-        found = []
-        for name, shape in zip(self.layout.tensors, self.layout.shapes, strict=True):
-            target = tensors.get(name, tensors.get(twins.get(name, name)))
-            if target is None:
-                raise InputError(
-                    f"out: expected a tensor {name!r}, found none among {len(tensors)} names.",
-                    "Does the architecture's state dict have the names of the checkpoints?",
-                )
-            if tuple(target.shape) != shape:
-                raise InputError(f"out: tensor {name!r} should have shape {shape}, found {tuple(target.shape)}.")
-            found.append(target.detach())
-        return found
-
-    @cached_property
-    def _matrix(self) -> Stretch | None:
-        """J vectors (n,) in the type they are summed in, of models small enough to keep, or None."""
-        if not self._row_bytes:
-            return None
-        kind = torch.float64 if torch.float64 in self.layout.dtypes else torch.float32
-        rows = list(torch.empty(len(self.checkpoints), self.layout.size, dtype=kind))
-        for name, start in zip(self.layout.tensors, self.layout.tensor_borders[:-1].tolist(), strict=True):
-            stretch = self.stretch(name)
-            for low in range(0, stretch.size, SPAN):
-                for row, piece in zip(rows, stretch[low : low + SPAN].tensors(), strict=True):
-                    row[start + low : start + low + piece.numel()] = piece
-        return Stretch(rows)
-
     def _vectors(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         moves = directions(self.operator, len(self.operator.columns(self.names)))
         columns = [np.array(vectors_of(self.read(name), moves), np.float32) for name in self.layout.tensors]
         return np.concatenate(columns, axis=1)
-
-
-def _expert(path: str | Path, base: Checkpoint | None) -> Checkpoint | Adapter:
-    place = located(path)
-    if not is_adapter(place):
-        return Checkpoint.open(place)
-    if base is None:
-        raise InputError(f"base: the expert {str(path)!r} is a LoRA adapter and needs the model it was trained on.")
-    return Adapter.open(place, base)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -490,23 +327,3 @@ def _distinct(names: Sequence[str]) -> list[str]:
             candidate = f"{name}-{seen[name] + 1}"
         distinct.append(candidate)
     return distinct
-
-
-def _numbered(device: torch.device) -> torch.device:
-    """The device as tensors name it: a CUDA device with its number."""
-    unnumbered = device.type == "cuda" and device.index is None
-    return torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
-
-
-def _holder(model: Model, name: str) -> Model:
-    """The model that has a tensor of its own: an adapter's is often its base."""
-    if isinstance(model, Resized) and name not in model.sizes:
-        return _holder(model.model, name)
-    if isinstance(model, Adapter) and name not in model.factors and name not in model.whole:
-        return model.base
-    return model
-
-
-def _power_of_two(count: int) -> int:
-    """What torch takes of page-locked memory for ``count`` bytes."""
-    return 1 << max(0, count - 1).bit_length()

@@ -49,7 +49,8 @@ def first_line(error: BaseException) -> str:
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """``" Did you mean 'x'?"`` for the known word closest to ``word``, or the list of known words."""
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    begun = [one for one in known if len(word) > 2 and one.startswith(word)]
+    close = begun[:1] or get_close_matches(word, known, n=1, cutoff=0.5)
     if close:
         return f"Did you mean {close[0]!r}?"
     return "Known: " + ", ".join(sorted(known)) + "."

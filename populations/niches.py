@@ -56,7 +56,7 @@ class NicheArchive:
                     "found direction minimize.",
                     "Give a score in which more is better (accuracy, exp(-loss)), or use another algorithm.",
                 )
-        self.goals = tuple(goals)
+        self.goals: tuple[Goal, ...] = tuple(goals)
         self.capacity = capacity
         self.alpha = alpha
         self.resource = resource

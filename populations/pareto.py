@@ -22,7 +22,7 @@ class ParetoFront:
     """
 
     def __init__(self, goals: Sequence[Goal]) -> None:
-        self.goals = tuple(goals)
+        self.goals: tuple[Goal, ...] = tuple(goals)
         self.numbers: list[int] = []
         self._points: Floats = np.zeros((0, len(self.goals)))
 

@@ -56,7 +56,7 @@ class ElitistArchive:
 
     def __init__(self, goals: Sequence[Goal], capacity: int = 20) -> None:
         self.capacity = capacity
-        self.goals = tuple(goals)
+        self.goals: tuple[Goal, ...] = tuple(goals)
         self._members: list[Member] = []
         self._quality: list[float] = []
 

@@ -97,10 +97,10 @@ class BayesianMapSettings(SurrogateSettings):
 class BayesianMap:
     """Sequential batches over a surrogate that says how sure it is.
 
-    The first ``design`` trials are one-hot points, isotropic ones and a Sobol sequence; then every ``ask`` fits
-    the models to what has been told and proposes as many points as are asked for. Proposals cost a bounded number
-    of operations, whatever has been told: for 8 points about 0.2 s in three variables, 1 s in 16. A failed
-    candidate counts as the worst score seen of each objective, so that the search leaves its neighbourhood.
+    The first ``design`` trials are one-hot points, isotropic ones and a Sobol sequence. After them every ``ask`` fits
+    the models to all scores that were told, and proposes as many points as are asked for. The time of a proposal is
+    bounded however much was told: 8 points take about 0.2 s in three variables, 1 s in 16. A failed candidate counts
+    as the worst score seen of each objective, so that the search leaves its neighbourhood.
 
     Args:
         box: Where coefficients lie.
@@ -212,7 +212,7 @@ class BayesianMap:
         self._scores.append(raw)
 
     def state(self) -> dict[str, Any]:
-        """What was asked, what was told, and the latest hyperparameters."""
+        """The points asked for, the scores told, and the latest hyperparameters."""
         return {
             "next": self._next,
             "flying": {number: point.copy() for number, point in self._flying.items()},
@@ -230,7 +230,7 @@ class BayesianMap:
         self._logs = None if state["logs"] is None else state["logs"].copy()
 
     def report(self) -> dict[str, Any]:
-        """How far the models can be trusted; plain values.
+        """The errors of the models, as plain values.
 
         By objective: its ``links``, the root mean squared ``leave_one_out`` error in score units, and ``residual``, the
         share of the variance that the model expects beyond the quadratic's.
@@ -339,7 +339,7 @@ class BayesianMap:
     # -- what is known -----------------------------------------------------------------------------------
 
     def _known(self, most: int | None = None, failures: bool = True) -> Known:
-        """What was told; at most ``most`` evaluations, or ``REMEMBERED``.
+        """The evaluations told so far, at most ``most`` of them (by default ``REMEMBERED``).
 
         Of more, three quarters are those of the best ranks and the rest even among the others, in order of time, so
         that the models do not forget where scores are poor.
@@ -482,10 +482,10 @@ class Volume:
     def of(self, values: Floats) -> Singles:
         """(n, S, L) powers of how far scaled scores (n, S or 1, M) reach."""
         single = values.astype(np.float32)
-        reach = single[:, :, None, 0] * self.inverse[None, :, :, 0]  # min_m y_m / d_m (lemma 5)
+        reach = single[:, :, None, 0] * self.inverse[None, :, :, 0]  # min_m y_m / d_m
         for index in range(1, self.inverse.shape[-1]):
             np.minimum(reach, single[:, :, None, index] * self.inverse[None, :, :, index], out=reach)
-        return np.asarray(reach**self.power)
+        return np.asarray(reach**self.power)  # its mean over d is the hypervolume, but for a constant (lemma 5)
 
     def gains(self, reached: Singles) -> Floats:
         """(n,) what each point of ``reached`` (n, S, L) alone would add."""
@@ -577,7 +577,7 @@ def opening(box: CoefficientBox, count: int, seed: int, seeds: Floats | None = N
 
 
 def coordinates(box: CoefficientBox, points: Floats) -> Inputs:
-    """How the model sees points (n, D): the quadratic in the box scaled to [-1, 1], the residual in other terms.
+    """Points (n, D) as the model sees them: the quadratic in the box scaled to [-1, 1], the residual in other terms.
 
     For the residual each segment's coefficients are told by their direction, their norm, and what each is above
     their mean: what a merge solves depends on the proportions of the models far more than on their common scale.

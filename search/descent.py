@@ -21,8 +21,8 @@ from ecotone.populations.genome import Floats, Genome, Integers
 from ecotone.populations.population import quality
 from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
 from ecotone.search.kinds import Begins, Context, Needs, Segmented
-from ecotone.search.nsga import lattice
 from ecotone.search.protocol import Search, trial_rng
+from ecotone.search.simplex import lattice
 
 LINES = 4
 """Merges that a descent begins with unless the recipe says otherwise: it follows each of them."""

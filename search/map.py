@@ -1,9 +1,14 @@
 """MAP: a front of merges from a few dozen evaluations, by way of quadratic surrogates.
 
-Li et al. 2024, "MAP: Low-compute model merging with amortized Pareto fronts via quadratic approximation". Three
-steps: measure a sampling design; fit a quadratic with a link to every objective; let NSGA-III (Deb and Jain 2014,
-from pymoo) find the front of the surrogates. Then, beyond the paper, a well-spread part of the predicted front is
-evaluated for real, so that the front is reported both as predicted and as measured.
+Li et al. 2024, "MAP: Low-compute model merging with amortized Pareto fronts via quadratic approximation". It has
+three steps, which the code names:
+
+1. Measure a sampling design.
+2. Fit a quadratic with a link to every objective.
+3. Let NSGA-III (Deb and Jain 2014, from pymoo) find the front of these surrogates.
+
+Beyond the paper, a well-spread part of the predicted front is scored, so that the report has the front both as
+predicted and as measured.
 """
 
 from __future__ import annotations
@@ -27,8 +32,8 @@ from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.designs import DesignName, sobol
 from ecotone.search.designs import design as planned
 from ecotone.search.kinds import Context, Pair
-from ecotone.search.nsga import lattice
 from ecotone.search.protocol import Search
+from ecotone.search.simplex import lattice
 from ecotone.search.surrogates import Link, Quadratic, SurrogateSettings, checked_links, minimum, must_vary
 
 Predict: TypeAlias = Callable[[Floats], Floats]  # (N, D) points to (N, M) oriented scores
@@ -76,9 +81,9 @@ class MapSettings(SurrogateSettings):
 class MapSearch:
     """Plain MAP: a design, surrogates, their front, and the members of that front that are evaluated.
 
-    Failed points of the design are left out; only when fewer than (D+1)(D+2)/2 are left are they replaced, by points
-    drawn evenly. Members are taken in an order that stays well spread wherever it is cut, so a larger budget goes
-    on where a smaller one stopped.
+    Failed points of the design are left out. When fewer than (D+1)(D+2)/2 points remain, points drawn evenly replace
+    them. Members of the front are scored in an order that is well spread wherever it is cut, so a larger budget
+    continues where a smaller one stopped.
 
     Args:
         box: Where coefficients lie.
@@ -185,10 +190,10 @@ class MapSearch:
         return head | self._surrogates().report(self._chosen, measured, numbers)
 
     def _next(self) -> Iterator[Floats]:
-        """What may be asked for now, in order."""
+        """The points that may be asked for now, in order."""
         asked = len(self._points)
         if asked < len(self._design):
-            yield from self._design[asked:]
+            yield from self._design[asked:]  # (step 1)
         elif self._chosen is not None:
             yield from self._chosen[asked - self._measured :]
         elif len(self._scores) == asked:
@@ -207,7 +212,7 @@ class MapSearch:
             values = np.array([self._scores[n] for n in numbers])
             for goal, column in zip(self.goals, values.T, strict=True):
                 must_vary(column, goal.name)
-            self._model = Surrogates.fit(points, values, self.goals, self.links)
+            self._model = Surrogates.fit(points, values, self.goals, self.links)  # (step 2)
         return self._model
 
     def _choose(self, measured: int) -> Floats:
@@ -215,7 +220,7 @@ class MapSearch:
         model = self._surrogates()
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(measured, OPTIMISER)))
         low, high = reach(model.points, self.box, self.settings.margin)
-        points, scores = predicted_front(
+        points, scores = predicted_front(  # (step 3)
             lambda c: model.cautious(c, self.settings.caution), low, high, rng, self.generations, self.filling
         )
         return np.asarray(points[spread(scores, self.front)])
@@ -333,7 +338,7 @@ class Surrogates:
         return {g.name: float(e) if np.isfinite(e) else None for g, e in zip(self.goals, errors, strict=True)}
 
     def report(self, points: Floats, measured: Sequence[Floats | None], numbers: Sequence[int]) -> dict[str, Any]:
-        """What was predicted at (F, D) ``points`` beside what was measured there, and the errors of the models."""
+        """The scores predicted at (F, D) ``points`` beside those measured there, and the errors of the models."""
         names = [goal.name for goal in self.goals]
         predicted, errors = self.predict(points), self.std(points)
         members = [

@@ -94,8 +94,8 @@ class NestedMapSearch:
 
     The score of a node is the preference-weighted mean of the scores of its models' objectives, in units that make
     them comparable: as they are where all models score within [0, 1] on everything, else in ranges over the models.
-    A pair's surrogates are one an objective, over the two coefficients. Of all that was evaluated for a pair, its
-    outcome is what the preferences value most. Every trial is an ordinary merge of all K models.
+    A pair has one surrogate an objective, over its two coefficients. Its outcome is the merge that the preferences
+    value most, of all that were scored for it. Every trial is an ordinary merge of all K models.
 
     Args:
         box: Where coefficients lie: one segment, with 0 and 1 within its bounds.

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -29,6 +27,7 @@ from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.kinds import Begins, Context, ModelsFirstBox, Needs, Pair
 from ecotone.search.protocol import trial_rng
 from ecotone.search.racing import RaceSettings, raced
+from ecotone.search.simplex import reference_directions
 
 Variant: TypeAlias = Literal["nsga2", "nsga3"]
 
@@ -151,7 +150,7 @@ class Nsga:
         return [self._proposed(number) for number in range(self._next, self._next + n)]
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Put the trial to the survivors; when there are too many, the least of them leaves."""
+        """Add the trial to the survivors; when there are too many, the least of them leaves."""
         point = self._flying.pop(trial.number)
         if not evaluation.ok:
             self._forget(point)
@@ -339,7 +338,7 @@ def polynomial(rng: np.random.Generator, point: Floats, box: CoefficientBox, rat
 
 
 def crowding(points: Floats) -> Floats:
-    """(N,) crowding distance of each of the ``points`` (N, M) of one front; infinite at its ends (Deb et al. 2002)."""
+    """(N,) crowding distance (Deb et al. 2002) of each of the ``points`` (N, M) of one front; infinite at its ends."""
     if len(points) < 3:  # there are only ends
         return np.full(len(points), np.inf if (points[0] != points[-1]).any() else 0.0)
     distance = np.zeros(len(points))
@@ -347,33 +346,13 @@ def crowding(points: Floats) -> Floats:
         order = np.argsort(column, kind="stable")
         width = column[order[-1]] - column[order[0]]
         if width > 0:
-            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / width
+            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / width  # (section III-B)
             distance[order[[0, -1]]] = np.inf
     return distance
 
 
-def reference_directions(objectives: int, count: int) -> Floats:
-    """(H, M) directions spread evenly over the unit simplex, as many as fit into ``count`` (but at least M).
-
-    The lattice of Das and Dennis 1998; when it is too coarse to have a point inside, what is left of ``count``
-    goes to a second lattice shrunk to half its size (Deb and Jain 2014, section IV-A).
-    """
-    outer = _divisions(objectives, count)
-    directions = _lattice(objectives, outer)
-    room = count - len(directions)
-    if outer >= objectives or room < objectives:
-        return directions
-    inner = 0.5 * lattice(objectives, room) + 0.5 / objectives
-    return np.unique(np.concatenate([directions, inner]), axis=0)
-
-
-def lattice(objectives: int, count: int) -> Floats:
-    """(H, M) the finest lattice of Das and Dennis 1998 on the unit simplex of at most ``count`` points (at least M)."""
-    return _lattice(objectives, _divisions(objectives, count))
-
-
 def most_redundant(costs: Floats, rank: Integers, directions: Floats) -> int:
-    """The point of the last front that NSGA-III's niching (Deb and Jain 2014, section IV-E) would not take.
+    """The point of the last front that NSGA-III's niching (Deb and Jain 2014) would not take.
 
     Points are normalised and joined to their nearest direction; of the direction that has most of them the
     farthest point of the last front goes. Where the paper draws lots, distance decides.
@@ -384,13 +363,13 @@ def most_redundant(costs: Floats, rank: Integers, directions: Floats) -> int:
         directions: (H, M) as from ``reference_directions``.
     """
     units = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    normal = costs / intercepts(costs, rank)
+    normal = costs / intercepts(costs, rank)  # (section IV-C)
     along = normal @ units.T
     distance = np.sqrt(np.maximum((normal**2).sum(axis=1, keepdims=True) - along**2, 0.0))
-    niche = distance.argmin(axis=1)
+    niche = distance.argmin(axis=1)  # (section IV-D)
     crowd = np.bincount(niche, minlength=len(units))
     last = np.flatnonzero(rank == rank.max())
-    keys = [(crowd[niche[i]], distance[i, niche[i]], i) for i in last]
+    keys = [(crowd[niche[i]], distance[i, niche[i]], i) for i in last]  # (section IV-E)
     return int(max(keys)[2])
 
 
@@ -409,22 +388,6 @@ def intercepts(costs: Floats, rank: Integers) -> Floats:
         found = front
     found = np.where(np.isfinite(found), np.minimum(found, worst), worst) if (found > 1e-6).all() else front
     return np.where(found > 1e-6, found, np.where(worst > 1e-6, worst, 1.0))
-
-
-def _divisions(objectives: int, count: int) -> int:
-    """The most divisions of an axis whose lattice has at most ``count`` points; at least 1."""
-    divisions = 1
-    while objectives > 1 and comb(divisions + objectives, objectives - 1) <= count:
-        divisions += 1
-    return divisions
-
-
-def _lattice(objectives: int, divisions: int) -> Floats:
-    """(H, M) all points of the unit simplex whose coordinates are multiples of 1 / divisions."""
-    slots = divisions + objectives - 1
-    bars = np.array(list(combinations(range(slots), objectives - 1)), np.int64)  # stars and bars
-    edges = np.hstack([np.full((len(bars), 1), -1), bars, np.full((len(bars), 1), slots)])
-    return (np.diff(edges, axis=1) - 1) / divisions
 
 
 def _table(rows: Sequence[Floats], columns: int) -> Floats:

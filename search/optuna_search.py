@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import ranks
 from ecotone.populations.genome import Floats
@@ -357,7 +358,7 @@ def _imported() -> Any:
         import optuna
     except ImportError as error:
         raise InputError(
-            f"search.algorithm: Optuna is not installed ({error}).", "`pip install 'ecotone[optuna]'`."
+            f"search.algorithm: Optuna is not installed ({error}).", f"`{how_to_install('optuna')}`."
         ) from error
     return optuna
 

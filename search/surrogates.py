@@ -38,7 +38,7 @@ Links: TypeAlias = str | Mapping[str, str]  # for all objectives, or by objectiv
 
 
 class SurrogateSettings(FrontBox):
-    """What the searches with a quadratic surrogate of each objective have in common.
+    """Settings that all searches with a quadratic surrogate of each objective have.
 
     Attributes:
         samples: Candidates scored before the first surrogate; None leaves their number to the algorithm.

@@ -66,7 +66,7 @@ class Machines:
         _kill(_raylet(node))
 
     def drain(self, node: Any) -> subprocess.Popen[bytes]:
-        """Have the head tell a node to go within half a minute, as on a spot notice or SIGTERM at the node.
+        """Have the head tell a node to go within an hour, as on a spot notice or SIGTERM at the node.
 
         Returns:
             The raylet, which ends once nobody works there.
@@ -75,7 +75,7 @@ class Machines:
         from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
         self.nodes.remove(node)
-        deadline = int((time.time() + 30) * 1000)
+        deadline = int((time.time() + 3600) * 1000)
         accepted, _ = GcsClient(address=self.address).drain_node(
             node.node_id, DRAIN_NODE_REASON_PREEMPTION, "a test", deadline
         )

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from managing import begun
-from test_searches import MAKERS, SPACE, scored
+from test_searches import MAKERS
 
 from ecotone.fitness.pools import Batch, Completed
 from ecotone.populations.errors import JournalError, PoolError
@@ -50,6 +50,7 @@ from ecotone.populations.journal import Journal
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Goal, Trial
 from ecotone.search.manager import POLL, Manager, Progress, Schedule, StopReason
+from ecotone.testing.searches import SPACE, scored
 
 COSTLY = ("bayesian_map", "map", "nested_map", "optuna-tpe", "optuna-cma_es", "optuna-qmc")
 # The first seeds have each search once; of later ones the costly searches, of a few milliseconds a trial, have fewer.

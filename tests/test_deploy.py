@@ -254,7 +254,7 @@ def test_python_of_the_images_runs_what_is_pinned() -> None:
 
 def test_the_guide_lists_each_event() -> None:
     source = "".join(file.read_text() for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py")))
-    found = re.findall(r'"event": "(\w+)"|_event\(\s*logging\.\w+, "(\w+)"', source)
+    found = re.findall(r'"event": "(\w+)"|\bevent\(\s*logging\.\w+, "(\w+)"', source)
     (listed,) = re.findall(r"Events: (.*?`told`)", read("docs/operations.md"), re.DOTALL)
     assert len(found) > 10
     assert {name for names in found for name in names if name} <= set(re.findall(r"`(\w+)`", listed))

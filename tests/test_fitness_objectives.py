@@ -332,7 +332,7 @@ def test_resolve(module):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("math.hypot", "f: expected 'package.module:function', found 'math.hypot'"),
+        ("math.hypot", "f: expected 'package.module:function' or './file.py:function', found 'math.hypot'"),
         ("math:", "expected 'package.module:function'"),
         (":f", "expected 'package.module:function'"),
         ("no_such_module_here:f", "no module named 'no_such_module_here'"),

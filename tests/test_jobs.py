@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
+from zipfile import ZipFile
 
 import numpy as np
 import psutil
@@ -37,6 +38,7 @@ from ecotone.experiments.jobs import JobServer
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch
 from ecotone.experiments.runs import Run
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, PoolError
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -270,6 +272,30 @@ def test_a_resumed_job_finds_what_travelled_elsewhere(tmp_path: Path) -> None:
         assert str(old) not in str(journal.fact("recipe")) + str(journal.fact("sys_path"))
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["working_dir", "py_modules"])
+def test_what_travels_holds_the_linked_packages(
+    client: Remembering, ecotone: Ecotone, tmp_path: Path, whole: bool
+) -> None:
+    """Ray's own packing follows links: unpacked elsewhere, ``ecotone`` is whole and runs from there."""
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    recipe = RECIPE if whole else recipe_in(tmp_path / "mine")
+    assert ecotone("submit", recipe, "--name", "first").code == 0
+    environment = client.sent[0]["runtime_env"]
+    folder = environment["working_dir"] if whole else environment["py_modules"][0]
+    packaging._zip_files(folder, environment["excludes"], str(tmp_path / "all.zip"), True, not whole)
+    place = tmp_path / "unpacked"
+    with ZipFile(tmp_path / "all.zip") as packed:
+        packed.extractall(place)
+    for name in jobs.PACKAGES[1:]:
+        here = {file.relative_to(ROOT) for file in (ROOT / name).rglob("*") if file.suffix in (".py", ".yaml")}
+        assert len(here) > 5
+        assert all((place / "ecotone" / file).is_file() for file in here)
+    code = "import ecotone.search.m2n2 as m, ecotone.experiments.cli; print(m.__file__)"
+    variables = {**os.environ, "PYTHONPATH": str(place)}
+    found = subprocess.run([sys.executable, "-c", code], cwd=place, env=variables, capture_output=True, text=True)
+    assert found.stdout.strip() == str(place / "ecotone" / "search" / "m2n2.py"), found.stderr
+
+
 def test_a_head_that_was_just_started_is_waited_for(client: Remembering, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_POLL", 0.0)
     client.starting = 3
@@ -350,7 +376,7 @@ class AuthenticationError(Exception):
             InputError,
             "size 104857600 exceeded). Keep models on the hub or on a disk",
         ),
-        (ImportError("No module named 'ray'"), PoolError, "pip install 'ecotone[ray]'"),
+        (ImportError("No module named 'ray'"), PoolError, how_to_install("ray")),
     ],
 )
 def test_what_the_client_raises_is_told_in_words(

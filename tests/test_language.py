@@ -636,7 +636,7 @@ def test_tokenizers_that_do_not_fit_are_refused(folder, tokenizer, tmp_path):
 
 def test_a_missing_lm_eval_is_named(folder, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    with pytest.raises(InputError, match=r"needs lm-eval .*pip install 'ecotone.language.'"):
+    with pytest.raises(InputError, match=r"needs lm-eval .*pip install .*\[language\]'"):
         built(folder, tokenizer, "colours")
 
 

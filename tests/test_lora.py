@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ecotone.merging.kernel.materialise as kernel
+import ecotone.merging.memory
 import ecotone.merging.models.lora
 import ecotone.merging.sources
 from ecotone.fitness.backends.resident import Resident
@@ -20,7 +21,7 @@ from ecotone.merging.sources import Sources
 from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.genome import Genome
 
-OPERATORS = sorted(operators.operators)
+OPERATORS = sorted(operators.OPERATORS)
 LINEAR, EMBEDDING = "layers.0.weight", "embed_tokens.weight"
 SHAPES = {EMBEDDING: (40, 6), "layers.0.bias": (7,), LINEAR: (7, 6), "layers.1.weight": (6, 7), "norm.weight": (6,)}
 
@@ -142,7 +143,7 @@ def test_large_models_give_the_bits_of_small_ones(tmp_path, dtype, monkeypatch):
     expected = materialised(low, genome, dtype)
     monkeypatch.setattr(ecotone.merging.sources, "SMALL", 0)
     monkeypatch.setattr(ecotone.merging.models.lora, "SMALL", 0)
-    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", 0)
     large = Sources.open([e.path for e in low.experts], low.base.path, "task_arithmetic")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in materialised(large, genome, dtype).items())
     monkeypatch.setattr(compiled, "supports", lambda *_: False)
@@ -163,7 +164,7 @@ def test_no_merged_copy_is_held(tmp_path, monkeypatch):
     parts = {"layers.0.lora_A.weight": torch.randn(2, columns), "layers.0.lora_B.weight": torch.randn(rows, 2)}
     paths = [adapter(tmp_path / name, parts) for name in ("low", "same")]
     monkeypatch.setattr(LowRank, "formed", counted)
-    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", 0)
     monkeypatch.setattr("ecotone.merging.export.BUFFER_BYTES", 4 * 9000)
     monkeypatch.setattr("ecotone.merging.kernel.lazy.SPAN", 9000)
     for module in (kernel, ecotone.merging.inner_products, ecotone.merging.gradient):

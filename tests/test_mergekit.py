@@ -19,12 +19,13 @@ from safetensors.numpy import save_file
 
 from ecotone.experiments.compose import check_operator
 from ecotone.experiments.exports import export_mergekit, rescored
-from ecotone.experiments.mergekit import filters, import_mergekit, mergekit_config, reference, snapped
+from ecotone.experiments.mergekit import filters, import_mergekit, mergekit_config, snapped
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch
 from ecotone.merging import operators
-from ecotone.merging.models.checkpoint import Checkpoint, Shard, TensorInfo
+from ecotone.merging.models.checkpoint import Checkpoint, Shard
 from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.model import TensorInfo
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
@@ -102,7 +103,7 @@ def check(found: Mapping[str, Any], models: Sources, genome: Genome) -> None:
     for name, segment in zip(layout.tensors, segments, strict=True):
         given_by = weights(found, name)
         for j, checkpoint in enumerate(models.checkpoints):
-            assert given_by[reference(checkpoint)] == expected.weights[segment, j]
+            assert given_by[checkpoint.mergekit_reference()] == expected.weights[segment, j]
 
 
 # -- filters --------------------------------------------------------------------------------------------------
@@ -254,10 +255,10 @@ def test_models_of_the_hub_are_named_by_repository_and_commit() -> None:
     tensors = {"w": TensorInfo((2,), torch.float32)}
     commit = "0" * 40
     cached = model(commit, tensors, folder="/home/.cache/huggingface/hub/models--org--some--name/snapshots")
-    assert reference(cached) == f"org/some--name@{commit}"
-    assert reference(model("plain", tensors)) == "/m/plain"
+    assert cached.mergekit_reference() == f"org/some--name@{commit}"
+    assert model("plain", tensors).mergekit_reference() == "/m/plain"
     with pytest.raises(InputError, match="reads @ as the beginning of a revision"):
-        reference(model("me@home", tensors))
+        model("me@home", tensors).mergekit_reference()
 
 
 # -- splits inside tensors ------------------------------------------------------------------------------------

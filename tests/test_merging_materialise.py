@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import ecotone.merging.kernel.compiled
 import ecotone.merging.kernel.materialise as kernel
+import ecotone.merging.memory
 import ecotone.merging.sources
 from ecotone.merging import operators
 from ecotone.merging.inner_products import gram_table, region_borders
@@ -83,7 +84,7 @@ def reference(sources, genome):
     return torch.from_numpy(merged), torch.from_numpy(terms)
 
 
-@pytest.fixture(params=sorted(operators.operators))
+@pytest.fixture(params=sorted(operators.OPERATORS))
 def operator(request):
     return request.param
 
@@ -184,7 +185,7 @@ def test_without_numba_large_models_are_merged_too(two, monkeypatch):
 def test_stack_of_a_model_too_large_to_keep_gives_the_same_bits(sources, monkeypatch):
     genomes = [random_genome(sources, 9, 1), random_genome(sources, 1, 2)]
     expected = sources.stack(genomes)
-    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", 0)
     sources.__dict__.pop("_matrix")
     for name, values in sources.stack(genomes).items():
         assert torch.equal(bits(values), bits(expected[name]))
@@ -229,12 +230,12 @@ def test_terms_of_weight_zero_are_left_out(tmp_path):
 
 
 def test_one_pass_over_the_sources_serves_all_candidates(sources, monkeypatch):
-    monkeypatch.setattr("ecotone.merging.sources.RESIDENT_BYTES", 0)  # nothing is kept
+    monkeypatch.setattr("ecotone.merging.memory.RESIDENT_BYTES", 0)  # nothing is kept
     sources.stack([random_genome(sources, 1, 0)])  # by now an operator knows what it must of all tensors
-    before = sources.loads
+    before = sources.held.loads
     genomes = [random_genome(sources, 5, seed) for seed in range(6)]
     sources.materialise(genomes, [empty(sources, torch.float32) for _ in genomes])
-    assert sources.loads - before == len(sources.checkpoints) * len(SHAPES)
+    assert sources.held.loads - before == len(sources.checkpoints) * len(SHAPES)
 
 
 def test_writes_into_the_parameters_of_a_module(tmp_path):

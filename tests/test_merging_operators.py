@@ -30,7 +30,7 @@ def model(seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-@pytest.fixture(params=sorted(operators.operators))
+@pytest.fixture(params=sorted(operators.OPERATORS))
 def operator(request):
     return operators.get(request.param)
 

@@ -23,11 +23,11 @@ from ecotone.search.nsga import (
     intercepts,
     most_redundant,
     polynomial,
-    reference_directions,
     simulated_binary,
 )
 from ecotone.search.protocol import Search
 from ecotone.search.random_search import RandomSearch
+from ecotone.search.simplex import reference_directions
 
 Table = NDArray[np.float64]
 Problem = Callable[[Table], Table]

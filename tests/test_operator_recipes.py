@@ -107,7 +107,7 @@ RANGE = {"low": 0.1, "high": 0.9}
         ({"operator": "ties", "density": {"low": 0.9, "high": 0.1}}, None, "merge.density: low: expected less than"),
         ({"operator": "ties", "density": {"low": 0.0, "high": 0.5}}, None, "merge.density: expected"),
         ({"operator": "ties", "density": {"lo": 0.1, "high": 0.5}}, None, "merge.density.lo: unknown key"),
-        ({"operator": "ties", "density": 2}, None, "merge.density: input should be less than or equal to 1"),
+        ({"operator": "ties", "density": 2}, None, "merge.density: expected a number above 0 and at most 1"),
         ({"operator": "task_arithmetic", "density": RANGE}, None, "'task_arithmetic' has no such setting"),
         ({"operator": "ties", "mask_seed": 3}, None, "'ties' has no such setting"),
         ({"operator": "slerp"}, {"algorithm": "m2n2"}, "merge.operator: m2n2 needs merges that are linear"),

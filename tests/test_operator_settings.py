@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import ecotone.merging.sources
+import ecotone.merging.memory
 from ecotone.merging import operators
 from ecotone.merging.export import export_file
 from ecotone.merging.gradient import Slopes
@@ -25,7 +25,7 @@ from ecotone.search.nested_map import NestedMapSearch
 
 SHAPES = {"a": (40, 31), "b.0": (7,), "b.1": (13, 90)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
-CHANGING = sorted(name for name, kind in operators.operators.items() if operators.get(name).searchable)
+CHANGING = sorted(name for name in operators.OPERATORS if operators.get(name).searchable)
 
 
 def bits(tensor):
@@ -53,7 +53,7 @@ def opened(paths, operator, **settings):
 @pytest.mark.parametrize("operator", CHANGING)
 @pytest.mark.parametrize("kept", [0, 2**28])
 def test_a_genomes_settings_are_the_operators(paths, operator, kept, monkeypatch, tmp_path):
-    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", kept)
+    monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", kept)
     sources, row = opened(paths, operator), [0.3, -0.2, 0.8]
     genomes = [Genome.uniform(SIZE, row, density=density) for density in (0.1, 0.4, 0.1, 0.9)]
     genomes.insert(2, Genome.uniform(SIZE, row))
@@ -68,7 +68,7 @@ def test_a_genomes_settings_are_the_operators(paths, operator, kept, monkeypatch
         written = load_file(export_file(sources, genome, tmp_path / f"{index}.safetensors", {}, torch.float32))
         assert all(torch.equal(bits(written[name]), bits(expected[name][0])) for name in SHAPES)
     assert not torch.equal(stacked["a"][0], stacked["a"][1])
-    assert len(sources._tuned) == ecotone.merging.sources.TUNED
+    assert len(sources._tuned) == ecotone.merging.memory.TUNED
 
 
 @pytest.mark.parametrize("operator", CHANGING)
@@ -101,9 +101,9 @@ def test_settings_that_are_not_the_operators_are_refused(paths):
 def test_a_new_density_counts_leading_bits_but_once(paths):
     sources = opened(paths, "ties")
     sources.stack([Genome.uniform(SIZE, [0.3] * 3, density=0.2)])
-    table = sources._pieces.leading
+    table = sources.held.pieces.leading
     sources.stack([Genome.uniform(SIZE, [0.3] * 3, density=0.6)])
-    assert all(tuned._pieces.leading is table for tuned in sources._tuned.values())
+    assert all(tuned.held.pieces.leading is table for tuned in sources._tuned.values())
 
 
 # -- boxes with settings -------------------------------------------------------------------------------------

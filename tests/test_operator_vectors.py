@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import ecotone.merging.kernel.compiled
 import ecotone.merging.kernel.materialise as kernel
+import ecotone.merging.memory
 import ecotone.merging.sources
 from ecotone.merging import operators
 from ecotone.merging.operators import task_vectors, ties_vectors
@@ -221,7 +222,7 @@ def test_large_models_get_the_bits_of_small_ones(tmp_path, monkeypatch, operator
     sources = opened(tmp_path, *fine_tuned(3, dtype), operator=operator, density=0.4)
     genomes = [Genome.uniform(SIZE, row) for row in np.random.default_rng(0).normal(size=(2, 3))]
     expected = sources.stack(genomes)
-    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", 0)
     for module in (ecotone.merging.sources, ties_vectors):
         monkeypatch.setattr(module, "SMALL", 0)
     monkeypatch.setattr(task_vectors, "SPAN", 1001)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-import ecotone.merging.sources
+import ecotone.merging.memory
 from ecotone.fitness import worker as workers
 from ecotone.fitness.backends.resident import STACK_BYTES, stack_of
 from ecotone.fitness.specs import WorkerSpec
@@ -94,15 +94,15 @@ def slopes(sources, device=CPU):
 # -- the same bits -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", sorted(operators.operators))
+@pytest.mark.parametrize("operator", sorted(operators.OPERATORS))
 @pytest.mark.parametrize("adapters", [False, True], ids=["checkpoints", "adapters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_bits_do_not_depend_on_the_placement(tmp_path, monkeypatch, operator, adapters, dtype):
     paths = written(tmp_path, dtype, adapters)
     plain = Sources.open(paths[1:], paths[0], operator)
     expected, derivatives = merges(plain), slopes(plain)
-    for limit in (ecotone.merging.sources.RESIDENT_BYTES, 0):  # rows of small models are kept, or not
-        monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", limit)
+    for limit in (ecotone.merging.memory.RESIDENT_BYTES, 0):  # rows of small models are kept, or not
+        monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", limit)
         for place in PLACEMENTS:
             sources = Sources.open(paths[1:], paths[0], operator, placement=place)
             assert all(torch.equal(a, b) for a, b in zip(merges(sources), expected, strict=True)), place
@@ -111,20 +111,20 @@ def test_bits_do_not_depend_on_the_placement(tmp_path, monkeypatch, operator, ad
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("operator", sorted(operators.operators))
+@pytest.mark.parametrize("operator", sorted(operators.OPERATORS))
 @pytest.mark.parametrize("adapters", [False, True], ids=["checkpoints", "adapters"])
 @pytest.mark.parametrize("place", [*PLACEMENTS, "auto"])
 def test_bits_do_not_depend_on_the_placement_on_a_gpu(tmp_path, monkeypatch, operator, adapters, place):
     paths = written(tmp_path, torch.bfloat16, adapters)
     plain = Sources.open(paths[1:], paths[0], operator)
     expected, derivatives = merges(plain), slopes(plain)
-    for limit in (ecotone.merging.sources.RESIDENT_BYTES, 0):
-        monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", limit)
+    for limit in (ecotone.merging.memory.RESIDENT_BYTES, 0):
+        monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", limit)
         sources = Sources.open(paths[1:], paths[0], operator, placement=place)
         assert all(torch.equal(a, b) for a, b in zip(merges(sources, CUDA), expected, strict=True))
         np.testing.assert_allclose(slopes(sources, CUDA), derivatives, rtol=1e-3, atol=1e-3)
-        held = [tensor for tensors in sources._kept.values() for each in tensors.values() for tensor in each]
-        place_of = sources.placed(CUDA)
+        held = [tensor for tensors in sources.held.kept.values() for each in tensors.values() for tensor in each]
+        place_of = sources.held.placed(CUDA)
         assert bool(held) == (place_of != "mapped")
         assert all(tensor.is_cuda if place_of == "device" else tensor.is_pinned() for tensor in held)
 
@@ -135,14 +135,14 @@ def test_bits_do_not_depend_on_the_placement_on_a_gpu(tmp_path, monkeypatch, ope
 @pytest.mark.parametrize("operator", ["linear", "dare"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["checkpoints", "adapters"])
 def test_what_is_kept_is_what_headers_say(tmp_path, monkeypatch, operator, adapters):
-    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", 0)
     paths = written(tmp_path, torch.bfloat16, adapters)
     for place in ("host", "device", "mapped"):
         sources = Sources.open(paths[1:], paths[0], operator, placement=place)
-        needs = sources.needs(CPU)
-        assert sources.loads == 0
+        needs = sources.memory.needs(CPU)
+        assert sources.held.loads == 0
         merges(sources)
-        held = [tensor for tensors in sources._kept.values() for each in tensors.values() for tensor in each]
+        held = [tensor for tensors in sources.held.kept.values() for each in tensors.values() for tensor in each]
         own = {tensor.data_ptr(): tensor.nbytes for tensor in held}
         assert sum(own.values()) == (needs.sources["host"].host if place != "mapped" else 0)
         assert "_matrix" not in sources.__dict__ or sources._matrix is None
@@ -154,9 +154,9 @@ def test_what_is_kept_is_what_headers_say(tmp_path, monkeypatch, operator, adapt
 def test_a_gpu_is_the_same_with_and_without_its_number(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     sources = Sources.open(written(tmp_path, torch.bfloat16, adapters=False)[1:])
-    sources.place(CUDA, "host")
-    assert sources.placed(torch.device("cuda", 1)) == "host"
-    assert sources.placed(CPU) == "mapped"
+    sources.held.place(CUDA, "host")
+    assert sources.held.placed(torch.device("cuda", 1)) == "host"
+    assert sources.held.placed(CPU) == "mapped"
 
 
 def test_small_models_are_kept_as_rows_unless_they_are_to_be_mapped(tmp_path):
@@ -167,18 +167,18 @@ def test_small_models_are_kept_as_rows_unless_they_are_to_be_mapped(tmp_path):
         ("ties", "mapped", "mapped"),
     ):
         sources = Sources.open(paths[1:], paths[0], operator, placement=place)
-        assert sources.placed(CPU) == settled_as
+        assert sources.held.placed(CPU) == settled_as
         sources.stack(genomes_of(sources))
         rows = 4 * sources.layout.size * len(sources.checkpoints)
         assert (sources._matrix is None) == (place == "mapped")
-        assert sources._kept == {}
-        needs = sources.needs(CPU, stack=100)
+        assert sources.held.kept == {}
+        needs = sources.memory.needs(CPU, stack=100)
         if operator == "ties" and place == "auto":
             assert needs.sources["host"].host == rows
-            assert sources.needs(CPU, settings=True).sources["host"].host == 3 * rows
+            assert sources.memory.needs(CPU, settings=True).sources["host"].host == 3 * rows
     mapped = Sources.open(paths[1:], paths[0], placement="mapped")
     auto = Sources.open(paths[1:], paths[0])
-    extra = auto.needs(CPU, stack=100).buffers.host - mapped.needs(CPU, stack=100).buffers.host
+    extra = auto.memory.needs(CPU, stack=100).buffers.host - mapped.memory.needs(CPU, stack=100).buffers.host
     assert extra == 4 * auto.layout.size * 2
 
 
@@ -272,13 +272,13 @@ def spec_of(paths, **fields):
 def test_a_worker_settles_the_placement_before_it_makes_a_model(tmp_path, monkeypatch):
     paths = written(tmp_path, torch.bfloat16, adapters=False)
     for wish, place in (("auto", "mapped"), ("mapped", "mapped"), ("host", "host"), ("device", "host")):
-        assert Worker(spec_of(paths, sources=wish))._sources.placed(CPU) == place
+        assert Worker(spec_of(paths, sources=wish))._sources.held.placed(CPU) == place
     small = spec_of(paths, operator="ties", batch=1)
-    assert Worker(small)._sources.placed(CPU) == "host"
+    assert Worker(small)._sources.held.placed(CPU) == "host"
     monkeypatch.setattr(placement, "_available", lambda: 4 * MB)
     monkeypatch.setattr(placement, "_groups", lambda: [])
-    assert Worker(small)._sources.placed(CPU) == "host"
-    assert Worker(spec_of(paths, operator="ties", batch=1, neighbours=50))._sources.placed(CPU) == "mapped"
+    assert Worker(small)._sources.held.placed(CPU) == "host"
+    assert Worker(spec_of(paths, operator="ties", batch=1, neighbours=50))._sources.held.placed(CPU) == "mapped"
     monkeypatch.setattr(placement, "_available", lambda: 1000)
     monkeypatch.setattr(workers, "Resident", None)
     with pytest.raises(InputError, match=r"memory: expected .* in main memory for each worker"):
@@ -341,7 +341,7 @@ def test_validate_and_run_refuse_what_has_no_memory(ecotone, tmp_path, threads, 
     sources = Sources.open([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "base.safetensors",
                            "task_arithmetic")  # fmt: skip
     stack = stack_of(sources.layout, None, batch=8)
-    enough = sources.needs(CPU, stack=stack).total("mapped").host
+    enough = sources.memory.needs(CPU, stack=stack).total("mapped").host
     monkeypatch.setattr(placement, "_available", lambda: free or enough + 1000)
     monkeypatch.setattr(placement, "_groups", lambda: [])
     options = [part for setting in settings for part in ("--set", setting)]

@@ -1,4 +1,8 @@
-"""Every pool keeps the same promises, and says the same of the same candidates. Then real faults, on Ray."""
+"""Every pool keeps the same promises, and says the same of the same candidates. Then real faults, on Ray.
+
+Nothing here depends on how fast the machine is. Objectives wait for files and leave files, limits of time are told by a
+clock that the test moves, and PATIENCE only ends a test that hangs.
+"""
 
 import logging
 import math
@@ -12,23 +16,27 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
 from ecotone.fitness.pools import Batch, SerialPool
+from ecotone.fitness.runtime import Runtime
 from ecotone.fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
 from ecotone.populations.errors import CheckpointError, InputError, PoolError
 from ecotone.populations.genome import Genome
 from ecotone.populations.trial import Evaluation, Goal, Trial
 
 HERE = str(Path(__file__).parent)
+PATIENCE = 240.0  # seconds, below the limit of a whole test
 MODULE = """
-import ctypes, os, time, torch
+import ctypes, os, pathlib, time, torch
 from torch import nn
 
 def net(): return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -44,6 +52,12 @@ def value(model):
 def slow(model, seconds=0.2):
     time.sleep(seconds)
     return float(model["w"][0])
+def waits(model, marks):
+    # Says that it has begun, and goes on once it may.
+    folder = pathlib.Path(marks)
+    (folder / f"began-{os.getpid()}").touch()
+    while not (folder / "go").exists(): time.sleep(0.01)
+    return float(model["w"][0])
 def broken(model): raise RuntimeError("always")
 def poison(model):
     value = float(model["w"][0])
@@ -52,35 +66,35 @@ def poison(model):
     return value
 def dies(): os._exit(1)
 def refuses(): raise ValueError("no data today")
-def hangs(model):
+def hangs(model, marks):
     value = float(model["w"][0])
-    if value == 13: time.sleep(600)
-    if value == 14: ctypes.PyDLL(None).sleep(600)  # and holds the interpreter's lock
+    if value in (13, 14): (pathlib.Path(marks) / f"hangs-{os.getpid()}").touch()
+    if value == 13: time.sleep(6000)
+    if value == 14: ctypes.PyDLL(None).sleep(6000)  # and holds the interpreter's lock
     return value
 def gpus(model):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return (float(visible) if visible else -1.0), [os.getpid()]
 def dawdles(folder):
     try: os.close(os.open(folder + "/first", os.O_CREAT | os.O_EXCL))
-    except FileExistsError: time.sleep(600)
+    except FileExistsError: time.sleep(6000)
     return data()
-def swallows(model):
-    try: time.sleep(2)
-    except: return 0.0
-    return float(model["w"][0])
+def swallows(model, marks):
+    try: return waits(model, marks)
+    except BaseException: return 0.0
 def breaks(model):
     from ecotone.fitness.worker import WorkerBrokenError
     if float(model["w"][0]) == 13: raise WorkerBrokenError("the GPU cannot be used any more")
     return float(model["w"][0])
-def opened(folder, good=(), seconds=0.0, dies=False):
-    # Data that only some of those who ask, counted from 0, get.
-    number = 0
+def opened(folder, good, dies):
+    # Data that only some of those who ask, counted from 0, get; all but the first ask once they may.
+    number, folder = 0, pathlib.Path(folder)
     while True:
-        try: os.close(os.open(f"{folder}/asked-{number}", os.O_CREAT | os.O_EXCL))
+        try: os.close(os.open(folder / f"asked-{number}", os.O_CREAT | os.O_EXCL))
         except FileExistsError: number += 1
         else: break
-    time.sleep(seconds)
-    if good and number not in good:
+    while number and not (folder / "go").exists(): time.sleep(0.01)
+    if number not in good:
         if dies: os._exit(1)
         raise ConnectionError("503, try again later")
     return data()
@@ -129,10 +143,39 @@ def cluster():
     ray.shutdown()
 
 
-def ray_pool(spec, workers, **options):
-    from ecotone.fitness.ray_pool import RayPool
+class Clock:
+    """Time that passes only when a test says so, or by so many seconds whenever it is asked for."""
 
-    return RayPool(spec, workers, start_timeout=options.pop("start_timeout", 60), **options)
+    def __init__(self, step=0.0):
+        self.now, self.step = 0.0, step
+
+    def __call__(self):
+        self.now += self.step
+        return self.now
+
+
+def ray_pool(spec, workers, clock=time.monotonic, **options):
+    from ecotone.fitness.ray.pool import RayPool
+
+    return RayPool(spec, Runtime(workers=workers, **{"start_timeout": PATIENCE, **options}), clock)
+
+
+def waiting(condition):
+    """Yields until something has happened."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        yield
+
+
+def wait_for(condition):
+    for _ in waiting(condition):
+        time.sleep(0.01)
+
+
+def working(folder):
+    """Process ids of those that have begun to score ``waits``."""
+    return [int(path.name.removeprefix("began-")) for path in folder.glob("began-*")]
 
 
 @pytest.fixture(params=["serial", "ray"])
@@ -163,15 +206,18 @@ def nets(folder, **fields):
     return WorkerSpec(paths, architecture=CallSpec("pools_tested:net"), device="cpu", sys_path=(str(folder),), **fields)
 
 
+def waits(tmp_path, folder, call="waits"):
+    return vectors(folder, call, marks=str(tmp_path))
+
+
 def batch(number, *firsts):
     return Batch(number, tuple(Trial(10 * number + i, Genome.uniform(6, [f, 0.0])) for i, f in enumerate(firsts)))
 
 
-def collect(pool, count, within=60.0):
+def collect(pool, count):
     """By batch number, the evaluations of ``count`` batches."""
-    found, until = {}, time.monotonic() + within
-    while len(found) < count:
-        assert time.monotonic() < until, f"{len(found)} of {count} batches after {within} s"
+    found = {}
+    for _ in waiting(lambda: len(found) >= count):
         for done, evaluations in pool.completed(timeout=1.0):
             assert done.number not in found
             assert len(evaluations) == len(done.trials)
@@ -180,7 +226,17 @@ def collect(pool, count, within=60.0):
     return found
 
 
+def said(caplog, event):
+    """The log's records of that event."""
+    return [record for record in caplog.records if getattr(record, "event", "") == event]
+
+
 # -- what every pool promises --------------------------------------------------------------------------------
+
+ray_is_slow = pytest.mark.parametrize(
+    "make_pool", ["serial", pytest.param("ray", marks=pytest.mark.slow)], indirect=True
+)
+"""For promises that another test asks of Ray's pool as well."""
 
 
 def test_each_batch_comes_back_once_with_an_evaluation_a_trial_in_order(folder, make_pool):
@@ -200,13 +256,12 @@ def test_each_batch_comes_back_once_with_an_evaluation_a_trial_in_order(folder, 
         assert pool.completed(timeout=None) == []
 
 
+@ray_is_slow
 def test_nothing_in_flight_returns_at_once(folder, make_pool):
-    pool = make_pool(vectors(folder, "slow", seconds=0.6))
+    pool = make_pool(vectors(folder, "value"))
     pool.start()
-    began = time.monotonic()
     assert pool.completed() == []
-    assert pool.completed(timeout=5.0) == []
-    assert time.monotonic() - began < 1.0
+    assert pool.completed(timeout=1e6) == []
     pool.submit(batch(0, 3.0))
     [(done, [evaluation])] = pool.completed()
     assert (done.number, evaluation.scores) == (0, {"f": 3.0})
@@ -225,6 +280,7 @@ def test_failed_candidates_say_why_and_harm_no_other(folder, make_pool):
     assert found[1][0].ok
 
 
+@ray_is_slow
 def test_an_objective_that_always_raises_fails_every_candidate_and_not_the_pool(folder, make_pool):
     pool = make_pool(vectors(folder, "broken"))
     pool.start()
@@ -232,20 +288,16 @@ def test_an_objective_that_always_raises_fails_every_candidate_and_not_the_pool(
     assert {e.failure.message for e in collect(pool, 1)[0]} == {"objective 'f': RuntimeError: always"}
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"experts": ("missing.safetensors",)}, CheckpointError, "missing.safetensors"),
-        (
-            {"search": (ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:refuses")),)},
-            InputError,
-            "objective 'acc': data: pools_tested:refuses\\(\\) raised ValueError: no data today",
-        ),
-    ],
-)
-def test_what_the_worker_refuses_is_raised_by_start(folder, make_pool, change, error, words):
-    pool = make_pool(replace(nets(folder), **change))
-    with pytest.raises(error, match=words):
+@ray_is_slow
+def test_a_file_that_is_missing_is_refused_by_start(folder, make_pool):
+    with pytest.raises(CheckpointError, match=r"missing\.safetensors"):
+        make_pool(replace(nets(folder), experts=("missing.safetensors",))).start()
+
+
+def test_what_the_worker_refuses_is_raised_by_start(folder, make_pool):
+    pool = make_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=CallSpec("pools_tested:refuses")),)))
+    words = "objective 'acc': data: pools_tested:refuses\\(\\) raised ValueError: no data today"
+    with pytest.raises(InputError, match=words):
         pool.start()
     pool.close()
 
@@ -265,14 +317,14 @@ def test_a_pool_is_started_once_used_then_and_closed_twice(folder, make_pool):
     assert pool.completed() == []
 
 
-def test_closing_does_not_wait_for_what_is_queued(folder, make_pool):
-    pool = make_pool(vectors(folder, "slow", seconds=0.3))
+def test_closing_does_not_wait_for_what_is_queued(tmp_path, folder, make_pool):
+    """It would never end."""
+    pool = make_pool(waits(tmp_path, folder))
     pool.start()
     for number in range(10):
         pool.submit(batch(number, 1, 2, 3))
-    began = time.monotonic()
     pool.close()
-    assert time.monotonic() - began < 3.0
+    assert pool.completed() == []
 
 
 def test_results_and_space_outlive_the_pool(folder, make_pool):
@@ -319,12 +371,12 @@ def determined(folder):
     )
 
 
-def test_one_worker_two_workers_and_none_say_the_same(folder, cluster):
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_workers_and_this_process_say_the_same(folder, cluster, workers):
     spec = determined(folder)
     expected = results(SerialPool(spec))
     assert len({score for score, _, _ in expected}) > 5
-    assert results(ray_pool(spec, 1)) == expected
-    assert results(ray_pool(spec, 2), size=3) == expected
+    assert results(ray_pool(spec, workers), size=3) == expected
 
 
 def test_another_process_says_the_same(folder):
@@ -352,8 +404,8 @@ def test_the_serial_pool_has_its_own_number_of_threads(folder):
     assert torch.get_num_threads() == before
 
 
-def interrupted(tmp_path, folder, pool, seconds):
-    """Exit code and output of a process that waits on a slow batch and gets Ctrl-C."""
+def interrupted(tmp_path, folder, pool):
+    """Exit code and output of a process that waits on a batch that never ends and gets Ctrl-C."""
     script = tmp_path / "interrupted.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -361,11 +413,10 @@ def interrupted(tmp_path, folder, pool, seconds):
         sys.path.insert(0, {HERE!r})
         from pathlib import Path
         import test_pools as t
-        spec = t.vectors(Path({str(folder)!r}), "slow", seconds={seconds})
+        spec = t.waits(Path({str(tmp_path)!r}), Path({str(folder)!r}))
         with {pool} as pool:
             pool.start()
             pool.submit(t.batch(0, *range(100)))
-            print("waiting", flush=True)
             try:
                 pool.completed()
             finally:
@@ -375,29 +426,30 @@ def interrupted(tmp_path, folder, pool, seconds):
     child = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert child.stdout.readline() == "waiting\n"
+    wait_for(lambda: working(tmp_path) or child.poll() is not None)
     family = psutil.Process(child.pid).children(recursive=True)
-    time.sleep(0.3)
     os.killpg(child.pid, signal.SIGINT)
-    out, err = child.communicate(timeout=30)
-    _, left = psutil.wait_procs(family, timeout=10)
+    out, err = child.communicate(timeout=PATIENCE)
+    _, left = psutil.wait_procs(family, timeout=PATIENCE)
     assert not left
     return child.returncode, out, err
 
 
 def test_the_serial_pool_can_be_interrupted(tmp_path, folder):
-    code, out, err = interrupted(tmp_path, folder, "t.SerialPool(spec)", 0.2)
+    code, out, err = interrupted(tmp_path, folder, "t.SerialPool(spec)")
     assert out == "leaving\n"
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert code != 0
 
 
-def test_a_timeout_returns_nothing_while_workers_work(folder, cluster):
-    with ray_pool(vectors(folder, "slow", seconds=0.6), 1) as pool:
+def test_a_timeout_returns_nothing_while_workers_work(tmp_path, folder, cluster):
+    with ray_pool(waits(tmp_path, folder), 1) as pool:
         pool.start()
+        assert pool.completed(timeout=1e6) == []
         pool.submit(batch(0, 3.0))
         assert pool.completed(timeout=0.05) == []
         assert pool.completed(timeout=0.0) == []
+        (tmp_path / "go").touch()
         [(done, [evaluation])] = pool.completed()
         assert (done.number, evaluation.scores) == (0, {"f": 3.0})
 
@@ -451,31 +503,66 @@ def test_a_pool_leaves_a_ray_alone_that_it_did_not_start(folder, cluster):
         pool.start()
         [pid] = pool.pids()
     assert cluster.is_initialized()
-    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
-def test_a_worker_that_has_no_place_is_refused_in_words(folder, cluster):
-    pool = ray_pool(vectors(folder, "value"), 1, resources={"unicorn": 1.0}, gpus_per_worker=0.5, start_timeout=2)
-    with pytest.raises(PoolError, match="no worker had a place within 2 s") as refused:
-        pool.start()
+def test_a_worker_that_has_no_place_is_told_of_and_refused_in_words(folder, cluster, caplog):
+    hungry = {"resources": {"unicorn": 1.0}, "gpus_per_worker": 0.5, "start_timeout": 60}
+    with pytest.raises(PoolError, match="no worker had a place within 60 s") as refused:
+        ray_pool(vectors(folder, "value"), 1, Clock(step=10.0), **hungry).start()
     assert "asks for 1 CPU, 0.5 GPU, 1 unicorn" in str(refused.value)
     assert "nodes have 4 CPU, 2 GPU, 0 unicorn" in str(refused.value)
+    [told] = said(caplog, "waiting")
+    assert told.getMessage().endswith("nodes have 4 CPU, 2 GPU, 0 unicorn. Waiting up to 60 s.")
 
 
-def test_a_place_is_waited_for_and_told_of_and_opening_takes_what_it_takes(
-    tmp_path, folder, cluster, caplog, monkeypatch
-):
-    from ecotone.fitness import ray_pool as module
+def waited(crew, clock, seconds):
+    """Look every second, so many times."""
+    for _ in range(seconds):
+        clock.now += 1.0
+        crew.check_places()
 
-    monkeypatch.setattr(module, "_FIRST_WORD", 0.5)
-    with pytest.raises(PoolError):
-        ray_pool(vectors(folder, "value"), 1, resources={"unicorn": 1.0}, start_timeout=2).start()
-    [said] = [record.getMessage() for record in caplog.records if getattr(record, "event", "") == "waiting"]
-    assert said.endswith("nodes have 4 CPU, 2 GPU, 0 unicorn. Waiting up to 2 s.")
-    data = CallSpec("pools_tested:opened", {"folder": str(tmp_path), "seconds": 4.0})
-    with ray_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=data),)), 1, start_timeout=2) as pool:
-        pool.start()
+
+def test_a_place_is_waited_for_and_told_of_and_opening_takes_what_it_takes(caplog):
+    from ecotone.fitness.ray.cluster import PlaceWait
+    from ecotone.fitness.ray.crew import Crew
+    from ecotone.fitness.ray.members import Member
+
+    clock = Clock()
+    cluster = SimpleNamespace(silent=False, arrived=lambda call: False, no_place=lambda what: f"{what}.")
+    crew = Crew(1, None, cluster, None, None, PlaceWait(cluster, 100.0, clock), clock)
+    crew.members = [Member(None, "placed", "opened", 0.0)]
+    waited(crew, clock, 99)
+    told = [(record.getMessage(), record.seconds) for record in said(caplog, "waiting")]
+    assert told == [("no worker has a place yet. Waiting up to 100 s.", at) for at in (10.0, 70.0)]
+    cluster.arrived = lambda call: call == "placed"
+    waited(crew, clock, 1000)
+    cluster.arrived = lambda call: False
+    waited(crew, clock, 100)
+    cluster.silent = True
+    waited(crew, clock, 1000)
+    cluster.silent = False
+    with pytest.raises(PoolError, match="no worker had a place within 100 s"):
+        crew.check_places()
+
+
+def test_pauses_grow_until_a_worker_is_opened():
+    from ecotone.fitness.ray.crew import Retries
+
+    def pause():
+        """Seconds until the next one is due."""
+        retries.add_after_failure()
+        began = clock.now
+        while not retries.take_due():
+            assert len(retries) == 1
+            clock.now += 1.0
+        return clock.now - began
+
+    clock = Clock()
+    retries = Retries(clock)
+    assert [pause() for _ in range(8)] == [2, 4, 8, 16, 32, 60, 60, 60]
+    retries.opened()
+    assert pause() == 2
 
 
 def test_a_pool_works_with_the_workers_that_have_a_place(folder, cluster):
@@ -494,11 +581,9 @@ def test_workers_that_die_while_they_open_are_given_up(folder, cluster):
         ray_pool(spec, 1, attempts=2).start()
 
 
-def ready(pool, count, within=60.0):
+def ready(pool, count):
     """Wait until so many workers are."""
-    until = time.monotonic() + within
-    while len(pool.pids()) < count:
-        assert time.monotonic() < until, f"{len(pool.pids())} of {count} workers after {within} s"
+    for _ in waiting(lambda: len(pool.pids()) >= count):
         pool.submit(batch(0, 1))
         pool.completed()
 
@@ -527,26 +612,20 @@ def test_the_search_goes_on_while_a_worker_is_slow_to_open(tmp_path, folder, clu
 
 
 @pytest.mark.parametrize("dies", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_worker_that_cannot_be_opened_is_tried_again_while_others_work(
-    tmp_path, folder, cluster, caplog, monkeypatch, dies
-):
-    monkeypatch.setattr("ecotone.fitness.ray_pool._BACKOFF", 0.2)
+def test_a_worker_that_cannot_be_opened_is_tried_again_while_others_work(tmp_path, folder, cluster, caplog, dies):
+    clock = Clock()
     data = CallSpec("pools_tested:opened", {"folder": str(tmp_path), "good": [0, 3], "dies": dies})
-    with ray_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=data),)), 1) as pool:
+    with ray_pool(nets(folder, search=(ObjectiveSpec(Goal("acc"), data=data),)), 2, clock) as pool:
         pool.start()
-        pool.slots = 2
-        pool._spawn()
-        until = time.monotonic() + 60
-        number = 0
-        while len(pool.pids()) < 2:
-            assert time.monotonic() < until
+        (tmp_path / "go").touch()
+        for number, _ in enumerate(waiting(lambda: len(pool.pids()) == 2)):
+            clock.now += 1.0
             pool.submit(Batch(number, (Trial(number, genomes(1)[0]),)))
             assert [e.ok for [e] in collect(pool, 1).values()] == [True]
-            number += 1
-    failed = [record.getMessage() for record in caplog.records if getattr(record, "event", "") == "worker_failed"]
+    failed = [record.getMessage() for record in said(caplog, "worker_failed")]
     assert len(failed) == 2
     assert all(("died" if dies else "503, try again later") in message for message in failed)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.glob("asked-*"))) == 4
 
 
 @pytest.mark.slow
@@ -563,7 +642,7 @@ def test_what_is_finished_is_returned_before_the_pool_fails(folder, cluster, mon
 
         def watch():
             look()
-            if pool._finished:
+            if pool._jobs.finished:
                 raise PoolError("the head is gone")
 
         monkeypatch.setattr(pool, "_watch", watch)
@@ -607,15 +686,13 @@ def test_a_kernel_that_asserts_harms_no_other_candidate(folder, cluster):
     assert "the GPU cannot be used any more" in found[1][0].failure.message
 
 
-def test_a_batch_does_not_wait_behind_a_slow_one_while_a_worker_is_idle(folder, cluster):
-    with ray_pool(vectors(folder, "hangs"), 2) as pool:
+def test_a_batch_does_not_wait_behind_a_slow_one_while_a_worker_is_idle(tmp_path, folder, cluster):
+    with ray_pool(vectors(folder, "hangs", marks=str(tmp_path)), 2) as pool:
         pool.start()
         ready(pool, 2)
-        collected = set()
         for number, first in ((1, 13), (2, 2), (3, 3), (4, 4)):
             pool.submit(batch(number, first))
-        collected |= set(collect(pool, 3, within=20.0))
-        assert collected == {2, 3, 4}
+        assert set(collect(pool, 3)) == {2, 3, 4}
 
 
 def test_a_worker_that_does_not_find_what_the_search_has_names_node_and_path(folder, cluster, monkeypatch):
@@ -627,23 +704,28 @@ def test_a_worker_that_does_not_find_what_the_search_has_names_node_and_path(fol
 
 
 @pytest.mark.slow
-def test_idle_workers_are_given_back_and_asked_for_again(folder, cluster):
+def test_idle_workers_are_given_back_and_asked_for_again(tmp_path, folder, cluster):
     def at_work(pool):
         """Their process ids, once work for two has two."""
-        until = time.monotonic() + 60
-        while len(pool.pids()) < 2:
-            assert time.monotonic() < until
+        for _ in waiting(lambda: len(pool.pids()) == 2):
             pool.submit(batch(0, 1))
             pool.submit(batch(1, 2))
             assert {number: e.scores["f"] for number, [e] in collect(pool, 2).items()} == {0: 1, 1: 2}
         return set(pool.pids())
 
-    with ray_pool(vectors(folder, "slow", seconds=0.5), 2, idle_timeout=0.4) as pool:
+    clock, go = Clock(), tmp_path / "go"
+    with ray_pool(waits(tmp_path, folder), 2, clock, idle_timeout=10.0) as pool:
+        go.touch()
         pool.start()
         before = at_work(pool)
+        go.unlink()
         pool.submit(batch(2, 1, 2, 3))
-        assert collect(pool, 1)[2][2].ok
+        for _ in waiting(lambda: len(pool.pids()) == 1):
+            clock.now += 1.0
+            assert pool.completed(timeout=0.0) == []
         [kept] = pool.pids()
+        go.touch()
+        assert collect(pool, 1)[2][2].ok
         after = at_work(pool)
         assert before & after == {kept}
 
@@ -651,51 +733,67 @@ def test_idle_workers_are_given_back_and_asked_for_again(folder, cluster):
 # -- Ray: deadlines ------------------------------------------------------------------------------------------
 
 
+def collect_in_time(pool, clock, markers, count):
+    """As ``collect``; time passes only while each worker that has work hangs at the job it has had for longest."""
+
+    def hangs(member):
+        firsts = {trial.genome.coefficients[0, 0] for trial in member.jobs[0].trials}
+        return bool(firsts & {13, 14}) and (markers / f"hangs-{member.pid}").exists()
+
+    found = {}
+    for _ in waiting(lambda: len(found) >= count):
+        at_work = [member for member in pool._crew.members if member.queue]
+        if at_work and all(hangs(member) for member in at_work):
+            clock.now += 1.0
+        found.update({done.number: evaluations for done, evaluations in pool.completed(timeout=0.05)})
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "hanging"), [(1, 13), (2, 13), (2, 14)])
-def test_only_the_candidate_past_its_time_limit_fails(folder, cluster, caplog, workers, hanging):
+def test_only_the_candidate_past_its_time_limit_fails(tmp_path, folder, cluster, caplog, workers, hanging):
     caplog.set_level(logging.DEBUG, "ecotone")
-    with ray_pool(vectors(folder, "hangs"), workers, time_limit=1.0) as pool:
+    clock = Clock()
+    with ray_pool(vectors(folder, "hangs", marks=str(tmp_path)), workers, clock, time_limit=1.0) as pool:
         pool.start()
         pool.submit(batch(0, 1, hanging))
         for number in range(1, 4):
             pool.submit(batch(number, number))
         pool.submit(batch(4, hanging))
-        found = collect(pool, 5)
+        found = collect_in_time(pool, clock, tmp_path, 5)
     assert found[0][0].scores == {"f": 1}
     assert [found[n][0].scores["f"] for n in (1, 2, 3)] == [1, 2, 3]
     for failed in (found[0][1], found[4][0]):
         assert failed.failure.kind == "timed out"
         assert "more than 1 s (runtime.time_limit)" in failed.failure.message
-    late = [r.trials for r in caplog.records if getattr(r, "event", "") == "trial_timed_out"]
-    assert sorted(late) == [[0, 1], [1], [40]]
+    assert sorted(record.trials for record in said(caplog, "trial_timed_out")) == [[0, 1], [1], [40]]
 
 
 @pytest.mark.slow
-def test_at_another_node_a_short_limit_is_exceeded_twice(folder, cluster, caplog, monkeypatch):
+def test_at_another_node_a_short_limit_is_exceeded_twice(tmp_path, folder, cluster, caplog, monkeypatch):
     """Within half a minute Ray may not know that the node is gone."""
-    with ray_pool(vectors(folder, "hangs"), 1, time_limit=1.0) as pool:
+    clock = Clock()
+    with ray_pool(vectors(folder, "hangs", marks=str(tmp_path)), 1, clock, time_limit=1.0) as pool:
         pool.start()
-        monkeypatch.setattr(pool, "_home", "another node")
+        monkeypatch.setattr(pool._cluster, "home", "another node")
         pool.submit(batch(0, 13))
-        [failed] = collect(pool, 1)[0]
+        [failed] = collect_in_time(pool, clock, tmp_path, 1)[0]
     assert failed.failure.kind == "timed out"
-    assert [r.trials for r in caplog.records if getattr(r, "event", "") == "trial_timed_out"] == [[0], [0]]
+    assert [record.trials for record in said(caplog, "trial_timed_out")] == [[0], [0]]
 
 
-def test_time_in_which_nobody_looked_is_not_held_against_workers(folder):
-    pytest.importorskip("ray")
-    from ecotone.fitness.ray_pool import _Hand
+def test_time_in_which_nobody_looked_is_not_held_against_workers():
+    from ecotone.fitness.ray.members import Member
+    from ecotone.fitness.ray.schedule import Schedule
 
-    pool = ray_pool(vectors(folder, "value"), 1)
-    pool._hands = [_Hand(None, None, None)]
-    now = pool._hands[0].since = time.monotonic()
-    pool._looked_at = now - 1.0
-    pool._forgive(1.0)
-    assert pool._hands[0].since == now
-    pool._looked_at = now - 100.0
-    pool._forgive(1.0)
-    assert pool._hands[0].since == pytest.approx(now + 99.0, abs=0.5)
+    clock, member = Clock(), Member(None, None, None, since=0.0)
+    schedule = Schedule(SimpleNamespace(members=[member]), None, None, Runtime(time_limit=1.0), clock)
+    clock.now = 1.0
+    schedule.looked(waited=1.0)
+    assert member.since == 0.0
+    clock.now = 101.0
+    schedule.looked(waited=1.0)
+    assert member.since == 99.0
 
 
 @pytest.mark.slow
@@ -710,57 +808,69 @@ def test_a_search_that_is_stopped_for_longer_than_the_limit_blames_nobody(tmp_pa
         sys.path.insert(0, {HERE!r})
         from pathlib import Path
         import test_pools as t
-        with t.ray_pool(t.vectors(Path({str(folder)!r}), "slow", seconds=1.0), 1, time_limit=3.0) as pool:
+        with t.ray_pool(t.vectors(Path({str(folder)!r}), "slow", seconds=1.0), 1, time_limit=10.0) as pool:
             pool.start()
             for number in range(6):
                 pool.submit(t.batch(number, number))
+            found = t.collect(pool, 1)
             print(*pool.pids(), flush=True)
-            print(*[e.scores["f"] for _, [e] in sorted(t.collect(pool, 6).items())], flush=True)
+            found |= t.collect(pool, 5)
+            print(*[e.scores["f"] for _, [e] in sorted(found.items())], flush=True)
         """)
     )
     child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     [worker] = child.stdout.readline().split()
-    time.sleep(1.5)
     family = [child.pid, int(worker)] if stopped == "all" else [child.pid]
     for pid in family:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(6.0)
+    time.sleep(13.0)
     for pid in reversed(family):
         os.kill(pid, signal.SIGCONT)
-    out, _ = child.communicate(timeout=60)
+    out, _ = child.communicate(timeout=PATIENCE)
     assert out.split() == [f"{number}.0" for number in range(6)]
 
 
-def test_a_worker_told_to_stop_hands_its_batch_on_and_blames_nobody(folder, cluster):
-    with ray_pool(vectors(folder, "slow", seconds=0.5), 1, attempts=1) as pool:
+def test_a_worker_told_to_stop_hands_its_batch_on_and_blames_nobody(tmp_path, folder, cluster):
+    with ray_pool(waits(tmp_path, folder), 1, attempts=1) as pool:
         pool.start()
         pool.submit(batch(0, 1))
         for _ in range(2):
             [pid] = pool.pids()
-            assert pool.completed(timeout=0.3) == []
+            wait_for(lambda pid=pid: pid in working(tmp_path))
             os.kill(pid, signal.SIGTERM)
-            while pid in pool.pids() or not pool.pids():
+            for _ in waiting(lambda pid=pid: pid not in pool.pids() and pool.pids()):
                 assert pool.completed(timeout=0.1) == []
+        (tmp_path / "go").touch()
         assert [e.scores for e in collect(pool, 1)[0]] == [{"f": 1}]
 
 
-def test_a_score_that_was_cut_short_by_the_order_to_stop_is_not_taken(folder, cluster):
+def test_a_score_that_was_cut_short_by_the_order_to_stop_is_not_taken(tmp_path, folder, cluster):
     """An objective with a bare ``except`` swallows it."""
-    with ray_pool(vectors(folder, "swallows"), 1, attempts=1) as pool:
+    with ray_pool(waits(tmp_path, folder, "swallows"), 1, attempts=1) as pool:
         pool.start()
         [pid] = pool.pids()
         pool.submit(batch(0, 7))
-        assert pool.completed(timeout=0.7) == []
+        wait_for(lambda: working(tmp_path))
         os.kill(pid, signal.SIGTERM)
+        for _ in waiting(lambda: pid not in pool.pids()):
+            assert pool.completed(timeout=0.1) == []
+        (tmp_path / "go").touch()
         assert [e.scores for e in collect(pool, 1)[0]] == [{"f": 7}]
 
 
-# -- Ray: what it tells --------------------------------------------------------------------------------------
+# -- Ray: what it refuses and tells ------------------------------------------------------------------
+
+
+def test_without_ray_it_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(PoolError, match="Ray is not installed") as refused:
+        ray_pool(vectors(folder, "value"), 1).start()
+    assert refused.value.remedy == "pip install 'ecotone[ray]'"
 
 
 def test_metrics_that_cannot_be_made_or_set_are_left_out(monkeypatch):
     pytest.importorskip("ray")
-    from ecotone.fitness.ray_pool import _Meters
+    from ecotone.fitness.ray.meters import Meters
 
     def check(meters):
         meters.make()
@@ -770,9 +880,9 @@ def test_metrics_that_cannot_be_made_or_set_are_left_out(monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr("ray.util.metrics.Gauge.set", None)
-        check(_Meters())
+        check(Meters())
     monkeypatch.setattr("ray.util.metrics.Histogram", None)
-    check(_Meters())
+    check(Meters())
 
 
 @pytest.mark.slow
@@ -794,8 +904,8 @@ def test_metrics_can_be_scraped(folder):
                 pool.submit(t.batch(number, number, -1))
             t.collect(pool, 10)
             wanted = ("ecotone_evaluations_total", "ecotone_workers", "ecotone_evaluation_seconds_count")
-            lines, until = [], time.monotonic() + 60
-            while not all(any(name in line for line in lines) for name in wanted) and time.monotonic() < until:
+            lines = []
+            for _ in t.waiting(lambda: all(any(name in line for line in lines) for name in wanted)):
                 pool.completed(timeout=0)
                 time.sleep(1)
                 text = urllib.request.urlopen(f"http://127.0.0.1:{{port}}/metrics").read().decode()
@@ -817,33 +927,27 @@ def test_metrics_can_be_scraped(folder):
 @pytest.mark.parametrize(("size", "count", "arguments"), [(0, 3, 1), (30_000, 4, 5), (30_000, 40, 1)])
 def test_trials_travel_with_the_call_unless_they_are_large(size, count, arguments):
     """Pieces below the 100 kB that Ray sends with a call, or one argument for its object store."""
-    from ecotone.fitness.ray_pool import _parts, _whole
+    from ecotone.fitness.ray.actor import packed, unpacked
 
     rng = np.random.default_rng(0)
     sent = tuple(
         Trial(i, Genome.dense(rng.normal(size=size), 2) if size else Genome.uniform(9, [0.5, 0.5]), (1, 2), "held_out")
         for i in range(count)
     )
-    parts = _parts(sent)
+    parts = packed(sent)
     assert len(parts) == arguments
     assert all(len(part) < 100_000 for part in parts)
-    assert list(_whole(parts)) == list(sent)
+    assert list(unpacked(parts)) == list(sent)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"workers": 0}, "workers: expected at least 1, found 0"),
-        ({"attempts": 0}, "attempts: expected at least 1, found 0"),
-        ({"gpus_per_worker": -1}, "gpus_per_worker: expected at least 0, found -1"),
-        ({"time_limit": 0}, "time_limit: expected more than 0 seconds, or None, found 0"),
-        ({"idle_timeout": math.nan}, "idle_timeout: expected more than 0 seconds, or None, found nan"),
-    ],
+    ("field", "value"),
+    [("workers", 0), ("attempts", 0), ("gpus_per_worker", -1), ("time_limit", 0), ("idle_timeout", math.nan)],
 )
-def test_numbers_out_of_range(folder, options, words):
-    pytest.importorskip("ray")
-    with pytest.raises(InputError, match=words):
-        ray_pool(vectors(folder, "value"), **{"workers": 1, **options})
+def test_numbers_out_of_range(field, value):
+    with pytest.raises(ValidationError) as refused:
+        Runtime(**{field: value})
+    assert [error["loc"] for error in refused.value.errors()] == [(field,)]
 
 
 def test_cuda_without_a_gpu_each_is_refused(folder):
@@ -855,7 +959,7 @@ def test_cuda_without_a_gpu_each_is_refused(folder):
 @pytest.mark.slow
 def test_a_cluster_of_its_own_listens_on_loopback_and_ends_on_ctrl_c(tmp_path, folder):
     pytest.importorskip("ray")
-    code, out, err = interrupted(tmp_path, folder, "t.ray_pool(spec, 1)", 0.2)
+    code, out, err = interrupted(tmp_path, folder, "t.ray_pool(spec, 1)")
     assert out == "leaving\n"
     assert "KeyboardInterrupt" in err
     assert code != 0

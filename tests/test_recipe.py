@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from processes import ROOT
 from pydantic import ValidationError
 
 from ecotone.experiments import compose, preparation
@@ -224,10 +225,24 @@ def written(folder: Path, record: Any = PLAIN) -> Path:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nothing\.yaml: no such recipe\. Ready ones are in"):
+    with pytest.raises(InputError, match=r"nothing\.yaml: no such recipe\. Known: .*digits-specialists"):
         Recipe.from_yaml(tmp_path / "nothing.yaml")
     with pytest.raises(InputError, match="cannot be read as YAML"):
         Recipe.from_yaml(tmp_path)
+
+
+def test_a_ready_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = Recipe.from_yaml(ROOT / "experiments" / "recipes" / "digits-specialists.yaml")
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits-specialists", "digits-specialists.yaml", "experiments/recipes/digits-specialists.yaml"):
+        assert Recipe.from_yaml(name).record() == ready.record()
+    with pytest.raises(InputError, match=r"Did you mean 'digits-specialists'\?"):
+        Recipe.from_yaml("digit-specialists")
+    with pytest.raises(InputError, match=r"elsewhere/digits-specialists.yaml: no such recipe"):
+        Recipe.from_yaml("elsewhere/digits-specialists.yaml")
+    (tmp_path / "digits-specialists.yaml").write_text("name: mine")
+    with pytest.raises(InputError, match="models: missing"):
+        Recipe.from_yaml("digits-specialists.yaml")
 
 
 @pytest.mark.parametrize("text", ["a: [1, 2", "a: b: c", "\tname: x"])

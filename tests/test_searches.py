@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from managing import of_sample
-from numpy.typing import NDArray
 from processes import same_arithmetic
 
 from ecotone.populations.genome import Floats, Genome
-from ecotone.populations.gram import GramTable
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.population import ElitistArchive, Population
-from ecotone.populations.space import Space
-from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Goal, Trial
 from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
 from ecotone.search.bayesian_map import BayesianMap, BayesianMapSettings
 from ecotone.search.cma_es import CmaEs, CmaEsSettings
@@ -40,32 +33,13 @@ from ecotone.search.racing import RaceSettings, Racing
 from ecotone.search.random_search import RandomSearch
 from ecotone.search.refined import Refined
 from ecotone.search.stages import Stage, StagedSearch, stage_seed
+from ecotone.testing.searches import SIZE, SPACE, VECTORS, Driver, SearchConformance, digests_of, expanded, space_of
 
-SIZE = 24
 GOALS = (Goal("solved"),)
 TWO_GOALS = (Goal("solved"), Goal("length", "minimize"))
 THREE_GOALS = (*TWO_GOALS, Goal("some"))
-VECTORS = np.random.default_rng(3).standard_normal((3, SIZE)).astype(np.float32)
-PROBES = np.random.default_rng(4).standard_normal((30, SIZE))
 Pair = tuple[Search, Population]
 
-
-def space_of(vectors: NDArray[np.float32], blocks: tuple[int, ...] = (0, 10, SIZE)) -> Space:
-    names = tuple(f"model-{i}" for i in range(len(vectors)))
-    return Space(
-        names,
-        ("a", "b", "c"),
-        np.array([0, 4, 10, SIZE]),
-        tuple(f"block-{i}" for i in range(len(blocks) - 1)),
-        np.array(blocks),
-        GramTable.from_vectors(vectors),
-        np.eye(len(vectors)),
-        names,
-        vectors,
-    )
-
-
-SPACE = space_of(VECTORS)
 BLOCKS = CoefficientBox.of(SPACE, "block", 0.0, 1.0)
 
 
@@ -268,105 +242,15 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "stages": staged(GOALS, first("cma_es-elite", 14), then_m2n2, then_cma_es),
     "stages-gradients": staged(TWO_GOALS, first("nsga2", 12), then_adamerging, then_nsga),
 }
-NEVER_WAIT = ("random", "nsga", "optuna")
-every_search = pytest.mark.parametrize("kind", MAKERS)
 
 
-def expanded(genome: Genome, vectors: NDArray[np.float32] = VECTORS) -> NDArray[np.float64]:
-    if genome.residual is not None:
-        return genome.residual.astype(np.float64)
-    return (np.repeat(genome.coefficients, np.diff(genome.boundaries), axis=0) * vectors.T).sum(axis=1)
-
-
-def differentiated(trial: Trial) -> Evaluation:
-    """The loss of a gradient trial, half the squared distance to a point of its task and step, and its gradient."""
-    assert trial.calibration is not None
-    if trial.number == 25:
-        return Evaluation.failed("not finite", "unlucky")
-    coefficients, batch = trial.genome.coefficients, trial.calibration
-    losses, gradient = {}, np.zeros(coefficients.shape)
-    for task, weight in zip(batch.tasks, batch.weights, strict=True):
-        away = coefficients - np.random.default_rng([len(task), batch.step]).standard_normal(coefficients.shape)
-        losses[task] = 0.5 * float(np.sum(away**2))
-        gradient += weight * away
-    details = {Evaluation.detail_of(task, "diversity"): 0.5 for task in batch.tasks}
-    return Evaluation(losses, details=details, gradient=gradient)
-
-
-def scored(trial: Trial) -> Evaluation:
-    """Real-valued examples, and a failure now and then (never of a seed)."""
-    if trial.calibration is not None:
-        return differentiated(trial)
-    if trial.number % 11 == 7:
-        return Evaluation.failed("exception", "ValueError: unlucky")
-    weights = expanded(trial.genome)
-    values = 1 / (1 + np.exp(-PROBES @ weights))
-    scores = {"solved": values.mean(), "length": weights @ weights, "some": values[:10].mean()}
-    found = Evaluation({name: float(score) for name, score in scores.items()}, {"solved": values})
-    return of_sample(trial, found)
-
-
-def offered(population: Population, trial: Trial, evaluation: Evaluation) -> Outcome:
-    """What becomes of an evaluation; only a trial that is scored on all examples may join a population."""
-    return population.add(trial, evaluation) if trial.scored else Outcome(accepted=False)
-
-
-@dataclass
-class Driver:
-    """A strict loop, as the manager's: a window in flight, told in order. Everything it does is written down."""
-
-    search: Search
-    population: Population
-    batch: int = 3
-    window: int = 7
-
-    def __post_init__(self) -> None:
-        self.flying: deque[Trial] = deque()
-        self.asked = 0
-        self.log: list[tuple[str, Any]] = []
-        self.digests: list[str] = []
-
-    def ask(self, count: int) -> None:
-        trials = self.search.ask(count)
-        assert len(trials) <= count
-        assert numbered(self.asked, trials)
-        self.asked += len(trials)
-        self.flying += trials
-        if trials:
-            self.log.append(("ask", count))
-            self.digests += [trial.genome.digest for trial in trials]
-
-    def tell(self) -> None:
-        trial = self.flying.popleft()
-        evaluation = scored(trial)
-        outcome = offered(self.population, trial, evaluation)
-        self.search.tell(trial, evaluation, outcome)
-        self.log.append(("tell", (trial, evaluation, outcome)))
-
-    def to(self, trials: int) -> Driver:
-        while self.asked < trials:
-            if len(self.flying) + self.batch <= self.window:
-                self.ask(min(self.batch, trials - self.asked))
-            assert self.flying, "it waits although everything is told"
-            self.tell()
-        return self
-
-
-# -- conformance ---------------------------------------------------------------------------------------------
-
-
-@every_search
-def test_trials_are_numbered_and_fit_the_space(kind: str) -> None:
-    driver = Driver(*MAKERS[kind](0)).to(60)
-    trials = [entry[1][0] for entry in driver.log if entry[0] == "tell"]
-    assert [trial.number for trial in trials] == list(range(len(trials)))
-    for trial in trials:
-        assert (trial.genome.size, trial.genome.sources) == (SIZE, 3)
-        assert all(parent < trial.number for parent in trial.parents)
-        assert trial.subset == "search"
-    of_two_tasks = ("adamerging-sweep", "adamerging-together", "expert_merging-chunks", "m2n2-refined-all")
-    several = 2 if kind in of_two_tasks else 3 if "raced" in kind else 1  # gradients, or samples, of one merge
-    assert len(set(driver.digests)) > 30 / several  # it does look at different merges
+class TestEverySearch(SearchConformance):
+    searches = MAKERS
+    never_wait = ("random", "nsga", "optuna")
+    per_merge: ClassVar = {
+        **dict.fromkeys(("adamerging-sweep", "adamerging-together", "expert_merging-chunks", "m2n2-refined-all"), 2),
+        **{kind: 3 for kind in MAKERS if "raced" in kind},
+    }
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind.endswith("settings")])
@@ -381,135 +265,6 @@ def test_settings_of_the_operator_are_searched_within_their_bounds(kind: str) ->
     assert seeds <= set(range(8))
 
 
-@every_search
-def test_asking_while_it_waits_changes_nothing(kind: str) -> None:
-    eager, patient = Driver(*MAKERS[kind](0)), Driver(*MAKERS[kind](0))
-    waits = 0
-    while eager.asked < 60:
-        before = -1
-        while before < eager.asked < 60:
-            before = eager.asked
-            eager.ask(5)
-        if eager.asked < 60:  # it waits for results
-            waits += 1
-            state = to_text(eager.search.state())
-            assert [eager.search.ask(n) for n in (1, 7, 1)] == [[], [], []]
-            assert to_text(eager.search.state()) == state
-        while patient.asked < eager.asked:
-            patient.ask(min(5, eager.asked - patient.asked))
-        for _ in range(len(eager.flying)):
-            eager.tell()
-            patient.tell()
-    assert eager.digests == patient.digests
-    assert waits == 0 if kind.startswith(NEVER_WAIT) else waits > 0
-
-
-@every_search
-def test_the_seed_decides(kind: str) -> None:
-    assert Driver(*MAKERS[kind](1)).to(60).digests == Driver(*MAKERS[kind](1)).to(60).digests
-    assert Driver(*MAKERS[kind](1)).to(60).digests != Driver(*MAKERS[kind](2)).to(60).digests
-
-
-@every_search
-def test_global_generators_are_neither_used_nor_moved(kind: str) -> None:
-    np.random.seed(1)
-    first = Driver(*MAKERS[kind](0)).to(40).digests
-    after = np.random.random()
-    np.random.seed(1)
-    assert np.random.random() == after
-    np.random.seed(2)
-    assert Driver(*MAKERS[kind](0)).to(40).digests == first
-
-
-@every_search
-def test_replaying_the_same_calls_proposes_the_same_trials(kind: str) -> None:
-    driver = Driver(*MAKERS[kind](0)).to(80)
-    search, population = MAKERS[kind](0)
-    digests = []
-    for call, argument in driver.log:
-        if call == "ask":
-            digests += [trial.genome.digest for trial in search.ask(argument)]
-        else:
-            trial, evaluation, outcome = argument
-            assert offered(population, trial, evaluation) == outcome
-            search.tell(trial, evaluation, outcome)
-    assert digests == driver.digests
-
-
-@every_search
-@pytest.mark.parametrize("at", [3, 17, 20, 21, 40])
-def test_restored_from_its_state_it_goes_on_with_the_same_trials(kind: str, at: int) -> None:
-    """Also in the middle of a generation, with trials in flight."""
-    through = Driver(*MAKERS[kind](0)).to(at)
-    resumed = Driver(*MAKERS[kind](0))
-    resumed.search.restore(from_text(to_text(through.search.state())))
-    resumed.population.restore(through.population.state())
-    resumed.flying, resumed.asked = deque(through.flying), through.asked
-    resumed.digests = list(through.digests)
-    through.to(90)
-    resumed.to(90)
-    assert resumed.digests == through.digests
-    assert members(resumed.population) == members(through.population)
-
-
-@every_search
-def test_a_state_does_not_change_afterwards(kind: str) -> None:
-    driver = Driver(*MAKERS[kind](0)).to(20)
-    state = driver.search.state()
-    text = to_text(state)
-    driver.to(60)
-    assert to_text(state) == text
-
-
-@every_search
-def test_it_survives_that_everything_fails(kind: str) -> None:
-    search, population = MAKERS[kind](0)
-    for _ in range(8):
-        for trial in search.ask(4):
-            failed = Evaluation.failed("not finite", "NaN")
-            outcome = offered(population, trial, failed)
-            assert outcome == Outcome(accepted=False)
-            search.tell(trial, failed, outcome)
-    assert not population.members
-
-
-def members(population: Population) -> list[int]:
-    return [member.trial.number for member in population.members]
-
-
-def to_text(state: dict[str, Any]) -> str:
-    """The state as JSON; fails on anything that is not a number, text, an array, or a list or dict of these."""
-
-    def plain(value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if isinstance(value, np.bool_ | np.integer | np.floating):
-            return value.item()
-        if isinstance(value, np.ndarray):
-            assert value.dtype.kind in "biuf"
-            return {"array": base64.b64encode(value.tobytes()).decode(), "type": value.dtype.str, "shape": value.shape}
-        if isinstance(value, list | tuple):
-            return [plain(one) for one in value]
-        assert isinstance(value, dict), f"{type(value)} is no plain value"
-        return {"pairs": [[plain(key), plain(one)] for key, one in value.items()]}
-
-    return json.dumps(plain(state))
-
-
-def from_text(text: str) -> Any:
-    def back(value: Any) -> Any:
-        if isinstance(value, list):
-            return [back(one) for one in value]
-        if isinstance(value, dict) and "array" in value:
-            flat = np.frombuffer(base64.b64decode(value["array"]), value["type"]).copy()
-            return flat.reshape(value["shape"])
-        if isinstance(value, dict):
-            return {back(key): back(one) for key, one in value["pairs"]}
-        return value
-
-    return back(json.loads(text))
-
-
 ELSEWHERE = """
 import importlib.util, json, os, sys
 sys.path.insert(0, os.path.dirname({file!r}))
@@ -517,7 +272,7 @@ spec = importlib.util.spec_from_file_location("test_searches", {file!r})
 module = importlib.util.module_from_spec(spec)
 sys.modules["test_searches"] = module
 spec.loader.exec_module(module)
-print(json.dumps({{kind: module.Driver(*make(5)).to(50).digests for kind, make in module.MAKERS.items()}}))
+print(json.dumps(module.digests_of(module.MAKERS, 5, 50)))
 """
 
 
@@ -530,8 +285,7 @@ def test_another_process_proposes_the_same_trials() -> None:
         cwd=Path(__file__).parent.parent,
         env={"PYTHONHASHSEED": "77", "PATH": "", **same_arithmetic()},
     )
-    here = {kind: Driver(*make(5)).to(50).digests for kind, make in MAKERS.items()}
-    assert json.loads(done.stdout) == here
+    assert json.loads(done.stdout) == digests_of(MAKERS, 5, 50)
 
 
 def test_each_trial_has_a_generator_of_its_own() -> None:

@@ -16,7 +16,7 @@ from managing import begun, ended
 from processes import Ecotone, killed
 from test_adamerging_recipes import toy_recipe
 from test_manager import Crash, Simulated
-from test_searches import GOALS, MAKERS, SPACE, TWO_GOALS, Driver, Pair, expanded, scored
+from test_searches import GOALS, MAKERS, TWO_GOALS, Pair
 
 from ecotone.experiments.checks import validate
 from ecotone.experiments.compose import make_search
@@ -39,6 +39,7 @@ from ecotone.search.manager import Manager, Schedule
 from ecotone.search.map import MapSearch, MapSettings
 from ecotone.search.nsga import Nsga, NsgaSettings
 from ecotone.search.stages import REMEMBERED, Stage, StagedSearch, _renumbered, stage_seed
+from ecotone.testing.searches import SPACE, Driver, expanded, scored
 
 BOX = CoefficientBox.of(SPACE, "block", 0.0, 1.0)
 FINE = SPACE.tensor_borders

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import ecotone.merging.kernel.compiled
 import ecotone.merging.kernel.materialise as kernel
+import ecotone.merging.memory
 import ecotone.merging.sources
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
@@ -253,7 +254,7 @@ def test_large_models_get_the_bits_of_small_ones(tmp_path, monkeypatch, dtype):
     sources = opened(tmp_path, *fine_tuned(5, dtype))
     genomes = [Genome.uniform(SIZE, row) for row in np.random.default_rng(0).normal(size=(3, 5))]
     expected = sources.stack(genomes)
-    monkeypatch.setattr(ecotone.merging.sources, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", 0)
     monkeypatch.setattr(ecotone.merging.sources, "SMALL", 0)
     monkeypatch.setattr(ties_vectors, "SMALL", 0)
     threads = torch.get_num_threads()
@@ -306,11 +307,11 @@ def test_slopes_are_inner_products_with_the_changed_task_vectors(tmp_path):
 
 def test_nothing_is_read_before_it_is_needed(tmp_path):
     sources = opened(tmp_path, *fine_tuned(2, torch.float32))
-    assert sources.loads == 0
+    assert sources.held.loads == 0
     sources.read("a")
-    first = sources.loads
+    first = sources.held.loads
     sources.read("a")
-    assert sources.loads - first == 3  # thresholds and signs are found once
+    assert sources.held.loads - first == 3  # thresholds and signs are found once
 
 
 def test_a_worker_passes_the_settings_on(tmp_path):
@@ -336,8 +337,8 @@ def test_the_sign_of_a_sum_is_exact_on_a_gpu(kind):
 @pytest.mark.parametrize("placement", ["device", "host", "mapped"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gpu_changes_the_experts_as_a_cpu_does(tmp_path, dtype, placement):
-    sources = opened(tmp_path, *fine_tuned(5, dtype))
-    sources.placement = placement
+    found = opened(tmp_path, *fine_tuned(5, dtype))
+    sources = Sources(found.layout, found.operator, found.experts, found.base, placement)
     for name in sources.layout.tensors:
         there = sources.near(name, torch.device("cuda"))
         found = there.tensors(torch.device("cuda"))

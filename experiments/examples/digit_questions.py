@@ -61,7 +61,7 @@ class Head(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.linear = nn.Linear(weight.shape[1], weight.shape[0])
+        self.linear: nn.Linear = nn.Linear(weight.shape[1], weight.shape[0])
         self.linear.load_state_dict({"weight": weight, "bias": bias})
 
     def forward(self, features: Tensor, inputs: Any) -> Tensor:

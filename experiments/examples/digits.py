@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import InputError
 
 Split: TypeAlias = Literal["train", "search", "test"]
@@ -117,8 +118,6 @@ def _digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise InputError(
-            "the digits data: scikit-learn is not installed.", "`pip install 'ecotone[digits]'`."
-        ) from error
+        raise InputError("the digits data: scikit-learn is not installed.", f"`{how_to_install('digits')}`.") from error
     images, labels = load_digits(return_X_y=True)
     return images.astype(np.float32), labels.astype(np.int64)

@@ -35,6 +35,9 @@ class MeanHead(nn.Module):
         bias: (C,)
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)

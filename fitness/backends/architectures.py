@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ecotone.extras import how_to_install
 from ecotone.fitness.callables import call
 from ecotone.fitness.specs import CallSpec
-from ecotone.merging.models.checkpoint import Model
-from ecotone.merging.models.vocabulary import Resized
+from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 
@@ -64,7 +64,7 @@ def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise InputError("architecture: 'auto' needs transformers.", "pip install 'ecotone[hf]'") from error
+        raise InputError("architecture: 'auto' needs transformers.", f"`{how_to_install('hf')}`.") from error
     kind = getattr(transformers, name, None)
     if kind is None:
         version = transformers.__version__
@@ -73,8 +73,8 @@ def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
         )
     option = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     with _no_progress_bars(transformers):
-        module = kind.from_pretrained(checkpoint.path, local_files_only=True, **{option: dtype or "auto"})
-        if isinstance(checkpoint, Resized) and checkpoint.rows is not None:
+        module = kind.from_pretrained(checkpoint.files, local_files_only=True, **{option: dtype or "auto"})
+        if checkpoint.rows is not None:
             module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
     assert isinstance(module, nn.Module)
     return module

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import InputError, first_line, nearest
 
 Part: TypeAlias = Literal["search", "held_out", "all"]
@@ -201,7 +202,7 @@ def tokenizer_of(folder: str) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise InputError("language objectives need transformers.", "pip install 'ecotone[hf]'") from error
+        raise InputError("language objectives need transformers.", f"`{how_to_install('hf')}`.") from error
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:

@@ -82,10 +82,12 @@ class Batch:
     def __init__(self, mixtures: Sequence[Candidate]) -> None:
         # Held here because only their addresses are passed on.
         self._residuals = [None if m.residual is None else np.ascontiguousarray(m.residual) for m in mixtures]
-        self.edges = np.concatenate([mixture.borders for mixture in mixtures])
-        self.first = np.cumsum([0] + [len(mixture.borders) for mixture in mixtures])
-        self.weights = np.concatenate([mixture.single for mixture in mixtures])
-        self.residuals = np.array([0 if r is None else r.ctypes.data for r in self._residuals], np.int64)
+        self.edges: NDArray[np.int64] = np.concatenate([mixture.borders for mixture in mixtures])
+        self.first: NDArray[Any] = np.cumsum([0] + [len(mixture.borders) for mixture in mixtures])
+        self.weights: NDArray[np.float32] = np.concatenate([mixture.single for mixture in mixtures])
+        self.residuals: NDArray[np.int64] = np.array(
+            [0 if r is None else r.ctypes.data for r in self._residuals], np.int64
+        )
 
     def mix(self, sources: Sequence[Tensor], start: int, outs: Sequence[Tensor]) -> None:
         """Fill one flat stretch of every candidate; see ``ecotone.merging.kernel.materialise.mix``."""

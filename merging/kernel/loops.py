@@ -428,7 +428,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
         return _jit(function)
 
 
-mix = _compiled(_mix)
-products = _compiled(_products)
-add_product = _compiled(_add_product)
-choose = _compiled(_choose)
+mix: Any = _compiled(_mix)
+products: Any = _compiled(_products)
+add_product: Any = _compiled(_add_product)
+choose: Any = _compiled(_choose)

@@ -8,20 +8,19 @@ tensor, then the tensors' bytes (https://github.com/huggingface/safetensors#form
 from __future__ import annotations
 
 import json
-import math
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ecotone.merging.kernel.lazy import Source
 from ecotone.merging.models import hub
+from ecotone.merging.models.model import TensorInfo, mergekit_place
 from ecotone.populations.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -44,24 +43,6 @@ SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors format
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of a tensor: its shape and its type."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.size * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -100,53 +81,6 @@ class Shard:
         if start % info.dtype.itemsize:  # only files of other writers; torch cannot view unaligned bytes
             data = data.clone()
         return data.view(info.dtype).view(info.shape)
-
-
-class Model(Protocol):
-    """A model of a merge: a checkpoint, or what is formed from one as it is read."""
-
-    @property
-    def path(self) -> Path:
-        """Where it was opened from."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-        ...
-
-    @property
-    def config(self) -> Mapping[str, Any] | None:
-        """The model's ``config.json``, None for a plain state dict."""
-        ...
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """By name, the shape and type of every tensor as it is read."""
-        ...
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """The headers' free text."""
-        ...
-
-    @property
-    def is_hugging_face(self) -> bool:
-        """True with a ``config.json``."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its own on disk."""
-        ...
-
-    def tensor(self, name: str) -> Tensor:
-        """The tensor ``name``, whole."""
-        ...
-
-    def flat(self, name: str) -> Source:
-        """The tensor ``name``, flat: mapped, or formed a piece at a time."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -216,6 +150,26 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def stored(self) -> bool:
+        """True: tensors are read as the files hold them."""
+        return True
+
+    @property
+    def rows(self) -> int | None:
+        """None: its embeddings are those of its files."""
+        return None
+
+    @property
+    def files(self) -> Path:
+        """The file or directory it was opened from."""
+        return self.path
+
+    @property
+    def tokenizer(self) -> Path:
+        """The file or directory it was opened from."""
+        return self.path
+
     def tensor(self, name: str) -> Tensor:
         """The tensor ``name``, memory-mapped copy-on-write."""
         return self._home[name].tensor(name)
@@ -223,6 +177,30 @@ class Checkpoint:
     def flat(self, name: str) -> Tensor:
         """The tensor ``name``, flat."""
         return self.tensor(name).reshape(-1)
+
+    def holder(self, name: str) -> Checkpoint:
+        """Itself."""
+        return self
+
+    def working_bytes(self, name: str) -> int:
+        """0: tensors are mapped."""
+        return 0
+
+    def mergekit_reference(self) -> str:
+        """Its path, or its repository in the hub and commit.
+
+        Raises:
+            InputError: The path has a character that mergekit reads otherwise.
+        """
+        return mergekit_place(self.path)
+
+    def record(self) -> Mapping[str, Any]:
+        """Its name and path."""
+        return {"name": self.name, "path": str(self.path)}
+
+    def named(self, name: str) -> Checkpoint:
+        """The same checkpoint under another name."""
+        return replace(self, name=name)
 
 
 def read_header(path: Path) -> Shard:
@@ -298,6 +276,20 @@ def is_adapter(path: Path) -> bool:
     """Whether a directory holds a PEFT adapter and no model."""
     models = (path / SINGLE, path / INDEX)
     return (path / ADAPTER_CONFIG).is_file() and not any(model.is_file() for model in models)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a path is a file that begins with a header of safetensors, or is named so."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() == ".safetensors":
+        return True
+    try:
+        with path.open("rb") as file:
+            length, start = int.from_bytes(file.read(8), "little"), file.read(1)
+        return start == b"{" and length <= min(path.stat().st_size - 8, _HEADER_LIMIT)
+    except OSError:
+        return False
 
 
 def _refuse_other_formats(path: Path) -> None:

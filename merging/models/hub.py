@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ecotone.extras import how_to_install
 from ecotone.populations.errors import CheckpointError
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab", "LICEN?E*", "NOTICE*")
@@ -39,7 +40,7 @@ def located(text: str) -> Path:
     except ImportError as error:
         raise CheckpointError(
             f"{text}: no such file or directory, and models of the Hugging Face hub need huggingface_hub.",
-            "pip install 'ecotone[hf]'",
+            f"`{how_to_install('hf')}`.",
         ) from error
     try:
         directory = Path(

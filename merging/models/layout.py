@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ecotone.merging.models.checkpoint import Model, TensorInfo
-from ecotone.populations.errors import CheckpointError
+from ecotone.merging.models.model import Model, TensorInfo
+from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.genome import Integers
 
 MERGEABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -109,6 +110,34 @@ class Layout:
     def dtype(self) -> torch.dtype:
         """The one type of all tensors, or float32 when they differ."""
         return self.dtypes[0] if len(set(self.dtypes)) == 1 else torch.float32
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """By tensor name, views of a (..., n) buffer."""
+        borders, lead = self.tensor_borders.tolist(), buffer.shape[:-1]
+        return {
+            name: buffer[..., borders[i] : borders[i + 1]].view((*lead, *shape))
+            for i, (name, shape) in enumerate(zip(self.tensors, self.shapes, strict=True))
+        }
+
+    def found_in(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The T tensors in flat order, of a mapping that may name tied ones by another name.
+
+        Raises:
+            InputError: One is missing or of another shape.
+        """
+        twins = {kept: alias for alias, kept in self.aliases.items() if alias in tensors}
+        found = []
+        for name, shape in zip(self.tensors, self.shapes, strict=True):
+            target = tensors.get(name, tensors.get(twins.get(name, name)))
+            if target is None:
+                raise InputError(
+                    f"out: expected a tensor {name!r}, found none among {len(tensors)} names.",
+                    "Does the architecture's state dict have the names of the checkpoints?",
+                )
+            if tuple(target.shape) != shape:
+                raise InputError(f"out: tensor {name!r} should have shape {shape}, found {tuple(target.shape)}.")
+            found.append(target.detach())
+        return found
 
 
 def natural(name: str) -> tuple[tuple[str, int], ...]:

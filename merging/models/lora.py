@@ -25,8 +25,9 @@ from torch import Tensor
 from ecotone.merging.kernel import compiled
 from ecotone.merging.kernel.lazy import Source, formed
 from ecotone.merging.kernel.materialise import CHUNK, DEVICE_SPAN, SMALL
-from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint, TensorInfo, default_name, located
-from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, is_vocabulary, tied_embedding
+from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint, default_name, located
+from ecotone.merging.models.layout import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Layout, is_vocabulary, tied_embedding
+from ecotone.merging.models.model import Model, TensorInfo, mergekit_place
 from ecotone.populations.errors import CheckpointError, nearest
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?")
@@ -51,14 +52,14 @@ class LowRank:
     """A stretch of a flattened matrix ``base + left @ right`` that is formed when it is read.
 
     Args:
-        base: (N,) of any floating-point type.
+        base: (N,) of any floating-point type; it may itself be formed as it is read.
         left: (R, r) in the type in which it is formed.
         right: (r, C) of that type, contiguous.
         start: The stretch's position in the flattened (R, C) matrix.
         large: Whether it is part of a model large enough for compiled loops.
     """
 
-    base: Tensor
+    base: Source
     left: Tensor
     right: Tensor
     start: int = 0
@@ -88,7 +89,7 @@ class LowRank:
 
     def formed(self) -> Tensor:
         """(N,) the elements."""
-        out = self.base.to(self.dtype, copy=True)
+        out = formed(self.base).to(self.dtype, copy=True)
         here = out.device.type == "cpu"
         if not (here and self.large and compiled.add_product(out, self.left, self.right, self.start)):
             for rows, columns, part in _blocks(
@@ -142,20 +143,20 @@ class Adapter:
         path: The adapter's directory.
         name: What reports call the expert.
         base: The model it was trained on.
-        stored: The adapter's own tensors.
+        weights: The adapter's own tensors.
         factors: By tensor of the base, what is added to it.
         whole: By tensor of the base, the name of what the adapter stores in its place.
     """
 
     path: Path
     name: str
-    base: Checkpoint
-    stored: Checkpoint
+    base: Model
+    weights: Checkpoint
     factors: Mapping[str, Factors]
     whole: Mapping[str, str]
 
     @classmethod
-    def open(cls, path: str | Path, base: Checkpoint, name: str | None = None) -> Adapter:
+    def open(cls, path: str | Path, base: Model, name: str | None = None) -> Adapter:
         """Open an adapter; only headers are read (and, of tied embeddings that it stores twice, the bytes).
 
         Args:
@@ -188,14 +189,36 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         """Bytes of the adapter's own tensors."""
-        return self.stored.nbytes
+        return self.weights.nbytes
+
+    @property
+    def stored(self) -> bool:
+        """False: what it changes is formed as it is read."""
+        return False
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the input embedding, where the adapter stores it with another number than the base's files have."""
+        kept = [(name, key) for name, key in self.whole.items() if name.endswith(INPUT_EMBEDDINGS)]
+        rows = [(self.weights.tensors[key].shape[0], self.base.tensors[name].shape[0]) for name, key in kept]
+        return next((ours for ours, theirs in rows if ours != theirs), self.base.rows)
+
+    @property
+    def files(self) -> Path:
+        """The base's: an adapter has no ``config.json``."""
+        return self.base.files
+
+    @property
+    def tokenizer(self) -> Path:
+        """The adapter's directory."""
+        return self.path
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """By name, the shape and type of the expert's tensors; the type is the one they are formed in."""
         left_out = Layout.of(self.base).aliases
         infos = {name: info for name, info in self.base.tensors.items() if name not in left_out}
-        infos |= {name: self.stored.tensors[key] for name, key in self.whole.items()}
+        infos |= {name: self.weights.tensors[key] for name, key in self.whole.items()}
         infos |= {name: TensorInfo(infos[name].shape, _kind(infos[name].dtype)) for name in self.factors}
         return infos
 
@@ -209,7 +232,7 @@ class Adapter:
 
     def flat(self, name: str) -> Source:
         """The tensor ``name``, flat: mapped if the adapter leaves it as it is or stores it whole."""
-        base = self.stored.flat(self.whole[name]) if name in self.whole else self.base.flat(name)
+        base = self.weights.flat(self.whole[name]) if name in self.whole else self.base.flat(name)
         if name not in self.factors:
             return base
         factors, kind = self.factors[name], _kind(base.dtype)
@@ -217,8 +240,38 @@ class Adapter:
         right = left.new_ones(1, 1) if factors.right is None else self._matrix(factors.right, kind, factors.transposed)
         return LowRank(base, (left * factors.scale).contiguous(), right.contiguous(), large=self._large)
 
+    def holder(self, name: str) -> Model:
+        """Itself where it changes the tensor or stores it whole; else the base, or the model in it."""
+        return self if name in self.factors or name in self.whole else self.base.holder(name)
+
+    def working_bytes(self, name: str) -> int:
+        """Bytes of the factors in the type in which they are multiplied, and of what the base takes."""
+        base = 0 if name in self.whole else self.base.working_bytes(name)
+        if name not in self.factors:
+            return base
+        factors = self.factors[name]
+        keys = [key for key in (factors.left, factors.right) if key is not None]
+        width = _kind(self.tensors[name].dtype).itemsize
+        return base + width * sum(self.weights.tensors[key].size for key in keys)
+
+    def mergekit_reference(self) -> str:
+        """The base's reference, a plus sign and its own.
+
+        Raises:
+            InputError: mergekit cannot express the base, or would read a path otherwise.
+        """
+        return f"{self.base.mergekit_reference()}+{mergekit_place(self.path)}"
+
+    def record(self) -> Mapping[str, Any]:
+        """Its name and path, and the record of its base."""
+        return {"name": self.name, "path": str(self.path), "change": "a LoRA adapter", "of": self.base.record()}
+
+    def named(self, name: str) -> Adapter:
+        """The same expert under another name."""
+        return replace(self, name=name)
+
     def _matrix(self, name: str, kind: torch.dtype, transposed: bool) -> Tensor:
-        factor = self.stored.tensor(name).to(kind)
+        factor = self.weights.tensor(name).to(kind)
         matrix = factor.reshape(len(factor), -1)
         return matrix.T if transposed else matrix
 
@@ -241,7 +294,7 @@ def _weights(place: Path) -> Path:
 class _Reader:
     """What an adapter's headers and configuration say, checked against its base."""
 
-    def __init__(self, place: Path, base: Checkpoint, stored: Checkpoint) -> None:
+    def __init__(self, place: Path, base: Model, stored: Checkpoint) -> None:
         self.place, self.base, self.stored = place, base, stored
         self.config = _config(place)
         self.aliases = {**Layout.of(base).aliases, **self._outputs()}

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ecotone.merging.models.checkpoint import Model, TensorInfo
 from ecotone.merging.models.layout import Layout, is_vocabulary, natural
+from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.populations.errors import CheckpointError
 
 _REMEDY = "All models of a merge must be fine-tuned from one architecture and saved in the same way."

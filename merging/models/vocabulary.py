@@ -26,8 +26,8 @@ from torch import Tensor
 from ecotone.merging.kernel.lazy import Source, formed
 from ecotone.merging.kernel.materialise import accumulator
 from ecotone.merging.models import tokenizers
-from ecotone.merging.models.checkpoint import Model, TensorInfo
 from ecotone.merging.models.layout import INPUT_EMBEDDINGS, is_vocabulary
+from ecotone.merging.models.model import Model, TensorInfo, Wrapper
 from ecotone.populations.errors import CheckpointError, InputError
 
 Vocabulary: TypeAlias = Literal["same", "base", "union"]
@@ -99,7 +99,7 @@ def check_numbers(models: Sequence[Model], stop: int | None = None) -> None:
     tokens: dict[int, tuple[str, Model]] = {}
     numbers: dict[str, tuple[int, Model]] = {}
     for model in models:
-        for number, token in (tokenizers.vocabulary(model.path) or {}).items():
+        for number, token in (tokenizers.vocabulary(model.tokenizer) or {}).items():
             if stop is not None and number >= stop:
                 continue
             said, by = tokens.setdefault(number, (token, model))
@@ -121,7 +121,7 @@ def _label(model: Model) -> str:
 
 
 @dataclass(frozen=True)
-class Resized:
+class Resized(Wrapper):
     """A model with other numbers of rows in its embeddings and outputs.
 
     Args:
@@ -131,25 +131,26 @@ class Resized:
         experts: Whose mean does where the base lacks them, too.
     """
 
-    model: Model
     sizes: Mapping[str, int]
     base: Model | None = None
     experts: tuple[Model, ...] = ()
 
     @property
-    def path(self) -> Path:
-        """Where the model was opened from."""
-        return self.model.path
-
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-        return self.model.name
+    def change(self) -> str:
+        """How many rows it has."""
+        return f"embeddings of {max(self.sizes.values())} rows"
 
     @property
     def rows(self) -> int | None:
         """Rows of its input embedding, if their number is another."""
-        return next((rows for name, rows in self.sizes.items() if name.endswith(INPUT_EMBEDDINGS)), None)
+        own = (rows for name, rows in self.sizes.items() if name.endswith(INPUT_EMBEDDINGS))
+        return next(own, self.model.rows)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The model's own; where vocabularies are united, the one of all models that has the most tokens."""
+        places = [model.tokenizer for model in (self.base, *self.experts) if model is not None]
+        return max(places, key=lambda place: len(tokenizers.vocabulary(place) or ()), default=self.model.tokenizer)
 
     @cached_property
     def config(self) -> Mapping[str, Any] | None:
@@ -162,21 +163,6 @@ class Resized:
         if isinstance(text, dict) and "vocab_size" in text:
             config = {**config, "text_config": {**text, "vocab_size": rows}}
         return {**config, "vocab_size": rows} if "vocab_size" in config else config
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """The free text of the model's headers."""
-        return self.model.metadata
-
-    @property
-    def is_hugging_face(self) -> bool:
-        """True with a ``config.json``."""
-        return self.model.is_hugging_face
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the model's own on disk."""
-        return self.model.nbytes
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -208,6 +194,27 @@ class Resized:
         ]
         borders = sorted({shape[0], rows, *(count for count in others if shape[0] < count < rows)})
         return Joined((own, *(self._lacking(name, low, high, width) for low, high in pairwise(borders))))
+
+    def holder(self, name: str) -> Model:
+        """Itself where the tensor has other rows; else the model, or one in it."""
+        return self if name in self.sizes else self.model.holder(name)
+
+    def working_bytes(self, name: str) -> int:
+        """What the models take whose rows are read."""
+        read = {id(self.model): self.model}
+        if name in self.sizes and self.model.tensors[name].shape[0] < self.sizes[name]:
+            read |= {id(other): other for other in (self.base, *self.experts) if other and name in other.tensors}
+        return sum(model.working_bytes(name) for model in read.values())
+
+    def mergekit_reference(self) -> str:
+        """Refused.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            f"{self.path}: mergekit has its own ways to make vocabularies alike, found one that was resized."
+        )
 
     def _lacking(self, name: str, low: int, high: int, width: int) -> Source:
         """Rows low to high, which this model has not, as others have them."""

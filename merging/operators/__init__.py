@@ -1,28 +1,34 @@
 """Merge operators, by name. An operator says what a genome's coefficients mean.
 
-To add one, write its file beside these and list it here: the conformance suite (``tests/test_merging_operators.py``)
-then runs over it.
+To add one, write its file beside these and list it here, or in another package name it as an entry point of the group
+``ecotone.operators``. It is a frozen dataclass that follows ``ecotone.merging.operators.base.Operator``; its fields are
+its settings (``ecotone.merging.operators.declared``). The conformance suite (``tests/test_merging_operators.py``) then
+runs over it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from ecotone.merging.operators import declared
 from ecotone.merging.operators.base import Operator
-from ecotone.merging.operators.dare import Dare
-from ecotone.merging.operators.dare_ties import DareTies
-from ecotone.merging.operators.linear import Linear
-from ecotone.merging.operators.slerp import Slerp
-from ecotone.merging.operators.task_arithmetic import TaskArithmetic
-from ecotone.merging.operators.ties import Ties
-from ecotone.merging.operators.ties_vectors import TiesVectors
+from ecotone.merging.operators.declared import Setting
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Scalar
+from ecotone.registry import Registry
 
-_ALL = (Linear, Slerp, TaskArithmetic, Ties, TiesVectors, Dare, DareTies)
-operators: dict[str, Callable[..., Operator]] = {operator.name: operator for operator in _ALL}
+_OURS = {
+    "linear": "ecotone.merging.operators.linear:Linear",
+    "slerp": "ecotone.merging.operators.slerp:Slerp",
+    "task_arithmetic": "ecotone.merging.operators.task_arithmetic:TaskArithmetic",
+    "ties": "ecotone.merging.operators.ties:Ties",
+    "ties_vectors": "ecotone.merging.operators.ties_vectors:TiesVectors",
+    "dare": "ecotone.merging.operators.dare:Dare",
+    "dare_ties": "ecotone.merging.operators.dare_ties:DareTies",
+}
+OPERATORS: Registry[type[Operator]] = Registry("operator", "ecotone.operators", _OURS, declared.check_declared)
 
 
 def get(name: str, settings: Mapping[str, Any] | None = None) -> Operator:
@@ -35,15 +41,35 @@ def get(name: str, settings: Mapping[str, Any] | None = None) -> Operator:
     Raises:
         InputError: There is none (the nearest name is given), or a setting is unknown or out of range.
     """
-    if name not in operators:
-        raise InputError(f"operator: expected a merge operator, found {name!r}.", nearest(name, tuple(operators)))
-    kind, given = operators[name], dict(settings or {})
-    known = tuple(field.name for field in fields(kind))  # type: ignore[arg-type]
-    for setting in given:
-        if setting not in known:
-            remedy = nearest(setting, known) if known else "It takes none."
-            raise InputError(f"{setting}: the operator {name!r} has no such setting.", remedy)
-    return kind(**given)
+    kind = OPERATORS.get(name, "operator")
+    return kind(**declared.checked(kind, settings or {}))
+
+
+def settings_of(name: str) -> Mapping[str, Setting]:
+    """The settings of the operator called ``name``, by name.
+
+    Raises:
+        InputError: There is none (the nearest name is given).
+    """
+    return declared.settings_of(OPERATORS.get(name, "merge.operator"))
+
+
+def checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a recipe gives them, as the operator called ``name`` takes them.
+
+    Args:
+        name: Of the operator.
+        given: Its settings by name. Those that mean a value of their type are taken: a list for a tuple.
+
+    Raises:
+        InputError: There is no such operator or setting (the nearest name is given), or a value does not fit. The
+            message begins with the recipe's field.
+    """
+    kind = OPERATORS.get(name, "merge.operator")
+    try:
+        return declared.checked(kind, given, strict=False)
+    except InputError as error:
+        raise InputError(f"merge.{error.message}", error.remedy) from error
 
 
 def tuned(operator: Operator, parameters: Mapping[str, Scalar]) -> Operator:
@@ -52,6 +78,8 @@ def tuned(operator: Operator, parameters: Mapping[str, Scalar]) -> Operator:
     Raises:
         InputError: It has no such setting to search over (the nearest name is given), or one is out of range.
     """
+    if not parameters:
+        return operator
     known = tuple(operator.searchable)
     for parameter in parameters:
         if not known:
@@ -60,4 +88,7 @@ def tuned(operator: Operator, parameters: Mapping[str, Scalar]) -> Operator:
             raise InputError(
                 f"genome: the operator {operator.name!r} has no parameter {parameter!r}.", nearest(parameter, known)
             )
-    return replace(operator, **parameters) if parameters else operator  # type: ignore[type-var]
+    settings = declared.settings_of(type(operator))
+    for name, value in parameters.items():
+        settings[name].checked(value)
+    return replace(operator, **parameters)  # type: ignore[type-var]

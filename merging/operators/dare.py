@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from ecotone.merging.kernel.materialise import Transform
-from ecotone.merging.operators.prepared import PreparedVectors, check_density, keep, prepared
+from ecotone.merging.operators.prepared import SEEDS, Density, MaskSeed, PreparedVectors, keep, prepared
 from ecotone.merging.operators.task_vectors import Pieces, task_vectors
-from ecotone.populations.errors import InputError
 
-SEEDS = 2**32
 _STEP, _FIRST, _SECOND = (word - 2**64 for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -33,32 +31,19 @@ class Dare(PreparedVectors):
     """``theta = base + sum_k c_k m_k tau_k / density``; zero coefficients give the base.
 
     Args:
-        density: The probability with which an entry is kept, above 0 and at most 1 (the paper's 1 - p).
+        density: The probability with which an entry is kept (the paper's 1 - p), not the share dropped.
         mask_seed: Chooses the masks, from 0 to 2^32 - 1.
-
-    Raises:
-        InputError: A setting is out of range.
     """
 
-    density: float = 0.5
-    mask_seed: int = 0
+    density: Density = 0.5
+    mask_seed: MaskSeed = 0
 
     name = "dare"
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0), "mask_seed": (0, SEEDS - 1)}
 
-    def __post_init__(self) -> None:
-        check_density(self.density, "It is the share of each task vector that is kept, not the share dropped.")
-        check_seed(self.mask_seed)
-
     def transform(self, pieces: Pieces) -> Transform:
         """Reads nothing beforehand: what becomes of an entry depends on its position alone."""
         return _Scaled(pieces.kind, Masks(self.mask_seed, self.density), self.density)
-
-
-def check_seed(seed: object) -> None:
-    """Raise ``InputError`` unless the mask seed is an integer from 0 to 2^32 - 1."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
-        raise InputError(f"mask_seed: expected an integer from 0 to {SEEDS - 1}, found {seed!r}.")
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ecotone.merging.kernel.materialise import Transform
-from ecotone.merging.operators.dare import SEEDS, Masks, check_seed, scaled
+from ecotone.merging.operators.dare import Masks, scaled
 from ecotone.merging.operators.prepared import (
+    SEEDS,
     Combine,
+    Density,
+    MaskSeed,
     PreparedVectors,
-    check_combine,
-    check_density,
     keep,
     prepared,
     shared,
@@ -33,25 +34,17 @@ class DareTies(PreparedVectors):
     """``theta = base + sum_k c_k v_k``, linear in the coefficients, which take no part in the election.
 
     Args:
-        density: The probability with which an entry is kept, above 0 and at most 1.
+        density: The probability with which an entry is kept, not the share dropped.
         mask_seed: Chooses the masks, from 0 to 2^32 - 1.
         combine: ``mean`` divides entries by how many agree, ``sum`` does not.
-
-    Raises:
-        InputError: A setting is out of range.
     """
 
-    density: float = 0.5
-    mask_seed: int = 0
+    density: Density = 0.5
+    mask_seed: MaskSeed = 0
     combine: Combine = "mean"
 
     name = "dare_ties"
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0), "mask_seed": (0, SEEDS - 1)}
-
-    def __post_init__(self) -> None:
-        check_density(self.density, "It is the share of each task vector that is kept, not the share dropped.")
-        check_seed(self.mask_seed)
-        check_combine(self.combine)
 
     def transform(self, pieces: Pieces) -> Transform:
         """Streams the models once, to count the signs."""

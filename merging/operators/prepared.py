@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ecotone.merging.kernel.materialise import accumulator
 from ecotone.merging.operators.task_arithmetic import TaskArithmetic
 from ecotone.merging.operators.task_vectors import chunks
-from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats
 
+SEEDS = 2**32
+
+Density: TypeAlias = Annotated[float, Field(gt=0, le=1)]
+"""A share of the entries of task vectors."""
+MaskSeed: TypeAlias = Annotated[int, Field(ge=0, le=SEEDS - 1)]
+"""What chooses the masks of random entries."""
 Combine: TypeAlias = Literal["mean", "sum"]
+"""How entries that agree are combined."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -50,19 +57,6 @@ def prepared(
             vector[low:high] = part
         low = high
     return [base, *vectors]
-
-
-def check_density(density: object, remedy: str) -> None:
-    """Raise ``InputError`` with ``remedy`` unless the density is a number above 0 and at most 1."""
-    number = isinstance(density, (int, float)) and not isinstance(density, bool)
-    if not number or not 0 < density <= 1:  # type: ignore[operator]
-        raise InputError(f"density: expected a number above 0 and at most 1, found {density!r}.", remedy)
-
-
-def check_combine(combine: object) -> None:
-    """Raise ``InputError`` unless entries that agree are combined as their mean or sum."""
-    if combine not in ("mean", "sum"):
-        raise InputError(f"combine: expected mean or sum, found {combine!r}.")
 
 
 def shared(vectors: Sequence[Tensor], combine: Combine) -> Sequence[Tensor]:

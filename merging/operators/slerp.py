@@ -28,10 +28,7 @@ class Slerp:
     """Interpolation on the arc between two models; a genome's one coefficient a segment is t, the second model's share.
 
     Args:
-        per: ``model`` takes one angle, between the whole models; ``tensor`` takes each tensor's own.
-
-    Raises:
-        InputError: There is no such ``per``.
+        per: Where angles are taken: ``model``, one between the whole models, or ``tensor``, each tensor's own.
     """
 
     per: Literal["model", "tensor"] = "model"
@@ -41,10 +38,6 @@ class Slerp:
     changes = False
     affine = False
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {}
-
-    def __post_init__(self) -> None:
-        if self.per not in ("model", "tensor"):
-            raise InputError(f"per: expected model or tensor, found {self.per!r}.")
 
     @property
     def geometry(self) -> Literal["model", "tensor"]:

@@ -46,9 +46,9 @@ class Pieces:
     """
 
     def __init__(self, layout: Layout, read: Read) -> None:
-        self.kind = torch.float64 if torch.float64 in layout.dtypes else torch.float32
+        self.kind: torch.dtype = torch.float64 if torch.float64 in layout.dtypes else torch.float32
         """The type in which task vectors are formed."""
-        self.size = layout.size
+        self.size: int = layout.size
         """n, the length of a task vector."""
         self._layout, self._read = layout, read
 

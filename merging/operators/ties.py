@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ecotone.merging.kernel.materialise import Transform
-from ecotone.merging.operators.prepared import Combine, PreparedVectors, check_combine, check_density, prepared, shared
+from ecotone.merging.operators.prepared import Combine, Density, PreparedVectors, prepared, shared
 from ecotone.merging.operators.task_vectors import Pieces, task_vectors
 from ecotone.merging.operators.ties_vectors import elected
 
@@ -30,23 +30,16 @@ class Ties(PreparedVectors):
     """``theta = base + sum_k c_k v_k`` with v_k of TIES; zero coefficients give the base.
 
     Args:
-        density: The share of each task vector's n entries that is kept when trimming, above 0 and at most 1, as for
-            ``ties_vectors``.
+        density: The share of each task vector's n entries that is kept when trimming, as for ``ties_vectors``; 0.2 is
+            usual.
         combine: ``mean`` divides entries by how many agree, ``sum`` does not (then the merge is ``ties_vectors``').
-
-    Raises:
-        InputError: A setting is out of range.
     """
 
-    density: float = 0.2
+    density: Density = 0.2
     combine: Combine = "mean"
 
     name = "ties"
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
-
-    def __post_init__(self) -> None:
-        check_density(self.density, "It is the share of each task vector that is kept; 0.2 is usual.")
-        check_combine(self.combine)
 
     def transform(self, pieces: Pieces) -> Transform:
         """Streams the models to find the thresholds and once to count the signs, as ``ties_vectors`` does."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ecotone.merging.kernel import compiled
 from ecotone.merging.kernel.materialise import SMALL, Transform
-from ecotone.merging.operators.prepared import check_density
+from ecotone.merging.operators.prepared import Density
 from ecotone.merging.operators.task_arithmetic import TaskArithmetic
 from ecotone.merging.operators.task_vectors import Pieces, chunks, largest, task_vectors
 
@@ -34,22 +34,16 @@ class TiesVectors(TaskArithmetic):
     """``theta = base + sum_k c_k tau'_k``; one-hot coefficients give an expert without what was trimmed and outvoted.
 
     Args:
-        density: The share of each task vector's n entries that is kept when trimming, above 0 and at most 1:
+        density: The share of each task vector's n entries that is kept when trimming, 0.2 is usual:
             ``max(1, round(density * n))`` of the largest, and all that are equal to the smallest of these
             (many, in models of 16 bits).
-
-    Raises:
-        InputError: The density is out of range.
     """
 
-    density: float = 0.2
+    density: Density = 0.2
 
     name = "ties_vectors"
     changes = True
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
-
-    def __post_init__(self) -> None:
-        check_density(self.density, "It is the share of each task vector that is kept; 0.2 is usual.")
 
     def transform(self, pieces: Pieces) -> Transform:
         """Streams the models to find the thresholds (``largest``) and once to count the signs."""

@@ -1,0 +1,155 @@
+"""The recipe's ``merge`` part: an operator, and whatever settings that operator declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, ValidationError, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
+
+from ecotone.merging import operators
+from ecotone.merging.operators import OPERATORS
+from ecotone.merging.operators.declared import Setting
+from ecotone.populations.errors import EcotoneError, InputError, nearest
+from ecotone.settings import UNKNOWN_KIND, MoreField, Part
+
+
+class Range(Part):
+    """Bounds between which a search chooses a setting of the merge operator, for every merge anew.
+
+    Attributes:
+        low: The smallest value.
+        high: The largest value.
+        scale: ``linear``, ``log``, or ``integer`` for whole numbers alone.
+    """
+
+    low: float
+    high: float
+    scale: Literal["linear", "log", "integer"] = "linear"
+
+    @model_validator(mode="after")
+    def _is_open(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f"low: expected more than 0 with scale log, found {self.low}")
+        return self
+
+
+_RANGES: TypeAdapter[dict[str, Range]] = TypeAdapter(dict[str, Range])
+
+
+class Merge(Part):
+    """How sources are made of the models.
+
+    Beside its own fields it takes the settings of the operator, each by its name (``density: 0.2``). A setting that the
+    operator lets a search choose may be given bounds (``density: {low: 0.1, high: 0.9}``): then it is searched beside
+    the coefficients.
+
+    Attributes:
+        operator: The merge operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to
+            the base, ``ties``, ``dare`` and ``dare_ties`` add thinned ones, ``ties_vectors`` those of AdaMerging++;
+            ``slerp`` goes from one of two models to the other. ``ecotone plugins`` lists all.
+        dtype: The type that merged weights are rounded to, scored in and exported in; by default that in which the
+            experts are stored (float32 when an architecture is given and they mix types).
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
+    extras: ClassVar[type[Part] | None] = Range
+
+    operator: str = "linear"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_operator(cls, value: Any) -> Any:
+        """Check what is given beside our fields against the operator's declarations; none stands for its default."""
+        if not isinstance(value, Mapping):
+            return value
+        own = {key: one for key, one in value.items() if key in cls.model_fields}
+        name = own.get("operator", cls.model_fields["operator"].default)
+        given = {key: one for key, one in value.items() if key not in own and one is not None}
+        return {**own, **_checked(name, given)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The operator's settings that are given and the same for all merges."""
+        return {name: value for name, value in self._given.items() if not isinstance(value, Range)}
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """Those that are searched."""
+        return {name: value for name, value in self._given.items() if isinstance(value, Range)}
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+    @classmethod
+    def more_fields(cls) -> Iterator[MoreField]:
+        """The settings of every operator that can be used."""
+        for name in OPERATORS.usable():
+            for setting in operators.settings_of(name).values():
+                shape = setting.adapter.json_schema()
+                if setting.bounds is not None:
+                    shape = {"anyOf": [shape, {"type": "object", "title": "Range"}]}
+                yield MoreField(setting.name, (name,), shape, setting.default, setting.text)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The JSON Schema with the settings of every operator."""
+        whole = super().__get_pydantic_json_schema__(schema, handler)
+        shape = handler.resolve_ref_schema(whole)
+        more: dict[str, dict[str, Any]] = {}
+        for one in cls.more_fields():
+            known = more.setdefault(one.name, {"anyOf": [], "description": ""})
+            known["description"] += f"{', '.join(one.kinds)}: {one.text} "
+            known["anyOf"] += [] if one.shape in known["anyOf"] else [one.shape]
+        shape["properties"] |= more
+        shape["additionalProperties"] = False
+        return whole
+
+
+def _checked(operator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The operator's settings, each checked by its declaration, bounds as ``Range``.
+
+    Raises:
+        ValidationError: There is no such operator or setting, or a value does not fit; it names the place.
+    """
+    try:
+        known = operators.settings_of(operator)
+    except InputError as error:
+        raise _refused(
+            "operator", operator, f"{error.message.removeprefix('merge.operator: ')} {error.remedy}"
+        ) from error
+    for key in given:
+        if key not in known:
+            raise _refused(key, given[key], _unknown(operator, key, known))
+    return {key: _value(operator, key, value) for key, value in given.items()}
+
+
+def _value(operator: str, key: str, value: Any) -> Any:
+    if isinstance(value, Range):
+        return value
+    if isinstance(value, Mapping) and operators.settings_of(operator)[key].bounds is not None:
+        return _RANGES.validate_python({key: value})[key]
+    try:
+        return operators.checked(operator, {key: value})[key]
+    except EcotoneError as error:
+        raise _refused(key, value, f"{error.message.removeprefix(f'merge.{key}: ')} {error.remedy}".strip()) from error
+
+
+def _unknown(operator: str, key: str, known: Mapping[str, Setting]) -> str:
+    """What is wrong with a key that is neither ours nor the operator's."""
+    others = {name for kind in OPERATORS.usable() for name in operators.settings_of(kind)}
+    if key in others:
+        takes = f"It takes {', '.join(known)}." if known else "It takes none."
+        return f"the operator {operator!r} has no such setting. {takes}"
+    return f"unknown key. {nearest(key, [*Merge.model_fields, *known])}"
+
+
+def _refused(key: str, value: Any, said: str) -> ValidationError:
+    problem = PydanticCustomError(UNKNOWN_KIND, "{said}", {"said": said.strip()})
+    return ValidationError.from_exception_data("merge", [InitErrorDetails(type=problem, loc=(key,), input=value)])

@@ -1,0 +1,193 @@
+"""An operator's settings: the fields of its frozen dataclass, with the types that check them and the texts of docs.
+
+A setting is declared once. Its type bounds it (``Annotated[float, Field(gt=0, le=1)]``), the dataclass has its default,
+the ``Args`` section of the docstring its text, and ``searchable`` the widest bounds of a search over it. Recipes,
+genomes, the JSON Schema and messages read it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import cache, cached_property
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+from ecotone.merging.operators.base import Operator
+from ecotone.populations.errors import InputError, nearest
+from ecotone.settings import described
+
+SAYS = tuple(name for name in vars(Operator) if not name.startswith("_"))
+"""What an operator must say of itself."""
+
+_KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of an operator.
+
+    Args:
+        name: What recipes call it.
+        type: Its annotation, bounds included; pydantic checks values by it.
+        default: Its value where none is given.
+        text: What it is, in words.
+        bounds: The widest bounds of a search over it; None where a search may not choose it.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    text: str
+    bounds: tuple[float, float] | None = None
+
+    @cached_property
+    def adapter(self) -> TypeAdapter[Any]:
+        """What checks values, and tells the JSON Schema."""
+        try:
+            return TypeAdapter(self.type, config=ConfigDict(allow_inf_nan=False))
+        except PydanticUserError:  # a dataclass or a model, which has its own configuration
+            return TypeAdapter(self.type)
+
+    @property
+    def expected(self) -> str:
+        """What values may be, in words: ``a number above 0 and at most 1``."""
+        return _in_words(self.type)
+
+    def checked(self, value: Any, strict: bool = True) -> Any:
+        """A value of the setting.
+
+        Args:
+            value: What is given.
+            strict: Refuse values of another type; otherwise those of YAML are taken that mean one, a list for a tuple.
+
+        Raises:
+            InputError: It is of another type, or out of bounds.
+        """
+        try:
+            return self.adapter.validate_python(value, strict=strict)
+        except ValidationError as error:
+            said = error.errors(include_url=False)[0]["msg"]
+            wanted = f"expected {self.expected}" if self.expected else said[:1].lower() + said[1:]
+            raise InputError(f"{self.name}: {wanted}, found {value!r}.", self.text) from error
+
+
+@cache
+def settings_of(kind: type[Operator]) -> Mapping[str, Setting]:
+    """The settings of an operator's class, by name."""
+    types, texts, bounds = get_type_hints(kind, include_extras=True), _texts(kind), _searchable(kind)
+    return {
+        one.name: Setting(one.name, types[one.name], _default(one), texts.get(one.name, ""), bounds.get(one.name))
+        for one in _fields(kind)
+    }
+
+
+def checked(kind: type[Operator], given: Mapping[str, Any], strict: bool = True) -> dict[str, Any]:
+    """The settings that are given, each checked by its type.
+
+    Raises:
+        InputError: One is unknown (the nearest name is given), of another type, or out of bounds.
+    """
+    known = settings_of(kind)
+    for name in given:
+        if name not in known:
+            remedy = nearest(name, tuple(known)) if known else "It takes none."
+            raise InputError(f"{name}: the operator {kind.name!r} has no such setting.", remedy)
+    return {name: known[name].checked(value, strict) for name, value in given.items()}
+
+
+def check_declared(name: str, kind: Any) -> None:
+    """Raise ``InputError`` unless an operator says all that it must of itself.
+
+    Args:
+        name: What recipes are to call it.
+        kind: Its class.
+    """
+    wrong = next(_faults(name, kind), None)
+    if wrong is not None:
+        raise InputError(f"operator {name!r}: expected {wrong}.", "ecotone.merging.operators.base says what each is.")
+
+
+def _faults(name: str, kind: Any) -> Iterator[str]:
+    """What is lacking, each as what was expected and what was found."""
+    if not _is_frozen(kind):
+        yield f"a frozen dataclass, found {kind!r}"
+        return
+    lacking = [each for each in SAYS if not hasattr(kind, each)]
+    if lacking:
+        yield f"a class that says {', '.join(SAYS)}, found no {', '.join(lacking)}"
+        return
+    if kind.name != name:
+        yield f"one of this name, found {kind.name!r}"
+    texts, known = _texts(kind), [one.name for one in _fields(kind)]
+    for one in _fields(kind):
+        if _default(one) is MISSING:
+            yield f"a default of its setting {one.name!r}, found none"
+        elif not texts.get(one.name):
+            yield f"a text of its setting {one.name!r} in the Args section of its docstring, found none"
+        else:
+            yield from _faults_of(settings_of(kind)[one.name])
+    unknown = [each for each in _searchable(kind) if each not in known]
+    if unknown:
+        yield f"searchable settings among its fields, found {', '.join(unknown)}"
+
+
+def _faults_of(setting: Setting) -> Iterator[str]:
+    try:
+        setting.checked(setting.default)
+    except InputError as error:
+        yield f"a default that fits its type, found {error.message}"
+    except PydanticUserError as error:
+        yield f"a type of its setting {setting.name!r} that pydantic can check, found {setting.type} ({error})"
+
+
+def _is_frozen(kind: Any) -> bool:
+    parameters = getattr(kind, "__dataclass_params__", None)
+    return isinstance(kind, type) and is_dataclass(kind) and parameters is not None and bool(parameters.frozen)
+
+
+def _fields(kind: Any) -> tuple[Field[Any], ...]:
+    return fields(kind)
+
+
+def _searchable(kind: Any) -> Mapping[str, tuple[float, float]]:
+    bounds: Mapping[str, tuple[float, float]] = kind.searchable
+    return bounds
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
+
+
+def _texts(kind: type) -> dict[str, str]:
+    """What the docstrings of a class and of those it is made of say of its fields."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        found |= described(each.__dict__.get("__doc__") or "")
+    return found
+
+
+# -- types in words ------------------------------------------------------------------------------------------
+
+
+def _in_words(annotation: Any) -> str:
+    """What values of a type may be; empty for types that need more than a few words."""
+    if get_origin(annotation) is Literal:
+        *first, last = map(str, get_args(annotation))
+        return f"{', '.join(first)} or {last}" if first else last
+    if get_origin(annotation) is not Annotated:
+        return _KINDS.get(annotation, "")
+    kind, *notes = get_args(annotation)
+    given = {key: value for note in notes for key, value in _bounds_of(note)}
+    if {"ge", "le"} <= given.keys():
+        told = [f"from {given['ge']} to {given['le']}"]
+    else:
+        told = [f"{word} {given[key]}" for key, word in _BOUNDS.items() if key in given]
+    return f"{_KINDS[kind]} {' and '.join(told)}".strip() if kind in _KINDS else ""
+
+
+def _bounds_of(note: Any) -> Iterator[tuple[str, Any]]:
+    for each in getattr(note, "metadata", [note]):
+        yield from ((key, getattr(each, key)) for key in _BOUNDS if hasattr(each, key))

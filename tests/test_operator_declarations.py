@@ -1,0 +1,171 @@
+"""What operators declare: settings with types, texts and bounds, told once; and what is refused when one is lacking."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+import pytest
+from pydantic import Field
+
+from ecotone.merging import operators
+from ecotone.merging.operators import OPERATORS
+from ecotone.merging.operators.declared import Setting, check_declared, settings_of
+from ecotone.merging.operators.linear import Linear
+from ecotone.merging.operators.task_arithmetic import TaskArithmetic
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+
+
+@dataclass(frozen=True)
+class Damped(Linear):
+    """Sums with damped coefficients.
+
+    Args:
+        damping: What coefficients are divided by.
+        powers: Exponents of the layers.
+        kind: How it is damped.
+        plain: Whether nothing is done.
+    """
+
+    damping: Annotated[float, Field(ge=1, lt=8)] = 2.0
+    powers: tuple[int, ...] = field(default_factory=tuple)
+    kind: Literal["weak", "strong", "none"] = "weak"
+    plain: bool = False
+
+    name = "damped"
+    searchable: ClassVar = {"damping": (1.0, 8.0)}
+
+    def weights(self, coefficients, grams=None):
+        return super().weights(coefficients) / self.damping
+
+
+@pytest.fixture
+def damped():
+    OPERATORS.register("damped", Damped)
+    yield
+    OPERATORS.forget("damped")
+
+
+@pytest.mark.parametrize("name", list(OPERATORS))
+def test_every_setting_of_ours_is_told_and_typed(name):
+    for setting in operators.settings_of(name).values():
+        assert setting.text.endswith(".")
+        assert setting.expected
+        assert setting.checked(setting.default) == setting.default
+        assert "default" not in setting.adapter.json_schema()
+        if setting.bounds is not None:
+            low, high = setting.bounds
+            assert low < high
+
+
+def test_settings_are_those_of_the_fields(damped):
+    found = operators.settings_of("damped")
+    assert list(found) == ["damping", "powers", "kind", "plain"]
+    told = "What coefficients are divided by."
+    assert found["damping"] == Setting("damping", found["damping"].type, 2.0, told, (1.0, 8.0))
+    assert (found["powers"].default, found["powers"].bounds) == ((), None)
+    assert found["damping"].adapter.json_schema() == {"type": "number", "minimum": 1, "exclusiveMaximum": 8}
+    assert [setting.expected for setting in found.values()] == [
+        "a number at least 1 and below 8",
+        "",
+        "weak, strong or none",
+        "true or false",
+    ]
+    assert operators.settings_of("dare")["mask_seed"].bounds == (0, 2**32 - 1)
+    assert dict(operators.settings_of("linear")) == {}
+
+
+def test_settings_of_a_recipe_are_checked_by_their_types(damped):
+    assert operators.checked("damped", {"damping": 3, "powers": [1, 2]}) == {"damping": 3.0, "powers": (1, 2)}
+    assert operators.checked("ties", {}) == {}
+    for name, given, said in (
+        ("damped", {"damping": 8}, "merge.damping: expected a number at least 1 and below 8, found 8. What coeff"),
+        ("damped", {"damping": float("inf")}, "merge.damping: expected a number at least 1"),
+        ("damped", {"kind": "mild"}, "merge.kind: expected weak, strong or none, found 'mild'. How it is damped."),
+        ("damped", {"powers": ["a"]}, "merge.powers: input should be a valid integer"),
+        ("damped", {"dampng": 2}, "merge.dampng: the operator 'damped' has no such setting. Did you mean 'damping'?"),
+        ("ties", {"density": 1.5}, "merge.density: expected a number above 0 and at most 1, found 1.5."),
+        ("dare", {"mask_seed": 2**32}, "merge.mask_seed: expected an integer from 0 to 4294967295, found 4294967296."),
+        ("linear", {"density": 0.5}, "merge.density: the operator 'linear' has no such setting. It takes none."),
+        ("tie", {}, "merge.operator: expected one of linear, slerp, task_arithmetic, ties"),
+    ):
+        with pytest.raises(InputError) as refused:
+            operators.checked(name, given)
+        assert str(refused.value).startswith(said)
+
+
+def test_an_operator_that_checks_nothing_itself_is_checked(damped, tmp_path):
+    for given in ({"damping": "3"}, {"damping": True}, {"damping": 0.5}, {"kind": None}, {"plain": 1}):
+        with pytest.raises(InputError, match=r"expected .*, found"):
+            operators.get("damped", given)
+    operator = operators.get("damped", {"damping": 4.0})
+    assert operators.tuned(operator, {"damping": 5.0}).damping == 5.0
+    with pytest.raises(InputError, match="damping: expected a number at least 1 and below 8, found 9"):
+        operators.tuned(operator, {"damping": 9.0})
+    with pytest.raises(InputError, match="has no parameter 'kind'"):
+        operators.tuned(operator, {"kind": "weak"})
+
+
+def test_an_operator_of_this_process_merges(damped, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    for name in "ab":
+        save_file({"w": torch.tensor([2.0, 4.0])}, tmp_path / f"{name}.safetensors")
+    sources = Sources.open([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], operator="damped")
+    genomes = [Genome.uniform(2, [1.0, 1.0]), Genome.uniform(2, [1.0, 1.0], damping=4.0)]
+    assert sources.stack(genomes)["w"].tolist() == [[2.0, 4.0], [1.0, 2.0]]
+
+
+def declared(*bases, **members):
+    return dataclass(frozen=True)(type("Half", bases, {"__doc__": "Half of one.", **members}))
+
+
+TOLD = "Half.\n\nArgs:\n    share: A share.\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (lambda: "half", "expected a frozen dataclass, found 'half'"),
+        (lambda: type("Half", (), {}), "expected a frozen dataclass, found <class"),
+        (lambda: dataclass(type("Half", (), {})), "expected a frozen dataclass"),
+        (lambda: declared(), "found no name, needs_base, changes, affine, geometry, searchable, columns, seeds, wei"),
+        (lambda: declared(TaskArithmetic), "expected one of this name, found 'task_arithmetic'"),
+        (
+            lambda: declared(Linear, name="half", __annotations__={"share": float}),
+            "expected a default of its setting 'share', found none",
+        ),
+        (
+            lambda: declared(Linear, name="half", share=0.5, __annotations__={"share": float}),
+            "expected a text of its setting 'share' in the Args section of its docstring, found none",
+        ),
+        (
+            lambda: declared(Linear, name="half", share="x", __doc__=TOLD, __annotations__={"share": float}),
+            "expected a default that fits its type, found share: expected a number, found 'x'",
+        ),
+        (
+            lambda: declared(Linear, name="half", share=None, __doc__=TOLD, __annotations__={"share": Linear | None}),
+            "",
+        ),
+        (
+            lambda: declared(Linear, name="half", share=None, __doc__=TOLD, __annotations__={"share": memoryview}),
+            "expected a type of its setting 'share' that pydantic can check, found <class 'memoryview'>",
+        ),
+        (lambda: declared(Linear, name="half", searchable={"shar": (0, 1)}), "searchable settings among its fields"),
+    ],
+)
+def test_what_is_half_declared_is_refused_in_words(kind, said):
+    if not said:
+        check_declared("half", kind())
+        return
+    with pytest.raises(InputError) as refused:
+        OPERATORS.register("half", kind())
+    assert refused.value.message.startswith("operator 'half': expected ")
+    assert said in refused.value.message
+    assert "half" not in OPERATORS
+
+
+def test_settings_of_a_class_are_found_once():
+    kind = OPERATORS.get("ties", "operator")
+    assert settings_of(kind) is settings_of(kind)
