@@ -271,7 +271,7 @@ def test_the_tables_show_references_and_held_out_scores(ecotone: Ecotone, tmp_pa
 def test_commands_to_copy_are_never_broken(ecotone: Ecotone, tmp_path: Path) -> None:
     run = tmp_path / ("long" * 40) / "with a space"
     said = ecotone("run", toy_recipe(tmp_path, budget={"evaluations": 4}), "--out", run)
-    assert f"  ecotone front '{run}'   # all members" in said.out
+    assert f"  ecotone front '{run}'   # list the front" in said.out
 
 
 def test_minimised_objectives(ecotone: Ecotone, tmp_path: Path) -> None:
