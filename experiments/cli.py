@@ -203,12 +203,12 @@ def recipe_fields(
     if schema:
         print_json(fields.schema())
         return
-    found = fields.everything() if explain is None else fields.explained_path(explain)
+    texts = fields.everything() if explain is None else fields.explained_path(explain)
     if as_json:
-        print_json([vars(one) for one in found])
+        print_json([vars(text) for text in texts])
         return
-    for one in found:
-        typer.echo(str(one))
+    for text in texts:
+        typer.echo(str(text))
 
 
 @app.command()
@@ -217,11 +217,11 @@ def plugins(as_json: JsonOption = False) -> None:
     from ecotone.experiments import report
     from ecotone.experiments.plugins import origins
 
-    found = origins()
+    kinds = origins()
     if as_json:
-        print_json([vars(one) for one in found])
+        print_json([vars(kind) for kind in kinds])
         return
-    report.console().print(report.plugins_table(found))
+    report.console().print(report.plugins_table(kinds))
 
 
 @app.command()
@@ -273,17 +273,17 @@ def front(
     from ecotone.experiments import report
     from ecotone.experiments.preferences import choose_member, reference_numbers
 
-    found = _run(run)
-    choice = None if preference is None else choose_member(found, preference)
-    volume = found.hypervolume({} if reference is None else reference_numbers(reference, found.goals))
+    opened = _run(run)
+    choice = None if preference is None else choose_member(opened, preference)
+    volume = opened.hypervolume({} if reference is None else reference_numbers(reference, opened.goals))
     if as_json:
-        print_json(report.front_record(found, volume, choice))
+        print_json(report.front_record(opened, volume, choice))
         return
-    members, out = found.front_or_explain(), report.console()
-    out.print(report.front_table(found, members, None if choice is None else choice.member.id))
-    for part in report.search_report(found.report() or {}, found.goals):
+    members, out = opened.front_or_explain(), report.console()
+    out.print(report.front_table(opened, members, None if choice is None else choice.member.id))
+    for part in report.search_report(opened.report() or {}, opened.goals):
         out.print(part)
-    for text in report.front_lines(found, volume, choice):
+    for text in report.front_lines(opened, volume, choice):
         out.print(text, soft_wrap=True)
 
 
@@ -348,17 +348,17 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a member's weights as a checkpoint, with a model card and the record for `verify`."""
-    found = _run(run)
-    trial = found.trial(_wanted_member(found, member, preference))
+    opened = _run(run)
+    trial = opened.trial(_wanted_member(opened, member, preference))
     if kind is ExportFormat.mergekit:
         if register or alias:
             raise InputError("--register: expected --format checkpoint with it, found --format mergekit.")
-        _export_mergekit(found, trial.number, to, snap, as_json)
+        _export_mergekit(opened, trial.number, to, snap, as_json)
         return
     if snap:
         raise InputError("--snap: expected --format mergekit with it, found --format checkpoint.")
-    registrar = _registrar(found, register, alias)
-    path = found.export(trial.number, to)
+    registrar = _registrar(opened, register, alias)
+    path = opened.export(trial.number, to)
     version = registrar.register(path) if registrar else None
     if as_json:
         registered = {} if version is None else {"registered": vars(version)}
@@ -370,13 +370,13 @@ def export(
         typer.echo(f"MLflow has it as {version.uri}, version {version.version} of {version.name}.{where}")
 
 
-def _export_mergekit(found: Run, member: int, to: Path, snap: bool, as_json: bool) -> None:
+def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool) -> None:
     from ecotone.experiments import report
     from ecotone.experiments.exports import export_mergekit, rescored
 
-    merge = export_mergekit(found, member, to, snap)
+    merge = export_mergekit(run, member, to, snap)
     with _stdout_to_stderr():
-        scores = rescored(found, merge.genome) if merge.snap else {}
+        scores = rescored(run, merge.genome) if merge.snap else {}
     if as_json:
         moved = {} if merge.snap is None else {"snap": str(merge.snap), "scores": scores}
         print_json({"member": member, "path": str(to), "notes": merge.notes, **moved})
@@ -437,12 +437,13 @@ def verify(
 
     with _stdout_to_stderr():
         compared = check(path)
-    equal = all(one.difference <= tolerance for one in compared)
+    equal = all(score.difference <= tolerance for score in compared)
     if as_json:
-        print_json({"equal": equal, "scores": [vars(one) for one in compared]})
+        print_json({"equal": equal, "scores": [vars(score) for score in compared]})
     else:
         rows = [
-            (f"{one.subset} {one.objective}", f"recorded {one.recorded:.6f}, found {one.found:.6f}") for one in compared
+            (f"{score.subset} {score.objective}", f"recorded {score.recorded:.6f}, found {score.found:.6f}")
+            for score in compared
         ]
         out = report.console()
         out.print(report.lines(rows))
@@ -528,7 +529,7 @@ def _fail(message: str, remedy: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogFormat, as_json: bool) -> None:
+def _drive(recipe: Recipe, place: str, work: Callable[[Watcher], Run], log: LogFormat, as_json: bool) -> None:
     """Run ``work`` under a progress line or a log, then print the closing table or its JSON."""
     from ecotone.experiments import report, storage
 
@@ -538,7 +539,7 @@ def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogF
     except KeyboardInterrupt:
         _fail(
             "Stopped.",
-            f"Go on with: ecotone resume {shlex.quote(where)}" if storage.begun(where) else "Nothing was recorded yet.",
+            f"Go on with: ecotone resume {shlex.quote(place)}" if storage.begun(place) else "Nothing was recorded yet.",
             130,
         )
     if as_json:

@@ -457,5 +457,5 @@ def _listed(goals: Sequence[Goal]) -> str:
 
 
 def _median(values: Sequence[float | None]) -> float | None:
-    found = median(math.inf if value is None else float(value) for value in values)
-    return None if math.isinf(found) else found
+    middle = median(math.inf if value is None else float(value) for value in values)
+    return None if math.isinf(middle) else middle

@@ -404,14 +404,14 @@ def _checked(out: str) -> str:
 
 
 def _checked_folder(folder: Path) -> Path:
-    found = folder.resolve()
-    if not found.is_dir():
+    resolved = folder.resolve()
+    if not resolved.is_dir():
         raise InputError(f"--folder: expected a folder of this machine, found {folder}.")
-    if Path.home().resolve().is_relative_to(found):
+    if Path.home().resolve().is_relative_to(resolved):
         raise InputError(
-            f"--folder: {found} holds your home: too much to send.", "Give the recipe a folder of its own."
+            f"--folder: {resolved} holds your home: too much to send.", "Give the recipe a folder of its own."
         )
-    return found
+    return resolved
 
 
 def _name_of(place: str) -> str:

@@ -144,14 +144,14 @@ def _table(comparison: Comparison, drawn: Sequence[_Drawn]) -> str:
 
 
 def _table_row(one: _Drawn) -> str:
-    found = one.line.record()
+    record = one.line.record()
     forms = {"seconds": ".3g", "hypervolume": ".4f", "share_of_best": ".1%", "igd_plus": ".4f", "epsilon": ".4f"}
     forms |= {"seconds_to_reach": ".3g", "held_out_hypervolume": ".4f"}
     keys = ["algorithm", "seed", "evaluations", "seconds", "front_size", "hypervolume", "share_of_best", "igd_plus"]
     keys += ["epsilon", "evaluations_to_reach", "seconds_to_reach", "held_out_hypervolume"]
-    cells = ["-" if found[key] is None else format(found[key], forms.get(key, "")) for key in keys]
+    cells = ["-" if record[key] is None else format(record[key], forms.get(key, "")) for key in keys]
     dot = f'<span class="dot" style="background:{one.colour}"></span>'
-    return f"<tr><td>{dot}{_safe(found['label'])}</td>{''.join(f'<td>{_safe(cell)}</td>' for cell in cells)}</tr>"
+    return f"<tr><td>{dot}{_safe(record['label'])}</td>{''.join(f'<td>{_safe(cell)}</td>' for cell in cells)}</tr>"
 
 
 def _groups_table(comparison: Comparison) -> str:
@@ -174,12 +174,12 @@ def _groups_table(comparison: Comparison) -> str:
 
 def _hover(line: Line, member: Scored, genome: Genome | None) -> str:
     """The text that a pointer over a member shows. The chart's library understands a little HTML in it."""
-    one = line.searched
-    parts = [f"<b>{_safe(one.label)}</b> ({_safe(one.algorithm)}), member {member.id}"]
-    counts = {"search": one.examples["search"], "held out": one.examples["held_out"]}
+    searched = line.searched
+    parts = [f"<b>{_safe(searched.label)}</b> ({_safe(searched.algorithm)}), member {member.id}"]
+    counts = {"search": searched.examples["search"], "held out": searched.examples["held_out"]}
     parts += [f"{kind}: {_scores(scores, counts[kind])}" for kind, scores in _measured(member)]
-    parts += _genome_words(one.models, genome)
-    return "<br>".join([*parts, _safe(export_command(one.run.where, member.id))])
+    parts += _genome_words(searched.models, genome)
+    return "<br>".join([*parts, _safe(export_command(searched.run.where, member.id))])
 
 
 def _safe(text: str) -> str:

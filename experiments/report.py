@@ -465,14 +465,14 @@ def _groups_table(groups: Sequence[Group], held_out: bool) -> Table:
 
 
 def _line_cells(line: Line) -> list[str]:
-    one = line.searched
+    searched = line.searched
     return [
-        one.label,
-        one.algorithm,
-        str(one.seed),
-        str(one.evaluations),
-        f"{one.seconds:.3g}",
-        str(len(one.front)),
+        searched.label,
+        searched.algorithm,
+        str(searched.seed),
+        str(searched.evaluations),
+        f"{searched.seconds:.3g}",
+        str(len(searched.front)),
         f"{line.hypervolume:.4f}",
         f"{line.share:.1%}",
         f"{line.igd_plus:.4f}",

@@ -274,10 +274,10 @@ def reference_point(
         wanted: The M objectives.
         given: The user's numbers by objective, in score units.
     """
-    found, known = np.asarray(points), np.asarray(seeds)
-    everything = np.concatenate([found, known])
+    candidates, references = np.asarray(points), np.asarray(seeds)
+    everything = np.concatenate([candidates, references])
     share = (everything >= 0).all(axis=0) & (everything <= 1).all(axis=0)
-    worst = (known if len(known) else found).min(axis=0, initial=math.inf)
+    worst = (references if len(references) else candidates).min(axis=0, initial=math.inf)
     plain = share & np.array([goal.direction == "maximize" for goal in wanted])
     default = np.where(plain | ~np.isfinite(worst), 0.0, worst)
     pairs = zip(wanted, default, strict=True)

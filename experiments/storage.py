@@ -347,9 +347,9 @@ def take_lease(
         names = store.names()
         (epoch, _), _ = next(iter(_numbered(names)), ((0, 0), ""))  # of any object: somebody may have deleted leases
         _, name = next(iter(_numbered(names, ("lease",))), ((0, 0), ""))
-        found = store.read(name) if name else None
-        _await_end(store, name, found, home, notify, clock, sleep)
-        lease = Lease(store, epoch + 1, home, float(_parsed(found).get("lasts", LASTS)), clock)
+        content = store.read(name) if name else None
+        _await_end(store, name, content, home, notify, clock, sleep)
+        lease = Lease(store, epoch + 1, home, float(_parsed(content).get("lasts", LASTS)), clock)
         if store.create(lease.name, lease.record()):
             sleep(store.settle)
             lease.check()
@@ -365,16 +365,16 @@ def take_lease(
 def _await_end(
     store: Store,
     name: str,
-    found: bytes | None,
+    content: bytes | None,
     home: str,
     notify: Notify,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
 ) -> None:
     """Return when the lease is over: released, of this working directory, or unchanged for as long as it lasts."""
-    lease = _parsed(found)
+    lease = _parsed(content)
     own = (lease.get("home"), lease.get("machine")) == (home, _machine())  # one that is copied is another's
-    if found is None or lease.get("released") or own:
+    if content is None or lease.get("released") or own:
         return
     lasts = float(lease.get("lasts", LASTS))
     notify(f"Waiting up to {lasts:.0f} s to see whether {_owner(lease)} still manages the run ...")
@@ -382,7 +382,7 @@ def _await_end(
     while clock() < end:
         sleep(lasts / 12)
         now = store.read(name)
-        if now == found:
+        if now == content:
             continue
         lease = _parsed(now)  # a new one may have been seen before it was written
         if lease.get("released"):
@@ -528,12 +528,12 @@ class Copier:
                 self._journal.snapshot(snapshot)
             else:
                 shutil.copyfile(file, snapshot)  # it may grow meanwhile
-            found = _measured(snapshot)
+            measured = _measured(snapshot)
             before = self._files.get(name, {})
-            if found.items() <= before.items():
+            if measured.items() <= before.items():
                 return dict(before)
             self.store.put(snapshot, target)
-        return {**found, "object": target}
+        return {**measured, "object": target}
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[Path]:

@@ -60,9 +60,9 @@ def reached(count: int, share: float) -> int:
 @lru_cache(maxsize=256)
 def order(seed: int, count: int) -> Integers:
     """(count,) the examples in the order of a seed; read-only."""
-    found = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(count,)))).permutation(count)
-    found.flags.writeable = False
-    return found
+    shuffled = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(count,)))).permutation(count)
+    shuffled.flags.writeable = False
+    return shuffled
 
 
 def error_of_mean(values: NDArray[Any], count: int) -> float:

@@ -418,8 +418,8 @@ class Manager:
 
     def _replay_ask(self, event: Event, recorded: list[tuple[int, str]]) -> None:
         batch = self._ask(event.requested)
-        found = [] if batch is None else [(trial.number, trial.genome.digest) for trial in batch.trials]
-        if found != recorded:
+        proposed = [] if batch is None else [(trial.number, trial.genome.digest) for trial in batch.trials]
+        if proposed != recorded:
             numbers = ", ".join(str(number) for number, _ in recorded)
             raise JournalError(
                 f"{self.journal.path}: replaying does not propose the recorded trials again (trials {numbers}).",
@@ -432,8 +432,8 @@ class Manager:
     ) -> None:
         batch = self._flying.get(event.batch)
         numbers = [] if batch is None else [trial.number for trial in batch.trials]
-        while not all(number in ahead for number in numbers) and (found := next(stored, None)) is not None:
-            ahead[found[0]] = found[1]
+        while not all(number in ahead for number in numbers) and (result := next(stored, None)) is not None:
+            ahead[result[0]] = result[1]
         if batch is None or not all(number in ahead for number in numbers):
             raise JournalError(
                 f"{self.journal.path}: batch {event.batch} was told, but not asked for or not evaluated.",
@@ -511,11 +511,11 @@ def measure(
 
 def _scored_already(journal: Journal, genomes: Iterable[Genome]) -> dict[str, Evaluation]:
     """Evaluations by digest of genomes that were trials of the search, such as the seed models; they are recorded."""
-    found = {}
+    evaluations = {}
     with journal.transaction():
         for genome in genomes:
             evaluation = journal.evaluation_of(genome.digest)
             if evaluation is not None:
                 journal.measured(genome, "search", evaluation)
-                found[genome.digest] = evaluation
-    return found
+                evaluations[genome.digest] = evaluation
+    return evaluations
