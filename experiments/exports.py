@@ -126,7 +126,7 @@ def operator_record(operator: Operator) -> dict[str, Any]:
 
 
 def models_record(sources: Sources) -> dict[str, Any]:
-    """What the models say of themselves: where they are, and what was done to them before they were merged."""
+    """The models' records: where each lies, and what was done to it before the merge."""
     base = None if sources.base is None else sources.base.record()
     return {"base": base, "experts": [expert.record() for expert in sources.experts]}
 
