@@ -366,7 +366,7 @@ class AuthenticationError(Exception):
     ("error", "kind", "words"),
     [
         (AuthenticationError("Authentication failed: Forbidden"), PoolError, "not the cluster's (403)"),
-        (AuthenticationError("Authentication required: Unauthorized"), PoolError, "there is none here (401)"),
+        (AuthenticationError("Authentication required: Unauthorized"), PoolError, "this machine has none (401)"),
         (AuthenticationError("couldn't find an authentication token"), PoolError, "RAY_AUTH_TOKEN_PATH"),
         (ConnectionError("Failed to connect"), PoolError, "ssh -N -L 8265:127.0.0.1:8265 HEAD"),
         (RuntimeError("Request failed with status code 500: no\nmore"), PoolError, "status code 500: no"),
@@ -616,7 +616,7 @@ def refusals(shell: Shell, address: str, folder: Path) -> None:
     wrong, none = {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}, {"HOME": str(folder / "none")}
     for line, words, others in (
         ("ecotone jobs", f"{address}: the token here is not the cluster's (403).", wrong),
-        ("ecotone jobs", f"{address}: its jobs take the cluster's token, and there is none here (401).", none),
+        ("ecotone jobs", f"{address}: its jobs take the cluster's token, and this machine has none (401).", none),
         ("ecotone stop digist", "Did you mean 'digits'?", {}),
         ("ecotone stop digits", "it is not running; it has finished", {}),
         ("ecotone submit experiments/recipes/digits-specialists.yaml --name digits", "has a run 'digits' already", {}),

@@ -273,7 +273,7 @@ def test_a_torn_manifest_and_a_damaged_snapshot(tmp_path: Path) -> None:
     assert manifest["serial"] == 1
     snapshot = folder / manifest["files"][JOURNAL]["object"]
     snapshot.write_bytes(snapshot.read_bytes()[:-4096])
-    with pytest.raises(StorageError, match="not what the manifest tells"):
+    with pytest.raises(StorageError, match="differs from the manifest"):
         storage.fetched(store.url)
 
 
@@ -750,7 +750,7 @@ def test_what_another_manager_does_not_have_is_put_aside(
 
     with pytest.raises(StorageError, match="the end of the run could not be copied") as cut:
         launch(toy(tmp_path), url, observe=observe, folders=(str(tmp_path),))
-    assert "unless another goes on with the run before" in cut.value.remedy
+    assert "unless another manager has gone on with the run meanwhile" in cut.value.remedy
     Flaky.down = False
     first = storage._folder(Store(url), "runs")
     said: list[str] = []
