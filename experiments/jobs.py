@@ -193,7 +193,7 @@ class JobServer:
         before = [job for job in jobs if job.run in runs[-1:]]
         live = [job for job in before if job.live]
         if live:
-            raise InputError(f"{live[-1].run}: it is {live[-1].state}, as job {live[-1].id}.", "Nothing is to be done.")
+            raise InputError(f"{live[-1].run}: it is {live[-1].state}, as job {live[-1].id}.", "Nothing to do.")
         last = before[-1] if before else Job("", _name_of(named), "pending", named, "")
         former = Path(last.folder) if before else None
         folder = parcel.folder or (former if former and former.is_dir() else travelling(Path.cwd()))

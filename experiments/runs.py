@@ -208,7 +208,7 @@ class Run:
         if not str(member).isdigit():
             raise InputError(
                 f"member: expected a trial's number or 'best', found {member!r}.",
-                f"`ecotone front {self.where}` lists them.",
+                f"`ecotone front {self.where}` lists the members.",
             )
         with self.journal() as journal:
             return journal.trial(int(member))
@@ -223,7 +223,7 @@ class Run:
             row = next((row for row in journal.rows(number - 1) if row.number == number), None)
             if row is None or row.scores is None or row.failure is not None:
                 why = "has not been scored" if row is None else f"failed ({row.failure.message})" if row.failure else ""
-                raise InputError(f"member {number}: {why}.", f"`ecotone front {self.where}` lists those that can be.")
+                raise InputError(f"member {number}: {why}.", f"`ecotone front {self.where}` lists members with scores.")
             return _scored(journal, row)
 
     def export(self, member: int | str, to: str | Path) -> Path:

@@ -456,7 +456,7 @@ class Copier:
             self._due = self._clock() + min(2.0 ** min(self.failures, 10), PATIENCE)
             if self.failures == 1:
                 _log.warning(
-                    "The run cannot be copied, and goes on; copying is tried again: %s",
+                    "The run goes on, but cannot be copied. Copying is tried again: %s",
                     error,
                     extra={"event": "mirror_failed", "url": self.store.url, "error": str(error)},
                 )
@@ -698,7 +698,7 @@ def _fetch_newer(store: Store, directory: Path, notify: Notify) -> None:
                         (Path(folder) / name).replace(directory / name)
         except DamagedCopyError as error:
             damage = damage or error
-            notify(f"{error.message} The copy before is tried.")
+            notify(f"{error.message} The copy before it is tried.")
         else:
             return
     if damage is not None:
@@ -719,7 +719,7 @@ def _put_aside(store: Store, directory: Path, manifest: Manifest, notify: Notify
         for file in files:
             shutil.copyfile(file, aside / file.name)
         what = "a journal that cannot be read" if counts is None else f"a journal of {counts[1]} evaluations"
-        notify(f"The run at {store.url} is not what was recorded here, {what}: that is kept in {aside}.")
+        notify(f"The copy at {store.url} lacks results that this machine has. They are kept in {aside}: {what}.")
     for file in files:  # the journal last: without it, its log would be taken for the next one's
         file.unlink()
 
@@ -822,7 +822,7 @@ def fetched(url: str) -> Path:
                 return _view(store, manifest)
             except DamagedCopyError as error:
                 damage = damage or error
-                _log.debug("%s The copy before is read.", error)
+                _log.debug("%s The copy before it is read.", error)
         if damage is None:
             break
     if damage is not None:

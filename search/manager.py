@@ -252,7 +252,9 @@ class Manager:
             _log.debug("Batch %d came again.", batch.number)
             return
         if own is None or not _same(own, batch):
-            raise PoolError(f"pool: expected batches that it was given, found batch {batch.number}, which it was not.")
+            raise PoolError(
+                f"pool: expected a batch that it was given, found batch {batch.number}, which it was not given."
+            )
         if len(evaluations) != len(own.trials):
             raise PoolError(
                 f"pool: batch {batch.number}: expected {len(own.trials)} evaluations, found {len(evaluations)}."
@@ -390,7 +392,7 @@ class Manager:
             return "converged"
         if self._draining:
             return "drained"
-        raise SearchError("search: nothing is in flight and it proposes nothing.")
+        raise SearchError("search: it proposes nothing, although nothing is in flight.")
 
     # -- resuming ----------------------------------------------------------------------------------------
 
@@ -436,7 +438,7 @@ class Manager:
             ahead[result[0]] = result[1]
         if batch is None or not all(number in ahead for number in numbers):
             raise JournalError(
-                f"{self.journal.path}: batch {event.batch} was told, but not asked for or not evaluated.",
+                f"{self.journal.path}: batch {event.batch} was told, but was never asked or evaluated.",
                 "The journal is damaged: go on from a copy of it.",
             )
         self._arrived[batch.number] = [ahead.pop(number) for number in numbers]
