@@ -45,13 +45,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from materialise import save
 
-from ecotone.fitness.gradients import calibration
-from ecotone.fitness.specs import CalibrationSpec, CallSpec, WorkerSpec
+from ecotone.fitness.backends.resident import ResidentSettings
+from ecotone.fitness.gradients.calibration import EntropyLossSettings
+from ecotone.fitness.kinds import ObjectiveContext
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging import sources
 from ecotone.merging.kernel import compiled
 from ecotone.populations.genome import Floats, Genome
-from ecotone.populations.trial import CalibrationBatch, Trial
+from ecotone.populations.trial import Gradient, Trial
+from ecotone.settings import Call
 
 CONTENDERS = (
     "ecotone",
@@ -155,14 +158,17 @@ class Head(nn.Module):
         return nn.functional.linear(outputs.last_hidden_state.mean(1), self.weight)
 
 
-def tasks(arguments: argparse.Namespace) -> tuple[CalibrationSpec, ...]:
+def tasks(arguments: argparse.Namespace) -> tuple[EntropyLossSettings, ...]:
     [count] = arguments.experts
     here = "adamerging_memory"
     return tuple(
-        CalibrationSpec(
-            f"task {number}",
-            CallSpec(f"{here}:tokens", {"task": number, "words": arguments.words, "length": arguments.length}),
-            head=CallSpec(f"{here}:Head", {"task": number, "width": arguments.width}),
+        EntropyLossSettings(
+            name=f"task {number}",
+            data=Call(
+                call=f"{here}:tokens",
+                arguments={"task": number, "words": arguments.words, "length": arguments.length},
+            ),
+            head=Call(call=f"{here}:Head", arguments={"task": number, "width": arguments.width}),
             batch=arguments.batch,
         )
         for number in range(count)
@@ -182,7 +188,7 @@ def ecotone(arguments: argparse.Namespace, name: str) -> tuple[Step, int]:
         "task_arithmetic",
         architecture="auto",
         calibration=specs,
-        checkpointing=name.endswith("checkpointing"),
+        backend=ResidentSettings(checkpointing=name.endswith("checkpointing")),
         device=arguments.device,
         threads=arguments.threads,
         sources="mapped" if name.endswith("streamed") else "auto",
@@ -194,8 +200,8 @@ def ecotone(arguments: argparse.Namespace, name: str) -> tuple[Step, int]:
         genome = Genome(borders, coefficients)
         names = tuple(task.name for task in specs)
         groups = [names] if name == "ecotone" else [(each,) for each in names]
-        batches = [CalibrationBatch(group, number, (1.0,) * len(group)) for group in groups]
-        evaluations = worker.measure([Trial(0, genome, calibration=batch) for batch in batches])
+        batches = [Gradient(group, number, (1.0,) * len(group)) for group in groups]
+        evaluations = worker.measure([Trial(0, genome, wants=batch) for batch in batches])
         failures = [evaluation.failure for evaluation in evaluations if evaluation.failure]
         if failures:
             raise RuntimeError(failures[0].message + failures[0].details)
@@ -227,7 +233,8 @@ def textbook(arguments: argparse.Namespace, by_task: bool) -> tuple[Step, int]:
     encoder = transformers.BertModel.from_pretrained(directory / "0").eval().requires_grad_(False).to(device)
     base = dict(encoder.named_parameters())
     specs = tasks(arguments)
-    made = [calibration.build(spec, device, torch.float32) for spec in specs]
+    context = ObjectiveContext(device, torch.float32)
+    made = [settings.build(context, 0) for settings in specs]
     vectors = []
     for number in range(1, len(specs) + 1):
         expert = load_file(directory / str(number) / "model.safetensors")

@@ -54,11 +54,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from adamerging_memory import write_experts
 from materialise import save
 
-from ecotone.fitness.language import choices
-from ecotone.fitness.specs import ObjectiveSpec, WorkerSpec
+from ecotone.fitness.kinds import ObjectiveContext
+from ecotone.fitness.language.choices import MultipleChoiceSettings
+from ecotone.fitness.registry import OBJECTIVES
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Goal, Trial
+from ecotone.populations.trial import Trial
 
 WAYS = ("disk", "memory", "lm_eval", "plain", "reuse")
 PARTS = ("materialise", "forward", "rest", "report")
@@ -165,10 +167,11 @@ def write_questions(directory: Path, length: int, vocabulary: list[str], argumen
     file = directory / f"{TASK}.jsonl"
     write_lines(file, made)
     settings = {"data": str(file), "reuse": False}
-    asked = choices.build(Goal("sure"), settings, str(directory / "0"), torch.device("cpu"))
+    context = ObjectiveContext(torch.device("cpu"), tokenizer=str(directory / "0"))
+    asked = MultipleChoiceSettings(name="sure", type="multiple_choice", **settings).build(context)
     worker = worker_of(directory, "multiple_choice", settings, arguments)
-    genome = Genome.uniform(worker._resident._sources.layout.size, [1 / EXPERTS] * EXPERTS)
-    likelihoods = asked.likelihoods(next(worker._resident.show([genome]))).reshape(-1, CHOICES)
+    genome = Genome.uniform(worker._backend._sources.layout.size, [1 / EXPERTS] * EXPERTS)
+    likelihoods = asked.likelihoods(next(worker._backend.show([genome]))).reshape(-1, CHOICES)
     ordered = np.sort(likelihoods, axis=1)
     for number in np.flatnonzero(rng.random(len(made)) < 0.5).tolist():  # or no model would know more than chance
         made[number]["answer"] = int(likelihoods[number].argmax())
@@ -198,7 +201,7 @@ def write_lines(file: Path, records: Sequence[dict[str, Any]]) -> None:
 
 def worker_of(directory: Path, kind: str, settings: dict[str, Any], arguments: argparse.Namespace) -> Worker:
     paths = [str(directory / str(number)) for number in range(EXPERTS + 1)]
-    objective = ObjectiveSpec(Goal("right"), kind, settings=settings, tokenizer=paths[0])
+    objective = OBJECTIVES.get(kind, "kind")(name="right", type=kind, **settings)
     return Worker(
         WorkerSpec(
             tuple(paths[1:]),
@@ -206,6 +209,7 @@ def worker_of(directory: Path, kind: str, settings: dict[str, Any], arguments: a
             "task_arithmetic",
             architecture="auto",
             search=(objective,),
+            tokenizer=paths[0],
             device="cpu",
             threads=arguments.threads,
         )
@@ -251,7 +255,7 @@ class Ways:
         return clock, value, right
 
     def _ours(self, worker: Worker, genome: Genome, clock: Clock) -> tuple[float, list[bool]]:
-        shown = worker._resident.show
+        shown = worker._backend.show
 
         def show(genomes: Sequence[Genome]) -> Iterator[Any]:
             with lap(clock, "materialise"):
@@ -261,7 +265,7 @@ class Ways:
                     model = next(models)
                 yield model
 
-        with patch.object(worker._resident, "show", show):
+        with patch.object(worker._backend, "show", show):
             [evaluation] = worker.measure([Trial(0, genome)])
         if evaluation.failure:
             raise RuntimeError(evaluation.failure.message + evaluation.failure.details)

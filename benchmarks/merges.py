@@ -20,12 +20,12 @@ from ecotone.experiments import compose, preparation
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, open_sources
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Evaluation, Subset, Trial
+from ecotone.populations.trial import Evaluation, Scores, Subset, Trial
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "experiments" / "recipes"
 PARTS: dict[str, Subset] = {"search": "search", "test": "held_out"}
-Scores: TypeAlias = dict[str, float]  # by objective
+ByObjective: TypeAlias = dict[str, float]
 Found: TypeAlias = dict[str, Any]  # what a method, or one try of it, found
 
 
@@ -76,13 +76,13 @@ class Judge:
         """Scores by objective, and by example where objectives have them."""
         key = (genome.digest, part)
         if key not in self.known:
-            [evaluation] = self.worker.measure([Trial(0, genome, subset=PARTS[part])])
+            [evaluation] = self.worker.measure([Trial(0, genome, wants=Scores(PARTS[part]))])
             if evaluation.failure is not None:
                 raise RuntimeError(evaluation.failure)
             self.known[key] = evaluation
         return self.known[key]
 
-    def scores(self, genome: Genome, part: str) -> Scores:
+    def scores(self, genome: Genome, part: str) -> ByObjective:
         """Scores by objective."""
         return dict(self.evaluation(genome, part).scores)
 

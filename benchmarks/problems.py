@@ -15,7 +15,7 @@ from ecotone.experiments.recipe import Recipe
 from ecotone.fitness.worker import Worker
 from ecotone.merging.sources import Sources
 from ecotone.populations.genome import Floats, Genome
-from ecotone.populations.trial import Subset, Trial
+from ecotone.populations.trial import Scores, Subset, Trial
 from ecotone.search.coefficients import CoefficientBox
 
 LOW, HIGH = 0.0, 1.5
@@ -143,7 +143,7 @@ class Texts:
     def __call__(self, points: Floats) -> Floats:
         """As ``Scorer``."""
         whole = np.array([0, self.size])
-        trials = [Trial(i, Genome(whole, point[None]), subset=self.subset) for i, point in enumerate(points)]
+        trials = [Trial(i, Genome(whole, point[None]), wants=Scores(self.subset)) for i, point in enumerate(points)]
         evaluations = self.worker.measure(trials)
         failures = [one.failure for one in evaluations if not one.ok]
         if failures:

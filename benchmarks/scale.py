@@ -262,7 +262,7 @@ def used(workers: int, in_flight: int, order: Order, arguments: argparse.Namespa
     schedule = Schedule(evaluations=workers * arguments.rounds, in_flight=in_flight, order=order)
     with (
         tempfile.TemporaryDirectory(dir=arguments.directory) as directory,
-        Journal.create(Path(directory) / "journal.sqlite", {}) as journal,
+        Journal.create(Path(directory) / "journal.sqlite") as journal,
     ):
         Manager(*made("random"), GOALS, pool, journal, schedule, clock=pool.clock).run()
     return pool.utilisation
@@ -306,7 +306,7 @@ def carried_out(kind: str, order: Order, directory: Path, arguments: argparse.Na
             marks.append((progress.told, time.process_time() - pool.own))
 
     file = directory / "journal.sqlite"
-    with Journal.create(file, {}) as journal:
+    with Journal.create(file) as journal:
         began = time.process_time()
         Manager(*made(kind), GOALS, pool, journal, schedule, observe, pool.clock).run()
         spent = time.process_time() - pool.own

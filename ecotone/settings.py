@@ -72,7 +72,7 @@ class Part(BaseModel):
 
     def located(self, located: Located) -> Self:
         """The same with the texts in it, at any depth, put through ``located``."""
-        return self.model_validate(expanded(self.model_dump(), located))
+        return self.model_validate({name: expanded(value, located) for name, value in self})
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -177,6 +177,8 @@ Located: TypeAlias = Callable[[str], str]
 
 def expanded(value: Any, located: Located) -> Any:
     """``value`` with the texts in it, at any depth, put through ``located``."""
+    if isinstance(value, Part):
+        return value.located(located)
     if isinstance(value, Mapping):
         return {key: expanded(one, located) for key, one in value.items()}
     if isinstance(value, list | tuple):

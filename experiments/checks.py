@@ -6,20 +6,20 @@ import inspect
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ecotone.experiments import compose
-from ecotone.experiments.parts import LanguageObjective, PythonObjective
 from ecotone.experiments.recipe import (
     Recipe,
 )
 from ecotone.fitness.backends import architectures
 from ecotone.fitness.callables import resolve
-from ecotone.fitness.objectives import LANGUAGE
-from ecotone.fitness.specs import ObjectiveSpec, WorkerSpec
+from ecotone.fitness.kinds import NamedCall
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import needs_of
 from ecotone.merging.inner_products import region_borders
 from ecotone.merging.models import tokenizers
@@ -57,7 +57,9 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
     yield Finding("recipe", f"{recipe.name}, signature {recipe.signature}")
     yield from _functions(recipe)
     yield from _workers(recipe)
+    yield from _trackers(recipe)
     assert composition.operator
+    yield Finding("scoring", f"{recipe.scoring.backend}: {recipe.scoring.describe()}")
     if not composition.prepared:
         yield Finding("models", "not written yet: the preparation step makes them when the recipe is run")
         yield from _search(composition)
@@ -67,6 +69,8 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
         architectures.named(sources.origin)
     yield from _models(sources)
     yield from _language(spec, sources)
+    for objective in (*spec.search, *spec.held_out):
+        yield from starmap(Finding, objective.examine())
     yield from _search(composition)
     yield from _memory(recipe, spec, sources)
     yield from _needs(recipe, sources)
@@ -75,6 +79,14 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
 def _workers(recipe: Recipe) -> Iterator[Finding]:
     if text := compose.unused_workers(recipe):
         yield Finding("workers", text)
+
+
+def _trackers(recipe: Recipe) -> Iterator[Finding]:
+    """Where the run will be mirrored to, and what cannot be had there."""
+    for name, settings in recipe.tracking.trackers.items():
+        missing = () if settings.installed() else (f"not installed: `{settings.install()}`",)
+        clauses = (settings.recorded().describe(), *missing, *settings.lacks)
+        yield Finding(f"tracking.{name}", "; ".join(clauses))
 
 
 def _functions(recipe: Recipe) -> Iterator[Finding]:
@@ -88,29 +100,23 @@ def _functions(recipe: Recipe) -> Iterator[Finding]:
     for group, objectives in (("search", recipe.objectives.search), ("held_out", recipe.objectives.held_out)):
         for objective in objectives:
             field = f"objectives.{group}.{objective.name}"
-            if isinstance(objective, LanguageObjective):
-                yield Finding(field, f"{objective.type}, {objective.direction}")
-                continue
-            calls = (objective,) if isinstance(objective, PythonObjective) else (objective.data, objective.head)
-            target = _resolved(calls, field)
-            yield Finding(field, f"{objective.type} {target}, {objective.direction}")
+            _check_calls(objective.calls(), field)
+            yield Finding(field, objective.describe())
     for task in recipe.calibration:
-        target = _resolved((task.data, task.head), f"calibration.{task.name}")
-        loss = f"distillation from {task.expert or task.name}" if task.loss == "distillation" else task.loss
-        yield Finding(f"calibration.{task.name}", f"{loss} of {target}, {task.batch} examples a step")
+        _check_calls(task.calls(), f"calibration.{task.name}")
+        yield Finding(f"calibration.{task.name}", task.describe())
     if not recipe.objectives.held_out:
         yield Finding("objectives.held_out", "none: results will be known on the data they were searched on only")
 
 
-def _resolved(calls: Sequence[Call | PythonObjective | None], field: str) -> str:
-    """The functions' names, each of which can be imported and takes the arguments that the recipe has for it."""
-    given = [call for call in calls if call is not None]
-    for call in given:
-        _check_takes(resolve(call.call, field), call, field, given=1 if isinstance(call, PythonObjective) else 0)
-    return " with ".join(call.call for call in given)
+def _check_calls(calls: Sequence[NamedCall], field: str) -> None:
+    """Refuse a function that cannot be imported, or does not take the arguments that the recipe has for it."""
+    for one in calls:
+        place = f"{field}.{one.field}" if one.field else field
+        _check_takes(resolve(one.call.call, place), one.call, place, one.given)
 
 
-def _check_takes(function: Callable[..., Any], call: Call | PythonObjective, field: str, given: int = 0) -> None:
+def _check_takes(function: Callable[..., Any], call: Call, field: str, given: int = 0) -> None:
     """Refuse a function that cannot be called with the recipe's arguments after ``given`` of ours, one or none."""
     try:
         signature = inspect.signature(function)
@@ -138,33 +144,11 @@ def _models(sources: Sources) -> Iterator[Finding]:
 def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
     """Where language models are measured: what differs between tokenizers, and how large tasks are."""
     objectives = (*spec.search, *spec.held_out)
-    if not any(one.type in LANGUAGE for one in objectives):
+    if not any(one.needs_tokenizer for one in objectives):
         return
     models = [sources.origin, *(expert for expert in sources.experts if expert is not sources.origin)]
     differences = tokenizers.compare([(model.name, model.path) for model in models])
     yield Finding("tokenizers", " ".join(differences) or "no differences")
-    for one in objectives:
-        if one.type == "lm_eval":
-            yield Finding(f"lm_eval {one.settings['task']}", _task(one))
-
-
-def _task(objective: ObjectiveSpec) -> str:
-    """What lm-eval says of a task.
-
-    Raises:
-        InputError: There is no such task or metric, or for lm-eval more of it is worse and for the recipe better.
-    """
-    from ecotone.fitness.lm_eval import describe
-
-    goal = objective.goal
-    where = f"objective {goal.name!r}"
-    found = describe(objective.settings, where)
-    right = {True: "maximize", False: "minimize", None: goal.direction}[found.higher_is_better]
-    if right != goal.direction:
-        raise InputError(
-            f"{where}: direction: expected {right} for the metric {found.metric!r}, found {goal.direction}."
-        )
-    return f"{found.metric} on {found.documents} of {found.available} documents, {found.kind}"
 
 
 def _search(composition: compose.Composition) -> Iterator[Finding]:

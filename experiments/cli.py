@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -22,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer
 
-from ecotone.experiments import jobs_cli, logs
+from ecotone.experiments import jobs_cli, logs, statistics_cli
 from ecotone.experiments.options import (
     JsonOption,
     RecipeArgument,
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from ecotone.experiments.logs import Watcher
     from ecotone.experiments.recipe import Recipe
     from ecotone.experiments.runs import Run
-    from ecotone.experiments.tracking.registry import Registrar
+    from ecotone.experiments.tracking.mlflow.model_registry import Registrar
 
 app = typer.Typer(
     name="ecotone",
@@ -149,6 +148,7 @@ def resume(
         raise InputError("--folder, --env: expected with the http:// address of a cluster's dashboard, found without.")
     from ecotone.experiments.recipe import Recipe, apply_settings
     from ecotone.experiments.running import resume as resume_run
+    from ecotone.populations import facts
 
     try:
         found = _run(run)
@@ -159,7 +159,7 @@ def resume(
         raise JournalError(error.message, f"{error.remedy} {cluster}") from error
     changes = changes_of(settings, workers, address)
     with found.journal() as journal:
-        recorded = json.loads(journal.fact("recipe") or "{}")
+        recorded = journal.fact(facts.RECIPE) or {}
     chosen = Recipe.from_record(apply_settings(recorded, changes))
 
     def work(watcher: Watcher) -> Run:
@@ -254,9 +254,9 @@ def _status(run: str) -> dict[str, Any]:
     from ecotone.experiments import tracking
 
     found = _run(run)
-    mirrored = tracking.status(found.directory)
-    about = {key: mirrored[key] for key in ("uri", "run_id", "mirrored", "error") if key in mirrored}
-    return {**found.status(), "tracking": about}
+    shown = ("uri", "run_id", "page", "mirrored", "error")
+    mirrored = {name: {key: known[key] for key in shown} for name, known in tracking.statuses(found.directory).items()}
+    return {**found.status(), "tracking": mirrored}
 
 
 @app.command()
@@ -459,33 +459,48 @@ def ui(
     open_browser: Annotated[bool, typer.Option("--open", help="Open the fronts in a browser.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the fronts of an experiment's searches in MLflow, this run's among them.
+    """Show the fronts of an experiment's searches in MLflow, this run's among them, and where other trackers show it.
 
     Prints the pages of the tracking server, or serves the embedded store until Ctrl-C.
     """
     from ecotone.experiments import tracking
 
     found = _run(run)
+    known = tracking.statuses(found.directory)
+    elsewhere = {name: one["page"] for name, one in known.items() if one["page"]}
     if as_json:
         pages = tracking.ui_pages(found.directory)
-        addresses = {"address": pages and pages.view, "run_address": pages and pages.run}
+        addresses = {"address": pages and pages.view, "run_address": pages and pages.run, "pages": elsewhere}
         print_json({**tracking.status(found.directory), **addresses})
         return
-    tracking.serve(found.directory, port, open_browser, typer.echo)
+    for name, page in elsewhere.items():
+        typer.echo(f"{tracking.TRACKERS.get(name, 'tracker').title}: {page}")
+    if "mlflow" in known or not elsewhere:
+        tracking.serve(found.directory, port, open_browser, typer.echo)
 
 
 @app.command()
-def sync(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Send to MLflow what a run's journal has and MLflow lacks, as after a server was down."""
+def sync(
+    run: RunArgument,
+    trackers: Annotated[
+        list[str] | None,
+        typer.Option("--tracker", metavar="NAME", help="Only this one, as mlflow or wandb. Repeatable."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Send to the run's trackers what its journal has and they lack, as after a server was down."""
     from ecotone.experiments import tracking
 
-    report = tracking.mirror(_run(run).directory)
+    reports = tracking.mirror_all(_run(run).directory, trackers or ())
     if as_json:
-        print_json(vars(report))
-    elif report.error is None:
-        typer.echo(f"MLflow has {report.evaluations} evaluations (run {report.run_id} in {report.uri}).")
-    if report.error is not None:
-        raise EcotoneError(f"MLflow at {report.uri}: {report.error}.", "Nothing is lost: try again when it is back.")
+        print_json({name: vars(report) for name, report in reports.items()})
+    failed = {name: report for name, report in reports.items() if report.error is not None}
+    for name, report in reports.items():
+        if name not in failed and not as_json:
+            typer.echo(f"{name} has {report.evaluations} evaluations (run {report.run_id} in {report.uri}).")
+    if failed:
+        lines = [f"{name}: {report.uri}: {report.error}." for name, report in failed.items()]
+        raise EcotoneError("\n".join(lines), "Nothing is lost: try again when it is back.")
 
 
 @app.callback(invoke_without_command=True)
@@ -499,6 +514,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 jobs_cli.register(app)
+statistics_cli.register(app)
 
 
 def main() -> None:
@@ -593,7 +609,7 @@ def _registrar(run: Run, name: str | None, alias: str | None) -> Registrar | Non
         return None
     if name is None:
         raise InputError("--alias: it names a version of a registered model.", "Give --register NAME too.")
-    from ecotone.experiments.tracking.registry import Registrar
+    from ecotone.experiments.tracking.mlflow.model_registry import Registrar
 
     return Registrar(run.directory, name, alias)
 

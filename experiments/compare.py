@@ -20,6 +20,7 @@ import numpy as np
 
 from ecotone.experiments.preferences import reference_numbers
 from ecotone.experiments.runs import Run, Scored, in_score_units, points_of, reference_point
+from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.fronts import attainment, epsilon, hypervolume, hypervolume_over, igd_plus, non_dominated
 from ecotone.populations.genome import Floats, Genome, Integers
@@ -50,15 +51,15 @@ class Searched:
         self.examples = run.examples()
         self.report = run.report() or {}
         with run.journal() as journal:
-            self.recipe: dict[str, Any] = json.loads(journal.fact("recipe") or "{}")
+            self.recipe: Mapping[str, Any] = journal.fact(facts.RECIPE) or {}
             self.algorithm = algorithm_name(journal)
-            self.seed = int(journal.fact("seed") or 0)
-            self.models: tuple[str, ...] = tuple(json.loads(journal.fact("models") or "[]"))
-            self.seconds = float(journal.fact("elapsed") or 0.0)
+            self.seed = journal.fact(facts.SEED) or 0
+            self.models = journal.fact(facts.MODELS) or ()
+            self.seconds = journal.fact(facts.ELAPSED) or 0.0
             objectives = self.recipe.get("objectives", {}).get("search")
-            self.measured_on = {"objectives": objectives, "weights": journal.fact("geometry")}
-            self.state = journal.fact("state") or "starting"
-            self._created = float(journal.fact("created") or 0.0)
+            self.measured_on = {"objectives": objectives, "weights": journal.fact(facts.GEOMETRY)}
+            self.state = journal.fact(facts.STATE) or "starting"
+            self._created = journal.fact(facts.CREATED) or 0.0
             self._rows = list(journal.rows())
         self._ok = np.array([row.failure is None and bool(row.scores) for row in self._rows])
         self.points = points_of((row.scores for row in self._rows if row.failure is None), goals)
@@ -273,9 +274,9 @@ def compare(runs: Sequence[Run], reference: str | None = None, reach: str = REAC
 
 def algorithm_name(journal: Journal) -> str:
     """The algorithm of a run, with the sampler where the algorithm is a library of them."""
-    search = json.loads(journal.fact("recipe") or "{}").get("search", {})
+    search = (journal.fact(facts.RECIPE) or {}).get("search", {})
     sampler = search.get("sampler") if isinstance(search, dict) else None  # a list of stages names its algorithms
-    return " ".join(filter(None, [journal.fact("algorithm") or "unknown", str(sampler or "")])).strip()
+    return " ".join(filter(None, [journal.fact(facts.ALGORITHM) or "unknown", str(sampler or "")])).strip()
 
 
 def search_seconds(rows: Sequence[Row], created: float, elapsed: float) -> Floats:

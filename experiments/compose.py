@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ecotone.experiments import preparation
 from ecotone.experiments.merge import Range
-from ecotone.experiments.parts import LanguageObjective, Objective, PythonObjective
-from ecotone.experiments.recipe import Calibration, Models, Recipe
+from ecotone.experiments.recipe import Models, Recipe
 from ecotone.fitness.callables import put_last
+from ecotone.fitness.kinds import ObjectiveSettings
 from ecotone.fitness.pools import Pool, SerialPool
-from ecotone.fitness.specs import LIMITS, CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import open_sources
 from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
@@ -37,9 +36,9 @@ from ecotone.search.manager import Schedule
 from ecotone.settings import PREPARED, Call
 
 
-def goals_of(objectives: Sequence[Objective]) -> tuple[Goal, ...]:
+def goals_of(objectives: Sequence[ObjectiveSettings]) -> tuple[Goal, ...]:
     """Names and directions of a recipe's objectives."""
-    return tuple(Goal(objective.name, objective.direction) for objective in objectives)
+    return tuple(objective.goal for objective in objectives)
 
 
 _PACKAGES = (
@@ -70,8 +69,9 @@ def python_paths(folders: tuple[str, ...]) -> tuple[str, ...]:
 def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] = ()) -> WorkerSpec:
     """What a worker of this recipe is made of."""
     models, runtime = recipe.models, recipe.runtime
-    architecture = models.architecture
+    architecture, objectives = models.architecture, recipe.objectives
     ray = runtime.pool == "ray"
+    located = partial(_located, prepared=prepared)
     return WorkerSpec(
         experts=tuple(_located(path, prepared) for path in models.experts),
         base=None if models.base is None else _located(models.base, prepared),
@@ -79,12 +79,14 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         settings=recipe.merge.settings,
         names=models.names,
         vocabulary=models.vocabulary,
-        architecture=_call(architecture, prepared) if isinstance(architecture, Call) else architecture,
-        search=tuple(_objective(objective, recipe, prepared) for objective in recipe.objectives.search),
-        held_out=tuple(_objective(objective, recipe, prepared) for objective in recipe.objectives.held_out),
+        architecture=architecture.located(located) if isinstance(architecture, Call) else architecture,
+        search=tuple(objective.located(located) for objective in objectives.search),
+        held_out=tuple(objective.located(located) for objective in objectives.held_out),
+        tokenizer=_tokenizer(recipe, prepared),
         divided=any(getattr(part, "race", None) is not None for part in recipe.searches),
-        calibration=tuple(_calibration(task, recipe.seed, prepared) for task in recipe.calibration),
-        checkpointing=recipe.scoring.checkpointing,
+        calibration=tuple(task.located(located) for task in recipe.calibration),
+        seed=recipe.seed,
+        backend=recipe.scoring,
         device=recipe.scoring.device,
         dtype=recipe.merge.dtype,
         threads=recipe.scoring.threads,
@@ -156,48 +158,12 @@ def _located(path: str, prepared: Path | None) -> str:
     return str(prepared / path.removeprefix(PREPARED))
 
 
-def _call(call: Call | PythonObjective, prepared: Path | None) -> CallSpec:
-    return CallSpec(call.call, {name: _expanded(value, prepared) for name, value in call.arguments.items()})
-
-
-def _head(call: Call | None, prepared: Path | None) -> CallSpec | None:
-    return None if call is None else _call(call, prepared)
-
-
-def _expanded(value: Any, prepared: Path | None) -> Any:
-    """``value`` with the paths in it, at any depth, that begin with ``prepared:`` made whole."""
-    if isinstance(value, dict):
-        return {key: _expanded(one, prepared) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_expanded(one, prepared) for one in value]
-    return _located(value, prepared) if isinstance(value, str) else value
-
-
-def _objective(objective: Objective, recipe: Recipe, prepared: Path | None) -> ObjectiveSpec:
-    goal = Goal(objective.name, objective.direction)
-    if isinstance(objective, PythonObjective):
-        return ObjectiveSpec(goal, "call", call=_call(objective, prepared))
-    if isinstance(objective, LanguageObjective):
-        settings: dict[str, Any] = _expanded(objective.settings, prepared)
-        return ObjectiveSpec(goal, objective.type, settings=settings, tokenizer=tokenizer_of(recipe, prepared))
-    data, head = _call(objective.data, prepared), _head(objective.head, prepared)
-    spec = ObjectiveSpec(goal, objective.type, data=data, head=head)
-    return spec if objective.batch is None else replace(spec, batch=objective.batch)
-
-
-def tokenizer_of(recipe: Recipe, prepared: Path | None) -> str:
+def _tokenizer(recipe: Recipe, prepared: Path | None) -> str | None:
     """The directory of the tokenizer: that of the recipe, or else the base's or the first expert's."""
-    models = recipe.models
+    models, objectives = recipe.models, (*recipe.objectives.search, *recipe.objectives.held_out)
+    if not any(objective.needs_tokenizer for objective in objectives):
+        return None
     return _located(models.tokenizer or models.base or models.experts[0], prepared)
-
-
-def _calibration(task: Calibration, seed: int, prepared: Path | None) -> CalibrationSpec:
-    data, head = _call(task.data, prepared), _head(task.head, prepared)
-    spec = CalibrationSpec(task.name, data, task.loss, head, task.batch, seed)
-    if task.loss != "distillation":
-        return spec
-    wanted = Distillation(task.expert or task.name, task.temperature, task.hidden, task.layers)
-    return replace(spec, distillation=wanted)
 
 
 # -- search ----------------------------------------------------------------------------------------------
@@ -228,7 +194,7 @@ def context_of(
             for name, bounds in recipe.merge.ranges.items()
         ),
         affine=operator.affine,
-        limits={one.name: LIMITS[one.type] for one in objectives if one.type in LIMITS},
+        limits={one.name: one.limits for one in objectives if one.limits is not None},
     )
 
 
@@ -357,12 +323,12 @@ def _names(models: Models) -> tuple[str, ...]:
 def _check_experts(recipe: Recipe, names: Sequence[str]) -> None:
     """Refuse tasks that are drawn to an expert there is not, unless ``names`` (K,) are not all known yet."""
     for task in recipe.calibration:
-        expert = task.expert or task.name
-        if task.loss != "distillation" or expert in names or len(set(names)) < len(names):
+        expert = task.teacher
+        if expert is None or expert in names or len(set(names)) < len(names):
             continue
         raise InputError(
-            f"calibration {task.name!r}: expert: expected one of {', '.join(names)}, found {expert!r}.",
-            nearest(expert, list(names)) if task.expert else "Say which expert the task is to be like.",
+            f"{task.where}: expert: expected one of {', '.join(names)}, found {expert!r}.",
+            nearest(expert, list(names)) if expert != task.name else "Say which expert the task is to be like.",
         )
 
 

@@ -19,9 +19,10 @@ from ecotone.merging.export import RECORD, export_directory, export_file, export
 from ecotone.merging.models.checkpoint import Checkpoint
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
+from ecotone.populations import facts
 from ecotone.populations.errors import CheckpointError, InputError, SearchError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Subset, Trial
+from ecotone.populations.trial import Scores, Subset, Trial
 
 ANCESTORS = 200
 
@@ -134,14 +135,15 @@ def models_record(sources: Sources) -> dict[str, Any]:
 def _recipe(run: Run) -> Recipe:
     """The run's recipe. Its own Python modules can then be imported: its preparation step may be in one."""
     with run.journal() as journal:
-        compose.python_paths(tuple(json.loads(journal.fact("sys_path") or "[]")))
-        return Recipe.from_record(json.loads(journal.fact("recipe") or "{}"))
+        folders = journal.fact(facts.SYS_PATH)
+        compose.python_paths(folders or ())
+        return Recipe.from_record(journal.fact(facts.RECIPE) or {})
 
 
 def _record(run: Run, recipe: Recipe, trial: Trial, scored: Scored) -> dict[str, Any]:
     with run.journal() as journal:
         parents = {row.number: row.parents for row in journal.rows()}
-        sys_path = json.loads(journal.fact("sys_path") or "[]")
+        sys_path = journal.fact(facts.SYS_PATH)
     return {
         "format": 1,
         "run": run.name,
@@ -153,7 +155,7 @@ def _record(run: Run, recipe: Recipe, trial: Trial, scored: Scored) -> dict[str,
         "lineage": _lineage(trial.number, parents),
         "signature": recipe.signature,
         "recipe": recipe.record(),
-        "sys_path": sys_path,
+        "sys_path": list(sys_path or ()),
         "versions": compose.versions(),
     }
 
@@ -279,7 +281,7 @@ def _compared(pool: SerialPool, genome: Genome, subset: Subset, recorded: Mappin
 
 
 def _measured(pool: SerialPool, genome: Genome, subset: Subset) -> Mapping[str, float]:
-    pool.submit(Batch(0, (Trial(0, genome, subset=subset),)))
+    pool.submit(Batch(0, (Trial(0, genome, wants=Scores(subset)),)))
     ((_, (evaluation,)),) = pool.completed()
     if evaluation.failure is not None:
         raise SearchError(f"the export cannot be scored: {evaluation.failure.message}\n{evaluation.failure.details}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, ValidationError, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
-from ecotone.merging import operators
-from ecotone.merging.operators import OPERATORS
-from ecotone.merging.operators.declared import Setting
 from ecotone.populations.errors import EcotoneError, InputError, nearest
 from ecotone.settings import UNKNOWN_KIND, MoreField, Part
+
+if TYPE_CHECKING:
+    from ecotone.merging.operators.declared import Setting
+
+# Operators import torch, and so are imported when a recipe is read, not with this module.
 
 
 class Range(Part):
@@ -90,7 +92,9 @@ class Merge(Part):
     @classmethod
     def more_fields(cls) -> Iterator[MoreField]:
         """The settings of every operator that can be used."""
-        for name in OPERATORS.usable():
+        from ecotone.merging import operators
+
+        for name in operators.OPERATORS.usable():
             for setting in operators.settings_of(name).values():
                 shape = setting.adapter.json_schema()
                 if setting.bounds is not None:
@@ -118,6 +122,8 @@ def _checked(operator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValidationError: There is no such operator or setting, or a value does not fit; it names the place.
     """
+    from ecotone.merging import operators
+
     try:
         known = operators.settings_of(operator)
     except InputError as error:
@@ -131,6 +137,8 @@ def _checked(operator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(operator: str, key: str, value: Any) -> Any:
+    from ecotone.merging import operators
+
     if isinstance(value, Range):
         return value
     if isinstance(value, Mapping) and operators.settings_of(operator)[key].bounds is not None:
@@ -143,7 +151,9 @@ def _value(operator: str, key: str, value: Any) -> Any:
 
 def _unknown(operator: str, key: str, known: Mapping[str, Setting]) -> str:
     """What is wrong with a key that is neither ours nor the operator's."""
-    others = {name for kind in OPERATORS.usable() for name in operators.settings_of(kind)}
+    from ecotone.merging import operators
+
+    others = {name for kind in operators.OPERATORS.usable() for name in operators.settings_of(kind)}
     if key in others:
         takes = f"It takes {', '.join(known)}." if known else "It takes none."
         return f"the operator {operator!r} has no such setting. {takes}"

@@ -10,7 +10,12 @@ from ecotone.registry import Origin, Registry
 REGISTRIES = {
     "searches": "ecotone.search.registry:SEARCHES",
     "operators": "ecotone.merging.operators:OPERATORS",
+    "objectives": "ecotone.fitness.registry:OBJECTIVES",
+    "losses": "ecotone.fitness.registry:LOSSES",
+    "backends": "ecotone.fitness.backends.registry:BACKENDS",
+    "statistics": "ecotone.fitness.statistics.kinds:STATISTICS",
     "formats": "ecotone.merging.models.formats:FORMATS",
+    "trackers": "ecotone.experiments.tracking.registry:TRACKERS",
 }
 
 

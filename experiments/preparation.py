@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ecotone.experiments.recipe import Recipe
-from ecotone.experiments.storage import cache_folder
 from ecotone.fitness.callables import resolve
 from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.folders import cache_folder
 from ecotone.settings import split_call
 
 

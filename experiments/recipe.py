@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -23,11 +23,13 @@ from pydantic import (
 )
 
 from ecotone.experiments.merge import Merge
-from ecotone.experiments.parts import LanguageObjective, Objective
 from ecotone.experiments.ready import recipe_file
+from ecotone.experiments.tracking.settings import TrackingSettings
 from ecotone.experiments.words import explained
+from ecotone.fitness.backends import registry
+from ecotone.fitness.backends.registry import BACKENDS, AnyScoring
+from ecotone.fitness.registry import AnyCalibration, AnyObjective
 from ecotone.fitness.runtime import Runtime
-from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations.errors import InputError
 from ecotone.search.chain import ChainSettings
@@ -37,7 +39,6 @@ from ecotone.settings import PREPARED, Call, Part, with_files
 
 RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
 USUAL = "m2n2"  # the algorithm of a recipe that names none
-PATHS = ("data", "examples", "folder")  # fields of objectives of language models that name files
 
 
 class Models(Part):
@@ -79,8 +80,8 @@ class Objectives(Part):
         held_out: They score the front and the models on data that the search has not seen.
     """
 
-    search: tuple[Objective, ...] = Field(min_length=1)
-    held_out: tuple[Objective, ...] = ()
+    search: tuple[AnyObjective, ...] = Field(min_length=1)
+    held_out: tuple[AnyObjective, ...] = ()
 
     @model_validator(mode="after")
     def _unique(self) -> Objectives:
@@ -91,42 +92,6 @@ class Objectives(Part):
         return self
 
 
-class Calibration(Part):
-    """A task that a gradient search learns coefficients on: a stream of batches, and the loss that is differentiated.
-
-    Attributes:
-        name: The task's name.
-        data: Returns the inputs, or (inputs, labels); labels are used by ``cross_entropy`` alone.
-        loss: ``entropy`` of the predictions, ``cross_entropy`` with the labels, or ``distillation``: how far logits and
-            hidden layers are from those of an expert (Expert Merging), which needs no labels.
-        head: As in objectives of type ``accuracy``.
-        batch: Examples in one batch.
-        expert: For ``distillation``: the name of the expert to be like; by default the one named as the task.
-        temperature: For ``distillation``: what logits are divided by.
-        hidden: For ``distillation``: weight of the hidden layers' mean squared error.
-        layers: For ``distillation``: which hidden layers: names of the architecture's modules, or positions in a
-            Hugging Face model's ``hidden_states``; by default the last of these, or the outputs that the head takes.
-    """
-
-    name: str
-    data: Call
-    loss: Literal["entropy", "cross_entropy", "distillation"] = "entropy"
-    head: Call | None = None
-    batch: int = Field(default=16, ge=1)
-    expert: str | None = None
-    temperature: float = Field(default=1.0, gt=0)
-    hidden: float = Field(default=1.0, ge=0)
-    layers: tuple[int | str, ...] | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _distils(self) -> Calibration:
-        plain = {"expert": None, "temperature": 1.0, "hidden": 1.0, "layers": None}
-        given = [name for name, value in plain.items() if getattr(self, name) != value]
-        if given and self.loss != "distillation":
-            raise ValueError(f"{given[0]}: belongs to loss: distillation, found loss: {self.loss}")
-        return self
-
-
 def _one_or_stages(value: Any) -> str:
     return "stages" if isinstance(value, list | tuple | ChainSettings) else "one"
 
@@ -134,40 +99,6 @@ def _one_or_stages(value: Any) -> str:
 Searches: TypeAlias = Annotated[
     Annotated[AnySearch, Tag("one")] | Annotated[ChainSettings, Tag("stages")], Discriminator(_one_or_stages)
 ]
-
-
-class Scoring(Part):
-    """How candidates are scored; floating-point results depend on it, so it is part of the signature.
-
-    Attributes:
-        batch: Candidates asked for and scored together.
-        in_flight: The most candidates asked for and not yet learned from, in all; two batches unless said otherwise.
-            Strict order keeps workers busy with two to three batches for each, as the slow ones hold up what is asked.
-        order: ``strict`` learns in the order of asking, so that results depend on the recipe alone;
-            ``arrival`` learns at once, for the highest use of workers.
-        threads: CPU threads a worker computes with.
-        device: ``auto`` takes a GPU when the worker has one.
-        checkpointing: Compute activations again on the way back of a gradient instead of keeping them: less memory,
-            more time (Hugging Face models only).
-    """
-
-    batch: int = Field(default=8, ge=1)
-    in_flight: int | None = Field(default=None, ge=1)
-    order: Literal["strict", "arrival"] = "strict"
-    threads: int = Field(default=1, ge=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _room(self) -> Scoring:
-        if self.in_flight is not None and self.in_flight < self.batch:
-            raise ValueError(f"in_flight: expected at least batch ({self.batch}), found {self.in_flight}")
-        return self
-
-    @property
-    def window(self) -> int:
-        """The most candidates in flight: two batches unless said otherwise."""
-        return 2 * self.batch if self.in_flight is None else self.in_flight
 
 
 class Budget(Part):
@@ -186,20 +117,6 @@ class Budget(Part):
         if self.evaluations is None and self.seconds is None:
             raise ValueError("expected evaluations, seconds or both, found neither")
         return self
-
-
-class Tracking(Part):
-    """Where the run is mirrored to.
-
-    Attributes:
-        mlflow: Mirror the journal into MLflow.
-        uri: A tracking server or store; None is $MLFLOW_TRACKING_URI, or else an SQLite file beside the runs.
-        experiment: MLflow experiment.
-    """
-
-    mlflow: bool = True
-    uri: str | None = None
-    experiment: str = "ecotone"
 
 
 class Recipe(Part):
@@ -228,13 +145,13 @@ class Recipe(Part):
     objectives: Objectives
     budget: Budget
     prepare: Call | None = None
-    merge: Merge = Merge()
-    calibration: tuple[Calibration, ...] = ()
+    merge: Merge = Field(default_factory=Merge)
+    calibration: tuple[AnyCalibration, ...] = ()
     search: Searches = Field(default_factory=lambda: SEARCHES.get(USUAL, "search").model_validate({"algorithm": USUAL}))
-    scoring: Scoring = Scoring()
+    scoring: AnyScoring = Field(default_factory=lambda: BACKENDS.get(registry.USUAL, "scoring").model_validate({}))
     seed: int = Field(default=0, ge=0)
     runtime: Runtime = Runtime()
-    tracking: Tracking = Tracking()
+    tracking: TrackingSettings = TrackingSettings()
     _folder: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -309,14 +226,21 @@ class Recipe(Part):
             raise ValueError(
                 f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does), found {names}"
             )
+        if learning and not self.scoring.gradients():
+            raise ValueError(
+                f"scoring.backend: {learning[0].algorithm} follows gradients, found {self.scoring.backend}, which has "
+                "none; use resident"
+            )
         if learning and self.models.architecture is None:
             raise ValueError(
                 "models.architecture: expected a function that returns the torch module which calibration "
                 "differentiates, found none; name it, or say auto for Hugging Face directories"
             )
-        operator, losses = operators.get(self.merge.operator), [task.loss for task in self.calibration]
+        from ecotone.merging import operators  # imports torch
+
+        operator = operators.get(self.merge.operator)
         for part in self.searches:
-            part.check(operator.name, operator.needs_base, losses)
+            part.check(operator.name, operator.needs_base, self.calibration)
 
     @classmethod
     def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -378,23 +302,10 @@ class Recipe(Part):
             }
         )
         objectives = Objectives.model_construct(
-            search=tuple(_with_paths(objective, resolved) for objective in self.objectives.search),
-            held_out=tuple(_with_paths(objective, resolved) for objective in self.objectives.held_out),
+            search=tuple(objective.with_paths(resolved) for objective in self.objectives.search),
+            held_out=tuple(objective.with_paths(resolved) for objective in self.objectives.held_out),
         )
         return with_files(self.model_copy(update={"models": models, "objectives": objectives}), resolved)
-
-
-def _with_paths(objective: Objective, resolved: Callable[[str], str]) -> Objective:
-    """The objective with the paths of its files made absolute."""
-    if not isinstance(objective, LanguageObjective):
-        return objective
-    given = {name: getattr(objective, name) for name in PATHS if getattr(objective, name, None) is not None}
-    return objective.model_copy(
-        update={
-            name: resolved(value) if isinstance(value, str) else tuple(map(resolved, value))
-            for name, value in given.items()
-        }
-    )
 
 
 def algorithm_of(record: Mapping[str, Any]) -> str:

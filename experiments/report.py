@@ -86,6 +86,7 @@ class ProgressLine:
             f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s",
             *([f"{progress.evaluations} in full"] if progress.samples else []),
             *([f"{progress.gradients} gradients"] if progress.gradients else []),
+            *([f"{progress.statistics} statistics"] if progress.statistics else []),
             f"best {best}",
             f"front {progress.front_size}",
             f"failures {progress.failures}",

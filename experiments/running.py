@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -21,13 +20,14 @@ from ecotone.experiments import checks, compose, logs, preparation, storage, tra
 from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
 from ecotone.experiments.runs import Run, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
-from ecotone.extras import how_to_install
 from ecotone.fitness.pools import Pool
 from ecotone.merging.operators.base import Operator
+from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
 from ecotone.populations.space import Space
+from ecotone.populations.trial import Scores
 from ecotone.search.kinds import Pair
 from ecotone.search.manager import Manager, Observer, Progress, measure
 
@@ -81,7 +81,7 @@ def launch(
             _check_numbers(space, notify)
             pair = composition.search(space)
             _write_recipe(recipe, directory)
-            with Journal.create(directory / JOURNAL, _facts(recipe, space, paths)) as journal:
+            with Journal.create(directory / JOURNAL, _notes(recipe, space, paths)) as journal:
                 _carry_out(composition, pair, place, journal, pool, space, observe, notify)
     return Run(directory)
 
@@ -110,20 +110,20 @@ def resume(
         storage.opened(where, new=False, notify=notify) as place,
         Journal.open(place.directory / JOURNAL, write=True) as journal,
     ):
-        recorded = _recorded_paths(journal)
-        recipe = _resumed_recipe(recorded["recipe"], settings or {})
-        paths = compose.python_paths(tuple(recorded["sys_path"]))
+        record, folders = _recorded_paths(journal)
+        recipe = _resumed_recipe(record, settings or {})
+        paths = compose.python_paths(folders)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
         composition = compose.Composition(recipe, paths)
         with compose.make_pool(recipe, composition.spec) as pool:
             space = pool.start()
             _check_numbers(space, notify)
-            _same_models(journal, space)
-            journal.note("recipe", json.dumps(recipe.record()))
-            journal.note("budget", recipe.budget.model_dump_json())
-            journal.note("tracking", _tracking_fact(recipe))
-            journal.note("sys_path", json.dumps(recorded["sys_path"]))
+            same_models(journal, space)
+            journal.note(facts.RECIPE, recipe.record())
+            journal.note(facts.BUDGET, recipe.budget.model_dump(mode="json"))
+            journal.note(facts.TRACKING, recipe.tracking.recorded())
+            journal.note(facts.SYS_PATH, folders)
             _carry_out(composition, composition.search(space), place, journal, pool, space, observe, notify)
     return Run(place.directory)
 
@@ -192,30 +192,30 @@ def _carry_out(
             reason = manager.run()
         if reason == "drained":
             raise KeyboardInterrupt
-        journal.note("stop_reason", reason)
+        journal.note(facts.STOP_REASON, reason)
         if isinstance(search, Reporting):
-            journal.note("report", json.dumps(search.report(), default=np.ndarray.tolist))
+            journal.note(facts.REPORT, search.report())
         notify("Scoring the front on held-out data ...")
         _judge(composition, journal, pool, space)
-        journal.note("state", "finished")
+        journal.note(facts.STATE, "finished")
 
 
 def _judge(composition: compose.Composition, journal: Journal, pool: Pool, space: Space) -> None:
     """Score the front, the best and the reference merges on held-out data, and the references on search data too."""
     recipe = composition.recipe
     batch = recipe.scoring.batch
-    for name, genome in _references(recipe, composition.operator, space):
+    for name, genome in references(recipe, composition.operator, space):
         journal.refer(name, genome)
-    references = [genome for _, genome in journal.references()]
-    measure(pool, journal, references, "search", batch)
+    merges = [genome for _, genome in journal.references()]
+    measure(pool, journal, merges, Scores(), batch)
     if recipe.objectives.held_out:
         goals = compose.goals_of(recipe.objectives.search)
         rows = front_rows(list(journal.rows()), goals)
         genomes = [journal.trial(row.number).genome for row in rows]
-        measure(pool, journal, [*references, *genomes], "held_out", batch)
+        measure(pool, journal, [*merges, *genomes], Scores("held_out"), batch)
 
 
-def _references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tuple[str, Genome]]:
+def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tuple[str, Genome]]:
     """The models themselves (with task vectors also the base) and the average of the experts.
 
     They are named after the operator when it mixes changed models.
@@ -255,82 +255,75 @@ def _recorded(journal: Journal, place: Place) -> Iterator[None]:
         place.where,
         extra={"event": "run_resumed" if resumed else "run_started", "run": place.where},
     )
-    journal.note("state", "running")
-    journal.note("error", "")
+    journal.note(facts.STATE, "running")
+    journal.note(facts.ERROR, "")
     try:
         yield
     except KeyboardInterrupt:
-        journal.note("state", "interrupted")
+        journal.note(facts.STATE, "interrupted")
         raise
     except BaseException as error:
         with contextlib.suppress(EcotoneError):  # the journal itself may be what failed
-            journal.note("state", "failed")
-            journal.note("error", str(error))
+            journal.note(facts.STATE, "failed")
+            journal.note(facts.ERROR, str(error))
         raise
     finally:
         with contextlib.suppress(EcotoneError):
-            state = journal.fact("state")
+            state = journal.fact(facts.STATE)
             _log.info("The run is %s.", state, extra={"event": "run_ended", "run": place.where, "state": state})
 
 
 @contextlib.contextmanager
 def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
-    """Have a process of its own mirror the journal into MLflow meanwhile."""
-    if not recipe.tracking.mlflow:
-        yield
-        return
-    if not tracking.installed():
-        notify(
-            f"MLflow is not installed, so the run is not tracked: `{how_to_install('mlflow')}`, then `ecotone sync`."
-        )
-        yield
-        return
-    process = tracking.start(place.directory, os.getpid())
+    """Have processes of their own mirror the journal into the recipe's trackers meanwhile."""
+    followers = {}
+    for name, settings in recipe.tracking.trackers.items():
+        if settings.installed():
+            followers[name] = tracking.start(place.directory, os.getpid(), name)
+        else:
+            remedy = f"`{settings.install()}`, then `ecotone sync`"
+            notify(f"{settings.title} is not installed, so it does not get the run: {remedy}.")
     yield
-    notify("Waiting for MLflow to have everything ...")
-    if not tracking.wait(process, 60, place.directory):
-        notify(f"MLflow does not have everything yet; `ecotone sync {place.where}` sends the rest.")
+    end = time.monotonic() + 60
+    for name, process in followers.items():
+        title = recipe.tracking.trackers[name].title
+        notify(f"Waiting for {title} to have everything ...")
+        if not tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name):
+            notify(f"{title} does not have everything yet; `ecotone sync {place.where}` sends the rest.")
 
 
-def _facts(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> dict[str, str]:
-    return {
-        "name": recipe.name,
-        "recipe": json.dumps(recipe.record()),
-        "signature": recipe.signature,
-        "algorithm": recipe.search.algorithm,
-        "seed": str(recipe.seed),
-        "goals": _goals_fact(recipe, "search"),
-        "held_out_goals": _goals_fact(recipe, "held_out"),
-        "budget": recipe.budget.model_dump_json(),
-        "tracking": _tracking_fact(recipe),
-        "versions": json.dumps(compose.versions()),
-        "models": json.dumps(list(space.seed_names)),
-        "sys_path": json.dumps(paths),
-        "geometry": json.dumps(space.gram.prefix[-1].tolist()),
-        "state": "running",
-    }
+def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
+    """What the journal of a new run says of it."""
+    objectives = recipe.objectives
+    return [
+        facts.NAME.note(recipe.name),
+        facts.RECIPE.note(recipe.record()),
+        facts.SIGNATURE.note(recipe.signature),
+        facts.ALGORITHM.note(recipe.search.algorithm),
+        facts.SEED.note(recipe.seed),
+        facts.GOALS.note(compose.goals_of(objectives.search)),
+        facts.HELD_OUT_GOALS.note(compose.goals_of(objectives.held_out)),
+        facts.BUDGET.note(recipe.budget.model_dump(mode="json")),
+        facts.TRACKING.note(recipe.tracking.recorded()),
+        facts.VERSIONS.note(compose.versions()),
+        facts.MODELS.note(space.seed_names),
+        facts.SYS_PATH.note(paths),
+        facts.GEOMETRY.note(space.gram.prefix[-1].tolist()),
+        facts.STATE.note("running"),
+    ]
 
 
-def _goals_fact(recipe: Recipe, group: str) -> str:
-    return json.dumps([[goal.name, goal.direction] for goal in compose.goals_of(getattr(recipe.objectives, group))])
-
-
-def _tracking_fact(recipe: Recipe) -> str:
-    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    found = None if uri is None else tracking.absolute_uri(uri)
-    return json.dumps({"uri": found, "experiment": recipe.tracking.experiment})
-
-
-def _recorded_paths(journal: Journal) -> dict[str, Any]:
-    """The recorded ``recipe``, and the ``sys_path`` that ends with the working directory.
+def _recorded_paths(journal: Journal) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The recorded recipe, and the folders on the Python path, of which the last is the working directory.
 
     The files that travel with a job lie in another folder each time. So a job moves paths in the working directory that
     the run began in to the present one.
     """
-    recorded = {name: json.loads(journal.fact(name) or "null") for name in ("recipe", "sys_path")}
+    record, folders = journal.fact(facts.RECIPE) or {}, journal.fact(facts.SYS_PATH) or ()
     if "ECOTONE_JOB" not in os.environ:
-        return recorded
-    return {name: _moved(value, recorded["sys_path"][-1], str(Path.cwd())) for name, value in recorded.items()}
+        return record, folders
+    here = str(Path.cwd())
+    return _moved(record, folders[-1], here), tuple(_moved(list(folders), folders[-1], here))
 
 
 def _moved(value: Any, old: str, new: str) -> Any:
@@ -363,9 +356,9 @@ def _check_numbers(space: Space, notify: Notify) -> None:
         notify(f"Warning: the weights of {', '.join(infinite)} hold infinity, or are too large to be squared.")
 
 
-def _same_models(journal: Journal, space: Space) -> None:
+def same_models(journal: Journal, space: Space) -> None:
     """Refuse to go on with other weights than the run began with: their inner products tell."""
-    recorded = np.asarray(json.loads(journal.fact("geometry") or "[]"))
+    recorded = np.asarray(journal.fact(facts.GEOMETRY) or [])
     if recorded.shape != space.gram.prefix[-1].shape or not np.allclose(recorded, space.gram.prefix[-1], rtol=1e-6):
         raise InputError(
             "models: their weights are not those that the run began with (their inner products differ).",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,13 +14,14 @@ from numpy.typing import ArrayLike
 
 from ecotone.experiments import storage
 from ecotone.experiments.storage import JOURNAL as JOURNAL
+from ecotone.populations import facts
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import hypervolume
 from ecotone.populations.genome import Floats
 from ecotone.populations.journal import Journal, Row
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import mean_score
-from ecotone.populations.trial import Evaluation, Failure, Goal, Trial, oriented
+from ecotone.populations.trial import Evaluation, Failure, Goal, Scores, Trial, oriented
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Run:
         self._url = storage.url_of(self.directory)
         self.where = self._url or str(self.directory)
         with self.journal() as journal:
-            self.name = journal.fact("name") or self.directory.name
-            self.goals = goals(journal.fact("goals"))
-            self.held_out_goals = goals(journal.fact("held_out_goals"))
+            self.name = journal.fact(facts.NAME) or self.directory.name
+            self.goals = journal.fact(facts.GOALS) or ()
+            self.held_out_goals = journal.fact(facts.HELD_OUT_GOALS) or ()
 
     @property
     def label(self) -> str:
@@ -91,8 +91,8 @@ class Run:
             best = best_row(rows, self.goals)
             front = front_rows(rows, self.goals)
             failed = [row for row in everything if row.failure is not None]
-            elapsed = float(journal.fact("elapsed") or 0.0)
-            state = journal.fact("state") or "starting"
+            elapsed = journal.fact(facts.ELAPSED) or 0.0
+            state = journal.fact(facts.STATE) or "starting"
             if state == "running" and not (journal.in_use or (standing and standing["managed"])):
                 state = "killed"
             return {
@@ -100,13 +100,14 @@ class Run:
                 "directory": self.where,
                 "storage": standing,
                 "state": state,
-                "algorithm": journal.fact("algorithm"),
-                "signature": journal.fact("signature"),
-                "seed": int(journal.fact("seed") or 0),
+                "algorithm": journal.fact(facts.ALGORITHM),
+                "signature": journal.fact(facts.SIGNATURE),
+                "seed": journal.fact(facts.SEED) or 0,
                 "evaluations": len(rows),
                 "samples": sum(row.partial for row in everything),
-                "gradients": sum(row.calibration is not None for row in everything),
-                "budget": json.loads(journal.fact("budget") or "{}"),
+                "gradients": sum(row.gradient is not None for row in everything),
+                "statistics": sum(row.statistics is not None for row in everything) + len(journal.statistics()),
+                "budget": journal.fact(facts.BUDGET) or {},
                 "failures": len(failed),
                 "last_failure": _in_words(failed[-1].failure) if failed else None,
                 "seconds": elapsed,
@@ -114,9 +115,9 @@ class Run:
                 "best": None if best is None else {"id": best.number, "scores": best.scores},
                 "front_size": len(front),
                 **self._hypervolume(rows, front, {}),
-                "stop_reason": journal.fact("stop_reason"),
-                "error": journal.fact("error"),
-                "versions": json.loads(journal.fact("versions") or "{}"),
+                "stop_reason": journal.fact(facts.STOP_REASON),
+                "error": journal.fact(facts.ERROR),
+                "versions": journal.fact(facts.VERSIONS) or {},
                 "digest": journal.digest(),
             }
 
@@ -164,11 +165,10 @@ class Run:
             count = sum(1 for _ in journal.rows())
         return f"none of its {count} evaluations has scores" if count else "nothing has been scored yet"
 
-    def report(self) -> dict[str, Any] | None:
+    def report(self) -> Mapping[str, Any] | None:
         """The search's own report at its end: a predicted front, errors of surrogates, a tree; None without one."""
         with self.journal() as journal:
-            text = journal.fact("report")
-        return None if text is None else json.loads(text)
+            return journal.fact(facts.REPORT)
 
     def best(self) -> Scored | None:
         """The candidate of highest mean score on the search's objectives, or None."""
@@ -187,8 +187,8 @@ class Run:
             return [
                 Scored(
                     name,
-                    _scores(journal.measurement(genome.digest, "search")),
-                    _scores(journal.measurement(genome.digest, "held_out")),
+                    _scores(journal.measurement(genome.digest, Scores())),
+                    _scores(journal.measurement(genome.digest, Scores("held_out"))),
                 )
                 for name, genome in journal.references()
             ]
@@ -231,11 +231,6 @@ class Run:
         from ecotone.experiments.exports import export
 
         return export(self, member, to)
-
-
-def goals(text: str | None) -> tuple[Goal, ...]:
-    """The goals that a journal's fact lists."""
-    return tuple(Goal(name, direction) for name, direction in json.loads(text or "[]"))
 
 
 def best_row(rows: Sequence[Row], wanted: Sequence[Goal]) -> Row | None:
@@ -294,7 +289,7 @@ def _mean(scores: Mapping[str, float] | None, wanted: Sequence[Goal]) -> float:
 
 
 def _scored(journal: Journal, row: Row) -> Scored:
-    return Scored(row.number, row.scores, _scores(journal.measurement(row.digest, "held_out")), row.parents)
+    return Scored(row.number, row.scores, _scores(journal.measurement(row.digest, Scores("held_out"))), row.parents)
 
 
 def _in_words(failure: Failure | None) -> str | None:

@@ -50,8 +50,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from ecotone.populations.database import locked
 from ecotone.populations.errors import EcotoneError, JournalError
-from ecotone.populations.journal import Journal, locked
+from ecotone.populations.folders import cache_folder
+from ecotone.populations.journal import Journal
 
 JOURNAL = "journal.sqlite"
 FILES = (JOURNAL, "recipe.yaml", "tracking.json", "log.jsonl")
@@ -97,14 +99,6 @@ class DamagedCopyError(StorageError):
 def is_url(text: str) -> bool:
     """True when ``text`` names a run directory by a URL."""
     return "://" in text
-
-
-def cache_folder() -> Path:
-    """The folder for files of more than one run: ``$ECOTONE_CACHE``, or ``ecotone`` in the user's cache folder."""
-    named = os.environ.get("ECOTONE_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ecotone"
 
 
 def url_of(directory: str | Path) -> str | None:

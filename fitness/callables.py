@@ -20,9 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from ecotone.fitness.former_names import present_name, tell
-from ecotone.fitness.specs import CallSpec
 from ecotone.populations.errors import EcotoneError, InputError, nearest
-from ecotone.settings import split_call
+from ecotone.settings import Call, split_call
 
 _loading = threading.RLock()
 
@@ -70,7 +69,7 @@ def resolve(path: str, field: str = "call") -> Callable[..., Any]:
     return function
 
 
-def call(spec: CallSpec, field: str = "call") -> Any:
+def call(spec: Call, field: str = "call") -> Any:
     """What the function of ``spec`` returns for its arguments.
 
     Raises:
@@ -165,5 +164,5 @@ def _line(file: Path, error: BaseException) -> int | None:
     return lines[-1] if lines else None
 
 
-def _shown(spec: CallSpec) -> str:
+def _shown(spec: Call) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in spec.arguments.items())

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ecotone.fitness.callables import call
-from ecotone.fitness.specs import CallSpec
 from ecotone.populations.errors import InputError
+from ecotone.settings import Call
 
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 """What a model is called with for N examples: (N, ...), or (N, ...) by name."""
@@ -123,7 +123,7 @@ class Batches:
         return whole if self.places is None else whole[self.places]
 
 
-def load(spec: CallSpec, field: str, labelled: bool) -> Examples:
+def load(spec: Call, field: str, labelled: bool) -> Examples:
     """The examples that the function of ``spec`` returns.
 
     Args:

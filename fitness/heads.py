@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from ecotone.fitness.callables import call, resolve
 from ecotone.fitness.data import Inputs, kind
-from ecotone.fitness.specs import CallSpec
 from ecotone.populations.errors import InputError
+from ecotone.settings import Call
 
 
 class Head:
@@ -58,7 +58,7 @@ class Head:
 _heads: WeakValueDictionary[tuple[Any, ...], Head] = WeakValueDictionary()
 
 
-def build(spec: CallSpec | None, field: str, device: torch.device, dtype: torch.dtype | None) -> Head | None:
+def build(spec: Call | None, field: str, device: torch.device, dtype: torch.dtype | None) -> Head | None:
     """The head of ``spec`` for a model on ``device`` in ``dtype``; None without a spec.
 
     The same function with the same arguments is called once, and its head shared, as long as somebody holds it.
@@ -77,7 +77,7 @@ def build(spec: CallSpec | None, field: str, device: torch.device, dtype: torch.
     return head
 
 
-def _made(spec: CallSpec, field: str, device: torch.device, dtype: torch.dtype) -> Callable[[Any, Inputs], Any]:
+def _made(spec: Call, field: str, device: torch.device, dtype: torch.dtype) -> Callable[[Any, Inputs], Any]:
     made = call(spec, field)
     if not callable(made):
         raise InputError(

@@ -1,10 +1,10 @@
 """Tasks of lm-eval (EleutherAI's Language Model Evaluation Harness) as objectives. No other file imports ``lm_eval``.
 
 ``lm_eval.simple_evaluate`` loads a task, builds its requests, tokenises, sorts and pads them on every call, and seeds
-the global generators. Here ``build`` does this once; after that a candidate costs its forward passes and the task's own
-arithmetic. The scores are those of ``simple_evaluate`` on the same weights with the same batch size, document by
-document, because the passes are the same: requests come in lm-eval's order, padded as its ``HFLM`` pads them, and its
-task object turns answers into metrics.
+the global generators. Here ``LmEvalSettings.build`` does this once; after that a candidate costs its forward passes and
+the task's own arithmetic. The scores are those of ``simple_evaluate`` on the same weights with the same batch size,
+document by document, because the passes are the same: requests come in lm-eval's order, padded as its ``HFLM`` pads
+them, and its task object turns answers into metrics.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ecotone.extras import how_to_install
-from ecotone.fitness.objectives import Score, pooled_mean
+from ecotone.fitness.kinds import ObjectiveContext, ObjectiveSettings
+from ecotone.fitness.protocol import Score, pooled_mean
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Integers
 from ecotone.populations.trial import Goal
@@ -48,44 +50,86 @@ Row: TypeAlias = tuple[Tokens, Tokens]
 """Context and continuation."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """An ``lm_eval`` objective in a recipe's words.
+class LmEvalSettings(ObjectiveSettings):
+    """A task of lm-eval, scored as its ``simple_evaluate`` would (``ecotone.fitness.lm_eval``).
 
-    Args:
-        task: Name of the task.
-        folder: Local folder whose YAML files define it; None is one of lm-eval's own, of which it takes some seconds
-            to list the names.
-        metric: Name of the metric; None is the task's first.
-        filter: Name of the filter that answers pass through before they are scored; None is the task's first.
+    Attributes:
+        task: Its name: one of lm-eval's own, or one in ``folder``.
+        folder: A folder of task files (YAML); relative paths are from the recipe's folder. None is lm-eval's own, of
+            which it takes some seconds to list the names.
+        metric: Such as ``acc`` or ``exact_match``; None is the task's first.
+        filter: What answers pass through before they are scored; None is the task's first.
         shots: Examples shown before each question; None is the task's own number.
-        chat_template: Whether requests are put into the tokenizer's chat template.
-        fewshot_as_multiturn: Whether, in a chat template, each shown example is a turn of its own.
+        chat_template: Put requests into the tokenizer's chat template.
+        fewshot_as_multiturn: In a chat template, make each shown example a turn of its own.
         system_instruction: Text that goes before everything else.
-        batch: Rows in one forward pass. None is the largest power of two up to ``BATCH`` that fits, found while the
-            first candidate is scored; workers with unlike memory may then differ in the last bits.
-        limit: Documents in the calibration subset; None takes all documents.
-        seed: Seed of the calibration subset. A smaller limit takes some of the documents that a larger one takes.
-        part: With a limit, ``search`` is the calibration subset and ``rest`` all other documents; ``all`` is every
-            document and takes no limit.
+        batch: Rows in one forward pass. None is the largest power of two up to 64 that fits, found while the first
+            candidate is scored; workers with unlike memory may then differ in the last bits.
+        limit: Documents in the calibration subset; None takes all. A smaller limit takes some of the documents that a
+            larger one takes.
+        seed: Of that subset.
+        part: With a limit, ``search`` is the subset and ``rest`` all other documents; ``all`` is every document and
+            takes no limit.
         max_length: Longest input in tokens; None is the model's.
-        allow_code: Whether the folder's files may run Python code of their own, and answers may be run as code.
+        allow_code: Let the folder's files run Python of their own, and answers be run as code.
     """
 
+    type: Literal["lm_eval"]
+    direction: Literal["maximize", "minimize"] = "maximize"
     task: str
     folder: str | None = None
     metric: str | None = None
     filter: str | None = None
-    shots: int | None = None
+    shots: int | None = Field(default=None, ge=0)
     chat_template: bool = False
     fewshot_as_multiturn: bool = True
     system_instruction: str | None = None
-    batch: int | None = None
-    limit: int | None = None
-    seed: int = 0
+    batch: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
     part: Literal["search", "rest", "all"] = "search"
-    max_length: int | None = None
+    max_length: int | None = Field(default=None, ge=2)
     allow_code: bool = False
+
+    limits: ClassVar[tuple[float, float] | None] = None
+    by_example: ClassVar[bool | None] = None
+    needs_tokenizer: ClassVar[bool] = True
+    paths: ClassVar[tuple[str, ...]] = ("folder",)
+
+    @model_validator(mode="after")
+    def _limit_fits_part(self) -> LmEvalSettings:
+        if self.part == "rest" and self.limit is None:
+            raise ValueError(
+                "limit: expected the number of documents that part 'rest' leaves out, found nothing; give the limit "
+                "and seed of the objective whose part is 'search'"
+            )
+        if self.part == "all" and self.limit is not None:
+            raise ValueError(f"limit: expected nothing with part 'all', found {self.limit}")
+        return self
+
+    def examine(self) -> Iterator[tuple[str, str]]:
+        """What lm-eval says of the task; loads its data.
+
+        Raises:
+            InputError: There is no such task or metric, or for lm-eval more of it is worse and for the recipe better.
+        """
+        found = described(self)
+        right = {True: "maximize", False: "minimize", None: self.direction}[found.higher_is_better]
+        if right != self.direction:
+            raise InputError(
+                f"{self.where}: direction: expected {right} for the metric {found.metric!r}, found {self.direction}."
+            )
+        documents = f"{found.documents} of {found.available} documents"
+        yield f"lm_eval {self.task}", f"{found.metric} on {documents}, {found.kind}"
+
+    def build(self, context: ObjectiveContext) -> LanguageTask:
+        """The objective, everything tokenised.
+
+        Raises:
+            InputError: lm-eval is not installed, there is no such task or metric, its data cannot be loaded, it would
+                run code that is not allowed, or a setting does not fit it.
+        """
+        return _built(self, context.tokenizer_for(self.where), context.device)
 
 
 @dataclass(frozen=True)
@@ -205,21 +249,8 @@ class LanguageMean(LanguageTask):
         return pooled_mean(each, self.count)
 
 
-def build(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device) -> LanguageTask:
-    """The objective of ``settings``, everything tokenised.
-
-    Args:
-        goal: Name and direction.
-        settings: The fields of ``Settings``.
-        tokenizer: Directory of the tokenizer and of the model's ``config.json``, which says the longest input.
-        device: Where candidates are scored.
-
-    Raises:
-        InputError: lm-eval is not installed, there is no such task or metric, its data cannot be loaded, it would run
-            code that is not allowed, or a setting does not fit it.
-    """
-    where, options = f"objective {goal.name!r}", Settings(**settings)
-    _check(options, where)
+def _built(options: LmEvalSettings, tokenizer: str, device: torch.device) -> LanguageTask:
+    where = options.where
     with _installed(where), _as_lm_eval(_is_sandboxed(options)), _quiet():
         task = _loaded(options, where)
         metric, name = _metric(task, options, where), _filter(task, options, where)
@@ -239,7 +270,7 @@ def build(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch
     asked = list(documents.values())
     with _as_lm_eval(_is_sandboxed(options)):
         verdicts = _verdicts(task, metric, asked)
-    made = LanguageTask(goal, task, metric, name, requests, asked, _is_sandboxed(options), verdicts)
+    made = LanguageTask(options.goal, task, metric, name, requests, asked, _is_sandboxed(options), verdicts)
     return LanguageMean(**vars(made), ask=ask) if _is_mean(task, metric) else made
 
 
@@ -250,14 +281,13 @@ def _is_mean(task: Any, metric: str) -> bool:
     return (task.aggregation().get(metric) or metrics.mean) is metrics.mean
 
 
-def describe(settings: Mapping[str, Any], where: str = "objective") -> Description:
+def described(options: LmEvalSettings) -> Description:
     """What can be known of a task without tokenizer and model; loads its data.
 
     Raises:
-        InputError: As ``build``, but for what a tokenizer is needed for.
+        InputError: As ``LmEvalSettings.build``, but for what a tokenizer is needed for.
     """
-    options = Settings(**settings)
-    _check(options, where)
+    where = options.where
     with _installed(where), _as_lm_eval(_is_sandboxed(options)), _quiet():
         task = _loaded(options, where)
         metric, available = _metric(task, options, where), len(task.eval_docs)
@@ -637,22 +667,7 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def _check(options: Settings, where: str) -> None:
-    """Raise ``InputError`` for settings that fit no task."""
-    for name, least in (("batch", 1), ("limit", 1), ("shots", 0), ("max_length", 2)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"{where}: {name}: expected at least {least}, found {value}.")
-    if options.part == "rest" and options.limit is None:
-        raise InputError(
-            f"{where}: limit: expected the number of documents that part 'rest' leaves out, found nothing.",
-            "Give the limit and seed of the objective whose part is 'search'.",
-        )
-    if options.part == "all" and options.limit is not None:
-        raise InputError(f"{where}: limit: expected nothing with part 'all', found {options.limit}.")
-
-
-def _chosen(count: int, options: Settings, where: str) -> set[int] | None:
+def _chosen(count: int, options: LmEvalSettings, where: str) -> set[int] | None:
     """Numbers of the documents that ``part`` takes of ``count``; None for all of them."""
     if options.limit is None:
         return None
@@ -666,7 +681,7 @@ def _chosen(count: int, options: Settings, where: str) -> set[int] | None:
     return chosen
 
 
-def _loaded(options: Settings, where: str) -> Any:
+def _loaded(options: LmEvalSettings, where: str) -> Any:
     """lm-eval's task with its data, before requests are built."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
@@ -693,7 +708,7 @@ def _loaded(options: Settings, where: str) -> Any:
     return task
 
 
-def _entry(options: Settings, where: str) -> tuple[Any, Any]:
+def _entry(options: LmEvalSettings, where: str) -> tuple[Any, Any]:
     """lm-eval's manager of tasks, and what it knows of this one."""
     from lm_eval.tasks import TaskManager
 
@@ -734,7 +749,7 @@ def _members(entry: Any) -> list[str]:
     return [str(each.get("task", each.get("group"))) if isinstance(each, dict) else str(each) for each in members]
 
 
-def _unknown(options: Settings, names: list[str], where: str) -> tuple[str, str]:
+def _unknown(options: LmEvalSettings, names: list[str], where: str) -> tuple[str, str]:
     """Message and remedy for a name that is no task's."""
     if options.folder is None:
         close = get_close_matches(options.task, names, n=3, cutoff=0.6)
@@ -851,7 +866,7 @@ def _parsed(path: Path) -> tuple[dict[str, Any], list[str]]:
     return found, functions
 
 
-def _metric(task: Any, options: Settings, where: str) -> str:
+def _metric(task: Any, options: LmEvalSettings, where: str) -> str:
     """The metric's name, checked as far as the task declares its metrics."""
     declared = [str(name) for name in task.aggregation()]
     if options.metric is None:
@@ -868,7 +883,7 @@ def _metric(task: Any, options: Settings, where: str) -> str:
     return options.metric
 
 
-def _filter(task: Any, options: Settings, where: str) -> str:
+def _filter(task: Any, options: LmEvalSettings, where: str) -> str:
     names = [str(each["name"]) for each in task.get_config("filter_list") or [{"name": "none"}]]
     if options.filter is None:
         return names[0]
@@ -880,7 +895,7 @@ def _filter(task: Any, options: Settings, where: str) -> str:
     return options.filter
 
 
-def _reader(options: Settings, folder: str, device: torch.device, where: str) -> Any:
+def _reader(options: LmEvalSettings, folder: str, device: torch.device, where: str) -> Any:
     """lm-eval's HFLM around no model: it tokenises, truncates and formats chats as with one."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
@@ -913,7 +928,7 @@ def _reader(options: Settings, folder: str, device: torch.device, where: str) ->
     )
 
 
-def _build_requests(task: Any, reader: Any, options: Settings, chosen: set[int] | None, where: str) -> None:
+def _build_requests(task: Any, reader: Any, options: LmEvalSettings, chosen: set[int] | None, where: str) -> None:
     try:
         task.build_all_requests(
             samples=chosen,
@@ -968,7 +983,7 @@ def _by_document(values: Sequence[Any], aggregate: Callable[..., Any]) -> np.nda
     return found.astype(bool) if bool(((found == 0) | (found == 1)).all()) else found.astype(np.float64)
 
 
-def _is_sandboxed(options: Settings) -> bool:
+def _is_sandboxed(options: LmEvalSettings) -> bool:
     return options.folder is not None and not options.allow_code
 
 

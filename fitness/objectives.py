@@ -1,9 +1,7 @@
-"""What a model is measured by.
+"""Objectives: accuracy and entropy of classifiers, and Python functions.
 
-An objective takes a model that already carries a candidate's weights and returns a score. It may also give
-one score an example, which M2N2's competition and Pareto fronts by example need. Measures of language models are in
-modules of their own (``LANGUAGE``). Everything else that is not classification accuracy, or the entropy of a
-classifier, is a Python function (``CallableObjective``).
+Each kind's settings stand before it. ``ecotone.fitness.registry`` has all kinds by name; those of language models have
+modules of their own.
 
 A stack of small candidates is scored one after the other with its tensors swapped into one module. Batching
 them with ``torch.func.vmap`` was measured and is slower on a CPU wherever speed matters (a 64-256-10 MLP over
@@ -18,80 +16,70 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from ecotone.fitness import heads
 from ecotone.fitness.callables import resolve
 from ecotone.fitness.data import Batches, Examples, Inputs, check, load
 from ecotone.fitness.heads import Head, logits
-from ecotone.fitness.specs import ObjectiveSpec
-from ecotone.merging.models.checkpoint import located
-from ecotone.populations.errors import InputError, nearest
+from ecotone.fitness.kinds import NamedCall, ObjectiveContext, ObjectiveSettings
+from ecotone.fitness.protocol import Score, pooled_mean
+from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Integers
-from ecotone.populations.samples import error_of_mean
 from ecotone.populations.trial import Goal
+from ecotone.settings import Arguments, Call
 
 Model: TypeAlias = nn.Module | dict[str, Tensor]
 
+BATCH = 512
+"""Examples in one forward pass of a classifier where the recipe names no batch."""
 
-@dataclass(frozen=True)
-class Score:
-    """What an objective says of one model.
 
-    Args:
-        value: The score, in the objective's own direction; NaN or infinity makes the candidate fail.
-        per_example: (N,) one score an example (bool for right or wrong), where the objective has them.
-        items: Examples scored.
+class ClassifierSettings(ObjectiveSettings):
+    """What objectives of classifiers have in common.
+
+    Attributes:
+        data: Returns (inputs, labels). Inputs are a tensor or an array (N, ...), or a mapping of such, as Hugging Face
+            models take; labels are (N,) class numbers from 0.
+        head: Returns the task's classification head where the merged model is only the encoder: a callable from
+            (outputs, inputs) to logits. It is never merged.
+        batch: Examples in one forward pass, which bounds the memory for activations; None lets Ecotone choose.
     """
 
-    value: float
-    per_example: NDArray[Any] | None = None
-    items: int = 0
+    data: Call
+    head: Call | None = None
+    batch: int | None = Field(default=None, ge=1)
+
+    by_example: ClassVar[bool | None] = True
+    needs_tokenizer: ClassVar[bool] = False
+    paths: ClassVar[tuple[str, ...]] = ()
+
+    def _examples(self, context: ObjectiveContext, labelled: bool) -> Examples:
+        return load(self.data, f"{self.where}: data", labelled).to(context.device, context.dtype)
+
+    def _head(self, context: ObjectiveContext) -> Head | None:
+        return heads.build(self.head, f"{self.where}: head", context.device, context.dtype)
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """Measures a model. ``goal`` says the score's name and which way is better."""
+class AccuracySettings(ClassifierSettings):
+    """The share of examples whose highest output is the label."""
 
-    @property
-    def goal(self) -> Goal:
-        """Name and direction."""
-        ...
+    type: Literal["accuracy"] = "accuracy"
+    direction: Literal["maximize"] = "maximize"
 
-    def score(self, model: Any) -> Score:
-        """The score of ``model``: an ``nn.Module`` in evaluation mode, or a dict of tensors by name."""
-        ...
+    limits: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
 
-
-@runtime_checkable
-class Divisible(Objective, Protocol):
-    """An objective that can be asked of some of its examples: one that races (``ecotone.search.racing``) can use."""
-
-    @property
-    def count(self) -> int:
-        """N, how many examples there are."""
-        ...
-
-    def subset(self, numbers: Integers) -> Objective:
-        """The same of the examples ``numbers`` (n,) alone, which it gives scores of in this order."""
-        ...
-
-    def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
-        """The score of a model that has ``each`` (n,) on the examples ``numbers``, and its standard error as an
-        estimate of the score on all: 0 where these are all.
-        """
-        ...
-
-
-def pooled_mean(each: NDArray[Any], count: int) -> tuple[float, float]:
-    """``Divisible.pooled`` of an objective whose score is the mean of its examples', ``count`` of them in all."""
-    mean = np.count_nonzero(each) / each.size if each.dtype == np.bool_ else float(each.mean(dtype=np.float64))
-    return mean, error_of_mean(each, count)
+    def build(self, context: ObjectiveContext) -> Accuracy:
+        """The objective, its data on the device."""
+        examples = self._examples(context, labelled=True)
+        assert examples.labels is not None
+        return Accuracy(self.goal, examples.inputs, examples.labels, self.batch or BATCH, self._head(context))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +92,7 @@ class Accuracy:
         labels: (N,) class numbers from 0.
         batch: Largest number of examples in one forward pass; the N examples are cut evenly.
         head: Makes the logits of the module's outputs; None takes the outputs, or their ``logits``.
+        classes: The fewest classes that logits must have; None is as many as the labels name.
 
     Raises:
         InputError: Inputs and labels do not fit each other, or batch is below 1.
@@ -112,14 +101,15 @@ class Accuracy:
     goal: Goal
     inputs: Inputs
     labels: Tensor
-    batch: int = 512
+    batch: int = BATCH
     head: Head | None = None
+    classes: int | None = None
     _batches: Batches = field(init=False, repr=False)
     _classes: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_batches", _cut(Examples(self.inputs, self.labels), self.batch, self.goal))
-        object.__setattr__(self, "_classes", int(self.labels.max()) + 1)
+        object.__setattr__(self, "_classes", self.classes or int(self.labels.max()) + 1)
 
     def score(self, model: Any) -> Score:
         """Accuracy, with one bool an example. Logits with NaN make the score NaN.
@@ -144,7 +134,7 @@ class Accuracy:
         """The accuracy on these examples."""
         part = Examples(self.inputs, self.labels).rows(torch.from_numpy(numbers.copy()))
         assert part.labels is not None
-        return Accuracy(self.goal, part.inputs, part.labels, self.batch, self.head)
+        return Accuracy(self.goal, part.inputs, part.labels, self.batch, self.head, self._classes)
 
     def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
         """The share that is right."""
@@ -154,6 +144,24 @@ class Accuracy:
         found = logits(model, inputs, self.head)
         check_classes(found, self._classes)
         return found
+
+
+class EntropySettings(ClassifierSettings):
+    """Mean entropy of a classifier's predictions, in nats; it needs no labels.
+
+    Attributes:
+        data: Returns the inputs, or (inputs, labels), as for ``accuracy``.
+    """
+
+    type: Literal["entropy"]
+    direction: Literal["minimize"] = "minimize"
+
+    limits: ClassVar[tuple[float, float] | None] = (0.0, math.inf)
+
+    def build(self, context: ObjectiveContext) -> Entropy:
+        """The objective, its data on the device."""
+        inputs = self._examples(context, labelled=False).inputs
+        return Entropy(self.goal, inputs, self.batch or BATCH, self._head(context))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +184,7 @@ class Entropy:
 
     goal: Goal
     inputs: Inputs
-    batch: int = 512
+    batch: int = BATCH
     head: Head | None = None
     _batches: Batches = field(init=False, repr=False)
 
@@ -240,6 +248,34 @@ def _any_nan(values: Tensor) -> bool:
     return math.isnan(float(values.sum())) and bool(torch.isnan(values).any())
 
 
+class CallSettings(ObjectiveSettings):
+    """A function of the merged model that returns a number, or a number and one score an example.
+
+    Attributes:
+        call: ``package.module:function``. It gets the model, then the arguments.
+        arguments: Keyword arguments, plain values. One that begins with ``prepared:`` is a path, relative to what the
+            preparation step wrote.
+    """
+
+    type: Literal["call"]
+    direction: Literal["maximize", "minimize"] = "maximize"
+    call: str
+    arguments: Arguments = Field(default_factory=dict)
+
+    limits: ClassVar[tuple[float, float] | None] = None
+    by_example: ClassVar[bool | None] = None
+    needs_tokenizer: ClassVar[bool] = False
+    paths: ClassVar[tuple[str, ...]] = ()
+
+    def calls(self) -> list[NamedCall]:
+        """The function, which gets the model."""
+        return [NamedCall("", Call(call=self.call, arguments=self.arguments), given=1)]
+
+    def build(self, context: ObjectiveContext) -> CallableObjective:
+        """The objective."""
+        return CallableObjective(self.goal, resolve(self.call, f"{self.where}: call"), self.arguments)
+
+
 @dataclass(frozen=True, eq=False)
 class CallableObjective:
     """Any measure a Python function can take.
@@ -269,67 +305,11 @@ class CallableObjective:
             return _score_of(self.function(model, **self.arguments))
 
 
-def build(spec: ObjectiveSpec, device: torch.device, dtype: torch.dtype | None = None) -> Objective:
-    """The objective of ``spec``, its data on ``device`` and floating-point inputs in ``dtype``.
-
-    Raises:
-        InputError: A field is missing or does not belong to the type, or its function, data or head do not fit.
-    """
-    where = f"objective {spec.goal.name!r}"
-    _check_fields(spec, where)
-    if spec.type in LANGUAGE:
-        assert spec.tokenizer is not None
-        made: Objective = resolve(LANGUAGE[spec.type], where)(
-            spec.goal, spec.settings, str(located(spec.tokenizer)), device
-        )
-        return made
-    if spec.call is not None:
-        return CallableObjective(spec.goal, resolve(spec.call.call, f"{where}: call"), spec.call.arguments)
-    assert spec.data is not None
-    examples = load(spec.data, f"{where}: data", labelled=spec.type == "accuracy").to(device, dtype)
-    head = heads.build(spec.head, f"{where}: head", device, dtype)
-    if examples.labels is None:
-        return Entropy(spec.goal, examples.inputs, spec.batch, head)
-    return Accuracy(spec.goal, examples.inputs, examples.labels, spec.batch, head)
-
-
-LANGUAGE = {
-    "lm_eval": "ecotone.fitness.lm_eval:build",
-    "bits_per_byte": "ecotone.fitness.language.perplexity:build",
-    "likelihood": "ecotone.fitness.language.perplexity:build_likelihood",
-    "perplexity": "ecotone.fitness.language.perplexity:build_perplexity",
-    "multiple_choice": "ecotone.fitness.language.choices:build",
-    "tokens_generated": "ecotone.fitness.language.generation:build_tokens_generated",
-    "exact_match": "ecotone.fitness.language.generation:build_exact_match",
-}
-"""Measures of causal language models, and the functions that build them; their packages are imported when needed."""
-
-_FIELDS = {
-    "accuracy": ("data", {"data", "head"}),
-    "entropy": ("data", {"data", "head"}),
-    "call": ("call", {"call"}),
-    **dict.fromkeys(LANGUAGE, ("tokenizer", {"tokenizer", "settings"})),
-}
-"""By type, the field that it needs and all that it may have."""
-
-
-def _check_fields(spec: ObjectiveSpec, where: str) -> None:
-    if spec.type not in _FIELDS:
-        remedy = nearest(spec.type, tuple(_FIELDS))
-        raise InputError(f"{where}: type: expected one of {', '.join(_FIELDS)}, found {spec.type!r}.", remedy)
-    needed, allowed = _FIELDS[spec.type]
-    if getattr(spec, needed) is None:
-        what = "a directory" if needed == "tokenizer" else "'package.module:function'"
-        raise InputError(f"{where}: {needed}: expected {what} for type {spec.type}, found nothing.")
-    for name in ("data", "head", "call"):
-        given = getattr(spec, name)
-        if given is not None and name not in allowed:
-            raise InputError(f"{where}: {name}: expected nothing for type {spec.type}, found {given.call!r}.")
-
-
 def _score_of(returned: Any) -> Score:
     value, per_example = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     try:
+        if isinstance(value, str | bytes):
+            raise TypeError("text is no number, even where it looks like one")
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(

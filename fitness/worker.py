@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -15,18 +15,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ecotone.fitness.backends.resident import Resident, stack_of
+from ecotone.fitness.backends.base import BackendContext
 from ecotone.fitness.callables import put_last
-from ecotone.fitness.gradients import calibration
+from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.language.generation import same_model
-from ecotone.fitness.objectives import Divisible, Model, Objective, Score, build, same_draws
+from ecotone.fitness.objectives import Model, same_draws
+from ecotone.fitness.protocol import CalibrationTask, Divisible, Objective, Score
 from ecotone.fitness.specs import WorkerSpec
+from ecotone.fitness.statistics.gather import Gatherer, NotFiniteError
+from ecotone.fitness.statistics.kinds import Data
+from ecotone.merging.models.checkpoint import located
 from ecotone.merging.placement import Free, Needs, settled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest
+from ecotone.populations.genome import Genome
 from ecotone.populations.samples import Sample
 from ecotone.populations.space import Space
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Trial
+from ecotone.populations.trial import Evaluation, Gradient, Scores, Statistics, Trial, Wish
 
 
 class WorkerBrokenError(PoolError):
@@ -56,12 +61,11 @@ def needs_of(spec: WorkerSpec, sources: Sources, device: torch.device, *, settin
         InputError: The spec's type is none.
     """
     kind = _kind(spec, sources)
-    stack = stack_of(sources.layout, kind, batch=spec.batch)
-    return sources.memory.needs(device, kind, spec.threads, stack, settings)
+    return spec.backend.needs(sources, device, kind, spec.threads, spec.batch, settings=settings)
 
 
 class Worker:
-    """Holds the sources, one resident model, objectives and calibration tasks; measures one batch after the other.
+    """Holds the sources, a backend that shows merges, objectives and calibration tasks; measures batch after batch.
 
     What it says of a trial depends on the spec alone: not on earlier trials, on its batch or on the process.
     The number of CPU threads is set for the whole process.
@@ -82,23 +86,28 @@ class Worker:
         self._sources = open_sources(spec)
         self._place()
         kind = _kind(spec, self._sources)
-        self._resident = Resident(
-            self._sources, spec.architecture, self._device, kind, checkpointing=spec.checkpointing
-        )
+        self._backend = spec.backend.make(BackendContext(self._sources, spec.architecture, self._device, kind))
+        tokenizer = None if spec.tokenizer is None else str(located(spec.tokenizer))
+        context = ObjectiveContext(self._device, self._backend.dtype, tokenizer)
         self._objectives: dict[str, list[Objective]] = {
-            "search": [build(objective, self._device, self._resident.dtype) for objective in spec.search],
-            "held_out": [build(objective, self._device, self._resident.dtype) for objective in spec.held_out],
+            "search": [objective.build(context) for objective in spec.search],
+            "held_out": [objective.build(context) for objective in spec.held_out],
         }
         self._parts: dict[tuple[int, int, float, float], Objective] = {}  # by objective and part of a sample
         if spec.divided and (whole := [one for one in self._objectives["search"] if not isinstance(one, Divisible)]):
             raise _indivisible(whole[0])
-        if spec.calibration and not isinstance(self._resident.model, nn.Module):
+        if spec.calibration and not isinstance(self._backend.model, nn.Module):
             raise InputError("calibration: expected a torch module to differentiate.", "Name an architecture.")
-        self._tasks = {
-            task.name: calibration.build(task, self._device, self._resident.dtype) for task in spec.calibration
-        }
+        self._tasks = {task.name: task.build(context, spec.seed) for task in spec.calibration}
         for task in self._tasks.values():
-            task.fits(self._resident.model, self._sources.names)
+            task.fits(self._backend.model, self._sources.names)
+
+        self._gatherer = Gatherer(self._sources, self._backend, spec.architecture, self._data)
+        self._measures: dict[type[Wish], Callable[[Sequence[Trial]], list[Evaluation]]] = {
+            Scores: self._scored,
+            Gradient: self._differentiated,
+            Statistics: self._gathered,
+        }
 
     def _place(self) -> None:
         """Settle where the sources are kept, before anything is."""
@@ -113,7 +122,7 @@ class Worker:
         return self._sources.space(self._spec.dense)
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
-        """One evaluation a trial, in order: scores, or for trials with a calibration batch losses and their gradient.
+        """One evaluation a trial, in order, of what the trial wants.
 
         A trial that cannot be measured has a failure; the others are unaffected.
 
@@ -121,23 +130,23 @@ class Worker:
             WorkerBrokenError: One has broken the GPU's context, as an assertion in a kernel does. Make another worker
                 in another process.
         """
-        group = self._resident.group
-        evaluations: list[Evaluation] = []
-        for batch, run in groupby(trials, lambda trial: trial.calibration):
-            together = list(run)
-            if batch is not None:
-                evaluations += [self._differentiate(trial, batch) for trial in together]
-                continue
-            for start in range(0, len(together), group):
-                evaluations += self._measure_group(together[start : start + group])
-        return evaluations
+        runs = groupby(trials, lambda trial: type(trial.wants))
+        return [evaluation for wish, run in runs for evaluation in self._measures[wish](list(run))]
+
+    def _scored(self, trials: Sequence[Trial]) -> list[Evaluation]:
+        group = self._backend.group
+        groups = [trials[start : start + group] for start in range(0, len(trials), group)]
+        return [evaluation for some in groups for evaluation in self._measure_group(some)]
+
+    def _differentiated(self, trials: Sequence[Trial]) -> list[Evaluation]:
+        return [self._differentiate(trial, trial.gradient) for trial in trials if trial.gradient is not None]
 
     def _measure_group(self, trials: Sequence[Trial]) -> list[Evaluation]:
         """Trials whose weights are merged in one pass, or one by one if that fails."""
         evaluations: list[Evaluation] = []
         began = time.perf_counter()
         try:
-            models = self._resident.show([trial.genome for trial in trials])
+            models = self._backend.show([trial.genome for trial in trials])
             shared = (time.perf_counter() - began) / len(trials)
             for trial in trials:
                 began = time.perf_counter() - shared
@@ -150,9 +159,43 @@ class Worker:
             return [self._measure_group([trial])[0] for trial in trials]
         return evaluations
 
+    def try_out(self) -> None:
+        """Score the first expert, on one example of each objective that can be asked of one and on all of others.
+
+        Raises:
+            InputError: An objective cannot be computed, or its score is no finite number. The message names it.
+            WorkerBrokenError: As ``measure``.
+        """
+        seeds = self._sources.operator.seeds(len(self._sources.experts))
+        expert = Genome.uniform(self._sources.layout.size, seeds[0])
+        for objectives in self._objectives.values():
+            few = [one.subset(np.zeros(1, np.int64)) if isinstance(one, Divisible) else one for one in objectives]
+            found = self._scores(few, next(self._backend.show([expert])), time.perf_counter())
+            if isinstance(found, Evaluation):
+                assert found.failure is not None
+                raise InputError(
+                    found.failure.message,
+                    "It was tried out on the first expert, before any of the budget is spent.",
+                )
+
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
+        assert isinstance(trial.wants, Scores)
+        whole, sample = self._objectives[trial.wants.subset], trial.wants.sample
+        scores = self._scores([self._part(objective, sample) for objective in whole], model, began)
+        if isinstance(scores, Evaluation):
+            return scores
+        if sample is not None:
+            return self._joined(sample, whole, scores, began)
+        return Evaluation(
+            {name: score.value for name, score in scores.items()},
+            {name: score.per_example for name, score in scores.items() if score.per_example is not None},
+            seconds=time.perf_counter() - began,
+            items=sum(score.items for score in scores.values()),
+        )
+
+    def _scores(self, objectives: Sequence[Objective], model: Model, began: float) -> dict[str, Score] | Evaluation:
+        """What the objectives say of ``model``, by name; or the failure of the first that fails."""
         scores: dict[str, Score] = {}
-        objectives = [self._part(objective, trial.sample) for objective in self._objectives[trial.subset]]
         with same_model(objectives):
             for objective in objectives:
                 name = objective.goal.name
@@ -163,14 +206,7 @@ class Worker:
                 if not math.isfinite(score.value):
                     return self._not_finite(f"objective {name!r}: expected a finite score, found {score.value}", began)
                 scores[name] = score
-        if trial.sample is not None:
-            return self._joined(trial.sample, self._objectives[trial.subset], scores, began)
-        return Evaluation(
-            {name: score.value for name, score in scores.items()},
-            {name: score.per_example for name, score in scores.items() if score.per_example is not None},
-            seconds=time.perf_counter() - began,
-            items=sum(score.items for score in scores.values()),
-        )
+        return scores
 
     def _part(self, objective: Objective, sample: Sample | None) -> Objective:
         """The objective on the examples of a sample that are to be scored now, made once."""
@@ -200,7 +236,7 @@ class Worker:
         items, seconds = sum(score.items for score in found.values()), time.perf_counter() - began
         return Evaluation(scores, per_example, None, seconds, items, errors=errors if sample.partial else {})
 
-    def _differentiate(self, trial: Trial, batch: CalibrationBatch) -> Evaluation:
+    def _differentiate(self, trial: Trial, batch: Gradient) -> Evaluation:
         began = time.perf_counter()
         name, details, items = batch.tasks[0], dict[str, float](), 0
 
@@ -215,8 +251,8 @@ class Worker:
 
         try:
             for name in batch.tasks:
-                self._task(name).prepare(batch.step, self._resident.expert)
-            values, gradient = self._resident.gradient(trial.genome, losses, batch.weights)
+                self._task(name).prepare(batch.step, self._backend.expert)
+            values, gradient = self._backend.gradient(trial.genome, losses, batch.weights)
         except (Exception, SystemExit) as error:
             return _failed(f"calibration {name!r}", error, began)
         scores = dict(zip(batch.tasks, values, strict=True))
@@ -230,14 +266,31 @@ class Worker:
         seconds = time.perf_counter() - began
         return Evaluation(scores, seconds=seconds, items=items, details=details, gradient=gradient)
 
-    def _task(self, name: str) -> calibration.Task:
+    def _gathered(self, trials: Sequence[Trial]) -> list[Evaluation]:
+        return [self._gather(trial, trial.wants) for trial in trials if isinstance(trial.wants, Statistics)]
+
+    def _gather(self, trial: Trial, wants: Statistics) -> Evaluation:
+        began, where = time.perf_counter(), f"statistics {wants.kind}"
+        try:
+            found = self._gatherer.evaluate(trial.genome, wants)
+        except NotFiniteError as error:
+            return self._not_finite(f"{where}: {error}", began)
+        except (Exception, SystemExit) as error:
+            return _failed(where, error, began)
+        return replace(found, seconds=time.perf_counter() - began)
+
+    def _data(self, name: str) -> Data:
+        task = self._task(name)
+        return Data(name, task.examples, task.head)
+
+    def _task(self, name: str) -> CalibrationTask:
         if name in self._tasks:
             return self._tasks[name]
         remedy = nearest(name, tuple(self._tasks)) if self._tasks else "The worker has no calibration tasks."
         raise InputError(f"expected a calibration task of that name, found {name!r}.", remedy)
 
     def _not_finite(self, found: str, began: float) -> Evaluation:
-        tensor = self._resident.not_finite()
+        tensor = self._backend.not_finite()
         cause = f"the merged weights hold NaN or infinity ({tensor})" if tensor else "the merged weights are finite"
         return Evaluation.failed("not finite", f"{found}; {cause}.", seconds=time.perf_counter() - began)
 

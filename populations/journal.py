@@ -3,14 +3,16 @@
 The journal is the checkpoint. A resumed search is rebuilt by replaying it, so nothing else has to be saved,
 and nothing in it is a pickle. Tables:
 
-- ``facts``: text by key (recipe, state, versions, elapsed seconds).
+- ``facts``: what is known of the run as a whole, as text by name (``ecotone.populations.facts``).
 - ``events``: the order of things: ``ask`` (a batch of trials was proposed) and ``tell`` (a batch was learned).
-- ``trials``: number, batch, genome, digest, parents; of those that want a gradient, ``calibration``: tasks, step and
-  weights; of those that are scored on a sample, ``stop``: the share of the examples that it reaches.
-- ``evaluations``: what came back for a trial, committed on arrival, before it is told.
+- ``trials``: number, batch, genome, digest, parents; ``wants``: what is to be measured, as JSON (``Wish.record``); and
+  whether that gives scores of all examples.
+- ``evaluations``: what came back for a trial, committed on arrival, before it is told. Of statistics these are the key
+  and the digest: the tensors lie in a cache.
 - ``gradients``: those of gradient trials, in float64.
 - ``residuals``: dense parts of genomes evolved from scratch, kept for members and the front only.
-- ``measurements``: scores outside the search (held-out data, reference merges), by genome digest.
+- ``measurements``: what was measured outside the search (held-out data, reference merges, statistics), by genome
+  digest and wish.
 - ``reference_merges``: the seed models and their average.
 
 Commits use SQLite's write-ahead log with ``synchronous=NORMAL``: a killed process loses nothing that was
@@ -21,17 +23,13 @@ any number read meanwhile.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import sqlite3
 import struct
 import time
-import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -40,27 +38,22 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ecotone.populations.database import connected, explained, is_locked, locked
 from ecotone.populations.errors import JournalError
+from ecotone.populations.facts import CREATED, FORMAT_OF, Fact, Note, Value
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Failure, Subset, Trial
-
-FORMAT = 4
-
-_SCHEMA = """
-CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER);
-CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
-    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, calibration TEXT, stop REAL);
-CREATE TABLE evaluations (number INTEGER PRIMARY KEY, scores TEXT, shapes TEXT, per_example BLOB, failure TEXT,
-    seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL);
-CREATE TABLE gradients (number INTEGER PRIMARY KEY, segments INTEGER NOT NULL, gradient BLOB NOT NULL);
-CREATE TABLE residuals (number INTEGER PRIMARY KEY, residual BLOB NOT NULL);
-CREATE TABLE measurements (digest TEXT NOT NULL, subset TEXT NOT NULL, scores TEXT, shapes TEXT, per_example BLOB,
-    failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL,
-    PRIMARY KEY (digest, subset)) WITHOUT ROWID;
-CREATE TABLE reference_merges (name TEXT PRIMARY KEY, position INTEGER NOT NULL, genome TEXT NOT NULL,
-    digest TEXT NOT NULL) WITHOUT ROWID;
-"""
+from ecotone.populations.migrations import FORMAT, create, current
+from ecotone.populations.rows import (
+    COLUMNS,
+    evaluation_of,
+    evaluation_row,
+    failure_of,
+    scores_of,
+    trial_row,
+    wish_of,
+    wish_text,
+)
+from ecotone.populations.trial import Evaluation, Failure, Gradient, Scores, Subset, Trial, Wish
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Row:
-    """A trial as the journal's overview shows it: without genome, gradient and per-example scores."""
+    """A trial as the journal's overview shows it: without genome, gradient, per-example scores and tensors.
+
+    ``scored`` says whether it has scores of all examples, unless it failed. ``wants`` lacks its sample.
+    """
 
     number: int
     digest: str
@@ -83,13 +79,19 @@ class Row:
     failure: Failure | None
     seconds: float
     time: float
-    calibration: CalibrationBatch | None = None
-    partial: bool = False
+    statistics: str | None = None
+    wants: Wish = field(default_factory=Scores)
+    scored: bool = True
 
     @property
-    def scored(self) -> bool:
-        """Whether it has scores of all examples, unless it failed."""
-        return self.calibration is None and not self.partial
+    def partial(self) -> bool:
+        """Whether it was scored on a sample."""
+        return self.wants.scored and not self.scored
+
+    @property
+    def gradient(self) -> Gradient | None:
+        """The gradient that was wanted, if one was."""
+        return self.wants.gradient
 
 
 class Journal:
@@ -108,19 +110,19 @@ class Journal:
         self._depth = 0
 
     @classmethod
-    def create(cls, path: str | Path, facts: Mapping[str, str]) -> Journal:
-        """A new journal that holds ``facts``; the file must not exist."""
+    def create(cls, path: str | Path, notes: Iterable[Note] = ()) -> Journal:
+        """A new journal that says ``notes`` of its run; the file must not exist."""
         file = Path(path)
         if file.exists():
             raise JournalError(
                 f"{file}: a run is there already.", f"Use `ecotone resume {file.parent}`, or another --out."
             )
-        with _explained(file):
+        with explained(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = locked(file)
             try:
-                journal = cls(file, _connected(file, write=True), lock)
-                journal._begin(facts)
+                journal = cls(file, connected(file, write=True), lock)
+                journal._begin(notes)
                 journal._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # synced: a power cut leaves a journal
             except BaseException:  # leave no half journal behind: another attempt would be refused
                 for suffix in ("", "-wal", "-shm"):
@@ -131,35 +133,29 @@ class Journal:
 
     @classmethod
     def open(cls, path: str | Path, write: bool = False) -> Journal:
-        """An existing journal, for reading or as its one writer."""
+        """An existing journal, for reading or as its one writer.
+
+        A journal of an older format is migrated when it is opened for writing. Opened for reading, it is not changed: a
+        private copy is migrated and read, which shows the journal as it was when it was opened.
+        """
         file = Path(path)
         if not file.is_file():
             raise JournalError(f"{file}: no journal there.", "Give a run directory made by `ecotone run`.")
-        with _explained(file):
+        with explained(file):
             lock = locked(file) if write else None
             try:
-                journal = cls(file, _connected(file, write), lock)
-                journal._check_format()
+                journal = cls(file, current(connected(file, write), file, write), lock)
             except BaseException:  # who holds the error holds no lock
                 if lock is not None:
                     lock.close()
                 raise
         return journal
 
-    def _check_format(self) -> None:
-        version = self.fact("format")
-        if version != str(FORMAT):
-            raise JournalError(
-                f"{self.path}: expected journal format {FORMAT}, found {version}.",
-                "Use the Ecotone version that wrote it.",
-            )
-
-    def _begin(self, facts: Mapping[str, str]) -> None:
+    def _begin(self, notes: Iterable[Note]) -> None:
         with self.transaction():
-            for statement in _SCHEMA.split(";")[:-1]:
-                self._connection.execute(statement)
-            for key, value in {"format": str(FORMAT), "created": str(time.time()), **facts}.items():
-                self.note(key, value)
+            create(self._connection)
+            for note in (FORMAT_OF.note(FORMAT), CREATED.note(time.time()), *notes):
+                self._keep(note)
 
     def close(self) -> None:
         """Close the file and let the next writer in."""
@@ -179,7 +175,7 @@ class Journal:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """All that is written inside is committed together at the end, or not at all."""
-        with _explained(self.path):
+        with explained(self.path):
             if self._depth:
                 yield
                 return
@@ -195,10 +191,13 @@ class Journal:
             finally:
                 self._depth -= 1
 
-    def note(self, key: str, value: str) -> None:
+    def note(self, fact: Fact[Value], value: Value) -> None:
         """Set a fact."""
-        with _explained(self.path):
-            self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
+        self._keep(fact.note(value))
+
+    def _keep(self, note: Note) -> None:
+        with explained(self.path):
+            self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", note)
 
     def asked(self, batch: int, requested: int, trials: Sequence[Trial]) -> None:
         """Record that ``ask(requested)`` proposed ``trials``, which make up batch number ``batch``."""
@@ -206,7 +205,7 @@ class Journal:
             self._connection.execute("INSERT INTO events VALUES (NULL, 'ask', ?, ?)", (batch, requested))
             self._connection.executemany(
                 "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [_trial_row(trial, batch) for trial in trials],
+                [trial_row(trial, batch) for trial in trials],
             )
 
     def arrived(self, results: Iterable[tuple[Trial, Evaluation]]) -> None:
@@ -214,8 +213,8 @@ class Journal:
         now, found = time.time(), list(results)
         with self.transaction():
             self._connection.executemany(
-                "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [(trial.number, *_evaluation_row(evaluation, now)) for trial, evaluation in found],
+                "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [(trial.number, *evaluation_row(evaluation, now)) for trial, evaluation in found],
             )
             self._connection.executemany(
                 "INSERT INTO gradients VALUES (?, ?, ?)",
@@ -244,12 +243,12 @@ class Journal:
                 ],
             )
 
-    def measured(self, genome: Genome, subset: Subset, evaluation: Evaluation) -> None:
-        """Record the scores of a genome outside the search."""
+    def measured(self, genome: Genome, wants: Wish, evaluation: Evaluation) -> None:
+        """Record what was measured of a genome outside the search."""
         with self.transaction():
             self._connection.execute(
-                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (genome.digest, subset, *_evaluation_row(evaluation, time.time())),
+                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (genome.digest, wish_text(wants), *evaluation_row(evaluation, time.time())),
             )
 
     def refer(self, name: str, genome: Genome) -> None:
@@ -263,11 +262,10 @@ class Journal:
 
     # -- reading -----------------------------------------------------------------------------------------
 
-    def fact(self, key: str) -> str | None:
-        """The fact noted under ``key``, or None."""
-        row = self._rows("SELECT value FROM facts WHERE key = ?", (key,))
-        found = next(iter(row), None)
-        return None if found is None else str(found[0])
+    def fact(self, fact: Fact[Value]) -> Value | None:
+        """The value of a fact, or None where it was never noted."""
+        row = next(iter(self._rows("SELECT value FROM facts WHERE key = ?", (fact.name,))), None)
+        return None if row is None else fact.read(str(row[0]))
 
     def events(self) -> list[Event]:
         """All events, in order."""
@@ -285,25 +283,25 @@ class Journal:
 
         Args:
             after: A trial's number.
-            unscored: Also those whose gradient was wanted (their scores are losses by task), and those that were
-                scored on some of the examples only.
+            unscored: Also those whose gradient was wanted (their scores are losses by task), those of statistics, and
+                those that were scored on some of the examples only.
         """
-        for number, digest, parents, calibration, partial, scores, failure, seconds, when in self._rows(
-            "SELECT t.number, t.digest, t.parents, t.calibration, t.stop < 1, e.scores, e.failure, e.seconds, e.time "
-            "FROM trials t JOIN evaluations e USING (number) "
-            f"WHERE number > ? AND (? OR {_SCORED}) ORDER BY number",
+        for number, digest, parents, wants, whole, scores, failure, seconds, when, statistics in self._rows(
+            "SELECT number, digest, parents, wants, scored, scores, failure, seconds, time, statistics "
+            "FROM trials JOIN evaluations USING (number) WHERE number > ? AND (? OR scored) ORDER BY number",
             (after, unscored),
         ):
             yield Row(
                 number,
                 digest,
                 tuple(json.loads(parents)),
-                _parsed(scores),
-                _failure(failure),
+                scores_of(scores),
+                failure_of(failure),
                 float(seconds),
                 when,
-                _calibration(calibration),
-                bool(partial),
+                None if statistics is None else json.loads(statistics)["digest"],
+                wish_of(wants),
+                bool(whole),
             )
 
     def trial(self, number: int) -> Trial:
@@ -312,7 +310,7 @@ class Journal:
         Raises:
             JournalError: There is no such trial, or its dense weights were not kept.
         """
-        query = "SELECT genome, parents, dense, calibration FROM trials WHERE number = ?"
+        query = "SELECT genome, parents, dense, wants FROM trials WHERE number = ?"
         row = next(iter(self._rows(query, (number,))), None)
         if row is None:
             (count,) = next(iter(self._rows("SELECT count(*) FROM trials")))
@@ -320,22 +318,25 @@ class Journal:
         genome = Genome.from_json(row[0])
         if row[2]:
             genome = Genome(genome.boundaries, genome.coefficients, genome.parameters, self._residual(number))
-        return Trial(number, genome, tuple(json.loads(row[1])), calibration=_calibration(row[3]))
+        return Trial(number, genome, tuple(json.loads(row[1])), wish_of(row[3]))
 
     def evaluation(self, number: int) -> Evaluation | None:
         """What came back for a trial, or None when nothing has yet."""
         return next(
-            (_evaluation(row) for row in self._rows(f"SELECT {_COLUMNS} FROM evaluations WHERE number = ?", (number,))),
+            (
+                evaluation_of(row)
+                for row in self._rows(f"SELECT {COLUMNS} FROM evaluations WHERE number = ?", (number,))
+            ),
             None,
         )
 
     def evaluations(self) -> Generator[tuple[int, Evaluation]]:
         """All trial numbers with what came back, gradients included, in order of number."""
         for number, *row, segments, blob in self._rows(
-            f"SELECT number, {_COLUMNS}, segments, gradient FROM evaluations LEFT JOIN gradients USING (number) "
+            f"SELECT number, {COLUMNS}, segments, gradient FROM evaluations LEFT JOIN gradients USING (number) "
             "ORDER BY number"
         ):
-            found = _evaluation(row)
+            found = evaluation_of(row)
             if blob is not None:
                 found = replace(found, gradient=np.frombuffer(blob, "<f8").astype(np.float64).reshape(segments, -1))
             yield number, found
@@ -343,23 +344,30 @@ class Journal:
     def evaluation_of(self, digest: str) -> Evaluation | None:
         """What the first trial of that genome that was scored has scored, or None."""
         query = (
-            f"SELECT {_COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? AND {_SCORED} "
+            f"SELECT {COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? AND scored "
             "ORDER BY number LIMIT 1"
         )
-        return next((_evaluation(row) for row in self._rows(query, (digest,))), None)
+        return next((evaluation_of(row) for row in self._rows(query, (digest,))), None)
 
-    def measurement(self, digest: str, subset: Subset) -> Evaluation | None:
-        """The scores of a genome outside the search, or None."""
-        query = f"SELECT {_COLUMNS} FROM measurements WHERE digest = ? AND subset = ?"
-        return next((_evaluation(row) for row in self._rows(query, (digest, subset))), None)
+    def measurement(self, digest: str, wants: Wish) -> Evaluation | None:
+        """What was measured of a genome outside the search, or None."""
+        query = f"SELECT {COLUMNS} FROM measurements WHERE digest = ? AND wants = ?"
+        return next((evaluation_of(row) for row in self._rows(query, (digest, wish_text(wants)))), None)
+
+    def statistics(self) -> list[tuple[str, Wish, Evaluation]]:
+        """Statistics that were gathered outside the search: the genome's digest, the wish, and what came back."""
+        rows = self._rows(f"SELECT digest, wants, {COLUMNS} FROM measurements WHERE statistics IS NOT NULL")
+        return [(digest, wish_of(wants), evaluation_of(row)) for digest, wants, *row in rows]
 
     def examples(self, subset: Subset) -> dict[str, int]:
         """By objective, on how many examples the scores stand; those are missing that give none by example."""
-        query = "SELECT shapes FROM measurements WHERE subset = ? AND shapes IS NOT NULL LIMIT 1"
-        row = next(iter(self._rows(query, (subset,))), None)
+        query = "SELECT shapes FROM measurements WHERE wants = ? AND shapes IS NOT NULL LIMIT 1"
+        row = next(iter(self._rows(query, (wish_text(Scores(subset)),))), None)
         if row is None and subset == "search":
-            query = f"SELECT shapes FROM evaluations JOIN trials USING (number) WHERE {_SCORED} AND shapes IS NOT NULL"
-            row = next(iter(self._rows(f"{query} LIMIT 1")), None)
+            query = (
+                "SELECT shapes FROM evaluations JOIN trials USING (number) WHERE scored AND shapes IS NOT NULL LIMIT 1"
+            )
+            row = next(iter(self._rows(query)), None)
         return {} if row is None else {name: size for name, _, size, _ in json.loads(row[0])}
 
     def references(self) -> list[tuple[str, Genome]]:
@@ -380,7 +388,7 @@ class Journal:
 
     def snapshot(self, path: str | Path) -> None:
         """Copy the journal as it is now to ``path``, as one plain file, whoever writes it meanwhile."""
-        with _explained(Path(path)), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
+        with explained(Path(path)), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
             self._connection.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
 
@@ -389,7 +397,7 @@ class Journal:
         return {number for (number,) in self._rows("SELECT number FROM residuals")}
 
     def digest(self) -> str:
-        """A hash over every evaluated trial's number, genome digest and scores: equal searches have equal digests."""
+        """A hash over the number, genome, scores and statistics of all evaluated trials, equal for equal searches."""
         hasher = hashlib.blake2b(digest_size=16)
         for row in self.rows(unscored=True):
             hasher.update(f"{row.number}:{row.digest}:".encode())
@@ -397,22 +405,17 @@ class Journal:
                 hasher.update(f"failed {row.failure.kind}".encode())
             for name, value in sorted((row.scores or {}).items()):
                 hasher.update(name.encode() + struct.pack("<d", value))
+            if row.statistics is not None:
+                hasher.update(f"statistics {row.statistics}".encode())
         return hasher.hexdigest()
 
     @property
     def in_use(self) -> bool:
         """True while some process writes this journal."""
-        if self._lock is not None:
-            return True
-        with contextlib.suppress(OSError), _lock_file(self.path).open("r") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return self._lock is not None or is_locked(self.path)
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[Any]:
-        with _explained(self.path):
+        with explained(self.path):
             yield from self._connection.execute(query, values)
 
     def _residual(self, number: int) -> NDArray[np.float32]:
@@ -423,176 +426,3 @@ class Journal:
                 "Choose a member that `ecotone front` lists.",
             )
         return np.frombuffer(row[0], "<f4").astype(np.float32)
-
-
-# -- rows ------------------------------------------------------------------------------------------------
-
-_SCORED = "(calibration IS NULL AND ifnull(stop, 1) = 1)"
-_COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors"
-
-
-@lru_cache(maxsize=8)
-def _dense_text(size: int, sources: int) -> str:
-    """What all genomes without a mixture have in common."""
-    return Genome.dense(np.zeros(size), sources).to_json(residual=False)
-
-
-def _trial_row(trial: Trial, batch: int) -> tuple[Any, ...]:
-    genome = trial.genome
-    text = _dense_text(genome.size, genome.sources) if genome.is_dense else genome.to_json(residual=False)
-    batched = trial.calibration
-    calibration = None if batched is None else json.dumps([batched.tasks, batched.step, batched.weights])
-    stop = None if trial.sample is None else trial.sample.stop
-    dense = int(genome.residual is not None)
-    return trial.number, batch, text, genome.digest, json.dumps(trial.parents), dense, calibration, stop
-
-
-def _calibration(text: str | None) -> CalibrationBatch | None:
-    if text is None:
-        return None
-    tasks, step, weights = json.loads(text)
-    return CalibrationBatch(tuple(tasks), step, tuple(weights))
-
-
-def _evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
-    shapes, blobs = [], []
-    for name, values in evaluation.per_example.items():
-        kind, blob = _packed(np.asarray(values))
-        shapes.append((name, kind, int(np.size(values)), len(blob)))
-        blobs.append(blob)
-    failure = evaluation.failure
-    return (
-        json.dumps({name: float(value) for name, value in evaluation.scores.items()}),
-        _shapes_text(tuple(shapes)) if shapes else None,
-        b"".join(blobs) if blobs else None,
-        None if failure is None else json.dumps([failure.kind, failure.message, failure.details]),
-        float(evaluation.seconds),
-        int(evaluation.items),
-        json.dumps(dict(evaluation.details)) if evaluation.details else None,
-        json.dumps(dict(evaluation.errors)) if evaluation.errors else None,
-        now,
-    )
-
-
-@lru_cache(maxsize=64)
-def _shapes_text(shapes: tuple[tuple[str, str, int, int], ...]) -> str:
-    return json.dumps(shapes)
-
-
-@lru_cache(maxsize=64)
-def _shapes(text: str) -> list[tuple[str, str, int, int]]:
-    return [(name, kind, size, length) for name, kind, size, length in json.loads(text)]
-
-
-def _evaluation(row: Sequence[Any]) -> Evaluation:
-    scores, shapes, blob, failure, seconds, items, details, errors = row
-    per_example, start = {}, 0
-    for name, kind, size, length in _shapes(shapes) if shapes else ():
-        per_example[name] = _unpacked(kind, size, blob[start : start + length])
-        start += length
-    return Evaluation(
-        _parsed(scores) or {},
-        per_example,
-        _failure(failure),
-        seconds,
-        items,
-        json.loads(details) if details else {},
-        errors=json.loads(errors) if errors else {},
-    )
-
-
-def _packed(values: NDArray[Any]) -> tuple[str, bytes]:
-    if values.dtype == np.bool_:
-        return "bit", np.packbits(values).tobytes()
-    kind = values.dtype.newbyteorder("<").str
-    return kind, zlib.compress(values.astype(kind).tobytes(), 1)
-
-
-def _unpacked(kind: str, size: int, blob: bytes) -> NDArray[Any]:
-    if kind == "bit":
-        return np.unpackbits(np.frombuffer(blob, np.uint8), count=size).astype(np.bool_)
-    return np.frombuffer(zlib.decompress(blob), kind)
-
-
-def _parsed(scores: str | None) -> dict[str, float] | None:
-    return None if scores is None else json.loads(scores)
-
-
-def _failure(text: str | None) -> Failure | None:
-    return None if text is None else Failure(*json.loads(text))
-
-
-# -- files -----------------------------------------------------------------------------------------------
-
-
-def _connected(file: Path, write: bool) -> sqlite3.Connection:
-    if write:
-        connection = sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        return connection
-    # Without a log beside it, one in a directory that nobody can write to is read as it is.
-    still = not (os.access(file.parent, os.W_OK) or file.with_name(f"{file.name}-wal").exists())
-    query = f"{file.resolve().as_uri()}?mode=ro{'&immutable=1' if still else ''}"
-    connection = sqlite3.connect(query, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
-    connection.execute("PRAGMA query_only=ON")
-    return connection
-
-
-def _lock_file(file: Path) -> Path:
-    return file.with_suffix(".lock")
-
-
-def locked(file: Path) -> IO[str]:
-    """A handle that keeps other writers of ``file`` out until it is closed: the lock is a file beside it.
-
-    Raises:
-        JournalError: Another process has it.
-    """
-    handle = _lock_file(file).open("a+")
-    if not _taken(handle):
-        handle.seek(0)
-        owner = handle.read().strip() or "another process"
-        handle.close()
-        raise JournalError(
-            f"{file.parent}: the run is being written by {owner}.", "Wait for it, or stop it, then resume."
-        )
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()}")
-    handle.flush()
-    return handle
-
-
-def _taken(handle: IO[str], patience: float = 0.5) -> bool:
-    """Take the lock; waits a moment, because readers that look whether there is a writer hold it for an instant."""
-    give_up = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # noqa: PERF203 - a loop of attempts
-            if time.monotonic() >= give_up:
-                return False
-            time.sleep(0.01)
-        else:
-            return True
-
-
-@contextlib.contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    """Turn SQLite's and the file system's errors into words."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        text = str(error)
-        if "full" in text or "disk I/O" in text:
-            raise JournalError(
-                f"{file}: the journal cannot be written ({text}).",
-                f"Free some space, then `ecotone resume {file.parent}`: what was recorded before is safe.",
-            ) from error
-        if "not a database" in text or "malformed" in text or "no such table" in text:
-            raise JournalError(f"{file}: not a journal of Ecotone, or damaged ({text}).") from error
-        raise JournalError(f"{file}: {text}.", "Check that the directory is writable and the file is whole.") from error
-    except OSError as error:
-        raise JournalError(
-            f"{file}: {error.strerror or error}.", "Check the path, the permissions and the space."
-        ) from error

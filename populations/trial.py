@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from ecotone.populations.samples import Sample
 
 Direction: TypeAlias = Literal["maximize", "minimize"]
 Subset: TypeAlias = Literal["search", "held_out"]
+Tally: TypeAlias = Literal["evaluations", "samples", "gradients", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,99 @@ class Goal:
         return 1.0 if self.direction == "maximize" else -1.0
 
 
+class Wish(ABC):
+    """What every wish of a trial says of itself; the wishes are ``Scores``, ``Gradient`` and ``Statistics``."""
+
+    sort: ClassVar[str]
+    """What the journal calls it."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether scores of all examples are wanted: trials without them are in no population and on no front."""
+        return False
+
+    @property
+    def cost(self) -> float:
+        """The part of a budget of evaluations that it takes."""
+        return 0.0
+
+    @property
+    @abstractmethod
+    def tally(self) -> Tally:
+        """Among which trials it counts."""
+
+    @property
+    def sample(self) -> Sample | None:
+        """The examples that scores are wanted on, if not on all."""
+        return None
+
+    @property
+    def gradient(self) -> Gradient | None:
+        """The gradient that is wanted, if one is."""
+        return None
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """Plain values for the journal, without ``sort``."""
+
+
 @dataclass(frozen=True)
-class CalibrationBatch:
-    """What a gradient trial differentiates: the sum of the losses of some tasks, each times its weight.
+class Scores(Wish):
+    """Scores on objectives.
+
+    Args:
+        subset: Which objectives: those that guide the search, or those held out from it.
+        sample: The examples to be scored now; the scores are of these and of those seen before. None takes all.
+    """
+
+    sort: ClassVar[str] = "scores"
+    subset: Subset = "search"
+    sample: Sample | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether scores of all examples are wanted."""
+        return self.sample is None or not self.sample.partial
+
+    @property
+    def cost(self) -> float:
+        """1, or the share of the examples in a sample."""
+        return 1.0 if self.sample is None else self.sample.cost
+
+    @property
+    def tally(self) -> Tally:
+        """Samples count apart."""
+        return "evaluations" if self.scored else "samples"
+
+    def record(self) -> dict[str, Any]:
+        """The subset unless it is the search's; of a sample the share of the examples that it reaches."""
+        held_out = {} if self.subset == "search" else {"subset": self.subset}
+        return held_out if self.sample is None or self.scored else {**held_out, "reaches": self.sample.stop}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Scores:
+        """The wish that ``record`` tells of, without its sample."""
+        return cls(record.get("subset", "search"))
+
+
+@dataclass(frozen=True)
+class Gradient(Wish):
+    """The losses of calibration tasks, and the gradient of their weighted sum by the genome's coefficients.
 
     Args:
         tasks: Names of calibration tasks, each once.
         step: Number of the batch in each task's stream, from 0.
-        weights: One a task.
+        weights: One a task: what its loss is multiplied by in the sum.
     """
 
+    sort: ClassVar[str] = "gradient"
     tasks: tuple[str, ...]
     step: int
     weights: tuple[float, ...]
 
     @classmethod
-    def of(cls, task: str, step: int, weight: float = 1.0) -> CalibrationBatch:
-        """A batch of one task."""
+    def of(cls, task: str, step: int, weight: float = 1.0) -> Gradient:
+        """The gradient of one task's loss."""
         return cls((task,), step, (weight,))
 
     @property
@@ -58,38 +136,97 @@ class CalibrationBatch:
         (name,) = self.tasks
         return name
 
+    @property
+    def tally(self) -> Tally:
+        """A gradient."""
+        return "gradients"
+
+    @property
+    def gradient(self) -> Gradient:
+        """Itself."""
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """All of it."""
+        return {"tasks": list(self.tasks), "step": self.step, "weights": list(self.weights)}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Gradient:
+        """The wish that ``record`` tells of."""
+        return cls(tuple(record["tasks"]), record["step"], tuple(record["weights"]))
+
+
+@dataclass(frozen=True)
+class Statistics(Wish):
+    """Statistics of the merge's layers on the data of calibration tasks, as tensors by the layers' names.
+
+    Args:
+        kind: Which ones, by the name that they are registered under, as ``magnitude``.
+        tasks: Names of calibration tasks, each once.
+        settings: Those of the kind, plain values; what is left out has its default.
+    """
+
+    sort: ClassVar[str] = "statistics"
+    kind: str
+    tasks: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tally(self) -> Tally:
+        """Statistics."""
+        return "statistics"
+
+    def record(self) -> dict[str, Any]:
+        """All of it."""
+        return {"kind": self.kind, "tasks": list(self.tasks), "settings": dict(self.settings)}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Statistics:
+        """The wish that ``record`` tells of."""
+        return cls(record["kind"], tuple(record["tasks"]), record["settings"])
+
+
+WISHES: Mapping[str, type[Scores | Gradient | Statistics]] = {
+    wish.sort: wish for wish in (Scores, Gradient, Statistics)
+}
+"""By what the journal calls them."""
+
 
 @dataclass(frozen=True)
 class Trial:
-    """A genome to be scored, or whose coefficients' gradient is wanted.
+    """A genome, and what is to be measured of its merge.
 
     Args:
         number: Position in the search, from 0; its randomness comes from ``SeedSequence(seed, (number,))``.
         genome: The merge.
         parents: Numbers of the trials it was bred from.
-        subset: Which objectives score it: those that guide the search, or those held out from it.
-        calibration: When given, no objective scores it: its losses on that batch are wanted, and their gradient.
-        sample: When given, it is scored on these examples, and has scores of them and of those seen before.
+        wants: Scores, a gradient or statistics.
     """
 
     number: int
     genome: Genome
     parents: tuple[int, ...] = ()
-    subset: Subset = "search"
-    calibration: CalibrationBatch | None = None
-    sample: Sample | None = None
+    wants: Wish = Scores()
 
     @property
     def scored(self) -> bool:
         """Whether it is to have scores of all examples: others are in no population and on no front."""
-        return self.calibration is None and (self.sample is None or not self.sample.partial)
+        return self.wants.scored
 
     @property
     def cost(self) -> float:
-        """What it takes of a budget of evaluations: 1, less for a sample, nothing for a gradient."""
-        if self.calibration is not None:
-            return 0
-        return 1 if self.sample is None else self.sample.cost
+        """The part of a budget of evaluations that it takes: 1, less for a sample, nothing without scores."""
+        return self.wants.cost
+
+    @property
+    def sample(self) -> Sample | None:
+        """The examples that it is to be scored on, if not on all."""
+        return self.wants.sample
+
+    @property
+    def gradient(self) -> Gradient | None:
+        """The gradient that it wants, if it wants one."""
+        return self.wants.gradient
 
 
 @dataclass(frozen=True)
@@ -108,6 +245,23 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """Statistics that were gathered. Their tensors lie in the cache of the machine that gathered them.
+
+    Args:
+        key: What they are kept under there: all that they depend on, as hexadecimal digits.
+        digest: A hash of the tensors' names, types, shapes and numbers.
+        layers: How many tensors there are.
+        nbytes: Their size.
+    """
+
+    key: str
+    digest: str
+    layers: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What was measured of a candidate. A bad candidate is a result: then ``failure`` says why.
 
@@ -116,13 +270,14 @@ class Evaluation:
             trial: losses by the tasks' names, without their weights.
         per_example: By objective name, (N,) one score an example (bool for right or wrong), where given. Of a sample:
             (n,) in its order, unless it reaches all examples.
-        failure: None when all objectives gave finite scores.
+        failure: None when all that was wanted was measured, and finite.
         seconds: Worker time spent on this candidate.
         items: Examples scored for it.
         details: Small facts worth keeping; never part of the result. Of a scored trial ``merge_seconds``: the part of
             ``seconds`` that forming its weights took. What a gradient trial's tasks tell is under ``detail_of``.
         gradient: (S, K) derivatives of a gradient trial's weighted sum of losses by the genome's coefficients.
         errors: Of a sample: by objective name, standard errors of the scores as estimates of those of all examples.
+        statistics: Of a trial that wants statistics: where they lie.
     """
 
     scores: Mapping[str, float]
@@ -133,10 +288,11 @@ class Evaluation:
     details: Mapping[str, str | int | float] = field(default_factory=dict)
     gradient: Floats | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
+    statistics: Gathered | None = None
 
     @property
     def ok(self) -> bool:
-        """True when the candidate has scores."""
+        """True when what was wanted was measured."""
         return self.failure is None
 
     @staticmethod

@@ -84,7 +84,7 @@ class AdaMerging(Descent[AdaMergingSettings]):
         search = AdaMerging(space.tensor_borders, space.dimension, ["left", "right"], goals, 0, settings)
         while not search.done:
             for trial in search.ask(4):
-                if trial.calibration is None:  # a check
+                if trial.gradient is None:  # a check
                     evaluation = score(trial.genome)
                     outcome = archive.add(trial, evaluation)
                 else:  # a gradient by the coefficients

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats, Genome, Integers
 from ecotone.populations.population import quality
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Goal, Gradient, Outcome, Trial
 from ecotone.search.kinds import Begins, Context, Needs, Segmented
 from ecotone.search.protocol import Search, trial_rng
 from ecotone.search.simplex import lattice
@@ -354,8 +354,8 @@ class Descent(Generic[Settings]):
         tasks = groups[group]
         weights = tuple(float(line.weights[task]) for task in tasks)
         step = line.step * self.settings.accumulate + again
-        wanted = CalibrationBatch(tuple(self.tasks[task] for task in tasks), step, weights)
-        return Trial(number, line.genome, parents, calibration=wanted)
+        wanted = Gradient(tuple(self.tasks[task] for task in tasks), step, weights)
+        return Trial(number, line.genome, parents, wanted)
 
     def _differentiated(self, line: Line, batch: int, evaluation: Evaluation) -> None:
         """Keep a batch's losses and gradient; without them the line ends, and asks for nothing more."""

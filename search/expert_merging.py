@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from ecotone.fitness.kinds import CalibrationSettings
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats, Integers
 from ecotone.populations.population import ElitistArchive
@@ -100,17 +101,18 @@ class ExpertMergingSettings(GradientSettings):
         """Gradients, merges linear in their coefficients, and for chunks the models' inner products."""
         return replace(super().needs(), geometry=self.chunks is not None)
 
-    def check(self, operator: str, needs_base: bool, losses: Sequence[str]) -> None:
+    def check(self, operator: str, needs_base: bool, tasks: Sequence[CalibrationSettings]) -> None:
         """Refuse merges without a base, and tasks of which none has the experts' distance for its loss."""
         if not needs_base:
             raise ValueError(
                 f"merge.operator: expert_merging leaves tensors as the base has them, found {operator}, which has no "
                 "base; use task_arithmetic or ties_vectors, and give models.base"
             )
-        if "distillation" not in losses:
+        if all(task.teacher is None for task in tasks):
+            losses = " and ".join(sorted({task.loss for task in tasks}))
             raise ValueError(
-                "calibration: expert_merging learns to be like the experts, found loss "
-                f"{' and '.join(sorted(set(losses)))} alone; say loss: distillation, or use algorithm adamerging"
+                f"calibration: expert_merging learns to be like the experts, found loss {losses} alone; say loss: "
+                "distillation, or use algorithm adamerging"
             )
 
     def make(self, context: Context) -> Pair:
@@ -155,7 +157,7 @@ class ExpertMerging(Descent[ExpertMergingSettings]):
         search = ExpertMerging(space, ["left", "right"], goals, 0, settings)
         while not search.done:
             for trial in search.ask(4):
-                if trial.calibration is None:  # a check
+                if trial.gradient is None:  # a check
                     evaluation = score(trial.genome)
                     outcome = archive.add(trial, evaluation)
                 else:  # a gradient by the coefficients

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import numpy as np
 from pydantic import Field, model_validator
 
+from ecotone.fitness.kinds import CalibrationSettings
 from ecotone.populations.genome import Genome, Integers
 from ecotone.populations.population import Population
 from ecotone.populations.space import Space
@@ -158,13 +159,13 @@ class SearchSettings(Part):
             context: What it is made for; its space may know the models' headers alone, or their names.
         """
 
-    def check(self, operator: str, needs_base: bool, losses: Sequence[str]) -> None:
+    def check(self, operator: str, needs_base: bool, tasks: Sequence[CalibrationSettings]) -> None:
         """Refuse an operator or calibration tasks that do not fit it; by default none.
 
         Args:
             operator: The merge operator's name.
             needs_base: Whether the operator adds to a base model.
-            losses: The losses of the calibration tasks.
+            tasks: The calibration tasks.
 
         Raises:
             ValueError: One does not fit; the message names the recipe's field.

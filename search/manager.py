@@ -27,11 +27,12 @@ from threadpoolctl import threadpool_limits
 
 from ecotone.fitness.pools import Batch, Completed, Pool
 from ecotone.populations.errors import JournalError, PoolError, SearchError
+from ecotone.populations.facts import ELAPSED
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Event, Journal
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import Population, quality
-from ecotone.populations.trial import Evaluation, Failure, Goal, Outcome, Subset, Trial, oriented
+from ecotone.populations.trial import Evaluation, Failure, Goal, Outcome, Scores, Trial, Wish, oriented
 from ecotone.search.protocol import SLACK, Search, numbered
 
 StopReason: TypeAlias = Literal["evaluations", "seconds", "converged", "drained"]
@@ -76,14 +77,15 @@ class Schedule:
 class Progress:
     """The state of the search, given to the observer after every step.
 
-    ``evaluations`` counts told trials that were scored on all examples, ``samples`` those scored on some and
-    ``gradients`` those whose gradient was wanted, ``failures`` all kinds; ``spent`` is what they took of the budget of
+    ``evaluations`` counts told trials that were scored on all examples, ``samples`` those scored on some, ``gradients``
+    and ``statistics`` those that wanted these, ``failures`` all kinds; ``spent`` is what they took of the budget of
     evaluations; ``best`` is the number of the best one so far, by mean oriented score ``quality``.
     """
 
     evaluations: int = 0
     samples: int = 0
     gradients: int = 0
+    statistics: int = 0
     spent: float = 0.0
     failures: int = 0
     replayed: int = 0
@@ -98,7 +100,12 @@ class Progress:
     @property
     def told(self) -> int:
         """Trials of all kinds."""
-        return self.evaluations + self.samples + self.gradients
+        return self.evaluations + self.samples + self.gradients + self.statistics
+
+    def count(self, wants: Wish) -> None:
+        """Count a trial that was told; its wish says among which."""
+        setattr(self, wants.tally, getattr(self, wants.tally) + 1)
+        self.spent += wants.cost
 
 
 Observer: TypeAlias = Callable[[Progress], None]
@@ -173,7 +180,7 @@ class Manager:
                     self._advance(results)
                 else:
                     self._observe(self.progress)
-            self.journal.note("elapsed", repr(self.progress.elapsed))
+            self.journal.note(ELAPSED, self.progress.elapsed)
             return self._finished()
 
     def drain(self) -> None:
@@ -197,7 +204,7 @@ class Manager:
                     _log_batch("told", batch)
                     self._ask_more()
             self._keep_residuals()
-            self.journal.note("elapsed", repr(self.progress.elapsed))
+            self.journal.note(ELAPSED, self.progress.elapsed)
         self._noted = self.progress.elapsed
         self._submit()
         self.progress.in_flight = self._waiting
@@ -327,10 +334,7 @@ class Manager:
     def _count(self, trial: Trial, evaluation: Evaluation) -> bool:
         """Count the trial; True when it is on the front now."""
         progress = self.progress
-        progress.evaluations += trial.scored
-        progress.gradients += trial.calibration is not None
-        progress.samples += trial.sample is not None and trial.sample.partial
-        progress.spent += trial.cost
+        progress.count(trial.wants)
         if not evaluation.ok:
             progress.failures += 1
             progress.last_failure = evaluation.failure
@@ -401,7 +405,7 @@ class Manager:
         events = self.journal.events()
         if not events:
             return
-        self.progress.elapsed = self._noted = float(self.journal.fact("elapsed") or 0.0)
+        self.progress.elapsed = self._noted = self.journal.fact(ELAPSED) or 0.0
         self._stored = self.journal.kept()
         ahead: dict[int, Evaluation] = {}  # read and not told: as many as were in flight, not the whole journal
         with closing(self.journal.batches()) as asked, closing(self.journal.evaluations()) as stored:
@@ -456,8 +460,8 @@ def _same(a: Batch, b: Batch) -> bool:
     return a is b or _key(a) == _key(b)
 
 
-def _key(batch: Batch) -> list[tuple[int, str]]:
-    return [(trial.number, trial.genome.digest) for trial in batch.trials]
+def _key(batch: Batch) -> list[tuple[int, str, Wish]]:
+    return [(trial.number, trial.genome.digest, trial.wants) for trial in batch.trials]
 
 
 def _all_failed(progress: Progress) -> SearchError:
@@ -473,27 +477,32 @@ def _all_failed(progress: Progress) -> SearchError:
 
 
 def measure(
-    pool: Pool, journal: Journal, genomes: Iterable[Genome], subset: Subset, batch: int
+    pool: Pool,
+    journal: Journal,
+    genomes: Iterable[Genome],
+    wants: Wish,
+    batch: int,
+    keep: Callable[[Evaluation], bool] = lambda evaluation: True,
 ) -> dict[str, Evaluation]:
-    """Score genomes outside the search, each once: what the journal has measured, or the search scored, is not paid
-    again.
+    """Measure genomes outside the search, each once: what the journal has, or the search scored, is not paid again.
 
     Args:
         pool: Idle workers.
         journal: Open for writing.
-        genomes: The merges; equal ones are scored once.
-        subset: Score on the search's objectives or on the held-out ones.
-        batch: Genomes scored together.
+        genomes: The merges; equal ones are measured once.
+        wants: Scores on the search's objectives or on the held-out ones, or statistics.
+        batch: Genomes measured together.
+        keep: Which of the evaluations in the journal are kept; the others are measured again.
 
     Returns:
         Evaluations by genome digest.
     """
     wanted = {genome.digest: genome for genome in genomes}
-    known = {digest: journal.measurement(digest, subset) for digest in wanted}
-    done = {digest: evaluation for digest, evaluation in known.items() if evaluation is not None}
-    if subset == "search":
+    known = {digest: journal.measurement(digest, wants) for digest in wanted}
+    done = {digest: found for digest, found in known.items() if found is not None and keep(found)}
+    if wants == Scores():
         done |= _scored_already(journal, [genome for digest, genome in wanted.items() if digest not in done])
-    missing = [Trial(i, wanted[digest], subset=subset) for i, digest in enumerate(d for d in wanted if d not in done)]
+    missing = [Trial(i, wanted[digest], wants=wants) for i, digest in enumerate(d for d in wanted if d not in done)]
     chunks = [tuple(missing[i : i + batch]) for i in range(0, len(missing), batch)]
     out = {number: Batch(number, trials) for number, trials in enumerate(chunks)}
     for chunk in out.values():
@@ -506,7 +515,7 @@ def measure(
             del out[own.number]
             with journal.transaction():
                 for trial, evaluation in zip(own.trials, evaluations, strict=True):
-                    journal.measured(trial.genome, subset, evaluation)
+                    journal.measured(trial.genome, wants, evaluation)
                     done[trial.genome.digest] = evaluation
     return done
 
@@ -518,6 +527,6 @@ def _scored_already(journal: Journal, genomes: Iterable[Genome]) -> dict[str, Ev
         for genome in genomes:
             evaluation = journal.evaluation_of(genome.digest)
             if evaluation is not None:
-                journal.measured(genome, "search", evaluation)
+                journal.measured(genome, Scores(), evaluation)
                 evaluations[genome.digest] = evaluation
     return evaluations

@@ -32,7 +32,7 @@ from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import Population
 from ecotone.populations.samples import Estimate, Sample, estimate, order
-from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Scores, Trial, oriented
 from ecotone.search.kinds import Context, Pair
 from ecotone.search.protocol import Search
 from ecotone.settings import Part
@@ -319,11 +319,11 @@ class Racing:
         runner = self._runners[number]
         self._numbers[self._next] = number
         self._next += 1
-        sample = None
+        wants = runner.trial.wants
         if runner.group >= 0:
             start = self._stops[runner.stop - 1] if runner.stop else 0.0
-            sample = Sample(self.order, start, self._stops[runner.stop], runner.seen)
-        made = replace(runner.trial, number=self._next - 1, sample=sample)
+            wants = Scores(sample=Sample(self.order, start, self._stops[runner.stop], runner.seen))
+        made = replace(runner.trial, number=self._next - 1, wants=wants)
         self._spent += made.cost
         return made
 

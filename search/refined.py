@@ -18,7 +18,7 @@ import numpy as np
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Gradient, Outcome, Scores, Trial, Wish
 from ecotone.search.descent import Adam, problem
 from ecotone.search.m2n2 import M2N2, RefineSettings
 
@@ -88,7 +88,7 @@ class Refined:
         search = Refined(breeding, ["left", "right"], RefineSettings(every=2, steps=3))
         for _ in range(100):
             for trial in search.ask(1):
-                if trial.calibration is None:  # a child, which may have learned
+                if trial.gradient is None:  # a child, which may have learned
                     evaluation = score(trial.genome)
                     outcome = archive.add(trial, evaluation)
                 else:  # a gradient by a child's coefficients
@@ -231,13 +231,13 @@ class Refined:
     def _proposed(self, number: int, task: int) -> Trial:
         """The next trial: the child as it stands."""
         trial, child = self._trials[number], self._learning.get(number)
-        batch = None
+        wants: Wish = Scores()
         if child is not None and task != _SCORE:
-            batch = CalibrationBatch.of(self.tasks[task], child.number * self.settings.steps + child.adam.t)
+            wants = Gradient.of(self.tasks[task], child.number * self.settings.steps + child.adam.t)
         genome = trial.genome if child is None else child.genome
         self._flying[self._next] = number, task
         self._next += 1
-        return Trial(self._next - 1, genome, trial.parents, calibration=batch)
+        return Trial(self._next - 1, genome, trial.parents, wants)
 
     def _record(self, number: int, told: int) -> None:
         """Record the refinement of a child, if it had one."""

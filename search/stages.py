@@ -22,7 +22,7 @@ from ecotone.populations.fronts import farthest_first
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import Population, quality
-from ecotone.populations.trial import Evaluation, Goal, Member, Outcome, Trial, oriented
+from ecotone.populations.trial import Evaluation, Goal, Member, Outcome, Scores, Trial, oriented
 from ecotone.search.protocol import SLACK, Search
 
 Start: TypeAlias = Literal["front", "best", "archive", "none"]
@@ -270,7 +270,7 @@ class _Running:
 
     def remembered(self, trial: Trial) -> Member | None:
         """The merge that the stage began with, when the trial is the same."""
-        if trial.calibration is not None or trial.sample is not None or self._recalled == REMEMBERED:
+        if trial.wants != Scores() or self._recalled == REMEMBERED:
             return None
         return self.starts.get(trial.genome.digest)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from processes import Ecotone, Said
 
+pytest.register_assert_rewrite("ecotone.testing.trackers")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

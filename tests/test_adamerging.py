@@ -53,7 +53,7 @@ def half_square(c: Floats, task: str) -> float:
 
 def measured(trial: Trial, noise: float = 0.0) -> Evaluation:
     """Half the squared distance to the task's target, its gradient, and scores that agree with both losses."""
-    c, batch = of(trial), trial.calibration
+    c, batch = of(trial), trial.gradient
     if batch is None:
         return Evaluation({"near-left": -half_square(c, "left"), "far-right": half_square(c, "right")})
     gradient = np.zeros(SHAPE)
@@ -86,7 +86,7 @@ def run(search: Descent[Any], measure: Measure = measured, n: int = 100, shuffle
 
 def path_of(trials: list[Trial], task: str = "left") -> Floats:
     """(steps, S, K) coefficients of the gradient trials of a task."""
-    return np.array([of(trial) for trial in trials if trial.calibration is not None and trial.calibration.task == task])
+    return np.array([of(trial) for trial in trials if trial.gradient is not None and trial.gradient.task == task])
 
 
 def final(search: AdaMerging, line: int = 0) -> Floats:
@@ -133,7 +133,7 @@ def test_it_starts_where_the_paper_does_and_at_equal_weights() -> None:
     search = search_of()
     first = search.ask(3)
     assert [of(trial).tolist() for trial in first] == [np.full(SHAPE, 0.3).tolist()] * 3
-    assert [trial.calibration and (trial.calibration.task, trial.calibration.step) for trial in first] == [
+    assert [trial.gradient and (trial.gradient.task, trial.gradient.step) for trial in first] == [
         None,
         ("left", 0),
         ("right", 0),
@@ -152,9 +152,9 @@ def test_layer_wise_with_equal_gradients_is_task_wise() -> None:
     pull = np.array([0.8, 0.1])
 
     def toward(trial: Trial) -> Evaluation:
-        if trial.calibration is None:
+        if trial.gradient is None:
             return Evaluation({"near-left": 0.0, "far-right": 0.0})
-        return Evaluation({trial.calibration.task: 1.0}, gradient=trial.genome.coefficients - pull)
+        return Evaluation({trial.gradient.task: 1.0}, gradient=trial.genome.coefficients - pull)
 
     settings = AdaMergingSettings(steps=200, rate=0.01)
     wise = AdaMerging(np.array([0, 24]), 2, TASKS, GOALS, 0, settings)
@@ -167,7 +167,7 @@ def test_layer_wise_with_equal_gradients_is_task_wise() -> None:
 def test_a_task_of_weight_zero_is_never_asked_for() -> None:
     search = search_of(weights={"left": 0.0})
     trials = run(search)
-    assert {trial.calibration.task for trial in trials if trial.calibration is not None} == {"right"}
+    assert {trial.gradient.task for trial in trials if trial.gradient is not None} == {"right"}
     assert final(search) == pytest.approx(torch_path(60, 0.02, {"right": 1.0}, False, 0.0, 0.3)[-1], abs=1e-12)
     assert [check["losses"].keys() for check in search.report()["lines"][0]["checks"]] == [{"right"}] * 4
 
@@ -196,9 +196,9 @@ def test_without_a_clamp_coefficients_are_free() -> None:
     far = {task: np.full(SHAPE, 1.6) for task in TASKS}
 
     def beyond(trial: Trial) -> Evaluation:
-        if trial.calibration is None:
+        if trial.gradient is None:
             return Evaluation({"near-left": 0.0, "far-right": 0.0})
-        return Evaluation({trial.calibration.task: 1.0}, gradient=of(trial) - far[trial.calibration.task])
+        return Evaluation({trial.gradient.task: 1.0}, gradient=of(trial) - far[trial.gradient.task])
 
     free, clamped = search_of(steps=1000), search_of(steps=1000, clamp=True)
     run(free, beyond)
@@ -215,7 +215,7 @@ def test_it_checks_at_the_start_now_and_then_and_at_the_end() -> None:
     trials = run(search)
     line = search.report()["lines"][0]
     assert [check["step"] for check in line["checks"]] == [0, 20, 40, 45]
-    checks = [trial for trial in trials if trial.calibration is None]
+    checks = [trial for trial in trials if trial.gradient is None]
     assert [trial.number for trial in checks] == [check["number"] for check in line["checks"]]
     assert [trial.parents for trial in checks] == [(), *((trial.number,) for trial in checks[:-1])]
     assert of(checks[-1]).tolist() == np.asarray(line["coefficients"]).tolist()
@@ -228,7 +228,7 @@ def test_it_checks_at_the_start_now_and_then_and_at_the_end() -> None:
 def test_evaluations_are_the_checks_of_a_complete_run(steps: int, every: int, checks: int) -> None:
     search = search_of(steps=steps, check_every=every, restarts=2)
     assert search.evaluations == 2 * checks
-    assert sum(trial.calibration is None for trial in run(search)) == 2 * checks
+    assert sum(trial.gradient is None for trial in run(search)) == 2 * checks
 
 
 def test_lines_take_turns_and_a_line_that_waits_keeps_no_other_waiting() -> None:
@@ -241,15 +241,15 @@ def test_lines_take_turns_and_a_line_that_waits_keeps_no_other_waiting() -> None
     search.tell(first_check, measured(first_check), Outcome(True))
     for step in range(1, 6):  # the other line still waits for its first step
         (trial,) = search.ask(4)
-        assert trial.calibration is not None
-        assert trial.calibration.step == step
+        assert trial.gradient is not None
+        assert trial.gradient.step == step
         search.tell(trial, measured(trial), Outcome(False))
-    assert b.calibration is not None
+    assert b.gradient is not None
     assert search.report()["lines"][1]["steps"] == 0
     search.tell(b, measured(b), Outcome(False))
     second_check = Trial(2, b.genome)
     search.tell(second_check, measured(second_check), Outcome(True))
-    assert [trial.calibration.step for trial in search.ask(4) if trial.calibration] == [6, 1]
+    assert [trial.gradient.step for trial in search.ask(4) if trial.gradient] == [6, 1]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
@@ -268,9 +268,9 @@ def test_the_order_of_results_within_a_step_does_not_matter(shuffle: int) -> Non
     pulls = {name: np.random.default_rng(i).standard_normal(SHAPE) * 10.0**i for i, name in enumerate(names)}
 
     def pulled(trial: Trial) -> Evaluation:
-        if trial.calibration is None:
+        if trial.gradient is None:
             return measured(trial)
-        task = trial.calibration.task
+        task = trial.gradient.task
         details = {Evaluation.detail_of(task, "diversity"): float(np.abs(pulls[task]).mean())}
         return Evaluation({task: float(pulls[task].sum())}, gradient=of(trial) - pulls[task], details=details)
 
@@ -291,7 +291,7 @@ def test_tasks_together_take_the_same_steps_with_fewer_trials(weights: dict[str,
     settings: dict[str, Any] = {"weights": weights, "starts": [np.zeros(SHAPE), np.ones(SHAPE)], "accumulate": 2}
     alone, together = search_of(**settings), search_of(**settings, together=2)
     first, second = run(alone, noisy), run(together, noisy)
-    gradients = [[trial.calibration for trial in trials if trial.calibration] for trials in (first, second)]
+    gradients = [[trial.gradient for trial in trials if trial.gradient] for trials in (first, second)]
     assert len(gradients[0]) == 2 * len(gradients[1]) == 2 * 60 * 2 * 2
     assert {batch.tasks for batch in gradients[1]} == {TASKS}
     assert {batch.weights for batch in gradients[1]} == {(0.25 if weights else 1.0, 1.0)}
@@ -304,7 +304,7 @@ def test_tasks_together_take_the_same_steps_with_fewer_trials(weights: dict[str,
 
 def test_tasks_are_grouped_in_order_and_those_without_a_weight_are_left_out() -> None:
     search = search_of(tasks=tuple("abcdef"), weights={"b": 0.0, "e": 2.0}, together=2, accumulate=2)
-    batches = [trial.calibration for trial in search.ask(100) if trial.calibration]
+    batches = [trial.gradient for trial in search.ask(100) if trial.gradient]
     assert [(batch.tasks, batch.step) for batch in batches] == [
         *((tasks, step) for step in (0, 1) for tasks in (("a", "c"), ("d", "e"), ("f",))),
     ]
@@ -313,7 +313,7 @@ def test_tasks_are_grouped_in_order_and_those_without_a_weight_are_left_out() ->
 
 def test_a_failure_names_the_tasks_that_were_together() -> None:
     def failing(trial: Trial) -> Evaluation:
-        return measured(trial) if trial.calibration is None else Evaluation.failed("exception", "no")
+        return measured(trial) if trial.gradient is None else Evaluation.failed("exception", "no")
 
     search = search_of(together=2)
     run(search, failing)
@@ -334,7 +334,7 @@ def test_a_sweep_of_weightings_yields_the_front_between_two_tasks() -> None:
         assert np.asarray(line["coefficients"]) == pytest.approx(expected, abs=1e-5)
     front = ParetoFront(GOALS)
     for trial in trials:
-        if trial.calibration is None:
+        if trial.gradient is None:
             front.add(trial.number, oriented(measured(trial).scores, GOALS))
     last = {line["checks"][-1]["number"] for line in lines}
     assert last <= set(front.numbers)
@@ -378,9 +378,9 @@ def test_patience_ends_a_line_whose_checks_get_no_better() -> None:
 
     def passing(trial: Trial) -> Evaluation:
         c = of(trial)
-        if trial.calibration is None:
+        if trial.gradient is None:
             return Evaluation({"near-left": 1.0 - abs(c[0, 0] - 0.5), "far-right": 0.0})
-        return Evaluation({trial.calibration.task: 1.0}, gradient=c - 0.9)
+        return Evaluation({trial.gradient.task: 1.0}, gradient=c - 0.9)
 
     search = search_of(steps=1000, rate=0.01, check_every=5, patience=3)
     run(search, passing)
@@ -394,13 +394,13 @@ def test_patience_ends_a_line_whose_checks_get_no_better() -> None:
 
 def test_without_patience_all_steps_are_done() -> None:
     search = search_of(steps=40, check_every=2)
-    run(search, lambda trial: measured(trial) if trial.calibration else Evaluation({"near-left": 0, "far-right": 0}))
+    run(search, lambda trial: measured(trial) if trial.gradient else Evaluation({"near-left": 0, "far-right": 0}))
     assert search.report()["lines"][0]["steps"] == 40
 
 
 def test_a_failed_check_is_one_without_a_better_score() -> None:
     def unscored(trial: Trial) -> Evaluation:
-        return measured(trial) if trial.calibration else Evaluation.failed("exception", "no")
+        return measured(trial) if trial.gradient else Evaluation.failed("exception", "no")
 
     search = search_of(steps=100, check_every=10, patience=2)
     trials = run(search, unscored)
@@ -429,7 +429,7 @@ def test_a_failed_gradient_ends_its_line_and_no_other(evaluation: Evaluation, wo
     search = search_of(starts=[unlucky, np.full(SHAPE, 0.3)], steps=30)
 
     def failing(trial: Trial) -> Evaluation:
-        batch = trial.calibration
+        batch = trial.gradient
         bad = batch is not None and (batch.task, batch.step) == ("right", 4) and of(trial)[0, 0] > 0.7
         return evaluation if bad else measured(trial)
 
@@ -441,7 +441,7 @@ def test_a_failed_gradient_ends_its_line_and_no_other(evaluation: Evaluation, wo
     assert other["ended"] == "all steps done"
     assert final(search, 1).tolist() == torch_like(30).tolist()
     assert [text for text in search.report()["warnings"] if text.startswith("line 0 failed at step 4")]
-    assert sum(trial.calibration is not None for trial in trials) == 2 * 30 + 2 * 5
+    assert sum(trial.gradient is not None for trial in trials) == 2 * 30 + 2 * 5
 
 
 @pytest.mark.parametrize("n", [1, 2, 100])
@@ -450,7 +450,7 @@ def test_what_a_line_has_learned_until_it_fails_is_scored(step: int, n: int) -> 
     search = search_of(steps=60, check_every=20)
 
     def failing(trial: Trial) -> Evaluation:
-        batch = trial.calibration
+        batch = trial.gradient
         bad = batch is not None and (batch.task, batch.step) == ("left", step)
         return Evaluation.failed("out of memory", "20 GiB") if bad else measured(trial)
 
@@ -459,7 +459,7 @@ def test_what_a_line_has_learned_until_it_fails_is_scored(step: int, n: int) -> 
     assert line["ended"].startswith(f"failed at step {step}")
     assert [check["step"] for check in line["checks"]] == sorted({*range(0, step + 1, 20), step})[: len(line["checks"])]
     assert line["checks"][-1]["step"] == step
-    scored = [trial for trial in trials if trial.calibration is None]
+    scored = [trial for trial in trials if trial.gradient is None]
     assert len(scored) == len(line["checks"]) <= search.evaluations
     assert np.array_equal(of(scored[-1]), torch_like(step))
 
@@ -629,7 +629,7 @@ def test_restored_in_the_middle_of_a_step_it_reports_the_same(at: int) -> None:
 
 def test_losses_of_a_check_are_means_since_the_last_one() -> None:
     def counting(trial: Trial) -> Evaluation:
-        batch = trial.calibration
+        batch = trial.gradient
         if batch is None:
             return measured(trial)
         loss = float(batch.step + 100 * TASKS.index(batch.task))
@@ -652,11 +652,11 @@ def collapsing(score_at_end: float, loss_at_end: float, diversity_at_end: float)
 
     def sliding(trial: Trial) -> Evaluation:
         share = 1 - min(float(of(trial)[0, 0]), 1.0)
-        if trial.calibration is None:
+        if trial.gradient is None:
             return Evaluation({"near-left": 2 * (0.8 + share * (score_at_end - 0.8)), "far-right": 0.0})
         loss, diversity = 2 + share * (loss_at_end - 2), 1 + share * (diversity_at_end - 1)
-        details = {Evaluation.detail_of(trial.calibration.task, "diversity"): diversity}
-        return Evaluation({trial.calibration.task: loss}, gradient=np.ones(SHAPE), details=details)
+        details = {Evaluation.detail_of(trial.gradient.task, "diversity"): diversity}
+        return Evaluation({trial.gradient.task: loss}, gradient=np.ones(SHAPE), details=details)
 
     search = search_of(init=1.0, rate=0.01, steps=100, check_every=10)
     run(search, sliding)
@@ -782,14 +782,14 @@ def test_settings_say_how_many_checks_a_complete_run_takes() -> None:
     assert settings.describe(search, context) == "; 3 x 12 steps on 2 tasks, scored 12 times"
     assert settings.describe(None, context) == ""
     assert isinstance(search, AdaMerging)
-    assert sum(trial.calibration is None for trial in run(search)) == 12
+    assert sum(trial.gradient is None for trial in run(search)) == 12
 
 
 def test_settings_begin_with_given_merges() -> None:
     starts = (Genome.uniform(24, [0.1, 0.9]), Genome(BORDERS, TARGETS["left"]))
     settings = AdaMergingSettings()
     search, _ = settings.make(context_of(starts=starts))
-    begun = [trial.genome for trial in search.ask(100) if trial.calibration is None]
+    begun = [trial.genome for trial in search.ask(100) if trial.gradient is None]
     assert [genome.digest for genome in begun] == [start.digest for start in starts]
     assert settings.begins().most == LINES
     assert not settings.begins().refusal

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from ecotone import Recipe, Run, launch, resume
 from ecotone.experiments.compose import worker_spec
 from ecotone.experiments.exports import verify
 from ecotone.experiments.preparation import prepare
+from ecotone.populations import facts
 from ecotone.populations.errors import InputError, JournalError
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,7 @@ def test_an_export_is_the_merge_that_was_scored(specialists: Run, tmp_path: Path
     assert all(one.difference == 0 for one in verify(path))
     genome, merged = specialists.trial("best").genome, load_file(path)
     with specialists.journal() as journal:
-        recorded = Recipe.from_record(json.loads(journal.fact("recipe") or "{}"))
+        recorded = Recipe.from_record(journal.fact(facts.RECIPE))
     experts = [load_file(file) for file in worker_spec(recorded, prepare(recorded)).experts]
     flat = [np.concatenate([expert[name].ravel() for name in sorted(expert)]) for expert in experts]
     weights = np.repeat(genome.coefficients, np.diff(genome.boundaries), axis=0)

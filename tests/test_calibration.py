@@ -7,22 +7,25 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from parts import calibration, call, context, objective
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from ecotone.fitness import heads
 from ecotone.fitness.data import Examples, load
-from ecotone.fitness.gradients.calibration import Task, build
+from ecotone.fitness.gradients.calibration import Task
 from ecotone.fitness.heads import Head, logits
 from ecotone.fitness.objectives import Accuracy, Entropy, entropies
-from ecotone.fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec
+from ecotone.fitness.registry import AnyCalibration
 from ecotone.populations.errors import InputError
 from ecotone.populations.trial import Goal
 
-CPU = torch.device("cpu")
+SETTINGS = {"expert", "temperature", "hidden", "layers"}  # of distillation
 
 MODULE = """
 import numpy as np, torch
@@ -65,10 +68,10 @@ def module(tmp_path, monkeypatch):
     return "calibration_tested"
 
 
-def made(name="a", data="inputs", head=None, dtype=None, arguments=None, **fields):
-    head = None if head is None else CallSpec(f"calibration_tested:{head}")
-    data = CallSpec(f"calibration_tested:{data}", arguments or {})
-    return build(CalibrationSpec(name, data, head=head, **fields), CPU, dtype)
+def made(name="a", data="inputs", head=None, dtype=None, arguments=None, seed=0, **fields):
+    head = None if head is None else call(f"calibration_tested:{head}")
+    settings = calibration(name, call(f"calibration_tested:{data}", arguments), head=head, **fields)
+    return settings.build(context(dtype), seed)
 
 
 def task(inputs, labels=None, **fields):
@@ -398,13 +401,11 @@ def test_a_head_is_frozen_and_not_trained(module):
 def test_the_same_call_gives_one_head(module):
     import calibration_tested
 
-    head = CallSpec("calibration_tested:scale", {"times": 2.0})
-    data = CallSpec("calibration_tested:inputs")
-    tasks = [build(CalibrationSpec(name, data, head=head), CPU) for name in "ab"]
-    from ecotone.fitness.objectives import build as objective
-
-    scored = objective(ObjectiveSpec(Goal("h"), "entropy", data, head=head), CPU)
-    other = build(CalibrationSpec("c", data, head=CallSpec(head.call, {"times": 3.0})), CPU)
+    head = call("calibration_tested:scale", {"times": 2.0})
+    data = call("calibration_tested:inputs")
+    tasks = [calibration(name, data, head=head).build(context(), 0) for name in "ab"]
+    scored = objective("h", "entropy", data=data, head=head).build(context())
+    other = calibration("c", data, head=call(head.call, {"times": 3.0})).build(context(), 0)
     assert tasks[0]._head is tasks[1]._head is scored.head
     assert other._head is not scored.head
     assert calibration_tested.made == [2.0, 3.0]
@@ -462,9 +463,7 @@ def test_containers_of_outputs_keep_their_type():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"batch": 0}, "batch: expected at least 1, found 0"),
         ({"seed": -1}, "seed: expected at least 0, found -1"),
-        ({"loss": "hinge"}, "loss: expected entropy or cross_entropy, found 'hinge'"),
         ({"loss": "cross_entropy"}, r"data: expected .*:inputs to return \(inputs, labels\), found Tensor \(10, 3\)"),
         ({"data": "none"}, r"data: inputs: expected shape \(N, ...\) with N >= 1, found \(0, 3\)"),
         ({"data": "scalar"}, r"data: inputs: expected shape \(N, ...\) with N >= 1, found \(\)"),
@@ -481,6 +480,53 @@ def test_containers_of_outputs_keep_their_type():
 def test_tasks_that_cannot_be_built(module, fields, words):
     with pytest.raises(InputError, match=f"calibration 'a': {words}"):
         made(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "place", "words"),
+    [
+        ({"batch": 0}, ("entropy", "batch"), "Input should be greater than or equal to 1"),
+        ({"loss": "hinge"}, ("loss",), "expected one of entropy, cross_entropy, distillation, found 'hinge'. Known: "),
+        ({"loss": 3}, ("loss",), "expected one of entropy, cross_entropy, distillation, found 3."),
+        ({"expert": "b"}, (), "Value error, expert: belongs to loss: distillation, found loss: entropy"),
+        (
+            {"loss": "cross_entropy", "hidden": 0.5},
+            (),
+            "Value error, hidden: belongs to loss: distillation, found loss: cross_entropy",
+        ),
+        ({"expart": "b"}, ("entropy", "expart"), "Extra inputs are not permitted"),
+    ],
+)
+def test_settings_that_do_not_fit_a_loss(fields, place, words):
+    with pytest.raises(ValidationError) as caught:
+        calibration("a", call("m:f"), **fields)
+    [error] = caught.value.errors()
+    assert error["loc"] == place
+    assert error["msg"].startswith(words)
+
+
+@pytest.mark.parametrize("loss", ["entropy", "cross_entropy", "distillation"])
+def test_a_record_tells_the_settings_of_every_loss_and_is_taken_back(loss):
+    record = {"name": "a", "data": {"call": "m:f", "arguments": {}}, "loss": loss, "head": None, "batch": 16}
+    record |= {"expert": None, "temperature": 1.0, "hidden": 1.0, "layers": None}
+    tasks: TypeAdapter[Any] = TypeAdapter(tuple[AnyCalibration, ...])
+    [found] = tasks.validate_python([record])
+    assert tasks.dump_python((found,), mode="json") == [record]
+    assert set(type(found).model_fields) == set(record) - (set() if loss == "distillation" else SETTINGS)
+    assert (found.loss, found.teacher) == (loss, "a" if loss == "distillation" else None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "entropy of m:f with m:h, 16 examples a step"),
+        ({"loss": "cross_entropy", "batch": 4}, "cross_entropy of m:f with m:h, 4 examples a step"),
+        ({"loss": "distillation"}, "distillation from a of m:f with m:h, 16 examples a step"),
+        ({"loss": "distillation", "expert": "b"}, "distillation from b of m:f with m:h, 16 examples a step"),
+    ],
+)
+def test_a_task_is_told_in_words(fields, words):
+    assert calibration("a", call("m:f"), head=call("m:h"), **fields).describe() == words
 
 
 @pytest.mark.parametrize(
@@ -503,7 +549,7 @@ def test_models_that_do_not_fit_a_task(module, fields, model, words):
 
 def test_labels_that_are_not_needed_are_left_out(module):
     assert made(data="pair").batch(0).labels is None
-    assert load(CallSpec("calibration_tested:pair"), "d", labelled=False).labels is None
+    assert load(call("calibration_tested:pair"), "d", labelled=False).labels is None
 
 
 def test_labels_need_not_be_given_to_a_task_by_hand():

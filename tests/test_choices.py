@@ -12,12 +12,13 @@ import pytest
 import tiny_language as tiny
 import torch
 import transformers
+from parts import context, refused
 from torch import nn
 
 from ecotone.fitness.language import choices
-from ecotone.fitness.language.choices import MultipleChoice, Question, build, packed
+from ecotone.fitness.language.choices import MultipleChoice, MultipleChoiceSettings, Question, packed
 from ecotone.fitness.language.texts import tokenizer_of
-from ecotone.fitness.objectives import Objective
+from ecotone.fitness.protocol import Objective
 from ecotone.populations.errors import InputError
 from ecotone.populations.trial import Goal
 
@@ -43,7 +44,8 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def objective(data: str, folder: str, **settings: Any) -> MultipleChoice:
-    return build(GOAL, {"data": data, **settings}, folder, tiny.CPU)
+    made = MultipleChoiceSettings(**{"name": "right", "type": "multiple_choice", "data": data, **settings})
+    return made.build(context(tokenizer=folder))
 
 
 def one(folder: str, tmp_path: Path, record: dict[str, Any], **settings: Any) -> Question:
@@ -352,23 +354,23 @@ def test_other_fields_and_the_first_of_a_list(folder: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"normalise": "characters"}, "normalise: expected none, bytes or tokens, found 'characters'"),
-        ({"shots": -1}, "shots: expected at least 0, found -1"),
+        ({"normalise": "characters"}, "normalise: Input should be 'none', 'bytes' or 'tokens'"),
+        ({"shots": -1}, "shots: Input should be greater than or equal to 0"),
         ({"shots": 31}, "shots: expected at most 30, found 31"),
-        ({"batch": 0}, "batch: expected at least 1, found 0"),
+        ({"batch": 0}, "batch: Input should be greater than or equal to 1"),
         ({"template": "{qestion}"}, "questions.jsonl:1: expected a field 'qestion'.* Did you mean 'question'"),
         ({"template": "{question"}, "template: cannot be filled"),
         ({"answer": "anser"}, "expected a field 'anser', found none. Did you mean 'answer'"),
         ({"choices": "question"}, "question: expected a list of texts, found"),
         ({"template": "{question}" * 60}, "expected at most 256 tokens, which is what the model can take, found"),
-        ({"reus": False}, "found 'reus'. Did you mean 'reuse'"),
+        ({"reus": False}, "reus: Extra inputs are not permitted"),
         ({"data": "questions.txt"}, "data: expected a .jsonl file, found questions.txt"),
-        ({"part": "search", "limit": -1}, "limit: expected at least 1, found -1"),
+        ({"part": "search", "limit": -1}, "limit: Input should be greater than or equal to 1"),
     ],
 )
 def test_refusals(lines: str, folder: str, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        build(GOAL, {"data": lines, **settings}, folder, tiny.CPU)
+    with refused(words):
+        objective(**{"data": lines, "folder": folder, **settings})
 
 
 @pytest.mark.parametrize(

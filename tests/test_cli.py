@@ -129,7 +129,7 @@ def in_words(said: Said, *parts: str, code: int = 1) -> None:
 COMMANDS = (
     *("run", "resume", "validate", "status", "front", "compare"),
     *("export", "import-mergekit", "verify", "ui", "sync"),
-    *("submit", "jobs", "logs", "stop"),
+    *("submit", "jobs", "logs", "stop", "statistics"),
 )
 
 

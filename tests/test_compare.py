@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from html import unescape
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from ecotone.experiments.compare import compare, search_seconds
 from ecotone.experiments.pages import page
 from ecotone.experiments.runs import Run, front_rows, reference_point
 from ecotone.populations.errors import InputError
+from ecotone.populations.facts import Note
 from ecotone.populations.fronts import non_dominated
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal, Row
-from ecotone.populations.trial import Evaluation, Goal, Trial
+from ecotone.populations.trial import Evaluation, Goal, Scores, Trial
 
 AB = [["a", "maximize"], ["b", "maximize"]]
 MODELS = ["left", "right"]
@@ -64,7 +66,7 @@ def write_run(
             return Evaluation.failed("exception", "no luck")
         return Evaluation({name: float(value) for (name, _), value in zip(goals, point, strict=True)})
 
-    with Journal.create(directory / "journal.sqlite", record) as journal:
+    with Journal.create(directory / "journal.sqlite", starmap(Note, record.items())) as journal:
         for number, point in enumerate(points):
             trial = Trial(number, genomes(number))
             journal.asked(number, 1, [trial])
@@ -73,11 +75,11 @@ def write_run(
             journal.keep([trial], [])
             if held_out and point is not None:
                 scores = {name: value / 2 for (name, _), value in zip(held_out, point, strict=True)}
-                journal.measured(trial.genome, "held_out", Evaluation(scores))
+                journal.measured(trial.genome, Scores("held_out"), Evaluation(scores))
         for index, (name, point) in enumerate(seeds.items()):
             merge = Genome.uniform(10, [index + 5, 0])
             journal.refer(name, merge)
-            journal.measured(merge, "search", evaluation(point))
+            journal.measured(merge, Scores(), evaluation(point))
     return Run(directory)
 
 

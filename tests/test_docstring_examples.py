@@ -23,7 +23,10 @@ VECTORS = np.random.default_rng(0).standard_normal((3, 24)).astype(np.float32)
 NAMES = ("left", "middle", "right")
 PROBES = np.random.default_rng(1).standard_normal((3, 40, 24))
 GOALS = tuple(Goal(f"like {name}") for name in NAMES)
-SHOWN = ("BayesianMap", "M2N2", "MapSearch", "NestedMapSearch", "Nsga", "OptunaSearch")
+SHOWN = (
+    *("AdaMerging", "BayesianMap", "CmaEs", "ExpertMerging", "M2N2", "MapSearch", "NestedMapSearch", "Nsga"),
+    *("OptunaSearch", "Racing", "RandomSearch", "Refined", "StagedSearch"),
+)
 
 
 def classes() -> Iterator[type]:
@@ -65,10 +68,10 @@ def score(genome: Genome) -> Evaluation:
 
 def gradient(trial: Trial) -> Evaluation:
     """Losses of the tasks ``left`` and ``right`` (how far a merge is from the model of that name), and their slope."""
-    assert trial.calibration is not None
+    assert trial.gradient is not None
     coefficients, wanted = trial.genome.coefficients, dict(zip(NAMES, np.eye(3), strict=True))
-    away = {task: coefficients - wanted[task] for task in trial.calibration.tasks}
-    slopes = [2.0 * w * away[task] for task, w in zip(away, trial.calibration.weights, strict=True)]
+    away = {task: coefficients - wanted[task] for task in trial.gradient.tasks}
+    slopes = [2.0 * w * away[task] for task, w in zip(away, trial.gradient.weights, strict=True)]
     losses = {task: float((each**2).sum()) for task, each in away.items()}
     return Evaluation(losses, gradient=np.sum(slopes, axis=0))
 

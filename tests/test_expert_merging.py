@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 import torch
 from managing import begun, ended
+from parts import calibration, call, context, objective
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ecotone.experiments import compose
 from ecotone.experiments.recipe import Recipe
-from ecotone.fitness.backends.resident import Resident
+from ecotone.fitness.backends.resident import Resident, ResidentSettings
 from ecotone.fitness.data import Examples
-from ecotone.fitness.gradients import calibration
-from ecotone.fitness.gradients.calibration import Distilled
-from ecotone.fitness.gradients.distillation import Behaviour, distance, observe
+from ecotone.fitness.gradients.distillation import Behaviour, DistillationSettings, Distilled, distance, observe
 from ecotone.fitness.pools import SerialPool
-from ecotone.fitness.specs import CalibrationSpec, CallSpec, Distillation, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
@@ -30,7 +29,7 @@ from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
 from ecotone.populations.population import ElitistArchive
 from ecotone.populations.space import Space
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Goal, Gradient, Outcome, Trial
 from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
 from ecotone.search.expert_merging import EXCLUDED, ExpertMerging, ExpertMergingSettings, shares
 from ecotone.search.kinds import Context
@@ -75,7 +74,12 @@ def folder(tmp_path, monkeypatch):
 
 
 def function(name, **arguments):
-    return CallSpec(f"distillation_tested:{name}", arguments)
+    return call(f"distillation_tested:{name}", arguments)
+
+
+def wanted_of(name, expert=None, batch=16, **wanted):
+    """Settings of a task that is drawn to an expert."""
+    return DistillationSettings(name=name, data=call("m:f"), expert=expert, batch=batch, **wanted)
 
 
 def written(folder, name="net", dtype=torch.float64):
@@ -98,25 +102,25 @@ def spec_of(folder, name="net", dtype=torch.float64, **fields):
     base, *experts = written(folder, name, dtype)
     wanted = fields.pop("wanted", {})
     tasks = tuple(
-        CalibrationSpec(
+        calibration(
             expert,
             function("inputs", shift=0.5 * number),
             "distillation",
-            function("head") if name == "encoder" else None,
+            head=function("head") if name == "encoder" else None,
             batch=6,
-            distillation=Distillation(expert, **wanted),
+            **wanted,
         )
         for number, expert in enumerate(NAMES)
     )
-    objective = ObjectiveSpec(GOALS[0], data=function("data"), head=function("head") if name == "encoder" else None)
-    options = {"calibration": tasks, "search": (objective,), "operator": "task_arithmetic", **fields}
+    accuracy = objective("acc", data=function("data"), head=function("head") if name == "encoder" else None)
+    options = {"calibration": tasks, "search": (accuracy,), "operator": "task_arithmetic", **fields}
     return WorkerSpec(tuple(experts), base, architecture=function(name), device="cpu", **options)
 
 
 def differentiated(worker, coefficients, task="left", step=0, weight=1.0, borders=None):
     sources = worker._sources
     borders = sources.layout.tensor_borders if borders is None else borders
-    trial = Trial(0, Genome(borders, coefficients), calibration=CalibrationBatch.of(task, step, weight))
+    trial = Trial(0, Genome(borders, coefficients), wants=Gradient.of(task, step, weight))
     (evaluation,) = worker.measure([trial])
     assert evaluation.ok, evaluation.failure
     return evaluation
@@ -169,13 +173,13 @@ def test_the_expert_itself_has_no_hidden_distance_and_its_own_entropy(folder, wa
         stored = load_file(spec.experts[number])
         model = Resident(worker._sources, spec.architecture, CPU, torch.float64).model
         model.load_state_dict(stored)
-        worker._resident.expert(task)
-        assert all(torch.equal(value, stored[key]) for key, value in worker._resident.model.state_dict().items())
+        worker._backend.expert(task)
+        assert all(torch.equal(value, stored[key]) for key, value in worker._backend.model.state_dict().items())
         if operator == "ties_vectors":
             continue  # trimmed task vectors do not make the expert
         found = differentiated(worker, np.tile(np.eye(2)[number], (len(stored), 1)), task, step=1)
         stream = worker._tasks[task]
-        logits = observe(model, stream.batch(1).inputs, stream._head, Distillation(task, hidden=0.0)).logits
+        logits = observe(model, stream.batch(1).inputs, stream._head, wanted_of(task, hidden=0.0)).logits
         temperature = wanted.get("temperature", 1.0)
         said = torch.log_softmax(logits.double() / temperature, -1)
         entropy = -(said.exp() * said).sum(-1).mean().item() * temperature**2
@@ -204,7 +208,7 @@ def test_the_gradient_by_logits_is_that_of_autograd_through_sigmoid_merge_and_lo
     total = torch.zeros((), dtype=torch.float64)
     for number, task in enumerate(NAMES):
         stream = worker._tasks[task]
-        model = worker._resident.expert(task)
+        model = worker._backend.expert(task)
         with torch.no_grad():
             said = observe(model, stream.batch(2).inputs, stream._head, stream._wanted)
         ours = observe(Functional(model, merged), stream.batch(2).inputs, stream._head, stream._wanted)
@@ -243,7 +247,7 @@ class Functional(nn.Module):
 
 def stream_of(size=10, batch=4, **fields):
     examples = Examples(torch.randn(size, 3, generator=torch.Generator().manual_seed(1)))
-    return Distilled("a", examples, Distillation("left", hidden=0.0), batch=batch, **fields)
+    return Distilled(wanted_of("a", "left", batch, hidden=0.0), examples, **fields)
 
 
 @pytest.mark.parametrize(("size", "batch", "parts"), [(10, 4, 3), (10, 5, 2), (3, 1, 3), (5, 16, 1)])
@@ -318,11 +322,14 @@ def test_scores_between_gradients_are_those_of_the_merge_not_of_an_expert(folder
 
 
 def hugging_spec(paths, checkpointing=False, **wanted):
-    task = CalibrationSpec(
-        "texts", function("texts"), "distillation", batch=5, distillation=Distillation("left", **wanted)
-    )
+    task = calibration("texts", function("texts"), "distillation", batch=5, expert="left", **wanted)
     experts = tuple(map(str, paths[1:]))
-    options = {"names": NAMES, "calibration": (task,), "device": "cpu", "checkpointing": checkpointing}
+    options = {
+        "names": NAMES,
+        "calibration": (task,),
+        "device": "cpu",
+        "backend": ResidentSettings(checkpointing=checkpointing),
+    }
     return WorkerSpec(experts, str(paths[0]), "task_arithmetic", architecture="auto", **options)
 
 
@@ -334,11 +341,11 @@ def test_hidden_states_and_logits_of_hugging_face_models_by_token(hugging_face, 
     tensors = len(worker._sources.layout.tensors)
     found = differentiated(worker, np.full((tensors, 2), 0.2), "texts")
     inputs = worker._tasks["texts"].batch(0).inputs
-    merged = next(worker._resident.show([Genome.uniform(worker._sources.layout.size, [0.2, 0.2])]))
+    merged = next(worker._backend.show([Genome.uniform(worker._sources.layout.size, [0.2, 0.2])]))
     with torch.no_grad():
         ours = merged(**inputs, output_hidden_states=True)
         mine = [ours.logits.clone(), *(state.clone() for state in ours.hidden_states)]
-        theirs = worker._resident.expert("left")(**inputs, output_hidden_states=True)
+        theirs = worker._backend.expert("left")(**inputs, output_hidden_states=True)
     keep = inputs["attention_mask"].bool()
     by_token = mine[0].ndim == 3
     logits, other = (t[keep] if by_token else t for t in (mine[0], theirs.logits))
@@ -352,7 +359,7 @@ def test_hidden_states_and_logits_of_hugging_face_models_by_token(hugging_face, 
 
 @with_states
 def test_checkpointing_changes_neither_loss_nor_gradient(hugging_face):
-    names = [name for name, _ in Worker(hugging_spec(hugging_face))._resident.model.named_modules()]
+    names = [name for name, _ in Worker(hugging_spec(hugging_face))._backend.model.named_modules()]
     layer = next(name for name in names if name.endswith("layers.1") or name.endswith("layer.1"))
     for wanted in ({}, {"layers": (layer,)}):
         plain, again = (Worker(hugging_spec(hugging_face, flag, **wanted)) for flag in (False, True))
@@ -407,15 +414,15 @@ def measured(trial):
     """Half the squared distance to the task's target in every tensor, with noise by batch, and its gradient."""
     lengths = np.diff(trial.genome.boundaries)[:, None] / 24
     c = trial.genome.coefficients
-    if trial.calibration is None:
+    if trial.gradient is None:
         away = [(c - TARGETS[name]) ** 2 for name in NAMES]
         return Evaluation({"acc": -float((lengths * away[0]).sum() + (lengths * away[1]).sum())})
-    task, step = trial.calibration.task, trial.calibration.step
+    task, step = trial.gradient.task, trial.gradient.step
     noise = 0.2 * np.random.default_rng([step, NAMES.index(task)]).standard_normal(2)
     away = c - TARGETS[task] + noise
     return Evaluation(
         {task: 0.5 * float((lengths * away**2).sum())},
-        gradient=trial.calibration.weights[0] * lengths * away,
+        gradient=trial.gradient.weights[0] * lengths * away,
         details={Evaluation.detail_of(task, "diversity"): 1.0},
     )
 
@@ -470,8 +477,8 @@ def test_its_steps_are_those_of_torchs_adam_on_logits(settings):
     weights = (settings.get("weights", {}).get("left", 1.0), 1.0)
     expected = torch_path(30, **{**{k: v for k, v in settings.items() if k != "weights"}, "weights": weights})
     accumulate = settings.get("accumulate", 1)
-    asked = [t for t in trials if t.calibration is not None and t.calibration.task == "left"]
-    assert [t.calibration.step for t in asked] == list(range(30 * accumulate))
+    asked = [t for t in trials if t.gradient is not None and t.gradient.task == "left"]
+    assert [t.gradient.step for t in asked] == list(range(30 * accumulate))
     path = np.array([t.genome.refined(BORDERS) for t in asked[::accumulate]])
     # clip_grad_norm_ divides by norm + 1e-6, and Adam hardly minds
     assert path == pytest.approx(expected[:-1], abs=1e-4 if settings.get("clip") else 1e-6)
@@ -552,10 +559,10 @@ def test_the_second_stage_has_the_chunks_that_importance_gives():
     assert line["steps"] == 60
     assert [check["step"] for check in line["checks"]] == [0, 15, 30, 45, 60]
     assert len(line["checks"]) == search.evaluations
-    assert [t.calibration.step for t in trials if t.calibration and t.calibration.task == "left"] == list(range(60))
+    assert [t.gradient.step for t in trials if t.gradient and t.gradient.task == "left"] == list(range(60))
     finest = trials[-1].genome
     assert finest.boundaries.tolist() == [0, 2, 5, 8, 10, 14, 24]
-    middle = next(t for t in trials if t.calibration is not None and t.calibration.step == 30).genome
+    middle = next(t for t in trials if t.gradient is not None and t.gradient.step == 30).genome
     assert middle.refined(finest.boundaries)[-1].tolist() == finest.coefficients[-1].tolist()  # 0 chunks: as it was
     assert not np.allclose(finest.coefficients[:3], middle.refined(finest.boundaries)[:3])
 
@@ -578,19 +585,19 @@ def test_one_chunk_a_tensor_is_the_scalar_form():
     trials = run(search)
     assert search.report()["lines"][0]["chunks"] == {"a.weight": 1, "b.weight": 1}
     assert all(trial.genome.boundaries.tolist() == [0, 12, 24] for trial in trials)
-    second = [t for t in trials if t.calibration is not None and t.calibration.step >= 20]
+    second = [t for t in trials if t.gradient is not None and t.gradient.step >= 20]
     plain = search_of(space_of(vectors, tensors, borders), starts=[second[0].genome.coefficients], steps=20)
     line = plain._lines[0]
     line.start = np.full((2, 2), math.log(1 / 9))  # the regulariser still draws to the first start
     line.before, line.last = 20, 40
-    fresh = [t for t in run(plain) if t.calibration is not None and t.calibration.step >= 20]
+    fresh = [t for t in run(plain) if t.gradient is not None and t.gradient.step >= 20]
     found, expected = (np.array([t.genome.coefficients for t in trials]) for trials in (second, fresh))
     assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_patience_ends_a_stage_and_the_next_begins():
     def flat(trial):
-        return Evaluation({"acc": 0.5}) if trial.calibration is None else measured(trial)
+        return Evaluation({"acc": 0.5}) if trial.gradient is None else measured(trial)
 
     search = search_of(chunks=1.0, patience=2, check_every=5, steps=100)
     run(search, flat)
@@ -603,7 +610,7 @@ def test_a_line_whose_first_check_fails_is_cut_once():
     first = []
 
     def unlucky(trial):
-        if trial.calibration is None and not first:
+        if trial.gradient is None and not first:
             first.append(trial)
             return Evaluation.failed("out of memory", "once")
         return measured(trial)
@@ -624,7 +631,7 @@ def test_it_begins_with_the_merges_that_it_is_given_to_the_last_bit():
     starts = [np.random.default_rng(seed).uniform(0.05, 0.95, (len(space.tensors), 2)) for seed in range(20)]
     search = search_of(space, starts=starts, exclude=[])
     asked = search.ask(1000)
-    begun = [trial.genome.coefficients for trial in asked if trial.calibration is None]
+    begun = [trial.genome.coefficients for trial in asked if trial.gradient is None]
     assert all(np.array_equal(found, start) for found, start in zip(begun, starts, strict=True))
     for trial in asked:
         search.tell(trial, measured(trial), Outcome(False))
@@ -689,7 +696,7 @@ def test_a_run_learns_and_leaves_frozen_tensors_to_the_base_bit_for_bit(folder, 
     first, last = line["checks"][0]["losses"], line["checks"][-1]["losses"]
     assert sum(last.values()) < 0.9 * sum(first.values())
     worker = Worker(spec)
-    merged = next(worker._resident.show([search._lines[0].genome])).state_dict()
+    merged = next(worker._backend.show([search._lines[0].genome])).state_dict()
     base = load_file(spec.base)
     assert torch.equal(merged["0.bias"], base["0.bias"])
     assert not torch.equal(merged["0.weight"], base["0.weight"])
@@ -734,7 +741,7 @@ def test_restored_in_the_middle_it_goes_on_the_same(at):
 def test_adamerging_learns_from_labels(folder):
     """The supervised path: cross-entropy on labelled batches, the same machinery."""
     spec = spec_of(folder)
-    labelled = tuple(CalibrationSpec(name, function("data"), "cross_entropy", batch=10) for name in NAMES)
+    labelled = tuple(calibration(name, function("data"), "cross_entropy", batch=10) for name in NAMES)
     spec = WorkerSpec(**{**vars(spec), "calibration": labelled})
     search = managed(spec, folder / "j.sqlite", make=AdaMerging, rate=0.05, steps=40, check_every=20)
     checks = search.report()["lines"][0]["checks"]
@@ -755,20 +762,20 @@ def test_batches_may_be_accumulated_in_adamerging_too():
     """Two batches a step are one of twice the size."""
 
     def linear(trial):
-        if trial.calibration is None:
+        if trial.gradient is None:
             return Evaluation({"acc": 0.0})
-        c, step = trial.genome.coefficients, trial.calibration.step
-        return Evaluation({trial.calibration.task: float(step)}, gradient=c - np.array([0.0, 1.0]) * (step % 2))
+        c, step = trial.genome.coefficients, trial.gradient.step
+        return Evaluation({trial.gradient.task: float(step)}, gradient=c - np.array([0.0, 1.0]) * (step % 2))
 
     settings = {"steps": 30, "check_every": 10, "rate": 0.05}
     whole = np.array([0, 24])
     search = AdaMerging(whole, 2, ("left",), GOALS, 0, AdaMergingSettings(accumulate=2, **settings))
     trials = run(search, linear)
-    steps = [t.calibration.step for t in trials if t.calibration is not None]
+    steps = [t.gradient.step for t in trials if t.gradient is not None]
     assert steps == list(range(60))
 
     def mean(trial):
-        if trial.calibration is None:
+        if trial.gradient is None:
             return Evaluation({"acc": 0.0})
         return Evaluation({"left": 0.0}, gradient=trial.genome.coefficients - np.array([0.0, 0.5]))
 
@@ -825,18 +832,13 @@ def test_mistakes_are_refused_in_words(settings, words):
         ("net", {}, "calibration 'left': layers: the model's outputs are its logits"),
         ("net", {"layers": (1,)}, "layers: expected names of modules (no Hugging Face model), found 1"),
         ("net", {"layers": ("1", "7")}, "layers: the model has no module '7'"),
-        ("net", {"hidden": -1.0}, "hidden: expected a number of at least 0, found -1.0"),
-        ("net", {"temperature": 0.0}, "temperature: expected a number above 0, found 0.0"),
     ],
 )
 def test_tasks_that_cannot_be_distilled_are_refused_before_the_first_batch(folder, name, wanted, words):
     spec = spec_of(folder, name)
-    tasks = [
-        CalibrationSpec("left", task.data, "distillation", distillation=Distillation(**{"expert": "left", **wanted}))
-        for task in spec.calibration[:1]
-    ]
+    tasks = tuple(calibration("left", task.data, "distillation", **wanted) for task in spec.calibration[:1])
     with pytest.raises(InputError) as caught:
-        Worker(WorkerSpec(**{**vars(spec), "calibration": tuple(tasks)}))
+        Worker(WorkerSpec(**{**vars(spec), "calibration": tasks}))
     assert words in str(caught.value)
 
 
@@ -861,12 +863,13 @@ def test_a_layer_that_gives_no_tensor_fails_in_words():
 
     for layer, words in (("odd", "odd: expected a tensor of real numbers"), ("idle", "did not use its module 'idle'")):
         with pytest.raises(InputError, match=words):
-            observe(Model(), torch.zeros(2, 3), None, Distillation("left", layers=(layer,)))
+            observe(Model(), torch.zeros(2, 3), None, wanted_of("left", layers=(layer,)))
 
 
 def test_a_task_without_more_words_is_drawn_to_the_expert_of_its_name():
-    spec = CalibrationSpec("left", function("inputs"), "distillation")
-    assert calibration.build(spec, CPU)._wanted == Distillation("left")
+    task = calibration("left", function("inputs"), "distillation", hidden=0.0)
+    assert (task.expert, task.teacher) == (None, "left")
+    task.build(context(torch.float32), 0).fits(nn.Linear(4, 3), ["right", "left"])
 
 
 # -- what it says of itself ----------------------------------------------------------------------------------
@@ -880,7 +883,7 @@ def test_settings_make_the_search_they_describe():
     assert (search.tasks, search.seed, population.capacity) == (NAMES, 5, 3)
     assert settings.describe(search, context) == "; 2 x 16 steps on 2 tasks, scored 10 times"
     assert settings.describe(None, context) == ""
-    assert sum(trial.calibration is None for trial in run(search)) == 10
+    assert sum(trial.gradient is None for trial in run(search)) == 10
     assert settings.needs().gradients
     assert settings.needs().affine
 
@@ -923,11 +926,12 @@ def test_with_chunks_its_segments_may_be_any():
 )
 def test_what_does_not_fit_it_is_refused(operator, needs_base, losses, words):
     settings = ExpertMergingSettings()
+    tasks = [calibration(f"task {i}", function("inputs"), loss) for i, loss in enumerate(losses)]
     if not words:
-        settings.check(operator, needs_base, losses)
+        settings.check(operator, needs_base, tasks)
         return
     with pytest.raises(ValueError, match=words):
-        settings.check(operator, needs_base, losses)
+        settings.check(operator, needs_base, tasks)
 
 
 # -- recipes -------------------------------------------------------------------------------------------------
@@ -959,8 +963,12 @@ def test_a_recipe_becomes_specs_and_a_search(folder):
     recipe = Recipe.from_record(record(models=models, search=search))
     assert Recipe.from_record(recipe.record()).signature == recipe.signature
     first, second = compose.worker_spec(recipe, None).calibration
-    assert first.distillation == Distillation("left", hidden=0.0)
-    assert second.distillation == Distillation("right", 2.0, 0.0, ("0", 1))
+    data = function("inputs")
+    assert first == DistillationSettings(name="left", data=data, hidden=0.0)
+    assert second == DistillationSettings(
+        name="all", data=data, expert="right", temperature=2.0, hidden=0.0, layers=("0", 1)
+    )
+    assert [task.teacher for task in (first, second)] == ["left", "right"]
     sources = Sources.open([left, right], base, "task_arithmetic")
     made, _ = compose.make_search(recipe, sources.space())
     assert isinstance(made, ExpertMerging)
@@ -983,6 +991,23 @@ def test_a_recipe_becomes_specs_and_a_search(folder):
         (
             {"calibration": [{"name": "left", "data": {"call": "a:b"}, "temperature": 2.0}]},
             "temperature: belongs to loss: distillation, found loss: entropy",
+        ),
+        (
+            {"calibration": [{"name": "left", "data": {"call": "a:b"}, "loss": "distillation", "hidden": -1.0}]},
+            "calibration[0].hidden: input should be greater than or equal to 0, found -1.0.",
+        ),
+        (
+            {"calibration": [{"name": "left", "data": {"call": "a:b"}, "loss": "distillation", "temperature": 0}]},
+            "calibration[0].temperature: input should be greater than 0, found 0.",
+        ),
+        (
+            {"calibration": [{"name": "left", "data": {"call": "a:b"}, "loss": "distilation"}]},
+            "calibration[0].loss: expected one of entropy, cross_entropy, distillation, found 'distilation'. "
+            "Did you mean 'distillation'?",
+        ),
+        (
+            {"calibration": [{"name": "left", "data": {"call": "a:b"}, "loss": "distillation", "temprature": 2}]},
+            "calibration[0].temprature: unknown key. Did you mean 'temperature'?",
         ),
         ({"search": {"algorithm": "expert_merging", "clamp": True}}, "search.clamp: unknown key"),
         ({"search": {"algorithm": "expert_merging", "granularity": "block"}}, "search.granularity"),
@@ -1017,7 +1042,7 @@ def test_the_ready_recipe():
     recipe = Recipe.from_yaml(file)
     assert compose.check_search(recipe)[0].coefficients is None
     worker = compose.worker_spec(recipe, Path("prepared"))
-    assert [task.distillation.expert for task in worker.calibration] == [task.name for task in recipe.calibration]
+    assert [task.teacher for task in worker.calibration] == [task.name for task in recipe.calibration]
     made, _ = compose.make_search(recipe, space_of())
     assert made.evaluations == 7 <= recipe.budget.evaluations
 

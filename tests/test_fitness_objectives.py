@@ -5,13 +5,16 @@ import random
 import numpy as np
 import pytest
 import torch
+from parts import call as named
+from parts import context, objective
+from pydantic import ValidationError
 from torch import nn
 
 from ecotone.fitness.callables import call, resolve
 from ecotone.fitness.data import load
 from ecotone.fitness.heads import Head
-from ecotone.fitness.objectives import Accuracy, CallableObjective, Entropy, Objective, build
-from ecotone.fitness.specs import CallSpec, ObjectiveSpec
+from ecotone.fitness.objectives import Accuracy, CallableObjective, Entropy
+from ecotone.fitness.protocol import Objective
 from ecotone.populations.errors import InputError
 from ecotone.populations.trial import Goal
 
@@ -165,10 +168,9 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize("batch", [1, 2, 512])
 def test_inputs_may_have_names(module, batch):
-    spec = ObjectiveSpec(Goal("acc"), data=CallSpec(f"{module}:by_name"), batch=batch)
-    score = build(spec, torch.device("cpu")).score(Named())
-    assert score.per_example.tolist() == [False, False, False]
-    right = Accuracy(Goal("acc"), build(spec, torch.device("cpu")).inputs, torch.tensor([1, 2, 1]), batch)
+    made = objective("acc", data=named(f"{module}:by_name"), batch=batch).build(context())
+    assert made.score(Named()).per_example.tolist() == [False, False, False]
+    right = Accuracy(Goal("acc"), made.inputs, torch.tensor([1, 2, 1]), batch)
     assert right.score(Named()).per_example.tolist() == [True, True, False]
 
 
@@ -229,19 +231,18 @@ def test_entropy_refuses_one_class_and_no_batch():
 
 @pytest.mark.parametrize("function", ["one", "inputs_and_labels", "halves"])
 def test_entropy_needs_no_labels_and_ignores_them(module, function):
-    spec = ObjectiveSpec(Goal("h", "minimize"), "entropy", CallSpec(f"{module}:{function}"))
-    objective = build(spec, torch.device("cpu"))
-    assert isinstance(objective, Entropy)
-    assert objective.goal.direction == "minimize"
-    assert 0 < objective.score(identity()).value < 1.1
+    made = objective("h", "entropy", data=named(f"{module}:{function}")).build(context())
+    assert isinstance(made, Entropy)
+    assert made.goal.direction == "minimize"
+    assert 0 < made.score(identity()).value < 1.1
 
 
 @pytest.mark.parametrize("type", ["accuracy", "entropy"])
-def test_specs_may_name_a_head(module, type):
-    data = CallSpec(f"{module}:inputs_and_labels")
+def test_settings_may_name_a_head(module, type):
+    data = named(f"{module}:inputs_and_labels")
     plain, doubled = (
-        build(ObjectiveSpec(Goal("o"), type, data, head=head), torch.device("cpu")).score(identity())
-        for head in (None, CallSpec(f"{module}:head"))
+        objective("o", type, data=data, head=head).build(context()).score(identity())
+        for head in (None, named(f"{module}:head"))
     )
     assert (plain.value, doubled.value) == (
         (1, 1) if type == "accuracy" else pytest.approx((0.97531, 0.66557), abs=1e-4)
@@ -326,7 +327,7 @@ def test_all_kinds_are_objectives():
 def test_resolve(module):
     assert resolve("math:hypot")(3, 4) == 5
     assert resolve(f"{module}:Box.score")(None) == 5.0
-    assert call(CallSpec(f"{module}:score", {"model": None, "times": 2})) == 4.0
+    assert call(named(f"{module}:score", {"model": None, "times": 2})) == 4.0
 
 
 @pytest.mark.parametrize(
@@ -350,14 +351,14 @@ def test_names_that_do_not_resolve(module, path, words):
 
 def test_what_a_function_raises_is_named(module):
     with pytest.raises(InputError, match=r"data: objectives_tested:raises\(\) raised ZeroDivisionError: no data today"):
-        call(CallSpec(f"{module}:raises"), "data")
+        call(named(f"{module}:raises"), "data")
 
 
 # -- data and specs ------------------------------------------------------------------------------------------
 
 
 def test_data_may_be_arrays(module):
-    examples = load(CallSpec(f"{module}:inputs_and_labels", {"n": 6}), "data", labelled=True)
+    examples = load(named(f"{module}:inputs_and_labels", {"n": 6}), "data", labelled=True)
     assert examples.inputs.shape == (6, 3)
     assert examples.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
@@ -375,35 +376,33 @@ def test_data_may_be_arrays(module):
 )
 def test_data_that_does_not_fit(module, function, words):
     with pytest.raises(InputError, match=f"objective 'acc': data: {words}"):
-        build(ObjectiveSpec(Goal("acc"), data=CallSpec(f"{module}:{function}")), torch.device("cpu"))
+        objective("acc", data=named(f"{module}:{function}")).build(context())
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("kind", "fields", "place", "error"),
     [
-        ({}, "data: expected 'package.module:function' for type accuracy, found nothing"),
-        ({"type": "call"}, "call: expected 'package.module:function' for type call, found nothing"),
-        ({"type": "recall"}, "type: expected one of accuracy, entropy, call, .*found 'recall'"),
-        ({"type": "entropy"}, "data: expected 'package.module:function' for type entropy, found nothing"),
-        ({"type": "call", "call": CallSpec("m:f"), "data": CallSpec("m:d")}, "data: expected nothing for type call"),
-        ({"type": "call", "call": CallSpec("m:f"), "head": CallSpec("m:h")}, "head: expected nothing for type call"),
-        (
-            {"type": "entropy", "data": CallSpec("m:d"), "call": CallSpec("m:f")},
-            "call: expected nothing for type entro",
-        ),
+        ("accuracy", {}, ("accuracy", "data"), "missing"),
+        ("entropy", {}, ("entropy", "data"), "missing"),
+        ("call", {}, ("call", "call"), "missing"),
+        ("recall", {}, ("type",), "unknown_kind"),
+        ("call", {"call": "m:f", "data": {"call": "m:d"}}, ("call", "data"), "extra_forbidden"),
+        ("entropy", {"data": {"call": "m:d"}, "call": "m:f"}, ("entropy", "call"), "extra_forbidden"),
+        ("accuracy", {"data": {"call": "m:d"}, "batch": 0}, ("accuracy", "batch"), "greater_than_equal"),
+        ("accuracy", {"data": {"call": "m:d"}, "direction": "minimize"}, ("accuracy", "direction"), "literal_error"),
     ],
 )
-def test_specs_with_fields_that_do_not_belong(fields, words):
-    with pytest.raises(InputError, match=f"objective 'o': {words}"):
-        build(ObjectiveSpec(Goal("o"), **fields), torch.device("cpu"))
+def test_settings_that_do_not_belong(kind, fields, place, error):
+    with pytest.raises(ValidationError) as caught:
+        objective("o", kind, **fields)
+    assert [(found["loc"], found["type"]) for found in caught.value.errors()] == [(place, error)]
 
 
 def test_inputs_take_the_models_dtype_and_token_ids_do_not(module):
-    spec = ObjectiveSpec(Goal("acc"), data=CallSpec(f"{module}:inputs_and_labels"))
-    objective = build(spec, torch.device("cpu"), torch.bfloat16)
-    assert isinstance(objective, Accuracy)
-    assert objective.inputs.dtype == torch.bfloat16
-    assert objective.labels.dtype == torch.int64
-    named = build(ObjectiveSpec(Goal("acc"), data=CallSpec(f"{module}:by_name")), torch.device("cpu"), torch.bfloat16)
-    kinds = {name: tensor.dtype for name, tensor in named.inputs.items()}
+    made = objective("acc", data=named(f"{module}:inputs_and_labels")).build(context(torch.bfloat16))
+    assert isinstance(made, Accuracy)
+    assert made.inputs.dtype == torch.bfloat16
+    assert made.labels.dtype == torch.int64
+    by_name = objective("acc", data=named(f"{module}:by_name")).build(context(torch.bfloat16))
+    kinds = {name: tensor.dtype for name, tensor in by_name.inputs.items()}
     assert kinds == {"input_ids": torch.int64, "attention_mask": torch.int64, "scale": torch.bfloat16}

@@ -5,17 +5,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+from parts import call, objective
 from safetensors.torch import save_file, save_model
 from torch import nn
 
 from ecotone.fitness.backends import resident
 from ecotone.fitness.backends.resident import Resident
-from ecotone.fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.objectives import Accuracy
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Goal, Trial
+from ecotone.populations.trial import Scores, Trial
 
 pytestmark = pytest.mark.usefixtures("threads")
 MODULE = """
@@ -75,15 +77,15 @@ def folder(tmp_path, monkeypatch):
 
 
 def accuracy(name="acc", **arguments):
-    return ObjectiveSpec(Goal(name), data=CallSpec("worker_tested:data", arguments))
+    return objective(name, data=call("worker_tested:data", arguments))
 
 
-def function(name, call):
-    return ObjectiveSpec(Goal(name), "call", call=CallSpec(f"worker_tested:{call}"))
+def function(name, path):
+    return objective(name, "call", call=f"worker_tested:{path}")
 
 
 def nets(folder, **fields):
-    fields.setdefault("architecture", CallSpec("worker_tested:net"))
+    fields.setdefault("architecture", call("worker_tested:net"))
     fields.setdefault("search", (accuracy(),))
     return WorkerSpec((str(folder / "a.safetensors"), str(folder / "b.safetensors")), device="cpu", **fields)
 
@@ -121,7 +123,7 @@ def test_a_module_is_scored_with_the_merged_weights(folder):
 def test_subsets_have_their_own_objectives(folder):
     worker = Worker(nets(folder, held_out=(accuracy("test", n=20),)))
     genome = Genome.uniform(43, [1.0, 0.0])
-    search, held_out = worker.measure([Trial(0, genome), Trial(1, genome, subset="held_out")])
+    search, held_out = worker.measure([Trial(0, genome), Trial(1, genome, wants=Scores("held_out"))])
     assert set(search.scores) == {"acc"}
     assert set(held_out.scores) == {"test"}
     assert held_out.items == 20
@@ -170,7 +172,7 @@ def test_models_too_large_to_stack_score_the_same(folder, monkeypatch, stack_byt
     expected = evaluated(Worker(nets(folder)), genomes)
     monkeypatch.setattr(resident.Resident.__init__, "__defaults__", (None, stack_bytes))
     worker = Worker(nets(folder))
-    assert worker._resident.group == max(1, stack_bytes // 172)
+    assert worker._backend.group == max(1, stack_bytes // 172)
     assert evaluated(worker, genomes) == expected
 
 
@@ -178,7 +180,7 @@ def test_a_model_may_be_held_in_another_type(folder):
     worker = Worker(nets(folder, dtype="bfloat16"))
     [evaluation] = worker.measure([Trial(0, Genome.uniform(43, [1.0, 0.0]))])
     assert evaluation.ok
-    assert worker._resident.dtype == torch.bfloat16
+    assert worker._backend.dtype == torch.bfloat16
 
 
 def test_threads_are_the_specs(folder):
@@ -194,6 +196,85 @@ def test_folders_of_the_spec_are_on_the_path(folder, monkeypatch):
         Worker(nets(folder))
     Worker(nets(folder, sys_path=(str(folder),)))
     assert sys.path.count(str(folder)) == 1
+
+
+# -- trying out ----------------------------------------------------------------------------------------------
+
+
+def test_trying_out_asks_one_example_of_each_objective_and_one_score_of_each_function(folder, monkeypatch):
+    import worker_tested
+
+    asked = []
+    scored = Accuracy.score
+    monkeypatch.setattr(Accuracy, "score", lambda self, model: asked.append(self.count) or scored(self, model))
+    monkeypatch.setattr(worker_tested, "total", lambda model: asked.append("total") or 1.0)
+    worker = Worker(nets(folder, search=(accuracy(), function("f", "total")), held_out=(accuracy("test", n=20),)))
+    worker.try_out()
+    assert asked == [1, "total", 1]
+    [evaluation] = worker.measure(trials(43, 1.0))
+    [other] = Worker(nets(folder)).measure(trials(43, 1.0))
+    assert evaluation.scores["acc"] == other.scores["acc"]
+    assert asked[-3:] == [40, "total", 40]
+
+
+def test_it_is_the_first_expert_that_is_tried_out(folder, monkeypatch):
+    import worker_tested
+
+    seen = []
+    monkeypatch.setattr(worker_tested, "first", lambda model: seen.append(model["w"].tolist()) or 0.0)
+    Worker(vectors(folder, function("f", "first"))).try_out()
+    assert seen == [[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("group", ["search", "held_out"])
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return None", "expected the function to return a number or (number, scores by example), found NoneType."),
+        ("return '0.5'", "expected the function to return a number or (number, scores by example), found str."),
+        ("return model['w']", "expected the function to return a number or (number, scores by example), found Tensor."),
+        ("return [0.5]", "expected the function to return a number or (number, scores by example), found list."),
+        ("return 1.0, [[1.0]]", "expected scores by example of shape (N,), numbers or bools, found (1, 1) of float64."),
+        ("return float('nan')", "expected a finite score, found nan; the merged weights are finite."),
+        ("return 1.0, [float('inf')]", "expected a finite score, found nan; the merged weights are finite."),
+        ("import surely_not_installed", "ModuleNotFoundError: No module named 'surely_not_installed'"),
+        ("return model.w", "AttributeError: 'dict' object has no attribute 'w'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("return len(model['w'], 2)", "TypeError: len() takes exactly one argument (2 given)"),
+    ],
+)
+def test_an_objective_that_cannot_be_computed_is_found_before_the_search(folder, monkeypatch, group, body, words):
+    (folder / "tried_out.py").write_text(f"def score(model):\n    {body}\n")
+    monkeypatch.delitem(sys.modules, "tried_out", raising=False)
+    wrong = objective("wrong", "call", call="tried_out:score")
+    fields = {"search": (function("fine", "first"),), "held_out": ()}
+    paths = tuple(str(folder / f"v{name}.safetensors") for name in "ab")
+    worker = Worker(WorkerSpec(paths, device="cpu", **{**fields, group: (*fields[group], wrong)}))
+    with pytest.raises(InputError) as caught:
+        worker.try_out()
+    assert caught.value.message == f"objective 'wrong': {words}"
+    assert caught.value.remedy == "It was tried out on the first expert, before any of the budget is spent."
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ("few", "expected an output for each label from 0 to 2, found 2 outputs."),
+        ("flat", "expected the head's logits of shape (1, classes), one row an example, found Tensor (3,)."),
+        ("broken", "RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x3 and 7x3)"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_found_with_one_example(folder, head, words):
+    (folder / "heads_tried_out.py").write_text(
+        "import torch\n"
+        "def few(): return lambda outputs, inputs: outputs[:, :2]\n"
+        "def flat(): return lambda outputs, inputs: outputs[0]\n"
+        "def broken(): return lambda outputs, inputs: outputs @ torch.zeros(7, 3)\n"
+    )
+    settings = objective("acc", data=call("worker_tested:data"), head=call(f"heads_tried_out:{head}"))
+    with pytest.raises(InputError) as caught:
+        Worker(nets(folder, search=(settings,))).try_out()
+    assert caught.value.message == f"objective 'acc': {words}"
 
 
 # -- candidates that fail ------------------------------------------------------------------------------------
@@ -250,16 +331,16 @@ def test_an_objective_that_spoils_the_weights_harms_no_other_candidate(folder, m
     ("fields", "words"),
     [
         (
-            {"architecture": CallSpec("worker_tested:net", {"hidden": 6})},
+            {"architecture": call("worker_tested:net", {"hidden": 6})},
             "0.bias: expected shape \\(5,\\).*found \\(6,\\)",
         ),
         (
-            {"architecture": CallSpec("worker_tested:deeper")},
+            {"architecture": call("worker_tested:deeper")},
             "its tensor '3.weight' of shape \\(3, 3\\) is in no check",
         ),
-        ({"architecture": CallSpec("worker_tested:tied")}, "expected a tensor '0.bias' of shape \\(5,\\)"),
-        ({"architecture": CallSpec("worker_tested:nothing")}, "to return a torch module, found dict"),
-        ({"architecture": CallSpec("worker_tested:nett")}, "architecture: .*Did you mean 'net'"),
+        ({"architecture": call("worker_tested:tied")}, "expected a tensor '0.bias' of shape \\(5,\\)"),
+        ({"architecture": call("worker_tested:nothing")}, "to return a torch module, found dict"),
+        ({"architecture": call("worker_tested:nett")}, "architecture: .*Did you mean 'net'"),
         ({"architecture": "auto"}, "'auto' needs a config.json"),
         ({"architecture": "net"}, "architecture: expected 'auto' or a function, found 'net'"),
         ({"dtype": "float33"}, "dtype: expected float32.*found 'float33'"),
@@ -300,7 +381,7 @@ def test_running_means_are_merged_and_counters_are_restored(folder, tmp_path, st
         save_file(net.state_dict(), paths[-1])
     sources = Sources.open(paths)
     genomes = [Genome.uniform(sources.layout.size, [0.25, 0.75]), Genome.uniform(sources.layout.size, [1.0, 0.0])]
-    made = Resident(sources, CallSpec("worker_tested:norm_net"), torch.device("cpu"), None, stack_bytes)
+    made = Resident(sources, call("worker_tested:norm_net"), torch.device("cpu"), None, stack_bytes)
     means = []
     for model in made.show(genomes):
         means.append(model[1].running_mean.clone())
@@ -324,7 +405,7 @@ def test_tied_weights_get_the_same_values_whether_or_not_the_architecture_ties_t
     assert sources.layout.size == 16
     genomes = [Genome.uniform(16, [0.5, 0.5]), Genome.uniform(16, [0.0, 1.0])]
     stack = next(iter(sources.stack(genomes).values()))
-    found = list(shown(sources, CallSpec("worker_tested:tied", {"tie": tie}), genomes, stack_bytes=stack_bytes))
+    found = list(shown(sources, call("worker_tested:tied", {"tie": tie}), genomes, stack_bytes=stack_bytes))
     for state, expected in zip(found, stack, strict=True):
         assert torch.equal(state["first.weight"], expected)
         assert torch.equal(state["second.weight"], expected)

@@ -12,20 +12,32 @@ import pytest
 import tiny_language as tiny
 import torch
 import transformers
+from parts import context, refused
 
 from ecotone.fitness.language.generation import (
     ExactMatch,
+    ExactMatchSettings,
     Generator,
-    build_exact_match,
-    build_tokens_generated,
+    TokensGenerated,
+    TokensGeneratedSettings,
     same_model,
 )
 from ecotone.fitness.language.texts import tokenizer_of
-from ecotone.fitness.objectives import Objective
+from ecotone.fitness.protocol import Objective
 from ecotone.populations.errors import InputError
 from ecotone.populations.trial import Goal
 
-LENGTH, RIGHT = Goal("length", "minimize"), Goal("right")
+RIGHT = Goal("right")
+
+
+def tokens_generated(folder: str, data: str, **settings: Any) -> TokensGenerated:
+    made = TokensGeneratedSettings(**{"name": "length", "type": "tokens_generated", "data": data, **settings})
+    return made.build(context(tokenizer=folder))
+
+
+def exact_match(folder: str, data: str, **settings: Any) -> ExactMatch:
+    made = ExactMatchSettings(**{"name": "right", "type": "exact_match", "data": data, **settings})
+    return made.build(context(tokenizer=folder))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +158,7 @@ def test_the_generation_configuration_changes_nothing_else(prompts: list[list[in
 
 
 def test_tokens_generated(lines: str, folder: str) -> None:
-    made = build_tokens_generated(LENGTH, {"data": lines, "most": 6, "batch": 5}, folder, tiny.CPU)
+    made = tokens_generated(folder, data=lines, most=6, batch=5)
     model = tiny.llama()
     model.generation_config.eos_token_id = list(range(0, 400, 5))
     score = made.score(model)
@@ -196,15 +208,15 @@ def test_exact_match_from_a_file(folder: str, tmp_path: Path) -> None:
     said = loaded.decode(Generator([ids], loaded, tiny.CPU, 3).written(model).tokens[0])
     records = [{"prompt": prompt, "answer": answer} for answer in (said, ["no", f" {said} "], "no", 3)]
     file = tiny.write_lines(tmp_path / "a.jsonl", records)
-    made = build_exact_match(RIGHT, {"data": file, "most": 3}, folder, tiny.CPU)
+    made = exact_match(folder, data=file, most=3)
     assert made.score(model).per_example.tolist() == [True, True, False, False]
 
 
 def test_nan_makes_the_scores_nan(lines: str, folder: str) -> None:
     model = tiny.llama()
     model.model.norm.weight.data[0] = float("nan")
-    for build in (build_tokens_generated, build_exact_match):
-        assert math.isnan(build(LENGTH, {"data": lines, "most": 2}, folder, tiny.CPU).score(model).value)
+    for make in (tokens_generated, exact_match):
+        assert math.isnan(make(folder, lines, most=2).score(model).value)
 
 
 # -- sharing -------------------------------------------------------------------------------------------------
@@ -214,9 +226,9 @@ def test_objectives_share_what_one_model_writes(lines: str, folder: str) -> None
     calls: list[int] = []
     model = tiny.llama(1)
     model.register_forward_hook(lambda *_: calls.append(1))
-    length = build_tokens_generated(LENGTH, {"data": lines, "most": 4}, folder, tiny.CPU)
-    right = build_exact_match(RIGHT, {"data": lines, "most": 4, "extract": "x"}, folder, tiny.CPU)
-    other = build_tokens_generated(LENGTH, {"data": lines, "most": 5}, folder, tiny.CPU)
+    length = tokens_generated(folder, data=lines, most=4)
+    right = exact_match(folder, data=lines, most=4, extract="x")
+    other = tokens_generated(folder, data=lines, most=5)
     assert length.generator is right.generator is not other.generator
     length.score(model)
     once = len(calls)
@@ -237,7 +249,7 @@ def test_objectives_share_what_one_model_writes(lines: str, folder: str) -> None
 
 
 def test_what_is_shared_is_gone_after_a_failure(lines: str, folder: str) -> None:
-    made = build_tokens_generated(LENGTH, {"data": lines, "most": 2}, folder, tiny.CPU)
+    made = tokens_generated(folder, data=lines, most=2)
     before = made.generator.written(tiny.llama(1))
     broken = tiny.llama(1)
     del broken.model.norm
@@ -256,7 +268,7 @@ def test_prompts(folder: str, tmp_path: Path) -> None:
     file = tiny.write_lines(tmp_path / "a.jsonl", [{"question": "What?"}])
 
     def prompt(**settings: Any) -> str:
-        made = build_tokens_generated(LENGTH, {"data": file, "most": 2, **settings}, folder, tiny.CPU)
+        made = tokens_generated(folder, data=file, most=2, **settings)
         return str(loaded.decode(made.generator._prompts[0]))
 
     assert prompt(template="Q: {question}\nA:") == "Q: What?\nA:"
@@ -275,10 +287,10 @@ def test_prompts(folder: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"most": 0}, "most: expected at least 1, found 0"),
+        ({"most": 0}, "most: Input should be greater than or equal to 1"),
         ({"most": 257}, "most: expected at most 256, which is what the model can take, found 257"),
         ({"most": 250}, r"prompts.jsonl:\d+: expected a prompt of at most 7 tokens, so that 250 more fit"),
-        ({"batch": 0}, "batch: expected at least 1, found 0"),
+        ({"batch": 0}, "batch: Input should be greater than or equal to 1"),
         ({"stop": [""]}, "stop: expected texts, found an empty one"),
         ({"template": "{promt}"}, "expected a field 'promt', as the template names, found none. Did you mean 'prompt'"),
         ({"template": ""}, "prompts.jsonl:1: expected a prompt with tokens, found none"),
@@ -287,19 +299,19 @@ def test_prompts(folder: str, tmp_path: Path) -> None:
             {"answer": "anwser", "most": 2},
             "prompts.jsonl:1: expected a field 'anwser', found none. Did you mean 'answer'",
         ),
-        ({"mots": 3}, "found 'mots'. Did you mean 'most'"),
+        ({"mots": 3}, "mots: Extra inputs are not permitted"),
     ],
 )
 def test_refusals(lines: str, folder: str, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        build_exact_match(RIGHT, {"data": lines, **settings}, folder, tiny.CPU)
+    with refused(words):
+        exact_match(folder, lines, **settings)
 
 
 @pytest.mark.parametrize("answer", [None, True, [], {"a": 1}])
 def test_answers_that_cannot_be_used(folder: str, tmp_path: Path, answer: Any) -> None:
     file = tiny.write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "answer": answer}])
     with pytest.raises(InputError, match="answer: expected a text, a number, or a list of them, found"):
-        build_exact_match(RIGHT, {"data": file}, folder, tiny.CPU)
+        exact_match(folder, data=file)
     assert json.loads(Path(file).read_text())["answer"] == answer
 
 
@@ -315,12 +327,10 @@ def test_models_without_keys_and_values_are_refused(prompts: list[list[int]]) ->
 def test_parts_make_up_the_whole_and_are_written_once(lines: str, folder: str, tmp_path: Path) -> None:
     model = tiny.llama()
     model.generation_config.eos_token_id = list(range(0, 400, 5))
-    length = build_tokens_generated(Goal("length", "minimize"), {"data": lines, "most": 9}, folder, tiny.CPU)
+    length = tokens_generated(folder, data=lines, most=9)
     tiny.check_parts(length, model)
     answers = [{"prompt": "a", "answer": "x"}, {"prompt": "the", "answer": "y"}, {"prompt": "of a", "answer": "z"}]
-    match = build_exact_match(
-        Goal("right"), {"data": tiny.write_lines(tmp_path / "a.jsonl", answers), "most": 2}, folder, tiny.CPU
-    )
+    match = exact_match(folder, data=tiny.write_lines(tmp_path / "a.jsonl", answers), most=2)
     assert match.count == 3
     numbers = np.array([2, 0])
     assert [sorted(each) for each in match.subset(numbers).answers] == [["z"], ["x"]]

@@ -6,13 +6,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from parts import calibration, call, objective
 from safetensors.torch import save_file, save_model
 
 from ecotone.fitness.backends import activation_checkpointing as checkpointing
 from ecotone.fitness.backends import resident
 from ecotone.fitness.backends.resident import Resident
 from ecotone.fitness.pools import Batch, SerialPool
-from ecotone.fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging import gradient as gradients
 from ecotone.merging.gradient import Slopes
@@ -20,7 +21,7 @@ from ecotone.merging.kernel import compiled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Goal, Trial
+from ecotone.populations.trial import Evaluation, Gradient, Scores, Trial
 
 pytestmark = pytest.mark.usefixtures("threads")
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def architecture(name, **arguments):
-    return CallSpec(f"gradients_tested:{name}", arguments)
+    return call(f"gradients_tested:{name}", arguments)
 
 
 def written(folder, name, count, dtype=torch.float64, **arguments):
@@ -568,17 +569,17 @@ def test_checkpointing_is_for_models_that_have_it(folder):
 
 def spec_of(folder, dtype=torch.float64, **fields):
     paths = [str(path) for path in written(folder, "net", 3, dtype)]
-    objective = ObjectiveSpec(Goal("acc"), data=CallSpec("gradients_tested:data"))
+    accuracy = objective("acc", data=call("gradients_tested:data"))
     tasks = tuple(
-        CalibrationSpec(name, CallSpec("gradients_tested:data", {"scale": scale}), batch=6, **more)
+        calibration(name, call("gradients_tested:data", {"scale": scale}), batch=6, **more)
         for name, scale, more in (("sure", 1.0, {}), ("told", 2.0, {"loss": "cross_entropy"}))
     )
-    options = {"search": (objective,), "calibration": tasks, "architecture": architecture("net"), **fields}
+    options = {"search": (accuracy,), "calibration": tasks, "architecture": architecture("net"), **fields}
     return WorkerSpec(tuple(paths[1:]), paths[0], "task_arithmetic", device="cpu", **options)
 
 
 def trial(number, genome, task=None, step=0):
-    return Trial(number, genome, calibration=None if task is None else CalibrationBatch.of(task, step))
+    return Trial(number, genome, wants=Scores() if task is None else Gradient.of(task, step))
 
 
 def same(one, two):
@@ -606,14 +607,14 @@ def test_a_gradient_trial_has_a_loss_and_a_gradient_and_no_scores(mixed):
     for one, evaluation in zip(trials, worker.measure(trials), strict=True):
         assert evaluation.ok
         assert evaluation.seconds > 0
-        if one.calibration is None:
+        if one.gradient is None:
             assert set(evaluation.scores) == {"acc"}
             assert evaluation.gradient is None
             assert 0 < evaluation.details["merge_seconds"] <= evaluation.seconds
             continue
-        assert set(evaluation.scores) == {one.calibration.task}
+        assert set(evaluation.scores) == {one.gradient.task}
         assert evaluation.items == 6
-        assert 0 < evaluation.details[Evaluation.detail_of(one.calibration.task, "diversity")] <= 1
+        assert 0 < evaluation.details[Evaluation.detail_of(one.gradient.task, "diversity")] <= 1
         assert evaluation.gradient.shape == one.genome.coefficients.shape
 
 
@@ -631,7 +632,7 @@ def test_the_gradient_is_that_of_the_loss(folder, task):
 def test_tasks_together_are_the_weighted_sum_of_each_alone(folder):
     worker = Worker(spec_of(folder))
     genome = genome_of(worker._sources, "tensors")
-    both = Trial(0, genome, calibration=CalibrationBatch(("sure", "told"), 5, (2.0, 0.5)))
+    both = Trial(0, genome, wants=Gradient(("sure", "told"), 5, (2.0, 0.5)))
     one, two, joint = worker.measure([trial(1, genome, "sure", 5), trial(2, genome, "told", 5), both])
     assert joint.scores == {**one.scores, **two.scores}
     assert joint.details == {**one.details, **two.details}
@@ -642,7 +643,7 @@ def test_tasks_together_are_the_weighted_sum_of_each_alone(folder):
 def test_a_task_that_fails_among_others_is_named(folder):
     worker = Worker(spec_of(folder))
     genome = genome_of(worker._sources, "tensors")
-    wrong = Trial(0, genome, calibration=CalibrationBatch(("sure", "sore"), 0, (1.0, 1.0)))
+    wrong = Trial(0, genome, wants=Gradient(("sure", "sore"), 0, (1.0, 1.0)))
     [found] = worker.measure([wrong])
     assert found.failure.message.startswith("calibration 'sore': expected a calibration task of that name")
 
@@ -712,7 +713,7 @@ def test_a_worker_without_tasks_says_so(folder):
 
 
 def test_objectives_that_spoil_weights_harm_no_gradient(folder):
-    spoils = ObjectiveSpec(Goal("s"), "call", call=CallSpec("gradients_tested:spoils"))
+    spoils = objective("s", "call", call="gradients_tested:spoils")
     worker = Worker(spec_of(folder, search=(spoils,)))
     genome = genome_of(worker._sources, "tensors")
     first, _, last = worker.measure([trial(0, genome, "sure"), trial(1, genome), trial(2, genome, "sure")])
@@ -721,7 +722,7 @@ def test_objectives_that_spoil_weights_harm_no_gradient(folder):
 
 def test_checkpointing_is_the_spec_s(folder):
     with pytest.raises(InputError, match="checkpointing: expected a Hugging Face model"):
-        Worker(spec_of(folder, checkpointing=True))
+        Worker(spec_of(folder, backend=resident.ResidentSettings(checkpointing=True)))
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------
@@ -730,9 +731,9 @@ def test_checkpointing_is_the_spec_s(folder):
 def worker_of(folder, name, head=None):
     """A worker with the objectives ``acc`` and ``odd``, and the calibration task ``t``."""
     paths = tuple(map(str, written(folder, name, 3)))
-    acc = ObjectiveSpec(Goal("acc"), data=architecture("data"))
-    odd = ObjectiveSpec(Goal("odd"), "call", call=architecture("forgets"))
-    task = CalibrationSpec("t", architecture("data"), head=head, batch=8)
+    acc = objective("acc", data=architecture("data"))
+    odd = objective("odd", "call", call="gradients_tested:forgets")
+    task = calibration("t", architecture("data"), head=head, batch=8)
     return Worker(
         WorkerSpec(
             *(paths[1:], paths[0], "task_arithmetic"),
@@ -751,7 +752,7 @@ def test_a_gradient_does_not_depend_on_what_was_scored_before(folder, name):
     for before in (0, 1, 3):
         worker = worker_of(folder, name)
         genome = Genome.uniform(worker._sources.layout.size, [0.3, 0.3])
-        gradient = Trial(before, genome, calibration=CalibrationBatch.of("t", 0))
+        gradient = Trial(before, genome, wants=Gradient.of("t", 0))
         *_, evaluation = worker.measure([*(Trial(number, genome) for number in range(before)), gradient])
         assert evaluation.ok, evaluation.failure
         found.append((evaluation.scores["t"], evaluation.gradient.tobytes()))

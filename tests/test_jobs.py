@@ -39,6 +39,7 @@ from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch
 from ecotone.experiments.runs import Run
 from ecotone.extras import how_to_install
+from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, PoolError
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -269,7 +270,7 @@ def test_a_resumed_job_finds_what_travelled_elsewhere(tmp_path: Path) -> None:
     known = Run(run).status()
     assert (known["evaluations"], known["failures"], known["state"]) == (60, 0, "finished")
     with Run(run).journal() as journal:
-        assert str(old) not in str(journal.fact("recipe")) + str(journal.fact("sys_path"))
+        assert str(old) not in str(journal.fact(facts.RECIPE)) + str(journal.fact(facts.SYS_PATH))
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["working_dir", "py_modules"])

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ecotone.populations import facts
 from ecotone.populations.errors import JournalError
 from ecotone.populations.genome import Genome
-from ecotone.populations.journal import FORMAT, Event, Journal
-from ecotone.populations.trial import CalibrationBatch, Evaluation, Failure, Trial
+from ecotone.populations.journal import Event, Journal
+from ecotone.populations.migrations import FORMAT
+from ecotone.populations.trial import Evaluation, Failure, Gradient, Scores, Trial
 
 
 def genome(number: int) -> Genome:
@@ -35,7 +37,7 @@ def scored(value: float) -> Evaluation:
 
 def written(path: Path, trials: int = 6, batch: int = 2) -> Path:
     """A journal of ``trials`` scored and told trials."""
-    with Journal.create(path, {"name": "test"}) as journal:
+    with Journal.create(path, [facts.NAME.note("test")]) as journal:
         for number in range(0, trials, batch):
             some = [Trial(i, genome(i)) for i in range(number, number + batch)]
             journal.asked(number // batch, batch, some)
@@ -53,24 +55,24 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_facts_and_events(path: Path) -> None:
-    with Journal.create(path, {"name": "a", "text": "ünï\n'\"%"}) as journal:
+    with Journal.create(path, [facts.NAME.note("a"), facts.ERROR.note("ünï\n'\"%")]) as journal:
         journal.asked(0, 4, [Trial(0, genome(0)), Trial(1, genome(1))])
         journal.asked(1, 3, [Trial(2, genome(2))])
         journal.told(1)
         journal.told(0)
-        journal.note("name", "b")
+        journal.note(facts.NAME, "b")
     with Journal.open(path) as journal:
-        assert journal.fact("name") == "b"
-        assert journal.fact("text") == "ünï\n'\"%"
-        assert journal.fact("nothing") is None
-        assert float(journal.fact("created") or 0) == pytest.approx(time.time(), abs=60)
+        assert journal.fact(facts.NAME) == "b"
+        assert journal.fact(facts.ERROR) == "ünï\n'\"%"
+        assert journal.fact(facts.REPORT) is None
+        assert (journal.fact(facts.CREATED) or 0) == pytest.approx(time.time(), abs=60)
         assert journal.events() == [Event("ask", 0, 4), Event("ask", 1, 3), Event("tell", 1), Event("tell", 0)]
         assert next(journal.batches()) == [(0, genome(0).digest), (1, genome(1).digest)]
 
 
 def test_trials_come_back_exactly(path: Path) -> None:
     trial = Trial(0, genome(3), (4, 5))
-    with Journal.create(path, {}) as journal:
+    with Journal.create(path) as journal:
         journal.asked(0, 1, [trial])
     with Journal.open(path) as journal:
         back = journal.trial(0)
@@ -96,7 +98,7 @@ def test_trials_come_back_exactly(path: Path) -> None:
 def test_per_example_scores_come_back_exactly(path: Path, values: np.ndarray) -> None:
     other = np.array([False, True])
     evaluation = Evaluation({"acc": 0.1 + 0.2}, {"acc": values, "other": other}, seconds=1.5, items=9)
-    with Journal.create(path, {}) as journal:
+    with Journal.create(path) as journal:
         journal.asked(0, 1, [Trial(0, genome(0))])
         journal.arrived([(Trial(0, genome(0)), evaluation)])
     with Journal.open(path) as journal:
@@ -114,7 +116,7 @@ def test_per_example_scores_come_back_exactly(path: Path, values: np.ndarray) ->
 def test_failures_and_details_come_back(path: Path) -> None:
     failed = Evaluation.failed("worker died", "exit 137", "a\nlog", seconds=3.0)
     told = Evaluation({"acc": 1.0}, details={"worker": "w1", "attempts": 2})
-    with Journal.create(path, {}) as journal:
+    with Journal.create(path) as journal:
         trials = [Trial(i, genome(i), (i,)) for i in range(3)]
         journal.asked(0, 3, trials)
         journal.arrived([(trials[0], failed), (trials[1], told)])
@@ -134,11 +136,11 @@ def test_failures_and_details_come_back(path: Path) -> None:
 def test_gradients_come_back_exactly_and_are_no_scores(path: Path) -> None:
     gradient = np.array([[0.1, 1 / 3], [-0.0, 5e-324]])
     asked = [
-        Trial(0, genome(0), calibration=CalibrationBatch.of("math", 7)),
+        Trial(0, genome(0), wants=Gradient.of("math", 7)),
         Trial(1, genome(0)),
-        Trial(2, genome(1), calibration=CalibrationBatch(("code", "math"), 8, (0.1, 2.0))),
+        Trial(2, genome(1), wants=Gradient(("code", "math"), 8, (0.1, 2.0))),
     ]
-    with Journal.create(path, {}) as journal:
+    with Journal.create(path) as journal:
         journal.asked(0, 3, asked)
         told = [Evaluation({"math": 2.5}, gradient=gradient), scored(0.5), Evaluation.failed("not finite", "NaN")]
         journal.arrived(zip(asked, told, strict=True))
@@ -153,7 +155,7 @@ def test_gradients_come_back_exactly_and_are_no_scores(path: Path) -> None:
         assert [row.number for row in journal.rows()] == [1]
         assert [row.number for row in journal.rows(0, unscored=True)] == [1, 2]
         rows = list(journal.rows(unscored=True))
-        assert [row.calibration for row in rows] == [trial.calibration for trial in asked]
+        assert [row.gradient for row in rows] == [trial.gradient for trial in asked]
         assert [row.scores for row in rows] == [{"math": 2.5}, {"acc": 0.5}, {}]
         of_genome = journal.evaluation_of(genome(0).digest)
         assert of_genome is not None
@@ -164,8 +166,8 @@ def test_gradients_come_back_exactly_and_are_no_scores(path: Path) -> None:
 def test_a_digest_tells_losses(tmp_path: Path) -> None:
     digests = set()
     for number, value in enumerate((1.0, 1.5)):
-        trial = Trial(0, genome(0), calibration=CalibrationBatch.of("math", 0))
-        with Journal.create(tmp_path / str(number) / "journal.sqlite", {}) as journal:
+        trial = Trial(0, genome(0), wants=Gradient.of("math", 0))
+        with Journal.create(tmp_path / str(number) / "journal.sqlite") as journal:
             journal.asked(0, 1, [trial])
             journal.arrived([(trial, Evaluation({"math": value}, gradient=np.zeros((2, 2))))])
             digests.add(journal.digest())
@@ -174,7 +176,7 @@ def test_a_digest_tells_losses(tmp_path: Path) -> None:
 
 def test_residuals_are_kept_for_whom_they_are_kept(path: Path) -> None:
     trials = [dense(i) for i in range(3)]
-    with Journal.create(path, {}) as journal:
+    with Journal.create(path) as journal:
         journal.asked(0, 3, trials)
         journal.keep(trials[:2], [])
         journal.keep([trials[0]], [])  # again: no harm
@@ -192,29 +194,29 @@ def test_residuals_are_kept_for_whom_they_are_kept(path: Path) -> None:
 
 
 def test_measurements_and_references(path: Path) -> None:
-    with Journal.create(path, {}) as journal:
+    with Journal.create(path) as journal:
         journal.refer("low", genome(0))
         journal.refer("high", genome(1))
         journal.refer("low", genome(2))  # the first stays
-        journal.measured(genome(0), "held_out", scored(0.5))
-        journal.measured(genome(0), "search", scored(0.75))
-        journal.measured(genome(0), "search", scored(0.8))  # the last stays
+        journal.measured(genome(0), Scores("held_out"), scored(0.5))
+        journal.measured(genome(0), Scores(), scored(0.75))
+        journal.measured(genome(0), Scores(), scored(0.8))  # the last stays
     with Journal.open(path) as journal:
         assert journal.references() == [("low", genome(0)), ("high", genome(1))]
-        found = journal.measurement(genome(0).split(5).digest, "held_out")
+        found = journal.measurement(genome(0).split(5).digest, Scores("held_out"))
         assert found is not None
         assert found.scores == {"acc": 0.5}
-        again = journal.measurement(genome(0).digest, "search")
+        again = journal.measurement(genome(0).digest, Scores())
         assert again is not None
         assert again.scores == {"acc": 0.8}
-        assert journal.measurement(genome(1).digest, "search") is None
+        assert journal.measurement(genome(1).digest, Scores()) is None
 
 
 # -- the digest ----------------------------------------------------------------------------------------------
 
 
 def digest_of(path: Path, *results: tuple[int, Genome, Evaluation]) -> str:
-    with Journal.create(path, {"name": path.stem}) as journal:
+    with Journal.create(path, [facts.NAME.note(path.stem)]) as journal:
         for batch, (number, one, evaluation) in enumerate(results):
             journal.asked(batch, 1, [Trial(number, one)])
             journal.arrived([(Trial(number, one), evaluation)])
@@ -294,7 +296,7 @@ def test_kill_9_inside_a_transaction(path: Path) -> None:
     with Journal.open(path) as journal:
         assert [row.number for row in journal.rows()] == list(range(8))
         assert journal.events()[-2:] == [Event("ask", 7, 1), Event("tell", 7)]
-        assert journal.fact("name") == "test"
+        assert journal.fact(facts.NAME) == "test"
         assert not journal.in_use
     with Journal.open(path, write=True) as journal:  # the lock died with its owner
         journal.told(99)
@@ -322,13 +324,13 @@ def test_a_reader_that_looks_whether_someone_writes_does_not_keep_the_writer_out
         fcntl.flock(looking, fcntl.LOCK_SH)
         threading.Timer(0.1, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
         with Journal.open(path, write=True) as journal:
-            assert journal.fact("name") == "test"
+            assert journal.fact(facts.NAME) == "test"
 
 
 def test_create_does_not_overwrite(path: Path) -> None:
     written(path)
     with pytest.raises(JournalError, match="a run is there already"):
-        Journal.create(path, {})
+        Journal.create(path)
 
 
 def test_readers_see_whole_transactions_while_the_writer_works(path: Path) -> None:
@@ -360,7 +362,7 @@ def test_readers_see_whole_transactions_while_the_writer_works(path: Path) -> No
 def test_a_reader_cannot_write(path: Path) -> None:
     written(path)
     with Journal.open(path) as journal, pytest.raises(JournalError, match="journal"):
-        journal.note("name", "other")
+        journal.note(facts.NAME, "other")
 
 
 # -- what is no journal --------------------------------------------------------------------------------------
@@ -391,7 +393,7 @@ def test_another_database(path: Path) -> None:
 
 def test_a_refused_journal_is_not_locked(path: Path) -> None:
     """Although the error is kept."""
-    Journal.create(path, {}).close()
+    Journal.create(path).close()
     whole = path.read_bytes()
     path.write_bytes(b"no database at all, but long enough to be read as one" * 100)
     with pytest.raises(JournalError, match="not a journal") as refused:
@@ -404,9 +406,9 @@ def test_a_refused_journal_is_not_locked(path: Path) -> None:
 def test_a_journal_of_a_later_format(path: Path) -> None:
     written(path)
     with Journal.open(path, write=True) as journal:
-        journal.note("format", str(FORMAT + 1))
+        journal.note(facts.FORMAT_OF, FORMAT + 1)
     with pytest.raises(
-        JournalError, match=rf"expected journal format {FORMAT}, found {FORMAT + 1}.*version that wrote it"
+        JournalError, match=rf"newer Ecotone \(format {FORMAT + 1}; this one reads up to {FORMAT}\)\. Update Ecotone"
     ):
         Journal.open(path)
 
@@ -432,20 +434,20 @@ def test_a_damaged_journal_is_named(path: Path, harm: str) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(JournalError, match=r"Not a directory|File exists"):
-        Journal.create(tmp_path / "file" / "run" / "journal.sqlite", {})
+        Journal.create(tmp_path / "file" / "run" / "journal.sqlite")
 
 
 def test_a_journal_that_cannot_be_begun_leaves_nothing_in_the_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(journal: Journal, key: str, value: str) -> None:
+    def full(journal: Journal, note: facts.Note) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "note", full)
+        patched.setattr(Journal, "_keep", full)
         with pytest.raises(JournalError, match="cannot be written"):
-            Journal.create(path, {"name": "a"})
+            Journal.create(path, [facts.NAME.note("a")])
     assert not path.exists()
-    with Journal.create(path, {"name": "b"}) as journal:
-        assert journal.fact("name") == "b"
+    with Journal.create(path, [facts.NAME.note("b")]) as journal:
+        assert journal.fact(facts.NAME) == "b"
 
 
 def test_a_full_disk_in_words_and_nothing_lost(path: Path) -> None:

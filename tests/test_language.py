@@ -14,9 +14,10 @@ import pytest
 import tiny_language as tiny
 import torch
 import yaml
+from parts import context, refused
 
 from ecotone.fitness import lm_eval as language
-from ecotone.fitness.objectives import Divisible, Objective
+from ecotone.fitness.protocol import Divisible, Objective
 from ecotone.populations.errors import InputError
 from ecotone.populations.trial import Goal
 
@@ -159,8 +160,12 @@ def change(model: Any, seed: int) -> None:
         parameter.data = parameter.data + 0.3 * noise
 
 
-def built(folder: str, tokenizer: str, task: str, **settings: Any) -> language.LanguageTask:
-    return language.build(GOAL, {"task": task, "folder": folder, "batch": 4, **settings}, tokenizer, CPU)
+def built(folder: str | None, tokenizer: str, task: str, **settings: Any) -> language.LanguageTask:
+    return settings_of(task=task, folder=folder, **{"batch": 4, **settings}).build(context(tokenizer=tokenizer))
+
+
+def settings_of(**settings: Any) -> language.LmEvalSettings:
+    return language.LmEvalSettings(**{"name": "skill", "type": "lm_eval", **settings})
 
 
 @pytest.fixture(autouse=True)
@@ -475,9 +480,9 @@ def test_other_errors_of_a_model_are_not_taken_for_memory(folder, tokenizer, mod
 
 
 def test_a_task_is_described_without_a_model(folder):
-    found = language.describe({"task": "last_word", "folder": folder, "limit": 9, "part": "rest"})
+    found = language.described(settings_of(task="last_word", folder=folder, limit=9, part="rest"))
     assert found == language.Description(14, 23, "perplexity", False, "loglikelihood")
-    assert language.describe({"task": "colours", "folder": folder}).documents == 23
+    assert language.described(settings_of(task="colours", folder=folder)).documents == 23
 
 
 @pytest.mark.parametrize(
@@ -490,10 +495,6 @@ def test_a_task_is_described_without_a_model(folder):
         ({"metric": "acc_nrm"}, "has .acc, acc_norm, mcc, brier_score., found 'acc_nrm'. Did you mean 'acc_norm'"),
         ({"filter": "strict"}, "filter: expected one that 'colours' has .none., found 'strict'"),
         ({"folder": "no/such"}, "expected a folder of task files, found none at 'no/such'"),
-        ({"batch": 0}, "batch: expected at least 1, found 0"),
-        ({"limit": 0}, "limit: expected at least 1, found 0"),
-        ({"part": "rest"}, "limit: expected the number of documents that part 'rest' leaves out"),
-        ({"part": "all", "limit": 3}, "limit: expected nothing with part 'all', found 3"),
         ({"part": "rest", "limit": 23}, "limit: expected fewer than the 23 documents"),
         ({"shots": 9}, "the requests of 'colours' cannot be built .*ample"),
         ({"max_length": 2}, "expected continuations of 1 to 2 tokens"),
@@ -508,6 +509,22 @@ def test_bad_settings_are_refused_in_words(folder, tokenizer, monkeypatch, setti
     with pytest.raises(InputError, match=message) as caught:
         built(**{"folder": folder, "tokenizer": tokenizer, "task": "colours", **settings})
     assert str(caught.value).startswith("objective 'skill': ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 0}, "^batch: Input should be greater than or equal to 1"),
+        ({"limit": 0}, "^limit: Input should be greater than or equal to 1"),
+        ({"max_length": 1}, "^max_length: Input should be greater than or equal to 2"),
+        ({"shots": -1}, "^shots: Input should be greater than or equal to 0"),
+        ({"part": "rest"}, "limit: expected the number of documents that part 'rest' leaves out, found nothing"),
+        ({"part": "all", "limit": 3}, "limit: expected nothing with part 'all', found 3"),
+    ],
+)
+def test_settings_that_fit_no_task(settings, message):
+    with refused(message):
+        settings_of(task="colours", **settings)
 
 
 def test_zero_shots_that_a_task_fixes_are_kept(folder, tokenizer, tmp_path):
@@ -643,11 +660,11 @@ def test_a_missing_lm_eval_is_named(folder, tokenizer, monkeypatch):
 @pytest.mark.slow
 def test_lm_evals_own_tasks_are_found_and_nearest_names_given(tokenizer):
     with pytest.raises(InputError, match=r"lm-eval has none called 'hella_swag'. Nearest: .*hellaswag"):
-        language.build(GOAL, {"task": "hella_swag"}, tokenizer, CPU)
+        built(None, tokenizer, "hella_swag")
     with pytest.raises(InputError, match=r"the dataset \('.*hellaswag'\) of 'hellaswag' cannot be loaded"):
-        language.build(GOAL, {"task": "hellaswag"}, tokenizer, CPU)
+        built(None, tokenizer, "hellaswag")
     with pytest.raises(InputError, match=r"found 'mmlu', a group"):
-        language.build(GOAL, {"task": "mmlu"}, tokenizer, CPU)
+        built(None, tokenizer, "mmlu")
 
 
 # -- parts ---------------------------------------------------------------------------------------------------

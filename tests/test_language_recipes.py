@@ -1,8 +1,6 @@
 """Objectives of language models in recipes: fields, paths, and a search over real (tiny) models."""
 
-import dataclasses
 import json
-from typing import get_args
 
 import pytest
 import yaml
@@ -10,38 +8,8 @@ import yaml
 from ecotone import launch
 from ecotone.experiments import compose
 from ecotone.experiments.checks import validate
-from ecotone.experiments.parts import OBJECTIVES, Language
 from ecotone.experiments.recipe import Recipe
-from ecotone.fitness import lm_eval as language
-from ecotone.fitness.language import choices, generation, perplexity
-from ecotone.fitness.objectives import LANGUAGE
 from ecotone.populations.errors import InputError
-
-SETTINGS = {
-    "lm_eval": language.Settings,
-    "bits_per_byte": perplexity.Settings,
-    "likelihood": perplexity.Settings,
-    "perplexity": perplexity.Settings,
-    "multiple_choice": choices.Settings,
-    "tokens_generated": generation.Settings,
-    "exact_match": generation.AnswerSettings,
-}
-
-
-@pytest.mark.parametrize("kind", SETTINGS)
-def test_recipes_have_the_settings_of_the_objectives_with_their_defaults(kind):
-    part, settings = OBJECTIVES[kind], {field.name: field for field in dataclasses.fields(SETTINGS[kind])}
-    own = {name: field for name, field in part.model_fields.items() if name not in ("name", "type", "direction")}
-    assert set(own) == set(settings)
-    defaults = {name: field.default for name, field in own.items() if not field.is_required()}
-    assert defaults == {name: settings[name].default for name in defaults}
-    needed = {name for name, field in settings.items() if field.default is dataclasses.MISSING}
-    assert needed == set(own) - set(defaults)
-
-
-def test_every_language_objective_can_be_built():
-    kinds = {kind for part in get_args(Language) for kind in get_args(part.model_fields["type"].annotation)}
-    assert kinds == set(LANGUAGE) == set(SETTINGS)
 
 
 @pytest.fixture
@@ -127,9 +95,9 @@ def test_a_search_scores_language_models(family, objective):
 
 def test_files_are_found_from_the_recipe_s_folder(family):
     recipe = recipe_of(family, type="multiple_choice", examples="data.jsonl", shots=1)
-    [_, chosen] = compose.worker_spec(recipe, None).search
-    assert chosen.settings["data"] == chosen.settings["examples"] == str(family / "data.jsonl")
-    assert chosen.tokenizer == str(family / "base")
+    spec = compose.worker_spec(recipe, None)
+    assert spec.search[1].data == spec.search[1].examples == str(family / "data.jsonl")
+    assert spec.tokenizer == str(family / "base")
 
 
 def test_a_mistyped_setting_is_refused_with_the_nearest(family):

@@ -20,6 +20,7 @@ from managing import begun, ended, of_sample
 from numpy.typing import NDArray
 
 from ecotone.fitness.pools import Batch, Completed
+from ecotone.populations import facts
 from ecotone.populations.errors import JournalError, PoolError, SearchError
 from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
@@ -28,7 +29,7 @@ from ecotone.populations.niches import NicheArchive
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import ElitistArchive, Population
 from ecotone.populations.space import Space
-from ecotone.populations.trial import Evaluation, Goal, Trial, oriented
+from ecotone.populations.trial import Evaluation, Goal, Scores, Trial, oriented
 from ecotone.search.cma_es import CmaEs, CmaEsSettings
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.m2n2 import M2N2, M2N2Settings
@@ -342,7 +343,7 @@ def test_a_budget_of_seconds_stops_asking_and_tells_the_rest(tmp_path: Path) -> 
         told = [event for event in manager.journal.events() if event.kind == "tell"]
         asked = [event for event in manager.journal.events() if event.kind == "ask"]
         assert len(told) == len(asked) > 5
-        assert float(manager.journal.fact("elapsed") or 0) >= 20.0
+        assert (manager.journal.fact(facts.ELAPSED) or 0) >= 20.0
     # Resumed, the seconds of the first stretch count.
     idle = Simulated()
     later = managed("m2n2", tmp_path / "j.sqlite", idle, schedule, clock=lambda: 0.0)
@@ -481,7 +482,7 @@ def test_time_that_passes_without_results_is_written_down(tmp_path: Path) -> Non
     with manager.journal, pytest.raises(Crash):
         manager.run()
     with Journal.open(tmp_path / "j.sqlite") as journal:
-        assert 120 < float(journal.fact("elapsed") or 0) <= 200
+        assert 120 < (journal.fact(facts.ELAPSED) or 0) <= 200
 
 
 def test_the_observer_can_end_a_wait(tmp_path: Path) -> None:
@@ -545,7 +546,7 @@ def test_draining_waits_for_the_grace_and_no_longer(grace: float, tmp_path: Path
     assert pool.now == pytest.approx(5 + grace)
     with Journal.open(path) as journal:
         asked = [event for event in journal.events() if event.kind == "ask"]
-        assert float(journal.fact("elapsed") or 0) == pytest.approx(5 + grace)
+        assert (journal.fact(facts.ELAPSED) or 0) == pytest.approx(5 + grace)
     assert len(asked) == 3
     second = Simulated()
     carried_out("random", path, second)
@@ -873,22 +874,22 @@ def test_only_members_and_front_keep_their_dense_weights(tmp_path: Path) -> None
 def test_measuring_pays_for_each_merge_once(tmp_path: Path) -> None:
     genomes = [Genome.uniform(SIZE, [i / 10, 1.0]) for i in range(5)]
     again = [genomes[0].split(3), *genomes[1:3]]
-    with Journal.create(tmp_path / "j.sqlite", {}) as journal:
+    with Journal.create(tmp_path / "j.sqlite") as journal:
         pool = Simulated(0)
-        found = measure(pool, journal, [*genomes, *again], "held_out", batch=2)
+        found = measure(pool, journal, [*genomes, *again], Scores("held_out"), batch=2)
         assert set(found) == {genome.digest for genome in genomes}
         assert len(pool.submitted) == 5
         for genome in genomes:
             assert found[genome.digest].scores == scored(Trial(0, genome)).scores
-            stored = journal.measurement(genome.digest, "held_out")
+            stored = journal.measurement(genome.digest, Scores("held_out"))
             assert stored is not None
             assert stored.scores == found[genome.digest].scores
         more = Simulated(0)
         new = Genome.uniform(SIZE, [9.0, 9.0])
-        assert set(measure(more, journal, [*genomes, new], "held_out", batch=2)) == {*found, new.digest}
+        assert set(measure(more, journal, [*genomes, new], Scores("held_out"), batch=2)) == {*found, new.digest}
         assert len(more.submitted) == 1
         other = Simulated(0)
-        measure(other, journal, genomes, "search", batch=10)
+        measure(other, journal, genomes, Scores(), batch=10)
         assert len(other.submitted) == 5  # another subset is another measurement
 
 
@@ -900,8 +901,21 @@ def test_a_measurement_that_comes_twice_or_is_of_the_search_counts_once(tmp_path
         wrong = [Evaluation.failed("exception", "late") for _ in found]
         return [(of_the_search, wrong), (batch, found), (batch, wrong)]
 
-    with Journal.create(tmp_path / "j.sqlite", {}) as journal:
-        found = measure(Altered(again), journal, genomes, "held_out", batch=2)
+    with Journal.create(tmp_path / "j.sqlite") as journal:
+        found = measure(Altered(again), journal, genomes, Scores("held_out"), batch=2)
+    assert [found[genome.digest].scores for genome in genomes] == [scored(Trial(0, one)).scores for one in genomes]
+
+
+def test_a_batch_of_an_earlier_measurement_that_comes_late_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """It has the same number and the same merges: what was wanted of them tells."""
+    genomes = [Genome.uniform(SIZE, [i / 10, 1.0]) for i in range(2)]
+
+    def late(batch: Batch, found: list[Evaluation]) -> Completed:
+        trials = tuple(replace(trial, wants=Scores("held_out")) for trial in batch.trials)
+        return [(replace(batch, trials=trials), [Evaluation({"acc": -1.0}) for _ in found]), (batch, found)]
+
+    with Journal.create(tmp_path / "j.sqlite") as journal:
+        found = measure(Altered(late), journal, genomes, Scores(), batch=2)
     assert [found[genome.digest].scores for genome in genomes] == [scored(Trial(0, one)).scores for one in genomes]
 
 
@@ -912,12 +926,12 @@ def test_what_the_search_scored_is_not_measured_again(tmp_path: Path) -> None:
     average = Genome.uniform(SIZE, [0.5, 0.5])
     with Journal.open(path, write=True) as journal:
         pool = Simulated()
-        found = measure(pool, journal, [*seeds, average], "search", batch=2)
+        found = measure(pool, journal, [*seeds, average], Scores(), batch=2)
         assert len(pool.submitted) == 1
         for genome in (*seeds, average):
-            stored = journal.measurement(genome.digest, "search")
+            stored = journal.measurement(genome.digest, Scores())
             assert stored is not None
             assert stored.scores == found[genome.digest].scores == scored(Trial(0, genome)).scores
         held_out = Simulated()
-        measure(held_out, journal, seeds, "held_out", batch=2)
+        measure(held_out, journal, seeds, Scores("held_out"), batch=2)
         assert len(held_out.submitted) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +17,7 @@ from ecotone.experiments.compose import check_search
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import Run
+from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError
 
 EVALUATIONS = 36
@@ -177,7 +177,7 @@ def test_the_seed_matters(tmp_path: Path, undisturbed: Callable[[str], Outcome])
 def test_map_reports_the_front_as_predicted_and_as_measured(tmp_path: Path) -> None:
     run = launch(Recipe.from_yaml(toy_recipe(tmp_path, "map")), tmp_path / "run")
     with run.journal() as journal:
-        report = json.loads(journal.fact("report") or "{}")
+        report = journal.fact(facts.REPORT)
         scores = {row.number: journal.trial(row.number) for row in journal.rows()}
     assert report["design"] == list(range(20))  # twice the ten coefficients of a quadratic in three variables
     assert [member["number"] for member in report["members"]] == list(range(20, EVALUATIONS))
@@ -226,7 +226,7 @@ def test_map_with_a_larger_budget_goes_on_where_it_ended(tmp_path: Path, undistu
 def test_nested_map_shows_its_tree(tmp_path: Path) -> None:
     run = launch(Recipe.from_yaml(toy_recipe(tmp_path, "nested_map")), tmp_path / "run")
     with run.journal() as journal:
-        (root,) = json.loads(journal.fact("report") or "{}")["tree"]
+        (root,) = journal.fact(facts.REPORT)["tree"]
         scores = journal.trial(root["number"])
     assert sorted(root["models"]) == ["left", "middle", "right"]
     assert list(root["coefficients"].values()) == pytest.approx(scores.genome.coefficients[0])

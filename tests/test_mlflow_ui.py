@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import starmap
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,12 +25,14 @@ import numpy as np
 import pytest
 
 from ecotone.experiments import tracking
-from ecotone.experiments.tracking.server import await_answer, free_port, serving
-from ecotone.experiments.tracking.server import stop as stop_server
-from ecotone.experiments.tracking.view import view_address, view_key
+from ecotone.experiments.tracking.mlflow.server import await_answer, free_port, serving
+from ecotone.experiments.tracking.mlflow.server import stop as stop_server
+from ecotone.experiments.tracking.mlflow.view import view_address, view_key
+from ecotone.populations import facts
+from ecotone.populations.facts import Note
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
-from ecotone.populations.trial import Evaluation, Goal, Trial
+from ecotone.populations.trial import Evaluation, Goal, Scores, Trial
 
 pytest.importorskip("mlflow")
 
@@ -148,7 +151,7 @@ def a_search(directory: Path, algorithm: str, reach: float) -> Front:
     """A finished search in the journal, ``reach`` from the origin at best; returns its front, by math."""
     rng = np.random.default_rng(len(algorithm))
     goals = json.dumps([[goal.name, goal.direction] for goal in GOALS])
-    facts = {
+    told = {
         "recipe": json.dumps({"search": {"algorithm": algorithm}, "seed": 0}),
         "name": "merge",
         "algorithm": algorithm,
@@ -158,7 +161,7 @@ def a_search(directory: Path, algorithm: str, reach: float) -> Front:
         "tracking": json.dumps({"experiment": "three searches"}),
         "models": json.dumps(["math", "code"]),
     }
-    with Journal.create(directory / "journal.sqlite", facts) as journal:
+    with Journal.create(directory / "journal.sqlite", starmap(Note, told.items())) as journal:
         for number in range(EVALUATIONS):
             angle, length = np.pi / 2 * rng.uniform(), reach * (1 - 0.5 * rng.uniform() ** 3)
             scores = {"math": float(length * np.sin(angle)), "code": float(length * np.cos(angle))}
@@ -166,8 +169,10 @@ def a_search(directory: Path, algorithm: str, reach: float) -> Front:
             journal.asked(number, 1, [trial])
             journal.arrived([(trial, Evaluation(scores))])
             journal.told(number)
-            journal.measured(trial.genome, "held_out", Evaluation({key: 0.9 * value for key, value in scores.items()}))
-        journal.note("state", "finished")
+            journal.measured(
+                trial.genome, Scores("held_out"), Evaluation({key: 0.9 * value for key, value in scores.items()})
+            )
+        journal.note(facts.STATE, "finished")
         points = [(row.scores["math"], row.scores["code"]) for row in journal.rows() if row.scores]
     return sorted(p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points))
 

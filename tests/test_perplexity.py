@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import tiny_language as tiny
 import torch
+from parts import context, refused
+from parts import objective as objective_settings
 from torch import nn
 
 from ecotone.fitness.language import likelihoods
-from ecotone.fitness.language.perplexity import Perplexity, build
-from ecotone.fitness.language.texts import Source, documents, tokenizer_of
-from ecotone.fitness.objectives import Objective
+from ecotone.fitness.language.perplexity import Perplexity
+from ecotone.fitness.language.texts import documents, tokenizer_of
+from ecotone.fitness.protocol import Objective
 from ecotone.populations.errors import InputError
 from ecotone.populations.trial import Goal
 
@@ -52,7 +54,12 @@ def lines(tmp_path: Path) -> str:
 
 
 def objective(data: str, folder: str, unit: Any = "bits_per_byte", **settings: Any) -> Perplexity:
-    return build(GOAL, {"data": data, **settings}, folder, tiny.CPU, unit)
+    made: Perplexity = settings_of(unit, data=data, **settings).build(context(tokenizer=folder))
+    return made
+
+
+def settings_of(unit: str = "bits_per_byte", **settings: Any) -> Any:
+    return objective_settings("bits", unit, **settings)
 
 
 class Uniform(nn.Module):
@@ -86,7 +93,7 @@ def test_equals_the_loss_of_transformers(made: Any, lines: str, folder: str) -> 
     model = made()
     found = objective(lines, folder).score(model)
     loaded, nats, sizes = tokenizer_of(folder), [], []
-    for document in documents(Source(data=lines), "text", ""):
+    for document in documents([Path(lines)], "text", ""):
         tokens = [loaded.bos_token_id, *loaded(document, add_special_tokens=False)["input_ids"]]
         nats.append(float(plain_nats(model, tokens).sum()))
         sizes.append(len(document.encode()))
@@ -99,7 +106,7 @@ def test_perplexity_is_of_all_tokens(lines: str, folder: str, model: Any) -> Non
     bits = objective(lines, folder).score(model)
     made = objective(lines, folder, "perplexity")
     tokens = len(made.items)
-    size = sum(len(text.encode()) for text in documents(Source(data=lines), "text", ""))
+    size = sum(len(text.encode()) for text in documents([Path(lines)], "text", ""))
     assert made.score(model).value == pytest.approx(2 ** (bits.value * size / tokens), rel=1e-12)
 
 
@@ -176,7 +183,7 @@ def test_parts_have_no_item_in_common_and_make_up_all(
 
 
 def test_a_smaller_limit_takes_a_subset() -> None:
-    taken = [set(Source(data="x", part="search", limit=limit).chosen(50, "").tolist()) for limit in (3, 8, None)]
+    taken = [set(settings_of(data="x", part="search", limit=limit).chosen(50).tolist()) for limit in (3, 8, None)]
     assert [len(numbers) for numbers in taken] == [3, 8, 25]
     assert taken[0] < taken[1] < taken[2]
 
@@ -185,7 +192,7 @@ def test_without_a_start_token_the_first_is_not_scored(lines: str, text: str, ba
     loaded = tokenizer_of(bare)
     for data in (lines, text):
         made = objective(data, bare, context=256)
-        texts = documents(Source(data=data), "text", "")
+        texts = documents([Path(data)], "text", "")
         cut = [content[len(loaded.decode(loaded(content)["input_ids"][0])) :] for content in texts]
         assert made.sizes.sum() == sum(len(content.encode()) for content in cut)
         assert len(made.items) == sum(len(loaded(content)["input_ids"]) - 1 for content in texts)
@@ -276,23 +283,24 @@ def test_scores_depend_on_the_weights_alone(lines: str, folder: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"context": 300}, "context: expected 1 to 256, which is what the model can take, found 300"),
-        ({"context": 0}, "context: expected 1 to 256"),
-        ({"context": 10, "stride": 11}, r"stride: expected 1 to context \(10\), found 11"),
-        ({"batch": 0}, "batch: expected at least 1, found 0"),
-        ({"part": "test"}, "part: expected search, held_out or all, found 'test'"),
-        ({"share": 1.0}, "share: expected a number between 0 and 1, found 1.0"),
-        ({"seed": -1}, "seed: expected at least 0, found -1"),
-        ({"limit": 0}, "limit: expected at least 1, found 0"),
-        ({"strid": 3}, "found 'strid'. Did you mean 'stride'"),
+        ({"context": 300}, "context: expected at most 256, which is what the model can take, found 300"),
+        ({"context": 1}, "context: Input should be greater than or equal to 2"),
+        ({"context": 10, "stride": 11}, r"stride: expected at most context \(10\), found 11"),
+        ({"stride": 0}, "stride: Input should be greater than or equal to 1"),
+        ({"batch": 0}, "batch: Input should be greater than or equal to 1"),
+        ({"part": "test"}, "part: Input should be 'search', 'held_out' or 'all'"),
+        ({"share": 1.0}, "share: Input should be less than 1"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"limit": 0}, "limit: Input should be greater than or equal to 1"),
+        ({"strid": 3}, "strid: Extra inputs are not permitted"),
         ({"field": "txt"}, "many.jsonl:1: expected a field 'txt', found none. Did you mean 'text'"),
         ({"data": "no_such_file.txt"}, "data: cannot read no_such_file.txt"),
         ({"data": []}, "data: expected a file, found none"),
     ],
 )
 def test_refusals(lines: str, folder: str, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        build(GOAL, {"data": lines, **settings}, folder, tiny.CPU)
+    with refused(words):
+        objective(**{"data": lines, "folder": folder, **settings})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import save_file
 
 import ecotone.merging.memory
-from ecotone.fitness import worker as workers
+from ecotone.fitness.backends import resident
 from ecotone.fitness.backends.resident import STACK_BYTES, stack_of
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
@@ -280,7 +280,7 @@ def test_a_worker_settles_the_placement_before_it_makes_a_model(tmp_path, monkey
     assert Worker(small)._sources.held.placed(CPU) == "host"
     assert Worker(spec_of(paths, operator="ties", batch=1, neighbours=50))._sources.held.placed(CPU) == "mapped"
     monkeypatch.setattr(placement, "_available", lambda: 1000)
-    monkeypatch.setattr(workers, "Resident", None)
+    monkeypatch.setattr(resident, "Resident", None)
     with pytest.raises(InputError, match=r"memory: expected .* in main memory for each worker"):
         Worker(small)
 
@@ -358,10 +358,11 @@ PEAK = """
 import ctypes, json, sys, threading
 import numpy as np
 from ecotone.fitness.callables import call
-from ecotone.fitness.specs import CallSpec, ObjectiveSpec, WorkerSpec
+from ecotone.fitness.objectives import CallSettings
+from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of, open_sources
 from ecotone.populations.genome import Genome
-from ecotone.populations.trial import Goal, Trial
+from ecotone.populations.trial import Trial
 import torch
 
 def anonymous():
@@ -380,7 +381,7 @@ def merge(paths):
     return spec
 
 operator, small, large = sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(",")
-objectives = (ObjectiveSpec(Goal("length"), "call", call=CallSpec("builtins:len")),)
+objectives = (CallSettings(name="length", type="call", call="builtins:len"),)
 merge(small)  # imports and compiled loops are there
 ctypes.CDLL(None).malloc_trim(0)
 peak, stop = 0, threading.Event()

@@ -24,14 +24,15 @@ from ecotone.experiments import compose
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.report import search_report_text
 from ecotone.experiments.running import launch, resume
-from ecotone.fitness.objectives import Accuracy, Divisible, Entropy, pooled_mean
+from ecotone.fitness.objectives import Accuracy, Entropy
+from ecotone.fitness.protocol import Divisible, pooled_mean
 from ecotone.fitness.worker import Worker
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.population import ElitistArchive, Population
 from ecotone.populations.samples import Sample, error_of_mean, estimate, order, reached
-from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Scores, Trial
 from ecotone.search.cma_es import CmaEs, CmaEsSettings
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.m2n2 import M2N2, M2N2Settings
@@ -375,7 +376,7 @@ def test_a_worker_scores_samples_and_joins_them(tmp_path: Path, monkeypatch: pyt
     [plain] = worker.measure([Trial(0, genome)])
     seen: dict[str, NDArray[Any]] = {}
     for start, stop in pairwise((0.0, 0.1, 0.55, 1.0)):
-        [found] = worker.measure([Trial(1, genome, sample=Sample(3, start, stop, seen))])
+        [found] = worker.measure([Trial(1, genome, wants=Scores(sample=Sample(3, start, stop, seen)))])
         assert found.ok
         assert found.items == sum(reached(40, stop) - reached(40, start) for _ in plain.scores)
         seen = dict(found.per_example)

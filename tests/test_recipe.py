@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from parts import call
 from processes import ROOT
 from pydantic import ValidationError
 
 from ecotone.experiments import compose, preparation
-from ecotone.experiments.parts import OBJECTIVES
 from ecotone.experiments.recipe import Recipe, apply_settings, parse_settings
-from ecotone.fitness.specs import CallSpec
+from ecotone.fitness.objectives import AccuracySettings
+from ecotone.fitness.registry import OBJECTIVES
 from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.gram import GramTable
 from ecotone.populations.niches import NicheArchive
@@ -677,8 +678,8 @@ def test_the_worker_is_told_everything() -> None:
     assert (spec.operator, spec.names, spec.dtype, spec.dense) == ("task_arithmetic", ("x", "y"), "bfloat16", False)
     assert spec.sys_path == ("folder",)
     (one,), (held_out,) = spec.search, spec.held_out
-    assert (one.goal.name, one.type, one.call) == ("one", "call", CallSpec("m:f", {"x": 1}))
-    assert (held_out.type, held_out.data, held_out.batch) == ("accuracy", CallSpec("m:data", {}), 64)
+    assert (one.name, one.type, one.call, one.arguments) == ("one", "call", "m:f", {"x": 1})  # type: ignore[attr-defined]
+    assert held_out == AccuracySettings(name="one", data=call("m:data"), batch=64)
     dense = Recipe.from_record(apply_settings(FULL, {"search.mutation": 0.1}))
     assert compose.worker_spec(dense, None).dense
 
@@ -696,9 +697,9 @@ def test_prepared_paths_in_arguments_are_made_whole(tmp_path: Path) -> None:
     spec = compose.worker_spec(Recipe.from_record(record), tmp_path)
     (one,), (held_out,) = spec.search, spec.held_out
     expected = {"data": f"{tmp_path}/a.safetensors", "n": 3, "more": [{"deep": f"{tmp_path}/b/c"}, "not prepared:d"]}
-    assert one.call == CallSpec("m:f", expected)
-    assert held_out.data == CallSpec("m:data", {"file": f"{tmp_path}/e"})
-    assert spec.architecture == CallSpec("m:a", {"config": f"{tmp_path}/f"})
+    assert (one.call, one.arguments) == ("m:f", expected)  # type: ignore[attr-defined]
+    assert held_out.data == call("m:data", {"file": f"{tmp_path}/e"})  # type: ignore[attr-defined]
+    assert spec.architecture == call("m:a", {"config": f"{tmp_path}/f"})
 
 
 @pytest.mark.parametrize(

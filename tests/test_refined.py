@@ -17,6 +17,7 @@ from test_manager import GOALS, SPACE, Crash, Simulated, scored
 from ecotone.experiments.checks import validate
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
+from ecotone.populations import facts
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats
 from ecotone.populations.journal import Journal
@@ -47,16 +48,16 @@ def pull(coefficients: Floats, task: str, step: int) -> Floats:
 
 
 def measured(trial: Trial) -> Evaluation:
-    if trial.calibration is None:
+    if trial.gradient is None:
         return scored(trial)
-    task, step = trial.calibration.task, trial.calibration.step
+    task, step = trial.gradient.task, trial.gradient.step
     gradient = pull(trial.genome.coefficients, task, step)
     return Evaluation({task: 0.5 * float(np.sum(gradient**2))}, gradient=gradient)
 
 
 def unlucky(trial: Trial) -> Evaluation:
     """The gradient of ``left`` fails in each child's second step."""
-    if trial.calibration is not None and trial.calibration.step % 4 == 1 and trial.calibration.task == "left":
+    if trial.gradient is not None and trial.gradient.step % 4 == 1 and trial.gradient.task == "left":
         return Evaluation.failed("out of memory", "no room")
     return measured(trial)
 
@@ -69,7 +70,7 @@ def run(search: Any, archive: NicheArchive, count: int, n: int = 1, measure: Any
         assert asked
         for trial in asked:
             evaluation = measure(trial)
-            outcome = Outcome(False) if trial.calibration else archive.add(trial, evaluation)
+            outcome = Outcome(False) if trial.gradient else archive.add(trial, evaluation)
             search.tell(trial, evaluation, outcome)
         trials += asked
     return trials
@@ -85,15 +86,15 @@ def test_a_child_takes_torchs_adam_steps_from_where_it_was_bred() -> None:
     point = torch.tensor(child.coefficients.copy(), requires_grad=True)
     optimiser = torch.optim.Adam([point], lr=0.05)
     for step in range(4):
-        asked = [trial for trial in trials if trial.calibration and trial.calibration.step == step]
-        assert [trial.calibration.task for trial in asked if trial.calibration] == list(TASKS)
+        asked = [trial for trial in trials if trial.gradient and trial.gradient.step == step]
+        assert [trial.gradient.task for trial in asked if trial.gradient] == list(TASKS)
         for trial in asked:
             assert np.allclose(trial.genome.coefficients, point.detach().numpy(), rtol=0, atol=1e-12)
         here = point.detach().numpy()
         point.grad = torch.from_numpy(sum(pull(here, task, step) for task in TASKS))
         optimiser.step()
     last = trials[-1]
-    assert last.calibration is None
+    assert last.gradient is None
     assert np.array_equal(last.genome.boundaries, child.boundaries)
     assert np.allclose(last.genome.coefficients, point.detach().numpy(), rtol=0, atol=1e-12)
     (record,) = search.report()["refined"]
@@ -116,7 +117,7 @@ def test_refining_no_child_is_plain_m2n2() -> None:
 def test_every_so_many_children_are_refined_but_no_seed(every: int) -> None:
     search, archive = refined(every=every, steps=2)
     trials = run(search, archive, 150)
-    scores = [trial.number for trial in trials if trial.calibration is None]
+    scores = [trial.number for trial in trials if trial.gradient is None]
     numbers = [record["number"] for record in search.report()["refined"]]
     assert numbers == scores[SEEDS + every - 1 :: every]
     parents = {parent for trial in trials for parent in trial.parents}
@@ -127,7 +128,7 @@ def test_every_so_many_children_are_refined_but_no_seed(every: int) -> None:
 def test_children_learn_from_different_batches() -> None:
     search, archive = refined(every=2)
     trials = run(search, archive, 120, n=4)
-    steps = [trial.calibration.step for trial in trials if trial.calibration and trial.calibration.task == "left"]
+    steps = [trial.gradient.step for trial in trials if trial.gradient and trial.gradient.task == "left"]
     assert len(steps) == len(set(steps)) > 20
     assert sorted(steps) == list(range(len(steps)))
 
@@ -136,7 +137,7 @@ def test_other_children_go_on_while_one_learns() -> None:
     search, archive = refined(every=2)
     run(search, archive, SEEDS)
     asked = search.ask(8)
-    kinds = [trial.calibration is not None for trial in asked]
+    kinds = [trial.gradient is not None for trial in asked]
     assert kinds == [False, True, True, False, True, True, False, True]
     assert search.ask(2) != []  # nothing of these was told
 
@@ -145,9 +146,9 @@ def test_a_failed_gradient_leaves_the_child_as_it_was_bred() -> None:
     search, archive = refined()
     trials = run(search, archive, SEEDS + 2 + 2 + 1 + 1, measure=unlucky)
     child = run(*bred(), SEEDS + 3)[-1].genome
-    assert trials[-1].calibration is None
+    assert trials[-1].gradient is None
     assert trials[-1].genome == child
-    assert [t.calibration.task for t in trials if t.calibration] == ["left", "right", "left"]  # no more was asked for
+    assert [t.gradient.task for t in trials if t.gradient] == ["left", "right", "left"]  # no more was asked for
     report = search.report()
     assert report["refined"][0]["failure"] == "step 1, task 'left': out of memory: no room"
     assert report["refined"][0]["last"] is not None
@@ -166,7 +167,7 @@ def test_a_failed_gradient_leaves_the_child_as_it_was_bred() -> None:
 )
 def test_gradients_that_are_none(evaluation: Evaluation, message: str) -> None:
     search, archive = refined(("left",), every=1)
-    run(search, archive, 20, measure=lambda trial: evaluation if trial.calibration else scored(trial))
+    run(search, archive, 20, measure=lambda trial: evaluation if trial.gradient else scored(trial))
     failures = [record["failure"] for record in search.report()["refined"]]
     assert len(failures) > 3
     assert all(message in failure or "not finite" in failure for failure in failures)
@@ -177,8 +178,8 @@ def test_learning_finds_what_crossover_alone_does_not() -> None:
 
     def near(trial: Trial) -> Evaluation:
         away = trial.genome.coefficients + 0.5
-        if trial.calibration is not None:
-            return Evaluation({trial.calibration.task: float(np.sum(away**2))}, gradient=2 * away)
+        if trial.gradient is not None:
+            return Evaluation({trial.gradient.task: float(np.sum(away**2))}, gradient=2 * away)
         score = float(np.exp(-np.abs(away).mean()))
         return Evaluation({"first": score, "second": score})
 
@@ -288,9 +289,9 @@ def test_recipes_that_are_refused(others: dict[str, Any], message: str, tmp_path
     assert str(caught.value).startswith(message)
 
 
-def facts(path: Path) -> tuple[str, Any]:
+def outcome(path: Path) -> tuple[str, Any]:
     with Journal.open(path / "journal.sqlite") as journal:
-        return journal.digest(), json.loads(journal.fact("report") or "null")
+        return journal.digest(), journal.fact(facts.REPORT)
 
 
 def test_a_real_run_and_one_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +300,7 @@ def test_a_real_run_and_one_that_was_stopped(tmp_path: Path, monkeypatch: pytest
     texts = {finding.subject: finding.text for finding in validate(recipe)}
     assert texts["search"] == "m2n2: one child in 2 takes 3 steps on 2 tasks before it is scored"
     run = launch(recipe, tmp_path / "run", folders=(str(tmp_path / "a"),))
-    digest, report = facts(run.directory)
+    digest, report = outcome(run.directory)
     learned = report["refined"]
     assert len(learned) >= 9
     assert all(record["failure"] == "" for record in learned)
@@ -308,7 +309,7 @@ def test_a_real_run_and_one_that_was_stopped(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         launch(stopping, tmp_path / "stopped", folders=(str(tmp_path / "b"),))
     resume(tmp_path / "stopped")
-    assert facts(tmp_path / "stopped") == (digest, report)
+    assert outcome(tmp_path / "stopped") == (digest, report)
 
 
 def test_a_refined_stage(tmp_path: Path) -> None:
@@ -316,7 +317,7 @@ def test_a_refined_stage(tmp_path: Path) -> None:
     stages = [{"algorithm": "map", "evaluations": 16, "samples": 12}, M2N2_REFINED | {"granularity": "tensor"}]
     recipe = Recipe.from_yaml(toy_recipe(tmp_path, search=stages, budget={"evaluations": 32}))
     run = launch(recipe, tmp_path / "run", folders=(str(tmp_path),))
-    _, report = facts(run.directory)
+    _, report = outcome(run.directory)
     second = report["stages"][1]
     assert second["evaluations"] == 16
     with run.journal() as journal:

@@ -23,6 +23,7 @@ from ecotone.experiments.compose import make_search
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import Run
+from ecotone.populations import facts
 from ecotone.populations.errors import InputError, JournalError, SearchError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
@@ -92,7 +93,7 @@ def told(driver: Driver) -> list[tuple[Trial, Evaluation]]:
 def front(results: Sequence[tuple[Trial, Evaluation]]) -> dict[int, Trial]:
     found = ParetoFront(TWO_GOALS)
     for trial, evaluation in results:
-        if evaluation.ok and trial.calibration is None:
+        if evaluation.ok and trial.gradient is None:
             found.add(trial.number, oriented(evaluation.scores, TWO_GOALS))
     return {trial.number: trial for trial, _ in results if trial.number in found.numbers}
 
@@ -130,7 +131,7 @@ def test_a_stage_begins_with_the_front_before_it_exactly_and_pays_nothing_for_it
         assert np.array_equal(line["start"], trial.genome.refined(FINE))
         assert line["checks"][0]["number"] == number  # what was scored in the stage before
     digests = {trial.genome.digest for trial, _ in first}
-    later = [trial for trial, _ in told(driver) if trial.number >= 12 and trial.calibration is None]
+    later = [trial for trial, _ in told(driver) if trial.number >= 12 and trial.gradient is None]
     assert later
     assert not digests & {trial.genome.digest for trial in later}
 
@@ -195,7 +196,7 @@ def test_stages_are_given_their_shares_exactly() -> None:
     assert [stage["evaluations"] for stage in report["stages"]] == [13, 5, 20]
     second, third = (stage["first"] for stage in report["stages"][1:])
     scored_in = Counter(
-        (n >= second) + (n >= third) for n in range(driver.asked) if told(driver)[n][0].calibration is None
+        (n >= second) + (n >= third) for n in range(driver.asked) if told(driver)[n][0].gradient is None
     )
     assert scored_in == {0: 13, 1: 5, 2: 20}
     assert driver.search.done
@@ -352,10 +353,10 @@ def test_warnings_name_the_chains_trials() -> None:
     """The loss falls while the score falls: AdaMerging warns, and names its best trial."""
 
     def measure(trial: Trial) -> Evaluation:
-        if trial.calibration is None:
+        if trial.gradient is None:
             worth = -float(np.abs(trial.genome.coefficients - 1.0).sum())
             return Evaluation({"solved": worth, "length": 0.0})
-        return Evaluation({trial.calibration.task: 1.0 / (1 + trial.calibration.step)}, gradient=np.ones((3, 3)))
+        return Evaluation({trial.gradient.task: 1.0 / (1 + trial.gradient.step)}, gradient=np.ones((3, 3)))
 
     search = StagedSearch([nsga(5), adamerging(start="best")], TWO_GOALS)
     while not search.done:
@@ -363,7 +364,7 @@ def test_warnings_name_the_chains_trials() -> None:
             search.tell(
                 trial,
                 measure(trial),
-                search.population.add(trial, measure(trial)) if not trial.calibration else Outcome(False),
+                search.population.add(trial, measure(trial)) if not trial.gradient else Outcome(False),
             )
     report = search.report()
     (start,) = report["stages"][1]["starts"]
@@ -538,7 +539,7 @@ def test_every_algorithm_may_follow_another(stage: dict[str, Any]) -> None:
     trials: list[Trial] = []
 
     def measure(trial: Trial) -> Evaluation:
-        if trial.calibration is not None:
+        if trial.gradient is not None:
             return scored(trial)
         values = np.exp(-((expanded(trial.genome)[:15] - 0.3) ** 2)).reshape(3, 5)
         rows = dict(zip(("one", "two", "three"), values, strict=True))
@@ -550,7 +551,7 @@ def test_every_algorithm_may_follow_another(stage: dict[str, Any]) -> None:
         for trial in asked:
             trials.append(trial)
             known = measure(trial)
-            outcome = Outcome(False) if trial.calibration else population.add(trial, known)
+            outcome = Outcome(False) if trial.gradient else population.add(trial, known)
             search.tell(trial, known, outcome)
     report = search.report()["stages"][1]  # type: ignore[attr-defined]
     assert (len(report["starts"]) > 0) == (stage["algorithm"] not in ("random", "nested_map"))
@@ -571,7 +572,7 @@ QUICK = [{"algorithm": "nsga2", "evaluations": 16}, ADA | {"starts": 2}]
 
 def outcome_of(path: Path) -> tuple[str, Any]:
     with Journal.open(path / "journal.sqlite") as journal:
-        return journal.digest(), json.loads(journal.fact("report") or "null")
+        return journal.digest(), journal.fact(facts.REPORT)
 
 
 def test_map_then_adamerging_on_real_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,7 +588,7 @@ def test_map_then_adamerging_on_real_models(tmp_path: Path, monkeypatch: pytest.
     starts = report["stages"][1]["starts"]
     assert report["stages"][1]["evaluations"] == 2 * len(starts)
     with run.journal() as journal:
-        assert journal.fact("algorithm") == "map+adamerging"
+        assert journal.fact(facts.ALGORITHM) == "map+adamerging"
         rows = {row.number: row for row in journal.rows()}
         for line, number in zip(report["stages"][1]["report"]["lines"], starts, strict=True):
             start = journal.trial(number).genome
@@ -616,7 +617,7 @@ def test_stopped_in_its_second_stage_it_goes_on(tmp_path: Path) -> None:
 def recorded(run: Path) -> list[tuple[int, bool]]:
     """Number of each trial with a result, and whether it is a gradient; none while the journal is being begun."""
     with contextlib.suppress(JournalError), Journal.open(run / "journal.sqlite") as journal:
-        return [(row.number, row.calibration is not None) for row in journal.rows(unscored=True)]
+        return [(row.number, row.gradient is not None) for row in journal.rows(unscored=True)]
     return []
 
 

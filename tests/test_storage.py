@@ -28,10 +28,11 @@ from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import JOURNAL, Run
 from ecotone.experiments.storage import Copier, Lease, LeaseLostError, StorageError, Store, newest_copy, take_lease
-from ecotone.experiments.tracking import store as tracking_store
-from ecotone.experiments.tracking.target import Target
-from ecotone.populations import journal as journal_module
+from ecotone.experiments.tracking.mlflow import store as tracking_store
+from ecotone.experiments.tracking.subject import Subject
+from ecotone.populations import migrations
 from ecotone.populations.errors import EcotoneError, JournalError
+from ecotone.populations.facts import NAME
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
 from ecotone.populations.trial import Evaluation, Trial
@@ -133,7 +134,7 @@ def begun(directory: Path, batches: int = 1) -> Journal:
     """A journal with some batches of one trial each, open for writing."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "recipe.yaml").write_text("name: toy\n")
-    journal = Journal.create(directory / JOURNAL, {"name": "toy"})
+    journal = Journal.create(directory / JOURNAL, [NAME.note("toy")])
     for _ in range(batches):
         grow(journal)
     return journal
@@ -771,8 +772,8 @@ def test_a_journal_of_another_version_is_refused_and_left(tmp_path: Path, monkey
     launch(toy(tmp_path), url, folders=(str(tmp_path),))
     here = storage._folder(Store(url), "runs")
     before = {path.name: path.read_bytes() for path in here.iterdir() if path.name.startswith(JOURNAL)}
-    monkeypatch.setattr(journal_module, "FORMAT", journal_module.FORMAT + 1)
-    with pytest.raises(JournalError, match="expected journal format"):
+    monkeypatch.setattr(migrations, "FORMAT", migrations.FORMAT - 1)
+    with pytest.raises(JournalError, match="written by a newer Ecotone"):
         resume(url)
     assert {name: (here / name).read_bytes() for name in before} == before
 
@@ -803,7 +804,7 @@ def test_mlflow_knows_a_run_by_its_url(
     url = f"file://{tmp_path}/store/run"
     run = launch(toy(tmp_path), url, folders=(str(tmp_path),))
     with run.journal() as journal:
-        tags = Target.of(journal, run.directory, None, None).tags
+        tags = Subject.of(journal, run.directory).tags
     machine("second")
     data = SimpleNamespace(data=SimpleNamespace(tags=tags))
     monkeypatch.setattr(tracking_store, "client_of", lambda uri: SimpleNamespace(get_run=lambda run_id: data))

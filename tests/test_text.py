@@ -10,20 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parts import calibration, call, context, objective
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ecotone.experiments.examples import text
 from ecotone.experiments.examples.text import Example
 from ecotone.experiments.exports import verify
-from ecotone.experiments.parts import PythonObjective
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch
-from ecotone.fitness.gradients import calibration
-from ecotone.fitness.objectives import build
-from ecotone.fitness.specs import CalibrationSpec, CallSpec, ObjectiveSpec
+from ecotone.fitness.objectives import CallSettings
 from ecotone.populations.errors import InputError
-from ecotone.populations.trial import Goal
 
 RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
 SIZES: dict[text.Part, int] = {"train": 40, "search": 20, "test": 20}
@@ -388,14 +385,14 @@ def test_what_accuracy_refuses(prepared: Path) -> None:
 @pytest.mark.parametrize("limit", [None, 9])
 def test_the_objective_of_type_accuracy_is_the_function_of_that_name(prepared: Path, limit: int | None) -> None:
     data = str(prepared / "kinds.safetensors")
-    spec = ObjectiveSpec(
-        Goal("kinds"),
-        data=CallSpec("ecotone.experiments.examples.text:examples", {"data": data, "part": "test", "limit": limit}),
-        head=CallSpec("ecotone.experiments.examples.text:head", {"data": data}),
+    settings = objective(
+        "kinds",
+        data=call("ecotone.experiments.examples.text:examples", {"data": data, "part": "test", "limit": limit}),
+        head=call("ecotone.experiments.examples.text:head", {"data": data}),
         batch=7,
     )
     for name in ("base", "sizes", "kinds"):
-        found = build(spec, torch.device("cpu"), torch.float32).score(loaded(prepared / name))
+        found = settings.build(context(torch.float32)).score(loaded(prepared / name))
         share, right = text.accuracy(loaded(prepared / name), data, "test", limit=limit)
         assert found.value == share
         assert found.per_example is not None
@@ -415,13 +412,13 @@ def test_unlabelled_texts_are_inputs_alone(prepared: Path) -> None:
 
 def test_the_loss_on_unlabelled_texts_is_the_entropy_of_the_head_on_mean_states(prepared: Path) -> None:
     data, model = str(prepared / "sizes.safetensors"), loaded(prepared / "sizes").requires_grad_(True)
-    spec = CalibrationSpec(
+    task = calibration(
         "sizes",
-        CallSpec("ecotone.experiments.examples.text:examples", {"data": data, "part": "unlabelled"}),
-        head=CallSpec("ecotone.experiments.examples.text:head", {"data": data}),
+        call("ecotone.experiments.examples.text:examples", {"data": data, "part": "unlabelled"}),
+        head=call("ecotone.experiments.examples.text:head", {"data": data}),
         batch=20,
     )
-    loss, details, count = calibration.build(spec, torch.device("cpu"), torch.float32).loss(model, 0)
+    loss, details, count = task.build(context(torch.float32), 0).loss(model, 0)
     torch.autograd.backward(loss)
     assert all(parameter.grad is not None for parameter in model.encoder.parameters())
     found = text.examples(data, "unlabelled")
@@ -542,7 +539,7 @@ def test_the_adamerging_recipe_keeps_learning_checking_and_testing_apart() -> No
     ):
         assert [one.name for one in group] == names
         for one in group:
-            assert not isinstance(one, PythonObjective)
+            assert not isinstance(one, CallSettings)
             assert one.data.arguments == {"data": f"prepared:{one.name}.safetensors", "part": part}
             assert one.head is not None
             assert one.head.arguments == {"data": f"prepared:{one.name}.safetensors"}

@@ -13,7 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from ecotone.fitness.objectives import Divisible
+from ecotone.fitness.protocol import Divisible
 
 CPU = torch.device("cpu")
 WORDS = (Path(__file__).parents[1] / "LICENSE").read_text("utf-8").split()

@@ -25,7 +25,7 @@ from ecotone.populations.gram import GramTable
 from ecotone.populations.population import Population
 from ecotone.populations.samples import Sample, error_of_mean
 from ecotone.populations.space import Space
-from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Scores, Trial
 from ecotone.search.kinds import Context, Pair, SearchSettings
 from ecotone.search.protocol import Search, numbered
 
@@ -77,10 +77,10 @@ def expanded(genome: Genome, vectors: NDArray[np.float32] = VECTORS) -> NDArray[
 
 def differentiated(trial: Trial) -> Evaluation:
     """The losses of a gradient trial, half squared distances to a point of its task and step, and their gradient."""
-    assert trial.calibration is not None
+    assert trial.gradient is not None
     if trial.number == 25:
         return Evaluation.failed("not finite", "unlucky")
-    coefficients, batch = trial.genome.coefficients, trial.calibration
+    coefficients, batch = trial.genome.coefficients, trial.gradient
     losses, gradient = {}, np.zeros(coefficients.shape)
     for task, weight in zip(batch.tasks, batch.weights, strict=True):
         away = coefficients - np.random.default_rng([len(task), batch.step]).standard_normal(coefficients.shape)
@@ -111,7 +111,7 @@ def of_sample(sample: Sample | None, whole: Evaluation) -> Evaluation:
 
 def scored(trial: Trial) -> Evaluation:
     """Scores with real-valued examples, or a gradient; now and then a failure (never of one of the first seven)."""
-    if trial.calibration is not None:
+    if trial.gradient is not None:
         return differentiated(trial)
     if trial.number % 11 == 7:
         return Evaluation.failed("exception", "ValueError: unlucky")
@@ -250,7 +250,7 @@ class SearchConformance:
         for trial in trials:
             assert (trial.genome.size, trial.genome.sources) == (SIZE, 3)
             assert all(parent < trial.number for parent in trial.parents)
-            assert trial.subset == "search"
+            assert trial.gradient or trial.wants == Scores(sample=trial.sample)
         assert len(set(driver.digests)) > 30 / self.per_merge.get(kind, 1)
 
     def test_asking_while_it_waits_changes_nothing(self, kind: str) -> None:

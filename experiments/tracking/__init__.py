@@ -1,13 +1,13 @@
-"""MLflow tracking: the journal of a run, mirrored into one MLflow run by a process of its own.
+"""Tracking: the journal of a run, mirrored into the trackers that its recipe names, by a process of its own for each.
 
-The journal is the truth; MLflow is a copy of it for looking at and comparing. The search never imports MLflow,
-never waits for it and never shares its interpreter: ``python -m ecotone.experiments.tracking RUN_DIR --follow PID``
-reads the journal about once a second, logs what is new in batches, and ends when the search has ended and all of it is
-logged. With the tracking server down it keeps trying; whatever it missed, the next ``mirror`` of the run adds.
+The journal is the truth; what a tracker has is a copy of it for looking at and comparing. The search never imports a
+tracker, never waits for one and never shares its interpreter:
+``python -m ecotone.experiments.tracking RUN_DIR --tracker NAME --follow PID`` reads the journal about once a second,
+logs what is new in batches, and ends when the search has ended and all of it is logged. With the tracker down it keeps
+trying; whatever it missed, the next ``mirror`` of the run adds.
 
-Where to go on is asked of MLflow itself: the metric ``evaluations`` is the last row of every batch, and its latest
-value says up to where the journal is mirrored. Steps, values and times of all rows follow from the journal alone,
-so a mirror that was killed and started again leaves the history an undisturbed one would have left.
+Where to go on is asked of the tracker itself where it can be asked. Steps, values and times of all rows follow from the
+journal alone, so a mirror that was killed and started again leaves the history an undisturbed one would have left.
 
 Metrics, each with the number of evaluations as its step:
 
@@ -23,25 +23,34 @@ Metrics, each with the number of evaluations as its step:
 
 Metrics whose steps are the members of the front, logged once, at the end: ``front/<objective>``, sorted by the first
 objective, and ``front_held_out/<objective>``, what the same members score on held-out data. A line chart of one over
-another (X-axis: Metric) shows the fronts of several searches in one picture; a view of such charts, one for each pair
-of objectives, is saved with the experiment, and `ecotone ui` opens it. With more than two objectives each pair has
-metrics of its own (``front_pairs/...``): the members that none dominates in these two.
+another shows the fronts of several searches in one picture. With more than two objectives each pair has metrics of its
+own (``front_pairs/...``): the members that none dominates in these two.
 
-Images ``front`` show the front after 15, 30, 60, 120, ... evaluations and at the end. Artifacts: a report, the recipe,
-the environment, the front as a table, its genomes, and all candidates.
+Images ``front`` show the front after 15, 30, 60, 120, ... evaluations and at the end. Files: a report, the recipe, the
+environment, the front as a table, its genomes, and all candidates.
 
-An MLflow run holds one search to its end. A search that goes on after it, with a larger budget, is written anew into
-another one, which takes its place in the view: metrics cannot be taken back.
+A tracker's run holds one search to its end. A search that goes on after it, with a larger budget, is written anew into
+another one, which takes its place: metrics cannot be taken back.
 
-MLflow is imported only inside the functions that need it, so that ``status`` and ``start`` stay cheap.
+``protocol.py`` says what a tracker is, ``registry.py`` which there are, ``mirroring.py`` works out what each lacks.
+Trackers are imported only inside the functions that need them, so that ``status`` and ``start`` stay cheap.
 """
 
-from ecotone.experiments.tracking.following import follow, main, mirror, start, wait
-from ecotone.experiments.tracking.notes import MirrorReport, status
-from ecotone.experiments.tracking.server import Pages, serve, ui_pages
-from ecotone.experiments.tracking.store import TrackingError, absolute_uri, default_uri, find_run_dir, installed
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ecotone.experiments.tracking.following import follow, main, mirror, mirror_all, start, wait
+    from ecotone.experiments.tracking.mlflow.server import Pages, serve, ui_pages
+    from ecotone.experiments.tracking.mlflow.store import absolute_uri, default_uri, find_run_dir
+    from ecotone.experiments.tracking.notes import MirrorReport, status, statuses
+    from ecotone.experiments.tracking.protocol import TrackingError
+    from ecotone.experiments.tracking.registry import TRACKERS
 
 __all__ = [
+    "TRACKERS",
     "MirrorReport",
     "Pages",
     "TrackingError",
@@ -49,12 +58,29 @@ __all__ = [
     "default_uri",
     "find_run_dir",
     "follow",
-    "installed",
     "main",
     "mirror",
+    "mirror_all",
     "serve",
     "start",
     "status",
+    "statuses",
     "ui_pages",
     "wait",
 ]
+
+_HOMES = {
+    **dict.fromkeys(("follow", "main", "mirror", "mirror_all", "start", "wait"), "following"),
+    **dict.fromkeys(("Pages", "serve", "ui_pages"), "mlflow.server"),
+    **dict.fromkeys(("absolute_uri", "default_uri", "find_run_dir"), "mlflow.store"),
+    **dict.fromkeys(("MirrorReport", "status", "statuses"), "notes"),
+    "TrackingError": "protocol",
+    "TRACKERS": "registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: a recipe needs the settings of trackers, and nothing of what mirrors."""
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""``python -m ecotone.experiments.tracking RUN_DIR [--follow PID]``."""
+"""``python -m ecotone.experiments.tracking RUN_DIR [--tracker NAME] [--follow PID]``."""
 
 import sys
 

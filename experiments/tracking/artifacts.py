@@ -1,4 +1,4 @@
-"""The files of a search that MLflow gets at its end."""
+"""The files of a search that trackers get at its end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ecotone.experiments.tracking.notes import say
+from ecotone.experiments.tracking.subject import Subject
 from ecotone.experiments.tracking.summary import Summary
-from ecotone.experiments.tracking.target import Target
+from ecotone.populations import facts
 from ecotone.populations.errors import JournalError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal, Row
 
 
-def write_artifacts(folder: Path, journal: Journal, target: Target, summary: Summary) -> None:
+def write_artifacts(folder: Path, journal: Journal, subject: Subject, summary: Summary) -> None:
     """Write into ``folder`` what goes with a search.
 
     - ``recipe.yaml`` and ``environment.json``: what was run, and with which versions of what.
@@ -29,13 +30,13 @@ def write_artifacts(folder: Path, journal: Journal, target: Target, summary: Sum
     """
     _write_json(folder / "front.json", summary.table)
     _write_csv(folder / "front.csv", summary.table["columns"], summary.table["data"])
-    _write_json(folder / "genomes.json", _genomes(journal, target, summary.front))
+    _write_json(folder / "genomes.json", _genomes(journal, subject, summary.front))
     _write_json(folder / "environment.json", _environment(journal))
-    _write_candidates(folder / "candidates.csv", journal, target)
+    _write_candidates(folder / "candidates.csv", journal, subject)
     recipe = journal.path.parent / "recipe.yaml"
     if recipe.is_file():
         shutil.copyfile(recipe, folder / "recipe.yaml")
-    if journal.fact("state") == "finished" and len(target.goals) > 1 and summary.front:
+    if journal.fact(facts.STATE) == "finished" and len(subject.goals) > 1 and summary.front:
         _write_report(journal.path.parent, folder / "report.html")
 
 
@@ -50,13 +51,13 @@ def _write_report(directory: Path, path: Path) -> None:
         say(f"no report: {type(error).__name__}: {error}")
 
 
-def _genomes(journal: Journal, target: Target, front: Sequence[Row]) -> dict[str, Any]:
+def _genomes(journal: Journal, subject: Subject, front: Sequence[Row]) -> dict[str, Any]:
     members = {}
     for row in front:
         genome = _genome(journal, row.number)
         members[str(row.number)] = {"digest": row.digest, "genome": genome}
     references = {name: json.loads(genome.to_json(residual=False)) for name, genome in journal.references()}
-    return {"models": list(target.models), "members": members, "references": references}
+    return {"models": list(subject.models), "members": members, "references": references}
 
 
 def _genome(journal: Journal, number: int) -> Any:
@@ -69,12 +70,12 @@ def _genome(journal: Journal, number: int) -> Any:
 
 
 def _environment(journal: Journal) -> dict[str, Any]:
-    facts = {key: journal.fact(key) for key in ("algorithm", "seed", "signature")}
-    return {**facts, "versions": json.loads(journal.fact("versions") or "{}")}
+    told = (facts.ALGORITHM, facts.SEED, facts.SIGNATURE, facts.VERSIONS)
+    return {fact.name: journal.fact(fact) for fact in told}
 
 
-def _write_candidates(path: Path, journal: Journal, target: Target) -> None:
-    names = [goal.name for goal in target.goals]
+def _write_candidates(path: Path, journal: Journal, subject: Subject) -> None:
+    names = [goal.name for goal in subject.goals]
     columns = ["number", "parents", "digest", *names, "failure", "seconds"]
     _write_csv(path, columns, (_candidate(row, names) for row in journal.rows()))
 

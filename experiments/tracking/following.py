@@ -1,4 +1,7 @@
-"""Mirroring a run: once, or while its search goes on, in a process of its own."""
+"""Mirroring a run: once, or while its search goes on, in a process of its own for each tracker.
+
+A tracker that hangs holds up its own process alone, and neither the search nor the other trackers.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ecotone
-from ecotone.experiments.tracking.mirrored_run import MirroredRun
+from ecotone.experiments.tracking.mirroring import Mirror
 from ecotone.experiments.tracking.notes import MirrorReport, note, noted, say, sole_mirror, status
-from ecotone.experiments.tracking.store import SILENCE, in_words, require_mlflow
-from ecotone.experiments.tracking.target import Target, state_of
-from ecotone.populations.errors import EcotoneError, JournalError
+from ecotone.experiments.tracking.protocol import SILENCE, Memory, TrackerSettings
+from ecotone.experiments.tracking.registry import TRACKERS
+from ecotone.experiments.tracking.subject import DEFAULT, Subject, state_of, trackers_of
+from ecotone.populations import facts
+from ecotone.populations.errors import EcotoneError, InputError, JournalError, first_line
 from ecotone.populations.journal import Journal
 
 _HANDOVER = 5.0  # seconds that a mirror waits for another one of the same run to end
@@ -28,40 +34,80 @@ FINAL_STATES = ("finished", "failed", "interrupted")
 
 
 def mirror(
-    run_dir: str | Path, uri: str | None = None, experiment: str | None = None, patience: float = 5.0
+    run_dir: str | Path,
+    tracker: str = DEFAULT,
+    changes: Mapping[str, Any] | None = None,
+    patience: float = 5.0,
 ) -> MirrorReport:
-    """Log everything in the journal of ``run_dir`` that MLflow does not have yet.
+    """Log everything in the journal of ``run_dir`` that a tracker does not have yet.
 
     Args:
         run_dir: The run directory.
-        uri: The tracking URI; the journal's own when None.
-        experiment: The name of the experiment; the journal's own when None.
+        tracker: The tracker's name.
+        changes: Settings of the tracker that replace the journal's.
         patience: Seconds to wait for another mirror of this run to end.
 
     Returns:
-        What was done. A tracking server that is down is an ``error`` in it, not an exception.
+        What was done. A tracker that is down is an ``error`` in it, not an exception.
 
     Raises:
         JournalError: There is no journal in ``run_dir``, or it cannot be read.
+        InputError: There is no such tracker, or the settings are not its own.
     """
     directory = Path(run_dir).resolve()
-    with Journal.open(directory / "journal.sqlite") as journal:
-        shown_uri = Target.of(journal, directory, uri, experiment).shown_uri
-    with sole_mirror(directory, patience) as alone:
+    settings = settings_of(directory, tracker, changes)
+    with sole_mirror(directory, tracker, patience) as alone:
         if not alone:
-            return MirrorReport(shown_uri, error="another process is mirroring this run")
-        return Attempts(directory, uri, experiment).once(live=False)
+            return MirrorReport(settings.place(directory), error="another process is mirroring this run")
+        with contextlib.closing(Attempts(directory, tracker, settings)) as attempts:
+            return attempts.once(live=False)
 
 
-def start(run_dir: str | Path, pid: int) -> subprocess.Popen[bytes]:
+def mirror_all(run_dir: str | Path, trackers: Sequence[str] = ()) -> dict[str, MirrorReport]:
+    """``mirror`` for each of the ``trackers``, by default those that the run names, or else MLflow; reports by name.
+
+    What goes wrong with one is in its report, and keeps nothing from the others.
+    """
+    directory = Path(run_dir).resolve()
+    return {name: _mirrored(directory, name) for name in trackers or chosen(directory) or (DEFAULT,)}
+
+
+def _mirrored(directory: Path, tracker: str) -> MirrorReport:
+    try:
+        return mirror(directory, tracker)
+    except InputError as error:
+        return MirrorReport("", error=str(error))
+
+
+def chosen(directory: Path) -> tuple[str, ...]:
+    """The trackers that a run is mirrored to."""
+    with Journal.open(directory / "journal.sqlite") as journal:
+        return tuple(trackers_of(journal))
+
+
+def settings_of(directory: Path, tracker: str, changes: Mapping[str, Any] | None = None) -> TrackerSettings:
+    """The settings of a tracker, as the journal has them; of one that was off, what the recipe says of it even so."""
+    kind = TRACKERS.get(tracker, "tracker")
+    with Journal.open(directory / "journal.sqlite") as journal:
+        on, recipe = trackers_of(journal), journal.fact(facts.RECIPE) or {}
+    beside = recipe.get("tracking", {}) if tracker == DEFAULT else {}
+    given = on.get(tracker, {key: value for key, value in beside.items() if key in kind.model_fields})
+    try:
+        settings = kind.model_validate({**given, **(changes or {})})
+    except ValueError as error:
+        raise InputError(f"tracking.{tracker}: {error}") from error
+    return settings if tracker in on else settings.recorded()
+
+
+def start(run_dir: str | Path, pid: int, tracker: str = DEFAULT) -> subprocess.Popen[bytes]:
     """Start mirroring the run that process ``pid`` writes, in a process that a Ctrl-C in the terminal does not reach.
 
     Its output goes to ``RUN_DIR/tracking.log``.
 
     Raises:
-        TrackingError: MLflow is not installed.
+        TrackingError: The tracker is not installed.
     """
-    require_mlflow()
+    TRACKERS.get(tracker, "tracker").require()
     directory = Path(run_dir).resolve()
     # Not `-m`: a folder named `ecotone` in the user's working directory would be imported instead of this one.
     launch = (
@@ -70,7 +116,7 @@ def start(run_dir: str | Path, pid: int) -> subprocess.Popen[bytes]:
     root = str(Path(str(ecotone.__file__)).resolve().parents[1])
     with (directory / "tracking.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", launch, root, str(directory), "--follow", str(pid)],
+            [sys.executable, "-c", launch, root, str(directory), "--tracker", tracker, "--follow", str(pid)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -79,14 +125,16 @@ def start(run_dir: str | Path, pid: int) -> subprocess.Popen[bytes]:
         )
 
 
-def wait(process: subprocess.Popen[bytes], seconds: float, run_dir: str | Path | None = None) -> bool:
+def wait(
+    process: subprocess.Popen[bytes], seconds: float, run_dir: str | Path | None = None, tracker: str = DEFAULT
+) -> bool:
     """Wait at most ``seconds`` for a mirror made by ``start``; True when it has ended. It is left running otherwise.
 
-    With ``run_dir``, waiting ends as soon as the mirror says that MLflow fails: a server that is down delays nothing.
+    With ``run_dir``, waiting ends as soon as the mirror says that its tracker fails: one that is down delays nothing.
     """
     end = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < end:
-        if run_dir is not None and status(run_dir)["error"] is not None:
+        if run_dir is not None and status(run_dir, tracker)["error"] is not None:
             break
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(0.2, seconds))
@@ -94,64 +142,93 @@ def wait(process: subprocess.Popen[bytes], seconds: float, run_dir: str | Path |
 
 
 class Attempts:
-    """Attempts to mirror a run, keeping the connection while it is good and ``tracking.json`` up to date."""
+    """Attempts to mirror a run to one tracker; they keep the record while it is good, and ``tracking.json`` true.
 
-    def __init__(self, directory: Path, uri: str | None = None, experiment: str | None = None) -> None:
+    Args:
+        directory: The run directory.
+        tracker: The tracker's name.
+        settings: The tracker's settings; None for the journal's, once it is there.
+    """
+
+    def __init__(self, directory: Path, tracker: str, settings: TrackerSettings | None = None) -> None:
         self.directory = directory
-        self._wanted = (uri, experiment)
-        self._mirror: MirroredRun | None = None
+        self.tracker = tracker
         self.trace = ""  # of the last failure
+        self._settings = settings
+        self._mirror: Mirror | None = None
 
     def once(self, live: bool) -> MirrorReport:
         """Mirror what is new; ``live`` says that the search's process is there."""
-        target, mirror, complete, failure = None, self._mirror, False, None
+        complete, failure, mirror = False, None, None
         try:
             with Journal.open(self.directory / "journal.sqlite") as journal:
-                if mirror is None:
-                    target = Target.of(journal, self.directory, *self._wanted)
-                    mirror = self._mirror = MirroredRun(target, self._known_run_id(target))
+                mirror = self._mirror = self._mirror or self._opened(journal)
                 complete = mirror.advance(journal, state_of(journal, live))
         except Exception as error:  # whatever it is, the journal has it all and the next attempt starts afresh
-            self._mirror = None
-            failure = in_words(error, target.uri if target else "")
+            mirror = self._mirror
+            failure = self._settings.in_words(error) if self._settings else first_line(error)
             self.trace = "" if failure.endswith(SILENCE) else traceback.format_exc()
-        report = self._report(mirror, target, complete, failure)
-        target = mirror.target if mirror else target
-        note(self.directory, report, target.experiment if target else None)
+        report, more = self._report(mirror, complete, failure)
+        if failure is not None:
+            self.close()
+        note(self.directory, self.tracker, report, more)
         return report
 
-    def _known_run_id(self, target: Target) -> str | None:
-        known = noted(self.directory)
-        return known.get("run_id") if known.get("uri") == target.shown_uri else None
+    def close(self) -> None:
+        """Let go of the tracker."""
+        mirror, self._mirror = self._mirror, None
+        if mirror is not None:
+            try:
+                mirror.record.close()
+            except Exception as error:
+                say(f"{self.tracker}: {first_line(error)}")
+
+    def _opened(self, journal: Journal) -> Mirror:
+        settings = self._settings = self._settings or settings_of(self.directory, self.tracker)
+        subject = Subject.of(journal, self.directory)
+        known = noted(self.directory, self.tracker)
+        memory: Memory = {"run_id": known.get("run_id"), **(known.get("memory") or {})}
+        here = known.get("uri") == settings.place(self.directory)
+        return Mirror(subject, settings.open(subject, self.directory, memory if here else {}))
 
     def _report(
-        self, mirror: MirroredRun | None, target: Target | None, complete: bool, failure: str | None
-    ) -> MirrorReport:
+        self, mirror: Mirror | None, complete: bool, failure: str | None
+    ) -> tuple[MirrorReport, dict[str, Any]]:
+        """What was achieved, and what else is noted: of a tracker that was not reached, what was known before."""
+        known = noted(self.directory, self.tracker)
+        uri = self._settings.place(self.directory) if self._settings else str(known.get("uri") or "")
         if mirror is not None:
-            uri = mirror.target.shown_uri
-            return MirrorReport(
-                uri, mirror.experiment_id, mirror.run_id, mirror.cursor, mirror.logged, complete, failure
+            record = mirror.record
+            report = MirrorReport(
+                uri, record.experiment_id, record.run_id, record.cursor, record.logged, complete, failure
             )
-        known = noted(self.directory)
-        uri = target.shown_uri if target else str(known.get("uri") or "")
+            more = {"experiment": record.experiment, "page": record.page, "memory": record.memory()}
+            return report, {key: value for key, value in more.items() if value}
         if known.get("uri") != uri:
-            return MirrorReport(uri, error=failure)
-        return MirrorReport(
+            return MirrorReport(uri, error=failure), {}
+        report = MirrorReport(
             uri, known.get("experiment_id"), known.get("run_id"), known.get("mirrored", 0), error=failure
         )
+        return report, {key: known[key] for key in ("experiment", "page", "memory") if key in known}
 
 
 def follow(
-    run_dir: str | Path, pid: int, poll: float = 1.0, patience: float = 30.0, stop: threading.Event | None = None
+    run_dir: str | Path,
+    pid: int,
+    poll: float = 1.0,
+    patience: float = 30.0,
+    stop: threading.Event | None = None,
+    tracker: str = DEFAULT,
 ) -> MirrorReport | None:
-    """Mirror a run while it goes on, and until all of it is in MLflow.
+    """Mirror a run while it goes on, and until the tracker has all of it.
 
     Args:
         run_dir: The run directory; its journal may yet have to appear.
         pid: The process that runs the search. Whoever else writes the journal later is followed too.
         poll: Seconds between two looks at the journal.
-        patience: Seconds to keep trying after the search's end when MLflow fails.
+        patience: Seconds to keep trying after the search's end when the tracker fails.
         stop: When set, the mirror ends after the batch at hand.
+        tracker: The tracker's name.
 
     Returns:
         The last report, or None when another process is mirroring this run already.
@@ -159,10 +236,11 @@ def follow(
     directory = Path(run_dir).resolve()
     stop = stop or threading.Event()
     birth = _birth(pid)
-    with sole_mirror(directory, _HANDOVER) as alone:
+    with sole_mirror(directory, tracker, _HANDOVER) as alone:
         if not alone:
             return None
-        return _followed(Attempts(directory), lambda: _birth(pid) == birth is not None, poll, patience, stop)
+        with contextlib.closing(Attempts(directory, tracker)) as attempts:
+            return _followed(attempts, lambda: _birth(pid) == birth is not None, poll, patience, stop)
 
 
 def _followed(
@@ -178,7 +256,7 @@ def _followed(
         elif deadline == math.inf:
             deadline, due, delay = time.monotonic() + patience, 0.0, 0.0
         if time.monotonic() >= due:
-            report = _told(attempts.once(live=not over), report, attempts.trace)
+            report = _told(attempts.tracker, attempts.once(live=not over), report, attempts.trace)
             if report.complete:
                 return report
             delay = 0.0 if report.error is None else min(max(1.0, 2 * delay), 5.0 if over else 30.0)
@@ -188,14 +266,14 @@ def _followed(
         stop.wait(poll)
 
 
-def _told(report: MirrorReport, before: MirrorReport, trace: str) -> MirrorReport:
+def _told(tracker: str, report: MirrorReport, before: MirrorReport, trace: str) -> MirrorReport:
     """Say what changed between two reports."""
     if report.error is not None and report.error != before.error:
-        say(f"{report.error}; trying again\n{trace}".rstrip())
+        say(f"{tracker}: {report.error}; trying again\n{trace}".rstrip())
     if report.error is None and (before.error is not None or report.run_id != before.run_id):
-        say(f"run {report.run_id} of experiment {report.experiment_id} at {report.uri}")
+        say(f"{tracker}: run {report.run_id} of experiment {report.experiment_id} at {report.uri}")
     if report.complete:
-        say(f"complete: {report.evaluations} evaluations")
+        say(f"{tracker}: complete: {report.evaluations} evaluations")
     return report
 
 
@@ -204,7 +282,7 @@ def _is_over(directory: Path, alive: Callable[[], bool]) -> bool:
     there = alive()  # before the journal is looked at: what a process that is gone wrote is there to be seen
     try:
         with Journal.open(directory / "journal.sqlite") as journal:
-            return journal.fact("state") in FINAL_STATES or not (there or journal.in_use)
+            return (journal.fact(facts.STATE) or "running") in FINAL_STATES or not (there or journal.in_use)
     except JournalError:
         return not there
 
@@ -232,9 +310,10 @@ def _signalled(pid: int) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Mirror a run directory: once, or while a process runs it. Returns 0 when all of it is in MLflow."""
+    """Mirror a run directory: once, or while a process runs it. Returns 0 when the tracker has all of it."""
     parser = argparse.ArgumentParser(prog="python -m ecotone.experiments.tracking", description=main.__doc__)
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--tracker", default=DEFAULT, help="where to")
     parser.add_argument("--follow", type=int, metavar="PID", help="go on until the search of this process has ended")
     parser.add_argument("--poll", type=float, default=1.0, help="seconds between two looks at the journal")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds to keep trying after the search's end")
@@ -246,9 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         if options.follow is None:
-            report: MirrorReport | None = mirror(options.run_dir)
+            report: MirrorReport | None = mirror(options.run_dir, options.tracker)
         else:
-            report = follow(options.run_dir, options.follow, options.poll, options.patience, stop)
+            report = follow(options.run_dir, options.follow, options.poll, options.patience, stop, options.tracker)
     except EcotoneError as error:
         say(str(error))
         return 1

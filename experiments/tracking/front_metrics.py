@@ -8,19 +8,17 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ecotone.experiments.tracking.names import FRONT, HELD_OUT_FRONT, metric_names, pair_metrics, pairs_of
+from ecotone.experiments.tracking.names import FRONT, HELD_OUT_FRONT, member_axis, metric_names, pair_metrics, pairs_of
+from ecotone.experiments.tracking.protocol import Line
 from ecotone.experiments.tracking.summary import Summary
 from ecotone.populations.fronts import non_dominated
 from ecotone.populations.journal import Row
 from ecotone.populations.trial import Goal, oriented
 
-MetricRow: TypeAlias = tuple[str, float, int, int]
-"""Key, value, time (unix milliseconds) and step."""
-
 Scores: TypeAlias = Mapping[str, float]
 
 
-def front_metrics(summary: Summary, goals: Sequence[Goal], held_out: Sequence[Goal], now: int) -> list[MetricRow]:
+def front_lines(summary: Summary, goals: Sequence[Goal], held_out: Sequence[Goal], now: int) -> list[Line]:
     """The front on search data, and what its members score on held-out data; nothing with one objective.
 
     - ``front/<objective>``: all members, by the first objective.
@@ -33,38 +31,39 @@ def front_metrics(summary: Summary, goals: Sequence[Goal], held_out: Sequence[Go
         summary: The end of a search.
         goals: Its objectives.
         held_out: Its held-out objectives.
-        now: The time of all rows (unix milliseconds).
+        now: The time of all lines (unix milliseconds).
     """
     if len(goals) < 2:
         return []
     found = [(row, row.scores or {}) for row in summary.front]
     measured = [(row, summary.held_out[row.number]) for row in summary.front if row.number in summary.held_out]
-    rows = _whole(FRONT, goals, [scores for _, scores in found], now)
-    rows += _pairs(FRONT, goals, found, goals, now)
+    lines = _whole(FRONT, goals, [scores for _, scores in found], now)
+    lines += _pairs(FRONT, goals, found, goals, now)
     if len(held_out) > 1:
-        rows += _whole(HELD_OUT_FRONT, held_out, [scores for _, scores in measured], now)
-        rows += _pairs(HELD_OUT_FRONT, held_out, measured, goals, now)
-    return rows
+        lines += _whole(HELD_OUT_FRONT, held_out, [scores for _, scores in measured], now)
+        lines += _pairs(HELD_OUT_FRONT, held_out, measured, goals, now)
+    return lines
 
 
-def _whole(group: str, goals: Sequence[Goal], members: Sequence[Scores], now: int) -> list[MetricRow]:
+def _whole(group: str, goals: Sequence[Goal], members: Sequence[Scores], now: int) -> list[Line]:
     names = metric_names([goal.name for goal in goals])
     keys = {f"{group}/{names[goal.name]}": goal.name for goal in goals}
-    return _steps(keys, sorted(members, key=itemgetter(goals[0].name)), now)
+    return _steps(group, keys, sorted(members, key=itemgetter(goals[0].name)), now)
 
 
 def _pairs(
     group: str, goals: Sequence[Goal], members: Sequence[tuple[Row, Scores]], searched: Sequence[Goal], now: int
-) -> list[MetricRow]:
+) -> list[Line]:
     if len(goals) < 3:
         return []
-    rows, names = [], [goal.name for goal in goals]
+    lines: list[Line] = []
+    names = [goal.name for goal in goals]
     for x, y in pairs_of(names):
         chosen = _front_in([row for row, _ in members], [goal for goal in searched if goal.name in (x, y)])
         shown = [scores for row, scores in members if row.number in chosen]
         keys = dict(zip(pair_metrics(group, x, y, names), (x, y), strict=True))
-        rows += _steps(keys, sorted(shown, key=itemgetter(x)), now)
-    return rows
+        lines += _steps(f"{group}_pairs", keys, sorted(shown, key=itemgetter(x)), now)
+    return lines
 
 
 def _front_in(rows: Sequence[Row], goals: Sequence[Goal]) -> set[int]:
@@ -75,6 +74,9 @@ def _front_in(rows: Sequence[Row], goals: Sequence[Goal]) -> set[int]:
     return {row.number for row, kept in zip(rows, keep, strict=True) if kept}
 
 
-def _steps(keys: Mapping[str, str], members: Sequence[Scores], now: int) -> list[MetricRow]:
+def _steps(group: str, keys: Mapping[str, str], members: Sequence[Scores], now: int) -> list[Line]:
     """Member by member, so that a batch that is cut leaves no x without its y for long."""
-    return [(key, scores[name], now, step) for step, scores in enumerate(members) for key, name in keys.items()]
+    return [
+        Line(step, now, {key: scores[name] for key, name in keys.items()}, axis=member_axis(group))
+        for step, scores in enumerate(members)
+    ]

@@ -1,4 +1,4 @@
-"""Names of metrics and parameters that MLflow accepts and that stay apart."""
+"""Names of metrics and parameters that every tracker accepts and that stay apart; MLflow's rules are the strictest."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ HYPERVOLUME = "hypervolume"
 FRONT = "front"
 HELD_OUT_FRONT = "front_held_out"
 PICTURE = "front"  # the key of the images
-VIEW_TAG = "ecotone.view"  # a run's: which view shows it
 OWN_METRICS = {
     *(CURSOR, "evaluations_per_second", "failures", "front_size", "best", "held_out", "references"),
     *(HYPERVOLUME, FRONT, HELD_OUT_FRONT, f"{FRONT}_pairs", f"{HELD_OUT_FRONT}_pairs"),
+    *(f"{group}_member" for group in (FRONT, HELD_OUT_FRONT, f"{FRONT}_pairs", f"{HELD_OUT_FRONT}_pairs")),
 }
 _LONGEST = 250  # characters of a key
 
 
 def metric_names(objectives: Sequence[str]) -> dict[str, str]:
-    """The metric of each objective: its name where MLflow accepts it and no other metric has it."""
+    """The metric of each objective: its name where trackers accept it and no other metric has it."""
     names = {objective: acceptable(objective) for objective in objectives}
     return distinct({o: f"objective/{n}" if n.split("/")[0] in OWN_METRICS else n for o, n in names.items()})
+
+
+def member_axis(group: str) -> str:
+    """The axis of a front's metrics: the position of a member."""
+    return f"{group}_member"
 
 
 def pairs_of(objectives: Sequence[str]) -> list[tuple[str, str]]:
@@ -70,7 +75,7 @@ def distinct(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def acceptable(name: str) -> str:
-    """``name`` with the characters that MLflow refuses in keys replaced by underscores, cut to 200 characters."""
+    """``name`` with the characters that a tracker may refuse in keys replaced by underscores, cut to 200 characters."""
     parts = re.sub(r"[^\w.\- /]", "_", name).split("/")
     kept = [part for part in (part.strip() for part in parts) if part.strip(".")]
     return "/".join(kept)[:200].rstrip("/ ") or "unnamed"

@@ -1,4 +1,4 @@
-"""What a mirror leaves in the run directory: ``tracking.json``, its lock, and its log. Needs no MLflow."""
+"""What mirrors leave in the run directory: ``tracking.json``, locks, and their log. Needs no tracker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecotone.experiments.tracking.store import TrackingError
+from ecotone.experiments.tracking.protocol import Memory, TrackingError
+from ecotone.experiments.tracking.subject import DEFAULT, trackers_of
+from ecotone.populations.errors import JournalError
+from ecotone.populations.journal import Journal
+
+_NOTES = "tracking.json"
+_OLD = "run_id"  # a key of the notes as they were when there was one tracker
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,12 @@ class MirrorReport:
     """What a mirror achieved.
 
     Args:
-        uri: The tracking URI, without credentials.
-        experiment_id: MLflow's experiment, or None when MLflow was not reached.
-        run_id: MLflow's run, or None when MLflow was not reached.
-        evaluations: Evaluations that MLflow shows.
-        logged: Metric rows logged this time.
-        complete: The search has ended and all of it is in MLflow.
+        uri: Where the run goes, without credentials.
+        experiment_id: The tracker's experiment or project, or None when the tracker was not reached.
+        run_id: The tracker's run, or None when the tracker was not reached.
+        evaluations: Evaluations that the tracker shows.
+        logged: Metric values logged this time.
+        complete: The search has ended and all of it is with the tracker.
         error: One line that says what went wrong, or None.
     """
 
@@ -38,16 +44,29 @@ class MirrorReport:
     error: str | None = None
 
 
-def status(run_dir: str | Path) -> dict[str, Any]:
-    """What is known about the mirroring of a run, without MLflow: read from ``RUN_DIR/tracking.json``.
+def status(run_dir: str | Path, tracker: str = DEFAULT) -> dict[str, Any]:
+    """What is known about the mirroring of a run, without the tracker: read from ``RUN_DIR/tracking.json``.
 
     Returns:
-        ``uri`` (without credentials), ``experiment``, ``experiment_id``, ``run_id``, ``mirrored`` (evaluations that
-        MLflow shows), ``complete``, ``error`` (the last one, or None), and ``mirroring`` (a mirror is at work now).
+        ``uri`` (without credentials), ``experiment``, ``experiment_id``, ``run_id``, ``page`` (where people see it),
+        ``mirrored`` (evaluations that the tracker shows), ``complete``, ``error`` (the last one, or None), and
+        ``mirroring`` (a mirror is at work now).
     """
     directory = Path(run_dir).resolve()
-    empty = dict.fromkeys(("uri", "experiment", "experiment_id", "run_id", "error"))
-    return {**empty, "mirrored": 0, "complete": False, **noted(directory), "mirroring": _being_mirrored(directory)}
+    known = noted(directory, tracker)
+    known.pop("memory", None)
+    empty = dict.fromkeys(("uri", "experiment", "experiment_id", "run_id", "page", "error"))
+    at_work = _being_mirrored(directory, tracker)
+    return {**empty, "mirrored": 0, "complete": False, **known, "mirroring": at_work}
+
+
+def statuses(run_dir: str | Path) -> dict[str, dict[str, Any]]:
+    """``status`` of each tracker that a run is mirrored to, or was, by name."""
+    directory = Path(run_dir).resolve()
+    chosen: list[str] = []
+    with contextlib.suppress(JournalError), Journal.open(directory / "journal.sqlite") as journal:
+        chosen += trackers_of(journal)
+    return {name: status(directory, name) for name in dict.fromkeys([*chosen, *_all_notes(directory)])}
 
 
 def say(text: str) -> None:
@@ -56,10 +75,10 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def sole_mirror(directory: Path, patience: float) -> Iterator[bool]:
-    """True inside when no other process mirrors this run; waits up to ``patience`` seconds for one to end."""
+def sole_mirror(directory: Path, tracker: str, patience: float) -> Iterator[bool]:
+    """True inside when no other process mirrors this run to the tracker; waits up to ``patience`` seconds for one."""
     try:
-        lock = (directory / "tracking.lock").open("a")
+        lock = _lock_file(directory, tracker).open("a")
     except OSError as error:
         raise TrackingError(f"{directory}: cannot be written ({error.strerror}).") from error
     with lock:
@@ -77,8 +96,12 @@ def sole_mirror(directory: Path, patience: float) -> Iterator[bool]:
         yield True
 
 
-def _being_mirrored(directory: Path) -> bool:
-    with contextlib.suppress(OSError), (directory / "tracking.lock").open("r") as lock:
+def _lock_file(directory: Path, tracker: str) -> Path:
+    return directory / f"tracking-{tracker}.lock"
+
+
+def _being_mirrored(directory: Path, tracker: str) -> bool:
+    with contextlib.suppress(OSError), _lock_file(directory, tracker).open("r") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -86,31 +109,50 @@ def _being_mirrored(directory: Path) -> bool:
     return False
 
 
-def noted(directory: Path) -> dict[str, Any]:
-    """What ``tracking.json`` says; nothing when it is missing or damaged."""
-    try:
-        known = json.loads((directory / "tracking.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+def noted(directory: Path, tracker: str) -> dict[str, Any]:
+    """What ``tracking.json`` says of a tracker; nothing when it is missing or damaged."""
+    known = _all_notes(directory).get(tracker)
     return known if isinstance(known, dict) else {}
 
 
-def note(directory: Path, report: MirrorReport, experiment: str | None) -> None:
-    """Write ``tracking.json``, whole or not at all. It is for looking at: failing to write it stops nothing."""
+def _all_notes(directory: Path) -> dict[str, Any]:
+    """The notes of each tracker, by name."""
+    try:
+        known = json.loads((directory / _NOTES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {DEFAULT: known} if _OLD in known else known
+
+
+def note(directory: Path, tracker: str, report: MirrorReport, more: Memory) -> None:
+    """Write what is known of a tracker into ``tracking.json``, whole or not at all.
+
+    Failing to write it stops nothing: it is for looking at, and what a tracker remembers in it only saves work.
+
+    Args:
+        directory: The run directory.
+        tracker: The tracker's name.
+        report: What its mirror achieved.
+        more: ``experiment``, ``page`` and ``memory``.
+    """
     known = {
         "uri": report.uri or None,
-        "experiment": experiment,
         "experiment_id": report.experiment_id,
         "run_id": report.run_id,
         "mirrored": report.evaluations,
         "complete": report.complete,
         "error": report.error,
+        **more,
     }
-    if known == noted(directory):
+    if known == noted(directory, tracker):
         return
-    draft = directory / "tracking.json.new"
+    draft = directory / f"{_NOTES}.new"
     try:
-        draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        draft.replace(directory / "tracking.json")
+        with (directory / "tracking.lock").open("a") as lock:  # mirrors of several trackers share the file
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            draft.write_text(json.dumps(_all_notes(directory) | {tracker: known}, indent=1), encoding="utf-8")
+            draft.replace(directory / _NOTES)
     except OSError as error:
-        say(f"tracking.json cannot be written: {error}")
+        say(f"{_NOTES} cannot be written: {error}")

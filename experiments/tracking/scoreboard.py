@@ -6,27 +6,18 @@ import math
 from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from ecotone.experiments.runs import points_of, reference_point
 from ecotone.experiments.tracking.names import CURSOR, HYPERVOLUME, acceptable, metric_names
+from ecotone.experiments.tracking.protocol import Line
 from ecotone.populations.fronts import hypervolume, hypervolume_over
 from ecotone.populations.genome import Floats
 from ecotone.populations.journal import Row
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import mean_score
 from ecotone.populations.trial import Goal, oriented
-
-
-@dataclass(frozen=True)
-class Line:
-    """The metrics of one step: after ``step`` evaluations, at ``time`` (unix milliseconds)."""
-
-    step: int
-    time: int
-    values: Mapping[str, float]
 
 
 class Volumes:
@@ -69,15 +60,15 @@ class Volumes:
         if self._points:
             self._steps.append((count, time))
 
-    def late(self, references: Sequence[Mapping[str, float]]) -> list[tuple[str, float, int, int]]:
-        """The whole history (key, value, time, step) when it was not live, given the scores of reference merges."""
+    def late(self, references: Sequence[Mapping[str, float]]) -> list[Line]:
+        """The whole history when it was not live, given the scores of reference merges."""
         if not self._points:
             return []
         points = np.array(self._points).reshape(-1, len(self._goals))
         volumes = hypervolume_over(points, reference_point(points, points_of(references, self._goals), self._goals))
         indices = np.searchsorted(np.array(self._counts), [count for count, _ in self._steps], side="right") - 1
         return [
-            (HYPERVOLUME, float(volumes[index]), time, count)
+            Line(count, time, {HYPERVOLUME: float(volumes[index])})
             for index, (count, time) in zip(indices, self._steps, strict=True)
         ]
 

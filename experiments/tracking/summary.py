@@ -10,9 +10,9 @@ from typing import Any
 
 from ecotone.experiments.tracking.names import acceptable, distinct, metric_names
 from ecotone.experiments.tracking.scoreboard import Scoreboard
-from ecotone.experiments.tracking.target import Target
+from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations.journal import Journal, Row
-from ecotone.populations.trial import Evaluation, Goal
+from ecotone.populations.trial import Evaluation, Goal, Scores
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Summary:
         front: By the first objective.
         held_out: The front's scores on held-out data by trial number, of the members that have some.
         references: Scores on search data of the merges to compare with.
-        table: The front as MLflow's table artifact: columns and rows.
+        table: The front: ``columns``, and the rows as ``data``.
     """
 
     metrics: Mapping[str, float]
@@ -46,29 +46,29 @@ class Summary:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def summary_of(journal: Journal, board: Scoreboard, target: Target) -> Summary:
+def summary_of(journal: Journal, board: Scoreboard, subject: Subject) -> Summary:
     """What the journal says at the end, held-out and reference scores included."""
-    names = metric_names([goal.name for goal in (*target.goals, *target.held_out)])
+    names = metric_names([goal.name for goal in (*subject.goals, *subject.held_out)])
     metrics: dict[str, float] = {}
     if board.best is not None:
-        held_out = _measured(journal.measurement(board.best.digest, "held_out"))
-        metrics.update({f"held_out/{names[goal.name]}": held_out[goal.name] for goal in _of(target.held_out, held_out)})
+        held_out = _measured(journal.measurement(board.best.digest, Scores("held_out")))
+        metrics |= {f"held_out/{names[goal.name]}": held_out[goal.name] for goal in _of(subject.held_out, held_out)}
     references = _references(journal)
     for reference, digest, searched in references:
-        held_out = _measured(journal.measurement(digest, "held_out"))
-        for goal in _of(target.goals, searched):
+        held_out = _measured(journal.measurement(digest, Scores("held_out")))
+        for goal in _of(subject.goals, searched):
             metrics[f"references/{reference}/{names[goal.name]}"] = searched[goal.name]
-        for goal in _of(target.held_out, held_out):
+        for goal in _of(subject.held_out, held_out):
             metrics[f"references/{reference}/held_out/{names[goal.name]}"] = held_out[goal.name]
-    first = target.goals[0].name if target.goals else ""
+    first = subject.goals[0].name if subject.goals else ""
     front = sorted(board.members.values(), key=lambda row: ((row.scores or {}).get(first, 0.0), row.number))
-    held = {row.number: _measured(journal.measurement(row.digest, "held_out")) for row in front}
+    held = {row.number: _measured(journal.measurement(row.digest, Scores("held_out"))) for row in front}
     return Summary(
         metrics,
         front,
         {number: scores for number, scores in held.items() if scores},
         [scores for _, _, scores in references if scores],
-        _front_table(front, held, target),
+        _front_table(front, held, subject),
     )
 
 
@@ -84,7 +84,7 @@ def _references(journal: Journal) -> list[tuple[str, str, Mapping[str, float]]]:
     """Metric name, digest and search scores of each merge to compare with; a trial of the same genome counts."""
     references = journal.references()
     names = distinct({name: acceptable(name) for name, _ in references})
-    scores = {g.digest: _measured(journal.measurement(g.digest, "search")) for _, g in references}
+    scores = {g.digest: _measured(journal.measurement(g.digest, Scores())) for _, g in references}
     if any(not found for found in scores.values()):
         for row in journal.rows():
             if row.failure is None and row.digest in scores and not scores[row.digest]:
@@ -92,9 +92,9 @@ def _references(journal: Journal) -> list[tuple[str, str, Mapping[str, float]]]:
     return [(names[name], genome.digest, scores[genome.digest]) for name, genome in references]
 
 
-def _front_table(front: Sequence[Row], measured: Mapping[int, Mapping[str, float]], target: Target) -> dict[str, Any]:
-    goals = [goal.name for goal in target.goals]
-    held_out = [goal.name for goal in target.held_out]
+def _front_table(front: Sequence[Row], measured: Mapping[int, Mapping[str, float]], subject: Subject) -> dict[str, Any]:
+    goals = [goal.name for goal in subject.goals]
+    held_out = [goal.name for goal in subject.held_out]
     data = []
     for row in front:
         scores = [(row.scores or {}).get(name) for name in goals]

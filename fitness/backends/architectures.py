@@ -11,13 +11,13 @@ from torch import nn
 
 from ecotone.extras import how_to_install
 from ecotone.fitness.callables import call
-from ecotone.fitness.specs import CallSpec
 from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
+from ecotone.settings import Call
 
 
-def make(architecture: CallSpec | Literal["auto"], sources: Sources, dtype: torch.dtype | None = None) -> nn.Module:
+def make(architecture: Call | Literal["auto"], sources: Sources, dtype: torch.dtype | None = None) -> nn.Module:
     """A module of the sources' architecture, its floating-point tensors in ``dtype`` (None: as it is made).
 
     Args:
@@ -30,7 +30,7 @@ def make(architecture: CallSpec | Literal["auto"], sources: Sources, dtype: torc
         InputError: The function does not return a module; there is no ``config.json``; transformers is not
             installed or lacks the class.
     """
-    if isinstance(architecture, CallSpec):
+    if isinstance(architecture, Call):
         module = call(architecture, "architecture")
         if not isinstance(module, nn.Module):
             found = type(module).__name__

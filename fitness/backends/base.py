@@ -11,16 +11,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
-from ecotone.merging.placement import Needs
-from ecotone.merging.sources import Sources
 from ecotone.populations.genome import Floats, Genome
 from ecotone.settings import Call, Part, check_kind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ecotone.merging.placement import Needs
+    from ecotone.merging.sources import Sources
 
 
 class Backend(Protocol):
@@ -123,10 +126,6 @@ class ScoringSettings(Part):
         return 2 * self.batch if self.in_flight is None else self.in_flight
 
     @abstractmethod
-    def gives(self) -> Literal["model", "client"]:
-        """What objectives are given: a ``model`` (a module or tensors) or a ``client`` that answers prompts."""
-
-    @abstractmethod
     def gradients(self) -> bool:
         """Whether merges can be differentiated by their coefficients."""
 
@@ -139,13 +138,24 @@ class ScoringSettings(Part):
         """
 
     @abstractmethod
-    def needs(self, sources: Sources, device: torch.device, dtype: torch.dtype | None, *, settings: bool) -> Needs:
+    def needs(
+        self,
+        sources: Sources,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        threads: int,
+        batch: int | None,
+        *,
+        settings: bool,
+    ) -> Needs:
         """The memory that a worker takes, from the models' headers alone.
 
         Args:
             sources: The models.
             device: Where it merges.
             dtype: The floating-point type that merges are rounded to.
+            threads: CPU threads that it merges with.
+            batch: The most candidates scored together; None if it is not known.
             settings: Whether genomes have settings of the operator of their own.
         """
 

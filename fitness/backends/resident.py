@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from ecotone.fitness.backends import activation_checkpointing as recomputing
 from ecotone.fitness.backends.architectures import make
-from ecotone.fitness.specs import CallSpec
+from ecotone.fitness.backends.base import BackendContext, ScoringSettings
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.kernel.lazy import fill
 from ecotone.merging.models.layout import Layout
+from ecotone.merging.placement import Needs
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats, Genome
+from ecotone.settings import Call
 
 STACK_BYTES = 64 * 1024**2
 
@@ -40,6 +42,50 @@ def stack_of(
     if count < 2:
         return 0
     return each * (count if batch is None else min(batch, count))
+
+
+class ResidentSettings(ScoringSettings):
+    """A module in the worker's memory: its weights are replaced by those of one candidate after the other.
+
+    Attributes:
+        backend: ``resident``.
+        checkpointing: Compute activations again on the way back of a gradient instead of keeping them: less memory,
+            more time (Hugging Face models only).
+    """
+
+    backend: Literal["resident"] = "resident"
+    checkpointing: bool = False
+
+    def gradients(self) -> bool:
+        """They are taken through the module."""
+        return True
+
+    def make(self, context: BackendContext) -> Resident:
+        """The module, with room for one candidate."""
+        return Resident(
+            context.sources,
+            context.architecture,
+            context.device,
+            context.dtype,
+            checkpointing=self.checkpointing,
+        )
+
+    def needs(
+        self,
+        sources: Sources,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        threads: int,
+        batch: int | None,
+        *,
+        settings: bool,
+    ) -> Needs:
+        """A model, or a stack of small ones, and what merging takes."""
+        return sources.memory.needs(device, dtype, threads, stack_of(sources.layout, dtype, batch=batch), settings)
+
+    def describe(self) -> str:
+        """Where candidates are."""
+        return "a module in each worker's memory, whose weights are replaced"
 
 
 class Resident:
@@ -64,7 +110,7 @@ class Resident:
     def __init__(
         self,
         sources: Sources,
-        architecture: CallSpec | Literal["auto"] | None,
+        architecture: Call | Literal["auto"] | None,
         device: torch.device,
         dtype: torch.dtype | None = None,
         stack_bytes: int = STACK_BYTES,

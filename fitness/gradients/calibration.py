@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -22,15 +21,12 @@ from torch import Tensor, nn
 
 from ecotone.fitness import heads
 from ecotone.fitness.data import Examples, Inputs, load
-from ecotone.fitness.gradients import distillation
-from ecotone.fitness.gradients.distillation import Behaviour, observe
 from ecotone.fitness.heads import Head, logits
+from ecotone.fitness.kinds import CalibrationSettings, ObjectiveContext
 from ecotone.fitness.objectives import check_classes, entropies
-from ecotone.fitness.specs import CalibrationSpec, Distillation
-from ecotone.populations.errors import InputError, first_line, nearest
+from ecotone.populations.errors import InputError, first_line
 
 Loss: TypeAlias = Literal["entropy", "cross_entropy"]
-CACHE_BYTES = 256 * 2**20  # for what an expert says of a task's batches; one batch is always kept
 
 
 class Task:
@@ -67,8 +63,18 @@ class Task:
         self._head = head
         self._check(batch, seed)
         self._batch = min(batch, len(examples))
-        self._order = lru_cache(maxsize=2)(partial(_order, seed, name, len(examples)))
+        self._order = lru_cache(maxsize=2)(partial(order_of, seed, name, len(examples)))
         self._classes = 0 if examples.labels is None else int(examples.labels.max()) + 1
+
+    @property
+    def examples(self) -> Examples:
+        """All examples."""
+        return self._examples
+
+    @property
+    def head(self) -> Head | None:
+        """Makes the logits of the model's outputs; None where the outputs are the logits."""
+        return self._head
 
     def batch(self, step: int) -> Examples:
         """The examples of batch ``step``, from 0."""
@@ -122,14 +128,14 @@ class Task:
         """
         batch = self.batch(step)
         found = logits(model, batch.inputs, self._head)
-        details = {"diversity": _diversity(found.detach())}
+        details = {"diversity": diversity(found.detach())}
         if self._loss == "entropy":
             loss = entropies(found).mean()
         else:
             assert batch.labels is not None
             check_classes(found, self._classes)
             loss = nn.functional.cross_entropy(found, batch.labels.long())
-        _check_graph(loss, model)
+        check_graph(loss, model)
         return loss, details, len(batch)
 
     def _check(self, batch: int, seed: int) -> None:
@@ -144,133 +150,60 @@ class Task:
             raise InputError(f"{where}: loss: cross_entropy needs labels, found none.", "Return (inputs, labels).")
 
 
-class Distilled(Task):
-    """A stream of batches, and how far a merge is from an expert on each.
+class _ClassifierLossSettings(CalibrationSettings):
+    """What losses of a classifier's logits have in common."""
 
-    Batches are cut once, evenly, and come in another order in each epoch: so what the expert says is found once a
-    batch (``prepare``, before ``loss``), with the same module that shows merges, and kept in the CPU's memory.
+    needs_expert: ClassVar[bool] = False
 
-    Args:
-        name: The task's name.
-        examples: As for ``Task``; labels are not used.
-        wanted: From which expert, and how.
-        head: As for ``Task``. Without one the logits may also be (n, L, C), a row for each token.
-        batch: The most examples in a batch.
-        seed: Of batches and orders, at least 0.
-        cache_bytes: Memory for what the expert says; the batches that were not used for longest are forgotten first.
-
-    Raises:
-        InputError: Batch is below 1, the seed below 0, or the temperature not above 0.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        examples: Examples,
-        wanted: Distillation,
-        head: Head | None = None,
-        batch: int = 16,
-        seed: int = 0,
-        cache_bytes: int = CACHE_BYTES,
-    ) -> None:
-        super().__init__(name, examples, "entropy", head, batch, seed)
-        _check_distillation(name, wanted)
-        self._wanted = wanted
-        order = torch.from_numpy(_order(seed, name, len(examples), 0))
-        self._parts = order.tensor_split(-(-len(examples) // self._batch))
-        self._turns = lru_cache(maxsize=2)(partial(_order, seed, name, len(self._parts)))
-        self._said: OrderedDict[int, Behaviour] = OrderedDict()
-        self._cache_bytes = cache_bytes
-
-    def batch(self, step: int) -> Examples:
-        """The examples of batch ``step``, from 0."""
-        return self._examples.rows(self._parts[self._part(step)])
-
-    def fits(self, model: Any, experts: Sequence[str]) -> None:
-        """Raise ``InputError`` unless there is such an expert, and the model has such layers."""
-        where, expert = f"calibration {self.name!r}", self._wanted.expert
-        if expert not in experts:
-            raise InputError(
-                f"{where}: expert: expected one of {', '.join(experts)}, found {expert!r}.",
-                nearest(expert, list(experts)),
-            )
-
-        def run(inputs: Inputs) -> None:
-            distillation.check(model, inputs, self._head, self._wanted)
-            observe(model, inputs, self._head, self._wanted)
-
-        self._try(run)
-
-    def prepare(self, step: int, expert: Callable[[str], Any]) -> None:
-        """Have what the expert says of batch ``step``; a batch that is known needs no model."""
-        part = self._part(step)
-        if part not in self._said:
-            with torch.no_grad():
-                said = observe(expert(self._wanted.expert), self.batch(step).inputs, self._head, self._wanted)
-            self._said[part] = said.to(torch.device("cpu"))
-        self._said.move_to_end(part)
-        while len(self._said) > 1 and sum(said.nbytes for said in self._said.values()) > self._cache_bytes:
-            self._said.popitem(last=False)
-
-    def loss(self, model: Any, step: int) -> tuple[Tensor, dict[str, float], int]:
-        """The distance of ``model`` from the expert on batch ``step``, with its graph; details; number of examples.
-
-        Details are ``diversity``, as in ``Task.loss``, and the two parts of the loss: ``soft_cross_entropy`` (with its
-        factor T^2) and ``hidden``, the mean squared error without its weight.
-
-        Raises:
-            InputError: Logits or layers are not as ``ecotone.fitness.gradients.distillation`` says, or the loss does
-                not depend on the model's parameters where they ask for gradients.
-        """
-        batch, wanted = self.batch(step), self._wanted
-        found = observe(model, batch.inputs, self._head, wanted)
-        expert = self._said[self._part(step)].to(found.logits.device)
-        loss, soft, apart = distillation.distance(found, expert, wanted.temperature, wanted.hidden)
-        _check_graph(loss, model)
-        details = {"diversity": _diversity(found.logits.detach()), "soft_cross_entropy": float(soft.detach())}
-        return loss, details | {"hidden": float(apart.detach())}, len(batch)
-
-    def _part(self, step: int) -> int:
-        return int(self._turns(step // len(self._parts))[step % len(self._parts)])
+    def build(self, context: ObjectiveContext, seed: int) -> Task:
+        """The task, its data and head on the device."""
+        loss: Loss = "cross_entropy" if self.needs_labels else "entropy"
+        examples, head = parts_of(self, context)
+        return Task(self.name, examples, loss, head, self.batch, seed)
 
 
-def _check_distillation(name: str, wanted: Distillation) -> None:
-    where = f"calibration {name!r}"
-    if not 0 < wanted.temperature < math.inf:
-        raise InputError(f"{where}: temperature: expected a number above 0, found {wanted.temperature}.")
-    if not 0 <= wanted.hidden < math.inf:
-        raise InputError(f"{where}: hidden: expected a number of at least 0, found {wanted.hidden}.")
+class EntropyLossSettings(_ClassifierLossSettings):
+    """Mean entropy of the predictions (AdaMerging); it needs no labels."""
+
+    loss: Literal["entropy"] = "entropy"
+
+    needs_labels: ClassVar[bool] = False
 
 
-def build(spec: CalibrationSpec, device: torch.device, dtype: torch.dtype | None = None) -> Task:
-    """The task of ``spec``, its data and head on ``device``, floating-point inputs in ``dtype`` (None: as they are).
+class CrossEntropyLossSettings(_ClassifierLossSettings):
+    """Mean cross-entropy of the predictions with the labels."""
+
+    loss: Literal["cross_entropy"] = "cross_entropy"
+
+    needs_labels: ClassVar[bool] = True
+
+
+def parts_of(settings: CalibrationSettings, context: ObjectiveContext) -> tuple[Examples, Head | None]:
+    """A task's examples and head, on the model's device.
 
     Raises:
-        InputError: A field is out of range, or the data or the head do not fit.
+        InputError: The data or the head do not fit.
     """
-    where = f"calibration {spec.name!r}"
-    examples = load(spec.data, f"{where}: data", labelled=spec.loss == "cross_entropy").to(device, dtype)
-    head = heads.build(spec.head, f"{where}: head", device, dtype)
-    if spec.loss != "distillation":
-        return Task(spec.name, examples, spec.loss, head, spec.batch, spec.seed)
-    wanted = spec.distillation or Distillation(spec.name)
-    return Distilled(spec.name, examples, wanted, head, spec.batch, spec.seed)
+    examples = load(settings.data, f"{settings.where}: data", settings.needs_labels)
+    head = heads.build(settings.head, f"{settings.where}: head", context.device, context.dtype)
+    return examples.to(context.device, context.dtype), head
 
 
-def _order(seed: int, name: str, size: int, epoch: int) -> NDArray[np.int64]:
+def order_of(seed: int, name: str, size: int, epoch: int) -> NDArray[np.int64]:
     """(size,) the order of all examples in one epoch."""
     named = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(named, epoch)))
     return rng.permutation(size)
 
 
-def _diversity(logits: Tensor) -> float:
+def diversity(logits: Tensor) -> float:
     """Entropy of the mean prediction of (n, C) logits, divided by ln C."""
     mean = torch.softmax(logits, -1).mean(0, keepdim=True)
     return float(entropies(mean.log())) / math.log(logits.shape[1])
 
 
-def _check_graph(loss: Tensor, model: nn.Module) -> None:
+def check_graph(loss: Tensor, model: nn.Module) -> None:
+    """Raise ``InputError`` unless the loss depends on the model's parameters, where they ask for gradients."""
     if torch.is_grad_enabled() and not loss.requires_grad and any(p.requires_grad for p in model.parameters()):
         raise InputError(
             "expected a loss that depends on the model's parameters, found one without gradients.",

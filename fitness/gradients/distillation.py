@@ -10,20 +10,135 @@ models. No labels are needed. A merge that is the expert has the entropy of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ecotone.fitness import heads
-from ecotone.fitness.data import MASK, Inputs, kind
+from ecotone.fitness.data import MASK, Examples, Inputs, kind
+from ecotone.fitness.gradients.calibration import Task, check_graph, diversity, order_of, parts_of
 from ecotone.fitness.heads import Head
-from ecotone.fitness.specs import Distillation
+from ecotone.fitness.kinds import CalibrationSettings, ObjectiveContext
 from ecotone.populations.errors import InputError, nearest
+
+CACHE_BYTES = 256 * 2**20  # for what an expert says of a task's batches; one batch is always kept
+
+
+class DistillationSettings(CalibrationSettings):
+    """How far logits and hidden layers are from those of an expert (Expert Merging); it needs no labels.
+
+    Attributes:
+        expert: The name of the expert to be like; by default the one named as the task.
+        temperature: T, what logits are divided by.
+        hidden: Weight of the hidden layers' mean squared error; 0 leaves them out.
+        layers: Which hidden layers: names of the architecture's modules, or positions in a Hugging Face model's
+            ``hidden_states``; by default the last of these, or the outputs that the head takes.
+    """
+
+    loss: Literal["distillation"] = "distillation"
+    expert: str | None = None
+    temperature: float = Field(default=1.0, gt=0)
+    hidden: float = Field(default=1.0, ge=0)
+    layers: tuple[int | str, ...] | None = Field(default=None, min_length=1)
+
+    needs_labels: ClassVar[bool] = False
+    needs_expert: ClassVar[bool] = True
+
+    def build(self, context: ObjectiveContext, seed: int) -> Distilled:
+        """The task, its data and head on the device."""
+        return Distilled(self, *parts_of(self, context), seed)
+
+
+class Distilled(Task):
+    """A stream of batches, and how far a merge is from an expert on each.
+
+    Batches are cut once, evenly, and come in another order in each epoch: so what the expert says is found once a
+    batch (``prepare``, before ``loss``), with the same module that shows merges, and kept in the CPU's memory.
+
+    Args:
+        wanted: The task's name, the most examples in a batch, from which expert, and how.
+        examples: As for ``Task``; labels are not used.
+        head: As for ``Task``. Without one the logits may also be (n, L, C), a row for each token.
+        seed: Of batches and orders, at least 0.
+        cache_bytes: Memory for what the expert says; the batches that were not used for longest are forgotten first.
+
+    Raises:
+        InputError: The seed is below 0.
+    """
+
+    def __init__(
+        self,
+        wanted: DistillationSettings,
+        examples: Examples,
+        head: Head | None = None,
+        seed: int = 0,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        super().__init__(wanted.name, examples, "entropy", head, wanted.batch, seed)
+        self._wanted = wanted
+        self._expert = wanted.expert or wanted.name
+        order = torch.from_numpy(order_of(seed, wanted.name, len(examples), 0))
+        self._parts = order.tensor_split(-(-len(examples) // self._batch))
+        self._turns = lru_cache(maxsize=2)(partial(order_of, seed, wanted.name, len(self._parts)))
+        self._said: OrderedDict[int, Behaviour] = OrderedDict()
+        self._cache_bytes = cache_bytes
+
+    def batch(self, step: int) -> Examples:
+        """The examples of batch ``step``, from 0."""
+        return self._examples.rows(self._parts[self._part(step)])
+
+    def fits(self, model: Any, experts: Sequence[str]) -> None:
+        """Raise ``InputError`` unless there is such an expert, and the model has such layers."""
+        if self._expert not in experts:
+            raise InputError(
+                f"{self._wanted.where}: expert: expected one of {', '.join(experts)}, found {self._expert!r}.",
+                nearest(self._expert, list(experts)),
+            )
+
+        def run(inputs: Inputs) -> None:
+            check(model, inputs, self._head, self._wanted)
+            observe(model, inputs, self._head, self._wanted)
+
+        self._try(run)
+
+    def prepare(self, step: int, expert: Callable[[str], Any]) -> None:
+        """Have what the expert says of batch ``step``; a batch that is known needs no model."""
+        part = self._part(step)
+        if part not in self._said:
+            with torch.no_grad():
+                said = observe(expert(self._expert), self.batch(step).inputs, self._head, self._wanted)
+            self._said[part] = said.to(torch.device("cpu"))
+        self._said.move_to_end(part)
+        while len(self._said) > 1 and sum(said.nbytes for said in self._said.values()) > self._cache_bytes:
+            self._said.popitem(last=False)
+
+    def loss(self, model: Any, step: int) -> tuple[Tensor, dict[str, float], int]:
+        """The distance of ``model`` from the expert on batch ``step``, with its graph; details; number of examples.
+
+        Details are ``diversity``, as in ``Task.loss``, and the two parts of the loss: ``soft_cross_entropy`` (with its
+        factor T^2) and ``hidden``, the mean squared error without its weight.
+
+        Raises:
+            InputError: Logits or layers are not as this module says, or the loss does
+                not depend on the model's parameters where they ask for gradients.
+        """
+        batch, wanted = self.batch(step), self._wanted
+        found = observe(model, batch.inputs, self._head, wanted)
+        expert = self._said[self._part(step)].to(found.logits.device)
+        loss, soft, apart = distance(found, expert, wanted.temperature, wanted.hidden)
+        check_graph(loss, model)
+        details = {"diversity": diversity(found.logits.detach()), "soft_cross_entropy": float(soft.detach())}
+        return loss, details | {"hidden": float(apart.detach())}, len(batch)
+
+    def _part(self, step: int) -> int:
+        return int(self._turns(step // len(self._parts))[step % len(self._parts)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +163,7 @@ class Behaviour:
         return sum(tensor.nbytes for tensor in (self.logits, *self.hidden))
 
 
-def observe(model: Any, inputs: Inputs, head: Head | None, wanted: Distillation) -> Behaviour:
+def observe(model: Any, inputs: Inputs, head: Head | None, wanted: DistillationSettings) -> Behaviour:
     """What ``model`` makes of ``inputs``: its logits, and the hidden layers that are compared if any are.
 
     Raises:
@@ -84,7 +199,7 @@ def gives_states(model: Any, inputs: Inputs) -> bool:
     return hasattr(model, "config") and isinstance(inputs, Mapping)
 
 
-def check(model: Any, inputs: Inputs, head: Head | None, wanted: Distillation) -> None:
+def check(model: Any, inputs: Inputs, head: Head | None, wanted: DistillationSettings) -> None:
     """Raise ``InputError`` where it is plain from the model that its hidden layers cannot be compared as wanted."""
     if wanted.hidden == 0:
         return

@@ -18,32 +18,33 @@ see each other: one that says the same whatever it reads leaves it to the next.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
+from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.language.likelihoods import Wanted, log_probabilities, wanted
 from ecotone.fitness.language.texts import (
     Record,
-    Source,
+    TextSettings,
     batches,
     begins_with_bos,
-    check_batch,
     context_of,
     encoded,
     filled,
     padded,
     records,
-    settings_of,
     tokenizer_of,
 )
-from ecotone.fitness.objectives import Score, pooled_mean
+from ecotone.fitness.protocol import Score, pooled_mean
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Integers
 from ecotone.populations.trial import Goal
@@ -61,11 +62,10 @@ KEPT_BYTES = 2**24
 SHARED = 16  # tokens that all questions begin with, from which on their keys and values are kept
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings(Source):
-    """Settings of ``multiple_choice``, beside where its questions come from.
+class MultipleChoiceSettings(TextSettings):
+    """The share of questions whose right choice is the likeliest (``ecotone.fitness.language.choices``).
 
-    Args:
+    Attributes:
         template: The question, ``{name}`` for a field of the record.
         choices: The field that holds the choices, a list of texts.
         answer: The field that holds the number of the right one, from 0.
@@ -74,22 +74,49 @@ class Settings(Source):
         shots: Solved questions put before each: the first of ``examples``.
         examples: The file of these; None is ``data``, whose first records are then not scored.
         separator: Text between solved questions.
-        reuse: Whether a question is read once for all its choices.
-        batch: Rows of tokens in one forward pass; None chooses.
-        bos: Whether the BOS token precedes each question; None: where the tokenizer puts it itself.
+        reuse: Read a question once for all its choices: the same scores in less time.
     """
 
+    type: Literal["multiple_choice"]
+    direction: Literal["maximize"] = "maximize"
     template: str = "Question: {question}\nAnswer:"
     choices: str = "choices"
     answer: str = "answer"
     delimiter: str = " "
     normalise: Literal["none", "bytes", "tokens"] = "none"
-    shots: int = 0
+    shots: int = Field(default=0, ge=0)
     examples: str | None = None
     separator: str = "\n\n"
     reuse: bool = True
-    batch: int | None = None
-    bos: bool | None = None
+
+    limits: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
+    paths: ClassVar[tuple[str, ...]] = ("data", "examples")
+
+    def build(self, context: ObjectiveContext) -> MultipleChoice:
+        """The objective, its questions tokenised once.
+
+        Raises:
+            InputError: A record cannot be used, or a question does not fit the model's context.
+        """
+        folder, where = context.tokenizer_for(self.where), self.where
+        loaded = tokenizer_of(folder)
+        found = [_asked(record, self, f"{where}: {place}") for place, record in records(self.files, where)]
+        examples = found
+        if self.examples is None:
+            found = found[self.shots :]
+        else:
+            solved = records([Path(self.examples)], where)
+            examples = [_asked(record, self, f"{where}: {place}") for place, record in solved]
+        if len(examples) < self.shots:
+            raise InputError(f"{where}: shots: expected at most {len(examples)}, found {self.shots}.")
+        front = "".join(
+            f"{shot.question}{self.delimiter}{shot.choices[shot.answer]}{self.separator}"
+            for shot in examples[: self.shots]
+        )
+        asked = [found[number] for number in self.chosen(len(found))]
+        questions = _questions(asked, front, self, loaded)
+        _check_lengths(asked, questions, context_of(folder, loaded))
+        return MultipleChoice(self.goal, questions, context.device, self.batch, self.reuse)
 
 
 @dataclass(frozen=True)
@@ -422,45 +449,6 @@ def _dtype(model: Any) -> torch.dtype:
 # -- questions -----------------------------------------------------------------------------------------------
 
 
-def build(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device) -> MultipleChoice:
-    """The objective, its questions tokenised once.
-
-    Args:
-        goal: Name and direction.
-        settings: Those of ``Settings``.
-        tokenizer: A checkpoint's folder.
-        device: Where the model is.
-
-    Raises:
-        InputError: A setting or a record cannot be used, or a question does not fit the model's context.
-    """
-    where = f"objective {goal.name!r}"
-    given = settings_of(Settings, settings, where)
-    check_batch(given.batch, where)
-    if given.normalise not in ("none", "bytes", "tokens"):
-        raise InputError(f"{where}: normalise: expected none, bytes or tokens, found {given.normalise!r}.")
-    if given.shots < 0:
-        raise InputError(f"{where}: shots: expected at least 0, found {given.shots}.")
-    loaded = tokenizer_of(tokenizer)
-    found = [_asked(record, given, f"{where}: {place}") for place, record in records(given, where)]
-    examples = found
-    if given.examples is None:
-        found = found[given.shots :]
-    else:
-        other = Source(data=given.examples)
-        examples = [_asked(record, given, f"{where}: {place}") for place, record in records(other, where)]
-    if len(examples) < given.shots:
-        raise InputError(f"{where}: shots: expected at most {len(examples)}, found {given.shots}.")
-    front = "".join(
-        f"{shot.question}{given.delimiter}{shot.choices[shot.answer]}{given.separator}"
-        for shot in examples[: given.shots]
-    )
-    asked = [found[number] for number in given.chosen(len(found), where)]
-    questions = _questions(asked, front, given, loaded, where)
-    _check_lengths(asked, questions, context_of(tokenizer, loaded))
-    return MultipleChoice(goal, questions, device, given.batch, given.reuse)
-
-
 @dataclass(frozen=True)
 class _Asked:
     """A question in words; ``where`` it stands."""
@@ -471,7 +459,7 @@ class _Asked:
     where: str
 
 
-def _asked(record: Record, given: Settings, where: str) -> _Asked:
+def _asked(record: Record, given: MultipleChoiceSettings, where: str) -> _Asked:
     for name in (given.choices, given.answer):
         if name not in record:
             raise InputError(f"{where}: expected a field {name!r}, found none.", nearest(name, list(record)))
@@ -485,12 +473,12 @@ def _asked(record: Record, given: Settings, where: str) -> _Asked:
     return _Asked(filled(given.template, record, where), choices, answer, where)
 
 
-def _questions(asked: Sequence[_Asked], front: str, given: Settings, tokenizer: Any, where: str) -> list[Question]:
+def _questions(asked: Sequence[_Asked], front: str, given: MultipleChoiceSettings, tokenizer: Any) -> list[Question]:
     texts = [front + one.question for one in asked]
     cut = [text.rstrip() for text in texts]
     wholes = [text + given.delimiter + choice for text, one in zip(texts, asked, strict=True) for choice in one.choices]
     starts, ends = encoded(tokenizer, cut), iter(encoded(tokenizer, wholes))
-    begin = _begin(tokenizer, given.bos, where)
+    begin = _begin(tokenizer, given.bos, given.where)
     made = []
     for one, tokens in zip(asked, starts, strict=True):
         choices = [next(ends)[len(tokens) :] for _ in one.choices]

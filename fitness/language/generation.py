@@ -13,36 +13,36 @@ prompts is continued once. Outside of it nothing is kept, because a model's weig
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, field_validator
 
+from ecotone.fitness.kinds import ObjectiveContext, ObjectiveSettings
 from ecotone.fitness.language.likelihoods import logits_at
 from ecotone.fitness.language.texts import (
     Record,
-    Source,
+    TextSettings,
     batches,
     begins_with_bos,
-    check_batch,
     context_of,
     encoded,
     filled,
     mean,
     padded,
     records,
-    settings_of,
     tokenizer_of,
 )
-from ecotone.fitness.objectives import Objective, Score, pooled_mean
+from ecotone.fitness.protocol import Objective, Score, pooled_mean
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Integers
 from ecotone.populations.trial import Goal
@@ -51,40 +51,91 @@ ROWS = {"cpu": 32, "cuda": 256}
 """By kind of device, prompts continued together where the recipe names no batch."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings(Source):
-    """Settings of ``tokens_generated``, beside where its prompts come from.
+class GenerationSettings(TextSettings):
+    """What objectives have in common for which the model writes, greedily (``ecotone.fitness.language.generation``).
 
-    Args:
+    Objectives with the same prompts and settings are scored on the same text, which is written once.
+
+    Attributes:
         template: The prompt, ``{name}`` for a field of the record.
-        chat: Whether the prompt is a user's message in the tokenizer's chat template.
-        most: The most tokens to generate.
+        chat: Put the prompt into the tokenizer's chat template, as a user's message.
+        most: The most tokens to write.
         stop: Texts that end an answer.
-        batch: Prompts continued together; None chooses.
-        bos: Whether the BOS token precedes each prompt; None: where the tokenizer puts it itself. A chat template
-            puts its own.
+        batch: Prompts continued together; None lets Ecotone choose.
+        bos: Whether the start token comes first; None: where the tokenizer puts it itself. A chat template puts its
+            own.
     """
 
     template: str = "{prompt}"
     chat: bool = False
-    most: int = 256
-    stop: str | Sequence[str] = ()
-    batch: int | None = None
-    bos: bool | None = None
+    most: int = Field(default=256, ge=1)
+    stop: str | tuple[str, ...] = ()
+
+    @field_validator("stop")
+    @classmethod
+    def _ends_something(cls, stop: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if "" in ([stop] if isinstance(stop, str) else stop):
+            raise ValueError("expected texts, found an empty one; leave it out")
+        return stop
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts of ``stop``."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnswerSettings(Settings):
-    """Settings of ``exact_match``: those of ``tokens_generated``, and how answers are told.
+class TokensGeneratedSettings(GenerationSettings):
+    """The mean number of tokens a model writes for a prompt: fewer is better."""
 
-    Args:
+    type: Literal["tokens_generated"]
+    direction: Literal["minimize"] = "minimize"
+
+    limits: ClassVar[tuple[float, float] | None] = (0.0, math.inf)
+
+    def build(self, context: ObjectiveContext) -> TokensGenerated:
+        """The objective, its prompts tokenised once.
+
+        Raises:
+            InputError: A record cannot be used, or a prompt does not fit the model's context.
+        """
+        return TokensGenerated(self.goal, _prompted(self, context)[0])
+
+
+class ExactMatchSettings(GenerationSettings):
+    """The share of prompts that the model answers right.
+
+    Attributes:
         answer: The field that holds the right answer: a text, a number, or a list of those that count.
-        extract: A regular expression; the answer is its last match in what was written (its first group, where it
-            has one). None: all that was written.
+        extract: A regular expression; the answer is its last match in what was written (its first group, where it has
+            one). None: all that was written.
     """
 
+    type: Literal["exact_match"]
+    direction: Literal["maximize"] = "maximize"
     answer: str = "answer"
     extract: str | None = None
+
+    limits: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
+
+    @field_validator("extract")
+    @classmethod
+    def _is_regular(cls, extract: str | None) -> str | None:
+        try:
+            re.compile(extract or "")
+        except re.error as error:
+            raise ValueError(f"expected a regular expression, found {extract!r} ({error})") from error
+        return extract
+
+    def build(self, context: ObjectiveContext) -> ExactMatch:
+        """The objective, its prompts tokenised once; its generator is that of ``tokens_generated`` of these settings.
+
+        Raises:
+            InputError: A record cannot be used, or a prompt does not fit the model's context.
+        """
+        generator, chosen = _prompted(self, context)
+        answers = [_answers(record, self.answer, f"{self.where}: {place}") for place, record in chosen]
+        extract = None if self.extract is None else re.compile(self.extract)
+        return ExactMatch(self.goal, generator, answers, extract)
 
 
 @dataclass(frozen=True)
@@ -273,7 +324,7 @@ class ExactMatch:
         goal: Name and direction.
         generator: What continues the prompts.
         answers: (N,) the texts that are right.
-        extract: What finds the answer in what was written, as in ``AnswerSettings``.
+        extract: What finds the answer in what was written, as in ``ExactMatchSettings``.
     """
 
     goal: Goal
@@ -319,57 +370,14 @@ class ExactMatch:
 
 @contextmanager
 def same_model(objectives: Sequence[Objective]) -> Iterator[None]:
-    """Within, all objectives are scored on one model whose weights stay the same: what they share is made once."""
-    generators = {
-        id(one.generator): one.generator for one in objectives if isinstance(one, TokensGenerated | ExactMatch)
-    }
+    """Within, all objectives are scored on one model whose weights stay the same: those with one ``generator`` have it
+    write once.
+    """
+    generators = [getattr(one, "generator", None) for one in objectives]
     with ExitStack() as stack:
-        for generator in generators.values():
+        for generator in {id(one): one for one in generators if isinstance(one, Generator)}.values():
             stack.enter_context(generator.same_model())
         yield
-
-
-def build_tokens_generated(
-    goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device
-) -> TokensGenerated:
-    """``tokens_generated``, its prompts tokenised once.
-
-    Args:
-        goal: Name and direction.
-        settings: Those of ``Settings``.
-        tokenizer: A checkpoint's folder.
-        device: Where the model is.
-
-    Raises:
-        InputError: A setting or a record cannot be used, or a prompt does not fit the model's context.
-    """
-    where = f"objective {goal.name!r}"
-    return TokensGenerated(goal, _prompted(settings_of(Settings, settings, where), tokenizer, device, where)[0])
-
-
-def build_exact_match(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device) -> ExactMatch:
-    """``exact_match``, its prompts tokenised once; its generator is that of ``tokens_generated`` of the same settings.
-
-    Args:
-        goal: Name and direction.
-        settings: Those of ``AnswerSettings``.
-        tokenizer: A checkpoint's folder.
-        device: Where the model is.
-
-    Raises:
-        InputError: A setting or a record cannot be used, or a prompt does not fit the model's context.
-    """
-    where = f"objective {goal.name!r}"
-    given = settings_of(AnswerSettings, settings, where)
-    try:
-        extract = None if given.extract is None else re.compile(given.extract)
-    except re.error as error:
-        raise InputError(
-            f"{where}: extract: expected a regular expression, found {given.extract!r} ({error})."
-        ) from error
-    generator, chosen = _prompted(given, tokenizer, device, where)
-    answers = [_answers(record, given.answer, f"{where}: {place}") for place, record in chosen]
-    return ExactMatch(goal, generator, answers, extract)
 
 
 def _answers(record: Record, name: str, where: str) -> frozenset[str]:
@@ -385,35 +393,24 @@ def _answers(record: Record, name: str, where: str) -> frozenset[str]:
 _generators: WeakValueDictionary[tuple[str, str, str], Generator] = WeakValueDictionary()
 
 
-def _prompted(
-    given: Settings, tokenizer: str, device: torch.device, where: str
-) -> tuple[Generator, list[tuple[str, Record]]]:
+def _prompted(given: GenerationSettings, context: ObjectiveContext) -> tuple[Generator, list[tuple[str, Record]]]:
     """The generator of these settings, which is shared as long as somebody holds it, and the records it is for."""
-    _check(given, where)
-    found = records(given, where)
-    chosen = [found[number] for number in given.chosen(len(found), where)]
+    where, folder, device = given.where, context.tokenizer_for(given.where), context.device
+    found = records(given.files, where)
+    chosen = [found[number] for number in given.chosen(len(found))]
     texts = [filled(given.template, record, f"{where}: {place}") for place, record in chosen]
-    common = {entry.name: getattr(given, entry.name) for entry in dataclasses.fields(Settings)}
-    key = (json.dumps([common, texts], default=str), tokenizer, str(device))
+    common = given.model_dump(include=GenerationSettings.model_fields.keys() - ObjectiveSettings.model_fields.keys())
+    key = (json.dumps([common, texts]), folder, str(device))
     generator = _generators.get(key)
     if generator is None:
-        loaded = tokenizer_of(tokenizer)
+        loaded = tokenizer_of(folder)
         prompts = _prompts(texts, given, loaded, where)
-        _check_lengths(chosen, prompts, given.most, context_of(tokenizer, loaded), where)
-        stop = [given.stop] if isinstance(given.stop, str) else list(given.stop)
-        generator = _generators[key] = Generator(prompts, loaded, device, given.most, stop, given.batch)
+        _check_lengths(chosen, prompts, given.most, context_of(folder, loaded), where)
+        generator = _generators[key] = Generator(prompts, loaded, device, given.most, given.stops, given.batch)
     return generator, chosen
 
 
-def _check(given: Settings, where: str) -> None:
-    check_batch(given.batch, where)
-    if given.most < 1:
-        raise InputError(f"{where}: most: expected at least 1, found {given.most}.")
-    if "" in ([given.stop] if isinstance(given.stop, str) else given.stop):
-        raise InputError(f"{where}: stop: expected texts, found an empty one.", "Leave it out.")
-
-
-def _prompts(texts: Sequence[str], given: Settings, tokenizer: Any, where: str) -> list[list[int]]:
+def _prompts(texts: Sequence[str], given: GenerationSettings, tokenizer: Any, where: str) -> list[list[int]]:
     begin: list[int] = []
     if given.chat:
         if not getattr(tokenizer, "chat_template", None):

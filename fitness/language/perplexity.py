@@ -14,28 +14,28 @@ without a start token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
+from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.language.likelihoods import Wanted, log_probabilities, wanted
 from ecotone.fitness.language.texts import (
-    Source,
+    TextSettings,
     batches,
-    check_batch,
     context_of,
     documents,
     encoded,
     padded,
-    settings_of,
     tokenizer_of,
 )
-from ecotone.fitness.objectives import Score
+from ecotone.fitness.protocol import Score
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Integers
 from ecotone.populations.samples import error_of_mean
@@ -45,25 +45,70 @@ CONTEXT = 1024
 Unit: TypeAlias = Literal["bits_per_byte", "likelihood", "perplexity"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings(Source):
-    """Settings of ``bits_per_byte`` and ``perplexity``, beside where their texts come from.
+class ReadingSettings(TextSettings):
+    """What objectives have in common for which a model reads texts (``ecotone.fitness.language.perplexity``).
 
     A record is a document; where there is one document only, it is one of its windows.
 
-    Args:
+    Attributes:
         context: Tokens in a window; None is 1024, or what the model can take if that is less.
         stride: Tokens from a window's start to the next one's; None is ``context``.
-        batch: Windows in one forward pass; None chooses.
         field: The field of a ``.jsonl`` file's lines that holds the text.
-        bos: Whether a start token precedes each document; None: where the tokenizer has one.
     """
 
-    context: int | None = None
-    stride: int | None = None
-    batch: int | None = None
+    context: int | None = Field(default=None, ge=2)
+    stride: int | None = Field(default=None, ge=1)
     field: str = "text"
-    bos: bool | None = None
+
+    limits: ClassVar[tuple[float, float] | None] = None
+
+    def build(self, context: ObjectiveContext) -> Perplexity:
+        """The objective, its texts tokenised once.
+
+        Raises:
+            InputError: A file cannot be used, or a setting does not fit the model.
+        """
+        where, folder = self.where, context.tokenizer_for(self.where)
+        loaded = tokenizer_of(folder)
+        window, stride = _window(self, context_of(folder, loaded), where)
+        start = _start(loaded, self.bos, where)
+        texts = documents(self.files, self.field, where)
+        if len(texts) > 1:
+            texts = [texts[number] for number in self.chosen(len(texts))]
+            started = _started(encoded(loaded, texts), start)
+            windows = [_Window(*cut, number) for number, ids in enumerate(started) for cut in _cut(ids, window, stride)]
+            lost = _first_bytes(loaded, texts, where) if start is None else [0] * len(texts)
+            bytes_each = [len(text.encode()) - less for text, less in zip(texts, lost, strict=True)]
+        else:
+            ends = _ends(loaded, texts[0], where)
+            cuts = _cut(_started(encoded(loaded, texts), start)[0], window, stride)
+            bounds = np.cumsum([0 if start is not None else 1, *(len(ids) - skipped for ids, _, skipped in cuts)])
+            spans = np.diff(np.concatenate([[0], ends])[bounds])
+            numbers: list[int] = self.chosen(len(cuts)).tolist() if cuts else []
+            windows = [_Window(*cuts[number], place) for place, number in enumerate(numbers)]
+            bytes_each = spans[numbers].tolist()
+        if not windows:
+            raise InputError(f"{where}: data: expected at least 2 tokens in a document, found fewer.")
+        return _made(self.goal, self.unit, windows, bytes_each, self.batch, context.device)
+
+    @property
+    def unit(self) -> Unit:
+        """What is measured: the type itself."""
+        return cast(Unit, self.type)
+
+
+class PerplexitySettings(ReadingSettings):
+    """Bits per byte, or perplexity, of texts."""
+
+    type: Literal["bits_per_byte", "perplexity"]
+    direction: Literal["minimize"] = "minimize"
+
+
+class LikelihoodSettings(ReadingSettings):
+    """The geometric mean of a byte's probability, 2 to the minus bits per byte: what M2N2 can share out."""
+
+    type: Literal["likelihood"]
+    direction: Literal["maximize"] = "maximize"
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,61 +193,6 @@ class Perplexity:
             return np.exp(nats if self.unit == "perplexity" else -nats)
 
 
-def build(
-    goal: Goal,
-    settings: Mapping[str, Any],
-    tokenizer: str,
-    device: torch.device,
-    unit: Unit = "bits_per_byte",
-) -> Perplexity:
-    """The objective, its texts tokenised once.
-
-    Args:
-        goal: Name and direction.
-        settings: Those of ``Settings``.
-        tokenizer: A checkpoint's folder.
-        device: Where the model is.
-        unit: What is measured.
-
-    Raises:
-        InputError: A setting or a file cannot be used.
-    """
-    where = f"objective {goal.name!r}"
-    given = settings_of(Settings, settings, where)
-    check_batch(given.batch, where)
-    loaded = tokenizer_of(tokenizer)
-    context, stride = _window(given, context_of(tokenizer, loaded), where)
-    start = _start(loaded, given.bos, where)
-    texts = documents(given, given.field, where)
-    if len(texts) > 1:
-        texts = [texts[number] for number in given.chosen(len(texts), where)]
-        started = _started(encoded(loaded, texts), start)
-        windows = [_Window(*cut, number) for number, ids in enumerate(started) for cut in _cut(ids, context, stride)]
-        lost = _first_bytes(loaded, texts, where) if start is None else [0] * len(texts)
-        bytes_each = [len(text.encode()) - less for text, less in zip(texts, lost, strict=True)]
-    else:
-        ends = _ends(loaded, texts[0], where)
-        cuts = _cut(_started(encoded(loaded, texts), start)[0], context, stride)
-        bounds = np.cumsum([0 if start is not None else 1, *(len(ids) - skipped for ids, _, skipped in cuts)])
-        spans = np.diff(np.concatenate([[0], ends])[bounds])
-        numbers: list[int] = given.chosen(len(cuts), where).tolist() if cuts else []
-        windows = [_Window(*cuts[number], place) for place, number in enumerate(numbers)]
-        bytes_each = spans[numbers].tolist()
-    if not windows:
-        raise InputError(f"{where}: data: expected at least 2 tokens in a document, found fewer.")
-    return _made(goal, unit, windows, bytes_each, given.batch, device)
-
-
-def build_likelihood(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device) -> Perplexity:
-    """As ``build``, of likelihood."""
-    return build(goal, settings, tokenizer, device, "likelihood")
-
-
-def build_perplexity(goal: Goal, settings: Mapping[str, Any], tokenizer: str, device: torch.device) -> Perplexity:
-    """As ``build``, of perplexity."""
-    return build(goal, settings, tokenizer, device, "perplexity")
-
-
 @dataclass(frozen=True)
 class _Window:
     """Input tokens, the tokens they predict, how many of these are not scored, and the item they belong to."""
@@ -255,14 +245,15 @@ def _made(
     return Perplexity(goal, unit, passes, placed, sizes.astype(np.int64), some)
 
 
-def _window(given: Settings, most: int | None, where: str) -> tuple[int, int]:
+def _window(given: ReadingSettings, most: int | None, where: str) -> tuple[int, int]:
     context = given.context if given.context is not None else min(CONTEXT, most or CONTEXT)
-    if context < 1 or (most is not None and context > most):
-        limit = "at least 1" if most is None else f"1 to {most}, which is what the model can take"
-        raise InputError(f"{where}: context: expected {limit}, found {context}.")
+    if most is not None and context > most:
+        raise InputError(
+            f"{where}: context: expected at most {most}, which is what the model can take, found {context}."
+        )
     stride = given.stride if given.stride is not None else context
-    if not 1 <= stride <= context:
-        raise InputError(f"{where}: stride: expected 1 to context ({context}), found {stride}.")
+    if stride > context:
+        raise InputError(f"{where}: stride: expected at most context ({context}), found {stride}.")
     return context, stride
 
 

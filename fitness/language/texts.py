@@ -7,132 +7,118 @@ parts without a record in common, and a smaller limit takes a subset of what a l
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, field_validator
 
 from ecotone.extras import how_to_install
+from ecotone.fitness.kinds import ObjectiveSettings
 from ecotone.populations.errors import InputError, first_line, nearest
 
-Part: TypeAlias = Literal["search", "held_out", "all"]
 Record: TypeAlias = dict[str, Any]
 
 TOKENS = {"cpu": 2048, "cuda": 32768}
 """By kind of device, tokens in one forward pass where the recipe names no batch."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Which records an objective is measured on; its settings start with these.
+class TextSettings(ObjectiveSettings):
+    """What objectives on files have in common: which records they are measured on.
 
-    Args:
-        data: A file, or several whose records follow one another.
-        part: ``search``, ``held_out``, or ``all`` of the records.
-        seed: Of the draw that divides them, at least 0.
-        share: Share of the records that ``search`` gets, between 0 and 1; each part gets one at least.
+    Attributes:
+        data: A file, or several whose records follow one another, in UTF-8; relative paths are from the recipe's
+            folder, or ``prepared:``. A ``.jsonl`` file has a record a line.
+        part: With ``search`` and ``held_out``, the records are divided between them by the seed; each gets one at
+            least.
+        seed: Of that division.
+        share: Share of the records that ``search`` gets.
         limit: The most records of the part; None is all of it.
+        batch: Rows in one forward pass; None lets Ecotone choose.
+        bos: Whether the start token comes first; None: where the tokenizer has one.
     """
 
-    data: str | Sequence[str]
-    part: Part = "all"
-    seed: int = 0
-    share: float = 0.5
-    limit: int | None = None
+    data: str | tuple[str, ...]
+    part: Literal["search", "held_out", "all"] = "all"
+    seed: int = Field(default=0, ge=0)
+    share: float = Field(default=0.5, gt=0, lt=1)
+    limit: int | None = Field(default=None, ge=1)
+    batch: int | None = Field(default=None, ge=1)
+    bos: bool | None = None
+
+    by_example: ClassVar[bool | None] = True
+    needs_tokenizer: ClassVar[bool] = True
+    paths: ClassVar[tuple[str, ...]] = ("data",)
+
+    @field_validator("data")
+    @classmethod
+    def _some(cls, data: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not data:
+            raise ValueError("expected a file, found none")
+        return data
 
     @property
     def files(self) -> list[Path]:
         """The files of ``data``."""
         return [Path(name) for name in ([self.data] if isinstance(self.data, str) else self.data)]
 
-    def chosen(self, count: int, where: str) -> NDArray[np.int64]:
+    def chosen(self, count: int) -> NDArray[np.int64]:
         """(n,) ascending numbers, of 0 to count - 1, of the records that are in the part.
 
         Raises:
-            InputError: A setting is out of range, or there are too few records to divide.
+            InputError: There are too few records to divide.
         """
-        self._check(where)
         if count < (1 if self.part == "all" else 2):
             raise InputError(
-                f"{where}: data: expected at least {1 if self.part == 'all' else 2} items for part {self.part!r}, "
-                f"found {count}."
+                f"{self.where}: data: expected at least {1 if self.part == 'all' else 2} items for part "
+                f"{self.part!r}, found {count}."
             )
         order = np.random.default_rng(self.seed).permutation(count)
         first = min(max(round(self.share * count), 1), count - 1)
         taken = {"all": order, "search": order[:first], "held_out": order[first:]}[self.part]
         return np.sort(taken[: self.limit])
 
-    def _check(self, where: str) -> None:
-        if self.part not in ("search", "held_out", "all"):
-            raise InputError(f"{where}: part: expected search, held_out or all, found {self.part!r}.")
-        if self.seed < 0:
-            raise InputError(f"{where}: seed: expected at least 0, found {self.seed}.")
-        if not 0 < self.share < 1:
-            raise InputError(f"{where}: share: expected a number between 0 and 1, found {self.share}.")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"{where}: limit: expected at least 1, found {self.limit}.")
-
-
-S = TypeVar("S", bound=Source)
-
-
-def settings_of(kind: type[S], settings: Mapping[str, Any], where: str) -> S:
-    """``settings`` as a ``kind``.
-
-    Raises:
-        InputError: There is no ``data``, or a setting that ``kind`` does not have.
-    """
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in settings:
-        if name not in known:
-            raise InputError(f"{where}: expected settings of its type, found {name!r}.", nearest(name, known))
-    if not settings.get("data"):
-        raise InputError(f"{where}: data: expected a file, found none.")
-    return kind(**settings)
-
 
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def documents(source: Source, field: str, where: str) -> list[str]:
-    """The documents of the source's files that are not empty: lines' ``field`` of a ``.jsonl``, any other file whole.
+def documents(files: Sequence[Path], field: str, where: str) -> list[str]:
+    """The documents of the files that are not empty: lines' ``field`` of a ``.jsonl``, any other file whole.
 
     Raises:
         InputError: A file cannot be read, is not UTF-8, or a line lacks the field; or no document has text.
     """
     found: list[str] = []
-    for file in source.files:
+    for file in files:
         if file.suffix == ".jsonl":
             found += [_text(record, field, f"{where}: {place}") for place, record in _lines(file, where)]
         else:
             found.append(_read(file, where))
     found = [text for text in found if text]
     if not found:
-        raise InputError(f"{where}: data: expected text, found none in {_named(source)}.")
+        raise InputError(f"{where}: data: expected text, found none in {_named(files)}.")
     return found
 
 
-def records(source: Source, where: str) -> list[tuple[str, Record]]:
-    """The records of the source's ``.jsonl`` files, each with the place it stands at (``file:line``).
+def records(files: Sequence[Path], where: str) -> list[tuple[str, Record]]:
+    """The records of ``.jsonl`` files, each with the place it stands at (``file:line``).
 
     Raises:
         InputError: A file is no ``.jsonl``, cannot be read, or a line is no JSON object; or there are no records.
     """
     found: list[tuple[str, Record]] = []
-    for file in source.files:
+    for file in files:
         if file.suffix != ".jsonl":
             raise InputError(f"{where}: data: expected a .jsonl file, found {file}.", "Write one JSON object a line.")
         found += _lines(file, where)
     if not found:
-        raise InputError(f"{where}: data: expected records, found none in {_named(source)}.")
+        raise InputError(f"{where}: data: expected records, found none in {_named(files)}.")
     return found
 
 
@@ -185,8 +171,8 @@ def _read(file: Path, where: str) -> str:
         raise InputError(f"{where}: data: {file}: expected UTF-8 ({error.reason} at byte {error.start}).") from error
 
 
-def _named(source: Source) -> str:
-    return ", ".join(map(str, source.files))
+def _named(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files))
 
 
 # -- tokens --------------------------------------------------------------------------------------------------
@@ -268,12 +254,6 @@ def padded(sequences: Sequence[Sequence[int]], device: torch.device, *, left: bo
 
 def _fill(tokens: list[int], missing: int, left: bool) -> list[int]:
     return tokens[:1] * missing + tokens if left else tokens + tokens[-1:] * missing
-
-
-def check_batch(batch: int | None, where: str) -> None:
-    """Raise ``InputError`` unless the batch is None or at least 1."""
-    if batch is not None and batch < 1:
-        raise InputError(f"{where}: batch: expected at least 1, found {batch}.")
 
 
 def mean(values: NDArray[Any]) -> float:

@@ -99,8 +99,7 @@ def unpacked(parts: Sequence[bytes | Sequence[Trial]]) -> Sequence[Trial]:
 
 def paths_here(spec: WorkerSpec) -> list[str]:
     """The paths that a worker opens and that this node has; names of the hub's repositories are none."""
-    tokenizers = [one.tokenizer for one in (*spec.search, *spec.held_out)]
-    named = dict.fromkeys(path for path in (*spec.experts, spec.base, *tokenizers) if path is not None)
+    named = dict.fromkeys(path for path in (*spec.experts, spec.base, spec.tokenizer) if path is not None)
     return [path for path in named if Path(path).expanduser().exists()]
 
 

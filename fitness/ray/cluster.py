@@ -72,7 +72,7 @@ class Cluster:
         stop = signal.getsignal(signal.SIGTERM)
         try:
             self.ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, self.ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises no narrower one when its processes take too long to start
             where = "a local Ray cluster cannot be started" if self._address is None else f"no cluster: {self._address}"
             raise PoolError(f"pool: {where} ({error}).", "Check the address and RAY_AUTH_MODE (token).") from error
         if stop is not None and threading.current_thread() is threading.main_thread():

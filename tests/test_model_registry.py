@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 from ecotone.experiments import running, tracking
 from ecotone.experiments.recipe import Recipe
-from ecotone.experiments.tracking.registry import Registrar
-from ecotone.experiments.tracking.server import await_answer, free_port, serving
-from ecotone.experiments.tracking.server import stop as stop_server
+from ecotone.experiments.tracking.mlflow.model_registry import Registrar
+from ecotone.experiments.tracking.mlflow.server import await_answer, free_port, serving
+from ecotone.experiments.tracking.mlflow.server import stop as stop_server
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -160,7 +160,7 @@ def test_a_server_that_is_down(ecotone: Ecotone, runs: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
     known = json.loads((runs / "run" / "tracking.json").read_text())
-    (runs / "run" / "tracking.json").write_text(json.dumps({**known, "uri": uri}))
+    (runs / "run" / "tracking.json").write_text(json.dumps({"mlflow": {**known["mlflow"], "uri": uri}}))
     error = ecotone("export", runs / "run", "--to", runs / "merged", "--register", "a").err
     assert "the tracking server at 127.0.0.1 does not answer" in error
     assert not (runs / "merged").exists()
@@ -175,7 +175,7 @@ def test_a_tracking_server_gets_the_weights(runs: Path) -> None:
     process = serving(tracking.default_uri(runs), runs / "run", port)
     try:
         await_answer(process, port)
-        report = tracking.mirror(runs / "run", uri=uri, experiment="served")
+        report = tracking.mirror(runs / "run", changes={"uri": uri, "experiment": "served"})
         assert (report.error, report.complete) == (None, True)
         made = Registrar(runs / "run", "served", "champion").register(Run(runs / "run").export("best", runs / "merged"))
         assert (made.uploaded, made.uri) == (True, "models:/served@champion")

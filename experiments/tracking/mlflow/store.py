@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ecotone.experiments.storage import is_url
+from ecotone.experiments.tracking.protocol import SILENCE, TrackingError
 from ecotone.extras import how_to_install
-from ecotone.populations.errors import EcotoneError
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -22,21 +21,11 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-SILENCE = "does not answer"
-
-
-class TrackingError(EcotoneError):
-    """MLflow cannot be reached, started or understood."""
 
 
 def default_uri(runs_dir: str | Path) -> str:
     """The embedded store of a directory of runs: ``RUNS/mlflow.db``, with artifacts in ``RUNS/mlartifacts``."""
     return f"sqlite:///{Path(runs_dir).resolve() / 'mlflow.db'}"
-
-
-def installed() -> bool:
-    """Whether MLflow can be imported; it is an extra."""
-    return importlib.util.find_spec("mlflow") is not None
 
 
 def absolute_uri(uri: str) -> str:
@@ -46,12 +35,6 @@ def absolute_uri(uri: str) -> str:
         _, mark, query = uri.partition("?")
         return f"sqlite:///{path.absolute()}{mark}{query}"
     return uri if ":" in uri else str(Path(uri).absolute())
-
-
-def require_mlflow() -> None:
-    """Say what to install when MLflow is missing."""
-    if not installed():
-        raise TrackingError("MLflow is not installed.", f"`{how_to_install('mlflow')}`, or switch tracking off.")
 
 
 def client_of(uri: str) -> Any:

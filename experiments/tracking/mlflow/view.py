@@ -22,13 +22,13 @@ from ecotone.experiments.tracking.names import (
     HELD_OUT_FRONT,
     HYPERVOLUME,
     PICTURE,
-    VIEW_TAG,
     metric_names,
     pair_metrics,
     pairs_of,
 )
 from ecotone.populations.trial import Goal
 
+VIEW_TAG = "ecotone.view"  # a run's: which view shows it
 EDITION = 1  # raised when the charts change, so that views written before are written anew
 RUNS = 100  # that a chart shows at most
 LONGEST = 5000  # characters of an experiment's tag

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecotone.experiments.tracking.following import wait
+from ecotone.experiments.tracking.following import settings_of, wait
+from ecotone.experiments.tracking.mlflow import MlflowSettings
+from ecotone.experiments.tracking.mlflow.store import ENVIRONMENT, sqlite_file
+from ecotone.experiments.tracking.mlflow.view import view_address, view_key
 from ecotone.experiments.tracking.notes import status
-from ecotone.experiments.tracking.store import ENVIRONMENT, TrackingError, require_mlflow, sqlite_file
-from ecotone.experiments.tracking.target import Target
-from ecotone.experiments.tracking.view import view_address, view_key
+from ecotone.experiments.tracking.protocol import TrackingError
+from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations.journal import Journal
 
 _LAST_WORDS = "Its output is in ui.log of the run directory."
@@ -44,7 +46,7 @@ class Pages:
 def ui_pages(run_dir: str | Path) -> Pages | None:
     """The pages of the run on its tracking server, or None for an embedded store, which ``serve`` must serve first."""
     directory = Path(run_dir).resolve()
-    known = status(directory)
+    known = status(directory, "mlflow")
     if not str(known["uri"]).startswith(("http://", "https://")):
         return None
     return _pages(str(known["uri"]), directory, known)
@@ -65,18 +67,18 @@ def serve(
         TrackingError: Nothing was mirrored yet, the port is in use, or MLflow does not start.
     """
     directory = Path(run_dir).resolve()
-    known = status(directory)
+    known = status(directory, "mlflow")
     if known["uri"] is None:
         raise TrackingError(f"{directory}: nothing of it is in MLflow yet.", "Start the run, or `ecotone sync` it.")
     pages = ui_pages(directory)
     if pages is not None:
         _show(pages, open_browser, say)
         return
-    require_mlflow()
+    MlflowSettings.require()
     chosen = free_port(port)
     with _terminable():
         say("Starting MLflow, which takes some seconds ...")
-        process = serving(_store(directory, known), directory, chosen)
+        process = serving(store_of(directory), directory, chosen)
         try:
             await_answer(process, chosen)
             _show(_pages(f"http://127.0.0.1:{chosen}", directory, known), open_browser, say)
@@ -94,7 +96,7 @@ def _pages(base: str, directory: Path, known: Mapping[str, Any]) -> Pages:
     if known["run_id"] is None:
         return Pages(base, base)
     with Journal.open(directory / "journal.sqlite") as journal:
-        goals = Target.of(journal, directory, None, None).goals
+        goals = Subject.of(journal, directory).goals
     return Pages(
         view_address(base, experiment, view_key(goals)), f"{base}/#/experiments/{experiment}/runs/{known['run_id']}"
     )
@@ -140,11 +142,12 @@ def serving(uri: str, directory: Path, port: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _store(directory: Path, known: Mapping[str, Any]) -> str:
-    """The URI of the store a run was mirrored to, credentials included if the journal has them."""
-    with Journal.open(directory / "journal.sqlite") as journal:
-        target = Target.of(journal, directory, None, None)
-    return target.uri if target.shown_uri == known["uri"] else str(known["uri"])
+def store_of(directory: Path) -> str:
+    """The URI of the store that a run was mirrored to, credentials included if the journal has them."""
+    known = str(status(directory, "mlflow")["uri"])
+    settings = settings_of(directory, "mlflow")
+    assert isinstance(settings, MlflowSettings)
+    return settings.store(directory) if settings.place(directory) == known else known
 
 
 @contextlib.contextmanager

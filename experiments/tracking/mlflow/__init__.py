@@ -1,0 +1,82 @@
+"""MLflow, the default tracker: one MLflow run a search, and a view of charts in which the fronts of searches lie.
+
+Where to go on is asked of MLflow itself: the metric ``evaluations`` is the last row of every batch, and its latest
+value says up to where the journal is mirrored. MLflow is imported only inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import urlsplit, urlunsplit
+
+from ecotone.experiments.tracking.mlflow import store
+from ecotone.experiments.tracking.protocol import Memory, TrackerSettings
+from ecotone.experiments.tracking.subject import Subject
+from ecotone.extras import how_to_install
+from ecotone.settings import Part
+
+if TYPE_CHECKING:
+    from ecotone.experiments.tracking.mlflow.run import MlflowRecord
+
+
+class MlflowPlace(Part):
+    """Where MLflow keeps a run.
+
+    Attributes:
+        uri: A tracking server or store; None is $MLFLOW_TRACKING_URI, or else an SQLite file beside the runs.
+        experiment: MLflow experiment.
+    """
+
+    uri: str | None = None
+    experiment: str = "ecotone"
+
+
+class MlflowSettings(MlflowPlace, TrackerSettings):
+    """MLflow: a server or an embedded store."""
+
+    title: ClassVar[str] = "MLflow"
+    packages: ClassVar[tuple[str, ...]] = ("mlflow",)
+    lacks: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def install(cls) -> str:
+        """The extra."""
+        return how_to_install("mlflow")
+
+    def recorded(self) -> MlflowSettings:
+        """With the URI that $MLFLOW_TRACKING_URI names, made absolute."""
+        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        return self.model_copy(update={"uri": None if uri is None else store.absolute_uri(uri)})
+
+    def describe(self) -> str:
+        """The store and the experiment."""
+        place = "the embedded store beside the runs" if self.uri is None else _shown(self.uri)
+        return f"experiment {self.experiment!r} of {place}"
+
+    def store(self, directory: Path) -> str:
+        """The tracking URI for the run in ``directory``."""
+        return store.absolute_uri(self.uri or store.default_uri(directory.parent))
+
+    def place(self, directory: Path) -> str:
+        """The tracking URI without user name and password."""
+        return _shown(self.store(directory))
+
+    def open(self, subject: Subject, directory: Path, memory: Memory) -> MlflowRecord:
+        """The MLflow run, found by its id or by its tag, or made."""
+        from ecotone.experiments.tracking.mlflow.run import MlflowRecord
+
+        return MlflowRecord(subject, self.store(directory), self.experiment, memory.get("run_id"))
+
+    def in_words(self, error: BaseException) -> str:
+        """One line that says what went wrong; of a server that does not answer, just that."""
+        return store.in_words(error, self.uri or "")
+
+
+def _shown(uri: str) -> str:
+    """``uri`` without user name and password."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -1,0 +1,97 @@
+"""What the journal says of a run as a whole, for trackers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecotone.experiments.compare import algorithm_name
+from ecotone.experiments.storage import url_of
+from ecotone.experiments.tracking.names import flattened
+from ecotone.populations import facts
+from ecotone.populations.journal import Journal
+from ecotone.populations.trial import Goal
+
+STEPS = 1000  # of a metric, at most about
+DEFAULT = "mlflow"  # the tracker of runs that were made when there was no other
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the journal says of a run as a whole.
+
+    Args:
+        name: For people. It begins with what tells searches of one recipe apart: charts cut long names.
+        recipe: The recipe's name.
+        algorithm: As recipes name it.
+        identity: 32 hexadecimal digits that tell the run from any other, wherever its directory is moved.
+        created: When it began (unix seconds).
+        goals: The objectives.
+        held_out: The held-out objectives.
+        models: Names of the experts.
+        stride: A line every so many evaluations; None for a search whose budget is no number of evaluations.
+        parameters: The recipe, flattened.
+        tags: What runs are looked up by.
+    """
+
+    name: str
+    recipe: str
+    algorithm: str
+    identity: str
+    created: float
+    goals: tuple[Goal, ...]
+    held_out: tuple[Goal, ...]
+    models: tuple[str, ...]
+    stride: int | None
+    parameters: Mapping[str, str]
+    tags: Mapping[str, str]
+
+    @classmethod
+    def of(cls, journal: Journal, directory: Path) -> Subject:
+        """What the journal in ``directory`` says."""
+        created = journal.fact(facts.CREATED) or 0.0
+        name = journal.fact(facts.NAME) or directory.name
+        signature = journal.fact(facts.SIGNATURE) or ""
+        algorithm = journal.fact(facts.ALGORITHM) or ""
+        seed = journal.fact(facts.SEED)
+        budget = (journal.fact(facts.BUDGET) or {}).get("evaluations")
+        goals = journal.fact(facts.GOALS) or ()
+        models = journal.fact(facts.MODELS) or ()
+        return cls(
+            name=f"{algorithm_name(journal)} seed {seed or 0}, {name}",
+            recipe=name,
+            algorithm=algorithm,
+            identity=hashlib.blake2b("\n".join((repr(created), name, signature)).encode(), digest_size=16).hexdigest(),
+            created=created,
+            goals=goals,
+            held_out=journal.fact(facts.HELD_OUT_GOALS) or (),
+            models=models,
+            stride=None if budget is None else max(1, int(budget) // STEPS),
+            parameters=flattened(journal.fact(facts.RECIPE) or {}),
+            tags={
+                "algorithm": algorithm,
+                "models": ", ".join(models),
+                "objectives": ", ".join(goal.name for goal in goals),
+                "ecotone.run_dir": url_of(directory) or str(directory),
+                "ecotone.signature": signature,
+                "ecotone.versions": json.dumps(journal.fact(facts.VERSIONS) or {}),
+            },
+        )
+
+
+def trackers_of(journal: Journal) -> Mapping[str, Mapping[str, Any]]:
+    """The trackers that a run is mirrored to: the settings of each, as the journal has them, by name."""
+    told = journal.fact(facts.TRACKING) or {}
+    return {DEFAULT: told} if "experiment" in told or "uri" in told else told  # as it was before there were several
+
+
+def state_of(journal: Journal, live: bool) -> str:
+    """The journal's state; ``killed`` when it says running but nobody runs it."""
+    state = journal.fact(facts.STATE) or "running"
+    if state == "running" and not live and not journal.in_use:
+        return "killed"
+    return state

@@ -1,0 +1,216 @@
+"""What each kind of objective, and each calibration loss, says of itself.
+
+A kind is a class of settings that lies beside what it is for. It is the recipe's part, checks what is given, and builds
+what measures a model. ``ecotone.fitness.registry`` has all kinds by name; those of other packages are entry points
+(``ecotone.objectives``, ``ecotone.losses``).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import Self
+
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Goal
+from ecotone.settings import Call, Located, Part, check_kind, expanded
+
+if TYPE_CHECKING:
+    import torch
+
+    from ecotone.fitness.protocol import CalibrationTask, Objective
+
+
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """What objectives and calibration tasks are built for.
+
+    Args:
+        device: Where the model is.
+        dtype: What floating-point inputs are converted to; None leaves them as they are.
+        tokenizer: A local folder with the tokenizer and the model's ``config.json``; None where no kind needs one.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    tokenizer: str | None = None
+
+    def tokenizer_for(self, where: str) -> str:
+        """The tokenizer's folder.
+
+        Args:
+            where: Who needs it, for the message.
+
+        Raises:
+            InputError: There is none.
+        """
+        if self.tokenizer is None:
+            raise InputError(f"{where}: tokenizer: expected a directory, found nothing.", "Give models.tokenizer.")
+        return self.tokenizer
+
+
+@dataclass(frozen=True)
+class NamedCall:
+    """A Python function that settings name.
+
+    Args:
+        field: Where it stands in them; empty where the settings themselves are the call.
+        call: The function and its keyword arguments.
+        given: How many positional arguments it gets before these.
+    """
+
+    field: str
+    call: Call
+    given: int = 0
+
+
+class ObjectiveSettings(Part):
+    """What models are measured by.
+
+    Attributes:
+        name: What its scores are called.
+        type: The kind of objective.
+        direction: Whether more is better (``maximize``) or less (``minimize``).
+    """
+
+    name: str
+    type: str
+    direction: Literal["maximize", "minimize"]
+
+    limits: ClassVar[tuple[float, float] | None]
+    """The least and the most that an example can score, where a score is the mean over examples; else None."""
+
+    by_example: ClassVar[bool | None]
+    """Whether it gives a score for each example; None where only a model's first score tells."""
+
+    needs_tokenizer: ClassVar[bool]
+    """Whether it is built with the models' tokenizer."""
+
+    paths: ClassVar[tuple[str, ...]]
+    """The fields that name files or folders."""
+
+    @abstractmethod
+    def build(self, context: ObjectiveContext) -> Objective:
+        """The objective, with its data where the model is.
+
+        Raises:
+            InputError: Its functions, files or data cannot be used.
+        """
+
+    @property
+    def goal(self) -> Goal:
+        """Name and direction."""
+        return Goal(self.name, self.direction)
+
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"objective {self.name!r}"
+
+    def calls(self) -> Sequence[NamedCall]:
+        """The Python functions that it names."""
+        return _calls(self)
+
+    def describe(self) -> str:
+        """The objective in words, as ``ecotone validate`` tells it before anything is loaded."""
+        return f"{_titled(self.type, self.calls())}, {self.direction}"
+
+    def examine(self) -> Iterator[tuple[str, str]]:
+        """What can be known of its data without a model: subjects, and what is told of each.
+
+        Raises:
+            InputError: The settings do not fit the data.
+        """
+        return iter(())
+
+    def with_paths(self, resolve: Located) -> Self:
+        """The same with its files' paths put through ``resolve``."""
+        changed = {name: expanded(getattr(self, name), resolve) for name in self.paths}
+        return self.model_validate({**dict(self), **changed})
+
+
+class CalibrationSettings(Part):
+    """A task that a gradient search learns coefficients on: a stream of batches, and the loss that is differentiated.
+
+    Attributes:
+        name: The task's name.
+        data: Returns the inputs, or (inputs, labels).
+        loss: What is differentiated.
+        head: Returns the task's classification head where the merged model is only the encoder: a callable from
+            (outputs, inputs) to logits. It is never merged.
+        batch: Examples in one batch.
+    """
+
+    name: str
+    data: Call
+    loss: str
+    head: Call | None = None
+    batch: int = Field(default=16, ge=1)
+
+    needs_labels: ClassVar[bool]
+    """Whether ``data`` must return labels."""
+
+    needs_expert: ClassVar[bool]
+    """Whether merges are compared with an expert: ``expert``, where the kind has such a field, or the task's name."""
+
+    @abstractmethod
+    def build(self, context: ObjectiveContext, seed: int) -> CalibrationTask:
+        """The task, with its data where the model is.
+
+        Args:
+            context: What it is built for.
+            seed: Of the order in which examples come.
+
+        Raises:
+            InputError: Its functions or data cannot be used.
+        """
+
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"calibration {self.name!r}"
+
+    @property
+    def teacher(self) -> str | None:
+        """The name of the expert that merges are compared with; None where there is none."""
+        return (getattr(self, "expert", None) or self.name) if self.needs_expert else None
+
+    def calls(self) -> Sequence[NamedCall]:
+        """The Python functions that it names."""
+        return _calls(self)
+
+    def describe(self) -> str:
+        """The task in words, as ``ecotone validate`` tells it."""
+        loss = self.loss if self.teacher is None else f"{self.loss} from {self.teacher}"
+        return f"{_titled(f'{loss} of', self.calls())}, {self.batch} examples a step"
+
+
+def check_objective(name: str, kind: Any) -> None:
+    """Refuse a kind of objective that does not say all of itself.
+
+    Raises:
+        InputError: As ``ecotone.settings.check_kind``.
+    """
+    check_kind(name, kind, ObjectiveSettings, "type")
+
+
+def check_loss(name: str, kind: Any) -> None:
+    """Refuse a calibration loss that does not say all of itself.
+
+    Raises:
+        InputError: As ``ecotone.settings.check_kind``.
+    """
+    check_kind(name, kind, CalibrationSettings, "loss")
+
+
+def _calls(settings: Part) -> list[NamedCall]:
+    """Those in its fields, each of which gets nothing but its keyword arguments."""
+    return [NamedCall(name, value) for name, value in settings if isinstance(value, Call)]
+
+
+def _titled(kind: str, calls: Sequence[NamedCall]) -> str:
+    return f"{kind} {' with '.join(one.call.call for one in calls)}".rstrip()

@@ -1,0 +1,137 @@
+"""Statistics on disk: one safetensors file each, named by all that it depends on, whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from xxhash import xxh3_128
+
+from ecotone.populations.errors import InputError
+from ecotone.populations.folders import cache_folder
+from ecotone.populations.trial import Gathered
+
+_log = logging.getLogger("ecotone")
+
+
+class Cache:
+    """Statistics by key, in a folder of this machine.
+
+    Args:
+        folder: Where they lie; None is ``statistics`` in ``$ECOTONE_CACHE``.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = cache_folder() / "statistics" if folder is None else folder
+
+    def file(self, key: str) -> Path:
+        """Where the statistics of that key lie, or would."""
+        return self.folder / f"{key}.safetensors"
+
+    def find(self, key: str) -> Gathered | None:
+        """What is kept under ``key``, or None. A damaged file counts as none, and is logged."""
+        tensors = self._whole(key)
+        return None if tensors is None else gathered(key, tensors)
+
+    def holds(self, wanted: Gathered) -> bool:
+        """Whether just these statistics lie here, undamaged."""
+        return self.find(wanted.key) == wanted
+
+    def read(self, wanted: Gathered) -> dict[str, Tensor]:
+        """The tensors, by the layers' names.
+
+        Raises:
+            InputError: They do not lie here, or others do.
+        """
+        tensors = self._whole(wanted.key)
+        if tensors is None or gathered(wanted.key, tensors) != wanted:
+            raise InputError(
+                f"{self.file(wanted.key)}: expected the statistics of digest {wanted.digest}, found none or others.",
+                "Gather them again: `ecotone statistics`.",
+            )
+        return tensors
+
+    def _whole(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors under ``key``, if they are those that were written there."""
+        file = self.file(key)
+        if not file.exists():
+            return None
+        try:
+            tensors = load_file(file)
+            with safe_open(file, "pt") as opened:
+                recorded = (opened.metadata() or {}).get("digest")
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            _log.warning("%s cannot be read (%s); it is made again.", file, error)
+            return None
+        if digest_of(tensors) != recorded:
+            _log.warning("%s is damaged: its numbers are not those that were written; it is made again.", file)
+            return None
+        return tensors
+
+    def write(self, key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> Gathered:
+        """Keep ``tensors`` under ``key``; they appear whole or not at all.
+
+        Args:
+            key: All that they depend on.
+            tensors: By the layers' names, on the CPU.
+            about: Free text for the file's header.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        found, file = gathered(key, tensors), self.file(key)
+        draft = file.with_name(f".{key}-{uuid.uuid4().hex}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                draft,
+                {
+                    **about,
+                    "digest": found.digest,
+                },
+            )
+            _synced(draft)
+            draft.replace(file)
+            _synced(self.folder)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise InputError(
+                f"{self.folder}: cannot be written ({error}).",
+                "Statistics are kept there; $ECOTONE_CACHE names another folder.",
+            ) from error
+        return found
+
+
+def gathered(key: str, tensors: Mapping[str, Tensor]) -> Gathered:
+    """What the journal keeps of ``tensors``."""
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    return Gathered(key, digest_of(tensors), len(tensors), nbytes)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, types, shapes and numbers, as 32 hexadecimal digits."""
+    hasher = xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def _synced(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,101 @@
+"""Kinds of statistics, by name, and what each must say of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+
+from ecotone.fitness.data import Examples
+from ecotone.fitness.heads import Head
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Statistics
+from ecotone.registry import Registry
+from ecotone.settings import Part
+
+
+class Gathering(Part):
+    """The settings that all kinds of statistics have.
+
+    Attributes:
+        batch: Examples in one forward pass; bounds the memory for activations.
+        examples: How many of each task's examples are used, from the first on; null takes all.
+    """
+
+    batch: int = Field(32, ge=1)
+    examples: int | None = Field(None, ge=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What statistics of a calibration task are gathered over.
+
+    Args:
+        name: The task's name.
+        examples: Inputs on the model's device, as many as are wanted; labels, where there are any, are not to be used.
+        head: Makes logits of the model's outputs; None where the outputs are the logits.
+    """
+
+    name: str
+    examples: Examples
+    head: Head | None
+
+
+class Statistic(Protocol):
+    """A kind of statistics, with its settings.
+
+    Attributes:
+        settings: The class of its settings.
+        version: To be raised when the same model, data and settings give other tensors: older ones are in caches.
+    """
+
+    settings: ClassVar[type[Gathering]]
+    version: ClassVar[int]
+
+    def __init__(self, settings: Any) -> None: ...
+
+    def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
+        """The statistics of ``model``, by the names of its layers.
+
+        Args:
+            model: In evaluation mode. Whatever is changed in it must be as before afterwards.
+            tasks: The data, all on the model's device.
+
+        Returns:
+            Tensors on the CPU. Two calls on one machine give the same bits.
+        """
+        ...
+
+
+def _check(name: str, kind: Any) -> None:
+    settings, version = getattr(kind, "settings", None), getattr(kind, "version", None)
+    if not (isinstance(settings, type) and issubclass(settings, Gathering)):
+        raise InputError(f"statistics {name!r}: settings: expected a class made from Gathering, found {settings!r}.")
+    if not isinstance(version, int):
+        raise InputError(f"statistics {name!r}: version: expected a whole number, found {version!r}.")
+    if not callable(getattr(kind, "gather", None)):
+        raise InputError(f"statistics {name!r}: expected a method gather(model, tasks), found none.")
+
+
+STATISTICS: Registry[type[Statistic]] = Registry(
+    "statistic", "ecotone.statistics", {"magnitude": "ecotone.fitness.statistics.magnitude:Magnitude"}, _check
+)
+
+
+def chosen(wants: Statistics) -> tuple[type[Statistic], Gathering]:
+    """The kind that a trial wants, and its settings, defaults included.
+
+    Raises:
+        InputError: There is no such kind, or a setting does not fit it.
+    """
+    kind = STATISTICS.get(wants.kind, "kind")
+    try:
+        return kind, kind.settings.model_validate(dict(wants.settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        said = f"statistics {wants.kind}: {where}: {first['msg']}, found {first['input']!r}."
+        raise InputError(said, f"It has {', '.join(kind.settings.model_fields)}.") from error

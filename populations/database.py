@@ -1,0 +1,99 @@
+"""The journal's file: opened for one writer or for any number of readers, its lock, and its errors in words."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from ecotone.populations.errors import JournalError
+
+
+def connected(file: Path, write: bool) -> sqlite3.Connection:
+    """A connection to ``file``, which lets several threads in; nothing is begun by itself."""
+    if write:
+        connection = sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        return connection
+    # Without a log beside it, one in a directory that nobody can write to is read as it is.
+    still = not (os.access(file.parent, os.W_OK) or file.with_name(f"{file.name}-wal").exists())
+    query = f"{file.resolve().as_uri()}?mode=ro{'&immutable=1' if still else ''}"
+    connection = sqlite3.connect(query, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
+    connection.execute("PRAGMA query_only=ON")
+    return connection
+
+
+def lock_file(file: Path) -> Path:
+    """The file beside ``file`` that its writer locks."""
+    return file.with_suffix(".lock")
+
+
+def locked(file: Path) -> IO[str]:
+    """A handle that keeps other writers of ``file`` out until it is closed: the lock is a file beside it.
+
+    Raises:
+        JournalError: Another process has it.
+    """
+    handle = lock_file(file).open("a+")
+    if not _taken(handle):
+        handle.seek(0)
+        owner = handle.read().strip() or "another process"
+        handle.close()
+        raise JournalError(
+            f"{file.parent}: the run is being written by {owner}.", "Wait for it, or stop it, then resume."
+        )
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()}")
+    handle.flush()
+    return handle
+
+
+def _taken(handle: IO[str], patience: float = 0.5) -> bool:
+    """Take the lock; waits a moment, because readers that look whether there is a writer hold it for an instant."""
+    give_up = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # noqa: PERF203 - a loop of attempts
+            if time.monotonic() >= give_up:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
+
+
+@contextlib.contextmanager
+def explained(file: Path) -> Iterator[None]:
+    """Turn SQLite's and the file system's errors into words."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        text = str(error)
+        if "full" in text or "disk I/O" in text:
+            raise JournalError(
+                f"{file}: the journal cannot be written ({text}).",
+                f"Free some space, then `ecotone resume {file.parent}`: what was recorded before is safe.",
+            ) from error
+        if "not a database" in text or "malformed" in text or "no such table" in text:
+            raise JournalError(f"{file}: not a journal of Ecotone, or damaged ({text}).") from error
+        raise JournalError(f"{file}: {text}.", "Check that the directory is writable and the file is whole.") from error
+    except OSError as error:
+        raise JournalError(
+            f"{file}: {error.strerror or error}.", "Check the path, the permissions and the space."
+        ) from error
+
+
+def is_locked(file: Path) -> bool:
+    """Whether some process writes ``file`` now."""
+    with contextlib.suppress(OSError), lock_file(file).open("r") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

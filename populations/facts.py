@@ -1,0 +1,104 @@
+"""What a journal says of its run as a whole: one declaration a fact, with its type and the text that it is kept as."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from ecotone.populations.trial import Goal
+
+Value = TypeVar("Value")
+
+
+class Note(NamedTuple):
+    """A fact as the journal keeps it: its name and its text."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Fact(Generic[Value]):
+    """One thing that is known of a run.
+
+    Args:
+        name: What it is kept under.
+        about: What it says, in words.
+        read: Makes the value of the text that is kept.
+        write: Makes that text of the value.
+    """
+
+    name: str
+    about: str
+    read: Callable[[str], Value]
+    write: Callable[[Value], str]
+
+    def note(self, value: Value) -> Note:
+        """The fact with a value, to be kept."""
+        return Note(self.name, self.write(value))
+
+
+def _text(name: str, about: str) -> Fact[str]:
+    return Fact(name, about, str, str)
+
+
+def _number(name: str, about: str) -> Fact[float]:
+    return Fact(name, about, float, repr)
+
+
+def _object(name: str, about: str) -> Fact[Mapping[str, Any]]:
+    return Fact(name, about, json.loads, _json)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=np.ndarray.tolist)
+
+
+def _strings(text: str) -> tuple[str, ...]:
+    return tuple(map(str, json.loads(text)))
+
+
+def _goals(text: str) -> tuple[Goal, ...]:
+    return tuple(Goal(name, direction) for name, direction in json.loads(text))
+
+
+def _goals_text(goals: Iterable[Goal]) -> str:
+    return json.dumps([[goal.name, goal.direction] for goal in goals])
+
+
+FORMAT_OF: Fact[int] = Fact("format", "The format of the journal's tables.", int, str)
+CREATED = _number("created", "When the journal was made, in seconds since 1970.")
+NAME = _text("name", "The name of the recipe.")
+RECIPE = _object("recipe", "The recipe, resolved.")
+SIGNATURE = _text("signature", "What of the recipe results depend on, as 16 hexadecimal digits.")
+ALGORITHM = _text("algorithm", "The search's algorithm; of stages, all of them.")
+SEED: Fact[int] = Fact("seed", "The seed of the search.", int, str)
+GOALS: Fact[tuple[Goal, ...]] = Fact("goals", "The objectives that guide the search.", _goals, _goals_text)
+HELD_OUT_GOALS: Fact[tuple[Goal, ...]] = Fact(
+    "held_out_goals", "The objectives that are held out from it.", _goals, _goals_text
+)
+MODELS: Fact[tuple[str, ...]] = Fact("models", "The names of the seed models, in order.", _strings, _json)
+GEOMETRY: Fact[list[list[float]]] = Fact(
+    "geometry", "(J, J) inner products of the sources: other weights have others.", json.loads, _json
+)
+BUDGET = _object("budget", "Evaluations and seconds after which the search ends; null for no limit.")
+TRACKING = _object("tracking", "The trackers that the run is mirrored to, by name, each with its settings.")
+VERSIONS = _object("versions", "Versions of the packages that results depend on.")
+SYS_PATH: Fact[tuple[str, ...]] = Fact(
+    "sys_path", "Folders of the user's own modules; the last is the working directory.", _strings, _json
+)
+STATE = _text("state", "running, finished, interrupted or failed. Of a killed run it stays at running.")
+ERROR = _text("error", "Why the run failed; empty when it did not.")
+STOP_REASON = _text("stop_reason", "Why the search ended: evaluations, seconds or converged.")
+ELAPSED = _number("elapsed", "Seconds of searching, of all resumed stretches together.")
+REPORT = _object("report", "What the search itself reports of its end.")
+
+FACTS: tuple[Fact[Any], ...] = (
+    *(FORMAT_OF, CREATED, NAME, RECIPE, SIGNATURE, ALGORITHM, SEED, GOALS, HELD_OUT_GOALS, MODELS, GEOMETRY, BUDGET),
+    *(TRACKING, VERSIONS, SYS_PATH, STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
+)
+"""All of them, in the order in which they are told of."""

@@ -1,0 +1,163 @@
+"""Formats of the journal: the tables of today's, and the steps that bring older ones up to it.
+
+Each step is a small function on a connection. It rebuilds the tables that change, so that a migrated journal has the
+same tables as a new one. All steps that a journal needs are one transaction: a killed process leaves the old journal
+or the new one. The table ``facts`` says the format, so it is the same in every format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ecotone.populations.errors import JournalError
+
+FORMAT = 5
+
+SCHEMA = """
+CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER);
+CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
+    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, wants TEXT NOT NULL,
+    scored INTEGER NOT NULL);
+CREATE TABLE evaluations (number INTEGER PRIMARY KEY, scores TEXT, shapes TEXT, per_example BLOB, failure TEXT,
+    seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL, statistics TEXT);
+CREATE TABLE gradients (number INTEGER PRIMARY KEY, segments INTEGER NOT NULL, gradient BLOB NOT NULL);
+CREATE TABLE residuals (number INTEGER PRIMARY KEY, residual BLOB NOT NULL);
+CREATE TABLE measurements (digest TEXT NOT NULL, wants TEXT NOT NULL, scores TEXT, shapes TEXT, per_example BLOB,
+    failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL,
+    statistics TEXT, PRIMARY KEY (digest, wants)) WITHOUT ROWID;
+CREATE TABLE reference_merges (name TEXT PRIMARY KEY, position INTEGER NOT NULL, genome TEXT NOT NULL,
+    digest TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+_TRIALS_4 = """
+CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
+    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, calibration TEXT, stop REAL)"""
+
+
+def _several_tasks(connection: sqlite3.Connection) -> None:
+    """3 to 4: the gradient of a trial may be of several tasks, each with a weight."""
+    connection.execute("DROP INDEX IF EXISTS trials_by_batch")
+    connection.execute("ALTER TABLE trials RENAME TO older")
+    connection.execute(_TRIALS_4)
+    wanted = "CASE WHEN task IS NOT NULL THEN json_array(json_array(task), step, json_array(1.0)) END"
+    connection.execute(
+        f"INSERT INTO trials SELECT number, batch, genome, digest, parents, dense, {wanted}, stop FROM older"
+    )
+    connection.execute("DROP TABLE older")
+
+
+_TRIALS_5 = """
+CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
+    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, wants TEXT NOT NULL,
+    scored INTEGER NOT NULL)"""
+_MEASUREMENTS_5 = """
+CREATE TABLE measurements (digest TEXT NOT NULL, wants TEXT NOT NULL, scores TEXT, shapes TEXT, per_example BLOB,
+    failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL,
+    statistics TEXT, PRIMARY KEY (digest, wants)) WITHOUT ROWID"""
+
+
+def _wishes(connection: sqlite3.Connection) -> None:
+    """4 to 5: trials and measurements say in ``wants`` what is measured; evaluations may be of statistics."""
+
+    def wants(calibration: str | None, stop: float | None) -> str:
+        if calibration is not None:
+            tasks, step, weights = json.loads(calibration)
+            record = {"sort": "gradient", "tasks": tasks, "step": step, "weights": weights}
+        else:
+            record = {"sort": "scores"} if stop is None or stop == 1 else {"sort": "scores", "reaches": stop}
+        return json.dumps(record, sort_keys=True)
+
+    def wants_on(subset: str) -> str:
+        held_out = {} if subset == "search" else {"subset": subset}
+        return json.dumps({"sort": "scores", **held_out}, sort_keys=True)
+
+    connection.create_function("wants", 2, wants, deterministic=True)
+    connection.create_function("wants_on", 1, wants_on, deterministic=True)
+    connection.execute("ALTER TABLE trials RENAME TO older")
+    connection.execute(_TRIALS_5)
+    connection.execute(
+        "INSERT INTO trials SELECT number, batch, genome, digest, parents, dense, wants(calibration, stop), "
+        "calibration IS NULL AND ifnull(stop, 1) = 1 FROM older"
+    )
+    connection.execute("DROP TABLE older")
+    connection.execute("ALTER TABLE evaluations ADD COLUMN statistics TEXT")
+    connection.execute("ALTER TABLE measurements RENAME TO older")
+    connection.execute(_MEASUREMENTS_5)
+    connection.execute(
+        "INSERT INTO measurements SELECT digest, wants_on(subset), scores, shapes, per_example, failure, seconds, "
+        "items, details, errors, time, NULL FROM older"
+    )
+    connection.execute("DROP TABLE older")
+
+
+STEPS: Mapping[int, Callable[[sqlite3.Connection], None]] = {3: _several_tasks, 4: _wishes}
+"""By the format that a step begins with, what brings a journal to the next one."""
+
+OLDEST = min(STEPS)
+
+
+def create(connection: sqlite3.Connection) -> None:
+    """Make the tables of today's format, inside a transaction."""
+    for statement in SCHEMA.split(";")[:-1]:
+        connection.execute(statement)
+
+
+def current(connection: sqlite3.Connection, file: Path, write: bool) -> sqlite3.Connection:
+    """A connection to the journal in today's format.
+
+    Args:
+        connection: To a journal of any format.
+        file: Where it lies.
+        write: Whether it may be changed. If not, an older one is copied to a private temporary database.
+
+    Raises:
+        JournalError: The format is a newer one, or one that is too old.
+    """
+    version = _checked(connection, file)
+    if version == FORMAT:
+        return connection
+    if write:
+        _migrate(connection, version)
+        return connection
+    with contextlib.closing(connection):
+        copy = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # in memory; on disk when large
+        connection.backup(copy)
+    _migrate(copy, version)
+    copy.execute("PRAGMA query_only=ON")
+    return copy
+
+
+def _checked(connection: sqlite3.Connection, file: Path) -> int:
+    """The format, which is one that can be read."""
+    row = connection.execute("SELECT value FROM facts WHERE key = 'format'").fetchone()
+    if row is None or not str(row[0]).isdigit():
+        raise JournalError(f"{file}: not a journal of Ecotone, or damaged (it does not say its format).")
+    version = int(row[0])
+    if version > FORMAT:
+        raise JournalError(
+            f"{file}: written by a newer Ecotone (format {version}; this one reads up to {FORMAT}).", "Update Ecotone."
+        )
+    if version < OLDEST:
+        raise JournalError(
+            f"{file}: written by a much older Ecotone (format {version}; this one reads {OLDEST} to {FORMAT}).",
+            "Use the version of Ecotone that wrote it.",
+        )
+    return version
+
+
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for older in range(version, FORMAT):
+            STEPS[older](connection)
+        connection.execute("UPDATE facts SET value = ? WHERE key = 'format'", (str(FORMAT),))
+        connection.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise
