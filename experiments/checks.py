@@ -1,4 +1,4 @@
-"""``ecotone validate``: what can be known about a recipe before a weight is read."""
+"""``ecotone validate``: checks of a recipe before any budget is spent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ecotone.fitness.backends import architectures
 from ecotone.fitness.callables import resolve
 from ecotone.fitness.kinds import NamedCall
 from ecotone.fitness.specs import WorkerSpec
-from ecotone.fitness.worker import needs_of
+from ecotone.fitness.worker import Worker, needs_of
 from ecotone.merging.inner_products import region_borders
 from ecotone.merging.models import tokenizers
 from ecotone.merging.models.layout import Layout
@@ -38,13 +38,44 @@ class Finding:
     text: str
 
 
-def validate(recipe: Recipe) -> list[Finding]:
-    """Check a recipe against its functions and its checkpoints' headers.
+def validate(recipe: Recipe, *, headers: bool = False) -> list[Finding]:
+    """Check a recipe against its functions and its checkpoints' headers, and score an expert on an example a task.
+
+    Args:
+        recipe: What to check.
+        headers: Read headers alone, and score nothing.
 
     Raises:
         EcotoneError: The first thing that does not fit.
     """
-    return list(findings(compose.Composition(recipe)))
+    composition = compose.Composition(recipe)
+    found = list(findings(composition))
+    if not headers and composition.prepared and _device(recipe)[1]:
+        found += tried_out(composition)
+    return found
+
+
+def tried_out(composition: compose.Composition) -> Iterator[Finding]:
+    """Score the first expert on one example of each objective, or on all of those that cannot be asked of one.
+
+    Raises:
+        EcotoneError: A worker cannot be made, or an objective cannot be computed.
+    """
+    threads = torch.get_num_threads()
+    try:
+        worker = Worker(composition.spec)
+        first = worker.try_out()
+        last = worker.try_out(len(composition.sources.experts) - 1) if first else {}
+    finally:
+        torch.set_num_threads(threads)
+    names = composition.sources.names
+    yield Finding("tried out", f"{names[0]} was scored on an example of each objective")
+    for name, value in first.items():
+        if value == last[name] and len(names) > 1:
+            yield Finding(
+                f"objectives.search.{name}",
+                f"{value:g} for {names[0]} and for {names[-1]}: does it depend on the model?",
+            )
 
 
 def findings(composition: compose.Composition) -> Iterator[Finding]:

@@ -169,8 +169,18 @@ def resume(
 
 
 @app.command()
-def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
-    """Check a recipe against its functions and its checkpoints' headers. No weight is read."""
+def validate(
+    recipe: RecipeArgument,
+    settings: SetOption = None,
+    headers: Annotated[
+        bool, typer.Option("--headers", help="Read only the models' headers; merge and score nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a recipe against its functions and its models, and score one model on one example of each task.
+
+    `ecotone run` makes the same checks before it spends any of the budget.
+    """
     from ecotone.experiments import report
     from ecotone.experiments.checks import validate as check
     from ecotone.experiments.compose import python_paths
@@ -178,7 +188,7 @@ def validate(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOp
     chosen = recipe_of(recipe, settings)
     python_paths((str(recipe.parent.resolve()),))
     with _stdout_to_stderr():
-        findings = [(finding.subject, finding.text) for finding in check(chosen)]
+        findings = [(finding.subject, finding.text) for finding in check(chosen, headers=headers)]
     if as_json:
         print_json({"valid": True, "signature": chosen.signature, "findings": dict(findings)})
         return

@@ -14,8 +14,8 @@ REGISTRIES = {
     "losses": "ecotone.fitness.registry:LOSSES",
     "backends": "ecotone.fitness.backends.registry:BACKENDS",
     "statistics": "ecotone.fitness.statistics.kinds:STATISTICS",
-    "formats": "ecotone.merging.models.formats:FORMATS",
     "trackers": "ecotone.experiments.tracking.registry:TRACKERS",
+    "formats": "ecotone.merging.models.formats:FORMATS",
 }
 
 

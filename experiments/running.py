@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -76,7 +77,7 @@ def launch(
         composition = _checked(recipe, paths, notify)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
-        with compose.make_pool(recipe, composition.spec) as pool:
+        with compose.make_pool(recipe, replace(composition.spec, try_out=True)) as pool:
             space = pool.start()
             _check_numbers(space, notify)
             pair = composition.search(space)

@@ -37,6 +37,8 @@ class WorkerSpec:
         dtype: Name of the resident model's dtype (``bfloat16``). None is the checkpoints' own, whatever type the
             architecture is made in (float32 when they mix types), so that what is scored is what can be exported.
         threads: CPU threads of one worker. Results may depend on it in the last bit, so it belongs to the recipe.
+        try_out: Score the first expert before the space is given, so that an objective that cannot be computed is found
+            before any of a budget is spent.
         dense: Put the sources themselves into the space, for evolution from scratch.
         sys_path: Folders put last on the worker's Python path, for the user's own modules.
         sources: Where the models that are mixed are kept (``ecotone.merging.placement``); no score depends on it.
@@ -62,6 +64,7 @@ class WorkerSpec:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: str | None = None
     threads: int = 1
+    try_out: bool = False
     dense: bool = False
     sys_path: tuple[str, ...] = ()
     sources: Wish = "auto"

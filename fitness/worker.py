@@ -118,7 +118,13 @@ class Worker:
         self._sources.held.place(device, settled(spec.sources, needs, free, share, device))
 
     def space(self) -> Space:
-        """What the search may know of the models; streams the sources once."""
+        """What the search may know of the models; streams the sources once.
+
+        Raises:
+            InputError: As ``try_out``, where the spec asks for it.
+        """
+        if self._spec.try_out:
+            self.try_out()
         return self._sources.space(self._spec.dense)
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
@@ -159,16 +165,23 @@ class Worker:
             return [self._measure_group([trial])[0] for trial in trials]
         return evaluations
 
-    def try_out(self) -> None:
-        """Score the first expert, on one example of each objective that can be asked of one and on all of others.
+    def try_out(self, number: int = 0) -> dict[str, float]:
+        """Score an expert, on one example of each objective that can be asked of one and on all of others.
+
+        Args:
+            number: Of the expert, from 0.
+
+        Returns:
+            The scores of those of the search that were asked of all their examples, by name.
 
         Raises:
             InputError: An objective cannot be computed, or its score is no finite number. The message names it.
             WorkerBrokenError: As ``measure``.
         """
         seeds = self._sources.operator.seeds(len(self._sources.experts))
-        expert = Genome.uniform(self._sources.layout.size, seeds[0])
-        for objectives in self._objectives.values():
+        expert = Genome.uniform(self._sources.layout.size, seeds[number])
+        whole: dict[str, float] = {}
+        for group, objectives in self._objectives.items():
             few = [one.subset(np.zeros(1, np.int64)) if isinstance(one, Divisible) else one for one in objectives]
             found = self._scores(few, next(self._backend.show([expert])), time.perf_counter())
             if isinstance(found, Evaluation):
@@ -177,6 +190,9 @@ class Worker:
                     found.failure.message,
                     "It was tried out on the first expert, before any of the budget is spent.",
                 )
+            if group == "search":
+                whole = {one.goal.name: found[one.goal.name].value for one in few if not isinstance(one, Divisible)}
+        return whole
 
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
         assert isinstance(trial.wants, Scores)
