@@ -223,7 +223,10 @@ def recipe_fields(
 
 @app.command()
 def plugins(as_json: JsonOption = False) -> None:
-    """List the algorithms, operators and other kinds that recipes can name, with the package of each."""
+    """List the algorithms, operators and other kinds that recipes can name, with the package of each.
+
+    Packages of your own add kinds by entry points. A kind that cannot be used is listed with the reason.
+    """
     from ecotone.experiments import report
     from ecotone.experiments.plugins import origins
 
