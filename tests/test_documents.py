@@ -1,4 +1,4 @@
-"""Documents say what is there: the glossary's modules, the folders and registries of CONTRIBUTING, links between them."""
+"""Documents say what is there: modules in the glossary, folders and registries in CONTRIBUTING, and links."""
 
 from __future__ import annotations
 
