@@ -1,10 +1,11 @@
-"""Tells a Ray cluster when AWS is about to take this spot machine back, so that nothing new is begun on it.
+"""Tells a Ray cluster that AWS is about to take this spot machine back, so that Ray starts nothing new on it.
 
     python drain_on_interruption.py HEAD:6379            # waits for AWS's notice
-    python drain_on_interruption.py HEAD:6379 --now 60   # it is known by other means: gone in 60 seconds
+    python drain_on_interruption.py HEAD:6379 --now 60   # without a notice: the machine ends in 60 seconds
 
-It asks the machine's metadata service (version 2) every few seconds, as AWS recommends, and once there is a notice has
-`ray drain-node` mark this machine's node with the seconds that are left. Standard library only; ends after the notice.
+It asks the machine's metadata service (version 2) every few seconds, as AWS recommends. After a notice it runs
+`ray drain-node`, which marks this machine's node with the seconds that are left, and ends. It uses the standard library
+only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``ecotone validate``: what can be known about a recipe before a weight is read."""
+"""``ecotone validate``: checks of a recipe before any budget is spent."""
 
 from __future__ import annotations
 

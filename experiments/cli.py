@@ -1,4 +1,4 @@
-"""The command line. Heavy imports are made inside the commands, so that ``--help`` and ``status`` answer at once."""
+"""The command line. The commands import heavy packages themselves, so that ``--help`` and ``status`` answer at once."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ app = typer.Typer(
 PreferenceOption = Annotated[
     str | None,
     typer.Option(
-        metavar="TEXT", help='What matters: weights "a=0.7,b=0.3" of the objectives, or a point "at:a=0.9,b=0.8".'
+        metavar="TEXT", help='Weights of the objectives, as "a=0.7,b=0.3", or scores to reach, as "at:a=0.9,b=0.8".'
     ),
 ]
 ReferenceOption = Annotated[
     str | None,
-    typer.Option(metavar="TEXT", help='Where hypervolumes are measured from, as in "a=0.2,b=0.1".'),
+    typer.Option(metavar="TEXT", help='Measure hypervolumes from this point, e.g. "a=0.2,b=0.1".'),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=0, help="Ray workers; 0 evaluates in this process. Overrides runtime.workers.")
+    int | None, typer.Option(min=0, help="Number of Ray workers; 0 scores in this process. Overrides runtime.workers.")
 ]
 AddressOption = Annotated[
     str | None, typer.Option(help="Address of a Ray cluster to run on. Overrides runtime.address.")
@@ -70,19 +70,19 @@ _EVERY = 5.0  # seconds between two looks of `status --watch`
 
 
 class LogFormat(str, Enum):
-    """What `run` and `resume` say while they search."""
+    """How `run` and `resume` report while they search."""
 
     text = "text"
     json = "json"
 
 
 LogOption = Annotated[
-    LogFormat, typer.Option("--log", help="text: a line of progress; json: an event a line, on stdout, and no table.")
+    LogFormat, typer.Option("--log", help="text: a line of progress; json: one event per line on stdout, and no table.")
 ]
 
 
 class ExportFormat(str, Enum):
-    """What `export` writes."""
+    """The formats that `export` writes."""
 
     checkpoint = "checkpoint"
     mergekit = "mergekit"
@@ -100,9 +100,9 @@ def run(
     log: LogOption = LogFormat.text,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a recipe: prepare, search, score the front on held-out data, and print what was found.
+    """Run a recipe: prepare, search, score the front on held-out data, and print the results.
 
-    Ctrl-C stops cleanly; `ecotone resume` goes on from there.
+    Ctrl-C stops cleanly. `ecotone resume` goes on from there.
     """
     from ecotone.experiments.running import launch, new_directory
 
@@ -126,16 +126,18 @@ def resume(
     workers: WorkersOption = None,
     address: Annotated[
         str | None,
-        typer.Option(help="Of a Ray cluster to run on; the http:// address of its dashboard to go on there, as a job."),
+        typer.Option(
+            help="Address of a Ray cluster to run on, or of its dashboard (http://...) to go on there, as a job."
+        ),
     ] = None,
     folder: jobs_cli.FolderOption = None,
     environment: jobs_cli.EnvironmentOption = None,
     log: LogOption = LogFormat.text,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on with a run that was stopped or killed; nothing that was evaluated is paid for again.
+    """Go on with a run that was stopped or killed. No finished evaluation is ever repeated.
 
-    Fields of runtime, tracking and budget may be set anew, e.g. --set budget.evaluations=5000 to search longer. With
+    You may set fields of runtime, tracking and budget anew, e.g. --set budget.evaluations=5000 to search longer. With
     the http:// address of a cluster's dashboard the run goes on there, as a job; RUN may then be its name there.
     """
     if address is not None and jobs_cli.is_server(address):
@@ -171,11 +173,11 @@ def validate(
     recipe: RecipeArgument,
     settings: SetOption = None,
     headers: Annotated[
-        bool, typer.Option("--headers", help="Read the models' headers alone: form no model and score nothing.")
+        bool, typer.Option("--headers", help="Read only the models' headers; merge and score nothing.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a recipe against its functions and its models, and score one model on one example a task.
+    """Check a recipe against its functions and its models, and score one model on one example of each task.
 
     `ecotone run` makes the same checks before it spends any of the budget.
     """
@@ -197,13 +199,13 @@ def validate(
 
 @app.command("recipe")
 def recipe_fields(
-    schema: Annotated[bool, typer.Option("--schema", help="Print JSON Schema of a whole recipe.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a whole recipe.")] = False,
     explain: Annotated[
         str | None, typer.Option(metavar="FIELD", help="Explain one field, by its dotted path, e.g. search.archive.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a recipe may hold: every field with its type, default and meaning, or one of them."""
+    """Explain the fields of a recipe: type, default and meaning of each, or of one."""
     from ecotone.experiments import fields
 
     if schema and explain is not None:
@@ -211,36 +213,39 @@ def recipe_fields(
     if schema:
         print_json(fields.schema())
         return
-    found = fields.everything() if explain is None else fields.explained_path(explain)
+    texts = fields.everything() if explain is None else fields.explained_path(explain)
     if as_json:
-        print_json([vars(one) for one in found])
+        print_json([vars(text) for text in texts])
         return
-    for one in found:
-        typer.echo(str(one))
+    for text in texts:
+        typer.echo(str(text))
 
 
 @app.command()
 def plugins(as_json: JsonOption = False) -> None:
-    """List every kind that recipes can name, and the package that each comes from."""
+    """List the algorithms, operators and other kinds that recipes can name, with the package of each.
+
+    Packages of your own add kinds by entry points. A kind that cannot be used is listed with the reason.
+    """
     from ecotone.experiments import report
     from ecotone.experiments.plugins import origins
 
-    found = origins()
+    kinds = origins()
     if as_json:
-        print_json([vars(one) for one in found])
+        print_json([vars(kind) for kind in kinds])
         return
-    report.console().print(report.plugins_table(found))
+    report.console().print(report.plugins_table(kinds))
 
 
 @app.command()
 def status(
     run: RunArgument,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it again every few seconds, until the run ends.")
+        bool, typer.Option("--watch", help="Print the state every few seconds, until the run ends.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say where a run stands; also while it is running."""
+    """Show the state of a run, also while it is running."""
     from ecotone.experiments import report
 
     if as_json and watch:
@@ -276,22 +281,22 @@ def front(
 ) -> None:
     """List the Pareto front, best mean first, with scores on search and held-out data.
 
-    A preference marks the member that fits it best. A search that predicts its front reports how it turned out.
+    A preference marks the member that fits it best. If the search predicted its front, prediction and result are shown.
     """
     from ecotone.experiments import report
     from ecotone.experiments.preferences import choose_member, reference_numbers
 
-    found = _run(run)
-    choice = None if preference is None else choose_member(found, preference)
-    volume = found.hypervolume({} if reference is None else reference_numbers(reference, found.goals))
+    opened = _run(run)
+    choice = None if preference is None else choose_member(opened, preference)
+    volume = opened.hypervolume({} if reference is None else reference_numbers(reference, opened.goals))
     if as_json:
-        print_json(report.front_record(found, volume, choice))
+        print_json(report.front_record(opened, volume, choice))
         return
-    members, out = found.front_or_explain(), report.console()
-    out.print(report.front_table(found, members, None if choice is None else choice.member.id))
-    for part in report.search_report(found.report() or {}, found.goals):
+    members, out = opened.front_or_explain(), report.console()
+    out.print(report.front_table(opened, members, None if choice is None else choice.member.id))
+    for part in report.search_report(opened.report() or {}, opened.goals):
         out.print(part)
-    for text in report.front_lines(found, volume, choice):
+    for text in report.front_lines(opened, volume, choice):
         out.print(text, soft_wrap=True)
 
 
@@ -300,12 +305,13 @@ def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories, or MLflow run ids.")],
     reference: ReferenceOption = None,
     reach: Annotated[
-        str, typer.Option(metavar="HV", help="A hypervolume, or a share of the best run's, whose cost is looked up.")
+        str,
+        typer.Option(metavar="HV", help="Show the cost to reach this hypervolume, or this share of the best run's."),
     ] = "90%",
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one page that works offline.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page that works offline.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare the fronts of runs of the same objectives: hypervolume, distance to the best front, cost."""
+    """Compare the fronts of runs with the same objectives: hypervolume, distance to the best front, cost."""
     from ecotone.experiments import report
     from ecotone.experiments.compare import compare as compare_runs
 
@@ -333,13 +339,13 @@ def export(
         Path, typer.Option(metavar="DIR", help="A new directory, or a path that ends in .safetensors (or .yaml).")
     ],
     member: Annotated[
-        str | None, typer.Option(help="The number of a trial, as `front` lists them, or 'best', the default.")
+        str | None, typer.Option(help="Number of a member, as `front` lists it, or 'best', the default.")
     ] = None,
     preference: PreferenceOption = None,
     register: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Also make it a version of this model in MLflow; above 2 GiB, without weights."
+            metavar="NAME", help="Also register it as a version of this MLflow model; above 2 GiB, without weights."
         ),
     ] = None,
     alias: Annotated[
@@ -347,25 +353,25 @@ def export(
     ] = None,
     kind: Annotated[
         ExportFormat,
-        typer.Option("--format", help="checkpoint: the weights; mergekit: a YAML file of which mergekit makes them."),
+        typer.Option("--format", help="checkpoint: the weights; mergekit: a YAML file from which mergekit makes them."),
     ] = ExportFormat.checkpoint,
     snap: Annotated[
-        bool, typer.Option("--snap", help="For mergekit: move split points inside tensors to their borders.")
+        bool, typer.Option("--snap", help="With mergekit: move split points inside tensors to tensor borders.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a member's weights as a checkpoint, with a model card and the record that `verify` needs."""
-    found = _run(run)
-    trial = found.trial(_wanted_member(found, member, preference))
+    """Write a member's weights as a checkpoint, with a model card and the record for `verify`."""
+    opened = _run(run)
+    trial = opened.trial(_wanted_member(opened, member, preference))
     if kind is ExportFormat.mergekit:
         if register or alias:
             raise InputError("--register: expected --format checkpoint with it, found --format mergekit.")
-        _export_mergekit(found, trial.number, to, snap, as_json)
+        _export_mergekit(opened, trial.number, to, snap, as_json)
         return
     if snap:
         raise InputError("--snap: expected --format mergekit with it, found --format checkpoint.")
-    registrar = _registrar(found, register, alias)
-    path = found.export(trial.number, to)
+    registrar = _registrar(opened, register, alias)
+    path = opened.export(trial.number, to)
     version = registrar.register(path) if registrar else None
     if as_json:
         registered = {} if version is None else {"registered": vars(version)}
@@ -377,13 +383,13 @@ def export(
         typer.echo(f"MLflow has it as {version.uri}, version {version.version} of {version.name}.{where}")
 
 
-def _export_mergekit(found: Run, member: int, to: Path, snap: bool, as_json: bool) -> None:
+def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool) -> None:
     from ecotone.experiments import report
     from ecotone.experiments.exports import export_mergekit, rescored
 
-    merge = export_mergekit(found, member, to, snap)
+    merge = export_mergekit(run, member, to, snap)
     with _stdout_to_stderr():
-        scores = rescored(found, merge.genome) if merge.snap else {}
+        scores = rescored(run, merge.genome) if merge.snap else {}
     if as_json:
         moved = {} if merge.snap is None else {"snap": str(merge.snap), "scores": scores}
         print_json({"member": member, "path": str(to), "notes": merge.notes, **moved})
@@ -392,7 +398,7 @@ def _export_mergekit(found: Run, member: int, to: Path, snap: bool, as_json: boo
     for note in merge.notes:
         typer.echo(note)
     if merge.snap is not None:
-        typer.echo(f"It is not the member itself: {merge.snap}. It scores, in the member's place:")
+        typer.echo(f"The file is not the member itself: {merge.snap}. It scores:")
         rows = [
             (f"{subset} {name}", f"{score:.6f}") for subset, named in scores.items() for name, score in named.items()
         ]
@@ -406,11 +412,12 @@ def import_mergekit(
         Path | None, typer.Option(metavar="RECIPE", help="A new file for the recipe; otherwise it is printed.")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Layers of the models; needed with layer_granularity for models not here.")
+        int | None,
+        typer.Option(min=1, help="Number of layers; needed with layer_granularity if the models are not here."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a configuration of mergekit-evolve into a recipe; comments tell what is otherwise."""
+    """Turn a configuration of mergekit-evolve into a recipe. Its comments say what differs."""
     from ecotone.experiments.mergekit import import_mergekit as imported
 
     text = imported(file, layers)
@@ -431,28 +438,29 @@ def import_mergekit(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="What `ecotone export` wrote.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `ecotone export` wrote.")],
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference that passes; raise it on another kind of device.")
     ] = 1e-6,
     as_json: JsonOption = False,
 ) -> None:
-    """Score an exported checkpoint again and compare with what the journal recorded."""
+    """Score an exported checkpoint again, and compare with the recorded scores."""
     from ecotone.experiments import report
     from ecotone.experiments.exports import verify as check
 
     with _stdout_to_stderr():
         compared = check(path)
-    equal = all(one.difference <= tolerance for one in compared)
+    equal = all(score.difference <= tolerance for score in compared)
     if as_json:
-        print_json({"equal": equal, "scores": [vars(one) for one in compared]})
+        print_json({"equal": equal, "scores": [vars(score) for score in compared]})
     else:
         rows = [
-            (f"{one.subset} {one.objective}", f"recorded {one.recorded:.6f}, found {one.found:.6f}") for one in compared
+            (f"{score.subset} {score.objective}", f"recorded {score.recorded:.6f}, found {score.found:.6f}")
+            for score in compared
         ]
         out = report.console()
         out.print(report.lines(rows))
-        out.print("The checkpoint scores what was recorded." if equal else "The scores differ.")
+        out.print("The scores equal the recorded ones." if equal else "The scores differ.")
     if not equal:
         raise typer.Exit(1)
 
@@ -523,7 +531,7 @@ statistics_cli.register(app)
 
 
 def main() -> None:
-    """The console script: errors become one clear message, and stopping says how to go on."""
+    """The console script. It prints an error as one clear message, and after a stop the command that goes on."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         code = app(standalone_mode=False)
@@ -550,7 +558,7 @@ def _fail(message: str, remedy: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogFormat, as_json: bool) -> None:
+def _drive(recipe: Recipe, place: str, work: Callable[[Watcher], Run], log: LogFormat, as_json: bool) -> None:
     """Run ``work`` under a progress line or a log, then print the closing table or its JSON."""
     from ecotone.experiments import report, storage
 
@@ -560,7 +568,7 @@ def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogF
     except KeyboardInterrupt:
         _fail(
             "Stopped.",
-            f"Go on with: ecotone resume {shlex.quote(where)}" if storage.begun(where) else "Nothing was recorded yet.",
+            f"Go on with: ecotone resume {shlex.quote(place)}" if storage.begun(place) else "Nothing was recorded yet.",
             130,
         )
     if as_json:
@@ -574,9 +582,9 @@ def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogF
         out.print(text, soft_wrap=True)
     out.print(f"\nThe run is in {finished.where}. What next:", soft_wrap=True)
     for command, text in (
-        ("front", "all members of the front"),
-        ("ui", "the run in MLflow"),
-        ("export --to merged --member best", "the best merge as a checkpoint"),
+        ("front", "list the front"),
+        ("ui", "open the run in MLflow"),
+        ("export --to merged --member best", "write the best merge as a checkpoint"),
     ):
         name, _, options = command.partition(" ")
         typed = f"ecotone {name} {shlex.quote(finished.where)} {options}".rstrip()
@@ -585,7 +593,7 @@ def _drive(recipe: Recipe, where: str, work: Callable[[Watcher], Run], log: LogF
 
 @contextlib.contextmanager
 def _watched(recipe: Recipe, log: LogFormat) -> Iterator[Watcher]:
-    """What a search is observed by: a line on stderr with warnings above it, or events on stdout."""
+    """An observer of the search: a line on stderr with warnings above it, or events on stdout."""
     from ecotone.experiments import report
 
     if log is LogFormat.json:
@@ -609,7 +617,7 @@ def _wanted_member(run: Run, member: str | None, preference: str | None) -> int 
 
 
 def _registrar(run: Run, name: str | None, alias: str | None) -> Registrar | None:
-    """What registers an export, if the user wants that; it has checked that MLflow is there."""
+    """The registrar of an export, if the user wants one. It has checked that MLflow is there."""
     if name is None and alias is None:
         return None
     if name is None:
@@ -636,7 +644,7 @@ def _looks_like_id(text: str) -> bool:
 
 
 def _stdout_to_stderr() -> contextlib.redirect_stdout[Any]:
-    """What the user's functions print goes to stderr: stdout is for results."""
+    """Send the prints of the user's functions to stderr: stdout is for results."""
     return contextlib.redirect_stdout(sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Comparing searches by their fronts: hypervolume, distance to the best known front, and what it took to get there.
+"""Comparing searches by their fronts: hypervolume, distance to the best known front, and cost.
 
 Hypervolumes of all runs are measured from one reference point. IGD+ and the additive epsilon indicator compare each
 front with the union of all of them, in shares of the union front's range, so that no objective's unit decides.
@@ -66,7 +66,7 @@ class Searched:
 
     @property
     def evaluations(self) -> int:
-        """How many trials were evaluated, failed ones included."""
+        """Number of evaluated trials, failed ones included."""
         return len(self._rows)
 
     @property
@@ -87,7 +87,7 @@ class Searched:
 
     @property
     def key(self) -> str:
-        """Equal for runs of one search that differ in their seed alone."""
+        """A text that is equal for runs of one search that differ in their seed alone."""
         settings = {key: value for key, value in self.recipe.items() if key not in REPLACEABLE}
         return json.dumps([self.run.name, self.algorithm, settings], sort_keys=True, default=str)
 
@@ -104,7 +104,7 @@ class Searched:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """What a run came to.
+    """The result of one run.
 
     Args:
         searched: The run.
@@ -157,7 +157,7 @@ class Group:
     Args:
         label: Unique among the groups.
         lines: One a seed.
-        surface: (A, M) oriented points of the median attainment surface: what most seeds reach or exceed.
+        surface: (A, M) oriented points of the median attainment surface, which most seeds reach or exceed.
             Empty with more than three objectives.
         surface_hypervolume: Its hypervolume; None with more than three objectives.
     """
@@ -168,7 +168,7 @@ class Group:
     surface_hypervolume: float | None
 
     def record(self) -> dict[str, Any]:
-        """As plain values for JSON; medians over seeds, a seed that did not get there counting as infinite."""
+        """Plain values for JSON: medians over seeds. A seed that did not reach the hypervolume counts as infinite."""
         volumes = [line.hypervolume for line in self.lines]
         held_out = [line.held_out_hypervolume for line in self.lines if line.held_out_hypervolume is not None]
         return {
@@ -197,7 +197,7 @@ class Comparison:
         lines: One a run, largest hypervolume first.
         groups: Those with several seeds, largest median hypervolume first.
         union: Of the best known front: (label of the run, member).
-        notes: What the reader should know before believing the table.
+        notes: Sentences that the reader of the table should know.
     """
 
     goals: tuple[Goal, ...]
@@ -236,7 +236,7 @@ def compare(runs: Sequence[Run], reference: str | None = None, reach: str = REAC
         runs: One or more; one given twice counts once.
         reference: The reference point as ``a=0.2,b=0.1`` in score units; objectives that it leaves out, or all with
             None, follow ``runs.reference_point`` over all runs together.
-        reach: The hypervolume whose cost is looked up: a share of the best run's (``90%``) or a number.
+        reach: The hypervolume whose cost is reported: a share of the best run's (``90%``) or a number.
 
     Raises:
         InputError: The runs' objectives differ, a run has no front, or ``reference`` or ``reach`` cannot be read.
@@ -282,8 +282,8 @@ def algorithm_name(journal: Journal) -> str:
 def search_seconds(rows: Sequence[Row], created: float, elapsed: float) -> Floats:
     """(N,) seconds of searching until each of the ``rows`` and all before it were there.
 
-    The journal has the wall clock of each result and the seconds searched in all. What the clock has more than those
-    is time that the run was stopped for, and is taken from the longest gaps between results.
+    The journal has the wall clock of each result and the seconds searched in all. The clock's excess over those seconds
+    is time in which the run was stopped. It is taken from the longest gaps between results.
     """
     if not rows:
         return np.zeros(0)
@@ -412,7 +412,7 @@ def _group(label: str, lines: Sequence[Line], corner: Floats) -> Group:
 
 
 def _distinct(searched: Sequence[Searched]) -> list[str]:
-    """A name for each: the algorithm, with the run's name or a number where that is not enough."""
+    """A name for each: the algorithm, with the run's name or a number if several have the same."""
     for names in ([one.algorithm for one in searched], [f"{one.run.name}: {one.algorithm}" for one in searched]):
         if len(set(names)) == len(names):
             return names
@@ -420,7 +420,7 @@ def _distinct(searched: Sequence[Searched]) -> list[str]:
 
 
 def _labelled(searched: list[Searched]) -> list[Searched]:
-    """Runs under labels that differ: their directories' names, or whole paths where names are equal."""
+    """Give runs different labels: their directories' names, or whole paths if names are equal."""
     names = [one.label for one in searched]
     for one in searched:
         if names.count(one.label) > 1:
@@ -443,12 +443,12 @@ def _common_goals(runs: Sequence[Run]) -> tuple[Goal, ...]:
 
 
 def _notes(searched: Sequence[Searched]) -> list[str]:
-    """What makes the runs less alike than the table suggests."""
+    """Differences between the runs that the table does not show."""
     first, notes = searched[0], []
     for what in ("objectives", "weights"):
         differing = [one.label for one in searched[1:] if one.measured_on[what] != first.measured_on[what]]
         if differing:
-            notes.append(f"{', '.join(differing)}: other {what} than {first.label}; the numbers may not compare.")
+            notes.append(f"{', '.join(differing)}: other {what} than {first.label}; the numbers may not be comparable.")
     unfinished = [f"{one.label} ({one.state})" for one in searched if one.state != "finished"]
     return [*notes, f"Not finished: {', '.join(unfinished)}."] if unfinished else notes
 
@@ -458,5 +458,5 @@ def _listed(goals: Sequence[Goal]) -> str:
 
 
 def _median(values: Sequence[float | None]) -> float | None:
-    found = median(math.inf if value is None else float(value) for value in values)
-    return None if math.isinf(found) else found
+    middle = median(math.inf if value is None else float(value) for value in values)
+    return None if math.isinf(middle) else middle

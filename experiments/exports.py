@@ -1,4 +1,4 @@
-"""Members of a run as checkpoints, and the proof that a checkpoint scores what the journal says."""
+"""Members of a run as checkpoints, and the proof that a checkpoint has the scores of the journal."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
 
 
 def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = False) -> MergekitMerge:
-    """Write a member as the file of which mergekit makes the weights that were scored.
+    """Write a member as the file from which mergekit makes the weights that were scored.
 
     Args:
         run: The run.
         member: A trial's number, or ``best``.
         to: A new file that ends in ``.yaml`` or ``.yml``.
-        snap: Move split points inside tensors to tensor borders; the result says what that changed.
+        snap: Move split points inside tensors to tensor borders. The result says how much that changed.
 
     Returns:
-        What was written, and of which genome; ``rescored`` measures that of a snapped one.
+        The file's content and its genome. After a snap, ``rescored`` measures that genome.
 
     Raises:
         EcotoneError: There is no such member, the models are gone, the target is in the way, or mergekit cannot express
@@ -100,7 +100,7 @@ def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = Fa
 
 
 def rescored(run: Run, genome: Genome) -> dict[str, dict[str, float]]:
-    """By subset of the data, the scores of another merge of a run's models, measured now.
+    """Score another merge of a run's models now; returns its scores by subset of the data.
 
     Raises:
         SearchError: It cannot be scored.
@@ -122,18 +122,18 @@ def _opened(recipe: Recipe) -> tuple[Sources, str | None]:
 
 
 def operator_record(operator: Operator) -> dict[str, Any]:
-    """Its name and settings, those that no recipe gives included."""
+    """An operator's name and all its settings, defaults included."""
     return {"name": operator.name, **dataclasses.asdict(operator)}  # type: ignore[call-overload]
 
 
 def models_record(sources: Sources) -> dict[str, Any]:
-    """What the models say of themselves: where they are, and what was done to them before they were merged."""
+    """The models' records: where each lies, and what was done to it before the merge."""
     base = None if sources.base is None else sources.base.record()
     return {"base": base, "experts": [expert.record() for expert in sources.experts]}
 
 
 def _recipe(run: Run) -> Recipe:
-    """The run's recipe; its own Python modules, as its preparation step may be one, can be imported then."""
+    """The run's recipe. Its own Python modules can then be imported: its preparation step may be in one."""
     with run.journal() as journal:
         folders = journal.fact(facts.SYS_PATH)
         compose.python_paths(folders or ())
@@ -173,7 +173,7 @@ def _lineage(number: int, parents: Mapping[int, Sequence[int]]) -> dict[str, lis
 
 
 def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> str:
-    """The card of an exported member: what it is made of, what it scored, how to check it."""
+    """The card of an exported member: its sources, its scores, and how to check it."""
     genome = Genome.from_json(json.dumps(record["genome"]))
     widths = (genome.boundaries[1:] - genome.boundaries[:-1]) / genome.size
     shares = widths @ genome.coefficients
@@ -181,7 +181,7 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
     made = [f"| {name} | {share:.4f} |" for name, share in zip(columns, shares, strict=True)]
     base = [] if sources.base is None else [f"Base model: {sources.base.name}.", ""]
     library = ["library_name: transformers"] if sources.origin.is_hugging_face else []
-    dense = ["Its parameters were evolved from scratch; the coefficients describe no part of it.", ""]
+    dense = ["Its parameters evolved from scratch; coefficients do not describe it.", ""]
     return "\n".join(
         [
             "---",
@@ -227,7 +227,7 @@ def _cell(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One score of an export, recorded and measured again."""
+    """One score of an export: as recorded, and as measured again."""
 
     subset: Subset
     objective: str
@@ -244,7 +244,7 @@ def verify(path: str | Path) -> list[Comparison]:
     """Load an exported checkpoint and score it again on every objective that was recorded.
 
     Args:
-        path: What ``export`` wrote: a directory, or a ``.safetensors`` file.
+        path: A directory or a ``.safetensors`` file that ``export`` wrote.
 
     Raises:
         CheckpointError: It was not written by Ecotone, or its weights cannot be read.
@@ -289,7 +289,7 @@ def _measured(pool: SerialPool, genome: Genome, subset: Subset) -> Mapping[str, 
 
 
 def read_record(target: Path) -> dict[str, Any]:
-    """The record that ``export`` left with a checkpoint.
+    """The record that ``export`` wrote beside a checkpoint.
 
     Raises:
         CheckpointError: There is none.

@@ -69,7 +69,7 @@ class Job:
 
     @property
     def live(self) -> bool:
-        """Whether it has yet to end."""
+        """True until the job has ended."""
         return self.state in ("pending", "running")
 
     def record(self) -> dict[str, Any]:
@@ -80,14 +80,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a job is given beside the run.
+    """The things that a job is given beside the run.
 
     Args:
         settings: ``KEY=VALUE`` as for ``--set``.
-        folder: What travels. None is the checkout that holds the recipe, or its folder; for a resumed run what
-            travelled before if it is on this machine, else the checkout that holds the working directory, or that.
-        environment: Variables of the job and of its workers; whoever may read the cluster's jobs reads them.
-        grace: Seconds for which a stopped run waits for what is in flight; None for as many as before, or 30.
+        folder: The folder that travels. None is the checkout that holds the recipe, or the recipe's folder. For a
+            resumed run it is the folder of the last job if this machine has it, else the checkout that holds the
+            working directory, or that directory.
+        environment: Variables of the job and of its workers. Everybody who can read the cluster's jobs can read them.
+        grace: Seconds that a stopped run waits for candidates in flight; None for as many as before, or 30.
     """
 
     settings: Sequence[str] = ()
@@ -116,7 +117,7 @@ class JobServer:
             self._client = _client(self.address)
 
     def unguarded(self) -> bool:
-        """Whether the server takes jobs from anybody who reaches it, token or not."""
+        """True when the server takes jobs from anybody who reaches it, even without a token."""
         try:
             with urlopen(f"{self.address}/api/jobs/", timeout=5):  # noqa: S310 - http or https, as checked
                 return True
@@ -154,7 +155,7 @@ class JobServer:
             recipe: The recipe's file, in the folder that travels.
             name: The run's name.
             out: The run directory: a URL, or a path on the head; None for one in ``~/ecotone-runs``.
-            parcel: What else the job is given.
+            parcel: The other things that the job is given.
 
         Raises:
             InputError: A value does not fit, or the name is taken.
@@ -179,7 +180,7 @@ class JobServer:
 
         Args:
             named: A run's name, or its directory: a URL, or a path on the head.
-            parcel: What else the job is given.
+            parcel: The other things that the job is given.
 
         Raises:
             InputError: The run is not known, or has not ended.
@@ -192,7 +193,7 @@ class JobServer:
         before = [job for job in jobs if job.run in runs[-1:]]
         live = [job for job in before if job.live]
         if live:
-            raise InputError(f"{live[-1].run}: it is {live[-1].state}, as job {live[-1].id}.", "Nothing is to be done.")
+            raise InputError(f"{live[-1].run}: it is {live[-1].state}, as job {live[-1].id}.", "Nothing to do.")
         last = before[-1] if before else Job("", _name_of(named), "pending", named, "")
         former = Path(last.folder) if before else None
         folder = parcel.folder or (former if former and former.is_dir() else travelling(Path.cwd()))
@@ -203,12 +204,12 @@ class JobServer:
         return self._start(job, ["resume", _checked(last.out)], parcel)
 
     def logs(self, job: Job) -> str:
-        """What a job has said so far."""
+        """The log of a job so far."""
         with self._explained():
             return str(self._client.get_job_logs(job.id))
 
     def follow(self, job: Job, write: Callable[[str], None]) -> None:
-        """Give all that a job has said and says to ``write``, line by line, until it ends."""
+        """Give the log of a job to ``write``, line by line, until the job ends."""
 
         async def tail() -> None:
             rest = ""
@@ -223,12 +224,12 @@ class JobServer:
             asyncio.run(tail())
 
     def stop(self, job: Job) -> bool:
-        """Ask a job to drain and end; returns at once, with whether it was running."""
+        """Ask a job to drain and end. Returns at once: True when it was running."""
         with self._explained():
             return bool(self._client.stop_job(job.id))
 
     def ended(self, job: Job, seconds: float) -> Job:
-        """The job as it is when it has ended, or after ``seconds``."""
+        """The job after its end, or after ``seconds``."""
         until = time.monotonic() + seconds
         while True:
             with self._explained():
@@ -269,7 +270,7 @@ class JobServer:
         return job
 
     def _send(self, **request: Any) -> None:
-        """Submit a job, once the head takes any."""
+        """Submit a job as soon as the head takes jobs."""
         until = time.monotonic() + _STARTING
         while True:
             try:
@@ -282,7 +283,7 @@ class JobServer:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """What goes wrong on the way to the cluster, in words."""
+        """Put errors on the way to the cluster into words."""
         try:
             yield
         except EcotoneError:
@@ -294,12 +295,12 @@ class JobServer:
 
 
 def travelling(folder: Path) -> Path:
-    """What a job takes along: the checkout of Ecotone that holds ``folder``, or ``folder`` itself."""
+    """The folder that travels with a job: the checkout of Ecotone that holds ``folder``, or ``folder`` itself."""
     return next((one for one in (folder, *folder.parents) if is_checkout(one)), folder)
 
 
 def is_checkout(folder: Path) -> bool:
-    """Whether a folder is a checkout of Ecotone: then its packages run, not those installed on the cluster."""
+    """True for a checkout of Ecotone: a job then runs its packages, not those installed on the cluster."""
     return all((folder / name).exists() for name in ("pyproject.toml", *(f"{one}/__init__.py" for one in PACKAGES)))
 
 
@@ -327,7 +328,7 @@ def _client(address: str) -> Any:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Without Ray's lines about files that stay behind and connections that end."""
+    """Silence Ray's lines about files that stay behind and connections that end."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -346,19 +347,19 @@ def _job(details: Any) -> Job:
 
 
 def _in_words(error: Exception, address: str) -> EcotoneError:
-    """What Ray's client raised, as an error of ours."""
+    """An error of Ray's client as one of ours."""
     text, kind = str(error).strip(), type(error).__name__
     if kind == "AuthenticationError":
         if "403" in text or "Authentication failed" in text:
             return PoolError(f"{address}: the token here is not the cluster's (403).", _token())
-        return PoolError(f"{address}: its jobs take the cluster's token, and there is none here (401).", _token())
+        return PoolError(f"{address}: its jobs need the cluster's token, and this machine has none (401).", _token())
     if "Connect" in kind:
         return PoolError(f"{address}: no Ray cluster answers.", _tunnel(address))
     first = (text.splitlines() or [kind])[0]
     # Ray's client has a limit, and the dashboard, through which it sends, a lower one: 100 MiB, zipped.
     if "exceeds the maximum size" in text or "Maximum request body size" in text:
         return InputError(
-            f"--folder: what would travel is too large ({first.rstrip('.')}).",
+            f"--folder: the folder is too large to send ({first.rstrip('.')}).",
             "Keep models on the hub or on a disk that all nodes share; a .rayignore lists what stays.",
         )
     return PoolError(f"{address}: {first}", "Is it the dashboard of a Ray cluster? `ecotone jobs` lists its runs.")
@@ -366,8 +367,8 @@ def _in_words(error: Exception, address: str) -> EcotoneError:
 
 def _token() -> str:
     return (
-        "Copy the head's ~/.ray/auth_token to this machine's, or have RAY_AUTH_TOKEN_PATH name a file that holds it; "
-        "docs/operations.md tells where each kind of cluster keeps it."
+        "Copy the head's ~/.ray/auth_token to this machine, or set RAY_AUTH_TOKEN_PATH to a file that holds it; "
+        "docs/operations.md says where each kind of cluster keeps it."
     )
 
 
@@ -389,7 +390,7 @@ def _check_name(name: str) -> None:
 
 
 def _is_place(text: str) -> bool:
-    """Whether ``text`` names a run directory on the head or a URL, not a run."""
+    """True when ``text`` is a path on the head or a URL, not the name of a run."""
     return "://" in text or text.startswith(("/", "~/"))
 
 
@@ -403,14 +404,14 @@ def _checked(out: str) -> str:
 
 
 def _checked_folder(folder: Path) -> Path:
-    found = folder.resolve()
-    if not found.is_dir():
+    resolved = folder.resolve()
+    if not resolved.is_dir():
         raise InputError(f"--folder: expected a folder of this machine, found {folder}.")
-    if Path.home().resolve().is_relative_to(found):
+    if Path.home().resolve().is_relative_to(resolved):
         raise InputError(
-            f"--folder: {found} holds your home: too much to send.", "Give the recipe a folder of its own."
+            f"--folder: {resolved} holds your home: too much to send.", "Give the recipe a folder of its own."
         )
-    return found
+    return resolved
 
 
 def _name_of(place: str) -> str:
@@ -420,7 +421,7 @@ def _name_of(place: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    """``word`` for the head's shell, which knows what ``~`` is there."""
+    """``word`` for the head's shell, which expands ``~``."""
     return '"$HOME"/' + shlex.quote(word[2:]) if word.startswith("~/") else shlex.quote(word)
 
 

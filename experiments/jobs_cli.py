@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 ADDRESS = "http://127.0.0.1:8265"  # of the job server, at the near end of a tunnel to the head
 
-JobArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, as `ecotone jobs` lists them.")]
+JobArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, as `ecotone jobs` lists it.")]
 ServerOption = Annotated[
     str,
     typer.Option(
         "--address",
         metavar="URL",
         envvar="RAY_API_SERVER_ADDRESS",
-        help="Of the cluster's dashboard, mostly at the near end of a tunnel.",
+        help="Address of the cluster's dashboard, often the near end of a tunnel.",
     ),
 ]
 FolderOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="What travels; by default the checkout that holds the recipe, or its folder."),
+    typer.Option(metavar="DIR", help="Folder to send; by default the checkout that holds the recipe, or its folder."),
 ]
 EnvironmentOption = Annotated[
     list[str] | None,
@@ -50,7 +50,7 @@ def submit(
     address: ServerOption = ADDRESS,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a recipe on a Ray cluster: as a job on its head, which goes on when this machine leaves."""
+    """Run a recipe on a Ray cluster, as a job on its head. It goes on when this machine disconnects."""
     from ecotone.experiments.jobs import JobServer, Parcel, environment_of
     from ecotone.experiments.ready import recipe_file
 
@@ -73,7 +73,7 @@ def resume(
 
 
 def jobs(address: ServerOption = ADDRESS, as_json: JsonOption = False) -> None:
-    """List the runs of a cluster: one line a job, a resumed run having several."""
+    """List the runs of a cluster, one line for each job. A resumed run has several."""
     from ecotone.experiments import report
     from ecotone.experiments.jobs import JobServer
 
@@ -88,11 +88,13 @@ def jobs(address: ServerOption = ADDRESS, as_json: JsonOption = False) -> None:
 
 def logs(
     run: JobArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends, or Ctrl-C.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print new lines until the run ends, or Ctrl-C.")
+    ] = False,
     address: ServerOption = ADDRESS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the lines as they were logged.")] = False,
 ) -> None:
-    """Print what a run on a cluster has logged."""
+    """Print the log of a run on a cluster."""
     from ecotone.experiments.jobs import JobServer
     from ecotone.experiments.logs import in_words
 
@@ -116,11 +118,11 @@ def logs(
 
 def stop(
     run: JobArgument,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the run has ended.")] = True,
     address: ServerOption = ADDRESS,
     as_json: JsonOption = False,
 ) -> None:
-    """Stop a run on a cluster: it waits for what is in flight, journals it, and can be resumed."""
+    """Stop a run on a cluster. It waits for candidates in flight, journals them, and can be resumed."""
     from ecotone.experiments.jobs import STOPPING, JobServer
 
     server = JobServer(address)
@@ -129,7 +131,7 @@ def stop(
         raise InputError(f"{run}: it is not running; it has {_ended(job)}.", "`ecotone jobs` lists what is.")
     server.stop(job)
     if wait:
-        typer.echo(f"Waiting for {job.run} to write down what is in flight ...", err=True)
+        typer.echo(f"Waiting for {job.run} to journal the candidates in flight ...", err=True)
         job = server.ended(job, 2 * STOPPING)
     if as_json:
         print_json(job.record())
@@ -139,7 +141,7 @@ def stop(
 
 
 def is_server(address: str | None) -> bool:
-    """Whether an address is that of a job server, not of a cluster that this process could join."""
+    """True for the address of a job server; False for that of a cluster that this process could join."""
     return address is not None and address.startswith(("http://", "https://"))
 
 
@@ -150,7 +152,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _grace(settings: list[str]) -> float | None:
-    """What a resumed run's settings say of its grace, if anything; they are checked without its recipe."""
+    """The grace that a resumed run's settings name, if any. They are checked without its recipe."""
     from ecotone.experiments.recipe import Recipe, check_resumable
 
     changes = changes_of(settings)
@@ -166,16 +168,17 @@ def _told(job: Job, server: JobServer, as_json: bool) -> None:
     address = server.address
     if server.unguarded():
         typer.echo(
-            f"Beware: {address} takes jobs from whoever reaches it. Start clusters with RAY_AUTH_MODE=token.", err=True
+            f"Warning: {address} takes jobs from anybody who reaches it. Start clusters with RAY_AUTH_MODE=token.",
+            err=True,
         )
     if as_json:
         print_json({**job.record(), "address": address, "tunnel": tunnel(address)})
         return
     run, option = shlex.quote(job.run), _option(address)
-    typer.echo(f"{job.run} is on the cluster, as job {job.id}; this machine may leave. Its directory is {job.out}.")
+    typer.echo(f"{job.run} is job {job.id} of the cluster; this machine may disconnect. Its directory is {job.out}.")
     for command, text in (
-        (f"logs {run} --follow{option}", "what it says"),
-        (f"jobs{option}", "how it stands"),
+        (f"logs {run} --follow{option}", "print its log"),
+        (f"jobs{option}", "show its state"),
         (f"stop {run}{option}", "stop it; it can be resumed"),
         (f"resume {run} --address {address}", "go on"),
         (f"front {shlex.quote(job.out) if '://' in job.out else job.out}", _where(job)),

@@ -1,7 +1,7 @@
-"""Structured log lines: one JSON object an event, in the run directory and, where it is asked for, on stdout.
+"""Structured log lines: one JSON object for each event, in the run directory and, on request, on stdout.
 
 Every module logs by ``logging.getLogger("ecotone")`` with a sentence. A record whose ``extra`` names an ``event`` is
-one of the run's events, and its other extras are that event's fields. The logger's level decides which are written.
+one of the run's events. Its other extras are the event's fields. The logger's level decides which are written.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class JsonLine(logging.Formatter):
 
 
 class _Lines(logging.FileHandler):
-    """A file that may fail: a full disk costs lines, not the run, and is told once."""
+    """A file that may fail: a full disk costs lines, not the run, and is reported once."""
 
     _failed = False
 
@@ -59,12 +59,12 @@ class _Lines(logging.FileHandler):
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Write no more."""
+        """Stop writing."""
         self._failed = True
         _log.warning("%s cannot be written; the run goes on without it.", self.baseFilename)
 
     def close(self) -> None:
-        """Close the file, whatever is lost of it."""
+        """Close the file, even if its last lines are lost."""
         with contextlib.suppress(OSError):
             super().close()
 
@@ -73,7 +73,7 @@ class _Lines(logging.FileHandler):
 def recorded(directory: Path, level: str = "info") -> Iterator[None]:
     """Append the run's events of that level, and above it, to ``directory/log.jsonl`` meanwhile.
 
-    Warnings go on to stderr as they do where nothing is recorded.
+    Warnings still go to stderr, as without a record.
     """
     handlers: list[logging.Handler] = [_events(_Lines(directory / LOG, encoding="utf-8", delay=True))]
     if not _log.hasHandlers() and logging.lastResort is not None:
@@ -84,7 +84,7 @@ def recorded(directory: Path, level: str = "info") -> Iterator[None]:
 
 @contextlib.contextmanager
 def streamed(stream: TextIO) -> Iterator[None]:
-    """Write the events to ``stream`` meanwhile, and nothing else of the log."""
+    """Write the events, and nothing else of the log, to ``stream`` meanwhile."""
     with _added(_events(logging.StreamHandler(stream))):
         yield
 
@@ -106,7 +106,7 @@ class _Saying(logging.Handler):
 
 
 class Watcher(Protocol):
-    """What a search is watched by: its progress after every step, and sentences when something takes a while."""
+    """An observer of a search. It gets the progress after every step, and sentences when something takes a while."""
 
     def __call__(self, progress: Progress) -> None:
         """Take the progress in."""
@@ -129,7 +129,7 @@ class Heartbeat:
         self._next = -math.inf
 
     def __call__(self, progress: Progress) -> None:
-        """Log it unless that was done a moment ago."""
+        """Log the progress, unless the last event was a moment ago."""
         if self._clock() < self._next:
             return
         self._next = self._clock() + self._seconds
@@ -151,7 +151,7 @@ class Heartbeat:
 
 
 def in_words(line: str) -> str:
-    """A line of such a log for people; any other line as it is."""
+    """A line of such a log in words; any other line unchanged."""
     try:
         event = json.loads(line)
         return f"{event['time'][:19].replace('T', ' ')} {event['level']}: {event['message']}"
@@ -167,7 +167,7 @@ def _events(handler: logging.Handler) -> logging.Handler:
 
 @contextlib.contextmanager
 def _added(*handlers: logging.Handler, level: str = "INFO") -> Iterator[None]:
-    """Have the handlers meanwhile, at that level or a lower one that the logger has."""
+    """Add the handlers meanwhile, at that level or the logger's own lower one."""
     before = _log.level
     _log.setLevel(min(before or logging.CRITICAL, logging.getLevelName(level)))
     for handler in handlers:
@@ -183,7 +183,7 @@ def _added(*handlers: logging.Handler, level: str = "INFO") -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON has it: numbers that are not finite, and types it does not know, as text."""
+    """``value`` for JSON: numbers that are not finite, and unknown types, become text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

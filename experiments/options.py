@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and what they make of them."""
+"""Arguments and options that several commands share, and how they are applied."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RecipeArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a field, e.g. seed=3 or search.alpha=0. Repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a field, e.g. seed=3 or search.alpha=0. Repeatable."),
 ]
 
 
 def recipe_of(path: Path, settings: list[str] | None, workers: int | None = None, address: str | None = None) -> Recipe:
-    """The recipe of a file, with what the command line replaces in it."""
+    """The recipe of a file, with the fields that the command line replaces."""
     from ecotone.experiments.recipe import Recipe
 
     return Recipe.from_yaml(path, changes_of(settings, workers, address))

@@ -98,7 +98,7 @@ class _Drawn:
         legend: The legend's entry that shows and hides it.
         first: It stands for its legend entry.
         genomes: Of the front, by trial number.
-        hovers: What hovering over each member of the front shows.
+        hovers: The text that a pointer over each member of the front shows.
     """
 
     line: Line
@@ -109,7 +109,7 @@ class _Drawn:
     hovers: tuple[str, ...]
 
     def style(self, **more: Any) -> dict[str, Any]:
-        """What every trace of the run has."""
+        """Properties of every trace of the run."""
         return {"name": _safe(self.legend), "legendgroup": self.legend, **more}
 
 
@@ -144,14 +144,14 @@ def _table(comparison: Comparison, drawn: Sequence[_Drawn]) -> str:
 
 
 def _table_row(one: _Drawn) -> str:
-    found = one.line.record()
+    record = one.line.record()
     forms = {"seconds": ".3g", "hypervolume": ".4f", "share_of_best": ".1%", "igd_plus": ".4f", "epsilon": ".4f"}
     forms |= {"seconds_to_reach": ".3g", "held_out_hypervolume": ".4f"}
     keys = ["algorithm", "seed", "evaluations", "seconds", "front_size", "hypervolume", "share_of_best", "igd_plus"]
     keys += ["epsilon", "evaluations_to_reach", "seconds_to_reach", "held_out_hypervolume"]
-    cells = ["-" if found[key] is None else format(found[key], forms.get(key, "")) for key in keys]
+    cells = ["-" if record[key] is None else format(record[key], forms.get(key, "")) for key in keys]
     dot = f'<span class="dot" style="background:{one.colour}"></span>'
-    return f"<tr><td>{dot}{_safe(found['label'])}</td>{''.join(f'<td>{_safe(cell)}</td>' for cell in cells)}</tr>"
+    return f"<tr><td>{dot}{_safe(record['label'])}</td>{''.join(f'<td>{_safe(cell)}</td>' for cell in cells)}</tr>"
 
 
 def _groups_table(comparison: Comparison) -> str:
@@ -173,17 +173,17 @@ def _groups_table(comparison: Comparison) -> str:
 
 
 def _hover(line: Line, member: Scored, genome: Genome | None) -> str:
-    """What hovering over a member shows; the chart's library reads a little HTML in it."""
-    one = line.searched
-    parts = [f"<b>{_safe(one.label)}</b> ({_safe(one.algorithm)}), member {member.id}"]
-    counts = {"search": one.examples["search"], "held out": one.examples["held_out"]}
+    """The text that a pointer over a member shows. The chart's library understands a little HTML in it."""
+    searched = line.searched
+    parts = [f"<b>{_safe(searched.label)}</b> ({_safe(searched.algorithm)}), member {member.id}"]
+    counts = {"search": searched.examples["search"], "held out": searched.examples["held_out"]}
     parts += [f"{kind}: {_scores(scores, counts[kind])}" for kind, scores in _measured(member)]
-    parts += _genome_words(one.models, genome)
-    return "<br>".join([*parts, _safe(export_command(one.run.where, member.id))])
+    parts += _genome_words(searched.models, genome)
+    return "<br>".join([*parts, _safe(export_command(searched.run.where, member.id))])
 
 
 def _safe(text: str) -> str:
-    """Text for the page and for its charts, which know no entities of quotes."""
+    """Text for the page and for its charts, which do not understand entities of quotes."""
     return escape(text, quote=False)
 
 
@@ -194,7 +194,7 @@ def _measured(member: Scored) -> Iterator[tuple[str, Mapping[str, float]]]:
 
 
 def _scores(scores: Mapping[str, float], counts: Mapping[str, int] = MappingProxyType({})) -> str:
-    """Each score, and on how many examples it stands where that is known."""
+    """Each score, with its number of examples where that is known."""
     stands = {name: f" of {count:,}" for name, count in counts.items()}
     return ", ".join(f"{_safe(name)} {value:.4f}{stands.get(name, '')}" for name, value in scores.items())
 
@@ -238,13 +238,13 @@ def _axis(goal: Goal) -> str:
 def _charts(comparison: Comparison, drawn: Sequence[_Drawn]) -> Iterator[tuple[str, str, go.Figure | None]]:
     """Heading, sentence and figure of each chart."""
     yield from _fronts(comparison, drawn)
-    text = "The dashed line is the hypervolume whose cost is in the table."
+    text = "The dashed line is the hypervolume whose cost the table shows."
     yield "Hypervolume over evaluations", text, _volume_chart(comparison, drawn)
     yield from _coefficients(drawn)
 
 
 def _reports(comparison: Comparison) -> Iterator[str]:
-    """What searches with surrogates say of them, and nested MAP's tree."""
+    """The searches' own reports: surrogates, and nested MAP's tree."""
     for line in comparison.lines:
         text = search_report_text(line.searched.report, comparison.goals)
         if text:
@@ -256,11 +256,11 @@ def _fronts(comparison: Comparison, drawn: Sequence[_Drawn]) -> Iterator[tuple[s
     if len(goals) == 1:
         yield "Fronts", "With one objective a front is its best member: see the table.", None
         return
-    text = "Crosses: the models themselves and their average. Everything evaluated can be shown from the legend."
+    text = "Crosses: the models themselves and their average. The legend can show everything evaluated."
     if any(one.line.searched.report.get("members") for one in drawn):
-        text += " Open circles: what a search predicted, tied to what was measured."
+        text += " Open circles: a search's predictions, each tied to its measurement."
     if len(goals) == 2:
-        surfaces = " Thick lines: what most seeds of a search reach." if comparison.groups else ""
+        surfaces = " Thick lines: points that most seeds of a search reach." if comparison.groups else ""
         yield "Fronts on search data", text + surfaces, _pairwise(comparison, drawn, [(0, 1)])
         return
     if len(goals) == 3:
@@ -321,7 +321,7 @@ def _pair_traces(
 
 
 def _predicted(one: _Drawn, goals: Sequence[Goal], x: int, y: int, legend: bool, shown: bool) -> go.Scatter:
-    """Where a search with surrogates expected the members of its front, each tied to where it was measured."""
+    """The predictions of a search with surrogates for the members of its front, each tied to its measurement."""
     members = one.line.searched.report["members"]
     told = [member for member in members if member["measured"]]
     words = [

@@ -1,4 +1,4 @@
-"""What a user wants of a front, in a few words: the member of a front that fits a preference best."""
+"""A user's preference in a few words, and the member of a front that fits it best."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Preference:
     Args:
         text: As the user wrote it.
         form: ``weights`` or ``point``.
-        values: By objective. Weights are 0 for objectives not named. A point is in the scores' own units and
-            direction, and asks nothing of objectives not named.
+        values: By objective. Objectives that are not named have weight 0. A point is in the scores' own units and
+            direction, and puts no demand on objectives that are not named.
     """
 
     text: str
@@ -42,7 +42,7 @@ def parse(text: str, goals: Sequence[Goal]) -> Preference:
 
     Raises:
         InputError: It is empty or contradictory (an objective twice, weights and a point in one), names an
-            objective that there is not, or has weights that are negative or all zero.
+            unknown objective, or has weights that are negative or all zero.
     """
     form: Form = "point" if text.strip().startswith(POINT) else "weights"
     values = numbers(text.strip().removeprefix(POINT), goals, "--preference", _REMEDY)
@@ -52,7 +52,7 @@ def parse(text: str, goals: Sequence[Goal]) -> Preference:
 
 
 def reference_numbers(text: str, goals: Sequence[Goal]) -> dict[str, float]:
-    """What ``--reference`` gives: numbers by objective, in score units.
+    """The numbers of ``--reference`` by objective, in score units.
 
     Raises:
         InputError: As ``numbers``.
@@ -64,7 +64,7 @@ def numbers(text: str, goals: Sequence[Goal], option: str, remedy: str) -> dict[
     """The finite numbers by objective that ``text`` gives as ``a=0.7,b=0.3``; errors name ``option``.
 
     Raises:
-        InputError: The text is empty, not of that form, or names an objective twice or one that there is not.
+        InputError: The text is empty or not of that form, or names an objective twice or an unknown one.
     """
     values: dict[str, float] = {}
     known = [goal.name for goal in goals]
@@ -86,7 +86,7 @@ def choose(points: Floats, goals: Sequence[Goal], preference: Preference) -> int
     """The index of the point that fits the preference best; of equals the first.
 
     With weights: ``argmax w . z``, where ``z`` are the scores as shares of the range of ``points``, 0 the worst
-    and 1 the best in each objective (MAP's rule; scaling all weights changes nothing). Such sums only ever pick
+    and 1 the best in each objective (MAP's rule; scaling all weights changes nothing). Such sums can only pick
     members of the front's convex hull. With a point ``r``: the largest augmented Chebyshev achievement
 
         min_i (y_i - r_i) / range_i  +  1e-3 sum_i (y_i - r_i) / range_i        (Wierzbicki 1980)
@@ -96,7 +96,7 @@ def choose(points: Floats, goals: Sequence[Goal], preference: Preference) -> int
     Args:
         points: (N, M) oriented scores, usually a front.
         goals: The M objectives.
-        preference: What ``parse`` gave.
+        preference: The result of ``parse``.
 
     Raises:
         InputError: There are no points.
@@ -118,7 +118,7 @@ def choose(points: Floats, goals: Sequence[Goal], preference: Preference) -> int
 
 
 def shortfalls(point: Floats, goals: Sequence[Goal], preference: Preference) -> dict[str, float]:
-    """By objective, by how much the oriented ``point`` (M,) misses the point to reach; empty when it reaches it."""
+    """By objective, the gap between the oriented ``point`` (M,) and the point to reach; empty if it reaches it."""
     if preference.form == "weights":
         return {}
     by_name = {goal.name: (goal.sign, score) for goal, score in zip(goals, point, strict=True)}
@@ -133,7 +133,7 @@ class Choice:
     Args:
         member: The member.
         reason: Why, in a sentence.
-        missing: By objective, by how much it misses the point to reach; empty when it reaches it.
+        missing: The distance by which it misses the point to reach, by objective; empty if it reaches it.
     """
 
     member: Scored
@@ -155,7 +155,7 @@ def choose_member(run: Run, text: str) -> Choice:
 
 
 def in_words(preference: Preference, missing: Mapping[str, float]) -> str:
-    """Why a member was chosen, in one sentence."""
+    """The reason for the choice, in one sentence."""
     if preference.form == "weights":
         return f"best weighted sum of scores, as shares of the front's range, for {preference.text}"
     if not missing:

@@ -1,4 +1,4 @@
-"""What a person sees: the live progress line and the tables."""
+"""Reports for people: the live progress line and the tables."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def front_lines(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> I
 
 
 def front_record(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> dict[str, Any]:
-    """What ``front --json`` prints."""
+    """The record that ``front --json`` prints."""
     record: dict[str, Any] = {
         "objectives": [{"name": goal.name, "direction": goal.direction} for goal in run.goals],
         "members": [member.record() for member in run.front()],
@@ -181,8 +181,8 @@ def search_report_text(found: Mapping[str, Any], goals: Sequence[Goal]) -> str:
 
 
 def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[Table | Tree | Text]:
-    """What a search reports at its end: of surrogates, how well they predict, and the front as predicted and as
-    measured; of lines of gradient descent, how each of them went, and what to beware of.
+    """The report of a search at its end. Surrogates show their errors, and the front as predicted and as measured.
+    Gradient searches show each line of descent, and warnings.
 
     Args:
         found: The ``report()`` of the search; parts that it lacks are left out. Of a chain, each stage's is shown.
@@ -207,14 +207,14 @@ def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[T
 
 
 def _stage_words(index: int, stage: Mapping[str, Any]) -> str:
-    """What a stage of a chain was, and what it began with."""
+    """One stage of a chain, and the merges that it began with, in words."""
     begun = f"began with {', '.join(map(str, stage['starts']))} ({stage['start']})" if stage["starts"] else ""
     words = [f"Stage {index}: {stage['algorithm']}", f"{stage['evaluations']} evaluations", begun]
     return "; ".join(filter(None, words))
 
 
 def _race_words(found: Mapping[str, Any]) -> str:
-    """What became of the candidates of a race, and what that took."""
+    """The ends of a race's candidates, and its cost, in words."""
     ends = [f"{found['whole']} were scored on all examples"]
     ends += [f"{found[why]} {words}" for why, words in _ENDS.items() if found[why]]
     text = f"Race: of {found['candidates']} candidates {', '.join(ends)}. It took {found['spent']:.1f} evaluations."
@@ -225,15 +225,15 @@ def _race_words(found: Mapping[str, Any]) -> str:
 
 
 _ENDS = {
-    "halving": "ended as others of their group were better",
-    "bound": "could not enter any more",
+    "halving": "ended because others of their group were better",
+    "bound": "ended because no remaining score could let them enter",
     "failed": "failed",
 }
 
 
 def search_warnings(found: Mapping[str, Any]) -> list[str]:
-    """Sentences on what went wrong in a search that can tell."""
-    return [f"Beware: {text}" for text in found.get("warnings") or ()]
+    """The warnings of a search, as sentences."""
+    return [f"Warning: {text}" for text in found.get("warnings") or ()]
 
 
 def _surrogate_table(found: Mapping[str, Any], goals: Sequence[Goal]) -> Table:
@@ -303,7 +303,7 @@ def _errors(errors: Mapping[str, float | None]) -> str:
 
 
 def _pair_gap(members: Sequence[Mapping[str, Any]]) -> str:
-    """How far the two scores of a pair's front were from their prediction."""
+    """The distance between prediction and measurement of a pair's front, in words."""
     gaps = [
         measured - predicted
         for member in members
@@ -316,7 +316,7 @@ def _pair_gap(members: Sequence[Mapping[str, Any]]) -> str:
 
 
 def export_command(where: str, member: int | str) -> str:
-    """What to type to export a member."""
+    """The command that exports a member."""
     return f"ecotone export {shlex.quote(where)} --member {member} --to merged-{member}"
 
 
@@ -434,7 +434,7 @@ def comparison_tables(comparison: Comparison) -> Iterable[Table]:
 
 
 def comparison_lines(comparison: Comparison) -> Iterable[str]:
-    """What the tables' numbers are measured from, and what to know before believing them."""
+    """The reference points of the tables' numbers, and notes for their reader."""
     yield f"Hypervolume from the reference point {_point(comparison.reference_point)} (--reference sets another)."
     if comparison.held_out_reference:
         yield f"On held-out data, from {_point(comparison.held_out_reference)}: the same fronts, scored again."
@@ -466,14 +466,14 @@ def _groups_table(groups: Sequence[Group], held_out: bool) -> Table:
 
 
 def _line_cells(line: Line) -> list[str]:
-    one = line.searched
+    searched = line.searched
     return [
-        one.label,
-        one.algorithm,
-        str(one.seed),
-        str(one.evaluations),
-        f"{one.seconds:.3g}",
-        str(len(one.front)),
+        searched.label,
+        searched.algorithm,
+        str(searched.seed),
+        str(searched.evaluations),
+        f"{searched.seconds:.3g}",
+        str(len(searched.front)),
         f"{line.hypervolume:.4f}",
         f"{line.share:.1%}",
         f"{line.igd_plus:.4f}",

@@ -39,7 +39,7 @@ _log = logging.getLogger("ecotone")
 
 @runtime_checkable
 class Reporting(Protocol):
-    """A search that has more to say at its end than its trials: surrogates, a predicted front, a tree."""
+    """A search with a report of its own at its end: surrogates, a predicted front, a tree."""
 
     def report(self) -> dict[str, Any]:
         """Plain values and arrays."""
@@ -94,7 +94,7 @@ def resume(
     observe: Observer = lambda progress: None,
     notify: Notify = lambda text: None,
 ) -> Run:
-    """Go on with a run that was stopped, killed, or whose budget is raised; finishes what a finished run lacks.
+    """Go on with a run that was stopped or killed, or whose budget is raised. Completes a finished run's scores.
 
     Args:
         run: The run, or its directory or URL.
@@ -130,9 +130,9 @@ def resume(
 
 
 def _checked(recipe: Recipe, paths: Sequence[str], notify: Notify) -> compose.Composition:
-    """Every check that ``validate`` makes, before anything is started; the models are prepared meanwhile.
+    """Make every check of ``validate`` before anything starts, and prepare the models.
 
-    A search on a cluster may be started where the models are not: then their headers are left to the workers.
+    A search on a cluster may start on a machine without the models. Then the workers check their headers.
 
     Raises:
         EcotoneError: Something does not fit.
@@ -184,7 +184,7 @@ def _carry_out(
 
     with (
         logs.recorded(place.directory, runtime.log),
-        place.mirrored(runtime.mirror_every, runtime.lease),
+        place.copied(runtime.mirror_every, runtime.lease),
         _recorded(journal, place),
         _tracked(recipe, place, notify),
     ):
@@ -202,7 +202,7 @@ def _carry_out(
 
 
 def _judge(composition: compose.Composition, journal: Journal, pool: Pool, space: Space) -> None:
-    """Score front, best and reference merges on held-out data, and the references on search data too."""
+    """Score the front, the best and the reference merges on held-out data, and the references on search data too."""
     recipe = composition.recipe
     batch = recipe.scoring.batch
     for name, genome in references(recipe, composition.operator, space):
@@ -217,7 +217,7 @@ def _judge(composition: compose.Composition, journal: Journal, pool: Pool, space
 
 
 def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tuple[str, Genome]]:
-    """The models themselves (the base too, where there are task vectors) and the average of the experts.
+    """The models themselves (with task vectors also the base) and the average of the experts.
 
     They are named after the operator when it mixes changed models.
     """
@@ -231,7 +231,7 @@ def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tup
 
 @contextlib.contextmanager
 def _drained(manager: Manager) -> Iterator[None]:
-    """SIGTERM has the manager finish what is in flight meanwhile; a second one does what it did before."""
+    """SIGTERM makes the manager finish the candidates in flight. A second one acts as it did before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -317,8 +317,8 @@ def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.N
 def _recorded_paths(journal: Journal) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """The recorded recipe, and the folders on the Python path, of which the last is the working directory.
 
-    What a job of a cluster takes along lies in another folder each time. So there paths in the working directory that
-    the run began in are taken to be in the present one.
+    The files that travel with a job lie in another folder each time. So a job moves paths in the working directory that
+    the run began in to the present one.
     """
     record, folders = journal.fact(facts.RECIPE) or {}, journal.fact(facts.SYS_PATH) or ()
     if "ECOTONE_JOB" not in os.environ:
@@ -343,7 +343,7 @@ def _resumed_recipe(record: Mapping[str, Any], settings: Mapping[str, Any]) -> R
 
 
 def _check_numbers(space: Space, notify: Notify) -> None:
-    """Refuse weights that are not numbers: every merge with them is none, and scores alone may not show it."""
+    """Refuse weights that are NaN: every merge with them is NaN, and scores alone may not show it."""
     squares = np.diagonal(space.gram.prefix[-1])
     missing = [name for name, square in zip(space.sources, squares, strict=True) if np.isnan(square)]
     if missing:
@@ -354,7 +354,7 @@ def _check_numbers(space: Space, notify: Notify) -> None:
         )
     infinite = [name for name, square in zip(space.sources, squares, strict=True) if np.isinf(square)]
     if infinite:
-        notify(f"Beware: the weights of {', '.join(infinite)} hold infinity, or are too large to be squared.")
+        notify(f"Warning: the weights of {', '.join(infinite)} hold infinity, or are too large to be squared.")
 
 
 def same_models(journal: Journal, space: Space) -> None:

@@ -1,4 +1,4 @@
-"""A run as its journal tells it: status, front, references. Reads only; light enough to be asked while it runs."""
+"""A run as its journal shows it: status, front, references. Reading only, and cheap enough while the run goes on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ecotone.populations.trial import Evaluation, Failure, Goal, Scores, Trial, 
 
 @dataclass(frozen=True)
 class Scored:
-    """A merge with what it scored.
+    """A merge and its scores.
 
     Args:
         id: The trial's number, or the name of a reference merge (a seed model, the average).
@@ -49,7 +49,7 @@ class Run:
     """A run directory, open for reading.
 
     Args:
-        directory: The run directory. Of a URL, what it is now is fetched.
+        directory: The run directory. From a URL its newest copy is fetched.
 
     Attributes:
         directory: Where its files are.
@@ -82,7 +82,7 @@ class Run:
     def status(self) -> dict[str, Any]:
         """Plain values: state, evaluations, failures, evaluations_per_second, best, digest and more.
 
-        Of a run at a URL, ``storage`` says who manages it and how new its mirror is.
+        For a run at a URL, ``storage`` names its manager and the time of its newest copy.
         """
         standing = None if self._url is None else storage.standing(self._url)
         with self.journal() as journal:
@@ -150,7 +150,7 @@ class Run:
         return {"hypervolume": hypervolume(members, corner), "reference_point": in_score_units(corner, self.goals)}
 
     def front_or_explain(self) -> list[Scored]:
-        """The front, of which there is at least one member.
+        """The front, which has at least one member.
 
         Raises:
             InputError: Nothing has scores (yet).
@@ -166,7 +166,7 @@ class Run:
         return f"none of its {count} evaluations has scores" if count else "nothing has been scored yet"
 
     def report(self) -> Mapping[str, Any] | None:
-        """What the search itself reports of its end: a predicted front, surrogates' errors, a tree; or None."""
+        """The search's own report at its end: a predicted front, errors of surrogates, a tree; None without one."""
         with self.journal() as journal:
             return journal.fact(facts.REPORT)
 
@@ -177,7 +177,7 @@ class Run:
             return None if row is None else _scored(journal, row)
 
     def examples(self) -> dict[str, dict[str, int]]:
-        """On how many examples scores stand: by ``search`` and ``held_out``, and by objective."""
+        """The number of examples behind each score: by ``search`` and ``held_out``, and by objective."""
         with self.journal() as journal:
             return {"search": journal.examples("search"), "held_out": journal.examples("held_out")}
 
@@ -208,13 +208,13 @@ class Run:
         if not str(member).isdigit():
             raise InputError(
                 f"member: expected a trial's number or 'best', found {member!r}.",
-                f"`ecotone front {self.where}` lists them.",
+                f"`ecotone front {self.where}` lists the members.",
             )
         with self.journal() as journal:
             return journal.trial(int(member))
 
     def scored(self, number: int) -> Scored:
-        """What a trial scored.
+        """The scores of a trial.
 
         Raises:
             InputError: It has no scores.
@@ -223,7 +223,7 @@ class Run:
             row = next((row for row in journal.rows(number - 1) if row.number == number), None)
             if row is None or row.scores is None or row.failure is not None:
                 why = "has not been scored" if row is None else f"failed ({row.failure.message})" if row.failure else ""
-                raise InputError(f"member {number}: {why}.", f"`ecotone front {self.where}` lists those that can be.")
+                raise InputError(f"member {number}: {why}.", f"`ecotone front {self.where}` lists members with scores.")
             return _scored(journal, row)
 
     def export(self, member: int | str, to: str | Path) -> Path:
@@ -259,8 +259,9 @@ def reference_point(
 ) -> Floats:
     """(M,) the oriented point from which hypervolumes are measured.
 
-    Where the user gives no number it is 0 in each objective that is maximised and scored in [0, 1]; in others the
-    worst score of the seed models and their average, or of everything scored while those are not measured.
+    The user may give a number for each objective. The default is 0 in an objective that is maximised and scored in
+    [0, 1]. In others it is the worst score of the seed models and their average, or of all candidates while those are
+    not measured.
 
     Args:
         points: (N, M) oriented scores of candidates.
@@ -268,10 +269,10 @@ def reference_point(
         wanted: The M objectives.
         given: The user's numbers by objective, in score units.
     """
-    found, known = np.asarray(points), np.asarray(seeds)
-    everything = np.concatenate([found, known])
+    candidates, references = np.asarray(points), np.asarray(seeds)
+    everything = np.concatenate([candidates, references])
     share = (everything >= 0).all(axis=0) & (everything <= 1).all(axis=0)
-    worst = (known if len(known) else found).min(axis=0, initial=math.inf)
+    worst = (references if len(references) else candidates).min(axis=0, initial=math.inf)
     plain = share & np.array([goal.direction == "maximize" for goal in wanted])
     default = np.where(plain | ~np.isfinite(worst), 0.0, worst)
     pairs = zip(wanted, default, strict=True)

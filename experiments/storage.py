@@ -7,25 +7,25 @@ copied to the URL as it grows, and any machine can go on from the copy alone. Ob
 - ``lease-EPOCH.json``: who manages the run in that epoch. Created once, exclusively; then only its owner writes it, to
   count renewals.
 - ``journal-EPOCH-SERIAL.sqlite`` and the small files that people read: a consistent snapshot.
-- ``mirror-EPOCH-SERIAL.json``: the files of the copy with their sizes and hashes, written last. The mirror is what the
-  highest of them says; the one before is kept too, and everything older is deleted.
+- ``mirror-EPOCH-SERIAL.json``: the manifest of a copy. It lists the copy's files with sizes and hashes, and is written
+  last. The highest manifest counts. The copy before it is kept too, and everything older is deleted.
 
 No object but a lease is written twice, none by two managers, and the highest epoch counts. So nothing has to be
-replaced atomically, and a manager that slept, was superseded and wakes between its check and its write adds an object
-that nobody reads: two managers can never mix one journal. What is copied seldom is lost seldom: a machine that is gone
-takes along what it recorded after its last copy, as many seconds as `runtime.mirror_every` or, when copies are slow,
-``SHARE`` times what the last one took.
+replaced atomically. A manager that slept may wake between its check and its write, when another has the run. It then
+adds an object that nobody reads: two managers can never mix one journal. A machine that is lost takes along what it
+recorded after its last copy: `runtime.mirror_every` seconds or, with a slow store, ``SHARE`` times the last copy's
+seconds.
 
-A lease ends when its owner releases it, or when it was not renewed for as long as it lasts, by the clock of whoever
-waits for that: clocks of two machines are never compared. A manager that starts where the last one died, in the same
-working directory of the same machine, need not wait: there a lock tells that the other is gone.
+A lease ends when its owner releases it, or when nobody renews it for as long as it lasts. The waiting manager measures
+that by its own clock: clocks of two machines are never compared. A manager that starts where the last one died, in the
+same working directory of the same machine, need not wait: a lock shows there that the other is gone.
 
-What a working directory has and the mirror has not is never deleted: it is put aside, into ``superseded-1`` and on.
+If a working directory has anything that the copy lacks, it is not deleted but put aside, in ``superseded-1`` and on.
 
 Whoever creates ``lease-EPOCH.json`` first has the epoch: local files, S3, GCS and Azure refuse to create an object that
-exists. A store that does not would let two managers who ask in the same moment both succeed. So both read it back
-``SETTLE`` seconds later, and again before each copy, and the one whose word is not there gives up. (fsspec itself looks
-whether a local file exists and then writes it, so local files are created here.)
+exists. In another store two managers that ask in the same moment may both succeed. So both read the lease back
+``SETTLE`` seconds later, and again before each copy. The one that finds the other's lease gives up. (fsspec itself
+looks whether a local file exists and then writes it, so local files are created here.)
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ from ecotone.populations.journal import Journal
 
 JOURNAL = "journal.sqlite"
 FILES = (JOURNAL, "recipe.yaml", "tracking.json", "log.jsonl")
-"""What is copied of a run directory."""
+"""The files of a run directory that are copied."""
 HOME = "storage.json"
-"""Which URL a directory belongs to, and a working directory's own name."""
+"""The file that names the URL of a directory, and a working directory's own name."""
 
 LASTS = 60.0
-"""Seconds a lease lasts without renewal until the recipe is known, which may say otherwise; it is renewed six times as
-often."""
+"""Seconds that a lease lasts without renewal, until the recipe is known, which may change them. Its owner renews it six
+times as often."""
 SHARE = 10.0
-"""So many times the seconds of the last copy pass before the next: copying takes a tenth of the time at most."""
+"""The pause before the next copy, in durations of the last one: copying takes a tenth of the time at most."""
 PATIENCE = 60.0
-"""Seconds between two attempts at the most, and for which a run that ends tries to make its last copy."""
+"""The longest pause between two attempts, in seconds. A run that ends tries for so long to make its last copy."""
 SETTLE = 2.0
 """Seconds after which a new lease is read back, where creating it may not exclude others."""
 VIEWS = 3
 """Fetched copies of a run that are kept for reading."""
 SPARED = 600.0
-"""Seconds for which any such copy is kept: somebody may read it."""
+"""Seconds that any such copy is kept: somebody may read it."""
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss"})  # without folders
 
@@ -93,11 +93,11 @@ class LeaseLostError(StorageError):
 
 
 class DamagedCopyError(StorageError):
-    """A copy is not what its manifest tells of it."""
+    """A copy differs from its manifest."""
 
 
 def is_url(text: str) -> bool:
-    """Whether a run directory is named by a URL."""
+    """True when ``text`` names a run directory by a URL."""
     return "://" in text
 
 
@@ -117,7 +117,7 @@ class Store:
         url: The run directory.
 
     Raises:
-        StorageError: The protocol is not known, or what it needs is not installed.
+        StorageError: The protocol is not known, or its package is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -145,7 +145,7 @@ class Store:
         self._folders = protocol not in OBJECT_STORES
 
     def names(self) -> list[str]:
-        """Names of all objects, as they are now; none where nothing is."""
+        """Names of all objects now; none when the URL holds nothing."""
         with self._explained():
             self._fs.invalidate_cache()
             try:
@@ -154,7 +154,7 @@ class Store:
                 return []
 
     def read(self, name: str) -> bytes | None:
-        """What an object holds; None when it is not there."""
+        """The bytes of an object; None when it is not there."""
         with self._explained():
             try:
                 return bytes(self._fs.cat_file(self._path(name)))
@@ -193,7 +193,7 @@ class Store:
             self._fs.get_file(self._path(name), str(file))
 
     def drop(self, name: str) -> None:
-        """Delete an object if that is allowed: what stays costs room only."""
+        """Delete an object if that is allowed. One that stays only takes room."""
         try:
             self._fs.rm_file(self._path(name))
         except Exception as error:
@@ -204,7 +204,7 @@ class Store:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Put what file systems raise, which is anything, into words."""
+        """Put errors of file systems into words. They may raise anything."""
         try:
             yield
         except (Exception, asyncio.CancelledError) as error:
@@ -218,13 +218,13 @@ _NAME = re.compile(r"(?P<stem>[a-z]+)-(?P<epoch>\d{6,})(-(?P<serial>\d{6,}))?(?P
 
 
 def _numbered(names: Iterable[str], stems: Collection[str] = _SUFFIXES) -> list[tuple[tuple[int, int], str]]:
-    """Epochs and serials of our objects of these stems with their names, the highest first. Others are the user's."""
+    """Epochs, serials and names of our objects with these stems, the highest first. Other objects are the user's."""
     found = [match for name in names if (match := _NAME.fullmatch(name)) and match["stem"] in stems]
     ours = [m for m in found if m["suffix"] == _SUFFIXES[m["stem"]] and (m["serial"] is None) == (m["stem"] == "lease")]
     return sorted((((int(m["epoch"]), int(m["serial"] or 0)), m[0]) for m in ours), reverse=True)
 
 
-def mirrors(store: Store) -> Iterator[Manifest]:
+def copies(store: Store) -> Iterator[Manifest]:
     """The copies whose manifests are whole, the newest first."""
     for _, name in _numbered(store.names(), ("mirror",)):
         manifest = _parsed(store.read(name))
@@ -232,22 +232,22 @@ def mirrors(store: Store) -> Iterator[Manifest]:
             yield manifest
 
 
-def newest_mirror(store: Store) -> Manifest | None:
-    """The newest of ``mirrors``; None where there is none."""
-    return next(mirrors(store), None)
+def newest_copy(store: Store) -> Manifest | None:
+    """The newest of ``copies``; None where there is none."""
+    return next(copies(store), None)
 
 
 # -- the lease -----------------------------------------------------------------------------------------------
 
 
 class Lease:
-    """The right to write a run at a URL, in an epoch of its own. Made by ``take_lease``.
+    """The right to write a run at a URL, in an epoch of its own. ``take_lease`` makes it.
 
     Args:
         store: The objects at the URL.
-        epoch: Its number; higher than that of any manager before.
+        epoch: Its number, higher than that of any earlier manager.
         home: The working directory's name.
-        lasts: Seconds for which it is good without renewal.
+        lasts: Seconds that it holds without renewal.
         clock: Seconds; a test may give its own.
     """
 
@@ -266,7 +266,7 @@ class Lease:
         self._due = clock() + lasts / 6
 
     def record(self, released: bool = False) -> bytes:
-        """What the object holds. Times are for people: nothing depends on them."""
+        """The object's bytes. Its times are for people: nothing depends on them."""
         return _json(
             epoch=self.epoch,
             owner=f"process {os.getpid()} on {socket.gethostname()}",
@@ -285,7 +285,7 @@ class Lease:
 
         Raises:
             LeaseLostError: Somebody has.
-            StorageError: That cannot be found out.
+            StorageError: The store does not answer.
         """
         (epoch, _), name = next(iter(_numbered(self.store.names(), ("lease",))), ((0, 0), self.name))
         found = _parsed(self.store.read(name))
@@ -296,14 +296,14 @@ class Lease:
             )
 
     def renew(self) -> None:
-        """Tell others that it is still held; raises as ``check``."""
+        """Show others that the lease is still held; raises as ``check``."""
         self.check()
         self._renewals += 1
         self.store.write(self.name, self.record())
         self._due = self._clock() + self.lasts / 6
 
     def turn(self) -> None:
-        """Renew it if that is due; while the store does not answer, that is tried again.
+        """Renew the lease if that is due. While the store does not answer, the next call tries again.
 
         Raises:
             LeaseLostError: Another manager has taken the run over.
@@ -332,7 +332,7 @@ def take_lease(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Lease:
-    """Take the run over from nobody, or from a manager that has ended; waits while it may live.
+    """Take a run that has no manager, or whose manager has ended. Waits while that manager may live.
 
     Raises:
         StorageError: Another manager has the run, or the store cannot be written.
@@ -341,9 +341,9 @@ def take_lease(
         names = store.names()
         (epoch, _), _ = next(iter(_numbered(names)), ((0, 0), ""))  # of any object: somebody may have deleted leases
         _, name = next(iter(_numbered(names, ("lease",))), ((0, 0), ""))
-        found = store.read(name) if name else None
-        _await_end(store, name, found, home, notify, clock, sleep)
-        lease = Lease(store, epoch + 1, home, float(_parsed(found).get("lasts", LASTS)), clock)
+        content = store.read(name) if name else None
+        _await_end(store, name, content, home, notify, clock, sleep)
+        lease = Lease(store, epoch + 1, home, float(_parsed(content).get("lasts", LASTS)), clock)
         if store.create(lease.name, lease.record()):
             sleep(store.settle)
             lease.check()
@@ -359,16 +359,16 @@ def take_lease(
 def _await_end(
     store: Store,
     name: str,
-    found: bytes | None,
+    content: bytes | None,
     home: str,
     notify: Notify,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
 ) -> None:
     """Return when the lease is over: released, of this working directory, or unchanged for as long as it lasts."""
-    lease = _parsed(found)
+    lease = _parsed(content)
     own = (lease.get("home"), lease.get("machine")) == (home, _machine())  # one that is copied is another's
-    if found is None or lease.get("released") or own:
+    if content is None or lease.get("released") or own:
         return
     lasts = float(lease.get("lasts", LASTS))
     notify(f"Waiting up to {lasts:.0f} s to see whether {_owner(lease)} still manages the run ...")
@@ -376,7 +376,7 @@ def _await_end(
     while clock() < end:
         sleep(lasts / 12)
         now = store.read(name)
-        if now == found:
+        if now == content:
             continue
         lease = _parsed(now)  # a new one may have been seen before it was written
         if lease.get("released"):
@@ -391,10 +391,10 @@ def _owner(lease: Mapping[str, Any]) -> str:
     return str(lease.get("owner", "another manager"))
 
 
-# -- the mirror ----------------------------------------------------------------------------------------------
+# -- copying -------------------------------------------------------------------------------------------------
 
 
-class Mirror:
+class Copier:
     """Copies a working directory to its URL, as its journal grows.
 
     Args:
@@ -433,7 +433,7 @@ class Mirror:
         self._journal.close()
 
     def turn(self) -> None:
-        """Copy if that is due. When it fails it is told once, and tried again after growing pauses.
+        """Copy if that is due. A failure is logged once, and copying is tried again after growing pauses.
 
         Raises:
             LeaseLostError: Another manager has taken the run over.
@@ -450,13 +450,13 @@ class Mirror:
             self._due = self._clock() + min(2.0 ** min(self.failures, 10), PATIENCE)
             if self.failures == 1:
                 _log.warning(
-                    "The run cannot be copied, and goes on; copying is tried again: %s",
+                    "The run goes on, but cannot be copied. Copying is tried again: %s",
                     error,
                     extra={"event": "mirror_failed", "url": self.store.url, "error": str(error)},
                 )
 
     def finish(self, patience: float, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Make the last copy; tries for ``patience`` seconds.
+        """Make the last copy; try for ``patience`` seconds.
 
         Raises:
             StorageError: It cannot be made.
@@ -473,13 +473,13 @@ class Mirror:
                     raise StorageError(
                         f"{self.store.url}: the end of the run could not be copied there: {error.message}",
                         f"It is whole in {self.directory}: `ecotone resume {self.store.url}` on this machine sends it, "
-                        "unless another goes on with the run before.",
+                        "unless another manager has gone on with the run meanwhile.",
                     ) from error
             sleep(pause)
             pause *= 2
 
     def copy(self) -> None:
-        """Copy the journal and what else is new, then name it all in a manifest.
+        """Copy the journal and other files that are new, then list them in a manifest.
 
         Raises:
             StorageError: The store cannot be written, or another manager has taken the run over.
@@ -513,7 +513,7 @@ class Mirror:
         self._due = self._clock() + max(self.every, SHARE * took)
 
     def _sent(self, name: str) -> dict[str, Any]:
-        """Copy a file under a new name unless the last copy has it as it is; returns what the manifest says of it."""
+        """Copy a file under a new name, unless the last copy has the same. Returns the file's entry in the manifest."""
         file = self.directory / name
         target = f"{file.stem}-{self.lease.epoch:06d}-{self._serial:06d}{file.suffix}"
         with self._room() as folder:
@@ -522,12 +522,12 @@ class Mirror:
                 self._journal.snapshot(snapshot)
             else:
                 shutil.copyfile(file, snapshot)  # it may grow meanwhile
-            found = _measured(snapshot)
+            measured = _measured(snapshot)
             before = self._files.get(name, {})
-            if found.items() <= before.items():
+            if measured.items() <= before.items():
                 return dict(before)
             self.store.put(snapshot, target)
-        return {**found, "object": target}
+        return {**measured, "object": target}
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[Path]:
@@ -541,7 +541,7 @@ class Mirror:
             ) from error
 
     def _drop_old(self, needed: set[str]) -> None:
-        """Delete all but what is needed and the copy before. Nothing that came later is touched."""
+        """Delete all but the needed objects and those of the copy before. Later objects are not touched."""
         numbered = _numbered(self.store.names(), _SUFFIXES.keys() - {"lease"})
         own = (self.lease.epoch, self._serial)
         manifests = [name for number, name in numbered if number <= own and name.startswith("mirror-")][:2]
@@ -557,7 +557,7 @@ class Mirror:
 
 
 class Place:
-    """Where a run is written: its directory, and the name that the user knows it by."""
+    """The place that a run is written to: its directory, and its name for the user."""
 
     def __init__(self, directory: Path, where: str) -> None:
         self.directory = directory
@@ -571,15 +571,15 @@ class Place:
         """
 
     @contextlib.contextmanager
-    def mirrored(self, every: float, lasts: float) -> Iterator[None]:
-        """Copy the run to where it belongs meanwhile, and at the end.
+    def copied(self, every: float, lasts: float) -> Iterator[None]:
+        """Copy the run to its URL meanwhile, and at the end.
 
         Args:
             every: Seconds between two copies at the least.
-            lasts: Seconds for which the lease is good without renewal.
+            lasts: Seconds that the lease holds without renewal.
 
         Raises:
-            StorageError: It cannot be copied at the start or at the end, or another manager has taken it over.
+            StorageError: The first or the last copy cannot be made, or another manager has taken the run over.
         """
         yield
 
@@ -596,7 +596,7 @@ class _DistantPlace(Place):
             raise self._lost
 
     def guarded(self, turn: Callable[[], None]) -> None:
-        """Take a turn unless the lease is lost; notices when it is."""
+        """Take a turn, unless the lease is lost. Notices when it is."""
         if self._lost is not None:
             return
         try:
@@ -606,36 +606,36 @@ class _DistantPlace(Place):
             _log.error("%s", error, extra={"event": "lease_lost", "url": self.where, "epoch": self._lease.epoch})
 
     @contextlib.contextmanager
-    def mirrored(self, every: float, lasts: float) -> Iterator[None]:
+    def copied(self, every: float, lasts: float) -> Iterator[None]:
         self._lease.lasts = lasts
         self._lease.renew()
-        with contextlib.closing(Mirror(self._store, self._lease, self.directory, every)) as mirror:
-            mirror.copy()
+        with contextlib.closing(Copier(self._store, self._lease, self.directory, every)) as copier:
+            copier.copy()
             try:
-                with _repeated(lambda: self.guarded(mirror.turn)):
+                with _repeated(lambda: self.guarded(copier.turn)):
                     yield
             except BaseException:
                 if self._lost is None:
-                    self._finish_anyhow(mirror)
+                    self._finish_anyhow(copier)
                 raise
             self.check()
-            mirror.finish(PATIENCE)
+            copier.finish(PATIENCE)
 
-    def _finish_anyhow(self, mirror: Mirror) -> None:
-        """Make the last copy of a run that fails or is stopped, which is what the user has to hear of."""
+    def _finish_anyhow(self, copier: Copier) -> None:
+        """Make the last copy of a run that fails or is stopped. An error of copying is only logged."""
         try:
-            mirror.finish(PATIENCE)
+            copier.finish(PATIENCE)
         except EcotoneError as another:
             _log.warning("%s", another, extra={"event": "mirror_failed", "url": self.where, "error": str(another)})
 
 
 @contextlib.contextmanager
 def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None) -> Iterator[Place]:
-    """A place to write a run in, by nobody else meanwhile.
+    """A place to write a run in. Nobody else can write it meanwhile.
 
     Args:
         where: The run directory: a path, or a URL. A path that is the working directory of a URL stands for it.
-        new: Whether the run begins; one that goes on is fetched unless its working directory here is as new.
+        new: Whether the run begins. A run that goes on is fetched, unless its working directory here is as new.
         notify: Called with a sentence when something takes a while.
 
     Raises:
@@ -672,14 +672,14 @@ def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None) 
 
 
 def _refuse_present(store: Store) -> None:
-    if newest_mirror(store) is not None:
+    if newest_copy(store) is not None:
         raise StorageError(f"{store.url}: a run is there already.", f"`ecotone resume {store.url}`, or another --out.")
 
 
 def _fetch_newer(store: Store, directory: Path, notify: Notify) -> None:
-    """Replace the working directory's files by the newest mirror's that is whole, unless it was made of them."""
+    """Replace the working directory's files by those of the newest whole copy, unless it was made from them."""
     damage: DamagedCopyError | None = None
-    for manifest in mirrors(store):
+    for manifest in copies(store):
         if _as_new(directory, manifest):
             return
         notify(f"Fetching the run from {store.url} ...")
@@ -692,7 +692,7 @@ def _fetch_newer(store: Store, directory: Path, notify: Notify) -> None:
                         (Path(folder) / name).replace(directory / name)
         except DamagedCopyError as error:
             damage = damage or error
-            notify(f"{error.message} The copy before is tried.")
+            notify(f"{error.message} The copy before it is tried.")
         else:
             return
     if damage is not None:
@@ -702,7 +702,7 @@ def _fetch_newer(store: Store, directory: Path, notify: Notify) -> None:
 
 
 def _put_aside(store: Store, directory: Path, manifest: Manifest, notify: Notify) -> None:
-    """Make room for the mirror's journal: what it may lack is kept, in a run directory of its own."""
+    """Make room for the copy's journal. A journal that has more is kept, in a run directory of its own."""
     counts = _counts(directory / JOURNAL)
     files = [file for suffix in ("-wal", "-shm", "") if (file := directory / f"{JOURNAL}{suffix}").exists()]
     beyond = counts is None or not _all_of(manifest["counts"], counts)
@@ -713,13 +713,13 @@ def _put_aside(store: Store, directory: Path, manifest: Manifest, notify: Notify
         for file in files:
             shutil.copyfile(file, aside / file.name)
         what = "a journal that cannot be read" if counts is None else f"a journal of {counts[1]} evaluations"
-        notify(f"The run at {store.url} is not what was recorded here, {what}: that is kept in {aside}.")
+        notify(f"The copy at {store.url} lacks results that this machine has. They are kept in {aside}: {what}.")
     for file in files:  # the journal last: without it, its log would be taken for the next one's
         file.unlink()
 
 
 def _as_new(directory: Path, manifest: Manifest) -> bool:
-    """Whether the mirror was made of this working directory, and the journal here has all that the mirror has."""
+    """True when the copy was made from this working directory, whose journal still has all that the copy has."""
     if manifest["home"] != _home(directory).get("home"):
         return False
     counts = _counts(directory / JOURNAL)
@@ -727,22 +727,22 @@ def _as_new(directory: Path, manifest: Manifest) -> bool:
 
 
 def _all_of(more: Sequence[int], less: Sequence[int]) -> bool:
-    """Whether a journal with the counts ``more`` has, by these, all that one with ``less`` has."""
+    """True when a journal with the counts ``more`` has, by them, everything of one with ``less``."""
     return all(one >= other for one, other in zip(more, less, strict=True))
 
 
 def _counts(journal: Path) -> Sequence[int] | None:
-    """What a journal has; None where it is missing or cannot be read."""
+    """A journal's counts; None when it is missing or cannot be read."""
     with contextlib.suppress(JournalError), Journal.open(journal) as opened:
         return opened.counts()
     return None
 
 
 def _fetch(store: Store, manifest: Manifest, folder: Path) -> None:
-    """Get a copy's files; of those for people, a damaged one is left out.
+    """Get a copy's files. A damaged file is left out, unless it is the journal.
 
     Raises:
-        DamagedCopyError: Its journal is not what was copied.
+        DamagedCopyError: Its journal differs from the manifest.
         JournalError: Its journal is of another version of Ecotone.
         StorageError: The store cannot be read.
     """
@@ -760,7 +760,7 @@ def _fetch(store: Store, manifest: Manifest, folder: Path) -> None:
 
 
 def _get(store: Store, wanted: Mapping[str, Any], file: Path) -> None:
-    """Get one file of a copy, of which the manifest tells what is ``wanted``."""
+    """Get one file of a copy. The manifest's entry of it is ``wanted``."""
     try:
         store.get(wanted["object"], file)
     except StorageError as error:
@@ -768,7 +768,7 @@ def _get(store: Store, wanted: Mapping[str, Any], file: Path) -> None:
             raise DamagedCopyError(error.message) from error
         raise
     if not _measured(file).items() <= wanted.items():
-        raise DamagedCopyError(f"{store.url}/{wanted['object']}: not what the manifest tells of it, so damaged.")
+        raise DamagedCopyError(f"{store.url}/{wanted['object']}: it differs from the manifest, so it is damaged.")
 
 
 @contextlib.contextmanager
@@ -783,7 +783,7 @@ def _repeated(act: Callable[[], None], seconds: float = 0.1) -> Iterator[None]:
             try:
                 act()
             except Exception:  # whatever it is, the next time it may work
-                _log.exception("What keeps the run's copy up to date failed, and is tried again.")
+                _log.exception("Keeping the run's copy up to date failed, and is tried again.")
                 pause = PATIENCE
 
     thread = threading.Thread(target=repeat, name="ecotone-storage", daemon=True)
@@ -799,7 +799,7 @@ def _repeated(act: Callable[[], None], seconds: float = 0.1) -> Iterator[None]:
 
 
 def fetched(url: str) -> Path:
-    """A directory to read a run from: the working directory if the mirror is made of it, or else a copy.
+    """A directory to read a run from: the working directory if the copy was made from it, or else a fetched copy.
 
     Raises:
         StorageError: The URL cannot be read.
@@ -809,14 +809,14 @@ def fetched(url: str) -> Path:
     directory = _folder(store, "runs")
     damage: DamagedCopyError | None = None
     for _ in range(3):  # a copy may be replaced by the next while it is fetched
-        for manifest in mirrors(store):
+        for manifest in copies(store):
             if _as_new(directory, manifest):
                 return directory
             try:
                 return _view(store, manifest)
             except DamagedCopyError as error:
                 damage = damage or error
-                _log.debug("%s The copy before is read.", error)
+                _log.debug("%s The copy before it is read.", error)
         if damage is None:
             break
     if damage is not None:
@@ -856,7 +856,7 @@ def _drop_views(views: Path) -> None:
 
 
 def begun(where: str) -> bool:
-    """Whether something is recorded of the run in a directory or at a URL; a store that fails has what is here."""
+    """True when a directory or URL holds a journal. If the store fails, the working directory here decides."""
     if not is_url(where):
         return (Path(where) / JOURNAL).exists()
     with contextlib.suppress(EcotoneError):
@@ -868,13 +868,13 @@ def begun(where: str) -> bool:
 
 
 def standing(url: str) -> dict[str, Any]:
-    """Who manages a run and how new its mirror is, as plain values, or the ``error`` why that is not known.
+    """The manager of a run and the age of its copy, as plain values, or an ``error`` that says why they are unknown.
 
-    ``managed`` goes by the clocks of two machines: it is for looking at.
+    ``managed`` compares the clocks of two machines: it is only for display.
     """
     try:
         store = Store(url)
-        manifest = newest_mirror(store) or {}
+        manifest = newest_copy(store) or {}
         name = next((name for _, name in _numbered(store.names(), ("lease",))), None)
         lease = _parsed(None if name is None else store.read(name))
     except StorageError as error:
@@ -894,7 +894,7 @@ def standing(url: str) -> dict[str, Any]:
 
 
 def moment(seconds: float | None) -> str | None:
-    """Seconds since 1970 as a time of day that is the same everywhere."""
+    """Seconds since 1970 as a date and time in UTC."""
     return None if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
@@ -902,7 +902,7 @@ def moment(seconds: float | None) -> str | None:
 
 
 def _folder(store: Store, kind: Literal["runs", "views"]) -> Path:
-    """Where this machine keeps what it has of a run: a cache may be on a disk that machines share."""
+    """This machine's folder for a run. Its name holds the machine's: machines may share the cache's disk."""
     of = (store.url, socket.gethostname()) if kind == "runs" else (store.url,)
     key = hashlib.blake2b("\n".join(of).encode(), digest_size=8).hexdigest()
     return cache_folder() / kind / f"{store.name}-{key}"
@@ -910,7 +910,7 @@ def _folder(store: Store, kind: Literal["runs", "views"]) -> Path:
 
 @functools.cache
 def _machine() -> str:
-    """What no other machine is called while both run."""
+    """A name that no other running machine has."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()}-{uuid.getnode():x}"
@@ -928,7 +928,7 @@ def _named(directory: Path, store: Store) -> str:
 
 @contextlib.contextmanager
 def _writable(directory: Path) -> Iterator[None]:
-    """Put into words that a directory of the cache cannot be written."""
+    """Explain an error of writing a directory of the cache."""
     try:
         yield
     except OSError as error:
@@ -974,7 +974,7 @@ def _without_password(url: str) -> str:
 
 
 def _package(protocol: str) -> str:
-    """What to install for a protocol."""
+    """The package to install for a protocol."""
     packages = {"s3fs": ("s3", "s3a"), "gcsfs": ("gs", "gcs"), "adlfs": ("az", "abfs", "abfss")}
     return next((name for name, known in packages.items() if protocol in known), f"'fsspec[{protocol}]'")
 

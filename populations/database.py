@@ -1,4 +1,4 @@
-"""The journal's file: opened for one writer or for any number of readers, its lock, and its errors in words."""
+"""The journal's file: opening it for one writer or any number of readers, its lock, and its errors in words."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ecotone.populations.errors import JournalError
 
 
 def connected(file: Path, write: bool) -> sqlite3.Connection:
-    """A connection to ``file``, which lets several threads in; nothing is begun by itself."""
+    """A connection to ``file``. Several threads may use it, and it begins no transaction by itself."""
     if write:
         connection = sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         return connection
-    # Without a log beside it, one in a directory that nobody can write to is read as it is.
+    # A journal without a log beside it, in a directory that nobody can write to, is read as it is.
     still = not (os.access(file.parent, os.W_OK) or file.with_name(f"{file.name}-wal").exists())
     query = f"{file.resolve().as_uri()}?mode=ro{'&immutable=1' if still else ''}"
     connection = sqlite3.connect(query, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
@@ -35,7 +35,7 @@ def lock_file(file: Path) -> Path:
 
 
 def locked(file: Path) -> IO[str]:
-    """A handle that keeps other writers of ``file`` out until it is closed: the lock is a file beside it.
+    """A handle that keeps other writers of ``file`` out until it is closed. It locks a file beside it.
 
     Raises:
         JournalError: Another process has it.
@@ -55,7 +55,7 @@ def locked(file: Path) -> IO[str]:
 
 
 def _taken(handle: IO[str], patience: float = 0.5) -> bool:
-    """Take the lock; waits a moment, because readers that look whether there is a writer hold it for an instant."""
+    """Take the lock. Waits a moment, because a reader that looks for a writer holds it for an instant."""
     give_up = time.monotonic() + patience
     while True:
         try:
@@ -78,7 +78,7 @@ def explained(file: Path) -> Iterator[None]:
         if "full" in text or "disk I/O" in text:
             raise JournalError(
                 f"{file}: the journal cannot be written ({text}).",
-                f"Free some space, then `ecotone resume {file.parent}`: what was recorded before is safe.",
+                f"Free some space, then `ecotone resume {file.parent}`: earlier records are safe.",
             ) from error
         if "not a database" in text or "malformed" in text or "no such table" in text:
             raise JournalError(f"{file}: not a journal of Ecotone, or damaged ({text}).") from error
@@ -90,7 +90,7 @@ def explained(file: Path) -> Iterator[None]:
 
 
 def is_locked(file: Path) -> bool:
-    """Whether some process writes ``file`` now."""
+    """True while some process writes ``file``."""
     with contextlib.suppress(OSError), lock_file(file).open("r") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What a journal says of its run as a whole: one declaration a fact, with its type and the text that it is kept as."""
+"""Facts: the journal's records of its run as a whole. Each is declared once, with its type and its stored text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 
 class Note(NamedTuple):
-    """A fact as the journal keeps it: its name and its text."""
+    """A fact as the journal stores it: its name and its text."""
 
     name: str
     text: str
@@ -23,13 +23,13 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Fact(Generic[Value]):
-    """One thing that is known of a run.
+    """One record of a run as a whole.
 
     Args:
-        name: What it is kept under.
-        about: What it says, in words.
-        read: Makes the value of the text that is kept.
-        write: Makes that text of the value.
+        name: Its key in the journal.
+        about: Its meaning, in words.
+        read: Makes the value from the stored text.
+        write: Makes the stored text from the value.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Fact(Generic[Value]):
     write: Callable[[Value], str]
 
     def note(self, value: Value) -> Note:
-        """The fact with a value, to be kept."""
+        """The fact with a value, for the journal."""
         return Note(self.name, self.write(value))
 
 
@@ -74,7 +74,7 @@ FORMAT_OF: Fact[int] = Fact("format", "The format of the journal's tables.", int
 CREATED = _number("created", "When the journal was made, in seconds since 1970.")
 NAME = _text("name", "The name of the recipe.")
 RECIPE = _object("recipe", "The recipe, resolved.")
-SIGNATURE = _text("signature", "What of the recipe results depend on, as 16 hexadecimal digits.")
+SIGNATURE = _text("signature", "A hash of the recipe's fields that change results, 16 hexadecimal digits.")
 ALGORITHM = _text("algorithm", "The search's algorithm; of stages, all of them.")
 SEED: Fact[int] = Fact("seed", "The seed of the search.", int, str)
 GOALS: Fact[tuple[Goal, ...]] = Fact("goals", "The objectives that guide the search.", _goals, _goals_text)
@@ -83,7 +83,7 @@ HELD_OUT_GOALS: Fact[tuple[Goal, ...]] = Fact(
 )
 MODELS: Fact[tuple[str, ...]] = Fact("models", "The names of the seed models, in order.", _strings, _json)
 GEOMETRY: Fact[list[list[float]]] = Fact(
-    "geometry", "(J, J) inner products of the sources: other weights have others.", json.loads, _json
+    "geometry", "(J, J) inner products of the sources, which identify the weights.", json.loads, _json
 )
 BUDGET = _object("budget", "Evaluations and seconds after which the search ends; null for no limit.")
 TRACKING = _object("tracking", "The trackers that the run is mirrored to, by name, each with its settings.")
@@ -91,14 +91,14 @@ VERSIONS = _object("versions", "Versions of the packages that results depend on.
 SYS_PATH: Fact[tuple[str, ...]] = Fact(
     "sys_path", "Folders of the user's own modules; the last is the working directory.", _strings, _json
 )
-STATE = _text("state", "running, finished, interrupted or failed. Of a killed run it stays at running.")
+STATE = _text("state", "running, finished, interrupted or failed. A killed run stays at running.")
 ERROR = _text("error", "Why the run failed; empty when it did not.")
 STOP_REASON = _text("stop_reason", "Why the search ended: evaluations, seconds or converged.")
 ELAPSED = _number("elapsed", "Seconds of searching, of all resumed stretches together.")
-REPORT = _object("report", "What the search itself reports of its end.")
+REPORT = _object("report", "The search's own report at its end.")
 
 FACTS: tuple[Fact[Any], ...] = (
     *(FORMAT_OF, CREATED, NAME, RECIPE, SIGNATURE, ALGORITHM, SEED, GOALS, HELD_OUT_GOALS, MODELS, GEOMETRY, BUDGET),
     *(TRACKING, VERSIONS, SYS_PATH, STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
 )
-"""All of them, in the order in which they are told of."""
+"""All facts, in the order of reports."""

@@ -1,4 +1,4 @@
-"""Where files of more than one run are left."""
+"""The folder for files of more than one run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where files of more than one run are left: ``$ECOTONE_CACHE``, or ``ecotone`` in the user's cache folder."""
+    """The folder for files of more than one run: ``$ECOTONE_CACHE``, or ``ecotone`` in the user's cache folder."""
     named = os.environ.get("ECOTONE_CACHE")
     if named:
         return Path(named)

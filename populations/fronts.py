@@ -5,8 +5,8 @@ and the number of columns M is any. A point dominates another when it is at leas
 better in one.
 
 The cost of an exact hypervolume grows as ``n ** (M - 2)``: at eight objectives 120 points take seconds and 240 a
-minute. Beyond ``EXACT`` objectives it is therefore estimated, always with the same directions (moocore's
-Rphi-FWE+), to about 0.1% in 20 ms.
+minute. So beyond ``EXACT`` objectives it is estimated, always with the same directions (moocore's Rphi-FWE+), to about
+0.1% in 20 ms.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def ranks(points: ArrayLike) -> Integers:
 
 
 def farthest_first(points: Floats, first: Sequence[int], count: int, apart: float = -1.0) -> list[int]:
-    """Positions of up to ``count`` of ``points`` (N, M): those of ``first``, then always the farthest from all taken.
+    """Positions of up to ``count`` of ``points`` (N, M): first those of ``first``, then always the farthest one.
 
-    What lies no farther than ``apart`` from one taken is left out; below 0, equal points are all taken.
+    A point no farther than ``apart`` from one already taken is left out. With ``apart`` below 0 equal points are all
+    taken.
     """
     order: list[int] = []
     away = np.full(len(points), np.inf)
@@ -68,7 +69,7 @@ def farthest_first(points: Floats, first: Sequence[int], count: int, apart: floa
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
-    """The volume between ``reference`` (M,) and what the ``points`` (N, M) dominate: larger is better.
+    """The volume that the ``points`` (N, M) dominate above ``reference`` (M,): larger is better.
 
     Points that are not better than the reference in every objective add nothing; no points give 0.
 
@@ -102,7 +103,7 @@ def hypervolume_over(points: ArrayLike, reference: ArrayLike) -> Floats:
 
 
 def igd_plus(points: ArrayLike, reference_front: ArrayLike) -> float:
-    """Mean distance from ``reference_front`` (R, M) to what the ``points`` (N, M) dominate: 0 is best.
+    """Mean distance from ``reference_front`` (R, M) to the region that the ``points`` (N, M) dominate: 0 is best.
 
     The modified inverted generational distance of Ishibuchi et al. 2015: distances count only where a
     point is worse than the reference, so a better front never scores worse. No points give infinity.
@@ -131,7 +132,7 @@ def attainment(fronts: Sequence[ArrayLike], level: float = 0.5) -> Floats:
     """(A, M) the surface that at least a share ``level`` of the ``fronts`` (each (Ni, M)) reaches or exceeds.
 
     The empirical attainment function of Grunert da Fonseca et al. 2001, cut at ``level``: 0.5 of several
-    seeds is their median front, 1.0 what every one reaches. With one objective that is a quantile.
+    seeds is their median front, 1.0 the part that all reach. With one objective it is a quantile.
 
     Raises:
         InputError: As ``non_dominated``, no fronts, a level outside (0, 1], or more than three objectives.

@@ -2,9 +2,9 @@
 
     theta[p] = anchor[p] + sum_k coefficients[segment(p), k] * source_k[p]  (+ residual[p])
 
-A genome is kilobytes where a model is gigabytes. It is what travels to workers, what the journal stores
-and what an export turns into weights. What the anchor and the sources are is the merge operator's business
-(``ecotone.merging.operators``); the algebra here holds for all of them.
+A genome takes kilobytes where a model takes gigabytes. It travels to workers, the journal stores it, and an export
+turns it into weights. The merge operator (``ecotone.merging.operators``) decides what the anchor and the sources are.
+The algebra here holds for all operators.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Genome:
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is all residual, as ``Genome.dense`` makes them."""
+        """True for a genome that is all residual, as ``Genome.dense`` makes them."""
         return self.residual is not None and self.segments == 1 and not self.parameters and not self.coefficients.any()
 
     @cached_property
@@ -139,9 +139,9 @@ class Genome:
     def simplified(self, limit: int | None = None) -> Genome:
         """The same merge without boundaries between equal segments.
 
-        With ``limit``, neighbouring segments are then joined until at most ``limit`` remain: the pair whose
-        joining moves the coefficients least first, their length-weighted mean taking both places. That
-        bounds how far a genome can grow over a long search; it changes the merge (the digest tells).
+        With ``limit``, neighbouring segments are then joined until at most ``limit`` remain. The pair that moves the
+        coefficients least comes first, and gets the length-weighted mean of both. So genomes stay small over a long
+        search. Joining changes the merge, and its digest.
         """
         if self.segments == 1:
             return self
@@ -234,7 +234,7 @@ def combine(
 
 
 def united(*borders: Integers) -> Integers:
-    """The borders of all, in order, each once; what ``numpy.unique`` gives of short arrays in half its time."""
+    """All borders in order, each once. Faster than ``numpy.unique`` for short arrays, by half."""
     every = np.concatenate(borders)
     every.sort()
     new = np.ones(len(every), np.bool_)

@@ -1,9 +1,9 @@
 """Inner products of merges from inner products of their sources, without touching a weight.
 
-For merges ``u = sum_k a[segment, k] source_k`` and ``v`` likewise, ``<u, v> = sum_regions a_r^T G_r b_r``
-where ``G_r[j, k] = <source_j, source_k>`` over region r. A worker streams the sources once to fill the table
-(``ecotone.merging.inner_products``); the manager, which may sit on a machine without weights, then takes the angle
-between any two merges, as SLERP needs.
+For merges ``u = sum_k a[segment, k] source_k`` and ``v`` likewise, ``<u, v> = sum_regions a_r^T G_r b_r`` where
+``G_r[j, k] = <source_j, source_k>`` over region r. A worker streams the sources once to fill the table
+(``ecotone.merging.inner_products``). The manager may run on a machine without weights. From the table it takes the
+angle between any two merges, as SLERP needs.
 """
 
 from __future__ import annotations

@@ -1,23 +1,23 @@
-"""The journal: every question a search asked and every answer it got, in one SQLite file.
+"""The journal: every trial that a search asked and every result that it was told, in one SQLite file.
 
-The journal is the checkpoint. A resumed search is rebuilt by replaying it, so nothing else has to be saved,
-and nothing in it is a pickle. Tables:
+The journal is the checkpoint. Replaying it rebuilds a resumed search, so nothing else has to be saved. Nothing in it is
+a pickle. Tables:
 
-- ``facts``: what is known of the run as a whole, as text by name (``ecotone.populations.facts``).
-- ``events``: the order of things: ``ask`` (a batch of trials was proposed) and ``tell`` (a batch was learned).
-- ``trials``: number, batch, genome, digest, parents; ``wants``: what is to be measured, as JSON (``Wish.record``); and
-  whether that gives scores of all examples.
-- ``evaluations``: what came back for a trial, committed on arrival, before it is told. Of statistics these are the key
-  and the digest: the tensors lie in a cache.
-- ``gradients``: those of gradient trials, in float64.
+- ``facts``: records of the run as a whole, as text by name (``ecotone.populations.facts``).
+- ``events``: the search's steps in order: ``ask`` (it proposed a batch) and ``tell`` (it learned from one).
+- ``trials``: number, batch, genome, digest, parents; the wish ``wants`` as JSON (``Wish.record``); and whether it gives
+  scores of all examples.
+- ``evaluations``: the results of trials, committed on arrival, before they are told. Of statistics it has the key and
+  the digest: the tensors lie in a cache.
+- ``gradients``: the gradients of gradient trials, in float64.
 - ``residuals``: dense parts of genomes evolved from scratch, kept for members and the front only.
-- ``measurements``: what was measured outside the search (held-out data, reference merges, statistics), by genome
-  digest and wish.
+- ``measurements``: results outside the search (held-out data, reference merges, statistics), by genome digest and
+  wish.
 - ``reference_merges``: the seed models and their average.
 
-Commits use SQLite's write-ahead log with ``synchronous=NORMAL``: a killed process loses nothing that was
-committed; a power cut may lose the last moments, never consistency. One process writes (a lock file says so),
-any number read meanwhile.
+Commits use SQLite's write-ahead log with ``synchronous=NORMAL``: a killed process loses nothing that was committed. A
+power cut may lose the last moments, never consistency. One process writes, which holds a lock file; any number may read
+meanwhile.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ class Row:
 
     @property
     def partial(self) -> bool:
-        """Whether it was scored on a sample."""
+        """True when it was scored on a sample."""
         return self.wants.scored and not self.scored
 
     @property
     def gradient(self) -> Gradient | None:
-        """The gradient that was wanted, if one was."""
+        """The gradient that it wanted, if any."""
         return self.wants.gradient
 
 
@@ -111,7 +111,7 @@ class Journal:
 
     @classmethod
     def create(cls, path: str | Path, notes: Iterable[Note] = ()) -> Journal:
-        """A new journal that says ``notes`` of its run; the file must not exist."""
+        """A new journal with the facts ``notes``. The file must not exist."""
         file = Path(path)
         if file.exists():
             raise JournalError(
@@ -135,8 +135,8 @@ class Journal:
     def open(cls, path: str | Path, write: bool = False) -> Journal:
         """An existing journal, for reading or as its one writer.
 
-        A journal of an older format is migrated when it is opened for writing. Opened for reading, it is not changed: a
-        private copy is migrated and read, which shows the journal as it was when it was opened.
+        Opening for writing migrates a journal of an older format. Opening for reading does not change it: it migrates
+        and reads a private copy, which shows the journal at the time of opening.
         """
         file = Path(path)
         if not file.is_file():
@@ -209,7 +209,7 @@ class Journal:
             )
 
     def arrived(self, results: Iterable[tuple[Trial, Evaluation]]) -> None:
-        """Record what came back for trials, in the order of arrival."""
+        """Record the results of trials, in the order of arrival."""
         now, found = time.time(), list(results)
         with self.transaction():
             self._connection.executemany(
@@ -226,7 +226,7 @@ class Journal:
             )
 
     def told(self, batch: int) -> None:
-        """Record that batch ``batch`` was learned."""
+        """Record that the search was told batch ``batch``."""
         with self.transaction():
             self._connection.execute("INSERT INTO events VALUES (NULL, 'tell', ?, NULL)", (batch,))
 
@@ -244,7 +244,7 @@ class Journal:
             )
 
     def measured(self, genome: Genome, wants: Wish, evaluation: Evaluation) -> None:
-        """Record what was measured of a genome outside the search."""
+        """Record a result of a genome outside the search."""
         with self.transaction():
             self._connection.execute(
                 "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -283,8 +283,8 @@ class Journal:
 
         Args:
             after: A trial's number.
-            unscored: Also those whose gradient was wanted (their scores are losses by task), those of statistics, and
-                those that were scored on some of the examples only.
+            unscored: Include trials that wanted gradients (their scores are losses by task) or statistics, and trials
+                that were scored on some of the examples only.
         """
         for number, digest, parents, wants, whole, scores, failure, seconds, when, statistics in self._rows(
             "SELECT number, digest, parents, wants, scored, scores, failure, seconds, time, statistics "
@@ -321,7 +321,7 @@ class Journal:
         return Trial(number, genome, tuple(json.loads(row[1])), wish_of(row[3]))
 
     def evaluation(self, number: int) -> Evaluation | None:
-        """What came back for a trial, or None when nothing has yet."""
+        """The result of a trial; None before it comes."""
         return next(
             (
                 evaluation_of(row)
@@ -331,7 +331,7 @@ class Journal:
         )
 
     def evaluations(self) -> Generator[tuple[int, Evaluation]]:
-        """All trial numbers with what came back, gradients included, in order of number."""
+        """All trial numbers with their results, gradients included, in order of number."""
         for number, *row, segments, blob in self._rows(
             f"SELECT number, {COLUMNS}, segments, gradient FROM evaluations LEFT JOIN gradients USING (number) "
             "ORDER BY number"
@@ -342,7 +342,7 @@ class Journal:
             yield number, found
 
     def evaluation_of(self, digest: str) -> Evaluation | None:
-        """What the first trial of that genome that was scored has scored, or None."""
+        """The result of the first scored trial with that genome, or None."""
         query = (
             f"SELECT {COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? AND scored "
             "ORDER BY number LIMIT 1"
@@ -350,17 +350,17 @@ class Journal:
         return next((evaluation_of(row) for row in self._rows(query, (digest,))), None)
 
     def measurement(self, digest: str, wants: Wish) -> Evaluation | None:
-        """What was measured of a genome outside the search, or None."""
+        """The result of a genome outside the search, or None."""
         query = f"SELECT {COLUMNS} FROM measurements WHERE digest = ? AND wants = ?"
         return next((evaluation_of(row) for row in self._rows(query, (digest, wish_text(wants)))), None)
 
     def statistics(self) -> list[tuple[str, Wish, Evaluation]]:
-        """Statistics that were gathered outside the search: the genome's digest, the wish, and what came back."""
+        """Statistics gathered outside the search: the genome's digest, the wish, and the result."""
         rows = self._rows(f"SELECT digest, wants, {COLUMNS} FROM measurements WHERE statistics IS NOT NULL")
         return [(digest, wish_of(wants), evaluation_of(row)) for digest, wants, *row in rows]
 
     def examples(self, subset: Subset) -> dict[str, int]:
-        """By objective, on how many examples the scores stand; those are missing that give none by example."""
+        """The number of examples behind the scores, by objective. Objectives without scores by example are left out."""
         query = "SELECT shapes FROM measurements WHERE wants = ? AND shapes IS NOT NULL LIMIT 1"
         row = next(iter(self._rows(query, (wish_text(Scores(subset)),))), None)
         if row is None and subset == "search":
@@ -377,17 +377,17 @@ class Journal:
 
     @property
     def version(self) -> int:
-        """A number that is another one after another connection has changed the journal."""
+        """A number that changes when another connection has changed the journal."""
         return int(next(iter(self._rows("PRAGMA data_version")))[0])
 
     def counts(self) -> tuple[int, int, int]:
-        """How many events, evaluations and measurements there are: of two copies of a run, the newer has more."""
+        """The numbers of events, evaluations and measurements: of two copies of a run, the newer has more."""
         tables = ("events", "evaluations", "measurements")
         found = next(iter(self._rows("SELECT " + ", ".join(f"(SELECT count(*) FROM {name})" for name in tables))))
         return tuple(found)
 
     def snapshot(self, path: str | Path) -> None:
-        """Copy the journal as it is now to ``path``, as one plain file, whoever writes it meanwhile."""
+        """Copy the journal as it is now to ``path``, as one plain file, even while somebody writes it."""
         with explained(Path(path)), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
             self._connection.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")

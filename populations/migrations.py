@@ -1,8 +1,8 @@
-"""Formats of the journal: the tables of today's, and the steps that bring older ones up to it.
+"""Formats of the journal: today's tables, and the steps that migrate older journals.
 
 Each step is a small function on a connection. It rebuilds the tables that change, so that a migrated journal has the
-same tables as a new one. All steps that a journal needs are one transaction: a killed process leaves the old journal
-or the new one. The table ``facts`` says the format, so it is the same in every format.
+same tables as a new one. All steps of a journal are one transaction: a killed process leaves the old journal or the new
+one. The table ``facts`` stores the format, so it is the same in every format.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _wishes(connection: sqlite3.Connection) -> None:
 
 
 STEPS: Mapping[int, Callable[[sqlite3.Connection], None]] = {3: _several_tasks, 4: _wishes}
-"""By the format that a step begins with, what brings a journal to the next one."""
+"""The steps to the next format, by the format that they begin with."""
 
 OLDEST = min(STEPS)
 
@@ -133,10 +133,10 @@ def current(connection: sqlite3.Connection, file: Path, write: bool) -> sqlite3.
 
 
 def _checked(connection: sqlite3.Connection, file: Path) -> int:
-    """The format, which is one that can be read."""
+    """The format, if it can be read."""
     row = connection.execute("SELECT value FROM facts WHERE key = 'format'").fetchone()
     if row is None or not str(row[0]).isdigit():
-        raise JournalError(f"{file}: not a journal of Ecotone, or damaged (it does not say its format).")
+        raise JournalError(f"{file}: not a journal of Ecotone, or damaged (it has no format).")
     version = int(row[0])
     if version > FORMAT:
         raise JournalError(

@@ -1,7 +1,7 @@
 """M2N2's archive: natural niches by competition for examples ("Competition and Attraction Improve Model Fusion").
 
-Each example is a resource of limited capacity, shared by the members that score on it. A member that solves
-what few others solve stays alive although its mean score is low.
+Each example is a resource of limited capacity. The members that score on it share it. A member that solves examples
+that few others solve stays alive although its mean score is low.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class NicheArchive:
         fitness_i      = sum_j S_ij * c_j / z_j^alpha
         attraction_i|A = sum_j max(0, S_ij - S_Aj) * c_j / z_j^alpha
 
-    An example nobody scores on counts nothing. For right-or-wrong scores ``c_j`` is 1 either way.
+    An example that no member scores on counts nothing. For right-or-wrong scores ``c_j`` is 1 either way.
 
     Args:
         goals: The objectives; each must be maximised and give per-example scores that are not negative.
@@ -73,7 +73,7 @@ class NicheArchive:
         return tuple(self._members)
 
     def add(self, trial: Trial, evaluation: Evaluation) -> Outcome:
-        """Append the candidate, then let the member of lowest fitness leave (the oldest of equals); maybe itself."""
+        """Add the candidate. If there are too many, the member of lowest fitness leaves (of equals the oldest)."""
         if not evaluation.ok:
             return Outcome(accepted=False)
         row = self._row(trial, evaluation)
@@ -94,12 +94,12 @@ class NicheArchive:
         return Outcome(gone != trial.number, () if gone == trial.number else (gone,))
 
     def may_accept(self, best: Evaluation) -> bool:
-        """While there is room, or if its shared fitness could reach that of a member.
+        """True while there is room, or if the candidate's shared fitness could reach that of a member.
 
-        On an example that it scores s, of demand z without it, it has ``s c / (z + s)^alpha``, which grows with s;
-        the others lose by it until s exceeds what any of them scores, from where on capacity grows. So the most that
-        it can have is compared with the least that each of them can be left with. Above alpha 1 scores between right
-        and wrong do not grow so, and nothing is ruled out.
+        On an example with demand z that it scores s, it has ``s c / (z + s)^alpha``, which grows with s. The others
+        lose by it until s exceeds their own best score; beyond that, capacity grows. So the most fitness that it can
+        have is compared with the least that each of them can be left with. Above alpha 1, scores between right and
+        wrong do not grow so, and nothing is ruled out.
         """
         if len(self._members) < self.capacity:
             return True
@@ -120,12 +120,12 @@ class NicheArchive:
         return worth * top if self.resource == "max" and not self._binary else worth
 
     def fitness(self) -> Floats:
-        """(P,) shared fitness of the members, oldest first. At alpha 1 it sums to what the members solve together."""
+        """(P,) shared fitness of the members, oldest first. At alpha 1 it sums to the worth of all solved examples."""
         shared: Floats = self._scores @ self._worth()
         return shared[self._slots]
 
     def attraction(self, index: int) -> Floats:
-        """(P,) how much each member adds where member ``index`` is weak; 0 for itself."""
+        """(P,) the gain of each member on examples where member ``index`` is weak; 0 for itself."""
         own, worth = self._scores[self._slots[index]], self._worth()
         # Of right and wrong, max(0, S_ij - S_Aj) is S_ij (1 - S_Aj): the same numbers in a sixth of the time.
         binary = self._binary
@@ -133,7 +133,7 @@ class NicheArchive:
         return shared[self._slots]
 
     def state(self) -> dict[str, Any]:
-        """The members, and their rows in the score matrix: sums of real numbers depend on the order of rows."""
+        """The members and their rows in the score matrix: sums of floats depend on the order of rows."""
         return {"members": list(self._members), "slots": list(self._slots)}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ class NicheArchive:
             self._scores[self._slots] = rows
 
     def _worth(self) -> Floats:
-        """(N,) ``c_j / z_j^alpha``, 0 where nobody scores, or so little that the quotient would overflow."""
+        """(N,) ``c_j / z_j^alpha``; 0 where no member scores, or so little that the quotient would overflow."""
         if self._known_worth is not None:
             return self._known_worth
         demand = self._scores.sum(axis=0)

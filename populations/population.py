@@ -9,7 +9,7 @@ from ecotone.populations.trial import Evaluation, Goal, Member, Outcome, Trial
 
 
 class Population(Protocol):
-    """What a search has kept. It takes an evaluation first and says what became of it; then the search learns.
+    """The members that a search keeps. It takes an evaluation first, and returns the outcome; then the search learns.
 
     ``state()`` is a value (arrays, numbers and text) that ``restore()`` of a population built with the same
     arguments takes back exactly.
@@ -37,7 +37,7 @@ class Population(Protocol):
 
 
 def mean_score(scores: Mapping[str, float], goals: Sequence[Goal]) -> float:
-    """The mean of the oriented scores: the single number by which merges are ranked (larger is better)."""
+    """The mean of the oriented scores, which ranks merges (larger is better)."""
     return sum(goal.sign * scores[goal.name] for goal in goals) / len(goals)
 
 

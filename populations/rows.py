@@ -1,4 +1,4 @@
-"""How trials and evaluations are written into rows of the journal, and read from them."""
+"""Rows of the journal: writing trials and evaluations into them, and reading them back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors
 
 @lru_cache(maxsize=8)
 def _dense_text(size: int, sources: int) -> str:
-    """What all genomes without a mixture have in common."""
+    """The text that all genomes without a mixture share."""
     return Genome.dense(np.zeros(size), sources).to_json(residual=False)
 
 
@@ -33,13 +33,13 @@ def trial_row(trial: Trial, batch: int) -> tuple[Any, ...]:
 
 
 def wish_text(wish: Wish) -> str:
-    """A wish as the journal keeps it; equal wishes have equal texts."""
+    """A wish as the journal stores it. Equal wishes have equal texts."""
     return json.dumps({"sort": wish.sort, **wish.record()}, sort_keys=True)
 
 
 @lru_cache(maxsize=64)
 def wish_of(text: str) -> Wish:
-    """The wish that ``text`` tells of, without its sample."""
+    """The wish that ``text`` describes, without its sample."""
     record = json.loads(text)
     return WISHES[record["sort"]].recorded(record)
 
@@ -77,7 +77,7 @@ def _shapes(text: str) -> list[tuple[str, str, int, int]]:
 
 
 def evaluation_of(row: Sequence[Any]) -> Evaluation:
-    """The evaluation, without its gradient, of the values of ``COLUMNS``."""
+    """The evaluation in a row of ``COLUMNS``, without its gradient."""
     scores, shapes, blob, failure, seconds, items, details, errors, statistics = row
     per_example, start = {}, 0
     for name, kind, size, length in _shapes(shapes) if shapes else ():
@@ -114,5 +114,5 @@ def scores_of(scores: str | None) -> dict[str, float] | None:
 
 
 def failure_of(text: str | None) -> Failure | None:
-    """Why there are no scores."""
+    """The failure, if there is one."""
     return None if text is None else Failure(*json.loads(text))

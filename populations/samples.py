@@ -1,4 +1,4 @@
-"""Which examples a score stands on: a growing sample of each objective's, in an order that a seed decides."""
+"""Samples of an objective's examples. They grow in an order that a seed decides."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ecotone.populations.genome import Floats, Integers
 
 @dataclass(frozen=True)
 class Sample:
-    """Part of each objective's examples, those that a trial is to be scored on now.
+    """The part of each objective's examples that a trial is to be scored on now.
 
-    Examples are taken in an order drawn from ``seed``, the same for every trial, so that a larger sample holds a
-    smaller one and trials are compared on the same examples.
+    Examples come in an order drawn from ``seed``, the same for every trial. So a larger sample holds a smaller one, and
+    trials are compared on the same examples.
 
     Args:
         seed: Of the order.
         start: The share of the examples that is scored already, from 0.
-        stop: The share that is scored then, above ``start``; with 1 these are all.
+        stop: The share that is scored afterwards, above ``start``; 1 means all examples.
         seen: By objective name, (n,) scores of the examples up to ``start``, in that order.
     """
 
@@ -35,7 +35,7 @@ class Sample:
 
     @property
     def partial(self) -> bool:
-        """Whether examples are left out even then."""
+        """True when examples are left out even afterwards."""
         return self.stop < 1.0
 
     @property
@@ -44,34 +44,35 @@ class Sample:
         return self.stop - self.start
 
     def now(self, count: int) -> Integers:
-        """Which of an objective's ``count`` examples are to be scored."""
+        """The numbers of those among an objective's ``count`` examples that are to be scored."""
         return order(self.seed, count)[reached(count, self.start) : reached(count, self.stop)]
 
     def then(self, count: int) -> Integers:
-        """Which of them have scores then, in the order of the sample."""
+        """The numbers of the examples that have scores afterwards, in the order of the sample."""
         return order(self.seed, count)[: reached(count, self.stop)]
 
 
 def reached(count: int, share: float) -> int:
-    """How many of ``count`` examples a share of them is: rounded up."""
+    """The number of examples in a share of ``count``, rounded up."""
     return min(count, math.ceil(count * share - 1e-9))
 
 
 @lru_cache(maxsize=256)
 def order(seed: int, count: int) -> Integers:
-    """(count,) the examples in the order of a seed. Not to be written to."""
-    found = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(count,)))).permutation(count)
-    found.flags.writeable = False
-    return found
+    """(count,) the examples in the order of a seed; read-only."""
+    shuffled = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(count,)))).permutation(count)
+    shuffled.flags.writeable = False
+    return shuffled
 
 
 def error_of_mean(values: NDArray[Any], count: int) -> float:
-    """The standard error of the mean of ``values`` (n,) as an estimate of that of all ``count``: simple random
-    sampling without replacement (Cochran 1977, equation 2.20). NaN for a single value of several.
+    """The standard error of the mean of ``values`` (n,) as an estimate of the mean of all ``count``.
+
+    Simple random sampling without replacement (Cochran 1977, equation 2.20). NaN for a single value of several.
 
     Args:
         values: Scores of the sample's examples.
-        count: N, how many there are in all, n among them.
+        count: N, the number of all examples, these n included.
     """
     n = len(values)
     if n == count:
@@ -83,12 +84,12 @@ def error_of_mean(values: NDArray[Any], count: int) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a score on all examples is likely to be.
+    """An estimate of a score on all examples.
 
     Args:
         value: In the objective's own direction.
         error: Its standard error; NaN where the sample is too small to tell.
-        items: Examples that it stands on.
+        items: Number of examples behind it.
     """
 
     value: float
@@ -97,17 +98,17 @@ class Estimate:
 
 
 def estimate(value: float, error: float, seen: NDArray[Any], known: Sequence[NDArray[Any]], seed: int) -> Estimate:
-    """A sample's score made sharper by merges that are known on all examples: the regression estimator.
+    """A sample's score, made sharper by merges that are known on all examples: the regression estimator.
 
-    Where the relatives of a merge (its parents) do well, the merge is likely to. So its scores in the sample are
-    regressed on theirs, and its score is moved by what they have more, or less, on all examples than in the sample
-    (Cochran 1977, chapter 7; the difference needs no model of items, as item response theory would)::
+    A merge is likely to do well where its relatives (its parents) do. So its scores in the sample are regressed on
+    theirs. Its score then moves by the difference between their means on all examples and in the sample (Cochran 1977,
+    chapter 7; unlike item response theory this needs no model of items)::
 
         value + sum_p b_p (mean of p on all - mean of p in the sample),   error * sqrt(1 - R^2)
 
-    Where the sample has fewer than ten examples for each relative, or they tell nothing, it stays as it is. Relatives
-    that are just like the merge in the sample need not be so elsewhere: 1 - R^2 is taken to be at least 1 / n, as if
-    they differed on one example.
+    The score stays as it is if the sample has fewer than ten examples for each relative, or if the relatives explain
+    nothing. Relatives that equal the merge in the sample may differ from it elsewhere. So 1 - R^2 is at least 1 / n, as
+    if they differed on one example.
 
     Args:
         value: The score of the sample.

@@ -1,4 +1,4 @@
-"""What a search may know about the models it merges: their layout and geometry, never their weights."""
+"""The models of a merge as a search knows them: layout and geometry, never weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Space:
         return len(self.sources)
 
     def like(self, other: Space) -> bool:
-        """Whether the other has the same sources, tensors, blocks and seeds; geometry and vectors may differ."""
+        """True when the other has the same sources, tensors, blocks and seeds; geometry and vectors may differ."""
         return (
             (self.sources, self.tensors, self.blocks, self.seed_names)
             == (other.sources, other.tensors, other.blocks, other.seed_names)

@@ -1,4 +1,4 @@
-"""A candidate and what was measured of it."""
+"""A candidate, its wish, and its result."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Goal:
 
 
 class Wish(ABC):
-    """What every wish of a trial says of itself; the wishes are ``Scores``, ``Gradient`` and ``Statistics``."""
+    """A trial's wish: the thing that is to be measured. The wishes are ``Scores``, ``Gradient`` and ``Statistics``."""
 
     sort: ClassVar[str]
-    """What the journal calls it."""
+    """Its name in the journal."""
 
     @property
     def scored(self) -> bool:
-        """Whether scores of all examples are wanted: trials without them are in no population and on no front."""
+        """True when scores of all examples are wanted. Other trials enter no population and no front."""
         return False
 
     @property
@@ -50,7 +50,7 @@ class Wish(ABC):
     @property
     @abstractmethod
     def tally(self) -> Tally:
-        """Among which trials it counts."""
+        """The count in which its trials are counted."""
 
     @property
     def sample(self) -> Sample | None:
@@ -72,8 +72,8 @@ class Scores(Wish):
     """Scores on objectives.
 
     Args:
-        subset: Which objectives: those that guide the search, or those held out from it.
-        sample: The examples to be scored now; the scores are of these and of those seen before. None takes all.
+        subset: The objectives that guide the search, or those held out from it.
+        sample: The examples to be scored now. The scores cover these and the examples seen before. None takes all.
     """
 
     sort: ClassVar[str] = "scores"
@@ -82,7 +82,7 @@ class Scores(Wish):
 
     @property
     def scored(self) -> bool:
-        """Whether scores of all examples are wanted."""
+        """True when scores of all examples are wanted."""
         return self.sample is None or not self.sample.partial
 
     @property
@@ -96,7 +96,7 @@ class Scores(Wish):
         return "evaluations" if self.scored else "samples"
 
     def record(self) -> dict[str, Any]:
-        """The subset unless it is the search's; of a sample the share of the examples that it reaches."""
+        """The subset, unless it is the search's, and the share of the examples that a sample reaches."""
         held_out = {} if self.subset == "search" else {"subset": self.subset}
         return held_out if self.sample is None or self.scored else {**held_out, "reaches": self.sample.stop}
 
@@ -189,12 +189,12 @@ class Statistics(Wish):
 WISHES: Mapping[str, type[Scores | Gradient | Statistics]] = {
     wish.sort: wish for wish in (Scores, Gradient, Statistics)
 }
-"""By what the journal calls them."""
+"""The wishes, by their names in the journal."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A genome, and what is to be measured of its merge.
+    """A genome, and the wish that is to be measured of its merge.
 
     Args:
         number: Position in the search, from 0; its randomness comes from ``SeedSequence(seed, (number,))``.
@@ -210,7 +210,7 @@ class Trial:
 
     @property
     def scored(self) -> bool:
-        """Whether it is to have scores of all examples: others are in no population and on no front."""
+        """True when it is to have scores of all examples. Other trials enter no population and no front."""
         return self.wants.scored
 
     @property
@@ -231,7 +231,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a candidate has no scores.
+    """The reason why a candidate has no scores.
 
     Args:
         kind: ``exception``, ``not finite``, ``out of memory``, ``worker died`` or ``timed out``.
@@ -249,10 +249,10 @@ class Gathered:
     """Statistics that were gathered. Their tensors lie in the cache of the machine that gathered them.
 
     Args:
-        key: What they are kept under there: all that they depend on, as hexadecimal digits.
+        key: Their name in the cache: a hash of all that they depend on.
         digest: A hash of the tensors' names, types, shapes and numbers.
-        layers: How many tensors there are.
-        nbytes: Their size.
+        layers: Number of tensors.
+        nbytes: Their size in bytes.
     """
 
     key: str
@@ -263,21 +263,21 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a candidate. A bad candidate is a result: then ``failure`` says why.
+    """The result of a candidate. A bad candidate is a result too: ``failure`` gives the reason.
 
     Args:
-        scores: By objective name, as the objective reports them (not sign-flipped); empty on failure. Of a gradient
-            trial: losses by the tasks' names, without their weights.
-        per_example: By objective name, (N,) one score an example (bool for right or wrong), where given. Of a sample:
-            (n,) in its order, unless it reaches all examples.
-        failure: None when all that was wanted was measured, and finite.
+        scores: By objective name, as the objective reports them (not sign-flipped); empty on failure. A gradient trial
+            has losses by task name instead, without their weights.
+        per_example: By objective name, (N,) one score for each example (bool for right or wrong), where given. A sample
+            has (n,) in its order, unless it reaches all examples.
+        failure: None when the whole wish was measured, and is finite.
         seconds: Worker time spent on this candidate.
         items: Examples scored for it.
-        details: Small facts worth keeping; never part of the result. Of a scored trial ``merge_seconds``: the part of
-            ``seconds`` that forming its weights took. What a gradient trial's tasks tell is under ``detail_of``.
+        details: Small facts, never part of the result. A scored trial has ``merge_seconds``, the part of ``seconds``
+            for forming its weights. A gradient trial has details of its tasks, under ``detail_of``.
         gradient: (S, K) derivatives of a gradient trial's weighted sum of losses by the genome's coefficients.
-        errors: Of a sample: by objective name, standard errors of the scores as estimates of those of all examples.
-        statistics: Of a trial that wants statistics: where they lie.
+        errors: For a sample, by objective name: standard errors of the scores as estimates of those on all examples.
+        statistics: For a trial that wants statistics: their place in the cache.
     """
 
     scores: Mapping[str, float]
@@ -292,23 +292,23 @@ class Evaluation:
 
     @property
     def ok(self) -> bool:
-        """True when what was wanted was measured."""
+        """True when the wish was measured."""
         return self.failure is None
 
     @staticmethod
     def detail_of(task: str, name: str) -> str:
-        """The key under which ``details`` have what is called ``name`` of a calibration task."""
+        """The key in ``details`` of a calibration task's detail ``name``."""
         return f"{name} of {task}"
 
     @classmethod
     def failed(cls, kind: str, message: str, details: str = "", seconds: float = 0.0) -> Evaluation:
-        """An evaluation that says why there are no scores."""
+        """An evaluation without scores, and the reason."""
         return cls({}, failure=Failure(kind, message, details), seconds=seconds)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an evaluation in the population.
+    """The population's answer to an evaluation.
 
     Args:
         accepted: The candidate is a member now.

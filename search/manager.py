@@ -2,14 +2,14 @@
 
     search.ask -> journal -> pool -> journal -> population.add -> search.tell -> journal
 
-With ``order: strict`` results are learned in the order they were asked for, with a fixed number in flight, so
-that a search depends on its recipe alone, not on which worker was slow or died. With ``order: arrival`` they are
-learned as they come, and the journal records the order it saw. Either way replaying the journal through the
-same calls rebuilds search and population exactly; trials that were in flight are then issued again.
+With ``order: strict`` the search learns from results in the order in which it asked, with a fixed number in flight. So
+a search depends on its recipe alone, not on slow or dead workers. With ``order: arrival`` it learns from results as
+they come, and the journal records their order. Either way, replaying the journal through the same calls rebuilds search
+and population exactly. Trials that were in flight are then issued again.
 
-Seconds are counted by a clock that nobody sets (``time.monotonic``: no time server moves it, and while the machine
-sleeps it stands still) and added up wait by wait. One that goes back counts for nothing, and so does a wait that took
-far longer than was asked for and than its results account for: then a clock jumped, or the process was stopped.
+Seconds are counted by a clock that nobody sets, wait by wait: no time server moves ``time.monotonic``, and it stands
+still while the machine sleeps. A clock that goes back adds nothing. A wait far longer than its timeout and its results
+account for adds only the timeout: a clock jumped, or the process was stopped.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ from ecotone.search.protocol import SLACK, Search, numbered
 StopReason: TypeAlias = Literal["evaluations", "seconds", "converged", "drained"]
 
 POLL = 1.0
-"""Seconds after which a wait for results ends without any, so that ``drain`` is noticed."""
+"""The longest wait for results, in seconds, so that ``drain`` is noticed."""
 STALL = 60.0
-"""Seconds by which a wait may exceed those asked for and those of its results before it is held for a jump."""
+"""Seconds by which a wait may exceed its timeout and its results' seconds before it counts as a jump."""
 NOTE = 60.0
-"""Seconds after which the journal is told of the time that passed, though nothing came: a kill loses no more."""
+"""Seconds after which the journal records the time spent, even without results: a kill loses no more."""
 
 _log = logging.getLogger("ecotone")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much is asked for, and when.
+    """The number of trials to ask for, and the end of the search.
 
     Args:
-        evaluations: Stop after so many trials that are scored, one scored on a sample counted for its share of the
-            examples; None for no limit.
+        evaluations: Stop after so many scored trials. One scored on a sample counts for its share of the examples. None
+            for no limit.
         seconds: Stop asking after so many seconds of searching (all resumed stretches together); None for no limit.
         batch: Trials asked for and scored together.
-        in_flight: The most trials asked for and not yet told, at least ``batch``. In strict order the oldest holds up
-            those after it, so that three batches a worker are needed to keep 128 workers busy, two for up to 32; in
-            arrival order one a worker, and a few to bridge the way to it. More makes proposals know less.
+        in_flight: The most trials asked and not yet told, at least ``batch``. In strict order the oldest batch holds up
+            those after it: 128 workers need three batches each to stay busy, up to 32 need two. Arrival order needs
+            one for each worker, and a few on their way. With more in flight, proposals are made on fewer results.
         order: ``strict`` or ``arrival``.
         patience: Give up when so many first trials have all failed.
-        grace: Seconds for which a run that drains waits for what is in flight.
+        grace: Seconds that a draining run waits for trials in flight.
     """
 
     evaluations: int | None = None
@@ -75,7 +75,7 @@ class Schedule:
 
 @dataclass
 class Progress:
-    """Where the search stands; given to the observer after every step.
+    """The state of the search, given to the observer after every step.
 
     ``evaluations`` counts told trials that were scored on all examples, ``samples`` those scored on some, ``gradients``
     and ``statistics`` those that wanted these, ``failures`` all kinds; ``spent`` is what they took of the budget of
@@ -116,7 +116,7 @@ class Manager:
 
     Args:
         search: The algorithm.
-        population: What it breeds from.
+        population: The members that it breeds from.
         goals: The objectives.
         pool: Workers that score batches.
         journal: The run's journal, open for writing; one with events in it is replayed first.
@@ -163,11 +163,11 @@ class Manager:
         self._noted = 0.0  # seconds in all that the journal knows of
 
     def run(self) -> StopReason:
-        """Replay what the journal holds, then search until the budget is spent and everything is told.
+        """Replay the journal, then search until the budget is spent and every trial is told.
 
         Raises:
             SearchError: The first candidates all failed, or nothing can be proposed.
-            PoolError: The pool gave what it was not asked for, or has no workers any more.
+            PoolError: The pool returned a batch that it was not given, or has no workers left.
             JournalError: The journal cannot be written, or does not fit the search.
         """
         with threadpool_limits(limits=1, user_api="blas"):  # small products; the cores belong to the workers
@@ -184,15 +184,15 @@ class Manager:
             return self._finished()
 
     def drain(self) -> None:
-        """Have ``run`` ask for nothing more, wait ``Schedule.grace`` seconds for what is in flight, and return.
+        """Make ``run`` ask for nothing more, wait ``Schedule.grace`` seconds for trials in flight, and return.
 
-        Safe in a signal handler. What comes back meanwhile is journalled; it is told when the run is resumed, with
-        the asking that belongs in between, so that a drained search in strict order equals one that was not.
+        Safe in a signal handler. Results that come meanwhile are journalled. They are told when the run is resumed,
+        with the questions in between. So a drained search in strict order equals an undisturbed one.
         """
         self._draining = True
 
     def _advance(self, results: Completed) -> None:
-        """Take results in; tell what is due, asking again after each; commit; only then submit what was asked."""
+        """Record results, tell those that are due and ask after each, commit, and only then submit the new batches."""
         with self.journal.transaction():
             for batch, evaluations in results:
                 self._record(batch, evaluations)
@@ -221,7 +221,7 @@ class Manager:
     # -- results -----------------------------------------------------------------------------------------
 
     def _wait(self) -> Completed:
-        """What the pool has finished; nothing when a moment has passed without."""
+        """The batches that the pool has finished; none when it finishes none within a moment."""
         left = math.inf if self._drains_until is None else self._drains_until - self.progress.elapsed
         results = self.pool.completed(timeout=(timeout := min(POLL, left)))
         spent = sum(evaluation.seconds for _, evaluations in results for evaluation in evaluations)
@@ -229,7 +229,7 @@ class Manager:
         return results
 
     def _patient(self) -> bool:
-        """False when the run has drained for as long as it may."""
+        """False when the grace of a draining run is over."""
         self._count_time()
         if self._draining and self._drains_until is None:
             self._drains_until = self.progress.elapsed + self.schedule.grace
@@ -238,7 +238,7 @@ class Manager:
         return self._drains_until is None or self.progress.elapsed < self._drains_until
 
     def _count_time(self, asked: float = 0.0, most: float = math.inf) -> None:
-        """Add the seconds since the last call: ``asked`` if there were more than ``most``, 0 if the clock went back."""
+        """Add the seconds since the last call: ``asked`` if there are more than ``most``, 0 if the clock went back."""
         now = self._clock()
         passed = max(0.0, now - self._at)
         self._at = now
@@ -249,17 +249,19 @@ class Manager:
         self.progress.elapsed += passed
 
     def _record(self, batch: Batch, evaluations: Sequence[Evaluation]) -> None:
-        """Write down what came back, once: a batch may come again when its worker was given up too early.
+        """Journal a batch's results, once. A batch may come twice when its worker was given up too early.
 
         Raises:
-            PoolError: It was never asked for, or has not one evaluation a trial.
+            PoolError: The batch was never given to the pool, or it lacks one evaluation for each trial.
         """
         own = self._out.get(batch.number)
         if own is None and batch.number < self._batches:
             _log.debug("Batch %d came again.", batch.number)
             return
         if own is None or not _same(own, batch):
-            raise PoolError(f"pool: expected batches that it was given, found batch {batch.number}, which it was not.")
+            raise PoolError(
+                f"pool: expected a batch that it was given, found batch {batch.number}, which it was not given."
+            )
         if len(evaluations) != len(own.trials):
             raise PoolError(
                 f"pool: batch {batch.number}: expected {len(own.trials)} evaluations, found {len(evaluations)}."
@@ -275,7 +277,7 @@ class Manager:
     # -- asking ------------------------------------------------------------------------------------------
 
     def _ask_more(self) -> None:
-        """Ask while there is budget and room in flight. What is asked depends on what was told, on nothing else."""
+        """Ask while there is budget and room in flight. The questions depend on the told results, on nothing else."""
         while (wanted := self._wanted()) > 0:
             batch = self._ask(wanted)
             if batch is None:
@@ -284,7 +286,7 @@ class Manager:
             self._unsubmitted.append(batch)
 
     def _wanted(self) -> int:
-        """How many trials to ask for now: a batch, what is left of the budget, or nothing."""
+        """The number of trials to ask for now: a batch, the rest of the budget, or none."""
         schedule = self.schedule
         if schedule.seconds is not None and self.progress.elapsed >= schedule.seconds:
             return 0
@@ -310,7 +312,7 @@ class Manager:
     # -- telling -----------------------------------------------------------------------------------------
 
     def _due(self) -> Iterator[Batch]:
-        """Batches whose results are here and may be told: the oldest under strict order, any under arrival."""
+        """Batches with results that may be told: the oldest in strict order, any in arrival order."""
         if self.schedule.order == "strict":
             while (oldest := next(iter(self._flying), -1)) in self._arrived:
                 yield self._flying[oldest]
@@ -330,7 +332,7 @@ class Manager:
                 self._dense[trial.number] = trial
 
     def _count(self, trial: Trial, evaluation: Evaluation) -> bool:
-        """Keep the books; True when the trial is on the front now."""
+        """Count the trial; True when it is on the front now."""
         progress = self.progress
         progress.count(trial.wants)
         if not evaluation.ok:
@@ -348,7 +350,7 @@ class Manager:
         return on_front
 
     def _keep_residuals(self) -> None:
-        """Have the journal store the dense weights of members, front and best, and of no other trial."""
+        """Store the dense weights of members, front and best in the journal, and of no other trial."""
         kept = self._early() if self._any_dense else {}
         if self._dense:
             alive = {*self.front.numbers, self.progress.best, *(m.trial.number for m in self.population.members)}
@@ -363,7 +365,7 @@ class Manager:
         self._stored = set(kept)
 
     def _early(self) -> dict[int, Trial]:
-        """Dense trials that came before their turn and belong on the front: reports of a killed run list them."""
+        """Dense trials whose results came early and belong on the front: reports of a killed run list them."""
         return {
             trial.number: trial
             for number, evaluations in self._arrived.items()
@@ -380,7 +382,7 @@ class Manager:
             raise _all_failed(progress)
 
     def _finished(self) -> StopReason:
-        """Why nothing more is asked and nothing is waited for."""
+        """The reason for the end of the search."""
         schedule, progress = self.schedule, self.progress
         if self._flying:
             return "drained"
@@ -394,12 +396,12 @@ class Manager:
             return "converged"
         if self._draining:
             return "drained"
-        raise SearchError("search: nothing is in flight and it proposes nothing.")
+        raise SearchError("search: it proposes nothing, although nothing is in flight.")
 
     # -- resuming ----------------------------------------------------------------------------------------
 
     def _replay(self) -> None:
-        """Bring search, population and front to where the journal ends."""
+        """Bring search, population and front to the state at the journal's end."""
         events = self.journal.events()
         if not events:
             return
@@ -422,8 +424,8 @@ class Manager:
 
     def _replay_ask(self, event: Event, recorded: list[tuple[int, str]]) -> None:
         batch = self._ask(event.requested)
-        found = [] if batch is None else [(trial.number, trial.genome.digest) for trial in batch.trials]
-        if found != recorded:
+        proposed = [] if batch is None else [(trial.number, trial.genome.digest) for trial in batch.trials]
+        if proposed != recorded:
             numbers = ", ".join(str(number) for number, _ in recorded)
             raise JournalError(
                 f"{self.journal.path}: replaying does not propose the recorded trials again (trials {numbers}).",
@@ -436,11 +438,11 @@ class Manager:
     ) -> None:
         batch = self._flying.get(event.batch)
         numbers = [] if batch is None else [trial.number for trial in batch.trials]
-        while not all(number in ahead for number in numbers) and (found := next(stored, None)) is not None:
-            ahead[found[0]] = found[1]
+        while not all(number in ahead for number in numbers) and (result := next(stored, None)) is not None:
+            ahead[result[0]] = result[1]
         if batch is None or not all(number in ahead for number in numbers):
             raise JournalError(
-                f"{self.journal.path}: batch {event.batch} was told, but not asked for or not evaluated.",
+                f"{self.journal.path}: batch {event.batch} was told, but was never asked or evaluated.",
                 "The journal is damaged: go on from a copy of it.",
             )
         self._arrived[batch.number] = [ahead.pop(number) for number in numbers]
@@ -454,7 +456,7 @@ def _log_batch(event: Literal["asked", "told"], batch: Batch) -> None:
 
 
 def _same(a: Batch, b: Batch) -> bool:
-    """Whether two batches are of the same trials."""
+    """True for two batches of the same trials."""
     return a is b or _key(a) == _key(b)
 
 
@@ -470,7 +472,7 @@ def _all_failed(progress: Progress) -> SearchError:
     ours = bool(lines) and lines[-1].startswith("ecotone.populations.errors.")  # said in words already
     return SearchError(
         text if ours else f"{text}\n{failure.details}".rstrip(),
-        "Repair what fails, then begin a new run: what failed is recorded in this one.",
+        "Repair the cause, then begin a new run: this one has recorded the failures.",
     )
 
 
@@ -519,12 +521,12 @@ def measure(
 
 
 def _scored_already(journal: Journal, genomes: Iterable[Genome]) -> dict[str, Evaluation]:
-    """Evaluations by digest of the genomes that were trials of the search, as the seed models are; recorded as such."""
-    found = {}
+    """Evaluations by digest of genomes that were trials of the search, such as the seed models; they are recorded."""
+    evaluations = {}
     with journal.transaction():
         for genome in genomes:
             evaluation = journal.evaluation_of(genome.digest)
             if evaluation is not None:
                 journal.measured(genome, Scores(), evaluation)
-                found[genome.digest] = evaluation
-    return found
+                evaluations[genome.digest] = evaluation
+    return evaluations

@@ -218,7 +218,7 @@ def test_the_report_tells_how_each_line_went(tmp_path: Path) -> None:
     text = report.search_report_text(found, run.goals)
     assert "Lines of gradient descent" in text
     assert "all steps done" in text
-    assert report.search_warnings({"warnings": ["look out."]}) == ["Beware: look out."]
+    assert report.search_warnings({"warnings": ["look out."]}) == ["Warning: look out."]
 
 
 def test_a_sweep_of_weightings_makes_a_front(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_loss_that_is_nan_ends_the_line_and_is_told(tmp_path: Path) -> None:
     (line,) = (run.report() or {})["lines"]
     assert line["ended"].startswith("failed at step 0, task 'task 0': not finite")
     (warning, *_) = report.search_warnings(run.report() or {})
-    assert warning.startswith("Beware: line 0 failed at step 0")
+    assert warning.startswith("Warning: line 0 failed at step 0")
     assert run.status()["last_failure"].startswith("not finite")
     assert run.status()["evaluations"] == 1
 

@@ -127,7 +127,7 @@ def in_words(said: Said, *parts: str, code: int = 1) -> None:
 # -- help ----------------------------------------------------------------------------------------------------
 
 COMMANDS = (
-    *("run", "resume", "validate", "status", "front", "compare"),
+    *("run", "resume", "validate", "recipe", "plugins", "status", "front", "compare"),
     *("export", "import-mergekit", "verify", "ui", "sync"),
     *("submit", "jobs", "logs", "stop", "statistics"),
 )
@@ -271,7 +271,7 @@ def test_the_tables_show_references_and_held_out_scores(ecotone: Ecotone, tmp_pa
 def test_commands_to_copy_are_never_broken(ecotone: Ecotone, tmp_path: Path) -> None:
     run = tmp_path / ("long" * 40) / "with a space"
     said = ecotone("run", toy_recipe(tmp_path, budget={"evaluations": 4}), "--out", run)
-    assert f"  ecotone front '{run}'   # all members" in said.out
+    assert f"  ecotone front '{run}'   # list the front" in said.out
 
 
 def test_minimised_objectives(ecotone: Ecotone, tmp_path: Path) -> None:
@@ -695,14 +695,14 @@ def test_a_recipe_of_the_users_is_not_overwritten(
 def test_stopped_before_anything_was_recorded(
     ecotone: Ecotone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ecotone.experiments import compose
+    from ecotone.experiments import preparation
 
     def stopped(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     recipe = toy_recipe(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(compose, "prepare", stopped)
+        patched.setattr(preparation, "prepare", stopped)
         in_words(ecotone("run", recipe, "--out", tmp_path / "run"), "Nothing was recorded yet.", code=130)
     assert ecotone("run", recipe, "--out", tmp_path / "run", "--set", "budget.evaluations=4").code == 0
 

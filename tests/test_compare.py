@@ -261,7 +261,7 @@ def test_a_front_is_shown_as_predicted_and_as_measured(ecotone: Ecotone, tmp_pat
     assert "Hypervolume of the front as predicted 0.2000; of the same members as measured 0.1600." in said
     assert ecotone("front", run.directory, "--json").json["report"] == report
     text = page(compare([run]))
-    assert "Open circles: what a search predicted" in text
+    assert "Open circles: a search's predictions" in text
     assert "The search of run" in text
     assert "The search of" not in page(compare([write_run(tmp_path / "plain", STAIRS)]))
 

@@ -367,7 +367,7 @@ class AuthenticationError(Exception):
     ("error", "kind", "words"),
     [
         (AuthenticationError("Authentication failed: Forbidden"), PoolError, "not the cluster's (403)"),
-        (AuthenticationError("Authentication required: Unauthorized"), PoolError, "there is none here (401)"),
+        (AuthenticationError("Authentication required: Unauthorized"), PoolError, "this machine has none (401)"),
         (AuthenticationError("couldn't find an authentication token"), PoolError, "RAY_AUTH_TOKEN_PATH"),
         (ConnectionError("Failed to connect"), PoolError, "ssh -N -L 8265:127.0.0.1:8265 HEAD"),
         (RuntimeError("Request failed with status code 500: no\nmore"), PoolError, "status code 500: no"),
@@ -413,7 +413,7 @@ def test_a_cluster_that_takes_jobs_from_anybody_is_told_of(
         said = ecotone("submit", RECIPE, "--address", f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
     assert said.code == 0
-    assert ("Beware: " in said.err) == (code == 200)
+    assert ("Warning: " in said.err) == (code == 200)
 
 
 def test_the_tunnel_leads_to_the_host_of_the_address() -> None:
@@ -617,7 +617,7 @@ def refusals(shell: Shell, address: str, folder: Path) -> None:
     wrong, none = {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}, {"HOME": str(folder / "none")}
     for line, words, others in (
         ("ecotone jobs", f"{address}: the token here is not the cluster's (403).", wrong),
-        ("ecotone jobs", f"{address}: its jobs take the cluster's token, and there is none here (401).", none),
+        ("ecotone jobs", f"{address}: its jobs take the cluster's token, and this machine has none (401).", none),
         ("ecotone stop digist", "Did you mean 'digits'?", {}),
         ("ecotone stop digits", "it is not running; it has finished", {}),
         ("ecotone submit experiments/recipes/digits-specialists.yaml --name digits", "has a run 'digits' already", {}),

@@ -27,7 +27,7 @@ from ecotone.experiments import storage
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import JOURNAL, Run
-from ecotone.experiments.storage import Lease, LeaseLostError, Mirror, StorageError, Store, newest_mirror, take_lease
+from ecotone.experiments.storage import Copier, Lease, LeaseLostError, StorageError, Store, newest_copy, take_lease
 from ecotone.experiments.tracking.mlflow import store as tracking_store
 from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations import migrations
@@ -169,12 +169,12 @@ def test_a_copy_is_read_elsewhere_and_the_last_two_are_kept(
 ) -> None:
     store = Store(url)
     with begun(tmp_path / "work") as journal:
-        mirror = Mirror(store, lease_of(store), tmp_path / "work", every=30.0)
+        copier = Copier(store, lease_of(store), tmp_path / "work", every=30.0)
         for _ in range(4):
             grow(journal)
-            mirror.copy()
+            copier.copy()
             newest = journal.digest()
-        mirror.close()
+        copier.close()
     assert [name[-11:-5] for name in names(url, "mirror")] == ["000003", "000004"]
     assert [name[-13:-7] for name in names(url, "journal")] == ["000003", "000004"]
     assert names(url, "recipe") == ["recipe-000001-000001.yaml"]  # unchanged, so sent once
@@ -192,16 +192,16 @@ def test_old_views_go_unless_they_were_read_just_now(
 ) -> None:
     store, made = Store(url), []
     with begun(tmp_path / "work") as journal:
-        mirror = Mirror(store, lease_of(store), tmp_path / "work", every=30.0)
+        copier = Copier(store, lease_of(store), tmp_path / "work", every=30.0)
         for spared in (storage.SPARED, 0.0):
             monkeypatch.setattr(storage, "SPARED", spared)
             for _ in range(storage.VIEWS + 2):
                 grow(journal)
-                mirror.copy()
+                copier.copy()
                 made.append(storage.fetched(url))
             there = sorted(made[0].parent.iterdir())
             assert there == sorted(made if spared else made[-storage.VIEWS :])
-        mirror.close()
+        copier.close()
 
 
 def test_what_else_is_at_the_url_stays(url: str, tmp_path: Path, ecotone: Ecotone) -> None:
@@ -228,9 +228,9 @@ def test_another_run_at_the_same_url_is_not_taken_for_the_one_before(
         for left in store.names():
             store.drop(left)
         with begun(tmp_path / name, batches) as journal:
-            mirror = Mirror(store, lease_of(store, name), tmp_path / name, every=30.0)
-            mirror.copy()
-            mirror.close()
+            copier = Copier(store, lease_of(store, name), tmp_path / name, every=30.0)
+            copier.copy()
+            copier.close()
             machine("looks")
             with Journal.open(storage.fetched(url) / JOURNAL) as copied:
                 seen.append(copied.digest() == journal.digest())
@@ -242,7 +242,7 @@ def test_damaged_copies_cost_as_little_as_they_can(tmp_path: Path, machine: Call
     folder = tmp_path / "store" / "run"
     url = f"file://{folder}"
     launch(toy(tmp_path), url, folders=(str(tmp_path),))
-    newest, older = list(storage.mirrors(Store(url)))
+    newest, older = list(storage.copies(Store(url)))
     assert older["counts"] < newest["counts"]
     (folder / newest["files"]["log.jsonl"]["object"]).write_bytes(b"")
     machine("second")
@@ -262,19 +262,19 @@ def test_a_torn_manifest_and_a_damaged_snapshot(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     store = Store(f"file://{folder}")
     with begun(tmp_path / "work") as journal:
-        mirror = Mirror(store, lease_of(store), tmp_path / "work", every=30.0)
+        copier = Copier(store, lease_of(store), tmp_path / "work", every=30.0)
         for _ in range(2):
             grow(journal)
-            mirror.copy()
-        mirror.close()
+            copier.copy()
+        copier.close()
     newest = folder / "mirror-000001-000002.json"
     newest.write_bytes(newest.read_bytes()[:100])
-    manifest = newest_mirror(store)
+    manifest = newest_copy(store)
     assert manifest is not None
     assert manifest["serial"] == 1
     snapshot = folder / manifest["files"][JOURNAL]["object"]
     snapshot.write_bytes(snapshot.read_bytes()[:-4096])
-    with pytest.raises(StorageError, match="not what the manifest tells"):
+    with pytest.raises(StorageError, match="differs from the manifest"):
         storage.fetched(store.url)
 
 
@@ -307,17 +307,17 @@ def test_copies_are_made_when_due_and_when_something_is_new(tmp_path: Path) -> N
     clock = Clock()
     store = Store(f"flaky://{tmp_path}/store")
     with begun(tmp_path / "work") as journal:
-        mirror = Mirror(store, lease_of(store), tmp_path / "work", every=30.0, clock=clock)
+        copier = Copier(store, lease_of(store), tmp_path / "work", every=30.0, clock=clock)
         moments = []
         for _ in range(300):
             before = store.names()
-            mirror.turn()
+            copier.turn()
             if store.names() != before:
                 moments.append(clock.now)
             if clock.now < 1100:
                 grow(journal)
             clock.now += 1
-        mirror.close()
+        copier.close()
     assert moments == [1000, 1030, 1060, 1090, 1120]  # nothing is new afterwards
 
 
@@ -333,15 +333,15 @@ def test_slow_copies_are_made_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyP
     store = Store(f"flaky://{tmp_path}/store")
     with begun(tmp_path / "work") as journal:
         (tmp_path / "work" / "recipe.yaml").unlink()
-        mirror = Mirror(store, lease_of(store), tmp_path / "work", every=30.0, clock=clock)
+        copier = Copier(store, lease_of(store), tmp_path / "work", every=30.0, clock=clock)
         made = []
         while clock.now < 1400:
-            mirror.turn()
-            made.append(len(mirror.store.names()))
+            copier.turn()
+            made.append(len(copier.store.names()))
             grow(journal)
             clock.now += 1
-        mirror.close()
-    assert mirror._serial == 4  # at 1000, 1110, 1220 and 1330
+        copier.close()
+    assert copier._serial == 4  # at 1000, 1110, 1220 and 1330
 
 
 def test_a_store_that_fails_for_a_minute(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -350,8 +350,8 @@ def test_a_store_that_fails_for_a_minute(tmp_path: Path, caplog: pytest.LogCaptu
     clock = Clock()
     store = Store(f"flaky://{tmp_path}/store")
     with begun(tmp_path / "work") as journal:
-        mirror = Mirror(store, lease_of(store), tmp_path / "work", every=5.0, clock=clock)
-        mirror.turn()
+        copier = Copier(store, lease_of(store), tmp_path / "work", every=5.0, clock=clock)
+        copier.turn()
         for second in range(100):
             Flaky.down = 10 <= second < 70
             if second == 10:
@@ -359,7 +359,7 @@ def test_a_store_that_fails_for_a_minute(tmp_path: Path, caplog: pytest.LogCaptu
             if second == 69:
                 assert Flaky.calls < 12
             grow(journal)
-            mirror.turn()
+            copier.turn()
             clock.now += 1
         assert len(events(caplog, "mirror_failed")) == 1
         assert "does not answer" in events(caplog, "mirror_failed")[0].getMessage()
@@ -369,13 +369,13 @@ def test_a_store_that_fails_for_a_minute(tmp_path: Path, caplog: pytest.LogCaptu
         Flaky.down = True
         clock.now += 100
         grow(journal)
-        mirror.turn()
+        copier.turn()
         assert len(events(caplog, "mirror_failed")) == 2  # another outage is told again
         with pytest.raises(StorageError, match="the end of the run could not be copied"):
-            mirror.finish(3.0, clock.sleep)
+            copier.finish(3.0, clock.sleep)
         Flaky.down = False
-        mirror.finish(3.0, clock.sleep)
-        mirror.close()
+        copier.finish(3.0, clock.sleep)
+        copier.close()
         with Journal.open(storage.fetched(store.url) / JOURNAL) as copied:
             assert copied.digest() == journal.digest()
 
@@ -386,17 +386,17 @@ def test_a_store_that_fails_for_days_and_what_else_may_fail(
     clock = Clock()
     store = Store(f"flaky://{tmp_path}/store")
     with begun(tmp_path / "work") as journal:
-        mirror = Mirror(store, lease_of(store), tmp_path / "work", every=5.0, clock=clock)
+        copier = Copier(store, lease_of(store), tmp_path / "work", every=5.0, clock=clock)
         Flaky.down = True
-        mirror.failures = 1000  # 17 hours of them
+        copier.failures = 1000  # 17 hours of them
         for _ in range(100):
-            mirror.turn()
+            copier.turn()
             clock.now += storage.PATIENCE
-        assert mirror.failures == 1100
+        assert copier.failures == 1100
         Flaky.down = False
-        mirror.turn()
-        mirror.close()
-        manifest = newest_mirror(store)
+        copier.turn()
+        copier.close()
+        manifest = newest_copy(store)
         assert manifest is not None
         assert manifest["counts"] == list(journal.counts())
     monkeypatch.setattr(storage, "PATIENCE", 0.0)
@@ -439,18 +439,18 @@ def test_it_takes_over_when_the_first_is_silent_and_the_first_notices(url: str, 
     store = Store(url)
     first = lease_of(store)
     with begun(tmp_path / "work") as journal:
-        mirror = Mirror(store, first, tmp_path / "work", every=0.0, clock=Clock())
-        mirror.copy()
+        copier = Copier(store, first, tmp_path / "work", every=0.0, clock=Clock())
+        copier.copy()
         clock = Clock()
         second = lease_of(store, "there", clock)
         assert second.epoch == 2
         assert clock.now >= 1060
         before = store.names()
         grow(journal)
-        for act in (first.renew, first.check, first.release, mirror.copy, mirror.turn, lambda: mirror.finish(9.0)):
+        for act in (first.renew, first.check, first.release, copier.copy, copier.turn, lambda: copier.finish(9.0)):
             with pytest.raises(LeaseLostError, match=r"has taken the run over \(epoch 2, this was 1\)"):
                 act()
-        mirror.close()
+        copier.close()
     written = set(store.names()) - set(before)
     assert not [name for name in written if name.startswith(("mirror", "lease"))]
     second.check()
@@ -509,9 +509,9 @@ def test_leases_that_somebody_deleted(url: str, tmp_path: Path, machine: Callabl
         with begun(tmp_path / str(number), number + 1) as journal:
             lease = lease_of(store, str(number))
             assert lease.epoch == number + 1
-            mirror = Mirror(store, lease, tmp_path / str(number), every=0.0)
-            mirror.copy()
-            mirror.close()
+            copier = Copier(store, lease, tmp_path / str(number), every=0.0)
+            copier.copy()
+            copier.close()
             with Journal.open(storage.fetched(url) / JOURNAL) as copied:
                 assert copied.digest() == journal.digest()
 
@@ -536,9 +536,9 @@ def test_a_manager_that_slept_between_check_and_write_changes_nothing(
 ) -> None:
     store = Store(url)
     with begun(tmp_path / "old") as old, begun(tmp_path / "new", 3) as new:
-        sleeper = Mirror(store, lease_of(store), tmp_path / "old", every=0.0)
+        sleeper = Copier(store, lease_of(store), tmp_path / "old", every=0.0)
         sleeper.copy()
-        heir = Mirror(store, lease_of(store, "there"), tmp_path / "new", every=0.0)
+        heir = Copier(store, lease_of(store, "there"), tmp_path / "new", every=0.0)
         heir.copy()
         right = new.digest()
         monkeypatch.setattr(sleeper.lease, "check", lambda: None)  # it had looked before it fell asleep
@@ -602,7 +602,7 @@ def test_a_killed_driver_is_followed_on_another_machine(
     recipe = toy_recipe(tmp_path, delay=0.01, runtime={**HASTY, "lease": 5.0})  # a busy machine renews it late
 
     def copied() -> int:
-        manifest = newest_mirror(Store(url)) or {"counts": (0, 0, 0)}
+        manifest = newest_copy(Store(url)) or {"counts": (0, 0, 0)}
         return int(manifest["counts"][1])
 
     with started("run", recipe, "--out", url) as process:
@@ -696,7 +696,7 @@ def test_a_run_that_is_taken_over_stops_and_says_so(
 
     with pytest.raises(LeaseLostError, match=r"has taken the run over \(epoch 2, this was 1\)"):
         launch(toy(tmp_path, 0.005), url, observe=observe, folders=(str(tmp_path),))
-    copied = newest_mirror(store)
+    copied = newest_copy(store)
     assert copied is not None
     assert copied["counts"][1] < EVALUATIONS
     stopped = Run(storage._folder(store, "runs")).status()
@@ -724,7 +724,7 @@ def test_what_the_mirror_lacks_is_not_paid_again_where_it_was_recorded(
         launch(toy(tmp_path, 0.002), url, observe=observe, folders=(str(tmp_path),))
     assert events(caplog, "mirror_failed")
     Flaky.down = False
-    copied, paid = newest_mirror(Store(url)), len(calls(tmp_path))
+    copied, paid = newest_copy(Store(url)), len(calls(tmp_path))
     assert copied is not None
     assert copied["counts"][1] < paid
     here = storage.fetched(url)
@@ -734,7 +734,7 @@ def test_what_the_mirror_lacks_is_not_paid_again_where_it_was_recorded(
     assert finished.where == url
     assert digest(finished.directory) == undisturbed
     assert len(calls(tmp_path)) - paid == EVALUATIONS - known + 1
-    manifest = newest_mirror(Store(url))
+    manifest = newest_copy(Store(url))
     assert manifest is not None
     assert manifest["counts"][1] == EVALUATIONS
 
@@ -751,7 +751,7 @@ def test_what_another_manager_does_not_have_is_put_aside(
 
     with pytest.raises(StorageError, match="the end of the run could not be copied") as cut:
         launch(toy(tmp_path), url, observe=observe, folders=(str(tmp_path),))
-    assert "unless another goes on with the run before" in cut.value.remedy
+    assert "unless another manager has gone on with the run meanwhile" in cut.value.remedy
     Flaky.down = False
     first = storage._folder(Store(url), "runs")
     said: list[str] = []
