@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ecotone.experiments.runs import Run
     from ecotone.experiments.tracking.mlflow.model_registry import Registrar
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="ecotone",
     help="Search for the best merges of fine-tuned models: evolutionary, on Ray, tracked in MLflow, resumable.",
     no_args_is_help=True,

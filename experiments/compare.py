@@ -44,25 +44,25 @@ class Searched:
 
     def __init__(self, run: Run, goals: Sequence[Goal]) -> None:
         self.run = run
-        self.goals = tuple(goals)
-        self.label = run.label
-        self.front = run.front_or_explain()
-        self.references = run.references()
-        self.examples = run.examples()
-        self.report = run.report() or {}
+        self.goals: tuple[Goal, ...] = tuple(goals)
+        self.label: str = run.label
+        self.front: list[Scored] = run.front_or_explain()
+        self.references: list[Scored] = run.references()
+        self.examples: dict[str, dict[str, int]] = run.examples()
+        self.report: Mapping[str, Any] | dict[str, Any] = run.report() or {}
         with run.journal() as journal:
             self.recipe: Mapping[str, Any] = journal.fact(facts.RECIPE) or {}
-            self.algorithm = algorithm_name(journal)
-            self.seed = journal.fact(facts.SEED) or 0
-            self.models = journal.fact(facts.MODELS) or ()
-            self.seconds = journal.fact(facts.ELAPSED) or 0.0
+            self.algorithm: str = algorithm_name(journal)
+            self.seed: int = journal.fact(facts.SEED) or 0
+            self.models: tuple[str, ...] | tuple[()] = journal.fact(facts.MODELS) or ()
+            self.seconds: float = journal.fact(facts.ELAPSED) or 0.0
             objectives = self.recipe.get("objectives", {}).get("search")
-            self.measured_on = {"objectives": objectives, "weights": journal.fact(facts.GEOMETRY)}
-            self.state = journal.fact(facts.STATE) or "starting"
+            self.measured_on: dict[str, Any] = {"objectives": objectives, "weights": journal.fact(facts.GEOMETRY)}
+            self.state: str = journal.fact(facts.STATE) or "starting"
             self._created = journal.fact(facts.CREATED) or 0.0
             self._rows = list(journal.rows())
         self._ok = np.array([row.failure is None and bool(row.scores) for row in self._rows])
-        self.points = points_of((row.scores for row in self._rows if row.failure is None), goals)
+        self.points: Floats = points_of((row.scores for row in self._rows if row.failure is None), goals)
 
     @property
     def evaluations(self) -> int:

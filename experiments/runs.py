@@ -62,13 +62,13 @@ class Run:
 
     def __init__(self, directory: str | Path) -> None:
         distant = storage.is_url(str(directory))
-        self.directory = storage.fetched(str(directory)) if distant else Path(directory)
+        self.directory: Path = storage.fetched(str(directory)) if distant else Path(directory)
         self._url = storage.url_of(self.directory)
-        self.where = self._url or str(self.directory)
+        self.where: str = self._url or str(self.directory)
         with self.journal() as journal:
-            self.name = journal.fact(facts.NAME) or self.directory.name
-            self.goals = journal.fact(facts.GOALS) or ()
-            self.held_out_goals = journal.fact(facts.HELD_OUT_GOALS) or ()
+            self.name: str = journal.fact(facts.NAME) or self.directory.name
+            self.goals: tuple[Goal, ...] | tuple[()] = journal.fact(facts.GOALS) or ()
+            self.held_out_goals: tuple[Goal, ...] | tuple[()] = journal.fact(facts.HELD_OUT_GOALS) or ()
 
     @property
     def label(self) -> str:

@@ -139,9 +139,9 @@ class Store:
         self._local = protocol in ("file", "local")
         here = self._local or protocol == "memory"
         # Elsewhere it is what was given: fsspec's own form lacks the host, or the account, of some protocols.
-        self.url = str(self._fs.unstrip_protocol(self._root)) if here else shown.rstrip("/")
-        self.name = self.url.rsplit("/", 1)[-1]
-        self.settle = 0.0 if here else SETTLE
+        self.url: str = str(self._fs.unstrip_protocol(self._root)) if here else shown.rstrip("/")
+        self.name: str = self.url.rsplit("/", 1)[-1]
+        self.settle: float = 0.0 if here else SETTLE
         self._folders = protocol not in OBJECT_STORES
 
     def names(self) -> list[str]:
@@ -258,7 +258,7 @@ class Lease:
         self.epoch = epoch
         self.home = home
         self.lasts = lasts
-        self.name = f"lease-{epoch:06d}.json"
+        self.name: str = f"lease-{epoch:06d}.json"
         self._clock = clock
         self._token = uuid.uuid4().hex
         self._since = time.time()
@@ -407,6 +407,8 @@ class Copier:
     Raises:
         JournalError: There is no journal.
     """
+
+    failures: int
 
     def __init__(
         self,

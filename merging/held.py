@@ -28,6 +28,8 @@ class Held:
         wish: Where they are to be kept.
     """
 
+    loads: int
+
     def __init__(self, models: Sequence[Model], memory: Memory, wish: Wish) -> None:
         self.kept: dict[torch.device, dict[str, list[Tensor]]] = {}
         """By device and tensor name, the J flat tensors that are kept there."""

@@ -58,12 +58,12 @@ class Sources:
     ) -> None:
         self.layout = layout
         self.operator = operator
-        self.experts = tuple(declared(expert) for expert in experts)
-        self.base = None if base is None else declared(base)
+        self.experts: tuple[Model, ...] = tuple(declared(expert) for expert in experts)
+        self.base: Model | None = None if base is None else declared(base)
         columns = len(operator.columns(self.names))
-        self.memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
+        self.memory: Memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
         """What merging takes in memory."""
-        self.held = Held(self.checkpoints, self.memory, placement)
+        self.held: Held = Held(self.checkpoints, self.memory, placement)
         """What of the models is kept, and where."""
         self._tuned: dict[Operator, Sources] = {}  # the latest comes last
 

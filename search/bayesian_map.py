@@ -127,6 +127,8 @@ class BayesianMap:
         errors = search.report()["leave_one_out"]  # of the models, in score units
     """
 
+    settings: BayesianMapSettings
+
     def __init__(
         self,
         box: CoefficientBox,
@@ -137,17 +139,17 @@ class BayesianMap:
         starts: ArrayLike | None = None,
     ) -> None:
         self.box = box
-        self.goals = tuple(goals)
+        self.goals: tuple[Goal, ...] = tuple(goals)
         self.seed = seed
         self.settings = settings = settings or BayesianMapSettings()
-        self.links = _links(settings, goals)
-        self.reference = _reference(settings.reference, goals)
+        self.links: list[Link | None] = _links(settings, goals)
+        self.reference: Floats | None = _reference(settings.reference, goals)
         self._check()
         first = box.inside(starts)
         count = min(2 * box.size + 2, minimum(box.size)) if settings.samples is None else settings.samples
         self._opening = np.vstack([first, opening(box, count, seed, seeds)])
         self._alone = self._opening[len(first) :][: box.sources if seeds is None else len(np.atleast_2d(seeds))]
-        self.design = len(self._opening)
+        self.design: int = len(self._opening)
         self._next = 0
         self._flying: dict[int, Floats] = {}  # by trial number
         self._points: list[Floats] = []  # told, in the order they were
@@ -462,8 +464,8 @@ class Volume:
     """
 
     def __init__(self, directions: Floats) -> None:
-        self.inverse = (1.0 / np.maximum(directions, 1e-6)).astype(np.float32)
-        self.power = min(directions.shape[-1], HIGHEST_POWER)
+        self.inverse: NDArray[np.float32] = (1.0 / np.maximum(directions, 1e-6)).astype(np.float32)
+        self.power: Any = min(directions.shape[-1], HIGHEST_POWER)
         self.best: Singles = np.zeros(directions.shape[:2], np.float32)
 
     @classmethod

@@ -104,7 +104,7 @@ class CmaEs:
     ) -> None:
         settings = settings or CmaEsSettings()
         self.box = box
-        self.goals = tuple(goals)
+        self.goals: tuple[Goal, ...] = tuple(goals)
         self.seed = seed
         size = box.size
         middle = np.asarray(1.0 / box.sources if start is None else start, np.float64)

@@ -111,7 +111,10 @@ class Adam:
         rate: Step size alpha, in units of the point.
     """
 
-    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    t: int
 
     def __init__(self, start: Floats, rate: float) -> None:
         self.rate = rate
@@ -238,6 +241,11 @@ class Descent(Generic[Settings]):
         InputError: There are no tasks, two have one name, weights name no task or are all zero, a sweep has fewer
             weightings than tasks, or starts do not fit.
     """
+
+    borders: Integers
+    tasks: tuple[str, ...]
+    goals: tuple[Goal, ...]
+    seed: int
 
     def __init__(
         self,

@@ -138,12 +138,12 @@ class Manager:
     ) -> None:
         self.search = search
         self.population = population
-        self.goals = tuple(goals)
+        self.goals: tuple[Goal, ...] = tuple(goals)
         self.pool = pool
         self.journal = journal
         self.schedule = schedule
-        self.front = ParetoFront(goals)
-        self.progress = Progress()
+        self.front: ParetoFront = ParetoFront(goals)
+        self.progress: Progress = Progress()
         self._observe = observe
         self._clock = clock
         self._asked = 0  # trials

@@ -114,6 +114,13 @@ class MapSearch:
         members, gap = search.report()["members"], search.report()["gap"]  # as predicted and as measured
     """
 
+    box: CoefficientBox
+    goals: tuple[Goal, ...]
+    seed: int
+    settings: MapSettings
+    generations: int
+    filling: int
+
     def __init__(
         self,
         box: CoefficientBox,
@@ -128,11 +135,11 @@ class MapSearch:
     ) -> None:
         self.box, self.goals, self.seed = box, tuple(goals), seed
         self.settings = settings = settings or MapSettings()
-        self.samples = enough_samples(box, goals, settings.samples, evaluations)
-        self.links = checked_links(settings.links, goals)
+        self.samples: int = enough_samples(box, goals, settings.samples, evaluations)
+        self.links: dict[str, str] = checked_links(settings.links, goals)
         self.generations, self.filling = generations, filling
         rest = FRONT if evaluations is None else evaluations - self.samples
-        self.front = rest if settings.front is None else settings.front
+        self.front: int = rest if settings.front is None else settings.front
         first = box.inside(starts)
         self._design = np.vstack([first, planned(settings.design, self.samples, box, seed, seeds)])
         self._points: list[Floats] = []  # by trial number

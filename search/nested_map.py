@@ -124,6 +124,12 @@ class NestedMapSearch:
         preferred = search.report()["tree"][0]["coefficients"]  # by model
     """
 
+    box: CoefficientBox
+    goals: tuple[Goal, ...]
+    seed: int
+    sources: tuple[str, ...]
+    settings: NestedMapSettings
+
     def __init__(
         self,
         box: CoefficientBox,
@@ -136,11 +142,11 @@ class NestedMapSearch:
         self.box, self.goals, self.seed, self.sources = box, tuple(goals), seed, tuple(sources)
         self.settings = settings = settings or NestedMapSettings()
         _check_box(box, self.sources)
-        self.owned = _owned(self.goals, self.sources, settings.owners)
-        self.weights = _weights(self.goals, settings.preference)
-        self.samples = SAMPLES if settings.samples is None else settings.samples
-        self.front = FRONT if settings.front is None else settings.front
-        self.links = checked_links(settings.links, goals)
+        self.owned: list[int] = _owned(self.goals, self.sources, settings.owners)
+        self.weights: Floats = _weights(self.goals, settings.preference)
+        self.samples: int = SAMPLES if settings.samples is None else settings.samples
+        self.front: int = FRONT if settings.front is None else settings.front
+        self.links: dict[str, str] = checked_links(settings.links, goals)
         _check_size(len(self.sources), self.samples, self.front, evaluations)
         self._points: list[Floats] = []  # (K,) by trial number
         self._shares: list[Floats] = []  # (2,) of a pair's nodes, by trial number

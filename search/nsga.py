@@ -110,6 +110,8 @@ class Nsga:
                 search.tell(trial, evaluation, archive.add(trial, evaluation))
     """
 
+    settings: NsgaSettings
+
     def __init__(
         self,
         box: CoefficientBox,
@@ -119,19 +121,19 @@ class Nsga:
         seeds: ArrayLike | None = None,
     ) -> None:
         self.box = box
-        self.goals = tuple(goals)
+        self.goals: tuple[Goal, ...] = tuple(goals)
         self.seed = seed
         self.settings = settings = settings or NsgaSettings()
-        self.population = settings.population or default_population(len(self.goals))
-        self.mutation = 1.0 / box.size if settings.mutation is None else settings.mutation
-        self.seeds = seed_points(box, seeds)
+        self.population: int = settings.population or default_population(len(self.goals))
+        self.mutation: float = 1.0 / box.size if settings.mutation is None else settings.mutation
+        self.seeds: Floats = seed_points(box, seeds)
         if settings.algorithm == "nsga3" and len(self.goals) < 2:
             raise InputError(
                 f"search.algorithm: nsga3 expects two objectives or more, found {len(self.goals)}.",
                 "For one objective use cma_es.",
             )
         directed = settings.algorithm == "nsga3"
-        self.directions = reference_directions(len(self.goals), self.population) if directed else None
+        self.directions: Floats | None = reference_directions(len(self.goals), self.population) if directed else None
         self._next = 0
         self._survivors: list[_Survivor] = []
         self._flying: dict[int, Floats] = {}

@@ -148,6 +148,8 @@ class OptunaSearch:
                 search.tell(trial, evaluation, archive.add(trial, evaluation))
     """
 
+    settings: OptunaSettings
+
     def __init__(
         self,
         box: CoefficientBox,
@@ -159,7 +161,7 @@ class OptunaSearch:
         self.settings = settings = settings or OptunaSettings()
         _check(settings.sampler, box.size, len(goals))
         self.box = box
-        self.goals = tuple(goals)
+        self.goals: tuple[Goal, ...] = tuple(goals)
         self.seed = seed
         self._options = _options(settings)
         self._optuna = _imported()

@@ -149,6 +149,13 @@ class Racing:
         spent = search.report()["spent"]  # in evaluations on all examples
     """
 
+    search: Search
+    population: Population
+    goals: tuple[Goal, ...]
+    settings: RaceSettings
+    whole: int
+    own_parents: bool
+
     def __init__(
         self,
         search: Search,
@@ -163,7 +170,7 @@ class Racing:
         self.search, self.population, self.goals = search, population, tuple(goals)
         self.settings = settings = settings or RaceSettings()
         self.whole, self.own_parents = whole, own_parents
-        self.order = int(np.random.SeedSequence(seed, spawn_key=(KEY,)).generate_state(1, np.uint32)[0])
+        self.order: int = int(np.random.SeedSequence(seed, spawn_key=(KEY,)).generate_state(1, np.uint32)[0])
         self._limits = dict(limits or {})
         self._stops = settings.stops
         self._next = 0

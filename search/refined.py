@@ -96,6 +96,10 @@ class Refined:
                 search.tell(trial, evaluation, outcome)
     """
 
+    search: M2N2
+    tasks: tuple[str, ...]
+    settings: RefineSettings
+
     def __init__(self, search: M2N2, tasks: Sequence[str], settings: RefineSettings | None = None) -> None:
         if not tasks:
             raise InputError("calibration: refinement learns from calibration tasks, and there are none.", "Give one.")

@@ -94,13 +94,17 @@ class StagedSearch:
                 search.tell(trial, evaluation, search.population.add(trial, evaluation))
     """
 
+    stages: tuple[Stage, ...]
+    goals: tuple[Goal, ...]
+    running: _Running
+
     def __init__(self, stages: Sequence[Stage], goals: Sequence[Goal]) -> None:
         if not stages:
             raise InputError("search: expected one stage or more, found none.")
         if stages[0].start != "none":
             raise InputError(f"search[0].start: the first stage has none before it, found {stages[0].start!r}.")
         self.stages, self.goals = tuple(stages), tuple(goals)
-        self.population = StagedPopulation(self)
+        self.population: StagedPopulation = StagedPopulation(self)
         self._next = 0
         self._reports: list[dict[str, Any]] = []  # of the stages that have ended
         self.running = _Running(0, self.stages[0], self.goals, ())
@@ -238,9 +242,15 @@ class _Running:
     Several trials of a stage may stand for one of the chain, when a search proposes a merge it began with again.
     """
 
+    index: int
+    stage: Stage
+    goals: tuple[Goal, ...]
+    search: Search
+    population: Population
+
     def __init__(self, index: int, stage: Stage, goals: Sequence[Goal], starts: Sequence[Member]) -> None:
         self.index, self.stage, self.goals = index, stage, tuple(goals)
-        self.starts = {member.trial.genome.digest: member for member in starts}
+        self.starts: dict[str, Member] = {member.trial.genome.digest: member for member in starts}
         self.search, self.population = stage.make([member.trial.genome for member in starts])
         self.numbers: list[int] = []  # of the chain, by the stage's own
         self._own: dict[int, list[int]] = {}  # the reverse

@@ -150,6 +150,8 @@ class Attempts:
         settings: The tracker's settings; None for the journal's, once it is there.
     """
 
+    trace: str
+
     def __init__(self, directory: Path, tracker: str, settings: TrackerSettings | None = None) -> None:
         self.directory = directory
         self.tracker = tracker

@@ -41,7 +41,7 @@ class Mirror:
     def _go_on(self) -> None:
         """Begin where the record stands."""
         record, subject = self.record, self.subject
-        self.board = Scoreboard(subject.goals, record.stride, subject.created, record.cursor)
+        self.board: Scoreboard = Scoreboard(subject.goals, record.stride, subject.created, record.cursor)
         self._after = -1
 
     def advance(self, journal: Journal, state: str) -> bool:

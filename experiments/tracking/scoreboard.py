@@ -87,16 +87,20 @@ class Scoreboard:
         recent: The scores of the latest candidates.
     """
 
+    count: int
+    failures: int
+    time: float
+
     def __init__(self, goals: Sequence[Goal], stride: int | None, created: float, known: int = 0) -> None:
-        self.goals = tuple(goals)
+        self.goals: tuple[Goal, ...] = tuple(goals)
         self.known = known
         self.stride = stride
         self.count = 0
         self.failures = 0
         self.time = created
         self.best: Row | None = None
-        self.front = ParetoFront(goals)
-        self.volumes = Volumes(goals)
+        self.front: ParetoFront = ParetoFront(goals)
+        self.volumes: Volumes = Volumes(goals)
         self.recent: deque[list[float]] = deque(maxlen=2000)
         self.members: dict[int, Row] = {}
         self._best_mean = -math.inf

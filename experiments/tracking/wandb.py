@@ -139,6 +139,11 @@ class WandbRecord:
         memory: What the last record noted. With an end in it the server is asked only when there is more to say.
     """
 
+    logged: int
+    run_id: str
+    end: str
+    cursor: int
+
     mode: ClassVar[Literal["online", "offline"]] = "online"
 
     def __init__(self, subject: Subject, settings: WandbSettings, folder: Path, memory: Memory) -> None:
@@ -368,14 +373,14 @@ class OfflineRecord(WandbRecord):
         """Write anew what shows less than there is; an earlier end that has a front stays what it is."""
         self.close()
         if self._is_another(evaluations):
-            self.run_id = self._successor
+            self.run_id: str = self._successor
         self._forget()
 
     def _open(self) -> Any:
         if self._run is None:
             self._run = self._begun()
             self._log_folder = Path(self._run.dir).parent
-            self.page = f"wandb sync {self._log_folder}"
+            self.page: str | None = f"wandb sync {self._log_folder}"
             self._run.config.update(self._configuration(), allow_val_change=True)
         return self._run
 

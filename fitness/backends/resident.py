@@ -139,11 +139,11 @@ class Resident:
         if checkpointing:
             recomputing.layers(self._module())
         kinds = {tensor.dtype for tensor in self._tensors}
-        self.dtype = kinds.pop() if len(kinds) == 1 else None
+        self.dtype: torch.dtype | None = kinds.pop() if len(kinds) == 1 else None
         """The model's floating-point type; None when it mixes several."""
         self._buffers = [(state[name], value.to(device)) for name, value in sources.buffers().items() if name in state]
         stack = stack_of(sources.layout, self.dtype, stack_bytes) if self.dtype else 0
-        self.group = stack // (sources.layout.size * self.dtype.itemsize) if self.dtype and stack else 1
+        self.group: int = stack // (sources.layout.size * self.dtype.itemsize) if self.dtype and stack else 1
         """How many candidates are merged in one pass."""
         self._stacked = stack > 0
 

@@ -40,6 +40,8 @@ class Cluster:
         home: The id of the node that this process is on, once connected.
     """
 
+    home: str
+
     def __init__(self, address: str | None, asked: Mapping[str, float], clock: Clock) -> None:
         self.ray: Any = None
         self.home = ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ecotone.populations.errors import EcotoneError, PoolError, first_line
 
-log = logging.getLogger("ecotone")
+log: logging.Logger = logging.getLogger("ecotone")
 
 
 def event(level: int, name: str, sentence: str, **fields: Any) -> None:

@@ -49,7 +49,7 @@ class RayPool:
     """
 
     def __init__(self, spec: WorkerSpec, settings: Runtime, clock: Clock = time.monotonic) -> None:
-        self.slots = settings.workers
+        self.slots: int = settings.workers
         self._attempts = settings.attempts
         self._clock = clock
         meters = Meters()

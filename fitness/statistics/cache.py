@@ -30,7 +30,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = cache_folder() / "statistics" if folder is None else folder
+        self.folder: Path = cache_folder() / "statistics" if folder is None else folder
 
     def file(self, key: str) -> Path:
         """Where the statistics of that key lie, or would."""

@@ -136,7 +136,7 @@ class SafetensorsFile:
 
     title = "safetensors file"
     describe = "A state dict in one file of the safetensors format."
-    limits = (
+    limits: tuple[str, ...] = (
         "It has no configuration and no tokenizer: the recipe names its architecture, and mergekit does not take it.",
         "Weights must be float64, float32, float16 or bfloat16: quantised ones are refused.",
     )
@@ -156,7 +156,7 @@ class HuggingFaceDirectory:
 
     title = "Hugging Face directory"
     describe = "A directory of model.safetensors, of shards and their index, or of one .safetensors file."
-    limits = (
+    limits: tuple[str, ...] = (
         "Pickles (.bin, .pt) in it are not loaded: they run any code.",
         "Code in it is not run (trust_remote_code): transformers must have the architecture.",
         "Quantised weights are refused.",
@@ -178,7 +178,7 @@ class LoraAdapter:
 
     title = "LoRA adapter"
     describe = "A low-rank adapter of PEFT's, formed with its base as it is read; no merged copy exists."
-    limits = (
+    limits: tuple[str, ...] = (
         "DoRA, adapters of MoE parameters, trained tokens and initialisations that change the base are refused.",
         "mergekit merges it into its base first: an export to mergekit differs in last bits.",
     )
@@ -199,7 +199,7 @@ class HubRepository:
 
     title = "repository of the Hugging Face hub"
     describe = "organisation/name or organisation/name@revision: a directory or an adapter, downloaded once."
-    limits = (
+    limits: tuple[str, ...] = (
         "Only a commit always means the same weights; a branch may move.",
         "Without a network only what is in the hub's cache is found.",
     )

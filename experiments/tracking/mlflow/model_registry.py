@@ -56,6 +56,10 @@ class Registrar:
         TrackingError: MLflow is not installed or does not answer, it does not have the run, or the name is refused.
     """
 
+    name: str
+    alias: str | None
+    limit: int
+
     def __init__(self, run_dir: str | Path, name: str, alias: str | None = None, limit: int = UPLOAD_LIMIT) -> None:
         MlflowSettings.require()
         _check_names(name, alias)

@@ -46,14 +46,17 @@ class MlflowRecord:
         run_id: The MLflow run that was used before, if known.
     """
 
+    logged: int
+    cursor: int
+
     page: str | None = None  # the pages are those of a server, which an embedded store lacks
 
     def __init__(self, subject: Subject, uri: str, experiment: str, run_id: str | None) -> None:
         self.subject = subject
         self.uri = uri
         self.experiment = experiment
-        self.client = opened(uri)
-        self.experiment_id = _experiment(self.client, uri, experiment)
+        self.client: Any = opened(uri)
+        self.experiment_id: str = _experiment(self.client, uri, experiment)
         self.logged = 0
         run = known_run(self.client, run_id)
         self._use(run if run is not None and _is_current(run) else self._found() or self._created())
