@@ -5,7 +5,9 @@ INSTALLED := .venv/.installed
 MERGEKIT := .venv-mergekit/.installed
 SITE := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
 
-.PHONY: demo test test-all soak mergekit lint install clean
+JOBS ?= auto
+
+.PHONY: demo test test-all soak mergekit docs lint install clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,10 +21,10 @@ demo: $(INSTALLED)
 	$(BIN)/ecotone run experiments/recipes/digits-specialists.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not gpu" --timeout 1200
+	$(BIN)/python -m pytest -m "not gpu" --timeout 1200 -n $(JOBS)
 
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py
@@ -37,6 +39,10 @@ $(MERGEKIT): $(INSTALLED)
 
 mergekit: $(MERGEKIT)
 	ECOTONE_MERGEKIT=.venv-mergekit/bin/python $(BIN)/python -m pytest tests/test_mergekit_program.py
+
+# Every field of a recipe on one page, from the declarations themselves.
+docs: $(INSTALLED)
+	$(BIN)/python -m ecotone.experiments.fields > docs/fields.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

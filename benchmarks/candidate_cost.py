@@ -238,7 +238,7 @@ class Ways:
         self._manager = TaskManager(include_path=tasks["folder"], include_defaults=False)
         self._directory, self._arguments = directory, arguments
         shutil.copytree(directory / "0", directory / "merged", ignore=shutil.ignore_patterns("*.safetensors"))
-        self.borders = self._workers["plain"]._resident._sources.layout.tensor_borders
+        self.borders = self._workers["plain"]._backend._sources.layout.tensor_borders
         self.parameters = int(self.borders[-1])
 
     def score(self, way: str, genome: Genome, samples: bool = False) -> tuple[Clock, float, list[bool]]:
@@ -277,7 +277,7 @@ class Ways:
 
         merged, batch = str(self._directory / "merged"), self._arguments.batch
         with lap(clock, "materialise"):
-            model = next(self._workers["lm_eval"]._resident.show([genome]))
+            model = next(self._workers["lm_eval"]._backend.show([genome]))
             if way == "disk":
                 model.save_pretrained(merged)
         model = HFLM(pretrained=model, tokenizer=merged, batch_size=batch) if way == "memory" else "hf"

@@ -187,7 +187,7 @@ class Worker:
             if isinstance(found, Evaluation):
                 assert found.failure is not None
                 raise InputError(
-                    found.failure.message,
+                    found.failure.text,
                     "It was tried out on the first expert, before any of the budget is spent.",
                 )
             if group == "search":

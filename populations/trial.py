@@ -243,6 +243,13 @@ class Failure:
     message: str
     details: str = ""
 
+    @property
+    def text(self) -> str:
+        """The message, and below it the traceback, unless that is of an error which says all in words."""
+        lines = self.details.strip().splitlines()
+        ours = bool(lines) and lines[-1].startswith("ecotone.populations.errors.")
+        return self.message if ours else f"{self.message}\n{self.details}".rstrip()
+
 
 @dataclass(frozen=True)
 class Gathered:

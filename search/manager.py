@@ -467,11 +467,8 @@ def _key(batch: Batch) -> list[tuple[int, str, Wish]]:
 def _all_failed(progress: Progress) -> SearchError:
     failure = progress.last_failure
     assert failure is not None
-    text = f"all of the first {progress.told} candidates failed; the last one: {failure.kind}: {failure.message}"
-    lines = failure.details.strip().splitlines()
-    ours = bool(lines) and lines[-1].startswith("ecotone.populations.errors.")  # said in words already
     return SearchError(
-        text if ours else f"{text}\n{failure.details}".rstrip(),
+        f"all of the first {progress.told} candidates failed; the last one: {failure.kind}: {failure.text}",
         "Repair the cause, then begin a new run: this one has recorded the failures.",
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from managing import begun, ended
+from parts import calibration, call
 from pydantic import ValidationError
 
 from ecotone.fitness.pools import Batch, Completed
@@ -24,7 +25,7 @@ from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
 from ecotone.search.descent import LINES, Adam, Descent, GradientSettings, Line
-from ecotone.search.kinds import Context
+from ecotone.search.kinds import Context, Pair
 from ecotone.search.manager import Schedule
 from ecotone.search.protocol import numbered
 
@@ -798,7 +799,8 @@ def test_settings_begin_with_given_merges() -> None:
 def test_it_needs_gradients_and_takes_any_losses() -> None:
     needs = AdaMergingSettings().needs()
     assert (needs.gradients, needs.affine, needs.geometry, needs.objectives) == (True, True, False, 1)
-    AdaMergingSettings().check("linear", needs_base=False, losses=["entropy", "cross_entropy"])
+    tasks = [calibration(loss, call("m:data"), loss) for loss in ("entropy", "cross_entropy")]
+    AdaMergingSettings().check("linear", needs_base=False, tasks=tasks)
 
 
 class HalvingSettings(GradientSettings):
@@ -808,6 +810,10 @@ class HalvingSettings(GradientSettings):
     init: float = 0.5
     rate: float = 0.02
     spread: float = 0.1
+
+    def make(self, context: Context) -> Pair:
+        search = Halving(self.borders(context.space), 2, context.tasks, context.goals, context.seed, self)
+        return search, ElitistArchive(context.goals, self.archive)
 
 
 class Halving(Descent[HalvingSettings]):

@@ -273,7 +273,7 @@ def test_when_nothing_can_be_scored_the_run_stops_with_the_cause(tmp_path: Path)
     broken = {"call": "ada_toys:broken", "arguments": {"task": 0}}
     places = ("calibration.0", "calibration.1", "objectives.search.0", "objectives.search.1")
     settings = {f"{place}.head": broken for place in places}
-    with pytest.raises(EcotoneError, match=r"all of the first \d+ candidates failed.*not finite"):
+    with pytest.raises(EcotoneError, match=r"objective 'task 0': expected a finite score, found nan.*tried out"):
         launch(Recipe.from_yaml(toy_recipe(tmp_path), settings), tmp_path / "run")
 
 

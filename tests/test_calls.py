@@ -16,7 +16,7 @@ from processes import Ecotone
 from safetensors.numpy import save_file
 
 from ecotone import Recipe, launch
-from ecotone.experiments import compose
+from ecotone.experiments import preparation
 from ecotone.experiments.running import _moved
 from ecotone.fitness import former_names
 from ecotone.fitness.callables import put_last, resolve
@@ -57,7 +57,7 @@ def path() -> Iterator[None]:
     yield
     sys.path[:] = before
     for name in sys.modules.keys() - modules:
-        if name.startswith("_ecotone_file_") or name in ("counting", "datasets"):
+        if name.startswith("_ecotone_file_") or name in ("counting", "tabulate"):
             del sys.modules[name]
     former_names.tell.cache_clear()
 
@@ -220,7 +220,7 @@ def test_a_preparation_in_a_file_runs_again_after_an_edit_and_not_after_a_move(
         step = {"call": "./metrics.py:write", "arguments": {}}
         path = recipe_in(tmp_path / place, prepare=step)
         (path.parent / "metrics.py").write_text(f"{METRICS}\ndef write(directory): {text}\n")
-        found = compose.prepared_folder(Recipe.from_yaml(path))
+        found = preparation.prepared_folder(Recipe.from_yaml(path))
         assert found is not None
         return found
 
@@ -252,13 +252,13 @@ def test_folders_come_last_wherever_they_stood(tmp_path: Path, monkeypatch: pyte
 
 
 SHADOWING = """
-import datasets, shadowing_toys.mine
+import tabulate, shadowing_toys.mine
 
 from ecotone.search.protocol import Search
 
 
 def installed(model):
-    return float("site-packages" in datasets.__file__)
+    return float("site-packages" in tabulate.__file__)
 
 
 def own(model):
@@ -269,11 +269,11 @@ def own(model):
 @pytest.fixture
 def shadowing(tmp_path: Path) -> Path:
     """A recipe beside modules that are called as installed ones are."""
-    pytest.importorskip("datasets")
-    sys.modules.pop("datasets", None)
+    pytest.importorskip("tabulate")
+    sys.modules.pop("tabulate", None)
     (tmp_path / "shadowing_toys").mkdir()
     for name, text in {
-        "datasets.py": "raise ImportError('the user has this module for something else')",
+        "tabulate.py": "raise ImportError('the user has this module for something else')",
         "fitness.py": SHADOWING,
         "shadowing_toys/mine.py": "def three(): return 3.0",
     }.items():

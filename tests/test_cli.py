@@ -449,10 +449,40 @@ def test_a_run_is_not_overwritten(ecotone: Ecotone, finished: Path, tmp_path: Pa
 # -- objectives that fail ------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An objective that can be computed for an expert fails later."""
+    from ecotone.fitness.worker import Worker
+
+    monkeypatch.setattr(Worker, "try_out", lambda self, number=0: {})
+
+
 @pytest.mark.parametrize(
     ("mode", "words"),
     [("raise all", "ValueError: bad label 7"), ("nan all", "expected a finite score, found nan")],
 )
+def test_an_objective_that_fails_for_an_expert_costs_nothing(
+    ecotone: Ecotone, tmp_path: Path, mode: str, words: str
+) -> None:
+    """An expert is tried out before there is a run; ``validate`` does the same."""
+    recipe = toy_recipe(tmp_path, mode)
+    for command in (("run", recipe, "--out", tmp_path / "run"), ("validate", recipe)):
+        said = ecotone(*command)
+        assert said.code == 1
+        assert said.err.count("error: objective 'one': ") == 1
+        assert words in said.err
+        assert "tried out on the first expert" in said.err
+        if mode == "raise all":
+            assert "cli_toys.py" in said.err  # where in the user's code: the one traceback a user may see is theirs
+    assert not (tmp_path / "run" / "journal.sqlite").exists()
+    assert ecotone("validate", recipe, "--headers").code == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [("raise all", "ValueError: bad label 7"), ("nan all", "expected a finite score, found nan")],
+)
+@pytest.mark.usefixtures("untried")
 def test_an_objective_that_fails_for_all_candidates_stops_the_run(
     ecotone: Ecotone, tmp_path: Path, mode: str, words: str
 ) -> None:
@@ -725,6 +755,7 @@ def test_models_of_a_preparation_step_are_made_again_when_the_cache_is_gone(
     assert ecotone("resume", tmp_path / "run", "--set", "budget.evaluations=16").code == 0
 
 
+@pytest.mark.usefixtures("untried")
 def test_a_held_out_objective_that_fails_leaves_the_search_whole(ecotone: Ecotone, tmp_path: Path) -> None:
     recipe = toy_recipe(tmp_path, budget={"evaluations": 12})
     setting = "objectives.held_out.0.arguments.mode=raise all"

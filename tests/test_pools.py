@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
+from ecotone.extras import how_to_install
 from ecotone.fitness.pools import Batch, SerialPool
 from ecotone.fitness.runtime import Runtime
 from ecotone.fitness.specs import WorkerSpec
@@ -875,7 +876,7 @@ def test_without_ray_it_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(PoolError, match="Ray is not installed") as refused:
         ray_pool(vectors(folder, "value"), 1).start()
-    assert refused.value.remedy == "pip install 'ecotone[ray]'"
+    assert refused.value.remedy == f"`{how_to_install('ray')}`, or --set runtime.pool=serial."
 
 
 def test_metrics_that_cannot_be_made_or_set_are_left_out(monkeypatch):
