@@ -5,7 +5,8 @@ INSTALLED := .venv/.installed
 MERGEKIT := .venv-mergekit/.installed
 SITE := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
 
-JOBS ?= auto
+# Tests on Ray and in other processes wait half of their time.
+JOBS ?= 3
 
 .PHONY: demo test test-all soak mergekit docs lint install clean
 

@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from ecotone.experiments.recipe import Recipe
     from ecotone.experiments.running import launch, resume
     from ecotone.experiments.runs import Run
+    from ecotone.marked import as_objective, objective
 
-__all__ = ["Recipe", "Run", "compare", "launch", "resume"]
+__all__ = ["Recipe", "Run", "as_objective", "compare", "launch", "objective", "resume"]
 
 _HOMES = {
     "Recipe": "ecotone.experiments.recipe",
     "Run": "ecotone.experiments.runs",
+    "as_objective": "ecotone.marked",
     "compare": "ecotone.experiments.compare",
     "launch": "ecotone.experiments.running",
+    "objective": "ecotone.marked",
     "resume": "ecotone.experiments.running",
 }
 

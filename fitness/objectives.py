@@ -30,6 +30,7 @@ from ecotone.fitness.data import Batches, Examples, Inputs, check, load
 from ecotone.fitness.heads import Head, logits
 from ecotone.fitness.kinds import NamedCall, ObjectiveContext, ObjectiveSettings
 from ecotone.fitness.protocol import Score, pooled_mean
+from ecotone.marked import direction_of
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Integers
 from ecotone.populations.trial import Goal
@@ -272,8 +273,27 @@ class CallSettings(ObjectiveSettings):
         return [NamedCall("", Call(call=self.call, arguments=self.arguments), given=1)]
 
     def build(self, context: ObjectiveContext) -> CallableObjective:
-        """The objective."""
-        return CallableObjective(self.goal, resolve(self.call, f"{self.where}: call"), self.arguments)
+        """The objective.
+
+        Raises:
+            InputError: There is no such function, or it says of itself that the other direction is better.
+        """
+        return CallableObjective(self.goal, self._function(), self.arguments)
+
+    def examine(self) -> Iterator[tuple[str, str]]:
+        """Nothing to tell; refuses a function that says of itself that the other direction is better."""
+        self._function()
+        return iter(())
+
+    def _function(self) -> Callable[..., Any]:
+        function = resolve(self.call, f"{self.where}: call")
+        said = direction_of(function)
+        if said not in (None, self.direction):
+            raise InputError(
+                f"{self.where}: direction: expected {said}, as {self.call} is marked, found {self.direction}.",
+                f"Say direction: {said} in the recipe.",
+            )
+        return function
 
 
 @dataclass(frozen=True, eq=False)

@@ -201,3 +201,26 @@ def test_a_recipe_s_functions_are_found_in_its_folder(tmp_path: Path, monkeypatc
     assert launch(recipe, "run").status()["failures"] == 0
     assert recipe.folder == tmp_path / "mine"
     assert Recipe.from_record(recipe.record()).folder is None
+
+
+def test_a_run_makes_operator_and_search_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made from the models' headers, checked, and then carried out."""
+    from test_cli import toy_recipe
+
+    from ecotone.experiments import compose
+    from ecotone.search import cma_es
+
+    made: list[str] = []
+
+    def counting(name: str, function: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            made.append(name)
+            return function(*arguments, **named)
+
+        return counted
+
+    monkeypatch.setattr(compose, "check_operator", counting("operator", compose.check_operator))
+    monkeypatch.setattr(cma_es, "CmaEs", counting("search", cma_es.CmaEs))
+    recipe = toy_recipe(tmp_path, search={"algorithm": "cma_es"}, budget={"evaluations": 12})
+    assert launch(Recipe.from_yaml(recipe), tmp_path / "run").status()["evaluations"] == 12
+    assert sorted(made) == ["operator", "search"]

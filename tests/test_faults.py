@@ -207,7 +207,7 @@ def test_killed_while_the_front_is_scored(
         with pytest.raises(KeyboardInterrupt):
             launch(recipe, run)
     assert all(member.held_out is None for member in Run(run).front())
-    assert len(calls(tmp_path)) == EVALUATIONS
+    assert len(calls(tmp_path)) == EVALUATIONS + 1  # an expert was tried out
     resume(run)
     assert len(calls(tmp_path)) == EVALUATIONS + 1  # the average
     assert all(member.held_out is not None for member in Run(run).front())

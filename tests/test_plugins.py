@@ -13,6 +13,8 @@ import pytest
 from processes import ROOT
 from test_cli import toy_recipe
 
+from ecotone import Run
+
 PLUGIN = ROOT / "tests" / "plugin"
 SUITES = """
 from ecotone_example.objective import ClosenessSettings
@@ -73,20 +75,24 @@ def test_an_installed_plug_in_is_listed_explained_and_run(site: Path, tmp_path: 
         assert (found[sort, name]["package"], found[sort, name]["error"]) == ("ecotone-example 1.2.3", "")
     told = program(site, "recipe", "--explain", "search.step").stdout
     assert told.startswith("search.step (hill_climbing): Standard deviation of a step, as a share of the box.")
-    assert "damped" in program(site, "recipe", "--explain", "merge.damping").stdout
-    shape = json.loads(program(site, "recipe", "--schema").stdout)
-    assert "hill_climbing" in json.dumps(shape["properties"]["search"])
     search = {"algorithm": "hill_climbing", "granularity": "model", "step": 0.3}
     recipe = toy_recipe(tmp_path, search=search, budget={"evaluations": 12})
-    assert program(site, "validate", recipe, cwd=tmp_path).returncode == 0
     said = program(site, "run", recipe, "--out", tmp_path / "run", "--json", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
-    status = json.loads(program(site, "status", tmp_path / "run", "--json").stdout)
+    status = Run(tmp_path / "run").status()
     assert (status["algorithm"], status["evaluations"], status["failures"]) == ("hill_climbing", 12, 0)
     wrong = program(site, "validate", recipe, "--set", "search.stepp=1", cwd=tmp_path)
     assert "search.stepp: unknown key. Did you mean 'step'?" in wrong.stderr
 
 
+@pytest.mark.slow
+def test_a_plug_in_is_in_the_schema(site: Path) -> None:
+    assert "damped" in program(site, "recipe", "--explain", "merge.damping").stdout
+    shape = json.loads(program(site, "recipe", "--schema").stdout)
+    assert "hill_climbing" in json.dumps(shape["properties"]["search"])
+
+
+@pytest.mark.slow
 def test_a_stage_may_be_a_plug_in(site: Path, tmp_path: Path) -> None:
     stages = [
         {"algorithm": "random", "granularity": "model", "evaluations": 4},
@@ -161,7 +167,7 @@ def test_broken_plug_ins_are_named_and_the_rest_works(tmp_path: Path) -> None:
     recipe = toy_recipe(tmp_path / "mine", budget={"evaluations": 4})
     good = program(place, "run", recipe, "--out", tmp_path / "run", "--json", cwd=tmp_path / "mine")
     assert good.returncode == 0, good.stderr
-    for name, words in (("broken", "no power"), ("twin", "first 0.1"), ("half", "lacks begins, make, needs")):
+    for name, words in (("broken", "no power"), ("twin", "first 0.1")):
         refused = program(place, "validate", recipe, "--set", f"search.algorithm={name}", cwd=tmp_path / "mine")
         assert refused.returncode != 0
         assert "search.algorithm: " in refused.stderr

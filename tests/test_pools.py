@@ -576,6 +576,7 @@ def test_pauses_grow_until_a_worker_is_opened():
     assert pause() == 2
 
 
+@pytest.mark.slow
 def test_a_pool_works_with_the_workers_that_have_a_place(folder, cluster):
     with ray_pool(vectors(folder, "value"), 3, cpus_per_worker=2.0) as pool:
         pool.start()
@@ -612,6 +613,7 @@ def test_each_worker_gets_its_share_of_a_logical_gpu(folder, cluster, workers, s
     assert sorted(seen.values()) == sorted([0.0, 1.0] * (workers // 2))
 
 
+@pytest.mark.slow
 def test_the_search_goes_on_while_a_worker_is_slow_to_open(tmp_path, folder, cluster):
     data = call("pools_tested:dawdles", {"folder": str(tmp_path)})
     with ray_pool(nets(folder, search=(objective("acc", data=data),)), 2) as pool:
@@ -623,6 +625,7 @@ def test_the_search_goes_on_while_a_worker_is_slow_to_open(tmp_path, folder, clu
 
 
 @pytest.mark.parametrize("dies", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_worker_that_cannot_be_opened_is_tried_again_while_others_work(tmp_path, folder, cluster, caplog, dies):
     clock = Clock()
     data = call("pools_tested:opened", {"folder": str(tmp_path), "good": [0, 3], "dies": dies})
