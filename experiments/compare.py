@@ -20,11 +20,12 @@ import numpy as np
 
 from ecotone.experiments.preferences import reference_numbers
 from ecotone.experiments.runs import Run, Scored, in_score_units, points_of, reference_point
+from ecotone.experiments.tracking.names import algorithm_name
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.fronts import attainment, epsilon, hypervolume, hypervolume_over, igd_plus, non_dominated
 from ecotone.populations.genome import Floats, Genome, Integers
-from ecotone.populations.journal import Journal, Row
+from ecotone.populations.journal import Row
 from ecotone.populations.trial import Goal
 
 REACH = "90%"
@@ -270,13 +271,6 @@ def compare(runs: Sequence[Run], reference: str | None = None, reach: str = REAC
         union.members,
         (*_notes(searched), *held_out.notes),
     )
-
-
-def algorithm_name(journal: Journal) -> str:
-    """The algorithm of a run, with the sampler where the algorithm is a library of them."""
-    search = (journal.fact(facts.RECIPE) or {}).get("search", {})
-    sampler = search.get("sampler") if isinstance(search, dict) else None  # a list of stages names its algorithms
-    return " ".join(filter(None, [journal.fact(facts.ALGORITHM) or "unknown", str(sampler or "")])).strip()
 
 
 def search_seconds(rows: Sequence[Row], created: float, elapsed: float) -> Floats:

@@ -34,23 +34,9 @@ from ecotone.populations.trial import Evaluation, Outcome, Trial
 from ecotone.search.kinds import Begins, Context, Fineness, Needs, Pair, SearchSettings
 from ecotone.search.protocol import Search, trial_rng
 from ecotone.search.racing import RaceSettings, raced
-from ecotone.settings import Part
+from ecotone.search.refined import Refined, RefineSettings
 
 Odds: TypeAlias = list[float]
-
-
-class RefineSettings(Part):
-    """Refinement of M2N2's children by gradient on the calibration tasks, before they are scored.
-
-    Attributes:
-        every: Refine every so many children; 1 refines all.
-        steps: Steps of Adam for each, over one batch of every task.
-        rate: Adam's step size, in units of the coefficients.
-    """
-
-    every: int = Field(default=4, ge=1)
-    steps: int = Field(default=5, ge=1)
-    rate: float = Field(default=0.01, gt=0)
 
 
 class M2N2Settings(SearchSettings):
@@ -130,8 +116,6 @@ class M2N2Settings(SearchSettings):
         archive = NicheArchive(context.goals, self.archive, self.alpha, self.resource)
         search = M2N2(context.space, archive, self, context.seed, context.starts)
         if self.refine is not None:
-            from ecotone.search.refined import Refined
-
             return Refined(search, context.tasks, self.refine), archive
         return raced((search, archive), context, self.race, whole=search.first_child)
 

@@ -12,17 +12,35 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.trial import Evaluation, Gradient, Outcome, Scores, Trial, Wish
 from ecotone.search.descent import Adam, problem
-from ecotone.search.m2n2 import M2N2, RefineSettings
+from ecotone.settings import Part
+
+if TYPE_CHECKING:
+    from ecotone.search.m2n2 import M2N2
 
 _SCORE = -1  # stands where a gradient trial has its task's position
+
+
+class RefineSettings(Part):
+    """Refinement of M2N2's children by gradient on the calibration tasks, before they are scored.
+
+    Attributes:
+        every: Refine every so many children; 1 refines all.
+        steps: Steps of Adam for each, over one batch of every task.
+        rate: Adam's step size, in units of the coefficients.
+    """
+
+    every: int = Field(default=4, ge=1)
+    steps: int = Field(default=5, ge=1)
+    rate: float = Field(default=0.01, gt=0)
 
 
 @dataclass(eq=False)
@@ -80,8 +98,8 @@ class Refined:
 
         from ecotone.populations.niches import NicheArchive
         from ecotone.populations.trial import Outcome
-        from ecotone.search.m2n2 import M2N2, M2N2Settings, RefineSettings
-        from ecotone.search.refined import Refined
+        from ecotone.search.m2n2 import M2N2, M2N2Settings
+        from ecotone.search.refined import Refined, RefineSettings
 
         archive = NicheArchive(goals, capacity=20)
         breeding = M2N2(space, archive, M2N2Settings(), seed=0)

@@ -23,9 +23,9 @@ from ecotone.populations.genome import Floats
 from ecotone.populations.journal import Journal
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.trial import Evaluation, Outcome, Trial
-from ecotone.search.m2n2 import M2N2, M2N2Settings, RefineSettings
+from ecotone.search.m2n2 import M2N2, M2N2Settings
 from ecotone.search.manager import Manager, Schedule
-from ecotone.search.refined import Refined
+from ecotone.search.refined import Refined, RefineSettings
 
 TASKS = ("left", "right")
 SEEDS = 2

@@ -23,7 +23,7 @@ from ecotone.search.bayesian_map import BayesianMap, BayesianMapSettings
 from ecotone.search.cma_es import CmaEs, CmaEsSettings
 from ecotone.search.coefficients import CoefficientBox, Granularity, Setting
 from ecotone.search.expert_merging import ExpertMerging, ExpertMergingSettings
-from ecotone.search.m2n2 import M2N2, M2N2Settings, RefineSettings
+from ecotone.search.m2n2 import M2N2, M2N2Settings
 from ecotone.search.map import MapSearch, MapSettings
 from ecotone.search.nested_map import NestedMapSearch, NestedMapSettings
 from ecotone.search.nsga import Nsga, NsgaSettings, Variant
@@ -31,7 +31,7 @@ from ecotone.search.optuna_search import OptunaSearch, OptunaSettings, Sampler
 from ecotone.search.protocol import Search, numbered, trial_rng
 from ecotone.search.racing import RaceSettings, Racing
 from ecotone.search.random_search import RandomSearch
-from ecotone.search.refined import Refined
+from ecotone.search.refined import Refined, RefineSettings
 from ecotone.search.stages import Stage, StagedSearch, stage_seed
 from ecotone.testing.searches import SIZE, SPACE, VECTORS, Driver, SearchConformance, digests_of, expanded, space_of
 

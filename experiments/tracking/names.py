@@ -1,4 +1,4 @@
-"""Names of metrics and parameters that every tracker accepts and that stay apart; MLflow's rules are the strictest."""
+"""Names of algorithms, metrics and parameters that every tracker accepts and that stay apart (MLflow is strictest)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
+
+from ecotone.populations import facts
+from ecotone.populations.journal import Journal
 
 CURSOR = "evaluations"
 HYPERVOLUME = "hypervolume"
@@ -19,6 +22,13 @@ OWN_METRICS = {
     *(f"{group}_member" for group in (FRONT, HELD_OUT_FRONT, f"{FRONT}_pairs", f"{HELD_OUT_FRONT}_pairs")),
 }
 _LONGEST = 250  # characters of a key
+
+
+def algorithm_name(journal: Journal) -> str:
+    """The algorithm of a run, with the sampler where the algorithm is a library of them."""
+    search = (journal.fact(facts.RECIPE) or {}).get("search", {})
+    sampler = search.get("sampler") if isinstance(search, dict) else None  # a list of stages names its algorithms
+    return " ".join(filter(None, [journal.fact(facts.ALGORITHM) or "unknown", str(sampler or "")])).strip()
 
 
 def metric_names(objectives: Sequence[str]) -> dict[str, str]:

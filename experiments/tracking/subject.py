@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ecotone.experiments.compare import algorithm_name
 from ecotone.experiments.storage import url_of
-from ecotone.experiments.tracking.names import flattened
+from ecotone.experiments.tracking.names import algorithm_name, flattened
 from ecotone.populations import facts
 from ecotone.populations.journal import Journal
 from ecotone.populations.trial import Goal
