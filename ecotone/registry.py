@@ -100,7 +100,7 @@ class Registry(Generic[Kind]):
         self._given.pop(name, None)
 
     def names(self) -> tuple[str, ...]:
-        """What may be named: ours first, then those of other packages."""
+        """The names that may be used: Ecotone's first, then those of other packages."""
         return (*self._ours, *sorted({*self._given, *self._others} - self._ours.keys()))
 
     def __contains__(self, name: object) -> bool:

@@ -112,7 +112,7 @@ class MoreField:
 
 @cache
 def _told(cls: type) -> Mapping[str, str]:
-    """What the docstrings of a class and of those that it is made of say of its fields."""
+    """The texts of a class's fields, from the docstrings of the class and its bases."""
     told: dict[str, str] = {}
     for one in reversed(cls.__mro__):
         told |= described(one.__dict__.get("__doc__") or "")

@@ -67,7 +67,7 @@ def python_paths(folders: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] = ()) -> WorkerSpec:
-    """What a worker of this recipe is made of."""
+    """The spec from which a worker of this recipe is made."""
     models, runtime = recipe.models, recipe.runtime
     architecture, objectives = models.architecture, recipe.objectives
     ray = runtime.pool == "ray"
@@ -172,13 +172,13 @@ def _tokenizer(recipe: Recipe, prepared: Path | None) -> str | None:
 def context_of(
     recipe: Recipe, space: Space, starts: Sequence[Genome] = (), operator: Operator | None = None
 ) -> Context:
-    """What the recipe's search is made for.
+    """The context that the recipe's search is made in.
 
     Args:
-        recipe: What is asked for.
+        recipe: The recipe.
         space: The models.
         starts: Merges to begin with.
-        operator: The recipe's merge operator, if it is there already.
+        operator: The recipe's merge operator; None makes it.
     """
     operator = operator or check_operator(recipe)
     objectives = recipe.objectives.search
@@ -345,7 +345,7 @@ def make_schedule(recipe: Recipe) -> Schedule:
 
 
 class Composition:
-    """What a recipe is run by. Each thing is made when it is first asked for, and once.
+    """The objects that run a recipe. Each is made once, when it is first read.
 
     Args:
         recipe: The recipe.
@@ -380,7 +380,7 @@ class Composition:
 
     @cached_property
     def spec(self) -> WorkerSpec:
-        """What a worker is made of; runs the preparation step unless it has been run.
+        """The spec from which a worker is made. Runs the preparation step unless it has been run.
 
         Raises:
             InputError: The preparation step failed.

@@ -150,7 +150,7 @@ def _value(operator: str, key: str, value: Any) -> Any:
 
 
 def _unknown(operator: str, key: str, known: Mapping[str, Setting]) -> str:
-    """What is wrong with a key that is neither ours nor the operator's."""
+    """The message about a key that is neither a field of ``merge`` nor a setting of the operator."""
     from ecotone.merging import operators
 
     others = {name for kind in operators.OPERATORS.usable() for name in operators.settings_of(kind)}

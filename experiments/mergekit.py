@@ -72,7 +72,7 @@ class MergekitMerge:
     notes: tuple[str, ...]
 
     def command(self, file: Path) -> str:
-        """What makes the merge of ``file``, once it is written there."""
+        """The shell command that makes the merge of ``file``, once that file is written."""
         options = " --lora-merge-dtype float32" if self.adapters else ""
         return f"mergekit-yaml {file} DIR{options}"
 
@@ -321,7 +321,7 @@ class EvolveTask(Part):
 
 
 class EvolveGenome(Part):
-    """What mergekit-evolve searches over."""
+    """The models and parameters that mergekit-evolve searches over."""
 
     models: tuple[ModelName, ...] = Field(min_length=1)
     merge_method: str

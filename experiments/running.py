@@ -294,7 +294,7 @@ def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
 
 
 def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
-    """What the journal of a new run says of it."""
+    """The facts that open the journal of a new run."""
     objectives = recipe.objectives
     return [
         facts.NAME.note(recipe.name),

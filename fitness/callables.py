@@ -70,10 +70,10 @@ def resolve(path: str, field: str = "call") -> Callable[..., Any]:
 
 
 def call(spec: Call, field: str = "call") -> Any:
-    """What the function of ``spec`` returns for its arguments.
+    """The value that the function of ``spec`` returns for its arguments.
 
     Raises:
-        InputError: It cannot be resolved, or it raised; the message names ``field``.
+        InputError: The function cannot be resolved, or it raised. The message names ``field``.
     """
     function = resolve(spec.call, field)
     try:

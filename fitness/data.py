@@ -26,7 +26,7 @@ from ecotone.populations.errors import InputError
 from ecotone.settings import Call
 
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
-"""What a model is called with for N examples: (N, ...), or (N, ...) by name."""
+"""The inputs of a model for N examples: a tensor (N, ...), or tensors (N, ...) by name."""
 
 MASK = "attention_mask"
 

@@ -51,7 +51,7 @@ class Head:
         self._dtype = dtype
 
     def __call__(self, outputs: Any, inputs: Inputs) -> Any:
-        """What the function says of ``outputs``."""
+        """The logits that the function returns for ``outputs``."""
         return self.function(_converted(outputs, self._dtype), inputs)
 
 
@@ -108,10 +108,10 @@ def logits(model: Any, inputs: Inputs, head: Head | None = None) -> Tensor:
 
 
 def outputs(model: Any, inputs: Inputs, **options: Any) -> Any:
-    """What ``model`` returns for ``inputs``, called with ``options`` too.
+    """The outputs of ``model`` for ``inputs`` and the keyword arguments ``options``.
 
     Raises:
-        InputError: ``model`` is no module.
+        InputError: ``model`` is not a torch module.
     """
     if not isinstance(model, nn.Module):
         raise InputError("expected a torch module to score, found a dict of tensors.", "Name an architecture.")

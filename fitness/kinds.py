@@ -1,8 +1,8 @@
-"""What each kind of objective, and each calibration loss, says of itself.
+"""The settings of objectives and of calibration losses, and the declarations that every kind must make.
 
-A kind is a class of settings that lies beside what it is for. It is the recipe's part, checks what is given, and builds
-what measures a model. ``ecotone.fitness.registry`` has all kinds by name; those of other packages are entry points
-(``ecotone.objectives``, ``ecotone.losses``).
+A kind is a class of settings in the file of its objective or loss. It is a part of the recipe, checks the values, and
+builds the objective or the task. ``ecotone.fitness.registry`` has all kinds by name. Other packages add kinds by entry
+points (``ecotone.objectives``, ``ecotone.losses``).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """What objectives and calibration tasks are built for.
+    """The place of the model that objectives and calibration tasks are built for.
 
     Args:
         device: Where the model is.
-        dtype: What floating-point inputs are converted to; None leaves them as they are.
+        dtype: The type that floating-point inputs are converted to; None leaves them as they are.
         tokenizer: A local folder with the tokenizer and the model's ``config.json``; None where no kind needs one.
     """
 
@@ -69,12 +69,12 @@ class NamedCall:
 
 
 class ObjectiveSettings(Part):
-    """What models are measured by.
+    """Base of the settings of every objective, which scores models.
 
     Attributes:
-        name: What its scores are called.
-        type: The kind of objective.
-        direction: Whether more is better (``maximize``) or less (``minimize``).
+        name: The name of the objective's scores in results, tables and trackers.
+        type: The kind of objective, such as ``accuracy`` or ``perplexity``.
+        direction: Whether a higher score is better (``maximize``) or a lower score (``minimize``).
     """
 
     name: str
@@ -120,7 +120,7 @@ class ObjectiveSettings(Part):
         return f"{_titled(self.type, self.calls())}, {self.direction}"
 
     def examine(self) -> Iterator[tuple[str, str]]:
-        """What can be known of its data without a model: subjects, and what is told of each.
+        """Facts about the objective's data that need no model, as pairs of a subject and a sentence about it.
 
         Raises:
             InputError: The settings do not fit the data.
@@ -128,7 +128,7 @@ class ObjectiveSettings(Part):
         return iter(())
 
     def with_paths(self, resolve: Located) -> Self:
-        """The same with its files' paths put through ``resolve``."""
+        """The same settings with the paths of their files put through ``resolve``."""
         changed = {name: expanded(getattr(self, name), resolve) for name in self.paths}
         return self.model_validate({**dict(self), **changed})
 

@@ -108,10 +108,10 @@ class LmEvalSettings(ObjectiveSettings):
         return self
 
     def examine(self) -> Iterator[tuple[str, str]]:
-        """What lm-eval says of the task; loads its data.
+        """Sentences about the task from lm-eval's description of it. Loads the task's data.
 
         Raises:
-            InputError: There is no such task or metric, or for lm-eval more of it is worse and for the recipe better.
+            InputError: There is no such task or metric, or lm-eval and the recipe disagree on the metric's direction.
         """
         found = described(self)
         right = {True: "maximize", False: "minimize", None: self.direction}[found.higher_is_better]
@@ -134,13 +134,13 @@ class LmEvalSettings(ObjectiveSettings):
 
 @dataclass(frozen=True)
 class Description:
-    """What ``validate`` may say of a task before a model is there.
+    """A task as lm-eval describes it without a model, for the report of ``validate``.
 
     Args:
         documents: Documents that a candidate is scored on.
         available: Documents that the task has.
         metric: The metric's name.
-        higher_is_better: What the task says of it; None when it does not say.
+        higher_is_better: Whether a higher metric is better; None when the task does not declare it.
         kind: ``loglikelihood``, ``multiple_choice``, ``loglikelihood_rolling`` or ``generate_until``.
     """
 
@@ -282,10 +282,10 @@ def _is_mean(task: Any, metric: str) -> bool:
 
 
 def described(options: LmEvalSettings) -> Description:
-    """What can be known of a task without tokenizer and model; loads its data.
+    """The task as lm-eval describes it without tokenizer and model. Loads the task's data.
 
     Raises:
-        InputError: As ``LmEvalSettings.build``, but for what a tokenizer is needed for.
+        InputError: As for ``LmEvalSettings.build``, except for errors that only a tokenizer can show.
     """
     where = options.where
     with _installed(where), _as_lm_eval(_is_sandboxed(options)), _quiet():
@@ -393,7 +393,7 @@ class Verdicts:
 
 
 def _verdicts(task: Any, metric: str, documents: Sequence[Sequence[Any]]) -> Verdicts | None:
-    """What gives the metric of all documents at once; None where that is not what the task says of random answers."""
+    """A function that gives the metric of all documents at once; None where the task's results differ."""
     from lm_eval.api.task import ConfigurableTask
 
     if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice" or metric not in _SIZES:

@@ -42,7 +42,7 @@ BATCH = 512
 
 
 class ClassifierSettings(ObjectiveSettings):
-    """What objectives of classifiers have in common.
+    """Base of the objectives of classifiers.
 
     Attributes:
         data: Returns (inputs, labels). Inputs are a tensor or an array (N, ...), or a mapping of such, as Hugging Face
@@ -296,10 +296,10 @@ class CallableObjective:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def score(self, model: Any) -> Score:
-        """What the function says of ``model``.
+        """The score that the function returns for ``model``.
 
         Raises:
-            InputError: It returns neither a number nor (number, scores by example).
+            InputError: The function returns neither a number nor (number, scores by example).
         """
         with torch.no_grad(), same_draws():
             return _score_of(self.function(model, **self.arguments))

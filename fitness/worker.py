@@ -1,4 +1,4 @@
-"""What measures candidates: a plain class, the same in this process and on a cluster."""
+"""The worker measures candidates. It is a plain class, the same in this process and on a cluster."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Worker:
         self._sources.held.place(device, settled(spec.sources, needs, free, share, device))
 
     def space(self) -> Space:
-        """What the search may know of the models; streams the sources once.
+        """The search's view of the models: layout and inner products. Streams the sources once.
 
         Raises:
             InputError: As ``try_out``, where the spec asks for it.
@@ -210,7 +210,7 @@ class Worker:
         )
 
     def _scores(self, objectives: Sequence[Objective], model: Model, began: float) -> dict[str, Score] | Evaluation:
-        """What the objectives say of ``model``, by name; or the failure of the first that fails."""
+        """The scores of ``model``, by objective; or the failure of the first objective that fails."""
         scores: dict[str, Score] = {}
         with same_model(objectives):
             for objective in objectives:
@@ -238,7 +238,10 @@ class Worker:
     def _joined(
         self, sample: Sample, objectives: Sequence[Objective], found: Mapping[str, Score], began: float
     ) -> Evaluation:
-        """What the examples seen before and now say together; in the objectives' own order once these are all."""
+        """The evaluation of the examples seen before and now together.
+
+        Once all examples are seen, scores by example are in the objectives' own order.
+        """
         scores, errors, per_example = dict[str, float](), dict[str, float](), dict[str, NDArray[Any]]()
         for objective in objectives:
             assert isinstance(objective, Divisible)

@@ -1,4 +1,4 @@
-"""What is kept in memory of the models of a merge, and where."""
+"""The tensors of a merge's models that are kept in memory, and on which device."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Held:
 
     Args:
         models: The J models.
-        memory: What they take.
-        wish: Where they are to be kept.
+        memory: The memory that they take.
+        wish: The place where the recipe asks to keep them.
     """
 
     loads: int

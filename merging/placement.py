@@ -29,7 +29,7 @@ LOCKED = 0.5  # of free main memory that ``auto`` page-locks: the system cannot 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What something takes on a CUDA device and in main memory."""
+    """A number of bytes on a CUDA device and a number of bytes in main memory."""
 
     device: int = 0
     host: int = 0
@@ -40,13 +40,13 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a worker takes, as headers tell. Activations, data and Python itself come on top.
+    """The memory that a worker takes, from the models' headers. Activations, data and Python itself come on top.
 
     Args:
         model: The resident model.
-        buffers: What merging takes besides: a set of chunks for each thread, and for small models a stack.
-        sources: What the sources take, by placement.
-        formed: Whether keeping the sources in main memory spares a CPU work and takes little.
+        buffers: Working memory for merging: a set of chunks for each thread, and for small models a stack.
+        sources: The memory of the sources, by placement.
+        formed: Whether keeping the sources in main memory saves work on a CPU and takes little memory.
     """
 
     model: Bytes
@@ -68,7 +68,7 @@ class Free:
 
     @classmethod
     def here(cls, device: torch.device) -> Free:
-        """What is free for this process now. The page cache counts as free, and a container's limit is obeyed."""
+        """The memory that is free for this process now. The page cache counts as free. Obeys a container's limit."""
         cuda = device.type == "cuda" and torch.cuda.is_available()
         known = [free for free in (_available(), *map(_left, _groups())) if free is not None]
         return cls(torch.cuda.mem_get_info(device)[0] if cuda else None, min(known, default=None))
@@ -171,7 +171,7 @@ def _groups() -> Iterator[Path]:
 
 
 def _left(group: Path) -> int | None:
-    """What a control group's limit leaves, its page cache counted as free; None without a limit."""
+    """Bytes that a control group's limit leaves, its page cache counted as free; None without a limit."""
     for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         try:
             most, used = int((group / limit).read_text()), int((group / usage).read_text())

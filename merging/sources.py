@@ -62,9 +62,9 @@ class Sources:
         self.base: Model | None = None if base is None else declared(base)
         columns = len(operator.columns(self.names))
         self.memory: Memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
-        """What merging takes in memory."""
+        """The memory that merging takes."""
         self.held: Held = Held(self.checkpoints, self.memory, placement)
-        """What of the models is kept, and where."""
+        """The tensors that are kept in memory, and on which device."""
         self._tuned: dict[Operator, Sources] = {}  # the latest comes last
 
     @classmethod
@@ -166,7 +166,7 @@ class Sources:
         return {name: self.origin.tensor(name) for name in self.layout.buffers}
 
     def space(self, dense: bool = False) -> Space:
-        """What a search may know of these models; streams the weights once for the Gram table.
+        """The search's view of the models: layout and inner products. Streams the weights once for the Gram table.
 
         Args:
             dense: Also give the (K, n) sources themselves, for evolving small models from scratch.
@@ -248,7 +248,7 @@ class Sources:
             tuned._fill([mixtures[i] for i in members], [targets[i] for i in members])
 
     def _groups(self, genomes: Sequence[Genome]) -> Iterator[tuple[Sources, list[int]]]:
-        """What genomes of the same settings mix, and their places."""
+        """For each group of genomes with the same operator settings, the sources that they mix and their indices."""
         groups: dict[Operator, list[int]] = {}
         for index, genome in enumerate(genomes):
             groups.setdefault(operators.tuned(self.operator, genome.parameters), []).append(index)

@@ -63,7 +63,7 @@ class StageSettings(Part):
 
     @property
     def begins(self) -> Start:
-        """What it begins with when it is not the first."""
+        """The kind of merges that the stage begins with, unless it is the first stage."""
         if self.start is not None:
             return self.start
         begins = self.search.begins()
@@ -139,7 +139,7 @@ class ChainSettings(Part):
 
     @property
     def starts(self) -> tuple[Start, ...]:
-        """What each stage begins with."""
+        """For each stage, the kind of merges that it begins with."""
         return ("none", *(stage.begins for stage in self.stages[1:]))
 
     @property
@@ -148,7 +148,7 @@ class ChainSettings(Part):
         return sum(stage.evaluations or 0 for stage in self.stages)
 
     def contexts(self, context: Context) -> tuple[Context, ...]:
-        """What each stage is made for: its own seed and its share of the budget."""
+        """For each stage, the context of its search: its own seed and its share of the budget."""
         rest = None if context.evaluations is None else context.evaluations - self.shared_out
         return tuple(
             replace(context, seed=stage_seed(context.seed, index), evaluations=stage.evaluations or rest, starts=())
@@ -197,7 +197,7 @@ class ChainSettings(Part):
             reached = np.union1d(own, reached) if begins else own
 
     def placed(self, index: int) -> str:
-        """What a stage begins with, and its share of the budget, in words."""
+        """A stage in words: the merges that it begins with, and its share of the budget."""
         stage, start = self.stages[index], self.starts[index]
         most = f", at most {stage.most} merges" if stage.most not in (None, 1) and start in ("front", "archive") else ""
         begins = "" if start == "none" else f"begins with the {start} of stage {index - 1}{most}, "

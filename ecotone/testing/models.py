@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class ModelSuite:
-    """What a merge asks of a model. Give the fixture ``model``, and ``base``, another model of the same layout.
+    """Tests of everything that merges need of a model. Define the fixtures ``model`` and ``base``, of the same layout.
 
     Example:
         >>> class TestHalved(ModelSuite):

@@ -1,4 +1,4 @@
-"""What every kind of objective, and every calibration loss, must do.
+"""Conformance suites for kinds of objectives and for calibration losses.
 
 from ecotone.testing.objectives import Case, ObjectiveConformance
 from my_package import MineSettings
@@ -59,7 +59,7 @@ LossCase: TypeAlias = Callable[[Path], Case[CalibrationSettings]]
 
 
 class _Kinds:
-    """What both suites share: cases by name, and what settings must do."""
+    """Base of both suites: cases by name, and the tests of settings."""
 
     cases: ClassVar[Mapping[str, Any]] = {}
     adapter: ClassVar[TypeAdapter[Any]]
@@ -105,7 +105,7 @@ class ObjectiveConformance(_Kinds):
 
     @pytest.fixture
     def objective(self, case: Case[ObjectiveSettings]) -> Objective:
-        """What the case's settings build."""
+        """The objective that the case's settings build."""
         return case.settings.build(case.context)
 
     def test_it_is_registered_and_declares_all(self, case: Case[ObjectiveSettings]) -> None:
@@ -192,7 +192,7 @@ class LossConformance(_Kinds):
 
     @pytest.fixture
     def task(self, case: Case[CalibrationSettings]) -> CalibrationTask:
-        """What the case's settings build."""
+        """The calibration task that the case's settings build."""
         return case.settings.build(case.context, 3)
 
     def test_it_is_registered_and_declares_all(self, case: Case[CalibrationSettings]) -> None:

@@ -1,4 +1,4 @@
-"""What every merge operator must do.
+"""A conformance suite for merge operators.
 
 from ecotone.testing.operators import OperatorConformance
 from my_package import Mine

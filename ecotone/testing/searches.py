@@ -1,4 +1,4 @@
-"""What every search algorithm must do.
+"""A conformance suite for search algorithms.
 
 from ecotone.testing.searches import SearchConformance, made
 from my_package import MySettings
@@ -91,7 +91,7 @@ def differentiated(trial: Trial) -> Evaluation:
 
 
 def of_sample(sample: Sample | None, whole: Evaluation) -> Evaluation:
-    """What a worker says of a trial that is scored on a sample, given its scores on all examples.
+    """The evaluation that a worker gives a trial on a sample of the examples, computed from its scores on all examples.
 
     Scores are means of the examples' scores.
     """
@@ -123,7 +123,7 @@ def scored(trial: Trial) -> Evaluation:
 
 
 def offered(population: Population, trial: Trial, evaluation: Evaluation) -> Outcome:
-    """What becomes of an evaluation; only a trial that is scored on all examples may join a population."""
+    """Add an evaluation to the population. Only a trial that is scored on all examples may join it."""
     return population.add(trial, evaluation) if trial.scored else Outcome(accepted=False)
 
 

@@ -196,7 +196,7 @@ class Attempts:
     def _report(
         self, mirror: Mirror | None, complete: bool, failure: str | None
     ) -> tuple[MirrorReport, dict[str, Any]]:
-        """What was achieved, and what else is noted: of a tracker that was not reached, what was known before."""
+        """The report and the values noted beside it. Of a tracker that was not reached, the earlier values."""
         known = noted(self.directory, self.tracker)
         uri = self._settings.place(self.directory) if self._settings else str(known.get("uri") or "")
         if mirror is not None:
@@ -290,7 +290,7 @@ def _is_over(directory: Path, alive: Callable[[], bool]) -> bool:
 
 
 def _birth(pid: int) -> str | None:
-    """What tells a process from a later one with the same number; None when it is gone."""
+    """A text that tells a process from a later process with the same number; None when the process is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:

@@ -1,12 +1,12 @@
-"""What a tracker is: the settings of a kind, and the record of one run that it opens.
+"""The protocol of trackers: the settings of a kind, and the record of one run that they open.
 
 To add a tracker, write its file and one line of the registry (``ecotone.experiments.tracking.registry``), or an entry
 point of the group ``ecotone.trackers`` in a package of your own. The file holds two things:
 
-- A subclass of ``TrackerSettings``: its part of a recipe, and what it says of itself.
+- A subclass of ``TrackerSettings``: its part of a recipe, and its declarations.
 - A class with the methods of ``Record``: the run of the tracker that one search is mirrored into.
 
-What there is to log (metrics, steps, fronts, pictures, files) is computed once, for all trackers, by ``Mirror``. The
+``Mirror`` computes everything that is logged (metrics, steps, fronts, pictures, files) once for all trackers. The
 conformance suite is ``ecotone.testing.trackers``.
 """
 
@@ -25,7 +25,7 @@ from ecotone.populations.errors import EcotoneError, InputError, first_line
 from ecotone.settings import Part
 
 Memory: TypeAlias = Mapping[str, Any]
-"""What a record has noted in the run directory, plain values: for trackers that cannot be asked where they stand."""
+"""Plain values that a record keeps in the run directory, for trackers that do not report how much they have."""
 
 SILENCE = "does not answer"
 """How the words of an error end of which nobody wants to see more."""
@@ -54,19 +54,19 @@ class Line:
 
 @dataclass(frozen=True)
 class End:
-    """What is known when a search has ended. A search that is resumed has several ends.
+    """One end of a search, and its results until then. A search that is resumed has several ends.
 
     Args:
-        mark: What tells this end from another one of the same run.
+        mark: A text that differs between the ends of a run.
         state: ``finished``, ``failed``, ``interrupted`` or ``killed``.
         ended: When the run ended (unix seconds).
-        evaluations: How many there are.
+        evaluations: The number of evaluations.
         time: When the last of them came (unix milliseconds).
         reasons: ``stop_reason`` and ``error``, in words; empty where there is none.
         metrics: Of the run as a whole: held-out scores of the best candidate, scores of the merges to compare with.
-        front: What tells this front from another one of the same run; empty unless the search has finished.
-        lines: The front, a step a member, and what is known of earlier steps only now; empty unless the search has
-            finished.
+        front: A text that differs between the fronts of a run; empty unless the search has finished.
+        lines: The front, one step for each member, and values of earlier steps that are known only now; empty unless
+            the search has finished.
         table: The front: ``columns`` and ``data``, a list a row.
         write: Writes the files of the search into a folder.
     """
@@ -158,7 +158,7 @@ class Record(Protocol):
         """
 
     def memory(self) -> Memory:
-        """What ``open`` is to be given the next time."""
+        """The values that the next call of ``open`` must be given."""
 
     def close(self) -> None:
         """Let go of the tracker; whatever was logged is with it, or on its way."""
@@ -176,9 +176,9 @@ class TrackerSettings(Part):
     title: ClassVar[str]
     """Its name, for people."""
     packages: ClassVar[tuple[str, ...]]
-    """What it imports."""
+    """The Python packages that it imports."""
     lacks: ClassVar[tuple[str, ...]]
-    """What it cannot do that others can, a clause each."""
+    """The abilities of other trackers that it lacks, one clause for each."""
 
     @classmethod
     def install(cls) -> str:

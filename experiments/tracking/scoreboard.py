@@ -1,4 +1,4 @@
-"""What a search was worth, step by step: its evaluations turned into metrics."""
+"""The metrics of a search, step by step, computed from its evaluations."""
 
 from __future__ import annotations
 

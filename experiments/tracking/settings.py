@@ -64,7 +64,7 @@ class TrackingSettings(MlflowPlace):
         return {name: one for name, one in (ours | self._others).items() if one is not None}
 
     def recorded(self) -> dict[str, Any]:
-        """What the journal keeps of it: a mirror is a process of its own, and reads it there."""
+        """The settings as the journal keeps them. The mirror, which is a process of its own, reads them there."""
         return {name: one.recorded().model_dump(mode="json") for name, one in self.trackers.items()}
 
     @model_validator(mode="wrap")

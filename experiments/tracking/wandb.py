@@ -401,7 +401,7 @@ def _end_process() -> None:
 
 
 def _rows(lines: Iterable[Line]) -> list[dict[str, float]]:
-    """What is logged together: the metrics of one step of one axis."""
+    """The rows that are logged, each with all metrics of one step of one axis."""
     rows: dict[tuple[str, int], dict[str, float]] = {}
     for line in lines:
         rows.setdefault((line.axis, line.step), {line.axis: line.step}).update(line.values)

@@ -1,7 +1,7 @@
-"""What a scoring backend is: it shows one candidate after the other to the objectives.
+"""Scoring backends. A backend shows one candidate after the other to the objectives.
 
-The settings of a backend are the recipe's ``scoring`` part. The worker opens the models, has the backend make what
-shows them, and knows nothing else of it. The first backend is a module in the worker's memory
+The settings of a backend are the recipe's ``scoring`` part. The worker opens the models and has the settings make the
+backend. It knows nothing else of the backend. The first backend is a module in the worker's memory
 (``ecotone.fitness.backends.resident``). A package of your own adds one by an entry point of the group
 ``ecotone.backends``.
 """
@@ -40,7 +40,7 @@ class Backend(Protocol):
 
     @property
     def model(self) -> Any:
-        """What objectives are given: a module in evaluation mode, a dict of tensors by name, or a client."""
+        """The object that objectives score: a module in evaluation mode, a dict of tensors by name, or a client."""
         ...
 
     def show(self, genomes: Sequence[Genome]) -> Iterator[Any]:
@@ -76,11 +76,11 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class BackendContext:
-    """What a backend is made for.
+    """The models and the device that a backend is made for.
 
     Args:
         sources: The models.
-        architecture: What a module is made by: a call, ``auto``, or None.
+        architecture: A call that makes the torch module, ``auto`` for Hugging Face directories, or None for no module.
         device: Where the worker merges.
         dtype: The floating-point type that merges are rounded to; None keeps the architecture's own.
     """
@@ -161,7 +161,7 @@ class ScoringSettings(Part):
 
     @abstractmethod
     def describe(self) -> str:
-        """What ``validate`` tells of the backend, as a phrase."""
+        """A phrase about the backend for the report of ``validate``."""
 
 
 def check_declared(name: str, kind: Any) -> None:

@@ -151,7 +151,7 @@ class Task:
 
 
 class _ClassifierLossSettings(CalibrationSettings):
-    """What losses of a classifier's logits have in common."""
+    """Base of the losses of a classifier's logits."""
 
     needs_expert: ClassVar[bool] = False
 

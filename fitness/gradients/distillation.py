@@ -143,7 +143,7 @@ class Distilled(Task):
 
 @dataclass(frozen=True, eq=False)
 class Behaviour:
-    """What a model makes of a batch: a row for each example, or for each token that is not masked.
+    """The outputs of a model for a batch: a row for each example, or for each token that is not masked.
 
     Args:
         logits: (m, C) in float32 at least.
@@ -164,10 +164,10 @@ class Behaviour:
 
 
 def observe(model: Any, inputs: Inputs, head: Head | None, wanted: DistillationSettings) -> Behaviour:
-    """What ``model`` makes of ``inputs``: its logits, and the hidden layers that are compared if any are.
+    """The outputs of ``model`` for ``inputs``: its logits, and the hidden layers that are compared, if any.
 
     Raises:
-        InputError: It has no such layer, or does not return a row of logits an example or token.
+        InputError: The model lacks a layer, or does not return one row of logits for each example or token.
     """
     layers = () if wanted.hidden == 0 else wanted.layers
     named = [layer for layer in layers or () if isinstance(layer, str)]
@@ -221,7 +221,7 @@ def check(model: Any, inputs: Inputs, head: Head | None, wanted: DistillationSet
 
 @contextmanager
 def _watched(model: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What the named modules return in the forward passes meanwhile."""
+    """A dict that collects the outputs of the named modules in the forward passes inside the ``with`` block."""
     seen: dict[str, Any] = {}
     modules = dict(model.named_modules()) if names else {}
     handles = [modules[name].register_forward_hook(partial(_note, seen, name)) for name in names]

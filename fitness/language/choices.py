@@ -502,7 +502,7 @@ def _begin(tokenizer: Any, bos: bool | None, where: str) -> list[int]:
 
 
 def _fallback(tokenizer: Any, where: str) -> list[int]:
-    """What comes before the choices of an empty question."""
+    """The start or end token, which stands before the choices of an empty question."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [token]

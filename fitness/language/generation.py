@@ -52,7 +52,7 @@ ROWS = {"cpu": 32, "cuda": 256}
 
 
 class GenerationSettings(TextSettings):
-    """What objectives have in common for which the model writes, greedily (``ecotone.fitness.language.generation``).
+    """Base of the objectives for which the model writes texts greedily (``ecotone.fitness.language.generation``).
 
     Objectives with the same prompts and settings are scored on the same text, which is written once.
 
@@ -140,10 +140,10 @@ class ExactMatchSettings(GenerationSettings):
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote.
+    """The texts that a model wrote.
 
     Args:
-        tokens: (N,) lists, with what ended them.
+        tokens: (N,) lists of token ids, each with the token or stop string that ended it.
         texts: (N,) without special tokens, up to a stop string.
         finite: Whether all logits were numbers.
     """
@@ -197,10 +197,10 @@ class Generator:
         return self._subsets[key]
 
     def written(self, model: Any) -> Written:
-        """What the model writes after each prompt.
+        """The texts that the model writes, one after each prompt.
 
         Raises:
-            InputError: The model is no causal language model that keeps keys and values.
+            InputError: The model is not a causal language model that keeps keys and values.
         """
         if self._written is not None:
             return self._written
@@ -296,7 +296,7 @@ class TokensGenerated:
         """Mean number of tokens, with one number a prompt. Logits with NaN make the score NaN.
 
         Raises:
-            InputError: The model is no causal language model that keeps keys and values.
+            InputError: The model is not a causal language model that keeps keys and values.
         """
         written = self.generator.written(model)
         each = np.asarray([len(tokens) for tokens in written.tokens], dtype=np.float64)
@@ -336,7 +336,7 @@ class ExactMatch:
         """Accuracy, with one bool a prompt. Logits with NaN make the score NaN.
 
         Raises:
-            InputError: The model is no causal language model that keeps keys and values.
+            InputError: The model is not a causal language model that keeps keys and values.
         """
         written = self.generator.written(model)
         pairs = zip(written.texts, self.answers, strict=True)

@@ -46,9 +46,9 @@ Unit: TypeAlias = Literal["bits_per_byte", "likelihood", "perplexity"]
 
 
 class ReadingSettings(TextSettings):
-    """What objectives have in common for which a model reads texts (``ecotone.fitness.language.perplexity``).
+    """Base of the objectives for which a model reads texts (``ecotone.fitness.language.perplexity``).
 
-    A record is a document; where there is one document only, it is one of its windows.
+    A record is a document. Where there is only one document, a record is one of its windows.
 
     Attributes:
         context: Tokens in a window; None is 1024, or what the model can take if that is less.
@@ -93,7 +93,7 @@ class ReadingSettings(TextSettings):
 
     @property
     def unit(self) -> Unit:
-        """What is measured: the type itself."""
+        """The unit of the score, which has the same name as the type."""
         return cast(Unit, self.type)
 
 

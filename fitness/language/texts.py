@@ -30,7 +30,7 @@ TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 class TextSettings(ObjectiveSettings):
-    """What objectives on files have in common: which records they are measured on.
+    """Base of the objectives on files: the records that models are scored on.
 
     Attributes:
         data: A file, or several whose records follow one another, in UTF-8; relative paths are from the recipe's

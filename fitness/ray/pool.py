@@ -136,7 +136,7 @@ class RayPool:
         self.close()
 
     def _first_space(self) -> Space:
-        """What the first worker that lives long enough says of the models."""
+        """The space, from the first worker that lives long enough to answer."""
         deaths, errors = 0, self._cluster.ray.exceptions
         while True:
             while not self._crew.ready:

@@ -37,7 +37,7 @@ class Cache:
         return self.folder / f"{key}.safetensors"
 
     def find(self, key: str) -> Gathered | None:
-        """What is kept under ``key``, or None. A damaged file counts as none, and is logged."""
+        """The statistics under ``key``; None when there are none. A damaged file is logged and counts as missing."""
         tensors = self._whole(key)
         return None if tensors is None else gathered(key, tensors)
 
@@ -113,7 +113,7 @@ class Cache:
 
 
 def gathered(key: str, tensors: Mapping[str, Tensor]) -> Gathered:
-    """What the journal keeps of ``tensors``."""
+    """The journal's record of ``tensors``: key, digest, count and size."""
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     return Gathered(key, digest_of(tensors), len(tensors), nbytes)
 

@@ -1,4 +1,4 @@
-"""What a worker does for a trial that wants statistics: it looks in the cache, and else gathers them."""
+"""Statistics for the trials that want them. The worker reads them from the cache, or else gathers them."""
 
 from __future__ import annotations
 

@@ -388,7 +388,7 @@ def _config(directory: Path | None) -> dict[str, Any] | None:
 
 
 def default_name(path: Path) -> str:
-    """What reports call the model of a file or directory: the name of the repository, the directory or the file."""
+    """The name of a model in reports: that of its repository, its directory or its file."""
     of_hub = hub.name_of(path)
     if of_hub:
         return of_hub

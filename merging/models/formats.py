@@ -24,17 +24,17 @@ class Format(Protocol):
 
     @property
     def title(self) -> str:
-        """What messages call one: ``LoRA adapter``."""
+        """The name of the format in messages: ``LoRA adapter``."""
         ...
 
     @property
     def describe(self) -> str:
-        """What it is, in a sentence."""
+        """One sentence that describes the format."""
         ...
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """What it cannot do, a sentence each."""
+        """The limits of the format, one sentence for each."""
         ...
 
     @property
@@ -60,7 +60,7 @@ class Format(Protocol):
 
 
 SAYS = tuple(name for name in vars(Format) if not name.startswith("_"))
-"""What a format must say of itself."""
+"""The attributes and methods that every format must have."""
 
 
 def check_declared(name: str, kind: Any) -> None:

@@ -120,12 +120,12 @@ def _blocks(start: int, size: int, columns: int, span: int) -> Iterator[tuple[sl
 
 @dataclass(frozen=True)
 class Factors:
-    """What an adapter adds to one tensor of the base.
+    """The two factors whose product an adapter adds to one tensor of the base.
 
     Args:
         left: Name of the factor that has the tensor's rows.
-        right: Name of the other, or None for a bias, which is added as it is.
-        scale: What the product is multiplied by.
+        right: Name of the factor that has the tensor's columns; None for a bias, which is added as it is.
+        scale: The number that the product is multiplied by.
         transposed: Whether the stored product is the tensor's transpose.
     """
 
@@ -292,7 +292,7 @@ def _weights(place: Path) -> Path:
 
 
 class _Reader:
-    """What an adapter's headers and configuration say, checked against its base."""
+    """Reads an adapter's headers and configuration, and checks them against its base."""
 
     def __init__(self, place: Path, base: Model, stored: Checkpoint) -> None:
         self.place, self.base, self.stored = place, base, stored

@@ -26,7 +26,7 @@ from ecotone.populations.errors import InputError
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor: its shape and its type."""
+    """Shape and type of a tensor, from the file's header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class Model(Protocol):
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """The model's name in reports."""
         ...
 
     @property
@@ -120,7 +120,7 @@ class Model(Protocol):
         ...
 
     def mergekit_reference(self) -> str:
-        """What mergekit loads it by: a path or a repository of the hub, an adapter behind its base and a plus sign.
+        """The name by which mergekit loads the model: a path or a repository; ``base+adapter`` for an adapter.
 
         Raises:
             InputError: mergekit cannot express it, or would read its path otherwise.
@@ -128,7 +128,7 @@ class Model(Protocol):
         ...
 
     def record(self) -> Mapping[str, Any]:
-        """What the record of an export says of it: plain values, those of the models in it among them."""
+        """The model's entry in the record of an export: plain values, and the entries of the models that it wraps."""
         ...
 
     def named(self, name: str) -> Model:
@@ -137,7 +137,7 @@ class Model(Protocol):
 
 
 SAYS = tuple(name for name in vars(Model) if not name.startswith("_"))
-"""What a model must say of itself."""
+"""The attributes and methods that every model must have."""
 
 _WEIGHTS = ("tensor", "flat")
 _DEPENDING = ("stored", "holder", "working_bytes", "mergekit_reference", "record")
@@ -201,7 +201,7 @@ class Wrapper(ABC):
     @property
     @abstractmethod
     def change(self) -> str:
-        """What is done to the model, in a few words: ``rows in another order``."""
+        """The change that is made to the model, in a few words: ``rows in another order``."""
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -218,7 +218,7 @@ class Wrapper(ABC):
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """The model's name in reports."""
         return self.model.name
 
     @property
@@ -292,7 +292,7 @@ class Wrapper(ABC):
 
 
 def mergekit_place(path: Path) -> str:
-    """What mergekit loads a path by: a snapshot in the hub's cache by repository and commit, others as they are.
+    """The name by which mergekit loads a path. A snapshot in the hub's cache becomes ``repository@commit``.
 
     Raises:
         InputError: The path has a character that mergekit reads otherwise.

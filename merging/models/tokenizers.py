@@ -44,14 +44,14 @@ def vocabulary(directory: Path) -> Mapping[int, str] | None:
 
 
 def compare(models: Sequence[tuple[str, Path]]) -> list[str]:
-    """What differs between the tokenizers and chat templates of models.
+    """The differences between the tokenizers and chat templates of models.
 
     Args:
-        models: Names and directories, the one the others are compared with first: the base, whose files an export
-            gets. Those of plain weights files have no tokenizer and are passed over.
+        models: Names and directories. The first model is compared with all others: the base, whose files an export
+            gets. Models in plain weights files have no tokenizer and are passed over.
 
     Returns:
-        Plain sentences, one a difference; none if all agree.
+        One plain sentence for each difference; none if all agree.
     """
     found = [(name, _Files(Path(path))) for name, path in models if Path(path).is_dir()]
     owners = [(name, files) for name, files in found if files.tokens is not None]
@@ -70,10 +70,10 @@ def compare(models: Sequence[tuple[str, Path]]) -> list[str]:
 
 
 class _Files:
-    """What is compared of one directory.
+    """The files of one directory that are compared.
 
     Args:
-        directory: A model's.
+        directory: The directory of a model.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -200,7 +200,7 @@ class Resized(Wrapper):
         return self if name in self.sizes else self.model.holder(name)
 
     def working_bytes(self, name: str) -> int:
-        """What the models take whose rows are read."""
+        """Bytes that reading takes in the model, and in the models that lend it rows."""
         read = {id(self.model): self.model}
         if name in self.sizes and self.model.tensors[name].shape[0] < self.sizes[name]:
             read |= {id(other): other for other in (self.base, *self.experts) if other and name in other.tensors}

@@ -1,4 +1,4 @@
-"""What a merge operator is."""
+"""The protocol of merge operators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Operator(Protocol):
 
     @property
     def name(self) -> str:
-        """What recipes call it."""
+        """The operator's name in recipes."""
         ...
 
     @property
@@ -79,7 +79,7 @@ class Operator(Protocol):
         ...
 
     def transform(self, pieces: Pieces) -> Transform:
-        """What is mixed in place of the stored tensors; may stream all of them to find out what that is."""
+        """The function that makes the mixed tensors from the stored ones; may first stream all stored tensors."""
         ...
 
 

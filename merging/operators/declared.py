@@ -19,7 +19,7 @@ from ecotone.populations.errors import InputError, nearest
 from ecotone.settings import described
 
 SAYS = tuple(name for name in vars(Operator) if not name.startswith("_"))
-"""What an operator must say of itself."""
+"""The attributes and methods that every operator must have."""
 
 _KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -45,7 +45,7 @@ class Setting:
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
-        """What checks values, and tells the JSON Schema."""
+        """The pydantic adapter that checks values and gives the JSON Schema."""
         try:
             return TypeAdapter(self.type, config=ConfigDict(allow_inf_nan=False))
         except PydanticUserError:  # a dataclass or a model, which has its own configuration
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        """What values may be, in words: ``a number above 0 and at most 1``."""
+        """The allowed values, in words: ``a number above 0 and at most 1``."""
         return _in_words(self.type)
 
     def checked(self, value: Any, strict: bool = True) -> Any:
@@ -111,7 +111,7 @@ def check_declared(name: str, kind: Any) -> None:
 
 
 def _faults(name: str, kind: Any) -> Iterator[str]:
-    """What is lacking, each as what was expected and what was found."""
+    """The faults of an operator. Each text names the expected and the found."""
     if not _is_frozen(kind):
         yield f"a frozen dataclass, found {kind!r}"
         return
@@ -162,7 +162,7 @@ def _default(one: Field[Any]) -> Any:
 
 
 def _texts(kind: type) -> dict[str, str]:
-    """What the docstrings of a class and of those it is made of say of its fields."""
+    """The texts of a class's fields, from the docstrings of the class and its bases."""
     found: dict[str, str] = {}
     for each in reversed(kind.__mro__):
         found |= described(each.__dict__.get("__doc__") or "")
@@ -173,7 +173,7 @@ def _texts(kind: type) -> dict[str, str]:
 
 
 def _in_words(annotation: Any) -> str:
-    """What values of a type may be; empty for types that need more than a few words."""
+    """The allowed values of a type, in words; empty for types that need more than a few words."""
     if get_origin(annotation) is Literal:
         *first, last = map(str, get_args(annotation))
         return f"{', '.join(first)} or {last}" if first else last

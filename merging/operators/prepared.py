@@ -21,7 +21,7 @@ SEEDS = 2**32
 Density: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 """A share of the entries of task vectors."""
 MaskSeed: TypeAlias = Annotated[int, Field(ge=0, le=SEEDS - 1)]
-"""What chooses the masks of random entries."""
+"""The seed from which masks of random entries are drawn."""
 Combine: TypeAlias = Literal["mean", "sum"]
 """How entries that agree are combined."""
 

@@ -48,12 +48,12 @@ class Ties(PreparedVectors):
 
 @dataclass(frozen=True)
 class _Disjoint:
-    """What is left of task vectors, in pieces of the base and K experts.
+    """Makes the task vectors that trimming and election leave, in pieces of the base and K experts.
 
     Args:
         kind: The type in which task vectors are formed.
         election: Gives the base and ``base + tau'_k``.
-        combine: Whether entries are divided by how many agree.
+        combine: ``mean`` divides an entry by the number of experts that agree on its sign; ``sum`` does not.
     """
 
     kind: torch.dtype

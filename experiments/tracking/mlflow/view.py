@@ -101,7 +101,7 @@ def _groups(present: str | None) -> list[list[str]] | None:
 
 
 def _state(key: str, names: Names, held_out: Sequence[Names], pairs: int) -> dict[str, Any]:
-    """What MLflow's page of runs remembers: which runs, and which charts in which sections."""
+    """The state that MLflow's page of runs remembers: which runs, and which charts in which sections."""
     charts = list({chart["uuid"]: chart for chart in _charts(names, held_out, pairs)}.values())
     sections = dict.fromkeys(chart["metricSectionId"] for chart in charts)
     return {
