@@ -158,10 +158,10 @@ class Call(Part):
     """A Python function and its keyword arguments.
 
     Attributes:
-        call: ``package.module:function``, or ``./file.py:function`` for a file, whose path is relative to the
-            recipe's folder.
-        arguments: Keyword arguments, plain values. One that begins with ``prepared:`` is a path, relative to what the
-            preparation step wrote.
+        call: The function: ``package.module:function``, or ``./file.py:function`` with a path relative to the recipe's
+            folder.
+        arguments: Keyword arguments of the function, plain values. A text that begins with ``prepared:`` is a path,
+            relative to the folder that the preparation step wrote.
     """
 
     call: str

@@ -24,7 +24,7 @@ class Range(Part):
     Attributes:
         low: The smallest value.
         high: The largest value.
-        scale: ``linear``, ``log``, or ``integer`` for whole numbers alone.
+        scale: The scale on which values are searched: ``linear``, ``log``, or ``integer`` for whole numbers alone.
     """
 
     low: float
@@ -51,11 +51,11 @@ class Merge(Part):
     the coefficients.
 
     Attributes:
-        operator: The merge operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to
-            the base, ``ties``, ``dare`` and ``dare_ties`` add thinned ones, ``ties_vectors`` those of AdaMerging++;
-            ``slerp`` goes from one of two models to the other. ``ecotone plugins`` lists all.
-        dtype: The type that merged weights are rounded to, scored in and exported in; by default that in which the
-            experts are stored (float32 when an architecture is given and they mix types).
+        operator: The merge operator. ``linear`` mixes the experts themselves. ``task_arithmetic`` adds task vectors to
+            the base. ``ties``, ``dare`` and ``dare_ties`` add thinned task vectors, ``ties_vectors`` those of
+            AdaMerging++. ``slerp`` goes from one of two models to the other. ``ecotone plugins`` lists all operators.
+        dtype: The type that merged weights are rounded to, scored in and exported in. None means the type in which the
+            experts are stored (float32 when there is an architecture and the experts mix types).
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")

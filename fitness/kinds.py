@@ -137,12 +137,13 @@ class CalibrationSettings(Part):
     """A task that a gradient search learns coefficients on: a stream of batches, and the loss that is differentiated.
 
     Attributes:
-        name: The task's name.
-        data: Returns the inputs, or (inputs, labels).
-        loss: What is differentiated.
-        head: Returns the task's classification head where the merged model is only the encoder: a callable from
-            (outputs, inputs) to logits. It is never merged.
-        batch: Examples in one batch.
+        name: The name of the calibration task.
+        data: A call that returns the inputs, or (inputs, labels). Inputs are a tensor or an array (N, ...), or a
+            mapping of tensors by name. Labels are (N,) class numbers from 0.
+        loss: The loss that is differentiated, such as ``entropy`` or ``cross_entropy``.
+        head: A call that returns the task's classification head, where the merged model is only the encoder. The head
+            is a callable from (outputs, inputs) to logits. It is never merged.
+        batch: Examples in one batch of the task.
     """
 
     name: str

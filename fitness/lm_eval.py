@@ -54,24 +54,26 @@ class LmEvalSettings(ObjectiveSettings):
     """A task of lm-eval, scored as its ``simple_evaluate`` would (``ecotone.fitness.lm_eval``).
 
     Attributes:
-        task: Its name: one of lm-eval's own, or one in ``folder``.
-        folder: A folder of task files (YAML); relative paths are from the recipe's folder. None is lm-eval's own, of
-            which it takes some seconds to list the names.
-        metric: Such as ``acc`` or ``exact_match``; None is the task's first.
-        filter: What answers pass through before they are scored; None is the task's first.
-        shots: Examples shown before each question; None is the task's own number.
+        type: ``lm_eval``: a task of lm-eval.
+        task: The name of the task: one of lm-eval's own, or one in ``folder``.
+        folder: A folder of task files (YAML), relative to the recipe's folder. None takes lm-eval's own tasks; listing
+            their names takes some seconds.
+        metric: The metric of the task that is the score, such as ``acc`` or ``exact_match``; None is the task's first
+            metric.
+        filter: The task's filter that answers pass through before they are scored; None is the task's first filter.
+        shots: Solved examples shown before each question; None is the task's own number.
         chat_template: Put requests into the tokenizer's chat template.
-        fewshot_as_multiturn: In a chat template, make each shown example a turn of its own.
-        system_instruction: Text that goes before everything else.
+        fewshot_as_multiturn: In a chat template, make each solved example a turn of its own.
+        system_instruction: A text put before everything else in a request; None puts no text.
         batch: Rows in one forward pass. None is the largest power of two up to 64 that fits, found while the first
-            candidate is scored; workers with unlike memory may then differ in the last bits.
-        limit: Documents in the calibration subset; None takes all. A smaller limit takes some of the documents that a
-            larger one takes.
-        seed: Of that subset.
-        part: With a limit, ``search`` is the subset and ``rest`` all other documents; ``all`` is every document and
-            takes no limit.
-        max_length: Longest input in tokens; None is the model's.
-        allow_code: Let the folder's files run Python of their own, and answers be run as code.
+            candidate is scored. Workers with different memory may then differ in the last bits of scores.
+        limit: Documents in the calibration subset; None takes all. A smaller limit draws some of the documents that a
+            larger limit draws.
+        seed: The seed that draws the calibration subset.
+        part: The documents to score on. With a limit, ``search`` is the calibration subset and ``rest`` all other
+            documents. ``all`` is every document and takes no limit.
+        max_length: The longest input in tokens; None is the model's own limit.
+        allow_code: Allow the folder's files to run Python of their own, and the model's answers to be run as code.
     """
 
     type: Literal["lm_eval"]

@@ -45,11 +45,11 @@ class ClassifierSettings(ObjectiveSettings):
     """Base of the objectives of classifiers.
 
     Attributes:
-        data: Returns (inputs, labels). Inputs are a tensor or an array (N, ...), or a mapping of such, as Hugging Face
-            models take; labels are (N,) class numbers from 0.
-        head: Returns the task's classification head where the merged model is only the encoder: a callable from
-            (outputs, inputs) to logits. It is never merged.
-        batch: Examples in one forward pass, which bounds the memory for activations; None lets Ecotone choose.
+        data: A call that returns (inputs, labels). Inputs are a tensor or an array (N, ...), or a mapping of tensors by
+            name, as Hugging Face models take. Labels are (N,) class numbers from 0.
+        head: A call that returns the task's classification head, where the merged model is only the encoder. The head
+            is a callable from (outputs, inputs) to logits. It is never merged.
+        batch: Examples in one forward pass. Fewer examples take less memory. None lets Ecotone choose.
     """
 
     data: Call
@@ -68,7 +68,11 @@ class ClassifierSettings(ObjectiveSettings):
 
 
 class AccuracySettings(ClassifierSettings):
-    """The share of examples whose highest output is the label."""
+    """The share of examples whose highest output is the label.
+
+    Attributes:
+        type: ``accuracy``: the share of examples whose highest output is the label.
+    """
 
     type: Literal["accuracy"] = "accuracy"
     direction: Literal["maximize"] = "maximize"
@@ -150,7 +154,9 @@ class EntropySettings(ClassifierSettings):
     """Mean entropy of a classifier's predictions, in nats; it needs no labels.
 
     Attributes:
-        data: Returns the inputs, or (inputs, labels), as for ``accuracy``.
+        type: ``entropy``: the mean entropy of a classifier's predictions, in nats.
+        data: A call that returns the inputs, or (inputs, labels) whose labels are not used. Inputs are a tensor or an
+            array (N, ...), or a mapping of tensors by name.
     """
 
     type: Literal["entropy"]
@@ -252,9 +258,11 @@ class CallSettings(ObjectiveSettings):
     """A function of the merged model that returns a number, or a number and one score an example.
 
     Attributes:
-        call: ``package.module:function``. It gets the model, then the arguments.
-        arguments: Keyword arguments, plain values. One that begins with ``prepared:`` is a path, relative to what the
-            preparation step wrote.
+        type: ``call``: a Python function that scores the merged model.
+        call: The function: ``package.module:function``, or ``./file.py:function`` with a path relative to the recipe's
+            folder. It gets the model, then the arguments.
+        arguments: Keyword arguments of the function, plain values. A text that begins with ``prepared:`` is a path,
+            relative to the folder that the preparation step wrote.
     """
 
     type: Literal["call"]

@@ -56,19 +56,20 @@ class BayesianMapSettings(SurrogateSettings):
     """Bayesian MAP: a front by batches of proposals, over surrogates that say how sure they are.
 
     Attributes:
-        algorithm: ``bayesian_map``.
-        samples: Candidates scored before the first model; None means ``2 D + 2`` or ``(D+1)(D+2)/2`` in D variables,
-            whichever is less.
-        acquisition: How proposals are chosen: by the ``hypervolume`` that they are expected to add, or by the paper's
+        algorithm: ``bayesian_map``: batches of proposals from surrogates that know their uncertainty.
+        samples: Candidates scored before the first surrogate is fitted. None means the smaller of ``2 D + 2`` and
+            ``(D+1)(D+2)/2`` for D variables.
+        acquisition: How proposals are chosen: by the expected growth of the front's ``hypervolume``, or by the paper's
             angular ``bins`` (at most six coefficients).
-        reference: By objective the score, in the objective's own units, from which hypervolume counts. None means for
-            shares the worst that the models alone score, for others a tenth of the front's extent beyond the worst
-            score on it.
-        patience: Stop when the front's hypervolume has grown by less than ``tolerance`` in so many evaluations after
+        reference: For each objective, the score from which hypervolume is measured, in the objective's own units. None
+            means the worst score of the models for objectives with the sigmoid link. For others it lies a tenth of the
+            front's extent beyond the worst score on the front.
+        patience: Stop when the front's hypervolume has grown by less than ``tolerance`` in this many evaluations after
             the design; None means never.
-        tolerance: Growth of the hypervolume below which ``patience`` counts, as a share of it.
-        paths: Functions drawn of each model for a proposal.
-        candidates: Points among which a proposal begins to look.
+        tolerance: The relative growth of the hypervolume below which the search stops after ``patience`` evaluations.
+        paths: Random functions drawn from each surrogate for a proposal. More functions estimate the expected growth
+            better and take longer.
+        candidates: Points drawn for each proposal, of which the most promising are refined.
     """
 
     algorithm: Literal["bayesian_map"] = "bayesian_map"

@@ -28,14 +28,15 @@ class StageSettings(Part):
     """One search of a chain, written as a search with these keys beside its own.
 
     Attributes:
-        search: The search; its fields are written beside the others.
-        evaluations: Its share of the budget; the last stage may leave it out and has the rest.
-        start: What of the stage before it begins with: its ``front``, its ``best`` merge, its ``archive`` (the members
-            of its population) or ``none``. By default the front, where the algorithm can begin with given merges. What
-            it begins with is not scored again. M2N2, NSGA and Optuna's samplers take it in place of the models
-            themselves, CMA-ES takes the best as its mean.
-        starts: The most merges to begin with, the best and others spread over the scores; by default 4 for searches by
-            gradient, which learn from each, and all for others.
+        search: The search of the stage. Its fields are written beside ``evaluations``, ``start`` and ``starts``.
+        evaluations: Evaluations that the stage may spend of the budget. The last stage may leave them out and has the
+            rest.
+        start: The merges of the stage before that this stage begins with: its ``front``, its ``best`` merge, its
+            ``archive`` (the members of its population) or ``none``. By default ``front``, where the algorithm can begin
+            with given merges. They are not scored again. M2N2, NSGA and Optuna's samplers begin with them in place of
+            the models. CMA-ES takes the best of them as its mean.
+        starts: The most merges to begin with: the best merge, and others spread over the scores. By default 4 for
+            searches by gradient, which learn from each, and all merges for others.
     """
 
     search: AnySearch

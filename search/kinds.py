@@ -108,8 +108,8 @@ class SearchSettings(Part):
     the ``Attributes`` section of its docstring, and all abstract methods. The registry refuses one that lacks any.
 
     Attributes:
-        algorithm: The search algorithm.
-        archive: Merges that the population keeps.
+        algorithm: The name of the search algorithm.
+        archive: The most merges that the population keeps.
     """
 
     algorithm: str
@@ -180,9 +180,10 @@ class Segmented(SearchSettings):
     """Coefficients of segments.
 
     Attributes:
-        granularity: What has coefficients of its own: the whole ``model``, one of ``groups`` of blocks, a ``block``
-            (the tensors of one layer), or a ``tensor``.
-        groups: With ``granularity: groups``, into how many runs the blocks are put, of about as many parameters each.
+        granularity: The parts of the model that have their own coefficients: the whole ``model``, ``groups`` of
+            consecutive blocks, each ``block`` (the tensors of one layer), or each ``tensor``.
+        groups: The number of groups of consecutive blocks, with about as many parameters in each. Only for
+            ``granularity: groups``.
     """
 
     granularity: Literal["model", "groups", "block", "tensor"] = "block"
@@ -211,8 +212,8 @@ class Box(Segmented):
     """Coefficients of segments, each between two bounds.
 
     Attributes:
-        low: The smallest coefficient.
-        high: The largest coefficient.
+        low: The smallest value that a coefficient may take.
+        high: The largest value that a coefficient may take.
     """
 
     low: float = 0.0
@@ -239,7 +240,9 @@ class FrontBox(Box):
     """Coefficients of segments, by default one a model, as a search for a front begins best with.
 
     Attributes:
-        granularity: As for other searches; by default one coefficient a model.
+        granularity: The parts of the model that have their own coefficients: the whole ``model`` (one coefficient for
+            each model), ``groups`` of consecutive blocks, each ``block`` (the tensors of one layer), or each
+            ``tensor``.
     """
 
     granularity: Literal["model", "groups", "block", "tensor"] = "model"
@@ -249,7 +252,7 @@ class ModelsFirstBox(FrontBox):
     """A search that may begin with given points.
 
     Attributes:
-        models_first: Score the models themselves and their average before anything else.
+        models_first: Score the models themselves and their average before any other merge.
     """
 
     models_first: bool = True

@@ -49,14 +49,18 @@ class MapSettings(SurrogateSettings):
     """MAP: a design, a quadratic surrogate of each objective, their front, and the part of it that is scored.
 
     Attributes:
-        algorithm: ``map``.
-        samples: Points of the design; None means (D+1)(D+2), twice what determines a quadratic in D variables.
-        design: How these points are chosen: ``mixed``, ``sobol``, ``grid`` or ``random`` (``ecotone.search.designs``).
-        front: Members of the predicted front to score; None means what is left of the budget, or 20 without one.
-        margin: How far beyond the sampled points coefficients may be predicted, in shares of their extent; never
-            outside the box.
-        caution: Standard errors taken off each predicted score before fronts are compared: without it the front is
-            where the surrogates err most. Surrogates that fit exactly have none.
+        algorithm: ``map``: score a design of points, fit a quadratic surrogate to each objective, and score the
+            predicted front.
+        samples: Points of the design, which are scored before the surrogates are fitted. None means (D+1)(D+2) for D
+            variables, twice as many as determine a quadratic.
+        design: How the points of the design are chosen: ``mixed``, ``sobol``, ``grid`` or ``random``
+            (``ecotone.search.designs``).
+        front: Members of the predicted front to score. None means the rest of the budget, or 20 without a budget of
+            evaluations.
+        margin: How far beyond the range of the scored points the front may be predicted, as a share of that range.
+            Predictions never leave ``low`` to ``high``.
+        caution: Standard errors subtracted from each predicted score before fronts are compared. With 0, the front lies
+            where the surrogates err most. Surrogates that fit exactly have no error.
     """
 
     algorithm: Literal["map"] = "map"

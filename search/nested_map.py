@@ -38,12 +38,14 @@ class NestedMapSettings(SurrogateSettings):
     """Nested MAP: a tree of pairwise MAPs, for many models with one coefficient each.
 
     Attributes:
-        algorithm: ``nested_map``.
-        samples: Points of each pair's design, of which the two nodes themselves are known already; None means 12.
-        owners: By objective the model that it belongs to; None means that objectives and models are in the same order.
-        preference: By objective how much it matters, at least 0; 1 where not given.
-        front: Members of each pair's predicted front to score, the preferred one first; None means 4.
-        caution: Standard errors taken off each predicted score before fronts are compared.
+        algorithm: ``nested_map``: a tree of pairwise MAPs, for many models with one coefficient each.
+        samples: Points of each pair's design; None means 12. Two of them are the pair's own nodes, which are already
+            scored.
+        owners: For each objective, the name of the model that it belongs to. None means that objectives and models are
+            in the same order.
+        preference: For each objective, its weight, at least 0; 1 where not given.
+        front: Members of each pair's predicted front to score, the preferred member first; None means 4.
+        caution: Standard errors subtracted from each predicted score before fronts are compared.
     """
 
     algorithm: Literal["nested_map"] = "nested_map"

@@ -38,13 +38,16 @@ class NsgaSettings(ModelsFirstBox):
     """NSGA-II or NSGA-III in steady state: each result counts from the next proposal on.
 
     Attributes:
-        algorithm: ``nsga2`` (crowding distance), or ``nsga3`` (reference directions; two objectives or more).
-        population: Survivors that children are bred from; None means 20, or two an objective if that is more.
+        algorithm: ``nsga2``: genetic search by crowding distance; ``nsga3``: genetic search by reference directions,
+            for two or more objectives.
+        population: Survivors from which children are bred. None means 20, or twice the number of objectives if that is
+            more.
         crossover: Probability that a child has coefficients of both parents.
-        crossover_index: Distribution index of the crossover: the larger, the nearer to a parent.
-        mutation: Probability that a coefficient mutates; None means 1/D.
-        mutation_index: Distribution index of the mutation: the larger, the smaller its steps.
-        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+        crossover_index: Distribution index of the crossover. With a larger index, children are nearer to a parent.
+        mutation: Probability that a coefficient mutates. None means 1/D for D coefficients.
+        mutation_index: Distribution index of the mutation. With a larger index, steps are smaller.
+        race: Score every candidate on some of the examples first, and only the promising candidates on all
+            (``ecotone.search.racing``). None scores every candidate on all examples.
     """
 
     algorithm: Variant = "nsga2"

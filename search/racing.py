@@ -44,11 +44,12 @@ class RaceSettings(Part):
     """How candidates race: they are scored on some of the examples first, and only the promising ones on all.
 
     Attributes:
-        fidelities: Shares of the examples after which a group is cut, ascending, between 0 and 1; none for no cuts.
-        eta: One candidate in so many goes on; the number is rounded up.
-        group: Candidates that race one another.
-        slices: Parts in which the rest of the examples is scored; the bound is checked after each.
-        bound: Whether a candidate stops once no remaining score could put it in the population or on the front.
+        fidelities: Shares of the examples, ascending between 0 and 1. After each share, only the best candidates of a
+            group go on. An empty list cuts no group.
+        eta: The size of a group divided by the number of its candidates that go on after a cut (rounded up).
+        group: Candidates in a group, which race one another.
+        slices: Parts in which the examples after the last cut are scored. The bound is checked after each part.
+        bound: Stop a candidate once no remaining score could put it in the population or on the front.
     """
 
     fidelities: tuple[float, ...] = (0.1,)

@@ -15,8 +15,9 @@ class RandomSettings(Box):
     """Random search: coefficients drawn evenly from a box. Every other search has to beat this baseline.
 
     Attributes:
-        algorithm: ``random``.
-        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+        algorithm: ``random``: coefficients drawn evenly between ``low`` and ``high``.
+        race: Score every candidate on some of the examples first, and only the promising candidates on all
+            (``ecotone.search.racing``). None scores every candidate on all examples.
     """
 
     algorithm: Literal["random"] = "random"

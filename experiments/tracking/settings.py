@@ -46,8 +46,8 @@ class TrackingSettings(MlflowPlace):
     A tracker of an installed package is named like ours: ``name: true``, or ``name:`` with its settings.
 
     Attributes:
-        mlflow: Mirror the journal into MLflow.
-        wandb: Mirror the journal into Weights & Biases: ``true``, or its settings.
+        mlflow: Mirror the run into MLflow.
+        wandb: Mirror the run into Weights & Biases: ``true``, or the settings of W&B.
     """
 
     mlflow: bool = True

@@ -59,11 +59,11 @@ class WandbSettings(TrackerSettings):
     """Weights & Biases: its server, or a folder for `wandb sync`.
 
     Attributes:
-        project: W&B project.
-        entity: User or team that has the project; None is whoever logged in with `wandb login`.
-        mode: ``online``, or ``offline``: written into a folder without a network, for `wandb sync` to send. None is
-            $WANDB_MODE, or else online.
-        dir: Folder that W&B keeps its files in; None is the run directory.
+        project: The W&B project that holds the run.
+        entity: The user or team that owns the W&B project. None means the user who logged in with `wandb login`.
+        mode: ``online`` sends the run to W&B. ``offline`` writes it into a folder without a network, for `wandb sync`
+            to send later. None means $WANDB_MODE, or else online.
+        dir: The folder that W&B keeps its files in. None means the run directory.
     """
 
     project: str = "ecotone"

@@ -97,14 +97,15 @@ class ScoringSettings(Part):
     A backend's settings are a subclass with a ``Literal`` of its name as ``backend``, and all abstract methods.
 
     Attributes:
-        backend: What shows candidates to the objectives.
-        batch: Candidates asked for and scored together.
-        in_flight: The most candidates asked for and not yet learned from, in all; two batches unless said otherwise.
-            Strict order keeps workers busy with two to three batches for each, as the slow ones hold up what is asked.
-        order: ``strict`` learns in the order of asking, so that results depend on the recipe alone;
-            ``arrival`` learns at once, for the highest use of workers.
-        threads: CPU threads a worker computes with.
-        device: ``auto`` takes a GPU when the worker has one.
+        backend: The name of the backend that shows candidates to the objectives.
+        batch: Candidates that are proposed and scored together.
+        in_flight: The most candidates in flight: proposed, but not yet learned from. None means two batches. With
+            strict order, two to three batches for each worker keep all workers busy, because the oldest batch holds up
+            new proposals.
+        order: When the search learns from results. ``strict`` learns in the order of proposals, so that results depend
+            only on the recipe. ``arrival`` learns at once, so that workers never wait.
+        threads: CPU threads that each worker computes with.
+        device: The device that workers compute on. ``auto`` takes a GPU where the worker has one.
     """
 
     backend: str

@@ -48,9 +48,10 @@ class ResidentSettings(ScoringSettings):
     """A module in the worker's memory: its weights are replaced by those of one candidate after the other.
 
     Attributes:
-        backend: ``resident``.
-        checkpointing: Compute activations again on the way back of a gradient instead of keeping them: less memory,
-            more time (Hugging Face models only).
+        backend: ``resident``: a module in the worker's memory, whose weights are replaced by those of one candidate
+            after the other.
+        checkpointing: Compute activations again in the backward pass instead of keeping them. This takes less memory
+            and more time (Hugging Face models only).
     """
 
     backend: Literal["resident"] = "resident"

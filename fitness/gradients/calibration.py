@@ -163,7 +163,11 @@ class _ClassifierLossSettings(CalibrationSettings):
 
 
 class EntropyLossSettings(_ClassifierLossSettings):
-    """Mean entropy of the predictions (AdaMerging); it needs no labels."""
+    """Mean entropy of the predictions (AdaMerging); it needs no labels.
+
+    Attributes:
+        loss: ``entropy``: the mean entropy of the predictions; needs no labels.
+    """
 
     loss: Literal["entropy"] = "entropy"
 
@@ -171,7 +175,11 @@ class EntropyLossSettings(_ClassifierLossSettings):
 
 
 class CrossEntropyLossSettings(_ClassifierLossSettings):
-    """Mean cross-entropy of the predictions with the labels."""
+    """Mean cross-entropy of the predictions with the labels.
+
+    Attributes:
+        loss: ``cross_entropy``: the mean cross-entropy of the predictions and the labels.
+    """
 
     loss: Literal["cross_entropy"] = "cross_entropy"
 

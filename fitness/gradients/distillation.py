@@ -35,11 +35,12 @@ class DistillationSettings(CalibrationSettings):
     """How far logits and hidden layers are from those of an expert (Expert Merging); it needs no labels.
 
     Attributes:
-        expert: The name of the expert to be like; by default the one named as the task.
-        temperature: T, what logits are divided by.
-        hidden: Weight of the hidden layers' mean squared error; 0 leaves them out.
-        layers: Which hidden layers: names of the architecture's modules, or positions in a Hugging Face model's
-            ``hidden_states``; by default the last of these, or the outputs that the head takes.
+        loss: ``distillation``: the distance of logits and hidden layers from those of an expert; needs no labels.
+        expert: The name of the expert that merges are compared with. None means the expert with the task's name.
+        temperature: The number T that logits are divided by.
+        hidden: The weight of the mean squared error of hidden layers; 0 leaves them out.
+        layers: The hidden layers to compare: names of the architecture's modules, or positions in a Hugging Face
+            model's ``hidden_states``. None means the last of these positions, or the outputs that the head takes.
     """
 
     loss: Literal["distillation"] = "distillation"

@@ -66,15 +66,17 @@ class MultipleChoiceSettings(TextSettings):
     """The share of questions whose right choice is the likeliest (``ecotone.fitness.language.choices``).
 
     Attributes:
-        template: The question, ``{name}`` for a field of the record.
-        choices: The field that holds the choices, a list of texts.
-        answer: The field that holds the number of the right one, from 0.
-        delimiter: Text between a question and a choice.
-        normalise: What a log-likelihood is divided by: ``none``, the choice's UTF-8 ``bytes``, or its ``tokens``.
-        shots: Solved questions put before each: the first of ``examples``.
-        examples: The file of these; None is ``data``, whose first records are then not scored.
-        separator: Text between solved questions.
-        reuse: Read a question once for all its choices: the same scores in less time.
+        type: ``multiple_choice``: the share of questions whose right choice the model finds likeliest.
+        template: The text of a question. ``{name}`` stands for the field ``name`` of the record.
+        choices: The field of a record that holds the choices, a list of texts.
+        answer: The field of a record that holds the number of the right choice, from 0.
+        delimiter: The text between a question and a choice.
+        normalise: The number that the log-likelihood of a choice is divided by: ``none`` (1), its UTF-8 ``bytes``, or
+            its ``tokens``.
+        shots: Solved questions put before each question: the first records of ``examples``.
+        examples: The file of solved questions. None takes the first records of ``data``, which are then not scored.
+        separator: The text between solved questions.
+        reuse: Read each question once for all its choices: the same scores in less time.
     """
 
     type: Literal["multiple_choice"]

@@ -57,13 +57,12 @@ class GenerationSettings(TextSettings):
     Objectives with the same prompts and settings are scored on the same text, which is written once.
 
     Attributes:
-        template: The prompt, ``{name}`` for a field of the record.
-        chat: Put the prompt into the tokenizer's chat template, as a user's message.
-        most: The most tokens to write.
+        template: The text of a prompt. ``{name}`` stands for the field ``name`` of the record.
+        chat: Put the prompt into the tokenizer's chat template, as a message of the user.
+        most: The most tokens that the model writes for a prompt.
         stop: Texts that end an answer.
-        batch: Prompts continued together; None lets Ecotone choose.
-        bos: Whether the start token comes first; None: where the tokenizer puts it itself. A chat template puts its
-            own.
+        batch: Prompts that are continued together. None lets Ecotone choose.
+        bos: Put the start token first. None puts it where the tokenizer puts it itself. A chat template puts its own.
     """
 
     template: str = "{prompt}"
@@ -85,7 +84,11 @@ class GenerationSettings(TextSettings):
 
 
 class TokensGeneratedSettings(GenerationSettings):
-    """The mean number of tokens a model writes for a prompt: fewer is better."""
+    """The mean number of tokens a model writes for a prompt: fewer is better.
+
+    Attributes:
+        type: ``tokens_generated``: the mean number of tokens that the model writes for a prompt.
+    """
 
     type: Literal["tokens_generated"]
     direction: Literal["minimize"] = "minimize"
@@ -105,9 +108,10 @@ class ExactMatchSettings(GenerationSettings):
     """The share of prompts that the model answers right.
 
     Attributes:
-        answer: The field that holds the right answer: a text, a number, or a list of those that count.
-        extract: A regular expression; the answer is its last match in what was written (its first group, where it has
-            one). None: all that was written.
+        type: ``exact_match``: the share of prompts whose answer equals the right answer.
+        answer: The field of a record that holds the right answer: a text, a number, or a list of right answers.
+        extract: A regular expression that finds the answer: its last match in the text that the model wrote, or the
+            first group of that match. None takes the whole text.
     """
 
     type: Literal["exact_match"]

@@ -51,9 +51,10 @@ class ReadingSettings(TextSettings):
     A record is a document. Where there is only one document, a record is one of its windows.
 
     Attributes:
-        context: Tokens in a window; None is 1024, or what the model can take if that is less.
-        stride: Tokens from a window's start to the next one's; None is ``context``.
-        field: The field of a ``.jsonl`` file's lines that holds the text.
+        context: Tokens in a window that the model reads at once. None is 1024, or the model's own limit if that is
+            less.
+        stride: Tokens from the start of a window to the start of the next window. None is ``context``.
+        field: The field of each line of a ``.jsonl`` file that holds the text.
     """
 
     context: int | None = Field(default=None, ge=2)
@@ -98,14 +99,22 @@ class ReadingSettings(TextSettings):
 
 
 class PerplexitySettings(ReadingSettings):
-    """Bits per byte, or perplexity, of texts."""
+    """Bits per byte, or perplexity, of texts.
+
+    Attributes:
+        type: ``bits_per_byte`` or ``perplexity`` of texts under the model.
+    """
 
     type: Literal["bits_per_byte", "perplexity"]
     direction: Literal["minimize"] = "minimize"
 
 
 class LikelihoodSettings(ReadingSettings):
-    """The geometric mean of a byte's probability, 2 to the minus bits per byte: what M2N2 can share out."""
+    """The geometric mean of a byte's probability, 2 to the minus bits per byte: what M2N2 can share out.
+
+    Attributes:
+        type: ``likelihood``: the geometric mean of the probability of each byte of the texts.
+    """
 
     type: Literal["likelihood"]
     direction: Literal["maximize"] = "maximize"

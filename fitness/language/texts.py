@@ -33,15 +33,15 @@ class TextSettings(ObjectiveSettings):
     """Base of the objectives on files: the records that models are scored on.
 
     Attributes:
-        data: A file, or several whose records follow one another, in UTF-8; relative paths are from the recipe's
-            folder, or ``prepared:``. A ``.jsonl`` file has a record a line.
-        part: With ``search`` and ``held_out``, the records are divided between them by the seed; each gets one at
-            least.
-        seed: Of that division.
-        share: Share of the records that ``search`` gets.
-        limit: The most records of the part; None is all of it.
+        data: A text file (UTF-8), or several files whose records follow one another. Paths are relative to the recipe's
+            folder, or begin with ``prepared:``. A ``.jsonl`` file has one record in each line.
+        part: The records to score on: ``all``, or the ``search`` or ``held_out`` part. The seed divides the records
+            into these two parts. Each part gets at least one record.
+        seed: The seed that divides the records into ``search`` and ``held_out``.
+        share: The share of the records that the ``search`` part gets.
+        limit: The most records of the part to score on; None takes the whole part.
         batch: Rows in one forward pass; None lets Ecotone choose.
-        bos: Whether the start token comes first; None: where the tokenizer has one.
+        bos: Put the start token first. None puts it where the tokenizer has a start token.
     """
 
     data: str | tuple[str, ...]

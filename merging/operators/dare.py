@@ -31,8 +31,8 @@ class Dare(PreparedVectors):
     """``theta = base + sum_k c_k m_k tau_k / density``; zero coefficients give the base.
 
     Args:
-        density: The probability with which an entry is kept (the paper's 1 - p), not the share dropped.
-        mask_seed: Chooses the masks, from 0 to 2^32 - 1.
+        density: The probability that an entry of a task vector is kept (the paper's 1 - p), not the share dropped.
+        mask_seed: The seed that draws which entries are kept, from 0 to 2^32 - 1.
     """
 
     density: Density = 0.5

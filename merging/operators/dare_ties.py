@@ -34,9 +34,10 @@ class DareTies(PreparedVectors):
     """``theta = base + sum_k c_k v_k``, linear in the coefficients, which take no part in the election.
 
     Args:
-        density: The probability with which an entry is kept, not the share dropped.
-        mask_seed: Chooses the masks, from 0 to 2^32 - 1.
-        combine: ``mean`` divides entries by how many agree, ``sum`` does not.
+        density: The probability that an entry of a task vector is kept, not the share dropped.
+        mask_seed: The seed that draws which entries are kept, from 0 to 2^32 - 1.
+        combine: How the entries of experts that agree on a sign are combined: ``mean`` divides their sum by the number
+            of these experts, ``sum`` does not.
     """
 
     density: Density = 0.5

@@ -34,9 +34,9 @@ class TiesVectors(TaskArithmetic):
     """``theta = base + sum_k c_k tau'_k``; one-hot coefficients give an expert without what was trimmed and outvoted.
 
     Args:
-        density: The share of each task vector's n entries that is kept when trimming, 0.2 is usual:
-            ``max(1, round(density * n))`` of the largest, and all that are equal to the smallest of these
-            (many, in models of 16 bits).
+        density: The share of each task vector's n entries that trimming keeps; 0.2 is usual. Trimming keeps the largest
+            ``density * n`` entries (rounded, at least 1), and all entries equal to the smallest of them (many, in
+            models of 16 bits).
     """
 
     density: Density = 0.2

@@ -25,8 +25,9 @@ class MlflowPlace(Part):
     """Where MLflow keeps a run.
 
     Attributes:
-        uri: A tracking server or store; None is $MLFLOW_TRACKING_URI, or else an SQLite file beside the runs.
-        experiment: MLflow experiment.
+        uri: The URI of an MLflow server or store. None means $MLFLOW_TRACKING_URI, or else an SQLite file beside the
+            runs.
+        experiment: The MLflow experiment that holds the run.
     """
 
     uri: str | None = None
