@@ -23,7 +23,7 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a kind comes from.
+    """The origin of a kind: Ecotone, ``register``, or an entry point of a package.
 
     Args:
         sort: What it is: ``search``, ``operator`` and so on.
@@ -96,7 +96,7 @@ class Registry(Generic[Kind]):
         self._given[name] = kind
 
     def forget(self, name: str) -> None:
-        """Take back what ``register`` added."""
+        """Remove a kind that ``register`` added."""
         self._given.pop(name, None)
 
     def names(self) -> tuple[str, ...]:
@@ -110,11 +110,11 @@ class Registry(Generic[Kind]):
         return iter(self.names())
 
     def usable(self) -> dict[str, Kind]:
-        """Every kind that can be used, by name; those that cannot are left out (``origins`` says why)."""
+        """Every usable kind, by name. ``origins`` says why other kinds cannot be used."""
         return {name: self.get(name, self.sort) for name in self.names() if not self._trouble(name)}
 
     def origins(self) -> list[Origin]:
-        """Where each kind comes from, ours first, and why those that cannot be used cannot."""
+        """The origin of each kind, Ecotone's first, and the reason where a kind cannot be used."""
         own = [Origin(self.sort, name, "ecotone", place, self._trouble(name)) for name, place in self._ours.items()]
         given = [Origin(self.sort, name, "this process", "") for name in self._given]
         others = [

@@ -51,7 +51,7 @@ class Part(BaseModel):
 
     @classmethod
     def more_fields(cls) -> Iterator[MoreField]:
-        """Of a part that takes keys beside its fields: these, as they are declared elsewhere."""
+        """The keys that a part takes beside its fields, as they are declared elsewhere; empty for most parts."""
         yield from ()
 
     @classmethod
@@ -253,7 +253,7 @@ def _by_name(kind: type[Part]) -> TypeAdapter[dict[str, Any]]:
 
 
 def chosen_of(field: FieldInfo) -> Chosen | None:
-    """The registry that a field's value, or that of an item or member of it, is chosen from; None without one."""
+    """The registry that a field's value, or the value of an item or a member of it, is chosen from; else None."""
     return next(_markers([*field.metadata, field.annotation]), None)
 
 

@@ -191,7 +191,7 @@ class CalibrationSettings(Part):
 
 
 def check_objective(name: str, kind: Any) -> None:
-    """Refuse a kind of objective that does not say all of itself.
+    """Refuse a kind of objective that lacks a declaration.
 
     Raises:
         InputError: As ``ecotone.settings.check_kind``.
@@ -200,7 +200,7 @@ def check_objective(name: str, kind: Any) -> None:
 
 
 def check_loss(name: str, kind: Any) -> None:
-    """Refuse a calibration loss that does not say all of itself.
+    """Refuse a calibration loss that lacks a declaration.
 
     Raises:
         InputError: As ``ecotone.settings.check_kind``.
@@ -209,7 +209,7 @@ def check_loss(name: str, kind: Any) -> None:
 
 
 def _calls(settings: Part) -> list[NamedCall]:
-    """Those in its fields, each of which gets nothing but its keyword arguments."""
+    """The calls in the fields of a settings object. Each gets only its keyword arguments."""
     return [NamedCall(name, value) for name, value in settings if isinstance(value, Call)]
 
 

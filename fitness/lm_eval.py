@@ -238,7 +238,7 @@ class LanguageMean(LanguageTask):
         return len(self.documents)
 
     def subset(self, numbers: Integers) -> LanguageMean:
-        """The mean over these documents."""
+        """The mean over the documents ``numbers`` alone."""
         documents = [self.documents[number] for number in numbers]
         task, instances = copy(self.task), [instance for asked in documents for instance in asked]
         task._instances = instances  # those that its filters are applied to
@@ -617,7 +617,7 @@ class _NanWatch:
 
 
 def _passes(rows: Sequence[Row], batch: int, reader: Any) -> tuple[list[_Pass], Any]:
-    """The passes over ``rows`` in HFLM's order, and what puts answers back into that of the rows."""
+    """The passes over ``rows`` in HFLM's order, and the indices that put answers back into the order of ``rows``."""
     from lm_eval.models.utils import Collator
 
     order = Collator(
@@ -649,7 +649,7 @@ def _pass(chunk: Sequence[tuple[str, Tokens, Tokens]], order: Any, reader: Any) 
 
 
 def _asks_for_greedy(task: Any) -> bool:
-    """Whether a task may use if a continuation is what greedy decoding gives, which takes time to find."""
+    """Whether a task may ask if a continuation equals the greedy one, which takes time to find."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return False
     own = callable(task.get_config("process_results")) or task.get_config("filter_list")
@@ -711,7 +711,7 @@ def _loaded(options: LmEvalSettings, where: str) -> Any:
 
 
 def _entry(options: LmEvalSettings, where: str) -> tuple[Any, Any]:
-    """lm-eval's manager of tasks, and what it knows of this one."""
+    """lm-eval's manager of tasks, and its entry for this task."""
     from lm_eval.tasks import TaskManager
 
     if options.folder is None:
@@ -991,7 +991,7 @@ def _is_sandboxed(options: LmEvalSettings) -> bool:
 
 @contextmanager
 def _installed(where: str) -> Iterator[None]:
-    """Say what to install where lm-eval, or what it needs for Hugging Face models, is missing."""
+    """Name the packages to install where lm-eval, or a package it needs for Hugging Face models, is missing."""
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:

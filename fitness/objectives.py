@@ -135,7 +135,7 @@ class Accuracy:
         return len(self.labels)
 
     def subset(self, numbers: Integers) -> Accuracy:
-        """The accuracy on these examples."""
+        """The accuracy on the examples ``numbers`` alone."""
         part = Examples(self.inputs, self.labels).rows(torch.from_numpy(numbers.copy()))
         assert part.labels is not None
         return Accuracy(self.goal, part.inputs, part.labels, self.batch, self.head, self._classes)
@@ -214,7 +214,7 @@ class Entropy:
         return len(Examples(self.inputs))
 
     def subset(self, numbers: Integers) -> Entropy:
-        """The entropy on these examples."""
+        """The entropy on the examples ``numbers`` alone."""
         part = Examples(self.inputs).rows(torch.from_numpy(numbers.copy()))
         return Entropy(self.goal, part.inputs, self.batch, self.head)
 

@@ -49,7 +49,7 @@ _ALWAYS_TOLD: dict[str, Any] = {"expert": None, "temperature": 1.0, "hidden": 1.
 
 
 def _own_settings(value: Any) -> Any:
-    """A task's mapping without what records tell of every task; settings of another loss are refused."""
+    """A task's mapping without the keys that records have for every task. Refuses settings of another loss."""
     if not isinstance(value, Mapping):
         return value
     loss = value.get("loss", LOSS)

@@ -1,4 +1,4 @@
-"""Where a search runs: its pool of workers, and how long it waits for what."""
+"""Where a search runs: its pool of workers, and its waiting times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ecotone.settings import Part
 
 
 class Runtime(Part):
-    """Where it runs. Nothing here changes results under ``order: strict``.
+    """Where a search runs. No setting here changes results under ``order: strict``.
 
     Attributes:
         pool: Where merges are scored: ``ray`` takes worker processes on this machine or a cluster, ``serial`` takes

@@ -322,7 +322,7 @@ def _indivisible(objective: Objective) -> InputError:
 
 
 def _failed(where: str, error: BaseException, began: float) -> Evaluation:
-    """A failure that names where it happened and what was raised.
+    """A failed evaluation that names the place and the exception.
 
     Raises:
         WorkerBrokenError: Nothing will be computed here any more.

@@ -156,7 +156,7 @@ class _Writer:
 
     @property
     def entries(self) -> dict[str, TensorInfo]:
-        """By name, what is written: merged tensors, then buffers; wide types first, so that all are aligned."""
+        """The written tensors, by name: merged tensors, then buffers. Wide types come first to align all."""
         layout = self.sources.layout
         merged = {name: TensorInfo(info.shape, self.dtype or info.dtype) for name, info in layout.parameters.items()}
         return dict(sorted((merged | dict(layout.buffers)).items(), key=lambda item: -item[1].dtype.itemsize))

@@ -101,7 +101,7 @@ class Memory:
         return sum(each) if self.changes else max(each)
 
     def _chunk_bytes(self, span: int, copies: int) -> int:
-        """The most that a thread takes for a chunk: ``copies`` of each source, and what the sum takes."""
+        """The most bytes that a thread takes for a chunk: ``copies`` of each source, and the sum."""
         span = min(span, max(info.size for info in self.layout.parameters.values()))
         width = 8 if torch.float64 in self.layout.dtypes else 4
         return span * width * (copies * len(self.models) + (6 if copies > 1 else 0))

@@ -55,7 +55,7 @@ class Needs:
     formed: bool = False
 
     def total(self, placement: Placement) -> Bytes:
-        """All of it."""
+        """The sum of both."""
         return self.model + self.buffers + self.sources[placement]
 
 
@@ -74,7 +74,7 @@ class Free:
         return cls(torch.cuda.mem_get_info(device)[0] if cuda else None, min(known, default=None))
 
     def divided(self, device: float, host: int) -> Free:
-        """A worker's part of it: a share of the device, and one of ``host`` parts of main memory."""
+        """A worker's part of the free memory: a share of the device, and one of ``host`` parts of main memory."""
         return Free(
             None if self.device is None else int(self.device * device), None if self.host is None else self.host // host
         )

@@ -125,12 +125,12 @@ class Sources:
 
     @property
     def origin(self) -> Model:
-        """Where buffers and configuration come from: the base, or else the first expert."""
+        """The model that buffers and configuration come from: the base, or else the first expert."""
         return self.base or self.experts[0]
 
     @cached_property
     def tokenizer(self) -> Path:
-        """Where the tokenizer that goes with every merge is: the origin's, or that of the first model that has one."""
+        """The folder of every merge's tokenizer: the origin's, or that of the first model with a tokenizer."""
         places = [model.tokenizer for model in (self.origin, *self.experts)]
         return next((place for place in places if tokenizers.has_tokenizer(place)), self.origin.files)
 
@@ -140,11 +140,11 @@ class Sources:
         return len(self.checkpoints) * self.layout.size > SMALL
 
     def stretch(self, name: str) -> Stretch:
-        """``name`` in every model that is mixed; the operator's work on it is done as pieces of it are used."""
+        """The tensor ``name`` in every model that is mixed. The operator works on a piece when that piece is used."""
         return Stretch(self.held.read(name), self._transform, self._span(name)[0])
 
     def near(self, name: str, device: torch.device) -> Stretch:
-        """``stretch(name)`` from where the sources are kept for merges on ``device``; what is not yet kept is now."""
+        """``stretch(name)`` from the place of the sources for merges on ``device``. Keeps the sources there."""
         start, stop = self._span(name)
         in_rows = device.type == "cpu" and self.memory.formed and self.held.placed(device) != "mapped"
         if in_rows and self._matrix is not None:
@@ -152,7 +152,7 @@ class Sources:
         return Stretch(self.held.near(name, device), self._transform, start)
 
     def _span(self, name: str) -> tuple[int, int]:
-        """Where a tensor begins and ends in the flat vector."""
+        """The begin and the end of a tensor in the flat vector."""
         index = self.layout.tensors.index(name)
         start, stop = self.layout.tensor_borders[index : index + 2].tolist()
         return start, stop
@@ -296,7 +296,7 @@ class Sources:
 
     @cached_property
     def _transform(self) -> Transform:
-        """The operator's work on the stored tensors; what it must know of all of them is found at first use."""
+        """The operator's transform of the stored tensors. It is made at first use, which may stream all tensors."""
         return self.operator.transform(self.held.pieces)
 
     @cached_property
@@ -317,7 +317,7 @@ class Sources:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, with -2, -3, ... added to those seen before."""
+    """The names, made distinct: -2, -3, ... is added to a name that was seen before."""
     seen: Counter[str] = Counter()
     distinct: list[str] = []
     for name in names:

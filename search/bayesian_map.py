@@ -205,7 +205,7 @@ class BayesianMap:
         return trials
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Add the point to what is known; a worker that died says nothing about the point."""
+        """Add the point and its scores. The death of a worker says nothing about the point."""
         point = self._flying.pop(trial.number)
         if evaluation.failure is not None and evaluation.failure.kind == "worker died":
             return
@@ -311,7 +311,7 @@ class BayesianMap:
     def _promising(
         self, points: Floats, drawn: Drawn, volume: Volume, taken: Floats, count: int
     ) -> tuple[Floats, Singles, Floats]:
-        """The ``count`` points that add most, how far they reach in every draw, and what they add."""
+        """The ``count`` points that add most, how far they reach in every draw, and their gains."""
         values = volume.of(drawn(points))
         gains = volume.gains(values) * self._is_new(points, taken)
         kept = np.argsort(-gains, kind="stable")[:count]
@@ -370,7 +370,7 @@ class BayesianMap:
         return [link or Link.suited(values, goal.direction) for link, goal, values in columns]
 
     def _frame(self, known: Known) -> Frame:
-        """From where, and in what units, hypervolume counts."""
+        """The reference and the units in which hypervolume is measured."""
         front = known.front
         low, high = front.min(axis=0), front.max(axis=0)
         extent = np.where(high > low, high - low, np.ptp(known.scores, axis=0))
@@ -391,7 +391,7 @@ class BayesianMap:
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """Points and what they scored.
+    """Points and their scores.
 
     Args:
         points: (N, D) coefficients.
@@ -438,7 +438,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """S functions drawn of every objective, given what is known."""
+    """S functions drawn of every objective, given the known scores."""
 
     box: CoefficientBox
     links: Sequence[Link]
@@ -491,7 +491,7 @@ class Volume:
         return np.asarray(reach**self.power)  # its mean over d is the hypervolume, but for a constant (lemma 5)
 
     def gains(self, reached: Singles) -> Floats:
-        """(n,) what each point of ``reached`` (n, S, L) alone would add."""
+        """(n,) the gain of each point of ``reached`` (n, S, L) alone."""
         return np.asarray(np.maximum(reached - self.best, 0.0).mean(axis=(1, 2), dtype=np.float64))
 
     def take(self, reached: Singles) -> None:

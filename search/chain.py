@@ -1,6 +1,6 @@
 """The recipe's list of stages: each a search with its share of the budget and what it begins with.
 
-How a chain runs is in ``ecotone.search.stages``. Nothing here knows an algorithm: each says of itself whether it can
+How a chain runs is in ``ecotone.search.stages``. Nothing here knows an algorithm: each declares whether it can
 begin with found merges, and how fine its segments are.
 """
 
@@ -78,7 +78,7 @@ class StageSettings(Part):
 
 
 class ChainSettings(Part):
-    """A chain of searches: a list under ``search``, each of which begins with what the one before it found.
+    """A chain of searches: a list under ``search``. Each search begins with the merges that the search before it found.
 
     Attributes:
         stages: The searches, in order.

@@ -155,7 +155,7 @@ class CoefficientBox:
         return np.clip(points, self.low, self.high)
 
     def inside(self, points: ArrayLike | None) -> Floats:
-        """(n, D) those of the points (N, D) that lie in the box; none of None.
+        """(n, D) the points of (N, D) that lie in the box; no points for None.
 
         Raises:
             InputError: The points are not of shape (N, D).

@@ -289,7 +289,7 @@ class Descent(Generic[Settings]):
         return not (self._flying or self._queue) and all(line.ended for line in self._lines)
 
     def ask(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials of the lines' running steps, in the order in which these began; none while all wait."""
+        """Up to ``n`` trials of the lines' running steps, in the order in which steps began; none while all wait."""
         chosen, self._queue = self._queue[:n], self._queue[n:]
         trials = [self._proposed(self._next + i, *request) for i, request in enumerate(chosen)]
         self._flying |= {trial.number: request for trial, request in zip(trials, chosen, strict=True)}
@@ -309,7 +309,7 @@ class Descent(Generic[Settings]):
             self._complete(line)
 
     def state(self) -> dict[str, Any]:
-        """The lines, the trials to ask for next, and those in flight."""
+        """The lines, the trials to ask for next, and the trials in flight."""
         return {
             "next": self._next,
             "queue": [list(request) for request in self._queue],
@@ -449,7 +449,7 @@ class Descent(Generic[Settings]):
         return coefficients
 
     def _exact(self, coefficients: Floats) -> Floats | None:
-        """Coefficients (S, K) of a line that begins with these, where ``_used`` of its point may round them."""
+        """Coefficients (S, K) that a line begins with, kept because ``_used`` of its point may round them."""
         return None
 
     def _used(self, point: Floats) -> Floats:
@@ -572,7 +572,7 @@ def _starts(starts: Sequence[Floats] | None, init: float, shape: tuple[int, int]
 
 
 def _weightings(tasks: tuple[str, ...], weights: Mapping[str, float] | None, sweep: int | None) -> list[Floats]:
-    """Weights (T,) of the tasks: one vector, or those of a sweep."""
+    """Weights (T,) of the tasks: one vector, or the vectors of a sweep."""
     if sweep is None:
         return [_given(tasks, weights or {})]
     if len(tasks) < 2:

@@ -30,7 +30,7 @@ SHAPE = 3  # linear, quadratic and residual variances come first among the hyper
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Where the scores are: coordinates in [-1, 1] or thereabouts.
+    """The coordinates of the scores, about within [-1, 1].
 
     Args:
         points: (N, D) coordinates of the quadratic.
@@ -156,7 +156,7 @@ class GaussianProcess:
 
     @cached_property
     def left_out(self) -> Floats:
-        """(N,) what is expected of each observation given all others (Rasmussen and Williams 2006, eq. 5.12)."""
+        """(N,) the mean of each observation given all others (Rasmussen and Williams 2006, eq. 5.12)."""
         return np.asarray(self.values - self.scale * self._alpha / np.diag(_inverse(self.root)))
 
     def paths(self, count: int, features: int, rng: np.random.Generator) -> Paths:

@@ -102,7 +102,7 @@ class Begins:
 
 
 class SearchSettings(Part):
-    """The settings of a search algorithm: its part of a recipe, and what it says of itself.
+    """The settings of a search algorithm: its part of a recipe, and its declarations.
 
     A subclass has a field ``algorithm``, a ``Literal`` of the names that recipes give it, an entry for each field in
     the ``Attributes`` section of its docstring, and all abstract methods. The registry refuses one that lacks any.
@@ -228,7 +228,7 @@ class Box(Segmented):
         return self
 
     def box(self, context: Context) -> CoefficientBox:
-        """Where the coefficients lie, and the operator's settings that are searched."""
+        """The box of the coefficients and of the operator's settings that are searched."""
         return CoefficientBox.of(context.space, self.granularity, self.low, self.high, self.groups, context.searched)
 
     def describe(self, search: Search | None, context: Context) -> str:
@@ -258,7 +258,7 @@ class ModelsFirstBox(FrontBox):
     models_first: bool = True
 
     def first(self, box: CoefficientBox, context: Context) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """(n, D) what to score first: the starts, moved into the box; without any, the models and their average."""
+        """(n, D) points to score first: the starts, moved into the box, or else the models and their average."""
         space, starts = context.space, context.starts
         if starts:
             points = box.clip(np.array([box.point(start) for start in starts]))
@@ -270,7 +270,7 @@ class ModelsFirstBox(FrontBox):
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Refuse a search algorithm that does not say all of itself that it must (``ecotone.settings.check_kind``).
+    """Refuse a search algorithm that lacks a declaration (``ecotone.settings.check_kind``).
 
     Raises:
         InputError: It is no subclass of ``SearchSettings``, its ``algorithm`` is no ``Literal`` with this name, or it

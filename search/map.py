@@ -46,7 +46,7 @@ OPTIMISER = 2_654_435_769  # spawn key of the optimiser's generator, with the nu
 
 
 class MapSettings(SurrogateSettings):
-    """MAP: a design, a quadratic surrogate of each objective, their front, and the part of it that is scored.
+    """MAP: a design, a quadratic surrogate of each objective, the predicted front, and the members of it to score.
 
     Attributes:
         algorithm: ``map``: score a design of points, fit a quadratic surrogate to each objective, and score the
@@ -349,7 +349,7 @@ class Surrogates:
         return {g.name: float(e) if np.isfinite(e) else None for g, e in zip(self.goals, errors, strict=True)}
 
     def report(self, points: Floats, measured: Sequence[Floats | None], numbers: Sequence[int]) -> dict[str, Any]:
-        """The scores predicted at (F, D) ``points`` beside those measured there, and the errors of the models."""
+        """The predicted and the measured scores at (F, D) ``points``, and the errors of the models."""
         names = [goal.name for goal in self.goals]
         predicted, errors = self.predict(points), self.std(points)
         members = [
@@ -402,7 +402,7 @@ CROWDED = 5  # objectives beyond which nearly everything is on the front, and ga
 
 
 def reach(points: Floats, box: CoefficientBox, margin: float) -> tuple[Floats, Floats]:
-    """(D,) lowest and (D,) highest coefficients: those of ``points`` and a margin, in the box."""
+    """(D,) lowest and (D,) highest coefficients of ``points``, widened by a margin, in the box."""
     low, high = points.min(axis=0), points.max(axis=0)
     room = margin * (high - low)
     return box.clip(low - room), box.clip(high + room)

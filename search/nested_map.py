@@ -163,7 +163,7 @@ class NestedMapSearch:
         return whole and not len(self._plan) and len(self._scores) == len(self._points)
 
     def ask(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials of the running step of a pair; none while results of it are missing."""
+        """Up to ``n`` trials of a pair's running step; none while the step waits for results."""
         first, models = len(self._points), len(self.sources)
         if first < models:
             new = np.eye(models)[first : first + n]
@@ -183,7 +183,7 @@ class NestedMapSearch:
         self._scores[trial.number] = measured_scores(evaluation, self.goals)
 
     def state(self) -> dict[str, Any]:
-        """Points, scores, the pairs so far, and what is to be asked next."""
+        """Points, scores, the pairs so far, and the trials to ask for next."""
         return {
             "points": [point.copy() for point in self._points],
             "shares": [share.copy() for share in self._shares],
@@ -260,7 +260,7 @@ class NestedMapSearch:
         return np.asarray(shares[list(dict.fromkeys([best, *order.tolist()]))[: self.front]])
 
     def _surrogates(self, index: int) -> Surrogates:
-        """One of each objective of the pair's models, over the two shares, fitted to what is known before the front."""
+        """A surrogate of each objective of the pair's models over the two shares, fitted before the front."""
         known = self._known(index)
         columns = self._columns(self._leaves(len(self.sources) + index))
         values = np.array([scores for _, _, scores in known])[:, columns]
@@ -268,7 +268,7 @@ class NestedMapSearch:
         return Surrogates.fit(shares, values, [self.goals[j] for j in columns], self.links)
 
     def _known(self, index: int, front: bool = False) -> list[tuple[int, Floats, Floats]]:
-        """Trial, shares and scores of what is known of a pair: its nodes and its design, and its front if wanted."""
+        """Trials, shares and scores of a pair: of its nodes and its design, and of its front if wanted."""
         pair = self._pairs[index]
         end = len(self._points) if index + 1 == len(self._pairs) else self._pairs[index + 1].begin
         if not front and pair.fitted >= 0:
@@ -299,7 +299,7 @@ class NestedMapSearch:
         return sorted(self._leaves(pair.first) + self._leaves(pair.second))
 
     def _number(self, node: int) -> int:
-        """The trial that a node is: a model itself, or what the preferences value most of a pair's trials."""
+        """The number of a node's trial: a model itself, or the trial of a pair that the preferences value most."""
         if node < len(self.sources):
             return node
         index = node - len(self.sources)
@@ -337,7 +337,7 @@ class NestedMapSearch:
         return np.asarray(oriented / self._units()[list(columns)] @ (weights / weights.sum()))
 
     def _units(self) -> Floats:
-        """(M,) what a score is divided by: 1, or its range over the models where some score is not in [0, 1]."""
+        """(M,) the divisors of scores: 1, or the range over the models where some score is not in [0, 1]."""
         rows = [self._scores.get(number) for number in range(len(self.sources))]
         known = np.array([row for row in rows if row is not None]).reshape(-1, len(self.goals))
         if not len(known) or (known.min() >= 0 and known.max() <= 1):

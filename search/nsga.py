@@ -76,7 +76,7 @@ class NsgaSettings(ModelsFirstBox):
 
 @dataclass(frozen=True, eq=False)
 class _Survivor:
-    """A point of the box, what it scored, and the trial it was."""
+    """A point of the box, its scores, and its trial."""
 
     number: int
     point: Floats

@@ -184,7 +184,7 @@ class OptunaSearch:
         return False
 
     def ask(self, n: int) -> list[Trial]:
-        """``n`` trials, each proposed knowing those before it, scored or in flight."""
+        """``n`` trials. Each is proposed with knowledge of the earlier trials, scored or in flight."""
         numbers = range(self._next, self._next + n)
         with self._quietly():
             trials = [Trial(number, self.box.genome(self._proposed(number))) for number in numbers]
@@ -200,7 +200,7 @@ class OptunaSearch:
                 self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
 
     def state(self) -> dict[str, Any]:
-        """The study: points, scores and states of its trials, and what the sampler has noted with them.
+        """The study: points, scores and states of its trials, and the sampler's notes on them.
 
         CMA-ES notes its optimiser, as the text of a pickle: restore only what a search of yours has given.
         """

@@ -85,7 +85,7 @@ class _Runner:
 
 @dataclass(eq=False)
 class _Group:
-    """Candidates that race one another. ``waiting`` counts those whose scores at this level are not told yet."""
+    """Candidates that race one another. ``waiting`` counts candidates whose scores at this level are not told."""
 
     level: int = 0
     size: int = 0  # candidates that began

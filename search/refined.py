@@ -123,7 +123,7 @@ class Refined:
         return False
 
     def ask(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials: first those that learning children need, then new children."""
+        """Up to ``n`` trials: first the trials that learning children need, then new children."""
         trials: list[Trial] = []
         while len(trials) < n and (self._queue or self._breed()):
             trials.append(self._proposed(*self._queue.popleft()))

@@ -50,14 +50,14 @@ class ModelSuite:
         """Another model of the same layout; it may be a plain checkpoint."""
         raise NotImplementedError
 
-    # -- what it says of itself ------------------------------------------------------------------------------
+    # -- its declarations -----------------------------------------------------------------------------------
 
     def test_it_says_all_that_a_model_must(self, model: Model) -> None:
         """Its class answers; nothing is left to the model in it unsaid."""
         assert declared(model) is model
 
     def test_headers_say_what_is_read(self, model: Model) -> None:
-        """Shapes are those of the headers, types theirs or wider ones."""
+        """Shapes equal those of the headers. Types equal those of the headers, or are wider."""
         for name, info in model.tensors.items():
             flat = model.flat(name)
             assert tuple(model.tensor(name).shape) == info.shape, name

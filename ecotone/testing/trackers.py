@@ -85,7 +85,7 @@ class Case(Protocol):
 
 
 def genome(number: int) -> Genome:
-    """The merge of trial ``number``; 0 and 1000 are those of the models ``a`` and ``b``."""
+    """The merge of trial ``number``; numbers 0 and 1000 are the models ``a`` and ``b``."""
     return Genome.uniform(10, [number / 7, 1.0])
 
 
@@ -352,7 +352,7 @@ class TrackerSuite:
         self.whole(case, directory)
 
     def test_a_search_that_is_judged_after_an_end(self, case: Case, tmp_path: Path) -> None:
-        """Stopped when its budget was spent but its front not scored: no evaluation is new, and all of it is shown."""
+        """A search stopped between its budget and its front goes on: no evaluation is new, and all of it is shown."""
         directory = tmp_path / "runs" / "one"
         settings = json.dumps({case.tracker: dict(case.settings)})
         with Journal.create(directory / "journal.sqlite", noted(COUNT, tracking=settings)) as journal:
@@ -366,7 +366,7 @@ class TrackerSuite:
         self.whole(case, directory)
 
     def test_an_extended_search_leaves_its_first_end_alone(self, case: Case, tmp_path: Path) -> None:
-        """A logged front cannot be taken back: what goes on after it is another run, with all of the search."""
+        """A logged front cannot be taken back. So the search goes on in another run, which shows all of it."""
         tracked = json.dumps({case.tracker: dict(case.settings)})
         directory = a_run(tmp_path / "runs", 20, 20, tracking=tracked)
         first = tracking.mirror(directory, case.tracker)

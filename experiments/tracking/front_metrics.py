@@ -19,7 +19,7 @@ Scores: TypeAlias = Mapping[str, float]
 
 
 def front_lines(summary: Summary, goals: Sequence[Goal], held_out: Sequence[Goal], now: int) -> list[Line]:
-    """The front on search data, and what its members score on held-out data; nothing with one objective.
+    """The front on search data, and its members' scores on held-out data; empty with one objective.
 
     - ``front/<objective>``: all members, by the first objective.
     - ``front_held_out/<objective>``: the same members, by the first held-out objective. They need not be a front

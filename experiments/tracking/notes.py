@@ -127,7 +127,7 @@ def _all_notes(directory: Path) -> dict[str, Any]:
 
 
 def note(directory: Path, tracker: str, report: MirrorReport, more: Memory) -> None:
-    """Write what is known of a tracker into ``tracking.json``, whole or not at all.
+    """Write the notes on a tracker into ``tracking.json``, whole or not at all.
 
     Failing to write it stops nothing: it is for looking at, and what a tracker remembers in it only saves work.
 

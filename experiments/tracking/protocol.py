@@ -107,7 +107,7 @@ class Record(Protocol):
 
     @property
     def page(self) -> str | None:
-        """Where people see the run, an address or a command; None where it has to be served first."""
+        """The address or the command with which people see the run; None where it has to be served first."""
 
     @property
     def colour(self) -> str:
@@ -141,7 +141,7 @@ class Record(Protocol):
         """Show that the search goes on."""
 
     def log(self, lines: Iterable[Line]) -> None:
-        """Log lines, in order. Each is taken from ``lines`` only when those before it are with the tracker."""
+        """Log lines, in order. Each is taken from ``lines`` only when the tracker has all lines before it."""
 
     def show(self, image: Any, step: int, time: int) -> None:
         """Log a picture of the front (a Pillow image) after ``step`` evaluations, at ``time`` (unix milliseconds)."""
@@ -161,11 +161,11 @@ class Record(Protocol):
         """The values that the next call of ``open`` must be given."""
 
     def close(self) -> None:
-        """Let go of the tracker; whatever was logged is with it, or on its way."""
+        """Release the tracker. All logged values are with it, or on their way."""
 
 
 class TrackerSettings(Part):
-    """The settings of a tracker: its part of a recipe, and what it says of itself.
+    """The settings of a tracker: its part of a recipe, and its declarations.
 
     A subclass has an entry for each field in the ``Attributes`` section of its docstring, and all of ``DECLARED``. The
     registry refuses one that lacks any.
@@ -182,19 +182,19 @@ class TrackerSettings(Part):
 
     @classmethod
     def install(cls) -> str:
-        """The command that installs what it imports."""
+        """The command that installs its packages."""
         raise NotImplementedError
 
     def recorded(self) -> TrackerSettings:
-        """The settings that the journal keeps: what this process's environment decides is written out."""
+        """The settings that the journal keeps. Values from this process's environment are written out."""
         return self
 
     def describe(self) -> str:
-        """Where a run goes, as a clause."""
+        """A clause that names the place of a run."""
         raise NotImplementedError
 
     def place(self, directory: Path) -> str:
-        """Where the run in ``directory`` goes, without credentials. Two places of one run are two copies of it."""
+        """The place of the run in ``directory``, without credentials. Two places of one run are two copies of it."""
         raise NotImplementedError
 
     def open(self, subject: Subject, directory: Path, memory: Memory) -> Record:
@@ -211,7 +211,7 @@ class TrackerSettings(Part):
         raise NotImplementedError
 
     def in_words(self, error: BaseException) -> str:
-        """One line that says what went wrong, for the user."""
+        """One line about an error, for the user."""
         if isinstance(error, ImportError):
             return f"{self.title} cannot be imported ({first_line(error)}): `{self.install()}`"
         text = " ".join(str(error).split()) or type(error).__name__
@@ -224,7 +224,7 @@ class TrackerSettings(Part):
 
     @classmethod
     def require(cls) -> None:
-        """Say what to install when something is missing.
+        """Raise an error with the command to install missing packages.
 
         Raises:
             TrackingError: Something is.
@@ -234,7 +234,7 @@ class TrackerSettings(Part):
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Refuse a tracker that does not say all of itself that it must.
+    """Refuse a tracker that lacks a declaration.
 
     Raises:
         InputError: It is no subclass of ``TrackerSettings``, or lacks one of ``TrackerSettings.DECLARED``, a default or

@@ -74,7 +74,7 @@ class Volumes:
 
 
 class Scoreboard:
-    """Turns evaluations, in order, into the metrics of a search; what it says depends on the journal alone.
+    """Turns evaluations, in order, into the metrics of a search. The metrics depend on the journal alone.
 
     Args:
         goals: The objectives.

@@ -56,7 +56,7 @@ class TrackingSettings(MlflowPlace):
 
     @property
     def trackers(self) -> dict[str, TrackerSettings]:
-        """The settings of those that are on, by name."""
+        """The settings of the trackers that are on, by name."""
         ours: dict[str, TrackerSettings | None] = {
             "mlflow": MlflowSettings(uri=self.uri, experiment=self.experiment) if self.mlflow else None,
             "wandb": self.wandb,

@@ -101,7 +101,7 @@ class WandbSettings(TrackerSettings):
         return "/".join([server, *([self.entity] if self.entity else []), self.project])
 
     def folder(self, directory: Path) -> Path:
-        """Where W&B keeps its files of the run in ``directory``."""
+        """The folder in which W&B keeps its files of the run in ``directory``."""
         return directory if self.dir is None else Path(self.dir)
 
     def open(self, subject: Subject, directory: Path, memory: Memory) -> WandbRecord:
@@ -110,7 +110,7 @@ class WandbSettings(TrackerSettings):
         return kind(subject, self, self.folder(directory), memory)
 
     def in_words(self, error: BaseException) -> str:
-        """One line that says what went wrong; of a server that does not answer, just that."""
+        """One line about an error. For a server that does not answer, it says only that."""
         text = super().in_words(error)
         if any(sign in text.lower() for sign in _SILENT):
             server = os.environ.get("WANDB_BASE_URL", _SERVER)
@@ -194,7 +194,7 @@ class WandbRecord:
         return str(self._marks["front"])
 
     def memory(self) -> Memory:
-        """Of a whole search, all there is to know of it: then nobody has to be asked."""
+        """Values of a complete search, so that the server need not be asked."""
         if not self.end:
             return {}
         return {"end": self.end, "cursor": self.cursor, "marks": self._marks, "page": self.page}
@@ -323,7 +323,7 @@ class WandbRecord:
             raise
 
     def _configuration(self) -> dict[str, Any]:
-        """The recipe, flattened, and under one key what runs are looked up by and where we stand."""
+        """The recipe, flattened; under one key, the tags of the run and the state of mirroring."""
         tags = {key.removeprefix("ecotone."): value for key, value in self.subject.tags.items()}
         return {**self.subject.parameters, _OWN: {**tags, **self._marks}}
 

@@ -166,7 +166,7 @@ class ScoringSettings(Part):
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Refuse a backend that does not say all of itself that it must (``ecotone.settings.check_kind``).
+    """Refuse a backend that lacks a declaration (``ecotone.settings.check_kind``).
 
     Raises:
         InputError: It is no subclass of ``ScoringSettings``, its ``backend`` is no ``Literal`` with this name, or it

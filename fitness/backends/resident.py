@@ -45,7 +45,7 @@ def stack_of(
 
 
 class ResidentSettings(ScoringSettings):
-    """A module in the worker's memory: its weights are replaced by those of one candidate after the other.
+    """A module in the worker's memory. It takes the weights of one candidate after the other.
 
     Attributes:
         backend: ``resident``: a module in the worker's memory, whose weights are replaced by those of one candidate
@@ -81,16 +81,16 @@ class ResidentSettings(ScoringSettings):
         *,
         settings: bool,
     ) -> Needs:
-        """A model, or a stack of small ones, and what merging takes."""
+        """The memory of a model, or of a stack of small models, and of merging."""
         return sources.memory.needs(device, dtype, threads, stack_of(sources.layout, dtype, batch=batch), settings)
 
     def describe(self) -> str:
-        """Where candidates are."""
+        """A phrase that names the device of candidates."""
         return "a module in each worker's memory, whose weights are replaced"
 
 
 class Resident:
-    """A model whose floating-point tensors are replaced by those of one candidate after the other.
+    """A model whose floating-point tensors take the values of one candidate after the other.
 
     Small models are merged in stacks: one pass over the sources makes many candidates, and showing one is
     a change of pointers. Large ones are merged in place, one candidate at a time.

@@ -32,7 +32,7 @@ CACHE_BYTES = 256 * 2**20  # for what an expert says of a task's batches; one ba
 
 
 class DistillationSettings(CalibrationSettings):
-    """How far logits and hidden layers are from those of an expert (Expert Merging); it needs no labels.
+    """The distance of logits and hidden layers from an expert's (Expert Merging). It needs no labels.
 
     Attributes:
         loss: ``distillation``: the distance of logits and hidden layers from those of an expert; needs no labels.
@@ -96,7 +96,7 @@ class Distilled(Task):
         return self._examples.rows(self._parts[self._part(step)])
 
     def fits(self, model: Any, experts: Sequence[str]) -> None:
-        """Raise ``InputError`` unless there is such an expert, and the model has such layers."""
+        """Raise ``InputError`` unless the expert exists and the model has the layers."""
         if self._expert not in experts:
             raise InputError(
                 f"{self._wanted.where}: expert: expected one of {', '.join(experts)}, found {self._expert!r}.",
@@ -110,7 +110,7 @@ class Distilled(Task):
         self._try(run)
 
     def prepare(self, step: int, expert: Callable[[str], Any]) -> None:
-        """Have what the expert says of batch ``step``; a batch that is known needs no model."""
+        """Compute and keep the expert's outputs for batch ``step``. A batch that is kept needs no model."""
         part = self._part(step)
         if part not in self._said:
             with torch.no_grad():

@@ -123,7 +123,7 @@ class MultipleChoiceSettings(TextSettings):
 
 @dataclass(frozen=True)
 class Question:
-    """A question's tokens, those of its choices, and the number of the right one.
+    """The tokens of a question and of its choices, and the number of the right choice.
 
     Args:
         tokens: At least one.
@@ -253,7 +253,7 @@ class MultipleChoice:
         return len(self._questions)
 
     def subset(self, numbers: Integers) -> MultipleChoice:
-        """The share of these questions."""
+        """The share of right answers to the questions ``numbers`` alone."""
         questions = [self._questions[number] for number in numbers]
         return MultipleChoice(self.goal, questions, self._device, self._batch, self.reuse is not False)
 
@@ -285,7 +285,7 @@ class MultipleChoice:
         return packed([largest], 1, self._device, shared), plain([largest], self._batch, self._device), tokens
 
     def _can_reuse(self, model: Any) -> bool | None:
-        """Whether reuse gives this model's likelihoods; None where a model says the same whatever it sees."""
+        """Whether reuse gives this model's likelihoods; None where the model ignores its input."""
         trial, simple, tokens = self._trial
         expected = simple.likelihoods(model)
         if not np.isfinite(expected).all():
@@ -326,7 +326,7 @@ def plain(questions: Sequence[Question], batch: int | None, device: torch.device
 
 
 def packed(questions: Sequence[Question], batch: int | None, device: torch.device, shared: int | None = None) -> Passes:
-    """Passes with a row for each question: its tokens, then those of all its choices.
+    """Passes with one row for each question: the tokens of the question, then the tokens of all its choices.
 
     Args:
         questions: What is asked.
@@ -354,7 +354,7 @@ def _in_common(sequences: Sequence[Sequence[int]]) -> int:
 
 @dataclass(frozen=True)
 class _Row:
-    """A question (or what is left of it), choices, and the number of the first of these among all."""
+    """A question (or the rest of it), some choices, and the number of the first choice among all choices."""
 
     question: Sequence[int]
     choices: Sequence[Sequence[int]]
@@ -410,7 +410,7 @@ def _pass(rows: Sequence[_Row], device: torch.device, shared: int) -> Pass:
 
 
 def _mask(parts: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
-    """(n, 1, L, S + L) what is added to attention: 0 for a token's own text up to itself, else the least number."""
+    """(n, 1, L, S + L) the mask added to attention: 0 for a token's own text up to itself, else the least number."""
     n, length = parts.shape
     seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
     seen &= torch.ones(length, length, dtype=torch.bool, device=parts.device).tril()

@@ -192,7 +192,7 @@ class Generator:
         return len(self._prompts)
 
     def subset(self, numbers: Integers) -> Generator:
-        """The same of the prompts ``numbers`` alone; one for all that ask for these."""
+        """The generator for the prompts ``numbers`` alone, shared by all that ask for the same prompts."""
         key = np.asarray(numbers, np.int64).tobytes()
         if key not in self._subsets:
             prompts = [self._prompts[number] for number in numbers]
@@ -233,7 +233,7 @@ class Generator:
         return Written(tokens, [self._text(written) for written in tokens], finite)
 
     def _continue(self, model: Any, numbers: list[int], tokens: list[list[int]], ends: set[int]) -> bool:
-        """Append to ``tokens`` what the model writes after prompts ``numbers``; whether all logits were numbers."""
+        """Append to ``tokens`` the tokens written after prompts ``numbers``. Returns if all logits were numbers."""
         from transformers import DynamicCache
 
         prompts = [self._prompts[number] for number in numbers]
@@ -312,7 +312,7 @@ class TokensGenerated:
         return len(self.generator)
 
     def subset(self, numbers: Integers) -> TokensGenerated:
-        """The mean over these prompts."""
+        """The mean over the prompts ``numbers`` alone."""
         return TokensGenerated(self.goal, self.generator.subset(numbers))
 
     def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
@@ -354,7 +354,7 @@ class ExactMatch:
         return len(self.generator)
 
     def subset(self, numbers: Integers) -> ExactMatch:
-        """The share of these prompts."""
+        """The share over the prompts ``numbers`` alone."""
         answers = [self.answers[number] for number in numbers]
         return ExactMatch(self.goal, self.generator.subset(numbers), answers, self.extract)
 

@@ -29,7 +29,7 @@ USUAL = 1e-30, 1e30
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """Which tokens' log-probabilities are wanted from one forward pass.
+    """The tokens whose log-probabilities are wanted from one forward pass.
 
     Args:
         rows: (R,) positions whose logits are needed, in the (n, L) tokens laid end to end.
@@ -136,7 +136,7 @@ class _Output:
         self._made: Any = None
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """(1, r, V) of the states, or those of all tokens if the model does not call the layer."""
+        """(1, r, V) logits of the states, or of all tokens if the model does not call the layer."""
         handles = [self._layer.register_forward_pre_hook(self._give), self._layer.register_forward_hook(self._note)]
         try:
             found = _logits(model(**inputs))

@@ -110,7 +110,7 @@ class PerplexitySettings(ReadingSettings):
 
 
 class LikelihoodSettings(ReadingSettings):
-    """The geometric mean of a byte's probability, 2 to the minus bits per byte: what M2N2 can share out.
+    """The geometric mean of a byte's probability: 2 to the minus bits per byte. M2N2 can share it out.
 
     Attributes:
         type: ``likelihood``: the geometric mean of the probability of each byte of the texts.
@@ -179,7 +179,7 @@ class Perplexity:
         return len(self.sizes)
 
     def subset(self, numbers: Integers) -> Perplexity:
-        """The measure of these."""
+        """The measure on the items ``numbers`` alone."""
         return self.part(numbers)
 
     def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
@@ -204,7 +204,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class _Window:
-    """Input tokens, the tokens they predict, how many of these are not scored, and the item they belong to."""
+    """Input tokens, the tokens to predict, how many of the tokens to predict are not scored, and their item."""
 
     ids: Sequence[int]
     targets: Sequence[int]

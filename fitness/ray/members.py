@@ -51,7 +51,7 @@ class Member:
         return {"worker": self.pid, "node": self.node}
 
     def give(self, job: Job, now: float) -> None:
-        """Have it score a job after those it has."""
+        """Have the worker score a job after the jobs it has."""
         if not self.queue:
             self.since = now
         self.queue.append((self.actor.measure.remote(*packed(job.trials)), job))
@@ -81,7 +81,7 @@ class Actors:
         self._arguments: tuple[Any, ...] = ()
 
     def prepare(self) -> None:
-        """Give the connected cluster what all of them share."""
+        """Put the data that all workers share into the connected cluster."""
         ray, settings = self._cluster.ray, self._settings
         self._arguments = (ray.put(self._spec), paths_here(self._spec))
         self._kind = ray.remote(RemoteWorker).options(

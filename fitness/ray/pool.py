@@ -187,7 +187,7 @@ class RayPool:
 
 
 def _placed(spec: WorkerSpec, settings: Runtime) -> WorkerSpec:
-    """The spec with a device that fits what each worker holds."""
+    """The spec with a device that fits the resources of each worker."""
     if settings.gpus_per_worker:
         return spec
     if spec.device == "cuda":

@@ -33,7 +33,7 @@ class Cache:
         self.folder: Path = cache_folder() / "statistics" if folder is None else folder
 
     def file(self, key: str) -> Path:
-        """Where the statistics of that key lie, or would."""
+        """The path of the statistics of that key, whether they exist or not."""
         return self.folder / f"{key}.safetensors"
 
     def find(self, key: str) -> Gathered | None:
@@ -42,7 +42,7 @@ class Cache:
         return None if tensors is None else gathered(key, tensors)
 
     def holds(self, wanted: Gathered) -> bool:
-        """Whether just these statistics lie here, undamaged."""
+        """Whether the cache holds exactly the wanted statistics, undamaged."""
         return self.find(wanted.key) == wanted
 
     def read(self, wanted: Gathered) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ class Cache:
         return tensors
 
     def _whole(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors under ``key``, if they are those that were written there."""
+        """The tensors under ``key``; None unless the file is as it was written."""
         file = self.file(key)
         if not file.exists():
             return None
@@ -129,7 +129,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _synced(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

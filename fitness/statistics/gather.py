@@ -91,7 +91,7 @@ class Gatherer:
 
     @cached_property
     def _models(self) -> list[str]:
-        """The models' weights, and what makes a merge of them and a module of the merge."""
+        """The models' weights, and the functions that make a merge of them and a module of the merge."""
         sources = self._sources
         origin = sources.origin
         module = [str(self._architecture), json.dumps(origin.config, sort_keys=True, default=str)]

@@ -1,4 +1,4 @@
-"""Kinds of statistics, by name, and what each must say of itself."""
+"""Kinds of statistics, by name, and the declarations that each must make."""
 
 from __future__ import annotations
 

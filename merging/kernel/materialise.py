@@ -291,7 +291,7 @@ def _by_torch(mixtures: Sequence[Mixture], sources: Sequence[Tensor], start: int
 
 
 def _moved(sources: Sequence[Source], device: torch.device) -> list[Source]:
-    """The sources in their own types on the device; those in main memory go through page-locked memory."""
+    """The sources in their own types on the device. Sources in main memory go through page-locked memory."""
     moved: list[Source] = []
     for index, source in enumerate(sources):
         if not isinstance(source, Tensor):

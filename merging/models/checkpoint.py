@@ -47,7 +47,7 @@ _HEADER_LIMIT = 100_000_000  # the limit of the safetensors format
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: where it is and what its header says.
+    """One safetensors file: its path and its header.
 
     Args:
         path: The file.
@@ -157,7 +157,7 @@ class Checkpoint:
 
     @property
     def rows(self) -> int | None:
-        """None: its embeddings are those of its files."""
+        """None: the embeddings are as its files have them."""
         return None
 
     @property

@@ -43,7 +43,7 @@ class Format(Protocol):
         ...
 
     def owns(self, path: str) -> bool:
-        """Whether a path, or what else a recipe names a model by, is of this format. Reads no weight."""
+        """Whether a path, or another name of a model in a recipe, is of this format. Reads no weight."""
         ...
 
     def open(self, path: str, base: Model | None) -> Model:
@@ -64,7 +64,7 @@ SAYS = tuple(name for name in vars(Format) if not name.startswith("_"))
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Raise ``InputError`` unless a format says all that it must of itself."""
+    """Raise ``InputError`` unless a format has all declarations."""
     lacking = [each for each in SAYS if not hasattr(kind, each)]
     if lacking:
         raise InputError(

@@ -168,7 +168,7 @@ def _refuse_quantised(checkpoint: Model) -> None:
 
 
 def _aliases(checkpoint: Model) -> dict[str, str]:
-    """Tied tensors, by the name that is left out: the output embedding, and what ``safetensors.save_model`` dropped."""
+    """Tied tensors by the name left out: the output embedding, and names that ``safetensors.save_model`` drops."""
     stored = checkpoint.tensors
     dropped = {alias: kept for alias, kept in checkpoint.metadata.items() if alias not in stored and kept in stored}
     kept = tied_embedding(checkpoint)

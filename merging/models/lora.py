@@ -72,7 +72,7 @@ class LowRank:
 
     @property
     def device(self) -> torch.device:
-        """Where it is formed."""
+        """The device on which it is formed."""
         return self.left.device
 
     def numel(self) -> int:
@@ -193,7 +193,7 @@ class Adapter:
 
     @property
     def stored(self) -> bool:
-        """False: what it changes is formed as it is read."""
+        """False: the tensors that it changes are computed when they are read."""
         return False
 
     @property
@@ -245,7 +245,7 @@ class Adapter:
         return self if name in self.factors or name in self.whole else self.base.holder(name)
 
     def working_bytes(self, name: str) -> int:
-        """Bytes of the factors in the type in which they are multiplied, and of what the base takes."""
+        """Bytes of the factors in the type in which they are multiplied, and the bytes that the base takes."""
         base = 0 if name in self.whole else self.base.working_bytes(name)
         if name not in self.factors:
             return base
@@ -377,7 +377,7 @@ class _Reader:
             raise self._misshapen(key, found, name, expected)
 
     def _check_ties(self, factors: Mapping[str, Factors], whole: dict[str, str]) -> None:
-        """Refuse what unties weights that the base has tied."""
+        """Refuse an adapter that unties weights that the base has tied."""
         embedding = tied_embedding(self.base)
         for kept in {*self.aliases.values(), *([embedding] if embedding else [])}:
             group = [name for name, place in self.aliases.items() if place == kept]
@@ -401,7 +401,7 @@ class _Reader:
         return one.dtype == other.dtype and torch.equal(one, other)
 
     def _known(self, name: str, key: str) -> str:
-        """``name`` if the base has such a tensor, tied or not."""
+        """``name`` if the base has a tensor of that name, tied or not."""
         if name in self.base.tensors or name in self.aliases:
             return name
         raise CheckpointError(

@@ -47,7 +47,7 @@ class Model(Protocol):
 
     @property
     def path(self) -> Path:
-        """Where it was opened from."""
+        """The path it was opened from."""
         ...
 
     @property
@@ -92,12 +92,12 @@ class Model(Protocol):
 
     @property
     def files(self) -> Path:
-        """Where an export finds the configuration and the licences: a directory, or the file of plain weights."""
+        """The place of configuration and licences for an export: a directory, or the file of plain weights."""
         ...
 
     @property
     def tokenizer(self) -> Path:
-        """Where its tokenizer is, if it has one."""
+        """The folder of its tokenizer, if it has one."""
         ...
 
     def tensor(self, name: str) -> Tensor:
@@ -116,7 +116,7 @@ class Model(Protocol):
         ...
 
     def working_bytes(self, name: str) -> int:
-        """Bytes of main memory that ``flat(name)`` takes: what is formed whole, and factors. Mapped files take none."""
+        """Bytes of main memory that ``flat(name)`` takes for computed tensors and factors. Mapped files take none."""
         ...
 
     def mergekit_reference(self) -> str:
@@ -144,7 +144,7 @@ _DEPENDING = ("stored", "holder", "working_bytes", "mergekit_reference", "record
 
 
 def declared(model: Any) -> Model:
-    """``model``, if its class says all that a model must say of itself.
+    """``model``, if its class has all declarations of a model.
 
     Attributes that ``__getattr__`` takes from another object do not count, nor do answers inherited from a class of
     other weights.
@@ -213,7 +213,7 @@ class Wrapper(ABC):
 
     @property
     def path(self) -> Path:
-        """Where the model was opened from."""
+        """The path the model was opened from."""
         return self.model.path
 
     @property
@@ -248,7 +248,7 @@ class Wrapper(ABC):
 
     @property
     def stored(self) -> bool:
-        """False: no file holds what is read."""
+        """False: no file holds the tensors as they are read."""
         return False
 
     @property
@@ -258,12 +258,12 @@ class Wrapper(ABC):
 
     @property
     def files(self) -> Path:
-        """Where the model's configuration and licences are."""
+        """The place of the model's configuration and licences."""
         return self.model.files
 
     @property
     def tokenizer(self) -> Path:
-        """Where the model's tokenizer is."""
+        """The folder of the model's tokenizer."""
         return self.model.tokenizer
 
     def holder(self, name: str) -> Model:
@@ -271,7 +271,7 @@ class Wrapper(ABC):
         return self
 
     def working_bytes(self, name: str) -> int:
-        """Bytes of the whole tensor, and of what the model in it takes."""
+        """Bytes of the whole tensor, and the bytes that the wrapped model takes."""
         return self.tensors[name].nbytes + self.model.working_bytes(name)
 
     def mergekit_reference(self) -> str:

@@ -87,7 +87,7 @@ def _counts(models: Sequence[Model]) -> dict[str, list[int]]:
 
 
 def check_numbers(models: Sequence[Model], stop: int | None = None) -> None:
-    """Refuse models whose tokenizers disagree on what a token's number means. Models without tokenizers pass.
+    """Refuse models whose tokenizers disagree on the meaning of a token's number. Models without tokenizers pass.
 
     Args:
         models: Two or more.
@@ -180,7 +180,7 @@ class Resized(Wrapper):
         return formed(self.flat(name)).view(self.tensors[name].shape)
 
     def flat(self, name: str) -> Source:
-        """The tensor ``name``, flat: what it lacks is read from other models, a piece at a time."""
+        """The tensor ``name``, flat. Rows that it lacks are read from other models, a piece at a time."""
         own = self.model.flat(name)
         if name not in self.sizes:
             return own
@@ -240,7 +240,7 @@ class Joined:
 
     @property
     def device(self) -> torch.device:
-        """Where the parts are."""
+        """The device of the parts."""
         return self.parts[0].device
 
     def numel(self) -> int:
@@ -284,7 +284,7 @@ class Mean:
 
     @property
     def device(self) -> torch.device:
-        """Where the parts are."""
+        """The device of the parts."""
         return self.parts[0].device
 
     def numel(self) -> int:

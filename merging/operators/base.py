@@ -49,7 +49,7 @@ class Operator(Protocol):
 
     @property
     def geometry(self) -> Literal["model", "tensor"] | None:
-        """Where weights depend on inner products of the models: over all parameters, or of each tensor by itself."""
+        """Over which part the inner products of the models determine the weights: all parameters, or each tensor."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class Operator(Protocol):
         ...
 
     def columns(self, experts: Sequence[str]) -> tuple[str, ...]:
-        """K names of a genome's coefficients, for E experts of these names.
+        """K names of a genome's coefficients, for the names of E experts.
 
         Raises:
             InputError: The operator does not merge so many.
@@ -84,7 +84,7 @@ class Operator(Protocol):
 
 
 def directions(operator: Operator, columns: int) -> list[list[Term]]:
-    """For each of K coefficients the models that it moves along, those of weight one first."""
+    """For each of K coefficients, the models that it moves along; models of weight one come first."""
     none = np.zeros((columns, columns))
     table = operator.weights(np.eye(columns)) - operator.weights(none)
     rows = [[(j, weight) for j, weight in enumerate(row) if weight] for row in table.tolist()]

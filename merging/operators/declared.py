@@ -99,7 +99,7 @@ def checked(kind: type[Operator], given: Mapping[str, Any], strict: bool = True)
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Raise ``InputError`` unless an operator says all that it must of itself.
+    """Raise ``InputError`` unless an operator has all declarations.
 
     Args:
         name: What recipes are to call it.

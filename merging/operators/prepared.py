@@ -30,7 +30,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class PreparedVectors(TaskArithmetic):
-    """``theta = base + sum_k c_k v_k``, where ``v_k`` is what an operator makes of the task vectors.
+    """``theta = base + sum_k c_k v_k``, where the operator makes the ``v_k`` from the task vectors.
 
     The ``v_k`` are mixed in place of the experts, in float32 (float64 where the models are): the merge is linear in the
     coefficients, and where all ``v_k`` are zero it is the base bit for bit.

@@ -42,7 +42,7 @@ class Slerp:
 
     @property
     def geometry(self) -> Literal["model", "tensor"]:
-        """Where angles are taken."""
+        """The part of the model over which an angle is taken."""
         return self.per
 
     def columns(self, experts: Sequence[str]) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ class MlflowSettings(MlflowPlace, TrackerSettings):
         return MlflowRecord(subject, self.store(directory), self.experiment, memory.get("run_id"))
 
     def in_words(self, error: BaseException) -> str:
-        """One line that says what went wrong; of a server that does not answer, just that."""
+        """One line about an error. For a server that does not answer, it says only that."""
         return store.in_words(error, self.uri or "")
 
 

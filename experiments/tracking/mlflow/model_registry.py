@@ -75,7 +75,7 @@ class Registrar:
         self._ask(self._check)
 
     def register(self, path: str | Path) -> Version:
-        """Register what ``ecotone.experiments.exports.export`` wrote to ``path``.
+        """Register the model that ``ecotone.experiments.exports.export`` wrote to ``path``.
 
         Raises:
             TrackingError: MLflow does not take it; the export stays where it is.
@@ -94,7 +94,7 @@ class Registrar:
             ) from error
 
     def _check(self, client: Any) -> None:
-        """Refuse early what would fail after the weights are written."""
+        """Refuse early every model that would fail after the weights are written."""
         run = client.get_run(self._run_id)
         if run.info.lifecycle_stage != "active":
             raise TrackingError(

@@ -164,7 +164,7 @@ class MlflowRecord:
             self._tag({colours.TAG: colour, _COLOUR: colour})
 
     def _show_fronts(self) -> None:
-        """Write the experiment's view of these objectives if it is missing, where the server lets us."""
+        """Write the experiment's view of the run's objectives, if it is missing and the server allows it."""
         from mlflow.exceptions import MlflowException
 
         tag = view_tag(self.subject.goals)
@@ -210,7 +210,7 @@ class MlflowRecord:
     # -- the end -----------------------------------------------------------------------------------------------
 
     def finish(self, end: End) -> None:
-        """Log the end: metrics and front, the state, the files, and at last the mark that all of it is there."""
+        """Log the end: metrics and front, the state, the files, and at last the mark of a complete end."""
         rows = [(key, value, end.time, end.evaluations) for key, value in end.metrics.items()]
         if end.front != self.front:
             rows += self._missing([row for line in end.lines for row in _rows(line)])
@@ -226,7 +226,7 @@ class MlflowRecord:
         self._tag({_END: end.mark})
 
     def _missing(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
-        """Those that a mirror which was stopped in the middle has not logged."""
+        """The metrics that an interrupted mirror has not logged."""
         begun = self.client.get_run(self.run_id).data.metrics.keys() & {row[0] for row in rows}
         there = {(key, metric.step) for key in begun for metric in self.client.get_metric_history(self.run_id, key)}
         return [row for row in rows if (row[0], row[3]) not in there]

@@ -32,7 +32,7 @@ _LAST_WORDS = "Its output is in ui.log of the run directory."
 
 @dataclass(frozen=True)
 class Pages:
-    """Where a server shows a run.
+    """The pages on which a server shows a run.
 
     Args:
         view: The charts of the experiment, in which the fronts of all its searches lie over each other.
