@@ -26,8 +26,8 @@ class Origin:
     """The origin of a kind: Ecotone, ``register``, or an entry point of a package.
 
     Args:
-        sort: What it is: ``search``, ``operator`` and so on.
-        name: What recipes call it.
+        sort: The sort of kind: ``search``, ``operator`` and so on.
+        name: Its name in recipes.
         package: The distribution that has it, with its version; ``ecotone`` for ours.
         place: ``module:attribute``.
         error: Why it cannot be used; empty when it can.
@@ -44,7 +44,7 @@ class Registry(Generic[Kind]):
     """Kinds of one sort.
 
     Args:
-        sort: What they are, for messages: ``search``, ``operator``, ``objective`` and so on.
+        sort: The name of the sort, for messages: ``search``, ``operator``, ``objective`` and so on.
         group: The entry points of other packages, as ``ecotone.searches``.
         ours: Places of our own kinds, ``module:attribute``, by name.
         check: Raises ``InputError``, naming what is missing, unless a kind declares all that its sort must. It is
@@ -69,7 +69,7 @@ class Registry(Generic[Kind]):
         """The kind of that name.
 
         Args:
-            name: What recipes call it.
+            name: Its name in recipes.
             field: The recipe's field that names it, for messages.
 
         Raises:

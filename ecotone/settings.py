@@ -100,7 +100,7 @@ class MoreField:
         kinds: Names of the kinds that it belongs to.
         shape: JSON Schema of its value.
         default: Its value where none is given.
-        text: What it means.
+        text: Its meaning, in words.
     """
 
     name: str
@@ -269,9 +269,9 @@ def check_kind(name: str, kind: Any, base: type[Part], tag: str) -> None:
     """Refuse a kind that does not declare all that its sort must.
 
     Args:
-        name: What recipes call it.
+        name: Its name in recipes.
         kind: The kind.
-        base: What kinds of the sort are made of. Its abstract methods, and its class variables without a value, are
+        base: The base class of kinds of the sort. Its abstract methods, and its class variables without a value, are
             what each of them must have.
         tag: The field that names the kind.
 

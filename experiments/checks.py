@@ -42,7 +42,7 @@ def validate(recipe: Recipe, *, headers: bool = False) -> list[Finding]:
     """Check a recipe against its functions and its checkpoints' headers, and score an expert on an example a task.
 
     Args:
-        recipe: What to check.
+        recipe: The recipe to check.
         headers: Read headers alone, and score nothing.
 
     Raises:

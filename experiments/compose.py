@@ -202,7 +202,7 @@ def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = (), ope
     """The algorithm and the population that ``search`` asks for.
 
     Args:
-        recipe: What is asked for.
+        recipe: The recipe.
         space: The models.
         starts: Merges for the algorithm to begin with, where it can.
         operator: The recipe's merge operator, if it is there already.
@@ -221,7 +221,7 @@ class Outlined:
     Args:
         settings: The algorithm's.
         pair: The search and its population; None where the headers, or the names alone, are not enough to make them.
-        context: What it is made for.
+        context: The context it is made for.
         coefficients: (segments, models) of its merges; None where they are not known yet.
     """
 
@@ -249,7 +249,7 @@ def check_search(recipe: Recipe, sources: Sources | None = None, operator: Opera
     """Make the search, or each of its stages, as far as that is possible before a weight is read, to refuse early.
 
     Args:
-        recipe: What to check.
+        recipe: The recipe to check.
         sources: The models; without them only searches with coefficients a model or a group can be made.
         operator: The recipe's merge operator, if it is there already.
 

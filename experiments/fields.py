@@ -29,9 +29,9 @@ class FieldText:
     Args:
         path: Its dotted path in a recipe; positions in lists are left out.
         kinds: Names of the kinds that have it so, where it belongs to a kind (an algorithm, an operator, ...).
-        type: What it takes, with bounds.
+        type: The type of its values, with bounds.
         default: Its default as YAML would have it; ``required`` without one.
-        text: What it means.
+        text: Its meaning, in words.
     """
 
     path: str
@@ -56,8 +56,8 @@ def fields_of(part: type[Part], path: str = "", kinds: tuple[str, ...] = ()) -> 
 
     Args:
         part: The part.
-        path: Where it stands in a recipe.
-        kinds: Of which kinds it is.
+        path: Its path in a recipe.
+        kinds: The kinds it belongs to.
     """
     shapes = part.model_json_schema()
     for name, field in part.model_fields.items():
@@ -96,8 +96,8 @@ def explained_path(path: str) -> list[FieldText]:
     """The fields that a dotted path names; several where kinds have fields of that name that differ.
 
     Args:
-        path: As in ``--set``: ``search.archive``, ``objectives.search.0.batch``; a kind's name may stand before its
-            field, as in ``search.m2n2.archive``.
+        path: The path, as in ``--set``: ``search.archive``, ``objectives.search.0.batch``. A kind's name may stand
+            before its field, as in ``search.m2n2.archive``.
 
     Raises:
         InputError: No field has that path (the nearest one is given).

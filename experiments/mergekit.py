@@ -39,7 +39,7 @@ class Snap:
 
     Args:
         genome: The genome; each tensor has the coefficients that most of it had.
-        elements: How many parameters have other coefficients than before.
+        elements: The number of parameters whose coefficients have changed.
         share: The same as a share of all parameters.
         largest: The largest change of a coefficient.
     """
@@ -60,9 +60,9 @@ class MergekitMerge:
     Args:
         config: The file's content.
         genome: The merge that it describes.
-        snap: What moving split points to tensor borders changed; None when none had to be moved.
+        snap: The change from moving split points to tensor borders; None when none had to be moved.
         adapters: Whether mergekit will merge LoRA adapters into their base first.
-        notes: What its user has to know, a sentence each.
+        notes: Notes for its user, a sentence each.
     """
 
     config: Mapping[str, Any]

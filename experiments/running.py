@@ -56,7 +56,7 @@ def launch(
     """Run a recipe to its budget and return the finished run.
 
     Args:
-        recipe: What to run.
+        recipe: The recipe to run.
         out: The run directory, a path or a URL, which must not hold a run; None makes ``runs/NAME-TIME``.
         observe: Called with the progress after every step.
         notify: Called with a sentence when something takes a while.

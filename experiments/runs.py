@@ -52,7 +52,7 @@ class Run:
         directory: The run directory. From a URL its newest copy is fetched.
 
     Attributes:
-        directory: Where its files are.
+        directory: The folder of its files.
         where: The name that the user knows it by: a path, or a URL.
 
     Raises:

@@ -128,7 +128,7 @@ def load(spec: Call, field: str, labelled: bool) -> Examples:
 
     Args:
         spec: The function and its arguments.
-        field: Where the user wrote it, for error messages.
+        field: The field in which the user wrote it, for error messages.
         labelled: Whether labels are needed. Where they are not, those that are returned are left out.
 
     Raises:

@@ -43,7 +43,7 @@ class Head:
 
     Args:
         function: Called as ``function(outputs, inputs)``.
-        dtype: What floating-point outputs are converted to before.
+        dtype: The type that floating-point outputs are converted to first.
     """
 
     def __init__(self, function: Callable[[Any, Inputs], Any], dtype: torch.dtype = torch.float32) -> None:
@@ -98,7 +98,7 @@ def logits(model: Any, inputs: Inputs, head: Head | None = None) -> Tensor:
 
     Args:
         model: A torch module.
-        inputs: What it is called with.
+        inputs: The inputs it is called with.
         head: Makes the logits of its outputs; None takes the outputs themselves, or their ``logits``.
 
     Raises:

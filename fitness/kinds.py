@@ -30,7 +30,7 @@ class ObjectiveContext:
     """The place of the model that objectives and calibration tasks are built for.
 
     Args:
-        device: Where the model is.
+        device: The device of the model.
         dtype: The type that floating-point inputs are converted to; None leaves them as they are.
         tokenizer: A local folder with the tokenizer and the model's ``config.json``; None where no kind needs one.
     """
@@ -58,9 +58,9 @@ class NamedCall:
     """A Python function that settings name.
 
     Args:
-        field: Where it stands in them; empty where the settings themselves are the call.
+        field: Its field in the settings; empty where the settings themselves are the call.
         call: The function and its keyword arguments.
-        given: How many positional arguments it gets before these.
+        given: The number of positional arguments that come before its own.
     """
 
     field: str
@@ -163,8 +163,8 @@ class CalibrationSettings(Part):
         """The task, with its data where the model is.
 
         Args:
-            context: What it is built for.
-            seed: Of the order in which examples come.
+            context: The context it is built for.
+            seed: The seed of the order in which examples come.
 
         Raises:
             InputError: Its functions or data cannot be used.
@@ -194,7 +194,7 @@ def check_objective(name: str, kind: Any) -> None:
     """Refuse a kind of objective that lacks a declaration.
 
     Raises:
-        InputError: As ``ecotone.settings.check_kind``.
+        InputError: As for ``ecotone.settings.check_kind``.
     """
     check_kind(name, kind, ObjectiveSettings, "type")
 
@@ -203,7 +203,7 @@ def check_loss(name: str, kind: Any) -> None:
     """Refuse a calibration loss that lacks a declaration.
 
     Raises:
-        InputError: As ``ecotone.settings.check_kind``.
+        InputError: As for ``ecotone.settings.check_kind``.
     """
     check_kind(name, kind, CalibrationSettings, "loss")
 

@@ -90,7 +90,7 @@ class SerialPool:
     candidate, which costs more than scoring in the meantime saves (measured on the digits recipes).
 
     Args:
-        spec: What the worker is made of.
+        spec: The spec from which the worker is made.
     """
 
     slots = 1

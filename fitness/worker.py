@@ -42,7 +42,7 @@ def open_sources(spec: WorkerSpec) -> Sources:
     """The models of a worker, opened; only headers are read.
 
     Raises:
-        EcotoneError: As ``Sources.open``.
+        EcotoneError: As for ``Sources.open``.
     """
     models = (spec.experts, spec.base, spec.operator, spec.names, spec.settings, spec.vocabulary)
     return Sources.open(*models, spec.sources)
@@ -52,9 +52,9 @@ def needs_of(spec: WorkerSpec, sources: Sources, device: torch.device, *, settin
     """The memory that a worker takes, from headers alone.
 
     Args:
-        spec: What the worker is made of.
+        spec: The spec from which the worker is made.
         sources: Its models.
-        device: Where it merges.
+        device: The device on which it merges.
         settings: Whether genomes have settings of their own.
 
     Raises:
@@ -121,7 +121,7 @@ class Worker:
         """The search's view of the models: layout and inner products. Streams the sources once.
 
         Raises:
-            InputError: As ``try_out``, where the spec asks for it.
+            InputError: As for ``try_out``, where the spec asks for it.
         """
         if self._spec.try_out:
             self.try_out()
@@ -169,14 +169,14 @@ class Worker:
         """Score an expert, on one example of each objective that can be asked of one and on all of others.
 
         Args:
-            number: Of the expert, from 0.
+            number: The number of the expert, from 0.
 
         Returns:
             The scores of those of the search that were asked of all their examples, by name.
 
         Raises:
             InputError: An objective cannot be computed, or its score is no finite number. The message names it.
-            WorkerBrokenError: As ``measure``.
+            WorkerBrokenError: As for ``measure``.
         """
         seeds = self._sources.operator.seeds(len(self._sources.experts))
         expert = Genome.uniform(self._sources.layout.size, seeds[number])

@@ -97,11 +97,11 @@ def settled(wish: Wish, needs: Needs, free: Free, share: Free, device: torch.dev
     """The placement that is wished for, if there is memory for it; ``auto`` is chosen.
 
     Args:
-        wish: What the recipe says.
-        needs: What a worker takes.
-        free: What it may take at most.
-        share: What ``auto`` plans with, where workers have yet to take their parts.
-        device: Where it merges.
+        wish: The placement that the recipe asks for.
+        needs: The memory that a worker takes.
+        free: The most memory that it may take.
+        share: The memory that ``auto`` plans with, where workers have yet to take their parts.
+        device: The device on which it merges.
 
     Raises:
         InputError: There is no memory for the model, or for the sources where they are to be.

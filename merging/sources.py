@@ -45,7 +45,7 @@ class Sources:
         experts: K models.
         base: The base model, if there is one. Operators that need no base take from it only integer buffers and,
             on export, the configuration and tokenizer.
-        placement: Where they are kept; no bit of a merge depends on it.
+        placement: The place where they are kept; no bit of a merge depends on it.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Sources:
             settings: The operator's settings by name.
             vocabulary: What to do with models of other vocabulary sizes: refuse them (``same``), cut them to the
                 base's, or take the ``union`` (``ecotone.merging.models.vocabulary``).
-            placement: Where the models are kept (``ecotone.merging.placement``).
+            placement: The place where the models are kept (``ecotone.merging.placement``).
 
         Raises:
             InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.
@@ -275,7 +275,7 @@ class Sources:
         Args:
             genomes: B genomes.
             dtype: Type of the result; the models' own by default (float32 when they mix types).
-            device: Where the result goes.
+            device: The device of the result.
 
         Returns:
             By tensor name, (B, *shape) views of one new (B, n) buffer.

@@ -9,8 +9,8 @@ class EcotoneError(Exception):
     """Any failure that Ecotone explains in words instead of a traceback.
 
     Args:
-        message: What is wrong, naming the field or file, what was expected and what was found.
-        remedy: What the user can do about it (one sentence), or an empty string.
+        message: A sentence about the error, naming the field or file, what was expected and what was found.
+        remedy: One sentence on what the user can do about it, or an empty string.
     """
 
     def __init__(self, message: str, remedy: str = "") -> None:

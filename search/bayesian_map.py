@@ -104,7 +104,7 @@ class BayesianMap:
     as the worst score seen of each objective, so that the search leaves its neighbourhood.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         goals: The M objectives, two at least.
         seed: The recipe's seed.
         settings: The design's size, how proposals are chosen, and when to stop; None means the defaults.
@@ -512,8 +512,8 @@ class Bins:
     30 repeats, each from all points. An empty bin scores as the highest, so that none is never visited.
 
     Args:
-        box: Where coefficients lie; at most six.
-        known: What was told.
+        box: The bounds of the coefficients; at most six.
+        known: The points and scores told so far.
         links: A link for each objective.
     """
 

@@ -76,7 +76,7 @@ class CmaEs:
     points.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         goals: The objectives; their oriented mean is maximised.
         seed: The recipe's seed.
         settings: Step size, population size, and whether the covariance is diagonal; None for the defaults.

@@ -23,11 +23,11 @@ class Setting:
     """A setting of the merge operator that is searched beside the coefficients (``Genome.parameters``).
 
     Args:
-        name: As the operator calls it.
+        name: Its name in the operator.
         low: Its smallest value.
         high: Its largest value.
         scale: ``linear``, ``log`` (then ``low`` is above 0), or ``integer`` (then all from low to high).
-        default: What genomes without it stand for; None means the middle of its scale.
+        default: The value of genomes without it; None means the middle of its scale.
 
     Raises:
         InputError: The bounds are not two finite numbers in order, or do not fit the scale.

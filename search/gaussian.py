@@ -81,8 +81,8 @@ class GaussianProcess:
         values: (N,) what was observed there.
         weights: (N,) relative variances of the noise.
         logs: (E+4,) logarithms of the hyperparameters, in the order of ``Prior``.
-        centre: What is taken off the values.
-        scale: What the values are then divided by.
+        centre: The number subtracted from the values.
+        scale: The number that the values are then divided by.
     """
 
     inputs: Inputs
@@ -180,7 +180,7 @@ class Paths:
     """Functions drawn from a Gaussian process given its data.
 
     Args:
-        process: Where from.
+        process: The process to draw from.
         waves: (F, E) frequencies of the residual's features.
         weights: (P, S) weights of the prior's features.
         update: (N, S) weights of the data's kernels.

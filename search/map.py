@@ -90,7 +90,7 @@ class MapSearch:
     continues where a smaller one stopped.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         goals: The objectives, two at least.
         seed: The recipe's seed.
         settings: The design, the surrogates' links, and how the predicted front is found; None means the defaults.
@@ -98,7 +98,7 @@ class MapSearch:
         seeds: (J, K) coefficients of the models themselves, for the mixed design; None means one-hot vectors.
         starts: (n, D) points to measure before the design, besides ``samples`` and ``evaluations``; those outside
             the box are left out.
-        generations: Of NSGA-III.
+        generations: Generations of NSGA-III.
         filling: Rounds that fill the gaps in NSGA-III's front; with none, predicted hypervolumes are percents short.
 
     Raises:
@@ -425,7 +425,7 @@ def predicted_front(
         low: (D,) lowest coefficients.
         high: (D,) highest coefficients.
         rng: All randomness comes from it.
-        generations: Of NSGA-III.
+        generations: Generations of NSGA-III.
         filling: Rounds of filling gaps; none beyond five objectives, where nearly everything is on the front.
 
     Returns:

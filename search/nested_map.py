@@ -100,11 +100,11 @@ class NestedMapSearch:
     value most, of all that were scored for it. Every trial is an ordinary merge of all K models.
 
     Args:
-        box: Where coefficients lie: one segment, with 0 and 1 within its bounds.
+        box: The bounds of the coefficients: one segment, with 0 and 1 within its bounds.
         goals: The objectives, each of which belongs to one model.
         seed: The recipe's seed.
         sources: K names of the models, two at least.
-        settings: Whose objectives are whose, the preferences, and the size of each pair; None means the defaults.
+        settings: The owners of objectives, the preferences, and the size of each pair; None means the defaults.
         evaluations: The budget, which must be enough for the whole tree; None means no limit.
 
     Raises:

@@ -91,10 +91,10 @@ class Nsga:
     trials never join the population. A proposal takes well under a millisecond.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         goals: The M objectives.
         seed: The recipe's seed.
-        settings: Which of the two, its population, and how children are bred; None means the defaults.
+        settings: The variant, its population, and how children are bred; None means the defaults.
         seeds: (n, D) points to score first, such as the models themselves; moved into the box.
 
     Raises:

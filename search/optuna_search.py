@@ -128,7 +128,7 @@ class OptunaSearch:
     while the next are computed.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         goals: The M objectives.
         seed: The recipe's seed.
         settings: The sampler and its settings; None means the defaults.

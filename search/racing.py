@@ -441,7 +441,7 @@ def raced(
 
     Args:
         pair: The search and its population.
-        context: What they were made for.
+        context: The context they were made for.
         race: The race's settings; None for no race.
         whole: As for ``Racing``.
         own_parents: As for ``Racing``.

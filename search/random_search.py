@@ -41,7 +41,7 @@ class RandomSearch:
     """Random search: each trial's coefficients are independent and uniform in the box.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         seed: The recipe's seed.
 
     Example::

@@ -42,7 +42,7 @@ class Case(Generic[SettingsT]):
         settings: The settings, with small data.
         model: Gives a model that can be scored, for a seed: a module in evaluation mode, or tensors by name. Models of
             different seeds must score differently.
-        context: What it is built for.
+        context: The context it is built for.
         names: For losses: names of the experts, of which ``model`` gives the first for seed 0 and so on.
     """
 

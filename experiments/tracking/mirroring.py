@@ -29,7 +29,7 @@ class Mirror:
     """Keeps a tracker's record of a run up to date. Any error makes it useless, as it does the record.
 
     Args:
-        subject: What the journal says of the run as a whole.
+        subject: The facts of the run as a whole.
         record: The run of the tracker.
     """
 

@@ -26,7 +26,7 @@ class MirrorReport:
     """The result of mirroring a run.
 
     Args:
-        uri: Where the run goes, without credentials.
+        uri: The address of the run, without credentials.
         experiment_id: The tracker's experiment or project, or None when the tracker was not reached.
         run_id: The tracker's run, or None when the tracker was not reached.
         evaluations: Evaluations that the tracker shows.
@@ -134,7 +134,7 @@ def note(directory: Path, tracker: str, report: MirrorReport, more: Memory) -> N
     Args:
         directory: The run directory.
         tracker: The tracker's name.
-        report: What its mirror achieved.
+        report: The result of its mirror.
         more: ``experiment``, ``page`` and ``memory``.
     """
     known = {

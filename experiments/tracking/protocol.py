@@ -63,7 +63,7 @@ class End:
         evaluations: The number of evaluations.
         time: When the last of them came (unix milliseconds).
         reasons: ``stop_reason`` and ``error``, in words; empty where there is none.
-        metrics: Of the run as a whole: held-out scores of the best candidate, scores of the merges to compare with.
+        metrics: Metrics of the whole run: held-out scores of the best candidate, scores of the merges to compare with.
         front: A text that differs between the fronts of a run; empty unless the search has finished.
         lines: The front, one step for each member, and values of earlier steps that are known only now; empty unless
             the search has finished.
@@ -201,9 +201,9 @@ class TrackerSettings(Part):
         """The record of a run, found or made.
 
         Args:
-            subject: What the journal says of the run as a whole.
+            subject: The facts of the run as a whole.
             directory: The run directory.
-            memory: What the last record of this run noted; empty when that is unknown.
+            memory: The values kept by the last record of this run; empty when unknown.
 
         Raises:
             Exception: The tracker cannot be reached, or refuses.

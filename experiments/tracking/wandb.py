@@ -133,10 +133,10 @@ class WandbRecord:
     """The W&B run of a search, on a server.
 
     Args:
-        subject: What the journal says of the run as a whole.
-        settings: Where to.
-        folder: Where W&B keeps its files.
-        memory: What the last record noted. With an end in it the server is asked only when there is more to say.
+        subject: The facts of the run as a whole.
+        settings: Project, team and mode of W&B.
+        folder: The folder of W&B's files.
+        memory: The values kept by the last record. If they hold an end, the server is asked only for more to log.
     """
 
     logged: int
@@ -358,10 +358,10 @@ class OfflineRecord(WandbRecord):
     """The W&B run of a search, in a folder: written from the journal's first row on, or shown as it is.
 
     Args:
-        subject: What the journal says of the run as a whole.
-        settings: Where to.
-        folder: Where W&B keeps its files.
-        memory: What the last record noted. Without an end in it the log is written anew.
+        subject: The facts of the run as a whole.
+        settings: Project, team and mode of W&B.
+        folder: The folder of W&B's files.
+        memory: The values kept by the last record. Without an end in it the log is written anew.
     """
 
     mode: ClassVar[Literal["online", "offline"]] = "offline"

@@ -81,7 +81,7 @@ class BackendContext:
     Args:
         sources: The models.
         architecture: A call that makes the torch module, ``auto`` for Hugging Face directories, or None for no module.
-        device: Where the worker merges.
+        device: The device on which the worker merges.
         dtype: The floating-point type that merges are rounded to; None keeps the architecture's own.
     """
 
@@ -153,7 +153,7 @@ class ScoringSettings(Part):
 
         Args:
             sources: The models.
-            device: Where it merges.
+            device: The device on which it merges.
             dtype: The floating-point type that merges are rounded to.
             threads: CPU threads that it merges with.
             batch: The most candidates scored together; None if it is not known.

@@ -34,7 +34,7 @@ def stack_of(
         layout: The flat vector.
         dtype: The model's floating-point type; None is the checkpoints'.
         stack_bytes: Memory for candidates merged in one pass.
-        batch: How many there are at most.
+        batch: The most candidates in a stack.
     """
     kinds = {dtype} if dtype else set(layout.dtypes)
     each = layout.size * kinds.pop().itemsize if len(kinds) == 1 else 0
@@ -96,10 +96,10 @@ class Resident:
     a change of pointers. Large ones are merged in place, one candidate at a time.
 
     Args:
-        sources: What genomes mix.
+        sources: The sources that are mixed.
         architecture: A function that returns the module, ``auto`` for the Hugging Face directory the checkpoints
             come from, or None for a dict of tensors.
-        device: Where the model lives.
+        device: The device of the model.
         dtype: Its floating-point type; None keeps the architecture's own (for a dict: the checkpoints').
         stack_bytes: Memory for candidates merged in one pass.
         checkpointing: Whether ``gradient`` computes activations twice instead of keeping them (Hugging Face models).
@@ -210,7 +210,7 @@ class Resident:
             genome: The merge.
             losses: Called with the model in evaluation mode; gives as many scalars as there are weights, with their
                 graphs. It may not change the parameters.
-            weights: What each loss is multiplied by in the sum.
+            weights: The weight of each loss in the sum.
 
         Returns:
             The losses and (S, K) the derivatives of their weighted sum.

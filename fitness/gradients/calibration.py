@@ -42,7 +42,7 @@ class Task:
         loss: ``entropy`` or ``cross_entropy``.
         head: Makes the logits of the model's outputs; None takes the outputs, or their ``logits``.
         batch: Examples in a batch; with fewer than that each batch has all of them.
-        seed: Of the orders, at least 0.
+        seed: The seed of the orders, at least 0.
 
     Raises:
         InputError: Batch is below 1, the seed below 0, the loss unknown, or labels are missing that it needs.

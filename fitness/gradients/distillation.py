@@ -67,7 +67,7 @@ class Distilled(Task):
         wanted: The task's name, the most examples in a batch, from which expert, and how.
         examples: As for ``Task``; labels are not used.
         head: As for ``Task``. Without one the logits may also be (n, L, C), a row for each token.
-        seed: Of batches and orders, at least 0.
+        seed: The seed of batches and orders, at least 0.
         cache_bytes: Memory for what the expert says; the batches that were not used for longest are forgotten first.
 
     Raises:

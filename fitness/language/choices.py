@@ -129,7 +129,7 @@ class Question:
         tokens: At least one.
         choices: At least one token each.
         answer: From 0.
-        sizes: What each choice's log-likelihood is divided by.
+        sizes: The number that each choice's log-likelihood is divided by.
     """
 
     tokens: Sequence[int]
@@ -210,8 +210,8 @@ class MultipleChoice:
 
     Args:
         goal: Name and direction.
-        questions: What is asked.
-        device: Where the model is.
+        questions: The questions.
+        device: The device of the model.
         batch: Rows of tokens in one forward pass; None chooses.
         reuse: Whether a question is read once for all its choices.
     """
@@ -329,9 +329,9 @@ def packed(questions: Sequence[Question], batch: int | None, device: torch.devic
     """Passes with one row for each question: the tokens of the question, then the tokens of all its choices.
 
     Args:
-        questions: What is asked.
+        questions: The questions.
         batch: Rows in one forward pass; None chooses.
-        device: Where the model is.
+        device: The device of the model.
         shared: Tokens at the front of all questions to read only once; None: as many as they have in common.
     """
     if shared is None:

@@ -163,7 +163,7 @@ class Generator:
     Args:
         prompts: (N,) tokens, at least one each.
         tokenizer: A Hugging Face tokenizer.
-        device: Where the model is.
+        device: The device of the model.
         most: The most tokens to generate.
         stop: Texts that end an answer.
         batch: Prompts continued together; None chooses.
@@ -290,7 +290,7 @@ class TokensGenerated:
 
     Args:
         goal: Name and direction.
-        generator: What continues the prompts.
+        generator: The generator that continues the prompts.
     """
 
     goal: Goal
@@ -326,9 +326,9 @@ class ExactMatch:
 
     Args:
         goal: Name and direction.
-        generator: What continues the prompts.
+        generator: The generator that continues the prompts.
         answers: (N,) the texts that are right.
-        extract: What finds the answer in what was written, as in ``ExactMatchSettings``.
+        extract: The expression that finds the answer in the written text, as in ``ExactMatchSettings``.
     """
 
     goal: Goal

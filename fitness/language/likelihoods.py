@@ -58,7 +58,7 @@ def log_probabilities(model: Any, inputs: Mapping[str, Any], asked: Wanted) -> T
 
     Args:
         model: A Hugging Face causal language model.
-        inputs: What it is called with; ``input_ids`` is (n, L).
+        inputs: The inputs it is called with; ``input_ids`` is (n, L).
         asked: Positions and tokens.
 
     Raises:
@@ -86,7 +86,7 @@ def logits_at(model: Any, inputs: Mapping[str, Any], rows: Tensor) -> Iterator[T
 
     Args:
         model: A Hugging Face causal language model.
-        inputs: What it is called with; ``input_ids`` is (n, L).
+        inputs: The inputs it is called with; ``input_ids`` is (n, L).
         rows: (R,) positions in the (n, L) tokens laid end to end.
 
     Raises:
@@ -124,7 +124,7 @@ class _Output:
     Args:
         layer: The output layer.
         rows: (R,) which of the model's states are kept; None for given ones.
-        size: How many of them the layer gets.
+        size: The number of kept rows that the layer gets.
         states: (R, H) states given to the layer.
     """
 

@@ -141,7 +141,7 @@ class Perplexity:
 
     Args:
         goal: Name and direction.
-        unit: Which of the three.
+        unit: Bits per byte, perplexity or likelihood.
         passes: The windows.
         items: (T,) the document (or window) of each scored token, as the passes come.
         sizes: (N,) what each item's loss is divided by: bytes, or tokens.

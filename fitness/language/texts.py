@@ -230,7 +230,7 @@ def batches(lengths: Sequence[int], batch: int | None, device: torch.device) -> 
     Args:
         lengths: Tokens of each sequence.
         batch: The most in one pass; None keeps padded passes within ``TOKENS``, one sequence at least.
-        device: Where the model is.
+        device: The device of the model.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     parts, start = [], 0

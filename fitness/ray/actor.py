@@ -46,7 +46,7 @@ class RemoteWorker:
 
         Raises:
             CheckpointError: This node lacks one of the paths.
-            EcotoneError: As ``Worker``.
+            EcotoneError: As for ``Worker``.
         """
         import ray
 

@@ -60,9 +60,9 @@ class Crew:
     """The workers that are running and the workers that are asked for.
 
     Args:
-        size: How many there are to be.
+        size: The number of workers to have.
         actors: Asks for them.
-        cluster: Where they are.
+        cluster: The cluster of the workers.
         jobs: Takes what they finished and what they did not.
         meters: Are told how many there are.
         wait: Limits how long none has a place.

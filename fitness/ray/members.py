@@ -66,9 +66,9 @@ class Actors:
     """Asks the cluster for actors.
 
     Args:
-        cluster: Where they are to be.
-        spec: What each worker is made of.
-        settings: What each holds of the cluster.
+        cluster: The cluster to start them on.
+        spec: The spec from which each worker is made.
+        settings: The resources of the cluster that each worker holds.
         clock: Tells the time.
     """
 

@@ -41,7 +41,7 @@ class RayPool:
     Args:
         spec: The models and objectives that each worker opens. A worker without a GPU of its own uses none: the device
             ``auto`` means the CPU then.
-        settings: How many workers, where, what each holds, and the limits of time.
+        settings: Number, place and resources of workers, and the limits of time.
         clock: Tells the time by which workers are late, idle or tried again.
 
     Raises:

@@ -20,7 +20,7 @@ class Results:
 
     Args:
         crew: The workers.
-        cluster: Where they are.
+        cluster: The cluster of the workers.
         jobs: Takes what they measured.
         attempts: So many of each worker's attempts to open may die in a row.
         clock: Tells the time.

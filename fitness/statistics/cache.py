@@ -26,7 +26,7 @@ class Cache:
     """Statistics by key, in a folder of this machine.
 
     Args:
-        folder: Where they lie; None is ``statistics`` in ``$ECOTONE_CACHE``.
+        folder: The folder that holds them; None is ``statistics`` in ``$ECOTONE_CACHE``.
     """
 
     def __init__(self, folder: Path | None = None) -> None:

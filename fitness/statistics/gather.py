@@ -37,7 +37,7 @@ class Gatherer:
         backend: Shows merges.
         architecture: Tells architectures of the same tensors apart: its text is part of the keys.
         data: Returns a calibration task's data by its name.
-        cache: Where statistics are kept; None is this machine's.
+        cache: The cache of statistics; None is this machine's.
     """
 
     def __init__(

@@ -134,7 +134,7 @@ def products(
 
     Args:
         sources: J flat tensors.
-        gradient: Of their length, float32 or bfloat16 as they are.
+        gradient: A tensor of their length, float32 or bfloat16 as they are.
         directions: For each of K the source it is, or two sources whose difference it is.
         lanes: (K, L) float32.
     """

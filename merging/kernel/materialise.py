@@ -58,7 +58,7 @@ class Stretch:
 
     Args:
         stored: J flat tensors as the checkpoints hold them, in main memory or on one device.
-        transform: What is mixed in their place.
+        transform: The function that makes the mixed pieces from them.
         start: Their first position in the flat vector.
     """
 

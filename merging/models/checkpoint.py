@@ -89,7 +89,7 @@ class Checkpoint:
 
     Args:
         path: The file or directory it was opened from.
-        name: What reports call it.
+        name: Its name in reports.
         shards: Its safetensors files.
         config: The model's ``config.json``, None for a plain state dict.
     """
@@ -108,7 +108,7 @@ class Checkpoint:
             path: A ``.safetensors`` file, or a directory that holds ``model.safetensors``, or
                 ``model.safetensors.index.json`` and its shards, or exactly one ``.safetensors`` file; or a
                 repository of the Hugging Face hub (``ecotone.merging.models.hub``).
-            name: What reports call it; the directory's or the file's name by default.
+            name: Its name in reports; the directory's or the file's name by default.
 
         Raises:
             CheckpointError: The file is missing, is not safetensors (pickles run code when loaded), is

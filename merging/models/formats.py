@@ -50,7 +50,7 @@ class Format(Protocol):
         """Open it; only headers are read.
 
         Args:
-            path: What ``owns`` has said yes to.
+            path: A path that ``owns`` has accepted.
             base: The model it was trained on; given where it ``needs_base``.
 
         Raises:

@@ -141,7 +141,7 @@ class Adapter:
 
     Args:
         path: The adapter's directory.
-        name: What reports call the expert.
+        name: The expert's name in reports.
         base: The model it was trained on.
         weights: The adapter's own tensors.
         factors: By tensor of the base, what is added to it.
@@ -162,7 +162,7 @@ class Adapter:
         Args:
             path: A directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
             base: The model it was trained on.
-            name: What reports call the expert; the directory's name by default.
+            name: The expert's name in reports; the directory's name by default.
 
         Raises:
             CheckpointError: It cannot be read, is not plain LoRA, or does not fit the base.

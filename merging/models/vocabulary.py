@@ -126,9 +126,9 @@ class Resized(Wrapper):
 
     Args:
         model: The model.
-        sizes: By tensor, the rows it is to have.
-        base: Whose rows take the place of those it lacks.
-        experts: Whose mean does where the base lacks them, too.
+        sizes: The number of rows that each tensor is to have, by name.
+        base: The model whose rows replace missing rows.
+        experts: The models whose mean replaces rows that the base lacks, too.
     """
 
     sizes: Mapping[str, int]
@@ -272,7 +272,7 @@ class Mean:
     """The mean of flat tensors, taken in float32 (float64 where one of them is) in their order.
 
     Args:
-        parts: Of one length, on one device.
+        parts: Tensors of one length, on one device.
     """
 
     parts: tuple[Source, ...]

@@ -97,7 +97,7 @@ def weights_of(
     """(S+1,) segment borders and (S, J) weights over the models of a genome.
 
     Args:
-        operator: What the coefficients mean.
+        operator: The operator, which gives coefficients their meaning.
         genome: The merge.
         layout: The flat vector.
         grams: Gives the Gram table of the J models, by tensor; asked for where the operator has a ``geometry``.

@@ -60,7 +60,7 @@ class _Election:
 
     Args:
         kind: The type in which task vectors are formed.
-        masks: Which entries are kept.
+        masks: The masks of entries that are kept.
         density: By which they are divided.
         combine: Whether entries are also divided by how many agree.
         majority: The sign (1 or -1) of positions where what is kept sums to zero.

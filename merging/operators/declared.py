@@ -30,10 +30,10 @@ class Setting:
     """A setting of an operator.
 
     Args:
-        name: What recipes call it.
+        name: Its name in recipes.
         type: Its annotation, bounds included; pydantic checks values by it.
         default: Its value where none is given.
-        text: What it is, in words.
+        text: Its meaning, in words.
         bounds: The widest bounds of a search over it; None where a search may not choose it.
     """
 
@@ -60,7 +60,7 @@ class Setting:
         """A value of the setting.
 
         Args:
-            value: What is given.
+            value: The given value.
             strict: Refuse values of another type; otherwise those of YAML are taken that mean one, a list for a tuple.
 
         Raises:
@@ -102,7 +102,7 @@ def check_declared(name: str, kind: Any) -> None:
     """Raise ``InputError`` unless an operator has all declarations.
 
     Args:
-        name: What recipes are to call it.
+        name: Its name in recipes.
         kind: Its class.
     """
     wrong = next(_faults(name, kind), None)

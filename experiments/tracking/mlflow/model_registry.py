@@ -31,9 +31,9 @@ class Version:
     Args:
         name: The model's.
         version: The number that MLflow gave it.
-        alias: What it can also be loaded by, if anything.
-        uri: What MLflow loads it by.
-        uploaded: Its weights are in MLflow; otherwise the version's tag ``ecotone.path`` says where they are.
+        alias: An alias that also loads it, if any.
+        uri: The URI by which MLflow loads it.
+        uploaded: Whether its weights are in MLflow; otherwise the version's tag ``ecotone.path`` says where they are.
     """
 
     name: str

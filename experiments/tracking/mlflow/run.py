@@ -40,7 +40,7 @@ class MlflowRecord:
     """A connection to the MLflow run of a search. Where it stands is asked of MLflow, and noted in the run's tags.
 
     Args:
-        subject: What the journal says of the run as a whole.
+        subject: The facts of the run as a whole.
         uri: The tracking URI.
         experiment: The name of the experiment.
         run_id: The MLflow run that was used before, if known.

@@ -59,7 +59,7 @@ def serve(
 
     Args:
         run_dir: The run directory.
-        port: Where to serve an embedded store; 0 takes a free one.
+        port: The port of the server for an embedded store; 0 takes a free port.
         open_browser: Also open the view of the experiment's fronts.
         say: Takes each line for the user.
 
