@@ -115,14 +115,14 @@ class Registry(Generic[Kind]):
 
     def origins(self) -> list[Origin]:
         """The origin of each kind, Ecotone's first, and the reason where a kind cannot be used."""
-        own = [Origin(self.sort, name, "ecotone", place, self._trouble(name)) for name, place in self._ours.items()]
+        ours = [Origin(self.sort, name, "ecotone", place, self._trouble(name)) for name, place in self._ours.items()]
         given = [Origin(self.sort, name, "this process", "") for name in self._given]
         others = [
             Origin(self.sort, name, _package(point), point.value, self._trouble_of(name))
             for name, points in sorted(self._others.items())
             for point in points
         ]
-        return [*own, *given, *others]
+        return [*ours, *given, *others]
 
     @cached_property
     def _others(self) -> dict[str, list[EntryPoint]]:

@@ -58,8 +58,8 @@ class Part(BaseModel):
     def texts(cls) -> dict[str, str]:
         """The text of each field, in words; empty where the docstrings have none."""
         return {
-            name: told or field.description or ""
-            for (name, field), told in zip(
+            name: text or field.description or ""
+            for (name, field), text in zip(
                 cls.model_fields.items(), (_told(cls).get(name) for name in cls.model_fields), strict=True
             )
         }
@@ -113,15 +113,15 @@ class MoreField:
 @cache
 def _told(cls: type) -> Mapping[str, str]:
     """The texts of a class's fields, from the docstrings of the class and its bases."""
-    told: dict[str, str] = {}
-    for one in reversed(cls.__mro__):
-        told |= described(one.__dict__.get("__doc__") or "")
-    return told
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        texts |= described(base.__dict__.get("__doc__") or "")
+    return texts
 
 
 def described(docstring: str) -> dict[str, str]:
     """The entries of a docstring's ``Attributes`` or ``Args`` section, each in one line, by name."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     inside, name = False, ""
     for line in inspect.cleandoc(docstring).splitlines():
         if _SECTION.match(line):
@@ -130,10 +130,10 @@ def described(docstring: str) -> dict[str, str]:
             inside = False
         elif inside and (entry := _ENTRY.match(line)):
             name = entry[1]
-            found[name] = entry[2].strip()
+            texts[name] = entry[2].strip()
         elif inside and name and line.strip():
-            found[name] = f"{found[name]} {line.strip()}".strip()
-    return found
+            texts[name] = f"{texts[name]} {line.strip()}".strip()
+    return texts
 
 
 def _with_text_keys(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -124,11 +124,11 @@ def logits_of(outputs: Any, inputs: Inputs, head: Head | None = None, *, tokens:
     Raises:
         InputError: There is not one row of logits an example.
     """
-    found = getattr(outputs, "logits", outputs) if head is None else head(outputs, inputs)
+    logits = getattr(outputs, "logits", outputs) if head is None else head(outputs, inputs)
     rows = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
-    if not isinstance(found, Tensor) or found.ndim not in ((2, 3) if tokens else (2,)) or len(found) != rows:
-        raise _unfit(found, rows, head)
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+    if not isinstance(logits, Tensor) or logits.ndim not in ((2, 3) if tokens else (2,)) or len(logits) != rows:
+        raise _unfit(logits, rows, head)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _unfit(found: Any, rows: int, head: Head | None) -> InputError:

@@ -115,14 +115,14 @@ class LmEvalSettings(ObjectiveSettings):
         Raises:
             InputError: There is no such task or metric, or lm-eval and the recipe disagree on the metric's direction.
         """
-        found = described(self)
-        right = {True: "maximize", False: "minimize", None: self.direction}[found.higher_is_better]
+        task = described(self)
+        right = {True: "maximize", False: "minimize", None: self.direction}[task.higher_is_better]
         if right != self.direction:
             raise InputError(
-                f"{self.where}: direction: expected {right} for the metric {found.metric!r}, found {self.direction}."
+                f"{self.where}: direction: expected {right} for the metric {task.metric!r}, found {self.direction}."
             )
-        documents = f"{found.documents} of {found.available} documents"
-        yield f"lm_eval {self.task}", f"{found.metric} on {documents}, {found.kind}"
+        documents = f"{task.documents} of {task.available} documents"
+        yield f"lm_eval {self.task}", f"{task.metric} on {documents}, {task.kind}"
 
     def build(self, context: ObjectiveContext) -> LanguageTask:
         """The objective, everything tokenised.
@@ -332,7 +332,7 @@ class Requests:
         """
         while True:
             try:
-                found = [group.answers(model) for _, group in self._groups]
+                answered = [group.answers(model) for _, group in self._groups]
                 break
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
@@ -349,10 +349,10 @@ class Requests:
         self._settled = True
         for instance in self._instances:
             instance.resps, instance.filtered_resps = [], {}
-        for (asked, _), (answers, _) in zip(self._groups, found, strict=True):
+        for (asked, _), (answers, _) in zip(self._groups, answered, strict=True):
             for instance, answer in zip(asked, answers, strict=True):
                 instance.resps.append(answer)
-        return any(broken for _, broken in found)
+        return any(broken for _, broken in answered)
 
     def _cut(self, batch: int) -> None:
         self.batch = batch
@@ -407,16 +407,16 @@ def _verdicts(task: Any, metric: str, documents: Sequence[Sequence[Any]]) -> Ver
     answers = [
         task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document) for document in asked
     ]
-    for each, answer, instances in zip(choices, answers, documents, strict=True):
-        if len(instances) != len(each) or type(answer) is not int or not 0 <= answer < len(each):
+    for options, answer, instances in zip(choices, answers, documents, strict=True):
+        if len(instances) != len(options) or type(answer) is not int or not 0 <= answer < len(options):
             return None
-    made = Verdicts([[_SIZES[metric](choice) for choice in each] for each in choices], answers)
-    said = [-np.random.default_rng(number).random(len(each)) for number, each in enumerate(choices)]
+    made = Verdicts([[_SIZES[metric](choice) for choice in options] for options in choices], answers)
+    drawn = [-np.random.default_rng(number).random(len(options)) for number, options in enumerate(choices)]
     expected = [
-        task.process_results(document, [(float(logarithm), False) for logarithm in each])[metric]
-        for document, each in zip(asked, said, strict=True)
+        task.process_results(document, [(float(logarithm), False) for logarithm in likelihoods])[metric]
+        for document, likelihoods in zip(asked, drawn, strict=True)
     ]
-    return made if made.values(np.concatenate(said)) == expected else None
+    return made if made.values(np.concatenate(drawn)) == expected else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -510,7 +510,7 @@ class _Continuations:
     def _sums(self, logs: Tensor) -> Tensor:
         """(M,) for each request the sum of its tokens' log-probabilities, as HFLM adds them up: one row of them."""
         if logs.is_cuda:  # where sums of several rows at once may add in another order
-            return torch.stack([each.sum() for each in torch.split(logs, self._sizes)])
+            return torch.stack([part.sum() for part in torch.split(logs, self._sizes)])
         sums = logs.new_empty(len(self._sizes))
         for alike in self._alike:
             tokens = self._starts[alike][:, None] + np.arange(self._sizes[alike[0]])

@@ -247,11 +247,11 @@ class Worker:
             assert isinstance(objective, Divisible)
             name, numbers, now = objective.goal.name, sample.then(objective.count), found[objective.goal.name]
             assert now.per_example is not None
-            each = np.concatenate([sample.seen[name], now.per_example]) if sample.start else now.per_example
+            pooled = np.concatenate([sample.seen[name], now.per_example]) if sample.start else now.per_example
             if not sample.partial:
-                each, numbers = each[np.argsort(numbers)], np.arange(objective.count)
-            scores[name], errors[name] = objective.pooled(each, numbers)
-            per_example[name] = each
+                pooled, numbers = pooled[np.argsort(numbers)], np.arange(objective.count)
+            scores[name], errors[name] = objective.pooled(pooled, numbers)
+            per_example[name] = pooled
         items, seconds = sum(score.items for score in found.values()), time.perf_counter() - began
         return Evaluation(scores, per_example, None, seconds, items, errors=errors if sample.partial else {})
 
@@ -263,8 +263,8 @@ class Worker:
             nonlocal name, items
             for name in batch.tasks:
                 with same_draws(batch.step):  # a model or head may draw: dropout that is never off
-                    value, told, count = self._task(name).loss(model, batch.step)
-                details.update({Evaluation.detail_of(name, key): number for key, number in told.items()})
+                    value, numbers, count = self._task(name).loss(model, batch.step)
+                details.update({Evaluation.detail_of(name, key): number for key, number in numbers.items()})
                 items += count
                 yield value
 
@@ -277,11 +277,11 @@ class Worker:
         scores = dict(zip(batch.tasks, values, strict=True))
         for name, value in scores.items():
             if not math.isfinite(value):
-                found = f"calibration {name!r}: expected a finite loss, found {value}"
-                return self._not_finite(found, began)
+                message = f"calibration {name!r}: expected a finite loss, found {value}"
+                return self._not_finite(message, began)
         if not np.isfinite(gradient).all():
-            where = f"calibration {', '.join(map(repr, batch.tasks))}"
-            return self._not_finite(f"{where}: expected a finite gradient, found NaN or infinity", began)
+            subject = f"calibration {', '.join(map(repr, batch.tasks))}"
+            return self._not_finite(f"{subject}: expected a finite gradient, found NaN or infinity", began)
         seconds = time.perf_counter() - began
         return Evaluation(scores, seconds=seconds, items=items, details=details, gradient=gradient)
 
@@ -289,14 +289,14 @@ class Worker:
         return [self._gather(trial, trial.wants) for trial in trials if isinstance(trial.wants, Statistics)]
 
     def _gather(self, trial: Trial, wants: Statistics) -> Evaluation:
-        began, where = time.perf_counter(), f"statistics {wants.kind}"
+        began, subject = time.perf_counter(), f"statistics {wants.kind}"
         try:
-            found = self._gatherer.evaluate(trial.genome, wants)
+            evaluation = self._gatherer.evaluate(trial.genome, wants)
         except NotFiniteError as error:
-            return self._not_finite(f"{where}: {error}", began)
+            return self._not_finite(f"{subject}: {error}", began)
         except (Exception, SystemExit) as error:
-            return _failed(where, error, began)
-        return replace(found, seconds=time.perf_counter() - began)
+            return _failed(subject, error, began)
+        return replace(evaluation, seconds=time.perf_counter() - began)
 
     def _data(self, name: str) -> Data:
         task = self._task(name)

@@ -97,8 +97,8 @@ class Memory:
     @property
     def _working_bytes(self) -> int:
         """Bytes for reading one tensor of one model, or one of every model for an operator that changes them."""
-        each = [sum(model.working_bytes(name) for model in self.models) for name in self.layout.tensors]
-        return sum(each) if self.changes else max(each)
+        sizes = [sum(model.working_bytes(name) for model in self.models) for name in self.layout.tensors]
+        return sum(sizes) if self.changes else max(sizes)
 
     def _chunk_bytes(self, span: int, copies: int) -> int:
         """The most bytes that a thread takes for a chunk: ``copies`` of each source, and the sum."""

@@ -120,11 +120,14 @@ _LESS = "Free memory, run fewer workers on the machine, or merge in 16 bits (mer
 
 def _check(field: str, what: str, needs: Needs, placement: Placement, free: Free, remedy: str) -> None:
     total = needs.total(placement)
-    for found, taken, where in ((free.device, total.device, "on the GPU"), (free.host, total.host, "in main memory")):
-        if not _takes(found, taken):
+    for available, taken, place in (
+        (free.device, total.device, "on the GPU"),
+        (free.host, total.host, "in main memory"),
+    ):
+        if not _takes(available, taken):
             raise InputError(
-                f"{field}: expected {readable(taken)} {where} for each worker ({what}), "
-                f"found {readable(found or 0)} free.",
+                f"{field}: expected {readable(taken)} {place} for each worker ({what}), "
+                f"found {readable(available or 0)} free.",
                 remedy,
             )
 

@@ -164,8 +164,8 @@ class ChainSettings(Part):
         """
         self.check_segments(context.space)
         stages = []
-        for index, own in enumerate(self.contexts(context)):
-            make = partial(self._begun, index, own)
+        for index, stage_context in enumerate(self.contexts(context)):
+            make = partial(self._begun, index, stage_context)
             if index:  # the first is made at once; what does not fit the others is refused before anything is scored
                 make(())
             stage = self.stages[index]
@@ -187,15 +187,15 @@ class ChainSettings(Part):
         for index, stage in enumerate(self.stages):
             part = stage.search
             with of_stage(index):
-                own = part.borders(space)
+                borders = part.borders(space)
             begins = self.starts[index] != "none"
-            if begins and not part.begins().any_segments and not np.isin(reached, own).all():
+            if begins and not part.begins().any_segments and not np.isin(reached, borders).all():
                 raise InputError(
                     f"search[{index}].granularity: the segments of the merges of stage {index - 1} have borders that "
                     f"its own, {part.fineness()}, lack.",
                     "Make it finer, the stage before coarser, or say start: none.",
                 )
-            reached = np.union1d(own, reached) if begins else own
+            reached = np.union1d(borders, reached) if begins else borders
 
     def placed(self, index: int) -> str:
         """A stage in words: the merges that it begins with, and its share of the budget."""

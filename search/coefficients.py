@@ -59,10 +59,10 @@ class Setting:
 
     def share(self, parameters: Mapping[str, Scalar]) -> float:
         """How far from low to high a genome with these parameters is; outside 0 to 1 where it is out of bounds."""
-        found = parameters.get(self.name, self.default)
-        if found is None:
+        setting = parameters.get(self.name, self.default)
+        if setting is None:
             return 0.5
-        value = float(found)
+        value = float(setting)
         if self.scale == "integer":
             return (value - self.low + 0.5) / (self.high - self.low + 1)
         if self.scale == "log":

@@ -151,8 +151,8 @@ class GaussianProcess:
         cross = scipy.linalg.solve_triangular(
             self.root, kernel(self.inputs, inputs, self.logs), lower=True, check_finite=False
         )
-        own = kernel_diagonal(inputs, self.logs) - np.einsum("ij,ij->j", cross, cross)
-        return np.asarray(self.scale**2 * np.maximum(own, 0.0))
+        variances = kernel_diagonal(inputs, self.logs) - np.einsum("ij,ij->j", cross, cross)
+        return np.asarray(self.scale**2 * np.maximum(variances, 0.0))
 
     @cached_property
     def left_out(self) -> Floats:

@@ -387,14 +387,14 @@ class NestedMapSearch:
 
     def _node(self, node: int) -> dict[str, Any]:
         number, scores = self._number(node), self._measured(node)
-        found: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "models": [self.sources[leaf] for leaf in self._leaves(node)],
             "number": number,
             "coefficients": dict(zip(self.sources, self._points[number].tolist(), strict=True)),
             "scores": by_objective(self.goals, scores),
             "value": None if scores is None else self._worth(node),
         }
-        return found if node < len(self.sources) else found | self._merged(node)
+        return entry if node < len(self.sources) else entry | self._merged(node)
 
     def _merged(self, node: int) -> dict[str, Any]:
         index = node - len(self.sources)

@@ -283,9 +283,9 @@ class Racing:
         if miss is not None and len(self._misses) >= 10 and miss > 2.0:
             texts.append(f"scores on all examples were {miss:.1f} standard errors away from their estimates")
         inner = getattr(self.search, "report", None)
-        found = {"algorithm": "race", **self._counts, "spent": self._spent}
+        counts = {"algorithm": "race", **self._counts, "spent": self._spent}
         return {
-            **found,
+            **counts,
             "estimates": len(self._misses),
             "miss": miss,
             "search": inner() if inner else None,

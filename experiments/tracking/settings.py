@@ -61,11 +61,11 @@ class TrackingSettings(MlflowPlace):
             "mlflow": MlflowSettings(uri=self.uri, experiment=self.experiment) if self.mlflow else None,
             "wandb": self.wandb,
         }
-        return {name: one for name, one in (ours | self._others).items() if one is not None}
+        return {name: settings for name, settings in (ours | self._others).items() if settings is not None}
 
     def recorded(self) -> dict[str, Any]:
         """The settings as the journal keeps them. The mirror, which is a process of its own, reads them there."""
-        return {name: one.recorded().model_dump(mode="json") for name, one in self.trackers.items()}
+        return {name: settings.recorded().model_dump(mode="json") for name, settings in self.trackers.items()}
 
     @model_validator(mode="wrap")
     @classmethod

@@ -85,8 +85,10 @@ class Subject:
 
 def trackers_of(journal: Journal) -> Mapping[str, Mapping[str, Any]]:
     """The trackers that a run is mirrored to: the settings of each, as the journal has them, by name."""
-    told = journal.fact(facts.TRACKING) or {}
-    return {DEFAULT: told} if "experiment" in told or "uri" in told else told  # as it was before there were several
+    settings = journal.fact(facts.TRACKING) or {}
+    if "experiment" in settings or "uri" in settings:  # as journals had it before there were several trackers
+        return {DEFAULT: settings}
+    return settings
 
 
 def state_of(journal: Journal, live: bool) -> str:

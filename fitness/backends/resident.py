@@ -298,8 +298,8 @@ def _hand_over(slopes: Slopes, name: str, parameter: Tensor) -> None:
 
 def _check_loss(value: object) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"loss: expected one number in a tensor, found {found}.")
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"loss: expected one number in a tensor, found {what}.")
     if not value.requires_grad:
         raise InputError(
             "loss: expected one that depends on the model's parameters, found a constant.",

@@ -178,8 +178,8 @@ def observe(model: Any, inputs: Inputs, head: Head | None, wanted: DistillationS
     logits = _rows(heads.logits_of(outputs, inputs, head, tokens=True), inputs)
     if wanted.hidden == 0:
         return Behaviour(logits.reshape(-1, logits.shape[-1]))
-    found = [_last(outputs)] if layers is None else [_one(layer, outputs, seen) for layer in layers]
-    hidden = tuple(_rows(layer, inputs) for layer in found)
+    compared = [_last(outputs)] if layers is None else [_one(layer, outputs, seen) for layer in layers]
+    hidden = tuple(_rows(layer, inputs) for layer in compared)
     return Behaviour(logits.reshape(-1, logits.shape[-1]), tuple(rows.reshape(len(rows), -1) for rows in hidden))
 
 

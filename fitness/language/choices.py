@@ -181,7 +181,7 @@ class Passes:
     def likelihoods(self, model: Any) -> NDArray[np.float64]:
         """(C,) natural log-likelihoods of the choices."""
         before = None if self.shared is None else _keys_and_values(model, self.shared)
-        told = []
+        logs = []
         for number, part in enumerate(self.each):
             inputs: dict[str, Any] = {"input_ids": part.ids, "use_cache": before is not None}
             if before is not None:
@@ -189,8 +189,8 @@ class Passes:
             if part.parts is not None:
                 inputs["attention_mask"] = self._mask(number, part.parts, _dtype(model))
                 inputs["position_ids"] = part.positions
-            told.append(log_probabilities(model, inputs, part.asked))
-        tokens = torch.cat(told).double().cpu().numpy()
+            logs.append(log_probabilities(model, inputs, part.asked))
+        tokens = torch.cat(logs).double().cpu().numpy()
         sums = np.zeros(self.count)
         np.add.at(sums, np.concatenate([part.items for part in self.each]), tokens)
         return sums
@@ -426,10 +426,10 @@ def _keys_and_values(model: Any, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     cache = DynamicCache()
     last = wanted([tokens.shape[1] - 1], [0], None, tokens.device)
     log_probabilities(model, {"input_ids": tokens, "past_key_values": cache, "use_cache": True}, last)
-    found = [(layer[0], layer[1]) for layer in cache]
-    if not found:
+    layers = [(layer[0], layer[1]) for layer in cache]
+    if not layers:
         raise RuntimeError("it keeps no keys and values")
-    return found
+    return layers
 
 
 def _cache(before: Sequence[tuple[Tensor, Tensor]], rows: int) -> Any:

@@ -208,10 +208,10 @@ class Generator:
         """
         if self._written is not None:
             return self._written
-        found = self._generate(model)
+        written = self._generate(model)
         if self._sharing:
-            self._written = found
-        return found
+            self._written = written
+        return written
 
     @contextmanager
     def same_model(self) -> Iterator[None]:
@@ -244,11 +244,11 @@ class Generator:
         for step in range(self._most):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
             rows = torch.arange(1, len(ids) + 1, device=self._device) * ids.shape[1] - 1
-            found = [
+            greedy = [
                 part.max(1) for part in logits_at(model, {**inputs, "past_key_values": cache, "use_cache": True}, rows)
             ]
-            finite &= ~torch.cat([largest.isnan() for largest, _ in found]).any()
-            chosen = torch.cat([which for _, which in found])
+            finite &= ~torch.cat([largest.isnan() for largest, _ in greedy]).any()
+            chosen = torch.cat([which for _, which in greedy])
             if step == 0 and cache.get_seq_length() != ids.shape[1]:
                 raise InputError(
                     f"expected a model that keeps keys and values to generate with, found {type(model).__name__}."
@@ -400,8 +400,8 @@ _generators: WeakValueDictionary[tuple[str, str, str], Generator] = WeakValueDic
 def _prompted(given: GenerationSettings, context: ObjectiveContext) -> tuple[Generator, list[tuple[str, Record]]]:
     """The generator of these settings, which is shared as long as somebody holds it, and the records it is for."""
     where, folder, device = given.where, context.tokenizer_for(given.where), context.device
-    found = records(given.files, where)
-    chosen = [found[number] for number in given.chosen(len(found))]
+    listed = records(given.files, where)
+    chosen = [listed[number] for number in given.chosen(len(listed))]
     texts = [filled(given.template, record, f"{where}: {place}") for place, record in chosen]
     common = given.model_dump(include=GenerationSettings.model_fields.keys() - ObjectiveSettings.model_fields.keys())
     key = (json.dumps([common, texts]), folder, str(device))

@@ -64,18 +64,18 @@ def log_probabilities(model: Any, inputs: Mapping[str, Any], asked: Wanted) -> T
     Raises:
         InputError: ``model`` is no module, or gives no logits of shape (n, L, V).
     """
-    told, start = [], 0
+    logs, start = [], 0
     for logits in logits_at(model, inputs, asked.rows):
         end = start + len(logits)
         if asked.of is None or asked.counts is None:
             chosen = logits.gather(1, asked.targets[start:end, None])[:, 0]
-            told.append(_precise(chosen) - _normalisers(logits))
+            logs.append(_precise(chosen) - _normalisers(logits))
         else:
             here = slice(int(asked.counts[start]), int(asked.counts[end]))
             row = asked.of[here] - start
-            told.append(_precise(logits[row, asked.targets[here]]) - _normalisers(logits)[row])
+            logs.append(_precise(logits[row, asked.targets[here]]) - _normalisers(logits)[row])
         start = end
-    return torch.cat(told)
+    return torch.cat(logs)
 
 
 def logits_at(model: Any, inputs: Mapping[str, Any], rows: Tensor) -> Iterator[Tensor]:
@@ -157,13 +157,13 @@ class _Output:
 
 
 def _logits(outputs: Any) -> Tensor:
-    found = getattr(outputs, "logits", outputs)
-    if not isinstance(found, Tensor) or found.ndim != 3:
-        kind = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    logits = getattr(outputs, "logits", outputs)
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(
             f"expected logits of shape (n, L, vocabulary), found {kind}.", "Score a causal language model with it."
         )
-    return found
+    return logits
 
 
 def _flat(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:

@@ -214,13 +214,13 @@ class _Window:
 
 def _cut(tokens: Sequence[int], context: int, stride: int) -> list[tuple[Sequence[int], Sequence[int], int]]:
     """Windows over a document's tokens: (inputs, targets, targets at the front that the window before scored)."""
-    last, found = len(tokens) - 1, []
+    last, windows = len(tokens) - 1, []
     for begin in range(0, last, stride):
         end = min(begin + context, last)
-        found.append((tokens[begin:end], tokens[begin + 1 : end + 1], context - stride if begin else 0))
+        windows.append((tokens[begin:end], tokens[begin + 1 : end + 1], context - stride if begin else 0))
         if end == last:
             break
-    return found
+    return windows
 
 
 def _made(
@@ -284,8 +284,8 @@ def _started(tokens: Sequence[list[int]], start: int | None) -> list[list[int]]:
 
 def _first_bytes(tokenizer: Any, texts: Sequence[str], where: str) -> list[int]:
     """UTF-8 bytes of each text's first token."""
-    found = _spans(tokenizer, texts, where)
-    return [len(text[: spans[0][1]].encode()) if spans else 0 for text, spans in zip(texts, found, strict=True)]
+    all_spans = _spans(tokenizer, texts, where)
+    return [len(text[: spans[0][1]].encode()) if spans else 0 for text, spans in zip(texts, all_spans, strict=True)]
 
 
 def _ends(tokenizer: Any, text: str, where: str) -> NDArray[np.int64]:
@@ -303,7 +303,7 @@ def _spans(tokenizer: Any, texts: Sequence[str], where: str) -> list[list[tuple[
             f"{where}: expected a fast tokenizer (tokenizer.json), which knows the text of a token, found a slow one.",
             "Give several documents (.jsonl), and a start token.",
         )
-    found: list[list[tuple[int, int]]] = tokenizer(
+    spans: list[list[tuple[int, int]]] = tokenizer(
         list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )["offset_mapping"]
-    return found
+    return spans

@@ -94,16 +94,16 @@ def documents(files: Sequence[Path], field: str, where: str) -> list[str]:
     Raises:
         InputError: A file cannot be read, is not UTF-8, or a line lacks the field; or no document has text.
     """
-    found: list[str] = []
+    texts: list[str] = []
     for file in files:
         if file.suffix == ".jsonl":
-            found += [_text(record, field, f"{where}: {place}") for place, record in _lines(file, where)]
+            texts += [_text(record, field, f"{where}: {place}") for place, record in _lines(file, where)]
         else:
-            found.append(_read(file, where))
-    found = [text for text in found if text]
-    if not found:
+            texts.append(_read(file, where))
+    texts = [text for text in texts if text]
+    if not texts:
         raise InputError(f"{where}: data: expected text, found none in {_named(files)}.")
-    return found
+    return texts
 
 
 def records(files: Sequence[Path], where: str) -> list[tuple[str, Record]]:
@@ -112,14 +112,14 @@ def records(files: Sequence[Path], where: str) -> list[tuple[str, Record]]:
     Raises:
         InputError: A file is no ``.jsonl``, cannot be read, or a line is no JSON object; or there are no records.
     """
-    found: list[tuple[str, Record]] = []
+    listed: list[tuple[str, Record]] = []
     for file in files:
         if file.suffix != ".jsonl":
             raise InputError(f"{where}: data: expected a .jsonl file, found {file}.", "Write one JSON object a line.")
-        found += _lines(file, where)
-    if not found:
+        listed += _lines(file, where)
+    if not listed:
         raise InputError(f"{where}: data: expected records, found none in {_named(files)}.")
-    return found
+    return listed
 
 
 def filled(template: str, record: Record, where: str) -> str:
@@ -202,8 +202,8 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text, without special tokens."""
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return found
+    tokens: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokens
 
 
 def begins_with_bos(tokenizer: Any) -> bool:

@@ -87,7 +87,7 @@ class Cache:
         Raises:
             InputError: The folder cannot be written.
         """
-        found, file = gathered(key, tensors), self.file(key)
+        record, file = gathered(key, tensors), self.file(key)
         draft = file.with_name(f".{key}-{uuid.uuid4().hex}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class Cache:
                 draft,
                 {
                     **about,
-                    "digest": found.digest,
+                    "digest": record.digest,
                 },
             )
             _synced(draft)
@@ -109,7 +109,7 @@ class Cache:
                 f"{self.folder}: cannot be written ({error}).",
                 "Statistics are kept there; $ECOTONE_CACHE names another folder.",
             ) from error
-        return found
+        return record
 
 
 def gathered(key: str, tensors: Mapping[str, Tensor]) -> Gathered:

@@ -64,30 +64,33 @@ class Gatherer:
         kind, settings = chosen(wants)
         tasks = [_cut(self._data(name), settings.examples) for name in wants.tasks]
         key = self.key(genome, wants, tasks)
-        found = self._cache.find(key)
-        details: dict[str, str | int | float] = {"file": str(self._cache.file(key)), "cached": int(found is not None)}
-        if found is not None:
-            return Evaluation({}, details=details, statistics=found)
+        statistics = self._cache.find(key)
+        details: dict[str, str | int | float] = {
+            "file": str(self._cache.file(key)),
+            "cached": int(statistics is not None),
+        }
+        if statistics is not None:
+            return Evaluation({}, details=details, statistics=statistics)
         model = next(self._backend.show([genome]))
         if not isinstance(model, nn.Module):
             raise InputError("expected a torch module to observe, found a dict of tensors.", "Name an architecture.")
         tensors = kind(settings).gather(model, tasks)
         _check(tensors)
         about = {"kind": wants.kind, "genome": genome.digest, "tasks": json.dumps(wants.tasks)}
-        found = self._cache.write(key, tensors, about)
-        return Evaluation({}, items=sum(len(task.examples) for task in tasks), details=details, statistics=found)
+        statistics = self._cache.write(key, tensors, about)
+        return Evaluation({}, items=sum(len(task.examples) for task in tasks), details=details, statistics=statistics)
 
     def key(self, genome: Genome, wants: Statistics, tasks: Sequence[Data]) -> str:
         """All that the statistics depend on, as 32 hexadecimal digits, the same in every process."""
         kind, settings = chosen(wants)
-        told = {
+        parts = {
             "genome": genome.digest,
             "models": self._models,
             "kind": [wants.kind, kind.version],
             "settings": settings.model_dump(mode="json"),
             "tasks": [[_digest_of_examples(task.examples), _digest_of_head(task.head)] for task in tasks],
         }
-        return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @cached_property
     def _models(self) -> list[str]:

@@ -153,8 +153,8 @@ def declared(model: Any) -> Model:
         InputError: It does not; what is lacking is named.
     """
     kind = type(model)
-    own = {*dir(kind), *getattr(model, "__dict__", {})}
-    lacking = [name for name in SAYS if name not in own]
+    declarations = {*dir(kind), *getattr(model, "__dict__", {})}
+    lacking = [name for name in SAYS if name not in declarations]
     inherited = [] if lacking else _of_other_weights(kind)
     if not lacking and not inherited:
         return model  # type: ignore[no-any-return]

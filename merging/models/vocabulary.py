@@ -143,8 +143,8 @@ class Resized(Wrapper):
     @property
     def rows(self) -> int | None:
         """Rows of its input embedding, if their number is another."""
-        own = (rows for name, rows in self.sizes.items() if name.endswith(INPUT_EMBEDDINGS))
-        return next(own, self.model.rows)
+        of_inputs = (rows for name, rows in self.sizes.items() if name.endswith(INPUT_EMBEDDINGS))
+        return next(of_inputs, self.model.rows)
 
     @property
     def tokenizer(self) -> Path:

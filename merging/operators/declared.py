@@ -121,14 +121,14 @@ def _faults(name: str, kind: Any) -> Iterator[str]:
         return
     if kind.name != name:
         yield f"one of this name, found {kind.name!r}"
-    texts, known = _texts(kind), [one.name for one in _fields(kind)]
-    for one in _fields(kind):
-        if _default(one) is MISSING:
-            yield f"a default of its setting {one.name!r}, found none"
-        elif not texts.get(one.name):
-            yield f"a text of its setting {one.name!r} in the Args section of its docstring, found none"
+    texts, known = _texts(kind), [field.name for field in _fields(kind)]
+    for field in _fields(kind):
+        if _default(field) is MISSING:
+            yield f"a default of its setting {field.name!r}, found none"
+        elif not texts.get(field.name):
+            yield f"a text of its setting {field.name!r} in the Args section of its docstring, found none"
         else:
-            yield from _faults_of(settings_of(kind)[one.name])
+            yield from _faults_of(settings_of(kind)[field.name])
     unknown = [each for each in _searchable(kind) if each not in known]
     if unknown:
         yield f"searchable settings among its fields, found {', '.join(unknown)}"
@@ -163,10 +163,10 @@ def _default(one: Field[Any]) -> Any:
 
 def _texts(kind: type) -> dict[str, str]:
     """The texts of a class's fields, from the docstrings of the class and its bases."""
-    found: dict[str, str] = {}
-    for each in reversed(kind.__mro__):
-        found |= described(each.__dict__.get("__doc__") or "")
-    return found
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        texts |= described(base.__dict__.get("__doc__") or "")
+    return texts
 
 
 # -- types in words ------------------------------------------------------------------------------------------

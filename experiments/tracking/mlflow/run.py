@@ -267,8 +267,8 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     """The id of the experiment, which is made if missing."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         path = sqlite_file(uri)
         place = None if path is None else str(path.parent / "mlartifacts" / acceptable(name))
         try:
@@ -276,10 +276,11 @@ def _experiment(client: Any, uri: str, name: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage != "active":
+            experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"the MLflow experiment {name!r} was deleted",
-            f"Restore it with `mlflow experiments restore -x {found.experiment_id}`, or name another in the recipe",
+            f"Restore it with `mlflow experiments restore -x {experiment.experiment_id}`, "
+            "or name another in the recipe",
         )
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
