@@ -500,9 +500,9 @@ class _Continuations:
 
     def answers(self, model: Any) -> tuple[list[Any], bool]:
         """(log-likelihood, is greedy) of each request, and whether any is NaN."""
-        found = [each.score(model, self._greedy) for each in self._passes]
-        logarithms = self._sums(torch.cat([each for each, _ in found])).tolist()
-        likeliest = torch.cat([each for _, each in found]).cpu().numpy()
+        scored = [each.score(model, self._greedy) for each in self._passes]
+        logarithms = self._sums(torch.cat([each for each, _ in scored])).tolist()
+        likeliest = torch.cat([each for _, each in scored]).cpu().numpy()
         greedy = np.logical_and.reduceat(likeliest, self._starts).tolist()
         answers = [(logarithms[place], greedy[place]) for place in self._order]
         return answers, any(map(math.isnan, logarithms))

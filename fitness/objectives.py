@@ -204,9 +204,9 @@ class Entropy:
             InputError: The model is no module, or its logits are not (N, classes) of at least 2 classes.
         """
         with torch.no_grad():
-            found = [entropies(logits(model, inputs, self.head)) for inputs in self._batches]
-            each = self._batches.restored(found).cpu().numpy()
-        return Score(float(each.mean(dtype=np.float64)), each, each.size)
+            parts = [entropies(logits(model, inputs, self.head)) for inputs in self._batches]
+            per_example = self._batches.restored(parts).cpu().numpy()
+        return Score(float(per_example.mean(dtype=np.float64)), per_example, per_example.size)
 
     @property
     def count(self) -> int:

@@ -183,15 +183,15 @@ class Worker:
         whole: dict[str, float] = {}
         for group, objectives in self._objectives.items():
             few = [one.subset(np.zeros(1, np.int64)) if isinstance(one, Divisible) else one for one in objectives]
-            found = self._scores(few, next(self._backend.show([expert])), time.perf_counter())
-            if isinstance(found, Evaluation):
-                assert found.failure is not None
+            scores = self._scores(few, next(self._backend.show([expert])), time.perf_counter())
+            if isinstance(scores, Evaluation):
+                assert scores.failure is not None
                 raise InputError(
-                    found.failure.text,
+                    scores.failure.text,
                     "It was tried out on the first expert, before any of the budget is spent.",
                 )
             if group == "search":
-                whole = {one.goal.name: found[one.goal.name].value for one in few if not isinstance(one, Divisible)}
+                whole = {one.goal.name: scores[one.goal.name].value for one in few if not isinstance(one, Divisible)}
         return whole
 
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:

@@ -388,11 +388,11 @@ def intercepts(costs: Floats, rank: Integers) -> Floats:
     extremes = costs[[int((costs / weight).max(axis=1).argmin()) for weight in weights]]
     worst, front = costs.max(axis=0), costs[rank == 0].max(axis=0)
     try:
-        found = 1.0 / np.linalg.solve(extremes, np.ones(size))
+        cuts = 1.0 / np.linalg.solve(extremes, np.ones(size))
     except np.linalg.LinAlgError:
-        found = front
-    found = np.where(np.isfinite(found), np.minimum(found, worst), worst) if (found > 1e-6).all() else front
-    return np.where(found > 1e-6, found, np.where(worst > 1e-6, worst, 1.0))
+        cuts = front
+    cuts = np.where(np.isfinite(cuts), np.minimum(cuts, worst), worst) if (cuts > 1e-6).all() else front
+    return np.where(cuts > 1e-6, cuts, np.where(worst > 1e-6, worst, 1.0))
 
 
 def _table(rows: Sequence[Floats], columns: int) -> Floats:

@@ -100,11 +100,13 @@ def of_sample(sample: Sample | None, whole: Evaluation) -> Evaluation:
     scores, errors, per_example, items = {}, {}, {}, 0
     for name, values in whole.per_example.items():
         now = values[sample.now(len(values))]
-        each = np.concatenate([sample.seen[name], now]) if sample.start else now
-        assert np.array_equal(each, values[sample.then(len(values))])
-        mean = np.count_nonzero(each) / each.size if each.dtype == np.bool_ else float(each.mean(dtype=np.float64))
-        scores[name], errors[name] = mean, error_of_mean(each, len(values))
-        per_example[name] = each if sample.partial else values
+        joined = np.concatenate([sample.seen[name], now]) if sample.start else now
+        assert np.array_equal(joined, values[sample.then(len(values))])
+        mean = (
+            np.count_nonzero(joined) / joined.size if joined.dtype == np.bool_ else float(joined.mean(dtype=np.float64))
+        )
+        scores[name], errors[name] = mean, error_of_mean(joined, len(values))
+        per_example[name] = joined if sample.partial else values
         items += len(now)
     return Evaluation(scores, per_example, items=items, errors=errors if sample.partial else {})
 

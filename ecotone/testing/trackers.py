@@ -99,8 +99,8 @@ def scores(number: int) -> dict[str, float] | None:
 
 def evaluation(number: int) -> Evaluation:
     """The evaluation of trial ``number``."""
-    found = scores(number)
-    return Evaluation.failed("not finite", "acc: NaN") if found is None else Evaluation(found, seconds=0.5)
+    scored = scores(number)
+    return Evaluation.failed("not finite", "acc: NaN") if scored is None else Evaluation(scored, seconds=0.5)
 
 
 def noted(budget: int | None, **others: str) -> list[Note]:

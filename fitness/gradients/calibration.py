@@ -127,14 +127,14 @@ class Task:
                 the loss does not depend on the model's parameters where they ask for gradients.
         """
         batch = self.batch(step)
-        found = logits(model, batch.inputs, self._head)
-        details = {"diversity": diversity(found.detach())}
+        outputs = logits(model, batch.inputs, self._head)
+        details = {"diversity": diversity(outputs.detach())}
         if self._loss == "entropy":
-            loss = entropies(found).mean()
+            loss = entropies(outputs).mean()
         else:
             assert batch.labels is not None
-            check_classes(found, self._classes)
-            loss = nn.functional.cross_entropy(found, batch.labels.long())
+            check_classes(outputs, self._classes)
+            loss = nn.functional.cross_entropy(outputs, batch.labels.long())
         check_graph(loss, model)
         return loss, details, len(batch)
 

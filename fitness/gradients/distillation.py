@@ -131,11 +131,11 @@ class Distilled(Task):
                 not depend on the model's parameters where they ask for gradients.
         """
         batch, wanted = self.batch(step), self._wanted
-        found = observe(model, batch.inputs, self._head, wanted)
-        expert = self._said[self._part(step)].to(found.logits.device)
-        loss, soft, apart = distance(found, expert, wanted.temperature, wanted.hidden)
+        observed = observe(model, batch.inputs, self._head, wanted)
+        expert = self._said[self._part(step)].to(observed.logits.device)
+        loss, soft, apart = distance(observed, expert, wanted.temperature, wanted.hidden)
         check_graph(loss, model)
-        details = {"diversity": diversity(found.logits.detach()), "soft_cross_entropy": float(soft.detach())}
+        details = {"diversity": diversity(observed.logits.detach()), "soft_cross_entropy": float(soft.detach())}
         return loss, details | {"hidden": float(apart.detach())}, len(batch)
 
     def _part(self, step: int) -> int:

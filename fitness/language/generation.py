@@ -303,8 +303,8 @@ class TokensGenerated:
             InputError: The model is not a causal language model that keeps keys and values.
         """
         written = self.generator.written(model)
-        each = np.asarray([len(tokens) for tokens in written.tokens], dtype=np.float64)
-        return Score(mean(each) if written.finite else float("nan"), each, each.size)
+        counts = np.asarray([len(tokens) for tokens in written.tokens], dtype=np.float64)
+        return Score(mean(counts) if written.finite else float("nan"), counts, counts.size)
 
     @property
     def count(self) -> int:

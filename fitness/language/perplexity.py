@@ -164,14 +164,14 @@ class Perplexity:
             InputError: The model is no module, or gives no logits a token.
         """
         with torch.no_grad():
-            told = [
+            logs = [
                 log_probabilities(model, {"input_ids": part.ids, "use_cache": False}, part.asked)
                 for part in self.passes
             ]
-            losses = -torch.cat(told).double().cpu().numpy()
+            losses = -torch.cat(logs).double().cpu().numpy()
         sums = np.bincount(self.items, losses, len(self.sizes))
-        each = self._measure(sums / np.maximum(self.sizes, 1))
-        return Score(float(self._measure(math.fsum(sums) / int(self.sizes.sum()))), each, each.size)
+        per_item = self._measure(sums / np.maximum(self.sizes, 1))
+        return Score(float(self._measure(math.fsum(sums) / int(self.sizes.sum()))), per_item, per_item.size)
 
     @property
     def count(self) -> int:
