@@ -258,11 +258,11 @@ def chosen_of(field: FieldInfo) -> Chosen | None:
 
 
 def _markers(annotations: Any) -> Iterator[Chosen]:
-    for one in annotations:
-        if isinstance(one, Chosen):
-            yield one
+    for annotation in annotations:
+        if isinstance(annotation, Chosen):
+            yield annotation
         else:
-            yield from _markers([*getattr(one, "__metadata__", ()), *get_args(one)])
+            yield from _markers([*getattr(annotation, "__metadata__", ()), *get_args(annotation)])
 
 
 def check_kind(name: str, kind: Any, base: type[Part], tag: str) -> None:

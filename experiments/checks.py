@@ -238,21 +238,21 @@ def _held(sources: Sources) -> str:
 def _amount(taken: Bytes) -> str:
     """Bytes on a GPU and in main memory, as far as there are any."""
     given = [(taken.device, "on the GPU"), (taken.host, "in main memory")]
-    return " and ".join(f"{readable(count)} {where}" for count, where in given if count) or "none"
+    return " and ".join(f"{readable(count)} {place}" for count, place in given if count) or "none"
 
 
 def _parts(needs: Needs, placement: Placement, free: Free) -> str:
     """All that a worker takes, where there are bounds to it."""
     total, parts = needs.total(placement), (needs.model, needs.sources[placement], needs.buffers)
     texts = []
-    for where, all_, each, found in (
+    for place, all_bytes, part_bytes, room_left in (
         ("GPU", total.device, [part.device for part in parts], free.device),
         ("main memory", total.host, [part.host for part in parts], free.host),
     ):
-        if all_:
-            model, kept, buffers = map(readable, each)
-            room = "" if found is None else f" of {readable(found)} free"
-            texts.append(f"{where} {readable(all_)}{room} (model {model}, sources {kept}, buffers {buffers})")
+        if all_bytes:
+            model, kept, buffers = map(readable, part_bytes)
+            room = "" if room_left is None else f" of {readable(room_left)} free"
+            texts.append(f"{place} {readable(all_bytes)}{room} (model {model}, sources {kept}, buffers {buffers})")
     return "; ".join([*texts, "and activations, data and Python"])
 
 

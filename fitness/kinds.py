@@ -214,4 +214,4 @@ def _calls(settings: Part) -> list[NamedCall]:
 
 
 def _titled(kind: str, calls: Sequence[NamedCall]) -> str:
-    return f"{kind} {' with '.join(one.call.call for one in calls)}".rstrip()
+    return f"{kind} {' with '.join(named.call.call for named in calls)}".rstrip()

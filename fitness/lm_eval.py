@@ -214,12 +214,12 @@ class LanguageTask:
 
     def _results(self) -> Iterator[Mapping[str, Any]]:
         """The task's metrics of one document after the other."""
-        own = callable(self.task.get_config("process_results"))
+        has_code = callable(self.task.get_config("process_results"))
         for instances in self.documents:
             document = instances[0].doc
             answers = [instance.filtered_resps[self.filter] for instance in instances]
             # A function of the task's might change the document, and the next candidate would be scored on another.
-            yield self.task.process_results(deepcopy(document) if own else document, answers)
+            yield self.task.process_results(deepcopy(document) if has_code else document, answers)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -748,7 +748,9 @@ def _members(entry: Any) -> list[str]:
     if entry.kind.name != "GROUP":
         return []
     members = (entry.cfg or {}).get("task") or []
-    return [str(each.get("task", each.get("group"))) if isinstance(each, dict) else str(each) for each in members]
+    return [
+        str(member.get("task", member.get("group"))) if isinstance(member, dict) else str(member) for member in members
+    ]
 
 
 def _unknown(options: LmEvalSettings, names: list[str], where: str) -> tuple[str, str]:
@@ -761,11 +763,11 @@ def _unknown(options: LmEvalSettings, names: list[str], where: str) -> tuple[str
     broken = [path.name for path in sorted(Path(options.folder).glob("**/*.yaml")) if not _is_readable(path)]
     if broken:
         message += f" These files in it cannot be read as YAML: {', '.join(broken)}."
-    own = list(_own_tasks().task_index)
-    if options.task in own:
+    built_in = list(_own_tasks().task_index)
+    if options.task in built_in:
         return message, "lm-eval has one: leave folder out to use it."
     close = get_close_matches(options.task, names, n=3, cutoff=0.5)
-    close += get_close_matches(options.task, own, n=3 - len(close), cutoff=0.6) if len(close) < 3 else []
+    close += get_close_matches(options.task, built_in, n=3 - len(close), cutoff=0.6) if len(close) < 3 else []
     return message, f"Nearest: {', '.join(close)}." if close else f"Known: {', '.join(sorted(names)) or 'none'}."
 
 

@@ -51,9 +51,9 @@ class StageSettings(Part):
         if not isinstance(value, Mapping) or "search" in value:
             return value
         placed = isinstance(value.get("start"), int | float) and _has_start(value.get("algorithm"))
-        own = {"evaluations", "starts"} | (set() if placed else {"start"})
-        rest = {key: one for key, one in value.items() if key not in own}
-        return {"search": rest, **{key: value[key] for key in own if key in value}}
+        of_stage = {"evaluations", "starts"} | (set() if placed else {"start"})
+        rest = {key: setting for key, setting in value.items() if key not in of_stage}
+        return {"search": rest, **{key: value[key] for key in of_stage if key in value}}
 
     @model_serializer(mode="wrap")
     def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -146,7 +146,11 @@ class StagedSearch:
         own ``report``, None where it has none. Numbers of trials are those of the chain.
         """
         stages = [*self._reports, self.running.report()]
-        texts = [f"stage {i} ({one['algorithm']}): {text}" for i, one in enumerate(stages) for text in _warnings(one)]
+        texts = [
+            f"stage {i} ({report['algorithm']}): {text}"
+            for i, report in enumerate(stages)
+            for text in _warnings(report)
+        ]
         if self.running.over and len(stages) < len(self.stages) and self._following() is None:
             texts.append(f"stage {len(stages)} could not begin: nothing of the stage before it could be scored.")
         return {"algorithm": "+".join(stage.name for stage in self.stages), "stages": stages, "warnings": texts}

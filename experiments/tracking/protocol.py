@@ -242,7 +242,11 @@ def check_declared(name: str, kind: Any) -> None:
     """
     if not (isinstance(kind, type) and issubclass(kind, TrackerSettings)):
         raise InputError(f"tracker {name!r}: expected a subclass of TrackerSettings, found {kind!r}.")
-    missing = [one for one in TrackerSettings.DECLARED if _found(kind, one) is _found(TrackerSettings, one)]
+    missing = [
+        declaration
+        for declaration in TrackerSettings.DECLARED
+        if _found(kind, declaration) is _found(TrackerSettings, declaration)
+    ]
     silent = [field for field, text in kind.texts().items() if not text]
     needed = [field for field, known in kind.model_fields.items() if known.is_required()]
     for what, found in (("lacks", missing), ("says nothing of its fields", silent), ("has no default for", needed)):

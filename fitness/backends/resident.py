@@ -37,11 +37,11 @@ def stack_of(
         batch: The most candidates in a stack.
     """
     kinds = {dtype} if dtype else set(layout.dtypes)
-    each = layout.size * kinds.pop().itemsize if len(kinds) == 1 else 0
-    count = stack_bytes // each if each else 0
+    size = layout.size * kinds.pop().itemsize if len(kinds) == 1 else 0
+    count = stack_bytes // size if size else 0
     if count < 2:
         return 0
-    return each * (count if batch is None else min(batch, count))
+    return size * (count if batch is None else min(batch, count))
 
 
 class ResidentSettings(ScoringSettings):

@@ -240,11 +240,11 @@ class MultipleChoice:
         Raises:
             InputError: The model is no module, or gives no logits a token.
         """
-        found = self.likelihoods(model)
+        logs = self.likelihoods(model)
         table = np.full((len(self._answers), self._columns.max() + 1), -np.inf)
-        table[self._rows, self._columns] = found / self._sizes
+        table[self._rows, self._columns] = logs / self._sizes
         right = table.argmax(1) == self._answers
-        value = float("nan") if np.isnan(found).any() else int(np.count_nonzero(right)) / right.size
+        value = float("nan") if np.isnan(logs).any() else int(np.count_nonzero(right)) / right.size
         return Score(value, right, right.size)
 
     @property
@@ -476,22 +476,24 @@ def _asked(record: Record, given: MultipleChoiceSettings, where: str) -> _Asked:
 
 
 def _questions(asked: Sequence[_Asked], front: str, given: MultipleChoiceSettings, tokenizer: Any) -> list[Question]:
-    texts = [front + one.question for one in asked]
+    texts = [front + item.question for item in asked]
     cut = [text.rstrip() for text in texts]
-    wholes = [text + given.delimiter + choice for text, one in zip(texts, asked, strict=True) for choice in one.choices]
+    wholes = [
+        text + given.delimiter + choice for text, item in zip(texts, asked, strict=True) for choice in item.choices
+    ]
     starts, ends = encoded(tokenizer, cut), iter(encoded(tokenizer, wholes))
     begin = _begin(tokenizer, given.bos, given.where)
     made = []
-    for one, tokens in zip(asked, starts, strict=True):
-        choices = [next(ends)[len(tokens) :] for _ in one.choices]
+    for item, tokens in zip(asked, starts, strict=True):
+        choices = [next(ends)[len(tokens) :] for _ in item.choices]
         if not all(choices):
-            raise InputError(f"{one.where}: expected choices with tokens of their own, found one without.")
+            raise InputError(f"{item.where}: expected choices with tokens of their own, found one without.")
         sizes = {
             "none": [1] * len(choices),
-            "bytes": [len(choice.encode()) for choice in one.choices],
+            "bytes": [len(choice.encode()) for choice in item.choices],
             "tokens": [len(choice) for choice in choices],
         }[given.normalise]
-        made.append(Question([*begin, *tokens] or _fallback(tokenizer, one.where), choices, one.answer, sizes))
+        made.append(Question([*begin, *tokens] or _fallback(tokenizer, item.where), choices, item.answer, sizes))
     return made
 
 
@@ -512,10 +514,10 @@ def _fallback(tokenizer: Any, where: str) -> list[int]:
 
 
 def _check_lengths(asked: Sequence[_Asked], questions: Sequence[Question], most: int | None) -> None:
-    for one, question in zip(asked, questions, strict=True):
+    for item, question in zip(asked, questions, strict=True):
         length = len(question.tokens) + max(map(len, question.choices)) - 1
         if most is not None and length > most:
             raise InputError(
-                f"{one.where}: expected at most {most} tokens, which is what the model can take, found {length}.",
+                f"{item.where}: expected at most {most} tokens, which is what the model can take, found {length}.",
                 "Leave the question out, or take fewer shots.",
             )

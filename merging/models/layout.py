@@ -126,7 +126,7 @@ class Layout:
             InputError: One is missing or of another shape.
         """
         twins = {kept: alias for alias, kept in self.aliases.items() if alias in tensors}
-        found = []
+        flat = []
         for name, shape in zip(self.tensors, self.shapes, strict=True):
             target = tensors.get(name, tensors.get(twins.get(name, name)))
             if target is None:
@@ -136,8 +136,8 @@ class Layout:
                 )
             if tuple(target.shape) != shape:
                 raise InputError(f"out: tensor {name!r} should have shape {shape}, found {tuple(target.shape)}.")
-            found.append(target.detach())
-        return found
+            flat.append(target.detach())
+        return flat
 
 
 def natural(name: str) -> tuple[tuple[str, int], ...]:

@@ -79,8 +79,10 @@ def settings_of(kind: type[Operator]) -> Mapping[str, Setting]:
     """The settings of an operator's class, by name."""
     types, texts, bounds = get_type_hints(kind, include_extras=True), _texts(kind), _searchable(kind)
     return {
-        one.name: Setting(one.name, types[one.name], _default(one), texts.get(one.name, ""), bounds.get(one.name))
-        for one in _fields(kind)
+        field.name: Setting(
+            field.name, types[field.name], _default(field), texts.get(field.name, ""), bounds.get(field.name)
+        )
+        for field in _fields(kind)
     }
 
 
@@ -182,12 +184,12 @@ def _in_words(annotation: Any) -> str:
     kind, *notes = get_args(annotation)
     given = {key: value for note in notes for key, value in _bounds_of(note)}
     if {"ge", "le"} <= given.keys():
-        told = [f"from {given['ge']} to {given['le']}"]
+        bounds = [f"from {given['ge']} to {given['le']}"]
     else:
-        told = [f"{word} {given[key]}" for key, word in _BOUNDS.items() if key in given]
-    return f"{_KINDS[kind]} {' and '.join(told)}".strip() if kind in _KINDS else ""
+        bounds = [f"{word} {given[key]}" for key, word in _BOUNDS.items() if key in given]
+    return f"{_KINDS[kind]} {' and '.join(bounds)}".strip() if kind in _KINDS else ""
 
 
 def _bounds_of(note: Any) -> Iterator[tuple[str, Any]]:
-    for each in getattr(note, "metadata", [note]):
-        yield from ((key, getattr(each, key)) for key in _BOUNDS if hasattr(each, key))
+    for bound in getattr(note, "metadata", [note]):
+        yield from ((key, getattr(bound, key)) for key in _BOUNDS if hasattr(bound, key))
