@@ -47,7 +47,7 @@ class Part(BaseModel):
     )
 
     extras: ClassVar[type[Part] | None] = None
-    """Of a part that takes keys beside its fields: the part that such a key's value may be."""
+    """For a part that takes keys beside its fields: the part that the value of a key may be."""
 
     @classmethod
     def more_fields(cls) -> Iterator[MoreField]:
@@ -169,7 +169,7 @@ class Call(Part):
 
 
 PREPARED = "prepared:"
-"""With this a path begins that is relative to what the preparation step wrote."""
+"""The beginning of a path that is relative to the folder that the preparation step wrote."""
 
 Located: TypeAlias = Callable[[str], str]
 """Makes a path whole that begins with ``PREPARED``; any other text stays as it is."""

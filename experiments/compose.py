@@ -48,7 +48,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of what results depend on."""
+    """Versions of the software that results depend on."""
     found = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -236,7 +236,7 @@ class Outlined:
 
     @property
     def text(self) -> str:
-        """The algorithm, how many coefficients it has, as far as they are known, and what it says of itself."""
+        """The algorithm, its number of coefficients as far as known, and its own description."""
         size = ""
         if self.coefficients is not None:
             segments, models = self.coefficients
@@ -315,7 +315,7 @@ def _outline(recipe: Recipe, operator: Operator, groups: int) -> Space:
 
 
 def _names(models: Models) -> tuple[str, ...]:
-    """Names of the experts as far as the recipe tells; those of files may come twice."""
+    """Names of the experts as far as the recipe tells. File names may come twice."""
     paths = [expert.removeprefix(PREPARED).rstrip("/") for expert in models.experts]
     return models.names or tuple(Path(path).name.removesuffix(".safetensors") for path in paths)
 

@@ -127,7 +127,7 @@ def operator_record(operator: Operator) -> dict[str, Any]:
 
 
 def models_record(sources: Sources) -> dict[str, Any]:
-    """The models' records: where each lies, and what was done to it before the merge."""
+    """The models' records: the place of each, and the changes made to it before the merge."""
     base = None if sources.base is None else sources.base.record()
     return {"base": base, "experts": [expert.record() for expert in sources.experts]}
 

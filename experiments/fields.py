@@ -52,7 +52,7 @@ def schema() -> dict[str, Any]:
 
 
 def fields_of(part: type[Part], path: str = "", kinds: tuple[str, ...] = ()) -> Iterator[FieldText]:
-    """The fields of a part and of those in it, in the order of their declaration.
+    """The fields of a part and of the parts in it, in the order of their declaration.
 
     Args:
         part: The part.
@@ -88,7 +88,7 @@ def inside(part: type[Part], name: str) -> list[tuple[type[Part], tuple[str, ...
 
 
 def everything() -> list[FieldText]:
-    """Every field of a recipe; what kinds have alike is told once."""
+    """Every field of a recipe. Fields that several kinds share come once."""
     return _joined(list(fields_of(Recipe)))
 
 
@@ -194,7 +194,7 @@ def page() -> str:
 
 
 def sections(part: type[Part], title: str, path: str = "") -> Iterator[tuple[str, str, list[FieldText]]]:
-    """Title, summary and own fields of a part, and then of those in it; kinds that have several names are told once."""
+    """Title, summary and own fields of a part, and then of the parts in it. Kinds with several names come once."""
     own = [one for one in fields_of(part, path) if one.path.removeprefix(path).count(".") <= (1 if path else 0)]
     if part is not ChainSettings:
         yield title, part.summary(), own

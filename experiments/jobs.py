@@ -300,12 +300,12 @@ def travelling(folder: Path) -> Path:
 
 
 def is_checkout(folder: Path) -> bool:
-    """True for a checkout of Ecotone: a job then runs its packages, not those installed on the cluster."""
+    """True for a checkout of Ecotone. A job then runs the checkout's packages, not the cluster's."""
     return all((folder / name).exists() for name in ("pyproject.toml", *(f"{one}/__init__.py" for one in PACKAGES)))
 
 
 def environment_of(names: Iterable[str]) -> dict[str, str]:
-    """This process's variables of those names.
+    """This process's environment variables with the given names.
 
     Raises:
         InputError: One is not set.

@@ -67,7 +67,7 @@ class Merge(Part):
     @model_validator(mode="before")
     @classmethod
     def _of_the_operator(cls, value: Any) -> Any:
-        """Check what is given beside our fields against the operator's declarations; none stands for its default."""
+        """Check the keys beside our fields against the operator's declarations. None stands for the default."""
         if not isinstance(value, Mapping):
             return value
         own = {key: one for key, one in value.items() if key in cls.model_fields}
@@ -82,7 +82,7 @@ class Merge(Part):
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """Those that are searched."""
+        """The settings that are searched, with their bounds."""
         return {name: value for name, value in self._given.items() if isinstance(value, Range)}
 
     @property

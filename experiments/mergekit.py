@@ -35,7 +35,7 @@ _AS_CHECKPOINT = "Export a checkpoint instead: leave the format out."
 
 @dataclass(frozen=True)
 class Snap:
-    """A genome whose split points were moved to tensor borders, and what that changed.
+    """A genome whose split points were moved to tensor borders, and the changes that this made.
 
     Args:
         genome: The genome; each tensor has the coefficients that most of it had.
@@ -422,7 +422,7 @@ def import_mergekit(path: str | Path, layers: int | None = None) -> str:
 
 
 class _Importer:
-    """Turns mergekit-evolve's fields into a recipe's, and notes what differs."""
+    """Turns mergekit-evolve's fields into a recipe's, and notes the differences."""
 
     def __init__(self, evolve: EvolveFile, folder: Path, layers: int | None) -> None:
         self.evolve, self.folder, self.layers = evolve, folder, layers
@@ -552,7 +552,7 @@ class _Importer:
         return {"search": searched, "held_out": [{**entry, "part": "rest"} for entry in searched]}
 
     def note_the_rest(self) -> None:
-        """Note what has no counterpart."""
+        """Note the fields that have no counterpart."""
         evolve, genome = self.evolve, self.evolve.genome
         if genome.filters:
             self.notes.append(

@@ -76,7 +76,7 @@ class Models(Part):
 
 
 class Objectives(Part):
-    """The objectives that guide the search, and those that its results are judged by.
+    """The objectives that guide the search, and the objectives that judge its results.
 
     Attributes:
         search: The objectives that guide the search.
@@ -174,12 +174,12 @@ class Recipe(Part):
 
     @property
     def folder(self) -> Path | None:
-        """Of the file it was read from; None for any other."""
+        """The folder of the file it was read from; None if it was not read from a file."""
         return self._folder
 
     @property
     def searches(self) -> tuple[SearchSettings, ...]:
-        """The search, or those of its stages."""
+        """The search, or the searches of its stages."""
         search = self.search
         return tuple(stage.search for stage in search.stages) if isinstance(search, ChainSettings) else (search,)
 
@@ -313,7 +313,7 @@ class Recipe(Part):
 
 
 def algorithm_of(record: Mapping[str, Any]) -> str:
-    """The algorithm of a recorded recipe; those of stages are joined by plus signs."""
+    """The algorithm of a recorded recipe. The algorithms of stages are joined by plus signs."""
     search = record.get("search", {})
     return "+".join(str(one.get("algorithm")) for one in (search if isinstance(search, list) else [search]))
 
@@ -361,7 +361,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def check_resumable(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that would change what a resumed run's recorded trials are.
+    """Refuse settings that would change the meaning of a resumed run's recorded trials.
 
     Raises:
         InputError: A key is not of ``RESUMABLE``.

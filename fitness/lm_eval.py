@@ -365,7 +365,7 @@ _SIZES: dict[str, Callable[[str], float]] = {
     "acc_norm": lambda choice: float(len(choice)),
     "acc_bytes": lambda choice: float(len(choice.encode())),
 }
-"""Metrics of a multiple choice's likeliest answer, and what they divide its log-likelihood by."""
+"""Metrics of a multiple choice's likeliest answer, and the divisor of its log-likelihood."""
 
 
 class Verdicts:
@@ -801,7 +801,7 @@ _CODE = {
     "custom_generate": "code that generates",
     "hf_evaluate": "a metric that is fetched as code",
 }
-"""Keys of a task's file through which code would run, and what it is."""
+"""Keys of a task's file through which code would run, and a name for that code."""
 
 
 def _refuse_code(entry: Any, where: str) -> None:
@@ -853,7 +853,7 @@ def _with_includes(path: Path) -> Iterator[tuple[Path, dict[str, Any], list[str]
 
 
 def _parsed(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """A YAML file's contents with the names of functions in place of them, and these names."""
+    """A YAML file's contents, with functions replaced by their names, and the list of these names."""
     functions: list[str] = []
 
     class Loader(yaml.SafeLoader):

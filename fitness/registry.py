@@ -1,4 +1,4 @@
-"""Objectives and calibration losses by name, ours and those of other packages."""
+"""Objectives and calibration losses by name: Ecotone's, and those of other packages."""
 
 from __future__ import annotations
 

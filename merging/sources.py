@@ -1,4 +1,4 @@
-"""The models of a merge, opened together: what a worker holds."""
+"""The models of a merge, opened together. Each worker holds them."""
 
 from __future__ import annotations
 

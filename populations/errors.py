@@ -43,7 +43,7 @@ class SearchError(EcotoneError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says; empty when it says nothing."""
+    """The first line of an exception's message; empty when it has none."""
     return (str(error).strip().splitlines() or [""])[0]
 
 

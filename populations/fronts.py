@@ -50,7 +50,7 @@ def ranks(points: ArrayLike) -> Integers:
 
 
 def farthest_first(points: Floats, first: Sequence[int], count: int, apart: float = -1.0) -> list[int]:
-    """Positions of up to ``count`` of ``points`` (N, M): first those of ``first``, then always the farthest one.
+    """Positions of up to ``count`` of ``points`` (N, M): first the positions ``first``, then always the farthest point.
 
     A point no farther than ``apart`` from one already taken is left out. With ``apart`` below 0 equal points are all
     taken.

@@ -44,7 +44,7 @@ class Sample:
         return self.stop - self.start
 
     def now(self, count: int) -> Integers:
-        """The numbers of those among an objective's ``count`` examples that are to be scored."""
+        """The numbers of the examples to score, among an objective's ``count`` examples."""
         return order(self.seed, count)[reached(count, self.start) : reached(count, self.stop)]
 
     def then(self, count: int) -> Integers:

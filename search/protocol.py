@@ -1,4 +1,4 @@
-"""The protocol of search algorithms: ask for trials, tell what they scored."""
+"""The protocol of search algorithms: ask for trials, tell their scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that every kind of model must pass: checkpoints, adapters, and what wraps them."""
+"""Tests that every kind of model must pass: checkpoints, adapters, and their wrappers."""
 
 from __future__ import annotations
 

@@ -384,7 +384,7 @@ class TrackerSuite:
         assert self.mirrored(case, directory).logged == 0
 
     def test_down_is_a_report_and_loses_nothing(self, case: Case, directory: Path) -> None:
-        """The journal stays as it is, the notes say what is wrong, and later all of it arrives."""
+        """The journal stays as it is, the notes name the error, and later all of it arrives."""
         before = (directory / "journal.sqlite").read_bytes()
         with case.down() as settings:
             report = tracking.mirror(directory, case.tracker, dict(settings))

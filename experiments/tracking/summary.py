@@ -1,4 +1,4 @@
-"""The end of a search: what is logged of the run as a whole."""
+"""The end of a search: the results of the whole run that are logged."""
 
 from __future__ import annotations
 

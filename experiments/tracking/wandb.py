@@ -370,7 +370,7 @@ class OfflineRecord(WandbRecord):
         """Nobody looks at it while it is written."""
 
     def go_on(self, evaluations: int) -> None:
-        """Write anew what shows less than there is; an earlier end that has a front stays what it is."""
+        """Write anew every run that shows less than the journal has. An earlier end with a front stays as it is."""
         self.close()
         if self._is_another(evaluations):
             self.run_id: str = self._successor

@@ -57,7 +57,7 @@ TELLING = 4
 """How many times further off the likelihoods of choices that see each other must be, for a model to settle it."""
 
 KEPT_BYTES = 2**24
-"""Memory of the attention masks that an objective keeps; those beyond are made again for each model."""
+"""Bytes of the attention masks that an objective keeps. Further masks are made again for each model."""
 
 SHARED = 16  # tokens that all questions begin with, from which on their keys and values are kept
 

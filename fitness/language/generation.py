@@ -398,7 +398,7 @@ _generators: WeakValueDictionary[tuple[str, str, str], Generator] = WeakValueDic
 
 
 def _prompted(given: GenerationSettings, context: ObjectiveContext) -> tuple[Generator, list[tuple[str, Record]]]:
-    """The generator of these settings, which is shared as long as somebody holds it, and the records it is for."""
+    """The generator of the settings, shared while anybody holds it, and its records."""
     where, folder, device = given.where, context.tokenizer_for(given.where), context.device
     listed = records(given.files, where)
     chosen = [listed[number] for number in given.chosen(len(listed))]

@@ -1,4 +1,4 @@
-"""Batches that are not finished, and what becomes of those whose worker died, raised or took too long."""
+"""Batches that are not finished, and the next tries of batches whose worker died, raised or took too long."""
 
 from __future__ import annotations
 

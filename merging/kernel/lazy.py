@@ -1,4 +1,4 @@
-"""Flat tensors that are formed as they are read, a piece at a time: what no file holds as it is mixed."""
+"""Flat tensors that no file holds. They are computed when they are read, a piece at a time."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def opened(path: str | Path, base: Model | None = None, field: str = "base") -> 
 
 
 def opened_whole(path: str | Path) -> Model:
-    """Open a model that needs no other one, such as a base; errors as of ``opened``."""
+    """Open a model that needs no other model, such as a base. Raises the errors of ``opened``."""
     kind = format_of(str(path))
     if kind is not None and kind.needs_base:
         raise CheckpointError(

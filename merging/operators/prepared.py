@@ -1,4 +1,4 @@
-"""Task vectors prepared before they are mixed: what TIES, DARE and their like have in common."""
+"""Operators that prepare task vectors before they are mixed: the common part of TIES, DARE and others."""
 
 from __future__ import annotations
 

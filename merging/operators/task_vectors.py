@@ -1,4 +1,4 @@
-"""Task vectors, streamed: what operators find out about all of them before they change any."""
+"""Task vectors, streamed. Operators read all of them before they change any."""
 
 from __future__ import annotations
 
