@@ -23,11 +23,11 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a kind comes from.
+    """The origin of a kind: Ecotone, ``register``, or an entry point of a package.
 
     Args:
-        sort: What it is: ``search``, ``operator`` and so on.
-        name: What recipes call it.
+        sort: The sort of kind: ``search``, ``operator`` and so on.
+        name: Its name in recipes.
         package: The distribution that has it, with its version; ``ecotone`` for ours.
         place: ``module:attribute``.
         error: Why it cannot be used; empty when it can.
@@ -44,7 +44,7 @@ class Registry(Generic[Kind]):
     """Kinds of one sort.
 
     Args:
-        sort: What they are, for messages: ``search``, ``operator``, ``objective`` and so on.
+        sort: The name of the sort, for messages: ``search``, ``operator``, ``objective`` and so on.
         group: The entry points of other packages, as ``ecotone.searches``.
         ours: Places of our own kinds, ``module:attribute``, by name.
         check: Raises ``InputError``, naming what is missing, unless a kind declares all that its sort must. It is
@@ -69,7 +69,7 @@ class Registry(Generic[Kind]):
         """The kind of that name.
 
         Args:
-            name: What recipes call it.
+            name: Its name in recipes.
             field: The recipe's field that names it, for messages.
 
         Raises:
@@ -96,11 +96,11 @@ class Registry(Generic[Kind]):
         self._given[name] = kind
 
     def forget(self, name: str) -> None:
-        """Take back what ``register`` added."""
+        """Remove a kind that ``register`` added."""
         self._given.pop(name, None)
 
     def names(self) -> tuple[str, ...]:
-        """What may be named: ours first, then those of other packages."""
+        """The names that may be used: Ecotone's first, then those of other packages."""
         return (*self._ours, *sorted({*self._given, *self._others} - self._ours.keys()))
 
     def __contains__(self, name: object) -> bool:
@@ -110,19 +110,19 @@ class Registry(Generic[Kind]):
         return iter(self.names())
 
     def usable(self) -> dict[str, Kind]:
-        """Every kind that can be used, by name; those that cannot are left out (``origins`` says why)."""
+        """Every usable kind, by name. ``origins`` says why other kinds cannot be used."""
         return {name: self.get(name, self.sort) for name in self.names() if not self._trouble(name)}
 
     def origins(self) -> list[Origin]:
-        """Where each kind comes from, ours first, and why those that cannot be used cannot."""
-        own = [Origin(self.sort, name, "ecotone", place, self._trouble(name)) for name, place in self._ours.items()]
+        """The origin of each kind, Ecotone's first, and the reason where a kind cannot be used."""
+        ours = [Origin(self.sort, name, "ecotone", place, self._trouble(name)) for name, place in self._ours.items()]
         given = [Origin(self.sort, name, "this process", "") for name in self._given]
         others = [
             Origin(self.sort, name, _package(point), point.value, self._trouble_of(name))
             for name, points in sorted(self._others.items())
             for point in points
         ]
-        return [*own, *given, *others]
+        return [*ours, *given, *others]
 
     @cached_property
     def _others(self) -> dict[str, list[EntryPoint]]:

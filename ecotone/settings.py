@@ -47,19 +47,19 @@ class Part(BaseModel):
     )
 
     extras: ClassVar[type[Part] | None] = None
-    """Of a part that takes keys beside its fields: the part that such a key's value may be."""
+    """For a part that takes keys beside its fields: the part that the value of a key may be."""
 
     @classmethod
     def more_fields(cls) -> Iterator[MoreField]:
-        """Of a part that takes keys beside its fields: these, as they are declared elsewhere."""
+        """The keys that a part takes beside its fields, as they are declared elsewhere; empty for most parts."""
         yield from ()
 
     @classmethod
     def texts(cls) -> dict[str, str]:
         """The text of each field, in words; empty where the docstrings have none."""
         return {
-            name: told or field.description or ""
-            for (name, field), told in zip(
+            name: text or field.description or ""
+            for (name, field), text in zip(
                 cls.model_fields.items(), (_told(cls).get(name) for name in cls.model_fields), strict=True
             )
         }
@@ -100,7 +100,7 @@ class MoreField:
         kinds: Names of the kinds that it belongs to.
         shape: JSON Schema of its value.
         default: Its value where none is given.
-        text: What it means.
+        text: Its meaning, in words.
     """
 
     name: str
@@ -112,16 +112,16 @@ class MoreField:
 
 @cache
 def _told(cls: type) -> Mapping[str, str]:
-    """What the docstrings of a class and of those that it is made of say of its fields."""
-    told: dict[str, str] = {}
-    for one in reversed(cls.__mro__):
-        told |= described(one.__dict__.get("__doc__") or "")
-    return told
+    """The texts of a class's fields, from the docstrings of the class and its bases."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        texts |= described(base.__dict__.get("__doc__") or "")
+    return texts
 
 
 def described(docstring: str) -> dict[str, str]:
     """The entries of a docstring's ``Attributes`` or ``Args`` section, each in one line, by name."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     inside, name = False, ""
     for line in inspect.cleandoc(docstring).splitlines():
         if _SECTION.match(line):
@@ -130,10 +130,10 @@ def described(docstring: str) -> dict[str, str]:
             inside = False
         elif inside and (entry := _ENTRY.match(line)):
             name = entry[1]
-            found[name] = entry[2].strip()
+            texts[name] = entry[2].strip()
         elif inside and name and line.strip():
-            found[name] = f"{found[name]} {line.strip()}".strip()
-    return found
+            texts[name] = f"{texts[name]} {line.strip()}".strip()
+    return texts
 
 
 def _with_text_keys(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -158,10 +158,10 @@ class Call(Part):
     """A Python function and its keyword arguments.
 
     Attributes:
-        call: ``package.module:function``, or ``./file.py:function`` for a file, whose path is relative to the
-            recipe's folder.
-        arguments: Keyword arguments, plain values. One that begins with ``prepared:`` is a path, relative to what the
-            preparation step wrote.
+        call: The function: ``package.module:function``, or ``./file.py:function`` with a path relative to the recipe's
+            folder.
+        arguments: Keyword arguments of the function, plain values. A text that begins with ``prepared:`` is a path,
+            relative to the folder that the preparation step wrote.
     """
 
     call: str
@@ -169,7 +169,7 @@ class Call(Part):
 
 
 PREPARED = "prepared:"
-"""With this a path begins that is relative to what the preparation step wrote."""
+"""The beginning of a path that is relative to the folder that the preparation step wrote."""
 
 Located: TypeAlias = Callable[[str], str]
 """Makes a path whole that begins with ``PREPARED``; any other text stays as it is."""
@@ -253,25 +253,25 @@ def _by_name(kind: type[Part]) -> TypeAdapter[dict[str, Any]]:
 
 
 def chosen_of(field: FieldInfo) -> Chosen | None:
-    """The registry that a field's value, or that of an item or member of it, is chosen from; None without one."""
+    """The registry that a field's value, or the value of an item or a member of it, is chosen from; else None."""
     return next(_markers([*field.metadata, field.annotation]), None)
 
 
 def _markers(annotations: Any) -> Iterator[Chosen]:
-    for one in annotations:
-        if isinstance(one, Chosen):
-            yield one
+    for annotation in annotations:
+        if isinstance(annotation, Chosen):
+            yield annotation
         else:
-            yield from _markers([*getattr(one, "__metadata__", ()), *get_args(one)])
+            yield from _markers([*getattr(annotation, "__metadata__", ()), *get_args(annotation)])
 
 
 def check_kind(name: str, kind: Any, base: type[Part], tag: str) -> None:
     """Refuse a kind that does not declare all that its sort must.
 
     Args:
-        name: What recipes call it.
+        name: Its name in recipes.
         kind: The kind.
-        base: What kinds of the sort are made of. Its abstract methods, and its class variables without a value, are
+        base: The base class of kinds of the sort. Its abstract methods, and its class variables without a value, are
             what each of them must have.
         tag: The field that names the kind.
 

@@ -32,7 +32,7 @@ from ecotone.settings import Call
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked and what was found."""
+    """One thing that was checked, and the result."""
 
     subject: str
     text: str
@@ -42,7 +42,7 @@ def validate(recipe: Recipe, *, headers: bool = False) -> list[Finding]:
     """Check a recipe against its functions and its checkpoints' headers, and score an expert on an example a task.
 
     Args:
-        recipe: What to check.
+        recipe: The recipe to check.
         headers: Read headers alone, and score nothing.
 
     Raises:
@@ -56,7 +56,7 @@ def validate(recipe: Recipe, *, headers: bool = False) -> list[Finding]:
 
 
 def tried_out(composition: compose.Composition) -> Iterator[Finding]:
-    """Score the first expert on one example of each objective, or on all of those that cannot be asked of one.
+    """Score the first expert on one example of each objective, or on all examples where one cannot be scored alone.
 
     Raises:
         EcotoneError: A worker cannot be made, or an objective cannot be computed.
@@ -79,7 +79,7 @@ def tried_out(composition: compose.Composition) -> Iterator[Finding]:
 
 
 def findings(composition: compose.Composition) -> Iterator[Finding]:
-    """Check a recipe, step by step: what ``validate`` tells, and ``run`` does before it scores anything.
+    """Check a recipe, step by step. ``validate`` shows the results; ``run`` does the same before it scores anything.
 
     Raises:
         EcotoneError: The first thing that does not fit.
@@ -113,7 +113,7 @@ def _workers(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _trackers(recipe: Recipe) -> Iterator[Finding]:
-    """Where the run will be mirrored to, and what cannot be had there."""
+    """The places that the run is mirrored to, and what each tracker lacks."""
     for name, settings in recipe.tracking.trackers.items():
         missing = () if settings.installed() else (f"not installed: `{settings.install()}`",)
         clauses = (settings.recorded().describe(), *missing, *settings.lacks)
@@ -173,7 +173,7 @@ def _models(sources: Sources) -> Iterator[Finding]:
 
 
 def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
-    """Where language models are measured: what differs between tokenizers, and how large tasks are."""
+    """For language models: the differences between tokenizers, and the sizes of tasks."""
     objectives = (*spec.search, *spec.held_out)
     if not any(one.needs_tokenizer for one in objectives):
         return
@@ -183,7 +183,7 @@ def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
 
 
 def _search(composition: compose.Composition) -> Iterator[Finding]:
-    """How large the problem is, as far as it is known; refuses what the algorithm cannot take on."""
+    """The size of the problem, as far as it is known. Refuses problems that the algorithm cannot search."""
     found, chain = composition.outlined, composition.recipe.chain
     if chain is not None:
         for index, one in enumerate(found):
@@ -193,7 +193,7 @@ def _search(composition: compose.Composition) -> Iterator[Finding]:
 
 
 def _memory(recipe: Recipe, spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
-    """Where a worker keeps the models, and the memory that it takes.
+    """The place where a worker keeps the models, and the memory that it takes.
 
     Raises:
         InputError: This machine's workers have no memory for the model, or for the sources where they are to be.
@@ -222,7 +222,7 @@ _KEPT: dict[Placement, str] = {
 
 
 def _device(recipe: Recipe) -> tuple[torch.device, bool]:
-    """Where workers merge, and whether that is on this machine."""
+    """The device on which workers merge, and whether it is on this machine."""
     runtime, wish = recipe.runtime, recipe.scoring.device
     ray = runtime.pool == "ray"
     no_gpu = wish == "cpu" or (wish == "auto" and ray and runtime.gpus_per_worker == 0)
@@ -238,21 +238,21 @@ def _held(sources: Sources) -> str:
 def _amount(taken: Bytes) -> str:
     """Bytes on a GPU and in main memory, as far as there are any."""
     given = [(taken.device, "on the GPU"), (taken.host, "in main memory")]
-    return " and ".join(f"{readable(count)} {where}" for count, where in given if count) or "none"
+    return " and ".join(f"{readable(count)} {place}" for count, place in given if count) or "none"
 
 
 def _parts(needs: Needs, placement: Placement, free: Free) -> str:
     """All that a worker takes, where there are bounds to it."""
     total, parts = needs.total(placement), (needs.model, needs.sources[placement], needs.buffers)
     texts = []
-    for where, all_, each, found in (
+    for place, all_bytes, part_bytes, room_left in (
         ("GPU", total.device, [part.device for part in parts], free.device),
         ("main memory", total.host, [part.host for part in parts], free.host),
     ):
-        if all_:
-            model, kept, buffers = map(readable, each)
-            room = "" if found is None else f" of {readable(found)} free"
-            texts.append(f"{where} {readable(all_)}{room} (model {model}, sources {kept}, buffers {buffers})")
+        if all_bytes:
+            model, kept, buffers = map(readable, part_bytes)
+            room = "" if room_left is None else f" of {readable(room_left)} free"
+            texts.append(f"{place} {readable(all_bytes)}{room} (model {model}, sources {kept}, buffers {buffers})")
     return "; ".join([*texts, "and activations, data and Python"])
 
 

@@ -501,7 +501,7 @@ def sync(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Send to the run's trackers what its journal has and they lack, as after a server was down."""
+    """Send the run's trackers everything in its journal that they lack, for example after a server was down."""
     from ecotone.experiments import tracking
 
     reports = tracking.mirror_all(_run(run).directory, trackers or ())

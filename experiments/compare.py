@@ -111,12 +111,12 @@ class Line:
         searched: The run.
         volumes: (N,) hypervolume after each scored trial.
         hypervolume: That of its front on search data.
-        share: Of the best run's hypervolume.
+        share: Its share of the best run's hypervolume.
         igd_plus: Distance of the union front to it, in shares of the union front's range; 0 is best.
         epsilon: The least shift of its front that covers the union front, in the same unit; 0 is best.
         evaluations_to_reach: Evaluations until the wanted hypervolume; None when it was not reached.
         seconds_to_reach: Seconds of searching until then.
-        held_out_hypervolume: Of the front's scores on held-out data; None where not measured.
+        held_out_hypervolume: The hypervolume of the front's scores on held-out data; None where not measured.
     """
 
     searched: Searched
@@ -197,7 +197,7 @@ class Comparison:
         reach: As the user gave it: a share of the best run's, or a number.
         lines: One a run, largest hypervolume first.
         groups: Those with several seeds, largest median hypervolume first.
-        union: Of the best known front: (label of the run, member).
+        union: The members of the best known front: (label of the run, member).
         notes: Sentences that the reader of the table should know.
     """
 

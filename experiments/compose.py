@@ -48,7 +48,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of what results depend on."""
+    """Versions of the software that results depend on."""
     found = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -67,7 +67,7 @@ def python_paths(folders: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] = ()) -> WorkerSpec:
-    """What a worker of this recipe is made of."""
+    """The spec from which a worker of this recipe is made."""
     models, runtime = recipe.models, recipe.runtime
     architecture, objectives = models.architecture, recipe.objectives
     ray = runtime.pool == "ray"
@@ -172,13 +172,13 @@ def _tokenizer(recipe: Recipe, prepared: Path | None) -> str | None:
 def context_of(
     recipe: Recipe, space: Space, starts: Sequence[Genome] = (), operator: Operator | None = None
 ) -> Context:
-    """What the recipe's search is made for.
+    """The context that the recipe's search is made in.
 
     Args:
-        recipe: What is asked for.
+        recipe: The recipe.
         space: The models.
         starts: Merges to begin with.
-        operator: The recipe's merge operator, if it is there already.
+        operator: The recipe's merge operator; None makes it.
     """
     operator = operator or check_operator(recipe)
     objectives = recipe.objectives.search
@@ -202,7 +202,7 @@ def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = (), ope
     """The algorithm and the population that ``search`` asks for.
 
     Args:
-        recipe: What is asked for.
+        recipe: The recipe.
         space: The models.
         starts: Merges for the algorithm to begin with, where it can.
         operator: The recipe's merge operator, if it is there already.
@@ -221,7 +221,7 @@ class Outlined:
     Args:
         settings: The algorithm's.
         pair: The search and its population; None where the headers, or the names alone, are not enough to make them.
-        context: What it is made for.
+        context: The context it is made for.
         coefficients: (segments, models) of its merges; None where they are not known yet.
     """
 
@@ -236,7 +236,7 @@ class Outlined:
 
     @property
     def text(self) -> str:
-        """The algorithm, how many coefficients it has, as far as they are known, and what it says of itself."""
+        """The algorithm, its number of coefficients as far as known, and its own description."""
         size = ""
         if self.coefficients is not None:
             segments, models = self.coefficients
@@ -249,7 +249,7 @@ def check_search(recipe: Recipe, sources: Sources | None = None, operator: Opera
     """Make the search, or each of its stages, as far as that is possible before a weight is read, to refuse early.
 
     Args:
-        recipe: What to check.
+        recipe: The recipe to check.
         sources: The models; without them only searches with coefficients a model or a group can be made.
         operator: The recipe's merge operator, if it is there already.
 
@@ -315,7 +315,7 @@ def _outline(recipe: Recipe, operator: Operator, groups: int) -> Space:
 
 
 def _names(models: Models) -> tuple[str, ...]:
-    """Names of the experts as far as the recipe tells; those of files may come twice."""
+    """Names of the experts as far as the recipe tells. File names may come twice."""
     paths = [expert.removeprefix(PREPARED).rstrip("/") for expert in models.experts]
     return models.names or tuple(Path(path).name.removesuffix(".safetensors") for path in paths)
 
@@ -345,7 +345,7 @@ def make_schedule(recipe: Recipe) -> Schedule:
 
 
 class Composition:
-    """What a recipe is run by. Each thing is made when it is first asked for, and once.
+    """The objects that run a recipe. Each is made once, when it is first read.
 
     Args:
         recipe: The recipe.
@@ -380,7 +380,7 @@ class Composition:
 
     @cached_property
     def spec(self) -> WorkerSpec:
-        """What a worker is made of; runs the preparation step unless it has been run.
+        """The spec from which a worker is made. Runs the preparation step unless it has been run.
 
         Raises:
             InputError: The preparation step failed.

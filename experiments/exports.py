@@ -7,12 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ecotone.experiments import compose, preparation
 from ecotone.experiments.mergekit import MergekitMerge, mergekit_config
 from ecotone.experiments.recipe import Recipe, algorithm_of
-from ecotone.experiments.runs import Run, Scored
 from ecotone.fitness.pools import Batch, SerialPool
 from ecotone.fitness.worker import open_sources
 from ecotone.merging.export import RECORD, export_directory, export_file, export_plain_directory
@@ -23,6 +22,9 @@ from ecotone.populations import facts
 from ecotone.populations.errors import CheckpointError, InputError, SearchError
 from ecotone.populations.genome import Genome
 from ecotone.populations.trial import Scores, Subset, Trial
+
+if TYPE_CHECKING:
+    from ecotone.experiments.runs import Run, Scored
 
 ANCESTORS = 200
 
@@ -127,7 +129,7 @@ def operator_record(operator: Operator) -> dict[str, Any]:
 
 
 def models_record(sources: Sources) -> dict[str, Any]:
-    """The models' records: where each lies, and what was done to it before the merge."""
+    """The models' records: the place of each, and the changes made to it before the merge."""
     base = None if sources.base is None else sources.base.record()
     return {"base": base, "experts": [expert.record() for expert in sources.experts]}
 

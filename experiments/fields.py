@@ -29,9 +29,9 @@ class FieldText:
     Args:
         path: Its dotted path in a recipe; positions in lists are left out.
         kinds: Names of the kinds that have it so, where it belongs to a kind (an algorithm, an operator, ...).
-        type: What it takes, with bounds.
+        type: The type of its values, with bounds.
         default: Its default as YAML would have it; ``required`` without one.
-        text: What it means.
+        text: Its meaning, in words.
     """
 
     path: str
@@ -52,12 +52,12 @@ def schema() -> dict[str, Any]:
 
 
 def fields_of(part: type[Part], path: str = "", kinds: tuple[str, ...] = ()) -> Iterator[FieldText]:
-    """The fields of a part and of those in it, in the order of their declaration.
+    """The fields of a part and of the parts in it, in the order of their declaration.
 
     Args:
         part: The part.
-        path: Where it stands in a recipe.
-        kinds: Of which kinds it is.
+        path: Its path in a recipe.
+        kinds: The kinds it belongs to.
     """
     shapes = part.model_json_schema()
     for name, field in part.model_fields.items():
@@ -88,7 +88,7 @@ def inside(part: type[Part], name: str) -> list[tuple[type[Part], tuple[str, ...
 
 
 def everything() -> list[FieldText]:
-    """Every field of a recipe; what kinds have alike is told once."""
+    """Every field of a recipe. Fields that several kinds share come once."""
     return _joined(list(fields_of(Recipe)))
 
 
@@ -96,8 +96,8 @@ def explained_path(path: str) -> list[FieldText]:
     """The fields that a dotted path names; several where kinds have fields of that name that differ.
 
     Args:
-        path: As in ``--set``: ``search.archive``, ``objectives.search.0.batch``; a kind's name may stand before its
-            field, as in ``search.m2n2.archive``.
+        path: The path, as in ``--set``: ``search.archive``, ``objectives.search.0.batch``. A kind's name may stand
+            before its field, as in ``search.m2n2.archive``.
 
     Raises:
         InputError: No field has that path (the nearest one is given).
@@ -194,7 +194,7 @@ def page() -> str:
 
 
 def sections(part: type[Part], title: str, path: str = "") -> Iterator[tuple[str, str, list[FieldText]]]:
-    """Title, summary and own fields of a part, and then of those in it; kinds that have several names are told once."""
+    """Title, summary and own fields of a part, and then of the parts in it. Kinds with several names come once."""
     own = [one for one in fields_of(part, path) if one.path.removeprefix(path).count(".") <= (1 if path else 0)]
     if part is not ChainSettings:
         yield title, part.summary(), own

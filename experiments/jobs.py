@@ -48,13 +48,13 @@ class Job:
     Args:
         id: The job's, unique on the cluster: the run's name, numbered on when it was resumed.
         run: The run's name.
-        state: As Ray has it: ``pending``, ``running``, ``stopped``, ``succeeded`` or ``failed``.
+        state: Ray's state of the job: ``pending``, ``running``, ``stopped``, ``succeeded`` or ``failed``.
         out: The run directory: a path on the head, or a URL.
-        folder: What travelled, on the machine that sent it.
+        folder: The folder that was sent, on the machine that sent it.
         grace: Seconds for which it waits for what is in flight when it is stopped.
         started: When, in seconds of the epoch; None while it is pending.
         ended: When, or None.
-        message: What Ray says of its end.
+        message: Ray's message about its end.
     """
 
     id: str
@@ -101,7 +101,7 @@ class JobServer:
     """Submits, lists and stops the jobs of a cluster that are runs of ours.
 
     Args:
-        address: Of the head's dashboard, ``http://HOST:PORT``.
+        address: The address of the head's dashboard, ``http://HOST:PORT``.
 
     Raises:
         InputError: The address is no such URL.
@@ -300,12 +300,12 @@ def travelling(folder: Path) -> Path:
 
 
 def is_checkout(folder: Path) -> bool:
-    """True for a checkout of Ecotone: a job then runs its packages, not those installed on the cluster."""
+    """True for a checkout of Ecotone. A job then runs the checkout's packages, not the cluster's."""
     return all((folder / name).exists() for name in ("pyproject.toml", *(f"{one}/__init__.py" for one in PACKAGES)))
 
 
 def environment_of(names: Iterable[str]) -> dict[str, str]:
-    """This process's variables of those names.
+    """This process's environment variables with the given names.
 
     Raises:
         InputError: One is not set.

@@ -24,7 +24,7 @@ class Range(Part):
     Attributes:
         low: The smallest value.
         high: The largest value.
-        scale: ``linear``, ``log``, or ``integer`` for whole numbers alone.
+        scale: The scale on which values are searched: ``linear``, ``log``, or ``integer`` for whole numbers alone.
     """
 
     low: float
@@ -51,11 +51,11 @@ class Merge(Part):
     the coefficients.
 
     Attributes:
-        operator: The merge operator: ``linear`` mixes the experts themselves, ``task_arithmetic`` adds task vectors to
-            the base, ``ties``, ``dare`` and ``dare_ties`` add thinned ones, ``ties_vectors`` those of AdaMerging++;
-            ``slerp`` goes from one of two models to the other. ``ecotone plugins`` lists all.
-        dtype: The type that merged weights are rounded to, scored in and exported in; by default that in which the
-            experts are stored (float32 when an architecture is given and they mix types).
+        operator: The merge operator. ``linear`` mixes the experts themselves. ``task_arithmetic`` adds task vectors to
+            the base. ``ties``, ``dare`` and ``dare_ties`` add thinned task vectors, ``ties_vectors`` those of
+            AdaMerging++. ``slerp`` goes from one of two models to the other. ``ecotone plugins`` lists all operators.
+        dtype: The type that merged weights are rounded to, scored in and exported in. None means the type in which the
+            experts are stored (float32 when there is an architecture and the experts mix types).
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
@@ -67,7 +67,7 @@ class Merge(Part):
     @model_validator(mode="before")
     @classmethod
     def _of_the_operator(cls, value: Any) -> Any:
-        """Check what is given beside our fields against the operator's declarations; none stands for its default."""
+        """Check the keys beside our fields against the operator's declarations. None stands for the default."""
         if not isinstance(value, Mapping):
             return value
         own = {key: one for key, one in value.items() if key in cls.model_fields}
@@ -82,7 +82,7 @@ class Merge(Part):
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """Those that are searched."""
+        """The settings that are searched, with their bounds."""
         return {name: value for name, value in self._given.items() if isinstance(value, Range)}
 
     @property
@@ -150,7 +150,7 @@ def _value(operator: str, key: str, value: Any) -> Any:
 
 
 def _unknown(operator: str, key: str, known: Mapping[str, Setting]) -> str:
-    """What is wrong with a key that is neither ours nor the operator's."""
+    """The message about a key that is neither a field of ``merge`` nor a setting of the operator."""
     from ecotone.merging import operators
 
     others = {name for kind in operators.OPERATORS.usable() for name in operators.settings_of(kind)}

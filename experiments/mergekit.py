@@ -35,11 +35,11 @@ _AS_CHECKPOINT = "Export a checkpoint instead: leave the format out."
 
 @dataclass(frozen=True)
 class Snap:
-    """A genome whose split points were moved to tensor borders, and what that changed.
+    """A genome whose split points were moved to tensor borders, and the changes that this made.
 
     Args:
         genome: The genome; each tensor has the coefficients that most of it had.
-        elements: How many parameters have other coefficients than before.
+        elements: The number of parameters whose coefficients have changed.
         share: The same as a share of all parameters.
         largest: The largest change of a coefficient.
     """
@@ -60,9 +60,9 @@ class MergekitMerge:
     Args:
         config: The file's content.
         genome: The merge that it describes.
-        snap: What moving split points to tensor borders changed; None when none had to be moved.
+        snap: The change from moving split points to tensor borders; None when none had to be moved.
         adapters: Whether mergekit will merge LoRA adapters into their base first.
-        notes: What its user has to know, a sentence each.
+        notes: Notes for its user, a sentence each.
     """
 
     config: Mapping[str, Any]
@@ -72,7 +72,7 @@ class MergekitMerge:
     notes: tuple[str, ...]
 
     def command(self, file: Path) -> str:
-        """What makes the merge of ``file``, once it is written there."""
+        """The shell command that makes the merge of ``file``, once that file is written."""
         options = " --lora-merge-dtype float32" if self.adapters else ""
         return f"mergekit-yaml {file} DIR{options}"
 
@@ -321,7 +321,7 @@ class EvolveTask(Part):
 
 
 class EvolveGenome(Part):
-    """What mergekit-evolve searches over."""
+    """The models and parameters that mergekit-evolve searches over."""
 
     models: tuple[ModelName, ...] = Field(min_length=1)
     merge_method: str
@@ -422,7 +422,7 @@ def import_mergekit(path: str | Path, layers: int | None = None) -> str:
 
 
 class _Importer:
-    """Turns mergekit-evolve's fields into a recipe's, and notes what differs."""
+    """Turns mergekit-evolve's fields into a recipe's, and notes the differences."""
 
     def __init__(self, evolve: EvolveFile, folder: Path, layers: int | None) -> None:
         self.evolve, self.folder, self.layers = evolve, folder, layers
@@ -552,7 +552,7 @@ class _Importer:
         return {"search": searched, "held_out": [{**entry, "part": "rest"} for entry in searched]}
 
     def note_the_rest(self) -> None:
-        """Note what has no counterpart."""
+        """Note the fields that have no counterpart."""
         evolve, genome = self.evolve, self.evolve.genome
         if genome.filters:
             self.notes.append(

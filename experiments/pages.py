@@ -94,10 +94,10 @@ class _Drawn:
 
     Args:
         line: The run.
-        colour: Of all its marks.
+        colour: The colour of all its marks.
         legend: The legend's entry that shows and hides it.
         first: It stands for its legend entry.
-        genomes: Of the front, by trial number.
+        genomes: The genomes of the front, by trial number.
         hovers: The text that a pointer over each member of the front shows.
     """
 

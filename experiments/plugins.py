@@ -20,7 +20,7 @@ REGISTRIES = {
 
 
 def registries() -> dict[str, Registry[Any]]:
-    """The registries, by what they hold."""
+    """The registries, by the sort of kind that they hold."""
     found = {}
     for name, place in REGISTRIES.items():
         module, _, attribute = place.partition(":")
@@ -29,5 +29,5 @@ def registries() -> dict[str, Registry[Any]]:
 
 
 def origins() -> list[Origin]:
-    """Where each kind comes from, and why those that cannot be used cannot."""
+    """The origin of each kind, and the reason where a kind cannot be used."""
     return [origin for registry in registries().values() for origin in registry.origins()]

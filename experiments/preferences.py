@@ -26,7 +26,7 @@ class Preference:
     """Weights of the objectives, or a point to reach.
 
     Args:
-        text: As the user wrote it.
+        text: The text that the user wrote.
         form: ``weights`` or ``point``.
         values: By objective. Objectives that are not named have weight 0. A point is in the scores' own units and
             direction, and puts no demand on objectives that are not named.
@@ -55,7 +55,7 @@ def reference_numbers(text: str, goals: Sequence[Goal]) -> dict[str, float]:
     """The numbers of ``--reference`` by objective, in score units.
 
     Raises:
-        InputError: As ``numbers``.
+        InputError: As for ``numbers``.
     """
     return numbers(text, goals, "--reference", 'As in "a=0.2,b=0.1".')
 

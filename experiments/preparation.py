@@ -34,7 +34,7 @@ def prepared_folder(recipe: Recipe) -> Path | None:
 
 
 def _preparation_key(recipe: Recipe) -> str:
-    """16 hexadecimal digits of all that changes what the step writes."""
+    """16 hexadecimal digits of everything that changes the step's output."""
     assert recipe.prepare is not None
     place, function, is_file = split_call(recipe.prepare.call)
     name = f"{Path(place).name}:{function}" if is_file else recipe.prepare.call  # a job's folder is another each time

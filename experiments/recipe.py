@@ -45,17 +45,20 @@ class Models(Part):
     """The models to merge.
 
     Attributes:
-        experts: safetensors files, Hugging Face directories or LoRA adapters (which need the base), relative to the
-            recipe's folder, or repositories of the hub (``organisation/name``, ``organisation/name@revision``); a path
-            that begins with ``prepared:`` is relative to what the preparation step wrote.
-        base: The model they were fine-tuned from; needed by operators that work on task vectors.
-        tokenizer: Hugging Face directory of the tokenizer, for objectives of language models; by default the base, or
-            else the first expert.
-        vocabulary: What to do with models whose vocabularies have other sizes: refuse them (``same``), cut them to the
-            ``base``'s, or take the ``union``.
-        names: What to call the experts; by default their file names.
-        architecture: ``auto`` for Hugging Face directories, a call that returns a ``torch.nn.Module`` whose
-            state-dict names match the files, or nothing when objectives take plain tensors.
+        experts: The models to merge: safetensors files, Hugging Face directories or LoRA adapters (which need
+            ``base``), with paths relative to the recipe's folder, or repositories of the hub (``organisation/name``,
+            ``organisation/name@revision``). A path that begins with ``prepared:`` is relative to the folder that the
+            preparation step wrote.
+        base: The model that the experts were fine-tuned from. Operators on task vectors and LoRA adapters need it.
+        tokenizer: The Hugging Face directory of the tokenizer, for objectives of language models. None means the base,
+            or else the first expert.
+        vocabulary: The treatment of models whose vocabularies differ in size: refuse them (``same``), cut them to the
+            vocabulary of ``base``, or extend them to the ``union``.
+        names: The names of the experts in results, one for each expert. None means the names of their files,
+            directories or repositories.
+        architecture: How a torch module is made of merged weights: ``auto`` for Hugging Face directories, or a call
+            that returns a ``torch.nn.Module`` whose state-dict names match the files. None gives objectives plain
+            tensors.
     """
 
     experts: tuple[str, ...] = Field(min_length=1)
@@ -73,11 +76,11 @@ class Models(Part):
 
 
 class Objectives(Part):
-    """The objectives that guide the search, and those that its results are judged by.
+    """The objectives that guide the search, and the objectives that judge its results.
 
     Attributes:
-        search: They guide the search.
-        held_out: They score the front and the models on data that the search has not seen.
+        search: The objectives that guide the search.
+        held_out: The objectives that score the front and the models on data that the search has not seen.
     """
 
     search: tuple[AnyObjective, ...] = Field(min_length=1)
@@ -105,8 +108,9 @@ class Budget(Part):
     """When to stop: after so many evaluations, so many seconds, or whichever comes first.
 
     Attributes:
-        evaluations: Merges that are scored; one that is scored on a sample counts for its share of the examples.
-        seconds: Seconds of searching, all stretches of a resumed run together.
+        evaluations: Merges that the search may score. A merge that is scored on a part of the examples counts for that
+            part.
+        seconds: Seconds that the search may take, summed over all stretches of a resumed run.
     """
 
     evaluations: int | None = Field(default=None, ge=1)
@@ -123,21 +127,21 @@ class Recipe(Part):
     """A search, whole: models, merge operator, objectives, algorithm, scoring, budget, seed, runtime, tracking.
 
     Attributes:
-        name: Letters, digits, dots, dashes and underscores. It names run directories and MLflow runs.
+        name: The name of the run directory and of the run in trackers: letters, digits, dots, dashes and underscores.
         models: The models to merge.
         objectives: How merges are scored.
-        budget: When to stop.
-        prepare: A function that makes models or data before the search: it is given an empty folder and writes into it.
+        budget: When the search stops: after so many evaluations, so many seconds, or whichever comes first.
+        prepare: A function that makes models or data before the search. It gets an empty folder and writes into it.
             Paths elsewhere in the recipe that begin with ``prepared:`` are relative to that folder. It runs once for
             the same function, arguments and source.
-        merge: How sources are made of the models.
-        calibration: Tasks that searches by gradient learn coefficients on.
-        search: The algorithm that proposes merges, or a list of them: stages, each of which begins with the merges that
-            the one before it found.
-        scoring: How candidates are scored.
-        seed: Of everything that is drawn: the same seed gives the same search.
-        runtime: Where the search runs.
-        tracking: Where the run is mirrored to.
+        merge: The merge operator and its settings.
+        calibration: The tasks on which searches by gradient learn coefficients.
+        search: The algorithm that proposes merges, or a list of them: stages. Each stage begins with the merges that
+            the stage before it found.
+        scoring: How workers score candidates.
+        seed: The seed of everything that is drawn. The same seed gives the same search.
+        runtime: Where the search runs: its workers, its time limits and its log.
+        tracking: The trackers that the run is mirrored to.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -170,12 +174,12 @@ class Recipe(Part):
 
     @property
     def folder(self) -> Path | None:
-        """Of the file it was read from; None for any other."""
+        """The folder of the file it was read from; None if it was not read from a file."""
         return self._folder
 
     @property
     def searches(self) -> tuple[SearchSettings, ...]:
-        """The search, or those of its stages."""
+        """The search, or the searches of its stages."""
         search = self.search
         return tuple(stage.search for stage in search.stages) if isinstance(search, ChainSettings) else (search,)
 
@@ -309,7 +313,7 @@ class Recipe(Part):
 
 
 def algorithm_of(record: Mapping[str, Any]) -> str:
-    """The algorithm of a recorded recipe; those of stages are joined by plus signs."""
+    """The algorithm of a recorded recipe. The algorithms of stages are joined by plus signs."""
     search = record.get("search", {})
     return "+".join(str(one.get("algorithm")) for one in (search if isinstance(search, list) else [search]))
 
@@ -357,7 +361,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def check_resumable(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that would change what a resumed run's recorded trials are.
+    """Refuse settings that would change the meaning of a resumed run's recorded trials.
 
     Raises:
         InputError: A key is not of ``RESUMABLE``.

@@ -35,7 +35,7 @@ class ProgressLine:
     """Evaluations, rate, best, front size, failures and time left: one live line, or one every 10 s in a log.
 
     Args:
-        console: Where to write (stderr, so that ``--json`` stays clean).
+        console: The console to write to (stderr, so that ``--json`` stays clean).
         evaluations: The budget, if it is one of evaluations.
         seconds: The budget, if it is one of seconds.
     """

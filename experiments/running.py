@@ -56,7 +56,7 @@ def launch(
     """Run a recipe to its budget and return the finished run.
 
     Args:
-        recipe: What to run.
+        recipe: The recipe to run.
         out: The run directory, a path or a URL, which must not hold a run; None makes ``runs/NAME-TIME``.
         observe: Called with the progress after every step.
         notify: Called with a sentence when something takes a while.
@@ -294,7 +294,7 @@ def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
 
 
 def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
-    """What the journal of a new run says of it."""
+    """The facts that open the journal of a new run."""
     objectives = recipe.objectives
     return [
         facts.NAME.note(recipe.name),

@@ -52,7 +52,7 @@ class Run:
         directory: The run directory. From a URL its newest copy is fetched.
 
     Attributes:
-        directory: Where its files are.
+        directory: The folder of its files.
         where: The name that the user knows it by: a path, or a URL.
 
     Raises:
@@ -249,7 +249,7 @@ def front_rows(rows: Sequence[Row], wanted: Sequence[Goal]) -> list[Row]:
 
 
 def points_of(scores: Iterable[Mapping[str, float] | None], wanted: Sequence[Goal]) -> Floats:
-    """(N, M) oriented scores, larger is better; what has no scores is left out."""
+    """(N, M) oriented scores, larger is better. Entries without scores are left out."""
     rows = [oriented(one, wanted) for one in scores if one]
     return np.array(rows) if rows else np.zeros((0, len(wanted)))
 

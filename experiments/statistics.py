@@ -25,13 +25,13 @@ from ecotone.search.manager import measure
 
 @dataclass(frozen=True)
 class ModelStatistics:
-    """What was gathered of one model.
+    """The statistics that were gathered of one model.
 
     Args:
-        model: Its name: an expert's, ``base`` or ``average``.
-        genome: The digest of the genome that gives it.
-        evaluation: Key and digest of its statistics, or why there are none; seconds; ``details`` name the file.
-        layers: By name, the shapes of the tensors; empty where the file lies on another machine.
+        model: The model's name: an expert's, ``base`` or ``average``.
+        genome: The digest of the genome that gives the model.
+        evaluation: Key and digest of the statistics, or the reason for having none; seconds; ``details`` name the file.
+        layers: The shapes of the tensors, by name; empty where the file is on another machine.
     """
 
     model: str

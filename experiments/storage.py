@@ -543,7 +543,7 @@ class Copier:
             ) from error
 
     def _drop_old(self, needed: set[str]) -> None:
-        """Delete all but the needed objects and those of the copy before. Later objects are not touched."""
+        """Delete all objects but the needed ones and those of the copy before. Later objects are not touched."""
         numbered = _numbered(self.store.names(), _SUFFIXES.keys() - {"lease"})
         own = (self.lease.epoch, self._serial)
         manifests = [name for number, name in numbered if number <= own and name.startswith("mirror-")][:2]
@@ -679,7 +679,7 @@ def _refuse_present(store: Store) -> None:
 
 
 def _fetch_newer(store: Store, directory: Path, notify: Notify) -> None:
-    """Replace the working directory's files by those of the newest whole copy, unless it was made from them."""
+    """Replace the working directory's files by the files of the newest whole copy, unless they are its source."""
     damage: DamagedCopyError | None = None
     for manifest in copies(store):
         if _as_new(directory, manifest):
@@ -829,7 +829,7 @@ def fetched(url: str) -> Path:
 
 
 def _view(store: Store, manifest: Manifest) -> Path:
-    """A directory with a copy's files: those fetched before, if they are still here."""
+    """A directory with a copy's files: the files fetched before, if they are still here."""
     views, content = _folder(store, "views"), manifest["files"].get(JOURNAL, {}).get("hash", "")[:8]
     view = views / f"{manifest['epoch']:06d}-{manifest['serial']:06d}-{content}"
     with _writable(views):

@@ -50,7 +50,7 @@ def _line(entry: Mapping[str, Any], root: type[Part]) -> str:
 
 
 def _place(steps: Steps, root: type[Part]) -> tuple[list[int | str], type[Part]]:
-    """The steps that the user wrote, without those that pydantic adds for unions, and the part they lead to."""
+    """The steps that the user wrote, without the steps that pydantic adds for unions, and the part they lead to."""
     part, chosen = root, None
     written: list[int | str] = []
     for step in steps:

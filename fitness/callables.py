@@ -43,7 +43,7 @@ def resolve(path: str, field: str = "call") -> Callable[..., Any]:
     Args:
         path: ``package.module:function`` or ``path/to/file.py:function``; the part after the colon may be dotted
             (``module:Class.method``). A relative path of a file is one from the working directory.
-        field: Where the user wrote it, for the error message.
+        field: The field in which the user wrote it, for the error message.
 
     Raises:
         InputError: There is no colon, no such module or file, no such attribute, or it cannot be called; or the module
@@ -70,10 +70,10 @@ def resolve(path: str, field: str = "call") -> Callable[..., Any]:
 
 
 def call(spec: Call, field: str = "call") -> Any:
-    """What the function of ``spec`` returns for its arguments.
+    """The value that the function of ``spec`` returns for its arguments.
 
     Raises:
-        InputError: It cannot be resolved, or it raised; the message names ``field``.
+        InputError: The function cannot be resolved, or it raised. The message names ``field``.
     """
     function = resolve(spec.call, field)
     try:

@@ -26,7 +26,7 @@ from ecotone.populations.errors import InputError
 from ecotone.settings import Call
 
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
-"""What a model is called with for N examples: (N, ...), or (N, ...) by name."""
+"""The inputs of a model for N examples: a tensor (N, ...), or tensors (N, ...) by name."""
 
 MASK = "attention_mask"
 
@@ -128,7 +128,7 @@ def load(spec: Call, field: str, labelled: bool) -> Examples:
 
     Args:
         spec: The function and its arguments.
-        field: Where the user wrote it, for error messages.
+        field: The field in which the user wrote it, for error messages.
         labelled: Whether labels are needed. Where they are not, those that are returned are left out.
 
     Raises:

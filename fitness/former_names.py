@@ -25,7 +25,7 @@ _log = logging.getLogger("ecotone")
 
 
 def present_name(name: str) -> str | None:
-    """What a module of ours that was called ``name`` is called today; None when there was none of that name."""
+    """The present name of the module that Ecotone once called ``name``; None when there was no such module."""
     if name.split(".")[0] not in _FOLDERS:
         return None
     present = _MOVED.get(name, f"ecotone.{name}")

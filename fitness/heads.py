@@ -43,7 +43,7 @@ class Head:
 
     Args:
         function: Called as ``function(outputs, inputs)``.
-        dtype: What floating-point outputs are converted to before.
+        dtype: The type that floating-point outputs are converted to first.
     """
 
     def __init__(self, function: Callable[[Any, Inputs], Any], dtype: torch.dtype = torch.float32) -> None:
@@ -51,7 +51,7 @@ class Head:
         self._dtype = dtype
 
     def __call__(self, outputs: Any, inputs: Inputs) -> Any:
-        """What the function says of ``outputs``."""
+        """The logits that the function returns for ``outputs``."""
         return self.function(_converted(outputs, self._dtype), inputs)
 
 
@@ -98,7 +98,7 @@ def logits(model: Any, inputs: Inputs, head: Head | None = None) -> Tensor:
 
     Args:
         model: A torch module.
-        inputs: What it is called with.
+        inputs: The inputs it is called with.
         head: Makes the logits of its outputs; None takes the outputs themselves, or their ``logits``.
 
     Raises:
@@ -108,10 +108,10 @@ def logits(model: Any, inputs: Inputs, head: Head | None = None) -> Tensor:
 
 
 def outputs(model: Any, inputs: Inputs, **options: Any) -> Any:
-    """What ``model`` returns for ``inputs``, called with ``options`` too.
+    """The outputs of ``model`` for ``inputs`` and the keyword arguments ``options``.
 
     Raises:
-        InputError: ``model`` is no module.
+        InputError: ``model`` is not a torch module.
     """
     if not isinstance(model, nn.Module):
         raise InputError("expected a torch module to score, found a dict of tensors.", "Name an architecture.")
@@ -124,11 +124,11 @@ def logits_of(outputs: Any, inputs: Inputs, head: Head | None = None, *, tokens:
     Raises:
         InputError: There is not one row of logits an example.
     """
-    found = getattr(outputs, "logits", outputs) if head is None else head(outputs, inputs)
+    logits = getattr(outputs, "logits", outputs) if head is None else head(outputs, inputs)
     rows = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
-    if not isinstance(found, Tensor) or found.ndim not in ((2, 3) if tokens else (2,)) or len(found) != rows:
-        raise _unfit(found, rows, head)
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+    if not isinstance(logits, Tensor) or logits.ndim not in ((2, 3) if tokens else (2,)) or len(logits) != rows:
+        raise _unfit(logits, rows, head)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _unfit(found: Any, rows: int, head: Head | None) -> InputError:

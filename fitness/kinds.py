@@ -1,8 +1,8 @@
-"""What each kind of objective, and each calibration loss, says of itself.
+"""The settings of objectives and of calibration losses, and the declarations that every kind must make.
 
-A kind is a class of settings that lies beside what it is for. It is the recipe's part, checks what is given, and builds
-what measures a model. ``ecotone.fitness.registry`` has all kinds by name; those of other packages are entry points
-(``ecotone.objectives``, ``ecotone.losses``).
+A kind is a class of settings in the file of its objective or loss. It is a part of the recipe, checks the values, and
+builds the objective or the task. ``ecotone.fitness.registry`` has all kinds by name. Other packages add kinds by entry
+points (``ecotone.objectives``, ``ecotone.losses``).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """What objectives and calibration tasks are built for.
+    """The place of the model that objectives and calibration tasks are built for.
 
     Args:
-        device: Where the model is.
-        dtype: What floating-point inputs are converted to; None leaves them as they are.
+        device: The device of the model.
+        dtype: The type that floating-point inputs are converted to; None leaves them as they are.
         tokenizer: A local folder with the tokenizer and the model's ``config.json``; None where no kind needs one.
     """
 
@@ -58,9 +58,9 @@ class NamedCall:
     """A Python function that settings name.
 
     Args:
-        field: Where it stands in them; empty where the settings themselves are the call.
+        field: Its field in the settings; empty where the settings themselves are the call.
         call: The function and its keyword arguments.
-        given: How many positional arguments it gets before these.
+        given: The number of positional arguments that come before its own.
     """
 
     field: str
@@ -69,12 +69,12 @@ class NamedCall:
 
 
 class ObjectiveSettings(Part):
-    """What models are measured by.
+    """Base of the settings of every objective, which scores models.
 
     Attributes:
-        name: What its scores are called.
-        type: The kind of objective.
-        direction: Whether more is better (``maximize``) or less (``minimize``).
+        name: The name of the objective's scores in results, tables and trackers.
+        type: The kind of objective, such as ``accuracy`` or ``perplexity``.
+        direction: Whether a higher score is better (``maximize``) or a lower score (``minimize``).
     """
 
     name: str
@@ -120,7 +120,7 @@ class ObjectiveSettings(Part):
         return f"{_titled(self.type, self.calls())}, {self.direction}"
 
     def examine(self) -> Iterator[tuple[str, str]]:
-        """What can be known of its data without a model: subjects, and what is told of each.
+        """Facts about the objective's data that need no model, as pairs of a subject and a sentence about it.
 
         Raises:
             InputError: The settings do not fit the data.
@@ -128,7 +128,7 @@ class ObjectiveSettings(Part):
         return iter(())
 
     def with_paths(self, resolve: Located) -> Self:
-        """The same with its files' paths put through ``resolve``."""
+        """The same settings with the paths of their files put through ``resolve``."""
         changed = {name: expanded(getattr(self, name), resolve) for name in self.paths}
         return self.model_validate({**dict(self), **changed})
 
@@ -137,12 +137,13 @@ class CalibrationSettings(Part):
     """A task that a gradient search learns coefficients on: a stream of batches, and the loss that is differentiated.
 
     Attributes:
-        name: The task's name.
-        data: Returns the inputs, or (inputs, labels).
-        loss: What is differentiated.
-        head: Returns the task's classification head where the merged model is only the encoder: a callable from
-            (outputs, inputs) to logits. It is never merged.
-        batch: Examples in one batch.
+        name: The name of the calibration task.
+        data: A call that returns the inputs, or (inputs, labels). Inputs are a tensor or an array (N, ...), or a
+            mapping of tensors by name. Labels are (N,) class numbers from 0.
+        loss: The loss that is differentiated, such as ``entropy`` or ``cross_entropy``.
+        head: A call that returns the task's classification head, where the merged model is only the encoder. The head
+            is a callable from (outputs, inputs) to logits. It is never merged.
+        batch: Examples in one batch of the task.
     """
 
     name: str
@@ -162,8 +163,8 @@ class CalibrationSettings(Part):
         """The task, with its data where the model is.
 
         Args:
-            context: What it is built for.
-            seed: Of the order in which examples come.
+            context: The context it is built for.
+            seed: The seed of the order in which examples come.
 
         Raises:
             InputError: Its functions or data cannot be used.
@@ -190,27 +191,27 @@ class CalibrationSettings(Part):
 
 
 def check_objective(name: str, kind: Any) -> None:
-    """Refuse a kind of objective that does not say all of itself.
+    """Refuse a kind of objective that lacks a declaration.
 
     Raises:
-        InputError: As ``ecotone.settings.check_kind``.
+        InputError: As for ``ecotone.settings.check_kind``.
     """
     check_kind(name, kind, ObjectiveSettings, "type")
 
 
 def check_loss(name: str, kind: Any) -> None:
-    """Refuse a calibration loss that does not say all of itself.
+    """Refuse a calibration loss that lacks a declaration.
 
     Raises:
-        InputError: As ``ecotone.settings.check_kind``.
+        InputError: As for ``ecotone.settings.check_kind``.
     """
     check_kind(name, kind, CalibrationSettings, "loss")
 
 
 def _calls(settings: Part) -> list[NamedCall]:
-    """Those in its fields, each of which gets nothing but its keyword arguments."""
+    """The calls in the fields of a settings object. Each gets only its keyword arguments."""
     return [NamedCall(name, value) for name, value in settings if isinstance(value, Call)]
 
 
 def _titled(kind: str, calls: Sequence[NamedCall]) -> str:
-    return f"{kind} {' with '.join(one.call.call for one in calls)}".rstrip()
+    return f"{kind} {' with '.join(named.call.call for named in calls)}".rstrip()

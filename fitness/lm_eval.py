@@ -54,24 +54,26 @@ class LmEvalSettings(ObjectiveSettings):
     """A task of lm-eval, scored as its ``simple_evaluate`` would (``ecotone.fitness.lm_eval``).
 
     Attributes:
-        task: Its name: one of lm-eval's own, or one in ``folder``.
-        folder: A folder of task files (YAML); relative paths are from the recipe's folder. None is lm-eval's own, of
-            which it takes some seconds to list the names.
-        metric: Such as ``acc`` or ``exact_match``; None is the task's first.
-        filter: What answers pass through before they are scored; None is the task's first.
-        shots: Examples shown before each question; None is the task's own number.
+        type: ``lm_eval``: a task of lm-eval.
+        task: The name of the task: one of lm-eval's own, or one in ``folder``.
+        folder: A folder of task files (YAML), relative to the recipe's folder. None takes lm-eval's own tasks; listing
+            their names takes some seconds.
+        metric: The metric of the task that is the score, such as ``acc`` or ``exact_match``; None is the task's first
+            metric.
+        filter: The task's filter that answers pass through before they are scored; None is the task's first filter.
+        shots: Solved examples shown before each question; None is the task's own number.
         chat_template: Put requests into the tokenizer's chat template.
-        fewshot_as_multiturn: In a chat template, make each shown example a turn of its own.
-        system_instruction: Text that goes before everything else.
+        fewshot_as_multiturn: In a chat template, make each solved example a turn of its own.
+        system_instruction: A text put before everything else in a request; None puts no text.
         batch: Rows in one forward pass. None is the largest power of two up to 64 that fits, found while the first
-            candidate is scored; workers with unlike memory may then differ in the last bits.
-        limit: Documents in the calibration subset; None takes all. A smaller limit takes some of the documents that a
-            larger one takes.
-        seed: Of that subset.
-        part: With a limit, ``search`` is the subset and ``rest`` all other documents; ``all`` is every document and
-            takes no limit.
-        max_length: Longest input in tokens; None is the model's.
-        allow_code: Let the folder's files run Python of their own, and answers be run as code.
+            candidate is scored. Workers with different memory may then differ in the last bits of scores.
+        limit: Documents in the calibration subset; None takes all. A smaller limit draws some of the documents that a
+            larger limit draws.
+        seed: The seed that draws the calibration subset.
+        part: The documents to score on. With a limit, ``search`` is the calibration subset and ``rest`` all other
+            documents. ``all`` is every document and takes no limit.
+        max_length: The longest input in tokens; None is the model's own limit.
+        allow_code: Allow the folder's files to run Python of their own, and the model's answers to be run as code.
     """
 
     type: Literal["lm_eval"]
@@ -108,19 +110,19 @@ class LmEvalSettings(ObjectiveSettings):
         return self
 
     def examine(self) -> Iterator[tuple[str, str]]:
-        """What lm-eval says of the task; loads its data.
+        """Sentences about the task from lm-eval's description of it. Loads the task's data.
 
         Raises:
-            InputError: There is no such task or metric, or for lm-eval more of it is worse and for the recipe better.
+            InputError: There is no such task or metric, or lm-eval and the recipe disagree on the metric's direction.
         """
-        found = described(self)
-        right = {True: "maximize", False: "minimize", None: self.direction}[found.higher_is_better]
+        task = described(self)
+        right = {True: "maximize", False: "minimize", None: self.direction}[task.higher_is_better]
         if right != self.direction:
             raise InputError(
-                f"{self.where}: direction: expected {right} for the metric {found.metric!r}, found {self.direction}."
+                f"{self.where}: direction: expected {right} for the metric {task.metric!r}, found {self.direction}."
             )
-        documents = f"{found.documents} of {found.available} documents"
-        yield f"lm_eval {self.task}", f"{found.metric} on {documents}, {found.kind}"
+        documents = f"{task.documents} of {task.available} documents"
+        yield f"lm_eval {self.task}", f"{task.metric} on {documents}, {task.kind}"
 
     def build(self, context: ObjectiveContext) -> LanguageTask:
         """The objective, everything tokenised.
@@ -134,13 +136,13 @@ class LmEvalSettings(ObjectiveSettings):
 
 @dataclass(frozen=True)
 class Description:
-    """What ``validate`` may say of a task before a model is there.
+    """A task as lm-eval describes it without a model, for the report of ``validate``.
 
     Args:
         documents: Documents that a candidate is scored on.
         available: Documents that the task has.
         metric: The metric's name.
-        higher_is_better: What the task says of it; None when it does not say.
+        higher_is_better: Whether a higher metric is better; None when the task does not declare it.
         kind: ``loglikelihood``, ``multiple_choice``, ``loglikelihood_rolling`` or ``generate_until``.
     """
 
@@ -212,12 +214,12 @@ class LanguageTask:
 
     def _results(self) -> Iterator[Mapping[str, Any]]:
         """The task's metrics of one document after the other."""
-        own = callable(self.task.get_config("process_results"))
+        has_code = callable(self.task.get_config("process_results"))
         for instances in self.documents:
             document = instances[0].doc
             answers = [instance.filtered_resps[self.filter] for instance in instances]
             # A function of the task's might change the document, and the next candidate would be scored on another.
-            yield self.task.process_results(deepcopy(document) if own else document, answers)
+            yield self.task.process_results(deepcopy(document) if has_code else document, answers)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -236,7 +238,7 @@ class LanguageMean(LanguageTask):
         return len(self.documents)
 
     def subset(self, numbers: Integers) -> LanguageMean:
-        """The mean over these documents."""
+        """The mean over the documents ``numbers`` alone."""
         documents = [self.documents[number] for number in numbers]
         task, instances = copy(self.task), [instance for asked in documents for instance in asked]
         task._instances = instances  # those that its filters are applied to
@@ -282,10 +284,10 @@ def _is_mean(task: Any, metric: str) -> bool:
 
 
 def described(options: LmEvalSettings) -> Description:
-    """What can be known of a task without tokenizer and model; loads its data.
+    """The task as lm-eval describes it without tokenizer and model. Loads the task's data.
 
     Raises:
-        InputError: As ``LmEvalSettings.build``, but for what a tokenizer is needed for.
+        InputError: As for ``LmEvalSettings.build``, except for errors that only a tokenizer can show.
     """
     where = options.where
     with _installed(where), _as_lm_eval(_is_sandboxed(options)), _quiet():
@@ -330,7 +332,7 @@ class Requests:
         """
         while True:
             try:
-                found = [group.answers(model) for _, group in self._groups]
+                answered = [group.answers(model) for _, group in self._groups]
                 break
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
@@ -347,10 +349,10 @@ class Requests:
         self._settled = True
         for instance in self._instances:
             instance.resps, instance.filtered_resps = [], {}
-        for (asked, _), (answers, _) in zip(self._groups, found, strict=True):
+        for (asked, _), (answers, _) in zip(self._groups, answered, strict=True):
             for instance, answer in zip(asked, answers, strict=True):
                 instance.resps.append(answer)
-        return any(broken for _, broken in found)
+        return any(broken for _, broken in answered)
 
     def _cut(self, batch: int) -> None:
         self.batch = batch
@@ -363,7 +365,7 @@ _SIZES: dict[str, Callable[[str], float]] = {
     "acc_norm": lambda choice: float(len(choice)),
     "acc_bytes": lambda choice: float(len(choice.encode())),
 }
-"""Metrics of a multiple choice's likeliest answer, and what they divide its log-likelihood by."""
+"""Metrics of a multiple choice's likeliest answer, and the divisor of its log-likelihood."""
 
 
 class Verdicts:
@@ -393,7 +395,7 @@ class Verdicts:
 
 
 def _verdicts(task: Any, metric: str, documents: Sequence[Sequence[Any]]) -> Verdicts | None:
-    """What gives the metric of all documents at once; None where that is not what the task says of random answers."""
+    """A function that gives the metric of all documents at once; None where the task's results differ."""
     from lm_eval.api.task import ConfigurableTask
 
     if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice" or metric not in _SIZES:
@@ -405,16 +407,16 @@ def _verdicts(task: Any, metric: str, documents: Sequence[Sequence[Any]]) -> Ver
     answers = [
         task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document) for document in asked
     ]
-    for each, answer, instances in zip(choices, answers, documents, strict=True):
-        if len(instances) != len(each) or type(answer) is not int or not 0 <= answer < len(each):
+    for options, answer, instances in zip(choices, answers, documents, strict=True):
+        if len(instances) != len(options) or type(answer) is not int or not 0 <= answer < len(options):
             return None
-    made = Verdicts([[_SIZES[metric](choice) for choice in each] for each in choices], answers)
-    said = [-np.random.default_rng(number).random(len(each)) for number, each in enumerate(choices)]
+    made = Verdicts([[_SIZES[metric](choice) for choice in options] for options in choices], answers)
+    drawn = [-np.random.default_rng(number).random(len(options)) for number, options in enumerate(choices)]
     expected = [
-        task.process_results(document, [(float(logarithm), False) for logarithm in each])[metric]
-        for document, each in zip(asked, said, strict=True)
+        task.process_results(document, [(float(logarithm), False) for logarithm in likelihoods])[metric]
+        for document, likelihoods in zip(asked, drawn, strict=True)
     ]
-    return made if made.values(np.concatenate(said)) == expected else None
+    return made if made.values(np.concatenate(drawn)) == expected else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -498,9 +500,9 @@ class _Continuations:
 
     def answers(self, model: Any) -> tuple[list[Any], bool]:
         """(log-likelihood, is greedy) of each request, and whether any is NaN."""
-        found = [each.score(model, self._greedy) for each in self._passes]
-        logarithms = self._sums(torch.cat([each for each, _ in found])).tolist()
-        likeliest = torch.cat([each for _, each in found]).cpu().numpy()
+        scored = [each.score(model, self._greedy) for each in self._passes]
+        logarithms = self._sums(torch.cat([each for each, _ in scored])).tolist()
+        likeliest = torch.cat([each for _, each in scored]).cpu().numpy()
         greedy = np.logical_and.reduceat(likeliest, self._starts).tolist()
         answers = [(logarithms[place], greedy[place]) for place in self._order]
         return answers, any(map(math.isnan, logarithms))
@@ -508,7 +510,7 @@ class _Continuations:
     def _sums(self, logs: Tensor) -> Tensor:
         """(M,) for each request the sum of its tokens' log-probabilities, as HFLM adds them up: one row of them."""
         if logs.is_cuda:  # where sums of several rows at once may add in another order
-            return torch.stack([each.sum() for each in torch.split(logs, self._sizes)])
+            return torch.stack([part.sum() for part in torch.split(logs, self._sizes)])
         sums = logs.new_empty(len(self._sizes))
         for alike in self._alike:
             tokens = self._starts[alike][:, None] + np.arange(self._sizes[alike[0]])
@@ -615,7 +617,7 @@ class _NanWatch:
 
 
 def _passes(rows: Sequence[Row], batch: int, reader: Any) -> tuple[list[_Pass], Any]:
-    """The passes over ``rows`` in HFLM's order, and what puts answers back into that of the rows."""
+    """The passes over ``rows`` in HFLM's order, and the indices that put answers back into the order of ``rows``."""
     from lm_eval.models.utils import Collator
 
     order = Collator(
@@ -647,7 +649,7 @@ def _pass(chunk: Sequence[tuple[str, Tokens, Tokens]], order: Any, reader: Any) 
 
 
 def _asks_for_greedy(task: Any) -> bool:
-    """Whether a task may use if a continuation is what greedy decoding gives, which takes time to find."""
+    """Whether a task may ask if a continuation equals the greedy one, which takes time to find."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return False
     own = callable(task.get_config("process_results")) or task.get_config("filter_list")
@@ -709,7 +711,7 @@ def _loaded(options: LmEvalSettings, where: str) -> Any:
 
 
 def _entry(options: LmEvalSettings, where: str) -> tuple[Any, Any]:
-    """lm-eval's manager of tasks, and what it knows of this one."""
+    """lm-eval's manager of tasks, and its entry for this task."""
     from lm_eval.tasks import TaskManager
 
     if options.folder is None:
@@ -746,7 +748,9 @@ def _members(entry: Any) -> list[str]:
     if entry.kind.name != "GROUP":
         return []
     members = (entry.cfg or {}).get("task") or []
-    return [str(each.get("task", each.get("group"))) if isinstance(each, dict) else str(each) for each in members]
+    return [
+        str(member.get("task", member.get("group"))) if isinstance(member, dict) else str(member) for member in members
+    ]
 
 
 def _unknown(options: LmEvalSettings, names: list[str], where: str) -> tuple[str, str]:
@@ -759,11 +763,11 @@ def _unknown(options: LmEvalSettings, names: list[str], where: str) -> tuple[str
     broken = [path.name for path in sorted(Path(options.folder).glob("**/*.yaml")) if not _is_readable(path)]
     if broken:
         message += f" These files in it cannot be read as YAML: {', '.join(broken)}."
-    own = list(_own_tasks().task_index)
-    if options.task in own:
+    built_in = list(_own_tasks().task_index)
+    if options.task in built_in:
         return message, "lm-eval has one: leave folder out to use it."
     close = get_close_matches(options.task, names, n=3, cutoff=0.5)
-    close += get_close_matches(options.task, own, n=3 - len(close), cutoff=0.6) if len(close) < 3 else []
+    close += get_close_matches(options.task, built_in, n=3 - len(close), cutoff=0.6) if len(close) < 3 else []
     return message, f"Nearest: {', '.join(close)}." if close else f"Known: {', '.join(sorted(names)) or 'none'}."
 
 
@@ -797,7 +801,7 @@ _CODE = {
     "custom_generate": "code that generates",
     "hf_evaluate": "a metric that is fetched as code",
 }
-"""Keys of a task's file through which code would run, and what it is."""
+"""Keys of a task's file through which code would run, and a name for that code."""
 
 
 def _refuse_code(entry: Any, where: str) -> None:
@@ -849,7 +853,7 @@ def _with_includes(path: Path) -> Iterator[tuple[Path, dict[str, Any], list[str]
 
 
 def _parsed(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """A YAML file's contents with the names of functions in place of them, and these names."""
+    """A YAML file's contents, with functions replaced by their names, and the list of these names."""
     functions: list[str] = []
 
     class Loader(yaml.SafeLoader):
@@ -989,7 +993,7 @@ def _is_sandboxed(options: LmEvalSettings) -> bool:
 
 @contextmanager
 def _installed(where: str) -> Iterator[None]:
-    """Say what to install where lm-eval, or what it needs for Hugging Face models, is missing."""
+    """Name the packages to install where lm-eval, or a package it needs for Hugging Face models, is missing."""
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:

@@ -43,14 +43,14 @@ BATCH = 512
 
 
 class ClassifierSettings(ObjectiveSettings):
-    """What objectives of classifiers have in common.
+    """Base of the objectives of classifiers.
 
     Attributes:
-        data: Returns (inputs, labels). Inputs are a tensor or an array (N, ...), or a mapping of such, as Hugging Face
-            models take; labels are (N,) class numbers from 0.
-        head: Returns the task's classification head where the merged model is only the encoder: a callable from
-            (outputs, inputs) to logits. It is never merged.
-        batch: Examples in one forward pass, which bounds the memory for activations; None lets Ecotone choose.
+        data: A call that returns (inputs, labels). Inputs are a tensor or an array (N, ...), or a mapping of tensors by
+            name, as Hugging Face models take. Labels are (N,) class numbers from 0.
+        head: A call that returns the task's classification head, where the merged model is only the encoder. The head
+            is a callable from (outputs, inputs) to logits. It is never merged.
+        batch: Examples in one forward pass. Fewer examples take less memory. None lets Ecotone choose.
     """
 
     data: Call
@@ -69,7 +69,11 @@ class ClassifierSettings(ObjectiveSettings):
 
 
 class AccuracySettings(ClassifierSettings):
-    """The share of examples whose highest output is the label."""
+    """The share of examples whose highest output is the label.
+
+    Attributes:
+        type: ``accuracy``: the share of examples whose highest output is the label.
+    """
 
     type: Literal["accuracy"] = "accuracy"
     direction: Literal["maximize"] = "maximize"
@@ -132,7 +136,7 @@ class Accuracy:
         return len(self.labels)
 
     def subset(self, numbers: Integers) -> Accuracy:
-        """The accuracy on these examples."""
+        """The accuracy on the examples ``numbers`` alone."""
         part = Examples(self.inputs, self.labels).rows(torch.from_numpy(numbers.copy()))
         assert part.labels is not None
         return Accuracy(self.goal, part.inputs, part.labels, self.batch, self.head, self._classes)
@@ -151,7 +155,9 @@ class EntropySettings(ClassifierSettings):
     """Mean entropy of a classifier's predictions, in nats; it needs no labels.
 
     Attributes:
-        data: Returns the inputs, or (inputs, labels), as for ``accuracy``.
+        type: ``entropy``: the mean entropy of a classifier's predictions, in nats.
+        data: A call that returns the inputs, or (inputs, labels) whose labels are not used. Inputs are a tensor or an
+            array (N, ...), or a mapping of tensors by name.
     """
 
     type: Literal["entropy"]
@@ -199,9 +205,9 @@ class Entropy:
             InputError: The model is no module, or its logits are not (N, classes) of at least 2 classes.
         """
         with torch.no_grad():
-            found = [entropies(logits(model, inputs, self.head)) for inputs in self._batches]
-            each = self._batches.restored(found).cpu().numpy()
-        return Score(float(each.mean(dtype=np.float64)), each, each.size)
+            parts = [entropies(logits(model, inputs, self.head)) for inputs in self._batches]
+            per_example = self._batches.restored(parts).cpu().numpy()
+        return Score(float(per_example.mean(dtype=np.float64)), per_example, per_example.size)
 
     @property
     def count(self) -> int:
@@ -209,7 +215,7 @@ class Entropy:
         return len(Examples(self.inputs))
 
     def subset(self, numbers: Integers) -> Entropy:
-        """The entropy on these examples."""
+        """The entropy on the examples ``numbers`` alone."""
         part = Examples(self.inputs).rows(torch.from_numpy(numbers.copy()))
         return Entropy(self.goal, part.inputs, self.batch, self.head)
 
@@ -253,9 +259,11 @@ class CallSettings(ObjectiveSettings):
     """A function of the merged model that returns a number, or a number and one score an example.
 
     Attributes:
-        call: ``package.module:function``. It gets the model, then the arguments.
-        arguments: Keyword arguments, plain values. One that begins with ``prepared:`` is a path, relative to what the
-            preparation step wrote.
+        type: ``call``: a Python function that scores the merged model.
+        call: The function: ``package.module:function``, or ``./file.py:function`` with a path relative to the recipe's
+            folder. It gets the model, then the arguments.
+        arguments: Keyword arguments of the function, plain values. A text that begins with ``prepared:`` is a path,
+            relative to the folder that the preparation step wrote.
     """
 
     type: Literal["call"]
@@ -316,10 +324,10 @@ class CallableObjective:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def score(self, model: Any) -> Score:
-        """What the function says of ``model``.
+        """The score that the function returns for ``model``.
 
         Raises:
-            InputError: It returns neither a number nor (number, scores by example).
+            InputError: The function returns neither a number nor (number, scores by example).
         """
         with torch.no_grad(), same_draws():
             return _score_of(self.function(model, **self.arguments))

@@ -45,7 +45,7 @@ class Pool(Protocol):
     """Batches that are worked on at the same time."""
 
     def start(self) -> Space:
-        """Start the workers; returns when one is ready, with what it knows of the models.
+        """Start the workers. Returns when a worker is ready, with its view of the models.
 
         Raises:
             EcotoneError: The worker's own, when a checkpoint, objective or data set cannot be used.
@@ -69,7 +69,7 @@ class Pool(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop the workers and forget what is in flight. May be called again."""
+        """Stop the workers and drop the batches in flight. May be called again."""
         ...
 
     def __enter__(self) -> Pool: ...
@@ -90,7 +90,7 @@ class SerialPool:
     candidate, which costs more than scoring in the meantime saves (measured on the digits recipes).
 
     Args:
-        spec: What the worker is made of.
+        spec: The spec from which the worker is made.
     """
 
     slots = 1
@@ -140,7 +140,7 @@ class SerialPool:
         return [(batch, list(islice(evaluations, len(batch.trials)))) for batch in batches]
 
     def close(self) -> None:
-        """Forget what is in flight and give torch its number of threads back."""
+        """Drop the batches in flight and restore torch's number of threads."""
         if not self._closed:
             self._closed = True
             self._todo.clear()

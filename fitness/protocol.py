@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """What an objective says of one model.
+    """The score that an objective gives one model.
 
     Args:
         value: The score, in the objective's own direction; NaN or infinity makes the candidate fail.
-        per_example: (N,) one score an example (bool for right or wrong), where the objective has them.
+        per_example: (N,) one score an example (bool for right or wrong); None where the objective has no such scores.
         items: Examples scored.
     """
 

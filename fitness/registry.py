@@ -1,4 +1,4 @@
-"""Objectives and calibration losses by name, ours and those of other packages."""
+"""Objectives and calibration losses by name: Ecotone's, and those of other packages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _ALWAYS_TOLD: dict[str, Any] = {"expert": None, "temperature": 1.0, "hidden": 1.
 
 
 def _own_settings(value: Any) -> Any:
-    """A task's mapping without what records tell of every task; settings of another loss are refused."""
+    """A task's mapping without the keys that records have for every task. Refuses settings of another loss."""
     if not isinstance(value, Mapping):
         return value
     loss = value.get("loss", LOSS)
@@ -58,17 +58,17 @@ def _own_settings(value: Any) -> Any:
     except InputError:
         return value  # what chooses the kind says why there is none
     untold = [key for key, plain in _ALWAYS_TOLD.items() if key not in known and value.get(key, plain) == plain]
-    own = {key: one for key, one in value.items() if key not in untold}
-    for key in (key for key in own if key not in known):
+    settings = {key: setting for key, setting in value.items() if key not in untold}
+    for key in (key for key in settings if key not in known):
         owners = [name for name, kind in LOSSES.usable().items() if key in kind.model_fields]
         if owners:
             raise ValueError(f"{key}: belongs to loss: {' or '.join(owners)}, found loss: {loss}")
-    return own
+    return settings
 
 
 def _recorded(task: Any, handler: SerializerFunctionWrapHandler) -> Any:
-    told = handler(task)
-    return {**told, **{name: plain for name, plain in _ALWAYS_TOLD.items() if name not in told}}
+    record = handler(task)
+    return {**record, **{name: plain for name, plain in _ALWAYS_TOLD.items() if name not in record}}
 
 
 AnyObjective: TypeAlias = Annotated[ObjectiveSettings, Chosen(OBJECTIVES, "type")]

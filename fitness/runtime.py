@@ -1,4 +1,4 @@
-"""Where a search runs: its pool of workers, and how long it waits for what."""
+"""Where a search runs: its pool of workers, and its waiting times."""
 
 from __future__ import annotations
 
@@ -10,37 +10,40 @@ from ecotone.settings import Part
 
 
 class Runtime(Part):
-    """Where it runs. Nothing here changes results under ``order: strict``.
+    """Where a search runs. No setting here changes results under ``order: strict``.
 
     Attributes:
-        pool: ``ray`` for worker processes here or on a cluster, ``serial`` for this process.
-        workers: How many Ray workers to ask for.
-        address: A running Ray cluster (``auto``, ``host:port`` or ``ray://...``). None starts one on this machine, or
-            uses the one that this process is connected to. Only a cluster that was started here is shut down at the
-            end.
+        pool: Where merges are scored: ``ray`` takes worker processes on this machine or a cluster, ``serial`` takes
+            this process.
+        workers: Ray workers to ask for.
+        address: The address of a running Ray cluster (``auto``, ``host:port`` or ``ray://...``). None starts a cluster
+            on this machine, or uses the cluster that this process is connected to. Ecotone shuts down at the end only a
+            cluster that it started.
         cpus_per_worker: Logical CPUs that Ray reserves for each worker.
         gpus_per_worker: Logical GPUs that Ray reserves for each worker; a fraction lets workers share one. A worker
             without a GPU uses none, so the device ``auto`` is the CPU then.
         resources: Custom Ray resources that each worker holds, by name.
-        start_timeout: Seconds to wait for a place when no worker has one; loading models is not counted. By default 120
-            on this machine and 3600 on a cluster, where machines may have to be started first.
-        attempts: How many workers may die of a batch before its candidates are tried alone, and how many of a candidate
-            alone before it has failed.
-        time_limit: Seconds that a candidate may take at a Ray worker; a batch has them for each of its candidates. Past
-            it the worker is killed and replaced. The candidates of a batch are then tried alone once, and one alone is
-            a failure (at another node, with a limit below 30 s, at the second attempt: the node may be gone). Time in
-            which this process is stopped or busy does not count. With a limit that candidates come near to, results
-            depend on how fast workers are. None sets no limit.
-        idle_timeout: Seconds after which a Ray worker that has nothing to do, while others work and all work is handed
-            out, is given back to the cluster, which may remove its node. It is asked for again when there is work for
-            it. None keeps it.
-        sources: Where a worker keeps the models that it mixes: on the ``device``, in main memory (``host``; with a GPU
-            page-locked), or ``mapped`` from their files. ``auto`` is the first of these that free memory has room for.
-            On a CPU, where copies gain nothing, it is ``mapped`` unless models are small and forming them takes work.
-        grace: Seconds for which a run that is told to end waits for what is being evaluated.
-        mirror_every: Least number of seconds between two copies of a run directory that is a URL.
-        lease: Seconds without renewal after which the manager of a run directory that is a URL counts as dead.
-        log: The level of the run's log; ``debug`` adds each trial that is asked and told.
+        start_timeout: Seconds to wait for a place while no worker has one, without the time to load models. None means
+            120 on this machine and 3600 on a cluster, which may have to start machines first.
+        attempts: Workers that may die while scoring a batch before its candidates are scored one by one; also, workers
+            that may die while scoring one candidate before the candidate counts as failed.
+        time_limit: Seconds that a Ray worker may take for a candidate; a batch may take this for each of its
+            candidates. After that the worker is killed and replaced. The candidates of the batch are then scored one by
+            one. A candidate that was alone has failed. With a limit below 30 s it is first scored once more at another
+            node, because the first node may be gone. Time in which this process is stopped or busy does not count. If
+            candidates come near to the limit, results depend on the speed of workers. None sets no limit.
+        idle_timeout: Seconds after which an idle Ray worker is given back to the cluster, while other workers are busy
+            and no work is left to hand out. The cluster may then remove the worker's node. Ecotone asks for the worker
+            again when there is work for it. None keeps idle workers.
+        sources: Where a worker keeps the models that it mixes: on the ``device``, in main memory (``host``; page-locked
+            with a GPU), or ``mapped`` from their files. ``auto`` is the first of these three with enough free memory.
+            On a CPU, where copies gain nothing, ``auto`` is ``mapped``, unless models are small and computing their
+            tensors takes work.
+        grace: Seconds that a run waits for evaluations in progress when it is told to end.
+        mirror_every: The least number of seconds between two uploads of the run directory, where it is a URL.
+        lease: Seconds without renewal after which the manager of a run counts as dead, where the run directory is a
+            URL.
+        log: The level of the run's log. ``debug`` adds a line for every trial that is proposed or finished.
     """
 
     pool: Literal["serial", "ray"] = "ray"

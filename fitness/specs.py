@@ -31,7 +31,7 @@ class WorkerSpec:
         tokenizer: The tokenizer's folder or repository; None where no objective needs one.
         divided: Whether trials may ask for some of the examples of the search's objectives (``Divisible``).
         calibration: Tasks of gradient trials.
-        seed: Of the order in which their examples come.
+        seed: The seed of the order in which their examples come.
         backend: Makes what shows candidates to the objectives.
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
         dtype: Name of the resident model's dtype (``bfloat16``). None is the checkpoints' own, whatever type the
@@ -41,7 +41,7 @@ class WorkerSpec:
             before any of a budget is spent.
         dense: Put the sources themselves into the space, for evolution from scratch.
         sys_path: Folders put last on the worker's Python path, for the user's own modules.
-        sources: Where the models that are mixed are kept (``ecotone.merging.placement``); no score depends on it.
+        sources: The place where mixed models are kept (``ecotone.merging.placement``); no score depends on it.
         batch: The most candidates scored together, which bounds the memory they take; None if it is not known.
         neighbours: How many workers, this one among them, may share main memory: ``auto`` leaves the others theirs.
         device_share: The share of a GPU's memory that ``auto`` may plan with.

@@ -1,4 +1,4 @@
-"""What measures candidates: a plain class, the same in this process and on a cluster."""
+"""The worker measures candidates. It is a plain class, the same in this process and on a cluster."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def open_sources(spec: WorkerSpec) -> Sources:
     """The models of a worker, opened; only headers are read.
 
     Raises:
-        EcotoneError: As ``Sources.open``.
+        EcotoneError: As for ``Sources.open``.
     """
     models = (spec.experts, spec.base, spec.operator, spec.names, spec.settings, spec.vocabulary)
     return Sources.open(*models, spec.sources)
@@ -52,9 +52,9 @@ def needs_of(spec: WorkerSpec, sources: Sources, device: torch.device, *, settin
     """The memory that a worker takes, from headers alone.
 
     Args:
-        spec: What the worker is made of.
+        spec: The spec from which the worker is made.
         sources: Its models.
-        device: Where it merges.
+        device: The device on which it merges.
         settings: Whether genomes have settings of their own.
 
     Raises:
@@ -118,10 +118,10 @@ class Worker:
         self._sources.held.place(device, settled(spec.sources, needs, free, share, device))
 
     def space(self) -> Space:
-        """What the search may know of the models; streams the sources once.
+        """The search's view of the models: layout and inner products. Streams the sources once.
 
         Raises:
-            InputError: As ``try_out``, where the spec asks for it.
+            InputError: As for ``try_out``, where the spec asks for it.
         """
         if self._spec.try_out:
             self.try_out()
@@ -169,29 +169,29 @@ class Worker:
         """Score an expert, on one example of each objective that can be asked of one and on all of others.
 
         Args:
-            number: Of the expert, from 0.
+            number: The number of the expert, from 0.
 
         Returns:
             The scores of those of the search that were asked of all their examples, by name.
 
         Raises:
             InputError: An objective cannot be computed, or its score is no finite number. The message names it.
-            WorkerBrokenError: As ``measure``.
+            WorkerBrokenError: As for ``measure``.
         """
         seeds = self._sources.operator.seeds(len(self._sources.experts))
         expert = Genome.uniform(self._sources.layout.size, seeds[number])
         whole: dict[str, float] = {}
         for group, objectives in self._objectives.items():
             few = [one.subset(np.zeros(1, np.int64)) if isinstance(one, Divisible) else one for one in objectives]
-            found = self._scores(few, next(self._backend.show([expert])), time.perf_counter())
-            if isinstance(found, Evaluation):
-                assert found.failure is not None
+            scores = self._scores(few, next(self._backend.show([expert])), time.perf_counter())
+            if isinstance(scores, Evaluation):
+                assert scores.failure is not None
                 raise InputError(
-                    found.failure.text,
+                    scores.failure.text,
                     "It was tried out on the first expert, before any of the budget is spent.",
                 )
             if group == "search":
-                whole = {one.goal.name: found[one.goal.name].value for one in few if not isinstance(one, Divisible)}
+                whole = {one.goal.name: scores[one.goal.name].value for one in few if not isinstance(one, Divisible)}
         return whole
 
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
@@ -210,7 +210,7 @@ class Worker:
         )
 
     def _scores(self, objectives: Sequence[Objective], model: Model, began: float) -> dict[str, Score] | Evaluation:
-        """What the objectives say of ``model``, by name; or the failure of the first that fails."""
+        """The scores of ``model``, by objective; or the failure of the first objective that fails."""
         scores: dict[str, Score] = {}
         with same_model(objectives):
             for objective in objectives:
@@ -238,17 +238,20 @@ class Worker:
     def _joined(
         self, sample: Sample, objectives: Sequence[Objective], found: Mapping[str, Score], began: float
     ) -> Evaluation:
-        """What the examples seen before and now say together; in the objectives' own order once these are all."""
+        """The evaluation of the examples seen before and now together.
+
+        Once all examples are seen, scores by example are in the objectives' own order.
+        """
         scores, errors, per_example = dict[str, float](), dict[str, float](), dict[str, NDArray[Any]]()
         for objective in objectives:
             assert isinstance(objective, Divisible)
             name, numbers, now = objective.goal.name, sample.then(objective.count), found[objective.goal.name]
             assert now.per_example is not None
-            each = np.concatenate([sample.seen[name], now.per_example]) if sample.start else now.per_example
+            pooled = np.concatenate([sample.seen[name], now.per_example]) if sample.start else now.per_example
             if not sample.partial:
-                each, numbers = each[np.argsort(numbers)], np.arange(objective.count)
-            scores[name], errors[name] = objective.pooled(each, numbers)
-            per_example[name] = each
+                pooled, numbers = pooled[np.argsort(numbers)], np.arange(objective.count)
+            scores[name], errors[name] = objective.pooled(pooled, numbers)
+            per_example[name] = pooled
         items, seconds = sum(score.items for score in found.values()), time.perf_counter() - began
         return Evaluation(scores, per_example, None, seconds, items, errors=errors if sample.partial else {})
 
@@ -260,8 +263,8 @@ class Worker:
             nonlocal name, items
             for name in batch.tasks:
                 with same_draws(batch.step):  # a model or head may draw: dropout that is never off
-                    value, told, count = self._task(name).loss(model, batch.step)
-                details.update({Evaluation.detail_of(name, key): number for key, number in told.items()})
+                    value, numbers, count = self._task(name).loss(model, batch.step)
+                details.update({Evaluation.detail_of(name, key): number for key, number in numbers.items()})
                 items += count
                 yield value
 
@@ -274,11 +277,11 @@ class Worker:
         scores = dict(zip(batch.tasks, values, strict=True))
         for name, value in scores.items():
             if not math.isfinite(value):
-                found = f"calibration {name!r}: expected a finite loss, found {value}"
-                return self._not_finite(found, began)
+                message = f"calibration {name!r}: expected a finite loss, found {value}"
+                return self._not_finite(message, began)
         if not np.isfinite(gradient).all():
-            where = f"calibration {', '.join(map(repr, batch.tasks))}"
-            return self._not_finite(f"{where}: expected a finite gradient, found NaN or infinity", began)
+            subject = f"calibration {', '.join(map(repr, batch.tasks))}"
+            return self._not_finite(f"{subject}: expected a finite gradient, found NaN or infinity", began)
         seconds = time.perf_counter() - began
         return Evaluation(scores, seconds=seconds, items=items, details=details, gradient=gradient)
 
@@ -286,14 +289,14 @@ class Worker:
         return [self._gather(trial, trial.wants) for trial in trials if isinstance(trial.wants, Statistics)]
 
     def _gather(self, trial: Trial, wants: Statistics) -> Evaluation:
-        began, where = time.perf_counter(), f"statistics {wants.kind}"
+        began, subject = time.perf_counter(), f"statistics {wants.kind}"
         try:
-            found = self._gatherer.evaluate(trial.genome, wants)
+            evaluation = self._gatherer.evaluate(trial.genome, wants)
         except NotFiniteError as error:
-            return self._not_finite(f"{where}: {error}", began)
+            return self._not_finite(f"{subject}: {error}", began)
         except (Exception, SystemExit) as error:
-            return _failed(where, error, began)
-        return replace(found, seconds=time.perf_counter() - began)
+            return _failed(subject, error, began)
+        return replace(evaluation, seconds=time.perf_counter() - began)
 
     def _data(self, name: str) -> Data:
         task = self._task(name)
@@ -319,7 +322,7 @@ def _indivisible(objective: Objective) -> InputError:
 
 
 def _failed(where: str, error: BaseException, began: float) -> Evaluation:
-    """A failure that names where it happened and what was raised.
+    """A failed evaluation that names the place and the exception.
 
     Raises:
         WorkerBrokenError: Nothing will be computed here any more.

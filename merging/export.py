@@ -52,9 +52,9 @@ def export_directory(
     Args:
         sources: The models of the merge; the one the files come from must be a Hugging Face directory.
         genome: The merge.
-        directory: Where to write; it must not exist or be empty.
+        directory: The folder to write to. It must not exist or be empty.
         card: The model card, written to ``README.md``.
-        record: How the model came about (lineage, scores), written to ``ecotone.json``.
+        record: The history of the model (lineage, scores), written to ``ecotone.json``.
         dtype: Type of the weights (``"bfloat16"``, ...); by default each tensor keeps its own.
         shard_bytes: Largest size of one weights file; a larger tensor has a file of its own.
 
@@ -119,7 +119,7 @@ def export_file(
         sources: The models of the merge.
         genome: The merge.
         path: The file to write; it must not exist, and its directory must.
-        record: How the model came about, stored as JSON under ``ecotone`` in the file's metadata.
+        record: The history of the model, stored as JSON under ``ecotone`` in the file's metadata.
         dtype: Type of the weights; by default each tensor keeps its own.
 
     Returns:
@@ -156,7 +156,7 @@ class _Writer:
 
     @property
     def entries(self) -> dict[str, TensorInfo]:
-        """By name, what is written: merged tensors, then buffers; wide types first, so that all are aligned."""
+        """The written tensors, by name: merged tensors, then buffers. Wide types come first to align all."""
         layout = self.sources.layout
         merged = {name: TensorInfo(info.shape, self.dtype or info.dtype) for name, info in layout.parameters.items()}
         return dict(sorted((merged | dict(layout.buffers)).items(), key=lambda item: -item[1].dtype.itemsize))

@@ -44,8 +44,8 @@ class Slopes:
     order that depends neither on the number of threads nor on when a tensor's gradient comes.
 
     Args:
-        sources: What the genome mixes.
-        genome: Where the gradient is wanted. Its residual is a constant.
+        sources: The sources that are mixed.
+        genome: The genome at which the gradient is taken. Its residual is a constant.
 
     Raises:
         InputError: The genome does not fit the sources, or its operator is not linear in the coefficients.
@@ -65,7 +65,7 @@ class Slopes:
 
         Args:
             name: A tensor of the layout.
-            gradient: Of the tensor's shape (or flat), any floating-point type, any device. It is not kept.
+            gradient: A tensor of the tensor's shape (or flat), any floating-point type, any device. It is not kept.
 
         Raises:
             InputError: The layout has no such tensor, or one of another size.

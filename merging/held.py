@@ -1,4 +1,4 @@
-"""What is kept in memory of the models of a merge, and where."""
+"""The tensors of a merge's models that are kept in memory, and on which device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CPU = torch.device("cpu")
 
 
 class Held:
-    """The tensors of the J models that are mixed: as they are read, and those that are kept in memory.
+    """The tensors of the J models that are mixed. It reads them, and keeps some in memory.
 
     Args:
         models: The J models.
-        memory: What they take.
-        wish: Where they are to be kept.
+        memory: The memory that they take.
+        wish: The place where the recipe asks to keep them.
     """
 
     loads: int
@@ -49,7 +49,7 @@ class Held:
         return Pieces(self._memory.layout, self.read)
 
     def placed(self, device: torch.device) -> Placement:
-        """Where they are kept for merges on a device; ``auto`` is settled at its first use there."""
+        """The place of the tensors for merges on a device. ``auto`` is settled at its first use there."""
         if self._wish == "device" and device.type == "cpu":
             return "host"
         if self._wish != "auto":
@@ -60,11 +60,11 @@ class Held:
         return self._placed[device]
 
     def place(self, device: torch.device, placement: Placement) -> None:
-        """Settle what ``auto`` means on a device."""
+        """Fix the placement that ``auto`` means on a device."""
         self._placed[numbered(device)] = placement
 
     def near(self, name: str, device: torch.device) -> Sequence[Source]:
-        """J flat tensors from where they are kept for merges on ``device``; what is not yet kept is now."""
+        """J flat tensors from their place for merges on ``device``. Keeps them there if they are not kept yet."""
         placement = self.placed(device)
         if placement == "mapped":
             return self.read(name)
@@ -74,7 +74,7 @@ class Held:
         return kept[name]
 
     def _copied(self, name: str, device: torch.device, placement: Placement) -> list[Tensor]:
-        """J flat tensors in memory: what several models share is there once."""
+        """J flat tensors in memory. A tensor that several models share is there once."""
         held: dict[tuple[int, torch.dtype], Tensor] = {}
         sources = self.read(name)
         keys = [(s.data_ptr() if isinstance(s, Tensor) else id(s), s.dtype) for s in sources]

@@ -1,4 +1,4 @@
-"""What merging takes in memory, from the headers of the models alone."""
+"""The memory that merging takes, computed from the headers of the models alone."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Memory:
 
     @property
     def formed(self) -> bool:
-        """Whether what is mixed is not what files hold."""
+        """Whether mixed tensors are computed first, because files do not hold them."""
         return self.changes or not all(model.stored for model in self.models)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row a model where they are kept as rows, else 0."""
+        """Bytes of all models as rows of numbers, where models are kept as rows; else 0."""
         types = {dtype == torch.float64 for dtype in self.layout.dtypes}
         size = len(self.models) * self.layout.size * (8 if True in types else 4)
         return size if len(types) == 1 and size <= RESIDENT_BYTES and not self.mapped else 0
@@ -55,14 +55,14 @@ class Memory:
         stack: int = 0,
         settings: bool = False,
     ) -> Needs:
-        """What a worker takes.
+        """The memory that a worker takes.
 
         Args:
-            device: Where it merges.
-            dtype: Type of its model; None is the checkpoints' own.
-            threads: CPU threads.
-            stack: Bytes of the candidates that it merges in one pass; 0 where they are merged in place.
-            settings: Whether genomes have settings of their own, for the latest of which rows are kept, too.
+            device: The device on which the worker merges.
+            dtype: The type of the worker's model; None is the type of the checkpoints.
+            threads: CPU threads of the worker.
+            stack: Bytes of the candidates that the worker merges in one pass; 0 where it merges them in place.
+            settings: Whether genomes have operator settings of their own. Rows of the latest settings are then kept.
         """
         rows = self.row_bytes * (1 + TUNED if settings and self.changes else 1)
         as_rows = device.type != "cuda" and self.formed and rows > 0
@@ -96,12 +96,12 @@ class Memory:
 
     @property
     def _working_bytes(self) -> int:
-        """What reading the models takes: of one tensor at a time, or of all for an operator that streams them."""
-        each = [sum(model.working_bytes(name) for model in self.models) for name in self.layout.tensors]
-        return sum(each) if self.changes else max(each)
+        """Bytes for reading one tensor of one model, or one of every model for an operator that changes them."""
+        sizes = [sum(model.working_bytes(name) for model in self.models) for name in self.layout.tensors]
+        return sum(sizes) if self.changes else max(sizes)
 
     def _chunk_bytes(self, span: int, copies: int) -> int:
-        """The most that a thread takes for a chunk: ``copies`` of each source, and what the sum takes."""
+        """The most bytes that a thread takes for a chunk: ``copies`` of each source, and the sum."""
         span = min(span, max(info.size for info in self.layout.parameters.values()))
         width = 8 if torch.float64 in self.layout.dtypes else 4
         return span * width * (copies * len(self.models) + (6 if copies > 1 else 0))
@@ -114,5 +114,5 @@ class Memory:
 
 
 def _power_of_two(count: int) -> int:
-    """What torch takes of page-locked memory for ``count`` bytes."""
+    """Bytes of page-locked memory that torch allocates for ``count`` bytes."""
     return 1 << max(0, count - 1).bit_length()

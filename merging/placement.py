@@ -29,7 +29,7 @@ LOCKED = 0.5  # of free main memory that ``auto`` page-locks: the system cannot 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What something takes on a CUDA device and in main memory."""
+    """A number of bytes on a CUDA device and a number of bytes in main memory."""
 
     device: int = 0
     host: int = 0
@@ -40,13 +40,13 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a worker takes, as headers tell. Activations, data and Python itself come on top.
+    """The memory that a worker takes, from the models' headers. Activations, data and Python itself come on top.
 
     Args:
         model: The resident model.
-        buffers: What merging takes besides: a set of chunks for each thread, and for small models a stack.
-        sources: What the sources take, by placement.
-        formed: Whether keeping the sources in main memory spares a CPU work and takes little.
+        buffers: Working memory for merging: a set of chunks for each thread, and for small models a stack.
+        sources: The memory of the sources, by placement.
+        formed: Whether keeping the sources in main memory saves work on a CPU and takes little memory.
     """
 
     model: Bytes
@@ -55,7 +55,7 @@ class Needs:
     formed: bool = False
 
     def total(self, placement: Placement) -> Bytes:
-        """All of it."""
+        """The sum of both."""
         return self.model + self.buffers + self.sources[placement]
 
 
@@ -68,13 +68,13 @@ class Free:
 
     @classmethod
     def here(cls, device: torch.device) -> Free:
-        """What is free for this process now. The page cache counts as free, and a container's limit is obeyed."""
+        """The memory that is free for this process now. The page cache counts as free. Obeys a container's limit."""
         cuda = device.type == "cuda" and torch.cuda.is_available()
         known = [free for free in (_available(), *map(_left, _groups())) if free is not None]
         return cls(torch.cuda.mem_get_info(device)[0] if cuda else None, min(known, default=None))
 
     def divided(self, device: float, host: int) -> Free:
-        """A worker's part of it: a share of the device, and one of ``host`` parts of main memory."""
+        """A worker's part of the free memory: a share of the device, and one of ``host`` parts of main memory."""
         return Free(
             None if self.device is None else int(self.device * device), None if self.host is None else self.host // host
         )
@@ -97,11 +97,11 @@ def settled(wish: Wish, needs: Needs, free: Free, share: Free, device: torch.dev
     """The placement that is wished for, if there is memory for it; ``auto`` is chosen.
 
     Args:
-        wish: What the recipe says.
-        needs: What a worker takes.
-        free: What it may take at most.
-        share: What ``auto`` plans with, where workers have yet to take their parts.
-        device: Where it merges.
+        wish: The placement that the recipe asks for.
+        needs: The memory that a worker takes.
+        free: The most memory that it may take.
+        share: The memory that ``auto`` plans with, where workers have yet to take their parts.
+        device: The device on which it merges.
 
     Raises:
         InputError: There is no memory for the model, or for the sources where they are to be.
@@ -120,11 +120,14 @@ _LESS = "Free memory, run fewer workers on the machine, or merge in 16 bits (mer
 
 def _check(field: str, what: str, needs: Needs, placement: Placement, free: Free, remedy: str) -> None:
     total = needs.total(placement)
-    for found, taken, where in ((free.device, total.device, "on the GPU"), (free.host, total.host, "in main memory")):
-        if not _takes(found, taken):
+    for available, taken, place in (
+        (free.device, total.device, "on the GPU"),
+        (free.host, total.host, "in main memory"),
+    ):
+        if not _takes(available, taken):
             raise InputError(
-                f"{field}: expected {readable(taken)} {where} for each worker ({what}), "
-                f"found {readable(found or 0)} free.",
+                f"{field}: expected {readable(taken)} {place} for each worker ({what}), "
+                f"found {readable(available or 0)} free.",
                 remedy,
             )
 
@@ -171,7 +174,7 @@ def _groups() -> Iterator[Path]:
 
 
 def _left(group: Path) -> int | None:
-    """What a control group's limit leaves, its page cache counted as free; None without a limit."""
+    """Bytes that a control group's limit leaves, its page cache counted as free; None without a limit."""
     for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         try:
             most, used = int((group / limit).read_text()), int((group / usage).read_text())

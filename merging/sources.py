@@ -1,4 +1,4 @@
-"""The models of a merge, opened together: what a worker holds."""
+"""The models of a merge, opened together. Each worker holds them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Sources:
         experts: K models.
         base: The base model, if there is one. Operators that need no base take from it only integer buffers and,
             on export, the configuration and tokenizer.
-        placement: Where they are kept; no bit of a merge depends on it.
+        placement: The place where they are kept; no bit of a merge depends on it.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Sources:
         self.base: Model | None = None if base is None else declared(base)
         columns = len(operator.columns(self.names))
         self.memory: Memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
-        """What merging takes in memory."""
+        """The memory that merging takes."""
         self.held: Held = Held(self.checkpoints, self.memory, placement)
-        """What of the models is kept, and where."""
+        """The tensors that are kept in memory, and on which device."""
         self._tuned: dict[Operator, Sources] = {}  # the latest comes last
 
     @classmethod
@@ -89,7 +89,7 @@ class Sources:
             settings: The operator's settings by name.
             vocabulary: What to do with models of other vocabulary sizes: refuse them (``same``), cut them to the
                 base's, or take the ``union`` (``ecotone.merging.models.vocabulary``).
-            placement: Where the models are kept (``ecotone.merging.placement``).
+            placement: The place where the models are kept (``ecotone.merging.placement``).
 
         Raises:
             InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.
@@ -125,12 +125,12 @@ class Sources:
 
     @property
     def origin(self) -> Model:
-        """Where buffers and configuration come from: the base, or else the first expert."""
+        """The model that buffers and configuration come from: the base, or else the first expert."""
         return self.base or self.experts[0]
 
     @cached_property
     def tokenizer(self) -> Path:
-        """Where the tokenizer that goes with every merge is: the origin's, or that of the first model that has one."""
+        """The folder of every merge's tokenizer: the origin's, or that of the first model with a tokenizer."""
         places = [model.tokenizer for model in (self.origin, *self.experts)]
         return next((place for place in places if tokenizers.has_tokenizer(place)), self.origin.files)
 
@@ -140,11 +140,11 @@ class Sources:
         return len(self.checkpoints) * self.layout.size > SMALL
 
     def stretch(self, name: str) -> Stretch:
-        """``name`` in every model that is mixed; the operator's work on it is done as pieces of it are used."""
+        """The tensor ``name`` in every model that is mixed. The operator works on a piece when that piece is used."""
         return Stretch(self.held.read(name), self._transform, self._span(name)[0])
 
     def near(self, name: str, device: torch.device) -> Stretch:
-        """``stretch(name)`` from where the sources are kept for merges on ``device``; what is not yet kept is now."""
+        """``stretch(name)`` from the place of the sources for merges on ``device``. Keeps the sources there."""
         start, stop = self._span(name)
         in_rows = device.type == "cpu" and self.memory.formed and self.held.placed(device) != "mapped"
         if in_rows and self._matrix is not None:
@@ -152,7 +152,7 @@ class Sources:
         return Stretch(self.held.near(name, device), self._transform, start)
 
     def _span(self, name: str) -> tuple[int, int]:
-        """Where a tensor begins and ends in the flat vector."""
+        """The begin and the end of a tensor in the flat vector."""
         index = self.layout.tensors.index(name)
         start, stop = self.layout.tensor_borders[index : index + 2].tolist()
         return start, stop
@@ -166,7 +166,7 @@ class Sources:
         return {name: self.origin.tensor(name) for name in self.layout.buffers}
 
     def space(self, dense: bool = False) -> Space:
-        """What a search may know of these models; streams the weights once for the Gram table.
+        """The search's view of the models: layout and inner products. Streams the weights once for the Gram table.
 
         Args:
             dense: Also give the (K, n) sources themselves, for evolving small models from scratch.
@@ -248,7 +248,7 @@ class Sources:
             tuned._fill([mixtures[i] for i in members], [targets[i] for i in members])
 
     def _groups(self, genomes: Sequence[Genome]) -> Iterator[tuple[Sources, list[int]]]:
-        """What genomes of the same settings mix, and their places."""
+        """For each group of genomes with the same operator settings, the sources that they mix and their indices."""
         groups: dict[Operator, list[int]] = {}
         for index, genome in enumerate(genomes):
             groups.setdefault(operators.tuned(self.operator, genome.parameters), []).append(index)
@@ -275,7 +275,7 @@ class Sources:
         Args:
             genomes: B genomes.
             dtype: Type of the result; the models' own by default (float32 when they mix types).
-            device: Where the result goes.
+            device: The device of the result.
 
         Returns:
             By tensor name, (B, *shape) views of one new (B, n) buffer.
@@ -296,7 +296,7 @@ class Sources:
 
     @cached_property
     def _transform(self) -> Transform:
-        """The operator's work on the stored tensors; what it must know of all of them is found at first use."""
+        """The operator's transform of the stored tensors. It is made at first use, which may stream all tensors."""
         return self.operator.transform(self.held.pieces)
 
     @cached_property
@@ -317,7 +317,7 @@ class Sources:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, with -2, -3, ... added to those seen before."""
+    """The names, made distinct: -2, -3, ... is added to a name that was seen before."""
     seen: Counter[str] = Counter()
     distinct: list[str] = []
     for name in names:

@@ -9,8 +9,8 @@ class EcotoneError(Exception):
     """Any failure that Ecotone explains in words instead of a traceback.
 
     Args:
-        message: What is wrong, naming the field or file, what was expected and what was found.
-        remedy: What the user can do about it (one sentence), or an empty string.
+        message: A sentence about the error, naming the field or file, what was expected and what was found.
+        remedy: One sentence on what the user can do about it, or an empty string.
     """
 
     def __init__(self, message: str, remedy: str = "") -> None:
@@ -43,7 +43,7 @@ class SearchError(EcotoneError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says; empty when it says nothing."""
+    """The first line of an exception's message; empty when it has none."""
     return (str(error).strip().splitlines() or [""])[0]
 
 

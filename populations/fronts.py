@@ -41,7 +41,7 @@ def ranks(points: ArrayLike) -> Integers:
     Equal points have equal ranks (Deb et al. 2002, non-dominated sorting).
 
     Raises:
-        InputError: As ``non_dominated``.
+        InputError: As for ``non_dominated``.
     """
     table = _table(points, "points")
     if table.shape[1] == 1:  # there moocore numbers equal points apart
@@ -50,7 +50,7 @@ def ranks(points: ArrayLike) -> Integers:
 
 
 def farthest_first(points: Floats, first: Sequence[int], count: int, apart: float = -1.0) -> list[int]:
-    """Positions of up to ``count`` of ``points`` (N, M): first those of ``first``, then always the farthest one.
+    """Positions of up to ``count`` of ``points`` (N, M): first the positions ``first``, then always the farthest point.
 
     A point no farther than ``apart`` from one already taken is left out. With ``apart`` below 0 equal points are all
     taken.
@@ -74,7 +74,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     Points that are not better than the reference in every objective add nothing; no points give 0.
 
     Raises:
-        InputError: As ``non_dominated``, or the reference is not of length M.
+        InputError: As for ``non_dominated``, or the reference is not of length M.
     """
     table = _table(points, "points")
     return _volume(table, _point(reference, table.shape[1]))
@@ -86,7 +86,7 @@ def hypervolume_over(points: ArrayLike, reference: ArrayLike) -> Floats:
     Beyond five objectives it is computed for 64 values of N, evenly spaced, and holds in between.
 
     Raises:
-        InputError: As ``hypervolume``.
+        InputError: As for ``hypervolume``.
     """
     table = _table(points, "points")
     count, columns = table.shape
@@ -109,7 +109,7 @@ def igd_plus(points: ArrayLike, reference_front: ArrayLike) -> float:
     point is worse than the reference, so a better front never scores worse. No points give infinity.
 
     Raises:
-        InputError: As ``non_dominated``, the fronts differ in M, or the reference front is empty.
+        InputError: As for ``non_dominated``, the fronts differ in M, or the reference front is empty.
     """
     found, wanted = _pair(points, reference_front)
     return float(moocore.igd_plus(found, ref=wanted, maximise=True)) if len(found) else float("inf")
@@ -122,7 +122,7 @@ def epsilon(points: ArrayLike, reference_front: ArrayLike) -> float:
     give infinity.
 
     Raises:
-        InputError: As ``igd_plus``.
+        InputError: As for ``igd_plus``.
     """
     found, wanted = _pair(points, reference_front)
     return float(moocore.epsilon_additive(found, ref=wanted, maximise=True)) if len(found) else float("inf")
@@ -135,7 +135,7 @@ def attainment(fronts: Sequence[ArrayLike], level: float = 0.5) -> Floats:
     seeds is their median front, 1.0 the part that all reach. With one objective it is a quantile.
 
     Raises:
-        InputError: As ``non_dominated``, no fronts, a level outside (0, 1], or more than three objectives.
+        InputError: As for ``non_dominated``, no fronts, a level outside (0, 1], or more than three objectives.
     """
     if not fronts:
         raise InputError("fronts: expected at least one front, found none.")

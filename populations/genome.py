@@ -79,7 +79,7 @@ class Genome:
 
     @classmethod
     def dense(cls, vector: ArrayLike, sources: int) -> Genome:
-        """A genome that is all residual: ``vector`` is (n,). What evolution from scratch breeds."""
+        """A genome that is all residual: ``vector`` is (n,). Evolution from scratch breeds such genomes."""
         residual = np.asarray(vector, np.float32)
         return cls(*_nothing(residual.size, sources), {}, residual)
 

@@ -231,7 +231,7 @@ class Journal:
             self._connection.execute("INSERT INTO events VALUES (NULL, 'tell', ?, NULL)", (batch,))
 
     def keep(self, trials: Iterable[Trial], dropped: Iterable[int]) -> None:
-        """Store the residuals of ``trials`` that have one, and forget those of the numbers ``dropped``."""
+        """Store the residuals of ``trials`` that have one, and drop the residuals of the numbers ``dropped``."""
         with self.transaction():
             self._connection.executemany("DELETE FROM residuals WHERE number = ?", [(n,) for n in dropped])
             self._connection.executemany(

@@ -112,7 +112,7 @@ def current(connection: sqlite3.Connection, file: Path, write: bool) -> sqlite3.
 
     Args:
         connection: To a journal of any format.
-        file: Where it lies.
+        file: The file that holds it.
         write: Whether it may be changed. If not, an older one is copied to a private temporary database.
 
     Raises:

@@ -22,7 +22,7 @@ class Sample:
     trials are compared on the same examples.
 
     Args:
-        seed: Of the order.
+        seed: The seed of the order.
         start: The share of the examples that is scored already, from 0.
         stop: The share that is scored afterwards, above ``start``; 1 means all examples.
         seen: By objective name, (n,) scores of the examples up to ``start``, in that order.
@@ -44,7 +44,7 @@ class Sample:
         return self.stop - self.start
 
     def now(self, count: int) -> Integers:
-        """The numbers of those among an objective's ``count`` examples that are to be scored."""
+        """The numbers of the examples to score, among an objective's ``count`` examples."""
         return order(self.seed, count)[reached(count, self.start) : reached(count, self.stop)]
 
     def then(self, count: int) -> Integers:
@@ -115,7 +115,7 @@ def estimate(value: float, error: float, seen: NDArray[Any], known: Sequence[NDA
         error: Its standard error.
         seen: (n,) the sample's scores, in its order.
         known: (N,) of each relative, all scores in the objective's order.
-        seed: Of the sample.
+        seed: The seed of the sample.
     """
     n = len(seen)
     plain = Estimate(value, error, n)

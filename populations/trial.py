@@ -161,7 +161,7 @@ class Statistics(Wish):
     """Statistics of the merge's layers on the data of calibration tasks, as tensors by the layers' names.
 
     Args:
-        kind: Which ones, by the name that they are registered under, as ``magnitude``.
+        kind: The kind of statistics, by its registered name, such as ``magnitude``.
         tasks: Names of calibration tasks, each once.
         settings: Those of the kind, plain values; what is left out has its default.
     """

@@ -32,16 +32,17 @@ class AdaMergingSettings(GradientSettings):
     """AdaMerging: coefficients learned by gradient on the calibration tasks.
 
     Attributes:
-        algorithm: ``adamerging``.
-        granularity: Parts of the model that have coefficients of their own: a ``tensor`` is the paper's layer-wise
-            form, the whole ``model`` its task-wise form; between them lie ``groups`` of blocks and the ``block`` (the
+        algorithm: ``adamerging``: coefficients learned by gradient on the calibration tasks.
+        granularity: The parts of the model that have their own coefficients: each ``tensor`` (the paper's layer-wise
+            form), the whole ``model`` (its task-wise form), ``groups`` of consecutive blocks, or each ``block`` (the
             tensors of one layer).
-        accumulate: Batches of a task in one step, whose mean gradient is taken; the authors' code takes two.
-        init: Initial value of every coefficient, unless the search begins with merges; the paper's is 0.3.
+        accumulate: Batches of each task in one step, which uses their mean gradient; the authors' code takes two.
+        init: The first value of every coefficient, unless the search begins with given merges; the paper's is 0.3.
         rate: Adam's step size, in units of the coefficients; the paper's is 0.001.
-        clamp: Use coefficients cut off at 0 and 1, as the paper does. Adam moves the uncut ones, whose gradient is zero
-            outside. Without, coefficients are free, and no gradient vanishes.
-        spread: Standard deviation of the normal noise that is added to the coefficients of other restarts.
+        clamp: Mix with coefficients that are clamped to 0 and 1, as the paper does. Adam moves the coefficients before
+            clamping, whose gradient is zero outside 0 to 1. With false, coefficients are free, and no gradient
+            vanishes.
+        spread: Standard deviation of the normal noise added to the coefficients of every restart but the first.
     """
 
     algorithm: Literal["adamerging"] = "adamerging"

@@ -56,19 +56,20 @@ class BayesianMapSettings(SurrogateSettings):
     """Bayesian MAP: a front by batches of proposals, over surrogates that say how sure they are.
 
     Attributes:
-        algorithm: ``bayesian_map``.
-        samples: Candidates scored before the first model; None means ``2 D + 2`` or ``(D+1)(D+2)/2`` in D variables,
-            whichever is less.
-        acquisition: How proposals are chosen: by the ``hypervolume`` that they are expected to add, or by the paper's
+        algorithm: ``bayesian_map``: batches of proposals from surrogates that know their uncertainty.
+        samples: Candidates scored before the first surrogate is fitted. None means the smaller of ``2 D + 2`` and
+            ``(D+1)(D+2)/2`` for D variables.
+        acquisition: How proposals are chosen: by the expected growth of the front's ``hypervolume``, or by the paper's
             angular ``bins`` (at most six coefficients).
-        reference: By objective the score, in the objective's own units, from which hypervolume counts. None means for
-            shares the worst that the models alone score, for others a tenth of the front's extent beyond the worst
-            score on it.
-        patience: Stop when the front's hypervolume has grown by less than ``tolerance`` in so many evaluations after
+        reference: For each objective, the score from which hypervolume is measured, in the objective's own units. None
+            means the worst score of the models for objectives with the sigmoid link. For others it lies a tenth of the
+            front's extent beyond the worst score on the front.
+        patience: Stop when the front's hypervolume has grown by less than ``tolerance`` in this many evaluations after
             the design; None means never.
-        tolerance: Growth of the hypervolume below which ``patience`` counts, as a share of it.
-        paths: Functions drawn of each model for a proposal.
-        candidates: Points among which a proposal begins to look.
+        tolerance: The relative growth of the hypervolume below which the search stops after ``patience`` evaluations.
+        paths: Random functions drawn from each surrogate for a proposal. More functions estimate the expected growth
+            better and take longer.
+        candidates: Points drawn for each proposal, of which the most promising are refined.
     """
 
     algorithm: Literal["bayesian_map"] = "bayesian_map"
@@ -103,7 +104,7 @@ class BayesianMap:
     as the worst score seen of each objective, so that the search leaves its neighbourhood.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         goals: The M objectives, two at least.
         seed: The recipe's seed.
         settings: The design's size, how proposals are chosen, and when to stop; None means the defaults.
@@ -204,7 +205,7 @@ class BayesianMap:
         return trials
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Add the point to what is known; a worker that died says nothing about the point."""
+        """Add the point and its scores. The death of a worker says nothing about the point."""
         point = self._flying.pop(trial.number)
         if evaluation.failure is not None and evaluation.failure.kind == "worker died":
             return
@@ -310,7 +311,7 @@ class BayesianMap:
     def _promising(
         self, points: Floats, drawn: Drawn, volume: Volume, taken: Floats, count: int
     ) -> tuple[Floats, Singles, Floats]:
-        """The ``count`` points that add most, how far they reach in every draw, and what they add."""
+        """The ``count`` points that add most, how far they reach in every draw, and their gains."""
         values = volume.of(drawn(points))
         gains = volume.gains(values) * self._is_new(points, taken)
         kept = np.argsort(-gains, kind="stable")[:count]
@@ -369,7 +370,7 @@ class BayesianMap:
         return [link or Link.suited(values, goal.direction) for link, goal, values in columns]
 
     def _frame(self, known: Known) -> Frame:
-        """From where, and in what units, hypervolume counts."""
+        """The reference and the units in which hypervolume is measured."""
         front = known.front
         low, high = front.min(axis=0), front.max(axis=0)
         extent = np.where(high > low, high - low, np.ptp(known.scores, axis=0))
@@ -390,7 +391,7 @@ class BayesianMap:
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """Points and what they scored.
+    """Points and their scores.
 
     Args:
         points: (N, D) coefficients.
@@ -437,7 +438,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """S functions drawn of every objective, given what is known."""
+    """S functions drawn of every objective, given the known scores."""
 
     box: CoefficientBox
     links: Sequence[Link]
@@ -490,7 +491,7 @@ class Volume:
         return np.asarray(reach**self.power)  # its mean over d is the hypervolume, but for a constant (lemma 5)
 
     def gains(self, reached: Singles) -> Floats:
-        """(n,) what each point of ``reached`` (n, S, L) alone would add."""
+        """(n,) the gain of each point of ``reached`` (n, S, L) alone."""
         return np.asarray(np.maximum(reached - self.best, 0.0).mean(axis=(1, 2), dtype=np.float64))
 
     def take(self, reached: Singles) -> None:
@@ -511,8 +512,8 @@ class Bins:
     30 repeats, each from all points. An empty bin scores as the highest, so that none is never visited.
 
     Args:
-        box: Where coefficients lie; at most six.
-        known: What was told.
+        box: The bounds of the coefficients; at most six.
+        known: The points and scores told so far.
         links: A link for each objective.
     """
 

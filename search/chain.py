@@ -1,6 +1,6 @@
 """The recipe's list of stages: each a search with its share of the budget and what it begins with.
 
-How a chain runs is in ``ecotone.search.stages``. Nothing here knows an algorithm: each says of itself whether it can
+How a chain runs is in ``ecotone.search.stages``. Nothing here knows an algorithm: each declares whether it can
 begin with found merges, and how fine its segments are.
 """
 
@@ -28,14 +28,15 @@ class StageSettings(Part):
     """One search of a chain, written as a search with these keys beside its own.
 
     Attributes:
-        search: The search; its fields are written beside the others.
-        evaluations: Its share of the budget; the last stage may leave it out and has the rest.
-        start: What of the stage before it begins with: its ``front``, its ``best`` merge, its ``archive`` (the members
-            of its population) or ``none``. By default the front, where the algorithm can begin with given merges. What
-            it begins with is not scored again. M2N2, NSGA and Optuna's samplers take it in place of the models
-            themselves, CMA-ES takes the best as its mean.
-        starts: The most merges to begin with, the best and others spread over the scores; by default 4 for searches by
-            gradient, which learn from each, and all for others.
+        search: The search of the stage. Its fields are written beside ``evaluations``, ``start`` and ``starts``.
+        evaluations: Evaluations that the stage may spend of the budget. The last stage may leave them out and has the
+            rest.
+        start: The merges of the stage before that this stage begins with: its ``front``, its ``best`` merge, its
+            ``archive`` (the members of its population) or ``none``. By default ``front``, where the algorithm can begin
+            with given merges. They are not scored again. M2N2, NSGA and Optuna's samplers begin with them in place of
+            the models. CMA-ES takes the best of them as its mean.
+        starts: The most merges to begin with: the best merge, and others spread over the scores. By default 4 for
+            searches by gradient, which learn from each, and all merges for others.
     """
 
     search: AnySearch
@@ -50,9 +51,9 @@ class StageSettings(Part):
         if not isinstance(value, Mapping) or "search" in value:
             return value
         placed = isinstance(value.get("start"), int | float) and _has_start(value.get("algorithm"))
-        own = {"evaluations", "starts"} | (set() if placed else {"start"})
-        rest = {key: one for key, one in value.items() if key not in own}
-        return {"search": rest, **{key: value[key] for key in own if key in value}}
+        of_stage = {"evaluations", "starts"} | (set() if placed else {"start"})
+        rest = {key: setting for key, setting in value.items() if key not in of_stage}
+        return {"search": rest, **{key: value[key] for key in of_stage if key in value}}
 
     @model_serializer(mode="wrap")
     def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class StageSettings(Part):
 
     @property
     def begins(self) -> Start:
-        """What it begins with when it is not the first."""
+        """The kind of merges that the stage begins with, unless it is the first stage."""
         if self.start is not None:
             return self.start
         begins = self.search.begins()
@@ -77,7 +78,7 @@ class StageSettings(Part):
 
 
 class ChainSettings(Part):
-    """A chain of searches: a list under ``search``, each of which begins with what the one before it found.
+    """A chain of searches: a list under ``search``. Each search begins with the merges that the search before it found.
 
     Attributes:
         stages: The searches, in order.
@@ -139,7 +140,7 @@ class ChainSettings(Part):
 
     @property
     def starts(self) -> tuple[Start, ...]:
-        """What each stage begins with."""
+        """For each stage, the kind of merges that it begins with."""
         return ("none", *(stage.begins for stage in self.stages[1:]))
 
     @property
@@ -148,7 +149,7 @@ class ChainSettings(Part):
         return sum(stage.evaluations or 0 for stage in self.stages)
 
     def contexts(self, context: Context) -> tuple[Context, ...]:
-        """What each stage is made for: its own seed and its share of the budget."""
+        """For each stage, the context of its search: its own seed and its share of the budget."""
         rest = None if context.evaluations is None else context.evaluations - self.shared_out
         return tuple(
             replace(context, seed=stage_seed(context.seed, index), evaluations=stage.evaluations or rest, starts=())
@@ -163,8 +164,8 @@ class ChainSettings(Part):
         """
         self.check_segments(context.space)
         stages = []
-        for index, own in enumerate(self.contexts(context)):
-            make = partial(self._begun, index, own)
+        for index, stage_context in enumerate(self.contexts(context)):
+            make = partial(self._begun, index, stage_context)
             if index:  # the first is made at once; what does not fit the others is refused before anything is scored
                 make(())
             stage = self.stages[index]
@@ -186,18 +187,18 @@ class ChainSettings(Part):
         for index, stage in enumerate(self.stages):
             part = stage.search
             with of_stage(index):
-                own = part.borders(space)
+                borders = part.borders(space)
             begins = self.starts[index] != "none"
-            if begins and not part.begins().any_segments and not np.isin(reached, own).all():
+            if begins and not part.begins().any_segments and not np.isin(reached, borders).all():
                 raise InputError(
                     f"search[{index}].granularity: the segments of the merges of stage {index - 1} have borders that "
                     f"its own, {part.fineness()}, lack.",
                     "Make it finer, the stage before coarser, or say start: none.",
                 )
-            reached = np.union1d(own, reached) if begins else own
+            reached = np.union1d(borders, reached) if begins else borders
 
     def placed(self, index: int) -> str:
-        """What a stage begins with, and its share of the budget, in words."""
+        """A stage in words: the merges that it begins with, and its share of the budget."""
         stage, start = self.stages[index], self.starts[index]
         most = f", at most {stage.most} merges" if stage.most not in (None, 1) and start in ("front", "archive") else ""
         begins = "" if start == "none" else f"begins with the {start} of stage {index - 1}{most}, "

@@ -25,12 +25,14 @@ class CmaEsSettings(Box):
     """CMA-ES, or its separable form, on the mean of the objectives.
 
     Attributes:
-        algorithm: ``cma_es``, or ``sep_cma_es``, which learns a diagonal covariance only.
-        start: Initial value of every coefficient; None means 1/K, the plain average (for operators that go from one
-            model to the other, halfway). Settings of the operator start at their defaults.
-        sigma: Initial step size, in units of the coefficients.
-        population_size: Candidates a generation; None means ``4 + floor(3 ln D)``.
-        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+        algorithm: ``cma_es``: evolution with a learned covariance matrix; ``sep_cma_es``: the same with a diagonal
+            matrix, for many coefficients.
+        start: The first mean of every coefficient. None means 1/K for K models, the plain average; halfway for
+            operators that go from one model to another. Searched settings of the operator begin at their defaults.
+        sigma: The first step size, in units of the coefficients.
+        population_size: Candidates in a generation. None means ``4 + floor(3 ln D)`` for D coefficients.
+        race: Score every candidate on some of the examples first, and only the promising candidates on all
+            (``ecotone.search.racing``). None scores every candidate on all examples.
     """
 
     algorithm: Literal["cma_es", "sep_cma_es"] = "cma_es"
@@ -74,7 +76,7 @@ class CmaEs:
     points.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         goals: The objectives; their oriented mean is maximised.
         seed: The recipe's seed.
         settings: Step size, population size, and whether the covariance is diagonal; None for the defaults.

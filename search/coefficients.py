@@ -23,11 +23,11 @@ class Setting:
     """A setting of the merge operator that is searched beside the coefficients (``Genome.parameters``).
 
     Args:
-        name: As the operator calls it.
+        name: Its name in the operator.
         low: Its smallest value.
         high: Its largest value.
         scale: ``linear``, ``log`` (then ``low`` is above 0), or ``integer`` (then all from low to high).
-        default: What genomes without it stand for; None means the middle of its scale.
+        default: The value of genomes without it; None means the middle of its scale.
 
     Raises:
         InputError: The bounds are not two finite numbers in order, or do not fit the scale.
@@ -59,10 +59,10 @@ class Setting:
 
     def share(self, parameters: Mapping[str, Scalar]) -> float:
         """How far from low to high a genome with these parameters is; outside 0 to 1 where it is out of bounds."""
-        found = parameters.get(self.name, self.default)
-        if found is None:
+        setting = parameters.get(self.name, self.default)
+        if setting is None:
             return 0.5
-        value = float(found)
+        value = float(setting)
         if self.scale == "integer":
             return (value - self.low + 0.5) / (self.high - self.low + 1)
         if self.scale == "log":
@@ -155,7 +155,7 @@ class CoefficientBox:
         return np.clip(points, self.low, self.high)
 
     def inside(self, points: ArrayLike | None) -> Floats:
-        """(n, D) those of the points (N, D) that lie in the box; none of None.
+        """(n, D) the points of (N, D) that lie in the box; no points for None.
 
         Raises:
             InputError: The points are not of shape (N, D).

@@ -36,22 +36,22 @@ class GradientSettings(Segmented):
     """Settings of searches that follow the gradient of the calibration tasks' losses.
 
     Attributes:
-        granularity: Parts of the model that have coefficients of their own: the whole ``model``, one of ``groups`` of
-            blocks, a ``block`` (the tensors of one layer), or a ``tensor``.
-        steps: Steps of Adam, each over ``accumulate`` batches of every task.
-        accumulate: Batches of a task in one step, whose mean gradient is taken.
+        granularity: The parts of the model that have their own coefficients: the whole ``model``, ``groups`` of
+            consecutive blocks, each ``block`` (the tensors of one layer), or each ``tensor``.
+        steps: Steps of Adam. Each step uses ``accumulate`` batches of every calibration task.
+        accumulate: Batches of each task in one step, which uses their mean gradient.
         together: The most tasks that one worker differentiates at once. With 1, several workers share a step. With
-            more, one worker sums the tasks' gradients, then takes the inner products with the models once: faster
-            where there are fewer workers than tasks, for the memory of one more model.
-        weights: By task, the weight of its loss; 1 where none is given. A task of weight 0 is left out.
-        sweep: The most weightings of the tasks to learn with, spread evenly. Each ends at another point of a front.
-            None learns with ``weights`` alone.
-        restarts: Runs for each start and weighting. The first begins at the start itself, the others beside it.
-        check_every: Steps between checks: scores by the objectives.
-        patience: A run ends after so many checks without a better mean score; None means never.
-        init: Initial value of every coefficient, unless the search begins with merges.
+            more, one worker sums the tasks' gradients, then takes the inner products with the models once. This is
+            faster where there are fewer workers than tasks, and takes the memory of one more model.
+        weights: For each calibration task, the weight of its loss; 1 where not given. A task of weight 0 is left out.
+        sweep: The most weightings of the tasks to learn with, spread evenly. Each weighting leads to another point of a
+            front. None learns with ``weights`` alone.
+        restarts: Runs for each start and weighting. The first run begins at the start itself, the others near it.
+        check_every: Steps between two checks. At a check, the objectives score the merge.
+        patience: Checks without a better mean score after which a run ends; None means never.
+        init: The first value of every coefficient, unless the search begins with given merges.
         rate: Adam's step size.
-        spread: Standard deviation of the noise that is added to the starts of other restarts.
+        spread: Standard deviation of the noise added to the start of every restart but the first.
     """
 
     granularity: Literal["model", "groups", "block", "tensor"] = "tensor"
@@ -289,7 +289,7 @@ class Descent(Generic[Settings]):
         return not (self._flying or self._queue) and all(line.ended for line in self._lines)
 
     def ask(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials of the lines' running steps, in the order in which these began; none while all wait."""
+        """Up to ``n`` trials of the lines' running steps, in the order in which steps began; none while all wait."""
         chosen, self._queue = self._queue[:n], self._queue[n:]
         trials = [self._proposed(self._next + i, *request) for i, request in enumerate(chosen)]
         self._flying |= {trial.number: request for trial, request in zip(trials, chosen, strict=True)}
@@ -309,7 +309,7 @@ class Descent(Generic[Settings]):
             self._complete(line)
 
     def state(self) -> dict[str, Any]:
-        """The lines, the trials to ask for next, and those in flight."""
+        """The lines, the trials to ask for next, and the trials in flight."""
         return {
             "next": self._next,
             "queue": [list(request) for request in self._queue],
@@ -449,7 +449,7 @@ class Descent(Generic[Settings]):
         return coefficients
 
     def _exact(self, coefficients: Floats) -> Floats | None:
-        """Coefficients (S, K) of a line that begins with these, where ``_used`` of its point may round them."""
+        """Coefficients (S, K) that a line begins with, kept because ``_used`` of its point may round them."""
         return None
 
     def _used(self, point: Floats) -> Floats:
@@ -572,7 +572,7 @@ def _starts(starts: Sequence[Floats] | None, init: float, shape: tuple[int, int]
 
 
 def _weightings(tasks: tuple[str, ...], weights: Mapping[str, float] | None, sweep: int | None) -> list[Floats]:
-    """Weights (T,) of the tasks: one vector, or those of a sweep."""
+    """Weights (T,) of the tasks: one vector, or the vectors of a sweep."""
     if sweep is None:
         return [_given(tasks, weights or {})]
     if len(tasks) < 2:

@@ -36,9 +36,9 @@ def design(
     show no curvature.
 
     Args:
-        kind: Which design.
+        kind: The kind of design.
         count: N, how many points.
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         seed: The recipe's seed.
         seeds: (J, K) coefficients of the models themselves, or (J, D) where segments differ, only for ``mixed``;
             None means one-hot vectors.

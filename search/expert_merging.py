@@ -52,23 +52,26 @@ class ExpertMergingSettings(GradientSettings):
     """Expert Merging: coefficients between 0 and 1, learned from the experts; with ``chunks``, Expert Merging++.
 
     Attributes:
-        algorithm: ``expert_merging``.
-        granularity: Always ``tensor``.
-        groups: Always 1.
-        steps: Steps of Adam, each over ``accumulate`` batches of every task; with ``chunks`` there are as many again.
-        weights: By task, the weight of its loss, relative to the sum of all; 1 where none is given. A task of weight 0
-            is left out.
-        init: Initial value of every coefficient, unless the search begins with merges.
-        rate: Adam's step size, in logits.
-        spread: Standard deviation, in logits, of the normal noise that is added to the starts of other restarts.
-        regulariser: Weight of the mean distance of the coefficients from their starts.
-        clip: Longest gradient (Euclidean, over the logits of all coefficients); a longer one is shortened to it.
-        exclude: Patterns of the names of tensors that stay as the base has them, as for file names, in any case. None
-            excludes norms, embeddings, biases and heads.
-        chunks: Chunks a tensor, on average, that tensors are cut into after ``steps`` steps (or when ``patience`` ends
-            them), the more the more a tensor matters (Expert Merging++). Adam then takes up to ``steps`` steps more.
-            None leaves this stage out.
-        steepness: Power of a tensor's importance by which chunks are shared out; 0 shares them out evenly.
+        algorithm: ``expert_merging``: coefficients between 0 and 1, learned from the experts' outputs.
+        granularity: Always ``tensor``: each tensor has its own coefficients.
+        groups: Always 1: this search has no groups of blocks.
+        steps: Steps of Adam. Each step uses ``accumulate`` batches of every calibration task. With ``chunks`` there are
+            up to as many steps again.
+        weights: For each calibration task, the weight of its loss, relative to the sum of all; 1 where not given. A
+            task of weight 0 is left out.
+        init: The first value of every coefficient, unless the search begins with given merges.
+        rate: Adam's step size, in logits of the coefficients.
+        spread: Standard deviation, in logits of the coefficients, of the normal noise added to the start of every
+            restart but the first.
+        regulariser: Weight of the mean distance between the coefficients and their starts, which is added to the loss.
+        clip: The greatest length of a gradient (Euclidean, over the logits of all coefficients). A longer gradient is
+            scaled down to it.
+        exclude: Patterns of names of tensors that keep the base's weights, such as ``*norm*``; upper and lower case
+            count as equal. None excludes norms, embeddings, biases and heads.
+        chunks: The mean number of chunks that a tensor is cut into, each with its own coefficients (Expert Merging++).
+            More important tensors get more chunks. They are cut after ``steps`` steps, or when ``patience`` ends those;
+            then up to ``steps`` more steps follow. None cuts no tensors.
+        steepness: The power of a tensor's importance by which chunks are shared out; 0 shares them out evenly.
     """
 
     algorithm: Literal["expert_merging"] = "expert_merging"

@@ -30,7 +30,7 @@ SHAPE = 3  # linear, quadratic and residual variances come first among the hyper
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Where the scores are: coordinates in [-1, 1] or thereabouts.
+    """The coordinates of the scores, about within [-1, 1].
 
     Args:
         points: (N, D) coordinates of the quadratic.
@@ -81,8 +81,8 @@ class GaussianProcess:
         values: (N,) what was observed there.
         weights: (N,) relative variances of the noise.
         logs: (E+4,) logarithms of the hyperparameters, in the order of ``Prior``.
-        centre: What is taken off the values.
-        scale: What the values are then divided by.
+        centre: The number subtracted from the values.
+        scale: The number that the values are then divided by.
     """
 
     inputs: Inputs
@@ -151,12 +151,12 @@ class GaussianProcess:
         cross = scipy.linalg.solve_triangular(
             self.root, kernel(self.inputs, inputs, self.logs), lower=True, check_finite=False
         )
-        own = kernel_diagonal(inputs, self.logs) - np.einsum("ij,ij->j", cross, cross)
-        return np.asarray(self.scale**2 * np.maximum(own, 0.0))
+        variances = kernel_diagonal(inputs, self.logs) - np.einsum("ij,ij->j", cross, cross)
+        return np.asarray(self.scale**2 * np.maximum(variances, 0.0))
 
     @cached_property
     def left_out(self) -> Floats:
-        """(N,) what is expected of each observation given all others (Rasmussen and Williams 2006, eq. 5.12)."""
+        """(N,) the mean of each observation given all others (Rasmussen and Williams 2006, eq. 5.12)."""
         return np.asarray(self.values - self.scale * self._alpha / np.diag(_inverse(self.root)))
 
     def paths(self, count: int, features: int, rng: np.random.Generator) -> Paths:
@@ -180,7 +180,7 @@ class Paths:
     """Functions drawn from a Gaussian process given its data.
 
     Args:
-        process: Where from.
+        process: The process to draw from.
         waves: (F, E) frequencies of the residual's features.
         weights: (P, S) weights of the prior's features.
         update: (N, S) weights of the data's kernels.

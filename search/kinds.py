@@ -1,9 +1,9 @@
-"""What a search algorithm says of itself: its settings are its part of a recipe, and its declaration.
+"""The settings of search algorithms. They are a part of the recipe, and declare all that the rest of Ecotone must know.
 
 An algorithm is one file: the frozen settings (a subclass of ``SearchSettings``) and the class that searches. The
 registry (``ecotone.search.registry``) knows the settings by the algorithm's name, and so do recipes, checks, stages,
-races and reports: none of them knows a kind. To add one, write its file and one line of the registry, or an entry point
-of the group ``ecotone.searches`` in a package of your own.
+races and reports. None of them names an algorithm. To add an algorithm, write its file and one line of the registry,
+or an entry point of the group ``ecotone.searches`` in a package of your own.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ FINENESS: tuple[Fineness, ...] = get_args(Fineness)
 
 @dataclass(frozen=True)
 class Context:
-    """What an algorithm is made for.
+    """The models, the objectives and the limits that a search is made for.
 
     Args:
         space: The models.
         goals: The objectives that guide the search.
-        seed: Of the search.
-        evaluations: Of the budget, what the algorithm may spend; None for no limit.
+        seed: The seed of the search.
+        evaluations: The most evaluations that the algorithm may spend; None for no limit.
         tasks: Names of the calibration tasks.
         starts: Merges to begin with, best first; empty for none.
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
-        limits: By objective whose score is the mean of its examples', the least and the most that one can score.
+        limits: For objectives whose score is the mean over examples: the lowest and the highest score of an example.
     """
 
     space: Space
@@ -60,15 +60,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an algorithm asks of a recipe.
+    """The conditions under which an algorithm can run a recipe.
 
     Args:
-        objectives: The fewest objectives that it has a meaning for.
-        maximised: Whether every objective must be one of which more is better.
+        objectives: The fewest objectives that the algorithm can search by.
+        maximised: Whether every objective must have the direction ``maximize``.
         gradients: Whether it learns on calibration tasks, through a torch module.
         affine: Whether merges must be linear in their coefficients.
-        per_example: ``no``; ``useful`` when it makes better use of scores by example; ``needed`` when it has no
-            meaning without.
+        per_example: Whether the algorithm uses scores by example: ``no``; ``useful`` when it searches better with them;
+            ``needed`` when it cannot search without them.
         vectors: Whether it breeds whole vectors of weights, which have no coefficients.
         geometry: Whether it reads the models' inner products: made from headers alone it can be checked, not run.
     """
@@ -102,14 +102,14 @@ class Begins:
 
 
 class SearchSettings(Part):
-    """The settings of a search algorithm: its part of a recipe, and what it says of itself.
+    """The settings of a search algorithm: its part of a recipe, and its declarations.
 
     A subclass has a field ``algorithm``, a ``Literal`` of the names that recipes give it, an entry for each field in
     the ``Attributes`` section of its docstring, and all abstract methods. The registry refuses one that lacks any.
 
     Attributes:
-        algorithm: The search algorithm.
-        archive: Merges that the population keeps.
+        algorithm: The name of the search algorithm.
+        archive: The most merges that the population keeps.
     """
 
     algorithm: str
@@ -120,7 +120,7 @@ class SearchSettings(Part):
 
     @abstractmethod
     def needs(self) -> Needs:
-        """What it asks of a recipe."""
+        """The conditions under which it can run a recipe."""
 
     @abstractmethod
     def begins(self) -> Begins:
@@ -152,11 +152,11 @@ class SearchSettings(Part):
 
     @abstractmethod
     def describe(self, search: Search | None, context: Context) -> str:
-        """What ``validate`` tells of the search that ``make`` gave, as a clause; empty for nothing.
+        """A clause about the search for the report of ``validate``; empty when there is nothing to report.
 
         Args:
-            search: The search; None where it cannot be made before the models are read.
-            context: What it is made for; its space may know the models' headers alone, or their names.
+            search: The search that ``make`` returned; None where it cannot be made before the models are read.
+            context: The context of the search. Its space may hold only the models' headers, or only their names.
         """
 
     def check(self, operator: str, needs_base: bool, tasks: Sequence[CalibrationSettings]) -> None:
@@ -180,9 +180,10 @@ class Segmented(SearchSettings):
     """Coefficients of segments.
 
     Attributes:
-        granularity: What has coefficients of its own: the whole ``model``, one of ``groups`` of blocks, a ``block``
-            (the tensors of one layer), or a ``tensor``.
-        groups: With ``granularity: groups``, into how many runs the blocks are put, of about as many parameters each.
+        granularity: The parts of the model that have their own coefficients: the whole ``model``, ``groups`` of
+            consecutive blocks, each ``block`` (the tensors of one layer), or each ``tensor``.
+        groups: The number of groups of consecutive blocks, with about as many parameters in each. Only for
+            ``granularity: groups``.
     """
 
     granularity: Literal["model", "groups", "block", "tensor"] = "block"
@@ -211,8 +212,8 @@ class Box(Segmented):
     """Coefficients of segments, each between two bounds.
 
     Attributes:
-        low: The smallest coefficient.
-        high: The largest coefficient.
+        low: The smallest value that a coefficient may take.
+        high: The largest value that a coefficient may take.
     """
 
     low: float = 0.0
@@ -227,7 +228,7 @@ class Box(Segmented):
         return self
 
     def box(self, context: Context) -> CoefficientBox:
-        """Where the coefficients lie, and the operator's settings that are searched."""
+        """The box of the coefficients and of the operator's settings that are searched."""
         return CoefficientBox.of(context.space, self.granularity, self.low, self.high, self.groups, context.searched)
 
     def describe(self, search: Search | None, context: Context) -> str:
@@ -239,7 +240,9 @@ class FrontBox(Box):
     """Coefficients of segments, by default one a model, as a search for a front begins best with.
 
     Attributes:
-        granularity: As for other searches; by default one coefficient a model.
+        granularity: The parts of the model that have their own coefficients: the whole ``model`` (one coefficient for
+            each model), ``groups`` of consecutive blocks, each ``block`` (the tensors of one layer), or each
+            ``tensor``.
     """
 
     granularity: Literal["model", "groups", "block", "tensor"] = "model"
@@ -249,13 +252,13 @@ class ModelsFirstBox(FrontBox):
     """A search that may begin with given points.
 
     Attributes:
-        models_first: Score the models themselves and their average before anything else.
+        models_first: Score the models themselves and their average before any other merge.
     """
 
     models_first: bool = True
 
     def first(self, box: CoefficientBox, context: Context) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """(n, D) what to score first: the starts, moved into the box; without any, the models and their average."""
+        """(n, D) points to score first: the starts, moved into the box, or else the models and their average."""
         space, starts = context.space, context.starts
         if starts:
             points = box.clip(np.array([box.point(start) for start in starts]))
@@ -267,7 +270,7 @@ class ModelsFirstBox(FrontBox):
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Refuse a search algorithm that does not say all of itself that it must (``ecotone.settings.check_kind``).
+    """Refuse a search algorithm that lacks a declaration (``ecotone.settings.check_kind``).
 
     Raises:
         InputError: It is no subclass of ``SearchSettings``, its ``algorithm`` is no ``Literal`` with this name, or it

@@ -43,20 +43,28 @@ class M2N2Settings(SearchSettings):
     """M2N2: evolution with niches, attraction and split points. Turning a switch off gives the paper's ablations.
 
     Attributes:
-        algorithm: ``m2n2``.
-        archive: Merges that the population keeps.
-        alpha: How strongly members that solve the same examples share their fitness; 0 is a plain genetic algorithm.
-        resource: Worth of an example: the ``max`` of its scores so far, or ``one``.
-        attraction: Choose parent B by attraction; otherwise by fitness, like A.
-        split: Draw a split point; otherwise one weight mixes the whole vector.
-        crossover: Join two parents; otherwise the child is a copy of A (then ``mutation`` must be above 0).
-        interpolation: ``slerp`` or ``linear``.
-        granularity: Where split points may fall: ``element``, ``tensor`` or ``block`` borders.
-        mutation: Standard deviation of the noise added to every parameter; 0 when the seeds are trained.
-        max_segments: The most segments of a merge; one of more is simplified (``Genome.simplified``).
-        refine: Refine children by gradient on the calibration tasks (``ecotone.search.refined``); None for no
-            refinement.
-        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+        algorithm: ``m2n2``: evolution with niches, attraction and split points.
+        archive: The most merges that the population keeps.
+        alpha: How strongly members that solve the same examples share the fitness for them: 1 shares evenly, 0 is a
+            plain genetic algorithm.
+        resource: The fitness that each example has to share: the ``max`` of its scores in the population, or ``one``.
+        attraction: Choose the second parent by attraction: its scores on the examples where the first parent is weak.
+            Otherwise choose it by fitness, like the first.
+        split: Draw a split point: one weight mixes the parents before it, the complement after it. Otherwise one weight
+            mixes the whole vector.
+        crossover: Join two parents. Otherwise the child is a copy of the first parent (then ``mutation`` must be above
+            0).
+        interpolation: How two parents are joined: ``slerp`` on the arc between them, or ``linear`` on the straight
+            line.
+        granularity: Where split points may fall: between any two weights (``element``), or at the borders of a
+            ``tensor`` or of a ``block`` (the tensors of one layer).
+        mutation: Standard deviation of the noise added to every weight of a child. Keep 0 for trained models; raise it
+            to evolve models from random weights.
+        max_segments: The most segments of a merge. A merge with more is simplified to this many
+            (``Genome.simplified``).
+        refine: Refine children by gradient on the calibration tasks before they are scored. None refines no children.
+        race: Score every candidate on some of the examples first, and only the promising candidates on all
+            (``ecotone.search.racing``). None scores every candidate on all examples.
     """
 
     algorithm: Literal["m2n2"] = "m2n2"

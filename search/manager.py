@@ -192,7 +192,7 @@ class Manager:
         self._draining = True
 
     def _advance(self, results: Completed) -> None:
-        """Record results, tell those that are due and ask after each, commit, and only then submit the new batches."""
+        """Record results, tell the due results and ask after each, commit, and only then submit the new batches."""
         with self.journal.transaction():
             for batch, evaluations in results:
                 self._record(batch, evaluations)
@@ -481,7 +481,7 @@ def measure(
     batch: int,
     keep: Callable[[Evaluation], bool] = lambda evaluation: True,
 ) -> dict[str, Evaluation]:
-    """Measure genomes outside the search, each once: what the journal has, or the search scored, is not paid again.
+    """Measure genomes outside the search, each once. Scores in the journal or from the search are not computed again.
 
     Args:
         pool: Idle workers.
@@ -518,7 +518,7 @@ def measure(
 
 
 def _scored_already(journal: Journal, genomes: Iterable[Genome]) -> dict[str, Evaluation]:
-    """Evaluations by digest of genomes that were trials of the search, such as the seed models; they are recorded."""
+    """Evaluations, by digest, of genomes that were trials of the search, such as the seed models. Records them."""
     evaluations = {}
     with journal.transaction():
         for genome in genomes:

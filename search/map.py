@@ -46,17 +46,21 @@ OPTIMISER = 2_654_435_769  # spawn key of the optimiser's generator, with the nu
 
 
 class MapSettings(SurrogateSettings):
-    """MAP: a design, a quadratic surrogate of each objective, their front, and the part of it that is scored.
+    """MAP: a design, a quadratic surrogate of each objective, the predicted front, and the members of it to score.
 
     Attributes:
-        algorithm: ``map``.
-        samples: Points of the design; None means (D+1)(D+2), twice what determines a quadratic in D variables.
-        design: How these points are chosen: ``mixed``, ``sobol``, ``grid`` or ``random`` (``ecotone.search.designs``).
-        front: Members of the predicted front to score; None means what is left of the budget, or 20 without one.
-        margin: How far beyond the sampled points coefficients may be predicted, in shares of their extent; never
-            outside the box.
-        caution: Standard errors taken off each predicted score before fronts are compared: without it the front is
-            where the surrogates err most. Surrogates that fit exactly have none.
+        algorithm: ``map``: score a design of points, fit a quadratic surrogate to each objective, and score the
+            predicted front.
+        samples: Points of the design, which are scored before the surrogates are fitted. None means (D+1)(D+2) for D
+            variables, twice as many as determine a quadratic.
+        design: How the points of the design are chosen: ``mixed``, ``sobol``, ``grid`` or ``random``
+            (``ecotone.search.designs``).
+        front: Members of the predicted front to score. None means the rest of the budget, or 20 without a budget of
+            evaluations.
+        margin: How far beyond the range of the scored points the front may be predicted, as a share of that range.
+            Predictions never leave ``low`` to ``high``.
+        caution: Standard errors subtracted from each predicted score before fronts are compared. With 0, the front lies
+            where the surrogates err most. Surrogates that fit exactly have no error.
     """
 
     algorithm: Literal["map"] = "map"
@@ -86,7 +90,7 @@ class MapSearch:
     continues where a smaller one stopped.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         goals: The objectives, two at least.
         seed: The recipe's seed.
         settings: The design, the surrogates' links, and how the predicted front is found; None means the defaults.
@@ -94,7 +98,7 @@ class MapSearch:
         seeds: (J, K) coefficients of the models themselves, for the mixed design; None means one-hot vectors.
         starts: (n, D) points to measure before the design, besides ``samples`` and ``evaluations``; those outside
             the box are left out.
-        generations: Of NSGA-III.
+        generations: Generations of NSGA-III.
         filling: Rounds that fill the gaps in NSGA-III's front; with none, predicted hypervolumes are percents short.
 
     Raises:
@@ -345,7 +349,7 @@ class Surrogates:
         return {g.name: float(e) if np.isfinite(e) else None for g, e in zip(self.goals, errors, strict=True)}
 
     def report(self, points: Floats, measured: Sequence[Floats | None], numbers: Sequence[int]) -> dict[str, Any]:
-        """The scores predicted at (F, D) ``points`` beside those measured there, and the errors of the models."""
+        """The predicted and the measured scores at (F, D) ``points``, and the errors of the models."""
         names = [goal.name for goal in self.goals]
         predicted, errors = self.predict(points), self.std(points)
         members = [
@@ -398,7 +402,7 @@ CROWDED = 5  # objectives beyond which nearly everything is on the front, and ga
 
 
 def reach(points: Floats, box: CoefficientBox, margin: float) -> tuple[Floats, Floats]:
-    """(D,) lowest and (D,) highest coefficients: those of ``points`` and a margin, in the box."""
+    """(D,) lowest and (D,) highest coefficients of ``points``, widened by a margin, in the box."""
     low, high = points.min(axis=0), points.max(axis=0)
     room = margin * (high - low)
     return box.clip(low - room), box.clip(high + room)
@@ -421,7 +425,7 @@ def predicted_front(
         low: (D,) lowest coefficients.
         high: (D,) highest coefficients.
         rng: All randomness comes from it.
-        generations: Of NSGA-III.
+        generations: Generations of NSGA-III.
         filling: Rounds of filling gaps; none beyond five objectives, where nearly everything is on the front.
 
     Returns:

@@ -38,12 +38,14 @@ class NestedMapSettings(SurrogateSettings):
     """Nested MAP: a tree of pairwise MAPs, for many models with one coefficient each.
 
     Attributes:
-        algorithm: ``nested_map``.
-        samples: Points of each pair's design, of which the two nodes themselves are known already; None means 12.
-        owners: By objective the model that it belongs to; None means that objectives and models are in the same order.
-        preference: By objective how much it matters, at least 0; 1 where not given.
-        front: Members of each pair's predicted front to score, the preferred one first; None means 4.
-        caution: Standard errors taken off each predicted score before fronts are compared.
+        algorithm: ``nested_map``: a tree of pairwise MAPs, for many models with one coefficient each.
+        samples: Points of each pair's design; None means 12. Two of them are the pair's own nodes, which are already
+            scored.
+        owners: For each objective, the name of the model that it belongs to. None means that objectives and models are
+            in the same order.
+        preference: For each objective, its weight, at least 0; 1 where not given.
+        front: Members of each pair's predicted front to score, the preferred member first; None means 4.
+        caution: Standard errors subtracted from each predicted score before fronts are compared.
     """
 
     algorithm: Literal["nested_map"] = "nested_map"
@@ -98,11 +100,11 @@ class NestedMapSearch:
     value most, of all that were scored for it. Every trial is an ordinary merge of all K models.
 
     Args:
-        box: Where coefficients lie: one segment, with 0 and 1 within its bounds.
+        box: The bounds of the coefficients: one segment, with 0 and 1 within its bounds.
         goals: The objectives, each of which belongs to one model.
         seed: The recipe's seed.
         sources: K names of the models, two at least.
-        settings: Whose objectives are whose, the preferences, and the size of each pair; None means the defaults.
+        settings: The owners of objectives, the preferences, and the size of each pair; None means the defaults.
         evaluations: The budget, which must be enough for the whole tree; None means no limit.
 
     Raises:
@@ -161,7 +163,7 @@ class NestedMapSearch:
         return whole and not len(self._plan) and len(self._scores) == len(self._points)
 
     def ask(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials of the running step of a pair; none while results of it are missing."""
+        """Up to ``n`` trials of a pair's running step; none while the step waits for results."""
         first, models = len(self._points), len(self.sources)
         if first < models:
             new = np.eye(models)[first : first + n]
@@ -181,7 +183,7 @@ class NestedMapSearch:
         self._scores[trial.number] = measured_scores(evaluation, self.goals)
 
     def state(self) -> dict[str, Any]:
-        """Points, scores, the pairs so far, and what is to be asked next."""
+        """Points, scores, the pairs so far, and the trials to ask for next."""
         return {
             "points": [point.copy() for point in self._points],
             "shares": [share.copy() for share in self._shares],
@@ -258,7 +260,7 @@ class NestedMapSearch:
         return np.asarray(shares[list(dict.fromkeys([best, *order.tolist()]))[: self.front]])
 
     def _surrogates(self, index: int) -> Surrogates:
-        """One of each objective of the pair's models, over the two shares, fitted to what is known before the front."""
+        """A surrogate of each objective of the pair's models over the two shares, fitted before the front."""
         known = self._known(index)
         columns = self._columns(self._leaves(len(self.sources) + index))
         values = np.array([scores for _, _, scores in known])[:, columns]
@@ -266,7 +268,7 @@ class NestedMapSearch:
         return Surrogates.fit(shares, values, [self.goals[j] for j in columns], self.links)
 
     def _known(self, index: int, front: bool = False) -> list[tuple[int, Floats, Floats]]:
-        """Trial, shares and scores of what is known of a pair: its nodes and its design, and its front if wanted."""
+        """Trials, shares and scores of a pair: of its nodes and its design, and of its front if wanted."""
         pair = self._pairs[index]
         end = len(self._points) if index + 1 == len(self._pairs) else self._pairs[index + 1].begin
         if not front and pair.fitted >= 0:
@@ -297,7 +299,7 @@ class NestedMapSearch:
         return sorted(self._leaves(pair.first) + self._leaves(pair.second))
 
     def _number(self, node: int) -> int:
-        """The trial that a node is: a model itself, or what the preferences value most of a pair's trials."""
+        """The number of a node's trial: a model itself, or the trial of a pair that the preferences value most."""
         if node < len(self.sources):
             return node
         index = node - len(self.sources)
@@ -335,7 +337,7 @@ class NestedMapSearch:
         return np.asarray(oriented / self._units()[list(columns)] @ (weights / weights.sum()))
 
     def _units(self) -> Floats:
-        """(M,) what a score is divided by: 1, or its range over the models where some score is not in [0, 1]."""
+        """(M,) the divisors of scores: 1, or the range over the models where some score is not in [0, 1]."""
         rows = [self._scores.get(number) for number in range(len(self.sources))]
         known = np.array([row for row in rows if row is not None]).reshape(-1, len(self.goals))
         if not len(known) or (known.min() >= 0 and known.max() <= 1):
@@ -385,14 +387,14 @@ class NestedMapSearch:
 
     def _node(self, node: int) -> dict[str, Any]:
         number, scores = self._number(node), self._measured(node)
-        found: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "models": [self.sources[leaf] for leaf in self._leaves(node)],
             "number": number,
             "coefficients": dict(zip(self.sources, self._points[number].tolist(), strict=True)),
             "scores": by_objective(self.goals, scores),
             "value": None if scores is None else self._worth(node),
         }
-        return found if node < len(self.sources) else found | self._merged(node)
+        return entry if node < len(self.sources) else entry | self._merged(node)
 
     def _merged(self, node: int) -> dict[str, Any]:
         index = node - len(self.sources)

@@ -38,13 +38,16 @@ class NsgaSettings(ModelsFirstBox):
     """NSGA-II or NSGA-III in steady state: each result counts from the next proposal on.
 
     Attributes:
-        algorithm: ``nsga2`` (crowding distance), or ``nsga3`` (reference directions; two objectives or more).
-        population: Survivors that children are bred from; None means 20, or two an objective if that is more.
+        algorithm: ``nsga2``: genetic search by crowding distance; ``nsga3``: genetic search by reference directions,
+            for two or more objectives.
+        population: Survivors from which children are bred. None means 20, or twice the number of objectives if that is
+            more.
         crossover: Probability that a child has coefficients of both parents.
-        crossover_index: Distribution index of the crossover: the larger, the nearer to a parent.
-        mutation: Probability that a coefficient mutates; None means 1/D.
-        mutation_index: Distribution index of the mutation: the larger, the smaller its steps.
-        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+        crossover_index: Distribution index of the crossover. With a larger index, children are nearer to a parent.
+        mutation: Probability that a coefficient mutates. None means 1/D for D coefficients.
+        mutation_index: Distribution index of the mutation. With a larger index, steps are smaller.
+        race: Score every candidate on some of the examples first, and only the promising candidates on all
+            (``ecotone.search.racing``). None scores every candidate on all examples.
     """
 
     algorithm: Variant = "nsga2"
@@ -73,7 +76,7 @@ class NsgaSettings(ModelsFirstBox):
 
 @dataclass(frozen=True, eq=False)
 class _Survivor:
-    """A point of the box, what it scored, and the trial it was."""
+    """A point of the box, its scores, and its trial."""
 
     number: int
     point: Floats
@@ -88,10 +91,10 @@ class Nsga:
     trials never join the population. A proposal takes well under a millisecond.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         goals: The M objectives.
         seed: The recipe's seed.
-        settings: Which of the two, its population, and how children are bred; None means the defaults.
+        settings: The variant, its population, and how children are bred; None means the defaults.
         seeds: (n, D) points to score first, such as the models themselves; moved into the box.
 
     Raises:
@@ -385,11 +388,11 @@ def intercepts(costs: Floats, rank: Integers) -> Floats:
     extremes = costs[[int((costs / weight).max(axis=1).argmin()) for weight in weights]]
     worst, front = costs.max(axis=0), costs[rank == 0].max(axis=0)
     try:
-        found = 1.0 / np.linalg.solve(extremes, np.ones(size))
+        cuts = 1.0 / np.linalg.solve(extremes, np.ones(size))
     except np.linalg.LinAlgError:
-        found = front
-    found = np.where(np.isfinite(found), np.minimum(found, worst), worst) if (found > 1e-6).all() else front
-    return np.where(found > 1e-6, found, np.where(worst > 1e-6, worst, 1.0))
+        cuts = front
+    cuts = np.where(np.isfinite(cuts), np.minimum(cuts, worst), worst) if (cuts > 1e-6).all() else front
+    return np.where(cuts > 1e-6, cuts, np.where(worst > 1e-6, worst, 1.0))
 
 
 def _table(rows: Sequence[Floats], columns: int) -> Floats:

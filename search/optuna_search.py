@@ -63,16 +63,19 @@ class OptunaSettings(ModelsFirstBox):
     """One of Optuna's samplers. A setting that is not given is the sampler's own.
 
     Attributes:
-        algorithm: ``optuna``.
-        sampler: ``tpe``, ``gp``, ``nsga2``, ``nsga3``, ``cma_es``, ``random``, or ``qmc`` (scrambled Sobol points).
-        startup: Scored trials, drawn evenly, before the model begins (``tpe``, ``gp``: 10; ``cma_es``: 1).
-        multivariate: Model the coefficients jointly (``tpe``: true).
-        constant_liar: Take trials in flight for poor ones, so that proposals differ (``tpe``: true). It spreads
-            proposals well without ``multivariate``, little with it.
-        population: Trials a generation (``nsga2``, ``nsga3``: 50; ``cma_es``: 4 + floor(3 ln D)).
-        separable: Learn a diagonal covariance only (``cma_es``: false).
-        history: The most scored trials that the model is fitted to, which bounds the seconds of a proposal: the best
-            fronts, and as many of the latest (``gp``: 200).
+        algorithm: ``optuna``: one of Optuna's samplers.
+        sampler: The sampler of Optuna: ``tpe``, ``gp``, ``nsga2``, ``nsga3``, ``cma_es``, ``random``, or ``qmc``
+            (scrambled Sobol points).
+        startup: Trials drawn evenly and scored before the sampler's model begins. None means 10 for ``tpe`` and ``gp``,
+            1 for ``cma_es``; other samplers take none.
+        multivariate: Model the coefficients jointly. Only for ``tpe``, where None means true.
+        constant_liar: Treat trials in flight as poor, so that proposals differ. Only for ``tpe``, where None means
+            true. It spreads proposals well without ``multivariate``, little with it.
+        population: Trials in a generation. None means 50 for ``nsga2`` and ``nsga3``, and 4 + floor(3 ln D) for
+            ``cma_es`` with D coefficients; other samplers take none.
+        separable: Learn a diagonal covariance only. Only for ``cma_es``, where None means false.
+        history: The most scored trials that the sampler's model is fitted to: half from the best fronts, half the
+            latest. It bounds the time of a proposal. Only for ``gp``, where None means 200.
     """
 
     algorithm: Literal["optuna"] = "optuna"
@@ -125,7 +128,7 @@ class OptunaSearch:
     while the next are computed.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         goals: The M objectives.
         seed: The recipe's seed.
         settings: The sampler and its settings; None means the defaults.
@@ -181,7 +184,7 @@ class OptunaSearch:
         return False
 
     def ask(self, n: int) -> list[Trial]:
-        """``n`` trials, each proposed knowing those before it, scored or in flight."""
+        """``n`` trials. Each is proposed with knowledge of the earlier trials, scored or in flight."""
         numbers = range(self._next, self._next + n)
         with self._quietly():
             trials = [Trial(number, self.box.genome(self._proposed(number))) for number in numbers]
@@ -197,7 +200,7 @@ class OptunaSearch:
                 self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
 
     def state(self) -> dict[str, Any]:
-        """The study: points, scores and states of its trials, and what the sampler has noted with them.
+        """The study: points, scores and states of its trials, and the sampler's notes on them.
 
         CMA-ES notes its optimiser, as the text of a pickle: restore only what a search of yours has given.
         """

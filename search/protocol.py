@@ -1,4 +1,4 @@
-"""The protocol of search algorithms: ask for trials, tell what they scored."""
+"""The protocol of search algorithms: ask for trials, tell their scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Search(Protocol):
         """Up to ``n`` trials, numbered on from the last; none (and nothing changed) while it waits for results."""
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
-        """Learn what a trial scored; a failed evaluation is a result too."""
+        """Learn the scores of a trial. A failed evaluation is a result, too."""
 
     @property
     def done(self) -> bool:

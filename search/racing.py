@@ -44,11 +44,12 @@ class RaceSettings(Part):
     """How candidates race: they are scored on some of the examples first, and only the promising ones on all.
 
     Attributes:
-        fidelities: Shares of the examples after which a group is cut, ascending, between 0 and 1; none for no cuts.
-        eta: One candidate in so many goes on; the number is rounded up.
-        group: Candidates that race one another.
-        slices: Parts in which the rest of the examples is scored; the bound is checked after each.
-        bound: Whether a candidate stops once no remaining score could put it in the population or on the front.
+        fidelities: Shares of the examples, ascending between 0 and 1. After each share, only the best candidates of a
+            group go on. An empty list cuts no group.
+        eta: The size of a group divided by the number of its candidates that go on after a cut (rounded up).
+        group: Candidates in a group, which race one another.
+        slices: Parts in which the examples after the last cut are scored. The bound is checked after each part.
+        bound: Stop a candidate once no remaining score could put it in the population or on the front.
     """
 
     fidelities: tuple[float, ...] = (0.1,)
@@ -84,7 +85,7 @@ class _Runner:
 
 @dataclass(eq=False)
 class _Group:
-    """Candidates that race one another. ``waiting`` counts those whose scores at this level are not told yet."""
+    """Candidates that race one another. ``waiting`` counts candidates whose scores at this level are not told."""
 
     level: int = 0
     size: int = 0  # candidates that began
@@ -282,9 +283,9 @@ class Racing:
         if miss is not None and len(self._misses) >= 10 and miss > 2.0:
             texts.append(f"scores on all examples were {miss:.1f} standard errors away from their estimates")
         inner = getattr(self.search, "report", None)
-        found = {"algorithm": "race", **self._counts, "spent": self._spent}
+        counts = {"algorithm": "race", **self._counts, "spent": self._spent}
         return {
-            **found,
+            **counts,
             "estimates": len(self._misses),
             "miss": miss,
             "search": inner() if inner else None,
@@ -440,7 +441,7 @@ def raced(
 
     Args:
         pair: The search and its population.
-        context: What they were made for.
+        context: The context they were made for.
         race: The race's settings; None for no race.
         whole: As for ``Racing``.
         own_parents: As for ``Racing``.

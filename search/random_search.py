@@ -15,8 +15,9 @@ class RandomSettings(Box):
     """Random search: coefficients drawn evenly from a box. Every other search has to beat this baseline.
 
     Attributes:
-        algorithm: ``random``.
-        race: Score candidates on some of the examples first (``ecotone.search.racing``); None for no race.
+        algorithm: ``random``: coefficients drawn evenly between ``low`` and ``high``.
+        race: Score every candidate on some of the examples first, and only the promising candidates on all
+            (``ecotone.search.racing``). None scores every candidate on all examples.
     """
 
     algorithm: Literal["random"] = "random"
@@ -40,7 +41,7 @@ class RandomSearch:
     """Random search: each trial's coefficients are independent and uniform in the box.
 
     Args:
-        box: Where coefficients lie.
+        box: The bounds of the coefficients.
         seed: The recipe's seed.
 
     Example::

@@ -33,8 +33,8 @@ class RefineSettings(Part):
     """Refinement of M2N2's children by gradient on the calibration tasks, before they are scored.
 
     Attributes:
-        every: Refine every so many children; 1 refines all.
-        steps: Steps of Adam for each, over one batch of every task.
+        every: Every how many children one is refined; 1 refines all children.
+        steps: Steps of Adam for a child. Each step uses one batch of every calibration task.
         rate: Adam's step size, in units of the coefficients.
     """
 
@@ -141,7 +141,7 @@ class Refined:
         return False
 
     def ask(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials: first those that learning children need, then new children."""
+        """Up to ``n`` trials: first the trials that learning children need, then new children."""
         trials: list[Trial] = []
         while len(trials) < n and (self._queue or self._breed()):
             trials.append(self._proposed(*self._queue.popleft()))

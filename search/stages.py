@@ -146,7 +146,11 @@ class StagedSearch:
         own ``report``, None where it has none. Numbers of trials are those of the chain.
         """
         stages = [*self._reports, self.running.report()]
-        texts = [f"stage {i} ({one['algorithm']}): {text}" for i, one in enumerate(stages) for text in _warnings(one)]
+        texts = [
+            f"stage {i} ({report['algorithm']}): {text}"
+            for i, report in enumerate(stages)
+            for text in _warnings(report)
+        ]
         if self.running.over and len(stages) < len(self.stages) and self._following() is None:
             texts.append(f"stage {len(stages)} could not begin: nothing of the stage before it could be scored.")
         return {"algorithm": "+".join(stage.name for stage in self.stages), "stages": stages, "warnings": texts}
@@ -173,7 +177,7 @@ class StagedSearch:
         return True
 
     def _proposed(self, n: int) -> list[Trial]:
-        """Up to ``n`` trials to be scored. Those whose scores are known are told at once, and others asked for."""
+        """Up to ``n`` trials to be scored. Trials whose scores are known are told at once, and others asked for."""
         trials: list[Trial] = []
         while n:
             found, n = self.running.ask(n), 0
@@ -237,7 +241,7 @@ class StagedPopulation:
 
 
 class _Running:
-    """A stage under way. Its trials have numbers of their own, from 0; ``numbers`` has those of the chain.
+    """A stage under way. Its trials have numbers of their own, from 0; ``numbers`` holds the chain's numbers.
 
     Several trials of a stage may stand for one of the chain, when a search proposes a merge it began with again.
     """
@@ -342,7 +346,7 @@ class _Running:
         return members if most is None or len(members) <= most else _spread(members, most, self.goals)
 
     def _keep(self, trial: Trial, evaluation: Evaluation) -> None:
-        """Keep what is on the stage's front."""
+        """Keep the trial if it is on the stage's front."""
         if evaluation.ok and self._front.add(trial.number, oriented(evaluation.scores, self.goals)):
             self._on_front[trial.number] = Member(trial, evaluation)
             self._on_front = {number: self._on_front[number] for number in self._front.numbers}

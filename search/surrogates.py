@@ -41,10 +41,10 @@ class SurrogateSettings(FrontBox):
     """Settings that all searches with a quadratic surrogate of each objective have.
 
     Attributes:
-        samples: Candidates scored before the first surrogate; None leaves their number to the algorithm.
-        links: How scores are bent before a quadratic is fitted: ``sigmoid``, ``softplus``, ``identity`` or ``auto``, or
-            one of these four by objective. ``auto`` is sigmoid for maximised scores within [0, 1], softplus for
-            minimised ones of at least 0, and identity for all others.
+        samples: Candidates scored before the first surrogate is fitted; None leaves their number to the algorithm.
+        links: The transformation of scores before a quadratic is fitted: ``sigmoid``, ``softplus``, ``identity`` or
+            ``auto``, for all objectives or by objective. ``auto`` is sigmoid for maximised scores within [0, 1],
+            softplus for minimised scores of at least 0, and identity for all others.
     """
 
     samples: int | None = Field(default=None, ge=1)

@@ -1,4 +1,4 @@
-"""Tests that every kind of model must pass: checkpoints, adapters, and what wraps them."""
+"""Tests that every kind of model must pass: checkpoints, adapters, and their wrappers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class ModelSuite:
-    """What a merge asks of a model. Give the fixture ``model``, and ``base``, another model of the same layout.
+    """Tests of everything that merges need of a model. Define the fixtures ``model`` and ``base``, of the same layout.
 
     Example:
         >>> class TestHalved(ModelSuite):
@@ -50,14 +50,14 @@ class ModelSuite:
         """Another model of the same layout; it may be a plain checkpoint."""
         raise NotImplementedError
 
-    # -- what it says of itself ------------------------------------------------------------------------------
+    # -- its declarations -----------------------------------------------------------------------------------
 
     def test_it_says_all_that_a_model_must(self, model: Model) -> None:
         """Its class answers; nothing is left to the model in it unsaid."""
         assert declared(model) is model
 
     def test_headers_say_what_is_read(self, model: Model) -> None:
-        """Shapes are those of the headers, types theirs or wider ones."""
+        """Shapes equal those of the headers. Types equal those of the headers, or are wider."""
         for name, info in model.tensors.items():
             flat = model.flat(name)
             assert tuple(model.tensor(name).shape) == info.shape, name

@@ -1,4 +1,4 @@
-"""What every kind of objective, and every calibration loss, must do.
+"""Conformance suites for kinds of objectives and for calibration losses.
 
 from ecotone.testing.objectives import Case, ObjectiveConformance
 from my_package import MineSettings
@@ -42,7 +42,7 @@ class Case(Generic[SettingsT]):
         settings: The settings, with small data.
         model: Gives a model that can be scored, for a seed: a module in evaluation mode, or tensors by name. Models of
             different seeds must score differently.
-        context: What it is built for.
+        context: The context it is built for.
         names: For losses: names of the experts, of which ``model`` gives the first for seed 0 and so on.
     """
 
@@ -59,7 +59,7 @@ LossCase: TypeAlias = Callable[[Path], Case[CalibrationSettings]]
 
 
 class _Kinds:
-    """What both suites share: cases by name, and what settings must do."""
+    """Base of both suites: cases by name, and the tests of settings."""
 
     cases: ClassVar[Mapping[str, Any]] = {}
     adapter: ClassVar[TypeAdapter[Any]]
@@ -76,7 +76,7 @@ class _Kinds:
         return made
 
     def test_a_record_is_taken_back(self, case: Case[Any]) -> None:
-        """Through JSON, which is what runs record, and through a pickle, which is what workers get."""
+        """JSON, which runs record, and a pickle, which workers get, both give the same settings back."""
         record = self.adapter.dump_python(case.settings, mode="json")
         assert self.adapter.validate_python(json.loads(json.dumps(record))) == case.settings
         assert pickle.loads(pickle.dumps(case.settings)) == case.settings  # noqa: S301 (made here)
@@ -105,17 +105,17 @@ class ObjectiveConformance(_Kinds):
 
     @pytest.fixture
     def objective(self, case: Case[ObjectiveSettings]) -> Objective:
-        """What the case's settings build."""
+        """The objective that the case's settings build."""
         return case.settings.build(case.context)
 
     def test_it_is_registered_and_declares_all(self, case: Case[ObjectiveSettings]) -> None:
-        """The registry checks what it declares."""
+        """The registry checks its declarations."""
         assert OBJECTIVES.get(case.settings.type, "type") is type(case.settings)
         assert set(case.settings.paths) <= type(case.settings).model_fields.keys()
         assert case.settings.with_paths(str) == case.settings
 
     def test_it_measures_what_its_settings_say(self, case: Case[ObjectiveSettings], objective: Objective) -> None:
-        """Name, direction, a finite number, and what is said of examples and limits."""
+        """Name, direction, a finite number, and the declarations on examples and limits."""
         assert isinstance(objective, Objective)
         assert objective.goal == case.settings.goal
         score = objective.score(case.model(0))
@@ -134,7 +134,7 @@ class ObjectiveConformance(_Kinds):
     def test_models_score_differently_and_each_the_same_whenever(
         self, case: Case[ObjectiveSettings], objective: Objective
     ) -> None:
-        """Not what was scored before, nor which object asks."""
+        """Scores depend neither on earlier scores nor on the object that scores."""
         first, second = (_scored(objective, case.model(seed)) for seed in range(2))
         assert first != second
         assert _scored(objective, case.model(0)) == first
@@ -192,11 +192,11 @@ class LossConformance(_Kinds):
 
     @pytest.fixture
     def task(self, case: Case[CalibrationSettings]) -> CalibrationTask:
-        """What the case's settings build."""
+        """The calibration task that the case's settings build."""
         return case.settings.build(case.context, 3)
 
     def test_it_is_registered_and_declares_all(self, case: Case[CalibrationSettings]) -> None:
-        """The registry checks what it declares."""
+        """The registry checks its declarations."""
         assert LOSSES.get(case.settings.loss, "loss") is type(case.settings)
         assert (case.settings.teacher is not None) == case.settings.needs_expert
 
@@ -208,7 +208,7 @@ class LossConformance(_Kinds):
     def test_a_batch_depends_on_its_number_and_the_seed_alone(
         self, case: Case[CalibrationSettings], task: CalibrationTask
     ) -> None:
-        """Not on what was asked before, nor on which object is asked."""
+        """It depends neither on earlier calls nor on the object that is called."""
         steps = [0, 1, 2, 7]
         first = [_lost(case, task, step) for step in steps]
         assert [_lost(case, task, step) for step in reversed(steps)] == first[::-1]

@@ -1,4 +1,4 @@
-"""What every merge operator must do.
+"""A conformance suite for merge operators.
 
 from ecotone.testing.operators import OperatorConformance
 from my_package import Mine
@@ -171,7 +171,7 @@ class OperatorConformance:
             assert torch.equal(bits(written[name]), bits(values))
 
     def test_weights_are_affine_in_the_coefficients(self, operator: Operator) -> None:
-        """Where it says so."""
+        """Only for operators that declare it."""
         if not operator.affine:
             pytest.skip("they depend on the coefficients in another way")
         rng = np.random.default_rng(0)

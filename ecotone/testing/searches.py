@@ -1,4 +1,4 @@
-"""What every search algorithm must do.
+"""A conformance suite for search algorithms.
 
 from ecotone.testing.searches import SearchConformance, made
 from my_package import MySettings
@@ -91,7 +91,7 @@ def differentiated(trial: Trial) -> Evaluation:
 
 
 def of_sample(sample: Sample | None, whole: Evaluation) -> Evaluation:
-    """What a worker says of a trial that is scored on a sample, given its scores on all examples.
+    """The evaluation that a worker gives a trial on a sample of the examples, computed from its scores on all examples.
 
     Scores are means of the examples' scores.
     """
@@ -100,11 +100,13 @@ def of_sample(sample: Sample | None, whole: Evaluation) -> Evaluation:
     scores, errors, per_example, items = {}, {}, {}, 0
     for name, values in whole.per_example.items():
         now = values[sample.now(len(values))]
-        each = np.concatenate([sample.seen[name], now]) if sample.start else now
-        assert np.array_equal(each, values[sample.then(len(values))])
-        mean = np.count_nonzero(each) / each.size if each.dtype == np.bool_ else float(each.mean(dtype=np.float64))
-        scores[name], errors[name] = mean, error_of_mean(each, len(values))
-        per_example[name] = each if sample.partial else values
+        joined = np.concatenate([sample.seen[name], now]) if sample.start else now
+        assert np.array_equal(joined, values[sample.then(len(values))])
+        mean = (
+            np.count_nonzero(joined) / joined.size if joined.dtype == np.bool_ else float(joined.mean(dtype=np.float64))
+        )
+        scores[name], errors[name] = mean, error_of_mean(joined, len(values))
+        per_example[name] = joined if sample.partial else values
         items += len(now)
     return Evaluation(scores, per_example, items=items, errors=errors if sample.partial else {})
 
@@ -123,7 +125,7 @@ def scored(trial: Trial) -> Evaluation:
 
 
 def offered(population: Population, trial: Trial, evaluation: Evaluation) -> Outcome:
-    """What becomes of an evaluation; only a trial that is scored on all examples may join a population."""
+    """Add an evaluation to the population. Only a trial that is scored on all examples may join it."""
     return population.add(trial, evaluation) if trial.scored else Outcome(accepted=False)
 
 

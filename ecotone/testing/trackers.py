@@ -36,7 +36,7 @@ GOALS = (("acc", "maximize"), ("loss", "minimize"))
 FILES = frozenset(
     ("recipe.yaml", "front.json", "candidates.csv", "front.csv", "genomes.json", "environment.json", "report.html")
 )
-"""What a tracker gets of a finished search with two objectives."""
+"""The files that a tracker gets of a finished search with two objectives."""
 
 History = Mapping[str, Sequence[tuple[int, float]]]
 """By metric: steps on its axis, and values."""
@@ -44,15 +44,15 @@ History = Mapping[str, Sequence[tuple[int, float]]]
 
 @dataclass(frozen=True)
 class Shown:
-    """What a tracker shows of one run, read back from it.
+    """The content of one run, read back from a tracker.
 
     Args:
-        history: Of each metric that has one.
+        history: Steps and values of each metric that has a history.
         summary: The latest or only value of each metric.
         parameters: The recipe, flattened.
         table: The front: columns and rows; None when there is none.
         files: Names of the files, without pictures.
-        runs: How many runs of the tracker show the search.
+        runs: The number of the tracker's runs that show the search.
     """
 
     history: History
@@ -78,19 +78,19 @@ class Case(Protocol):
         """Inside, its settings for a place that cannot be reached."""
 
     def shown(self, directory: Path) -> Shown:
-        """What it shows of the run in ``directory``."""
+        """The content that it shows of the run in ``directory``."""
 
 
 # -- journals ------------------------------------------------------------------------------------------------
 
 
 def genome(number: int) -> Genome:
-    """The merge of trial ``number``; 0 and 1000 are those of the models ``a`` and ``b``."""
+    """The merge of trial ``number``; numbers 0 and 1000 are the models ``a`` and ``b``."""
     return Genome.uniform(10, [number / 7, 1.0])
 
 
 def scores(number: int) -> dict[str, float] | None:
-    """What trial ``number`` scored: accuracy costs loss, every seventh fails, from 28 on the scores come again."""
+    """The scores of trial ``number``. Accuracy costs loss. Every seventh trial fails. Scores repeat after 28 trials."""
     if number % 7 == 3:
         return None
     turn = number % 28 + 12
@@ -98,9 +98,9 @@ def scores(number: int) -> dict[str, float] | None:
 
 
 def evaluation(number: int) -> Evaluation:
-    """What comes back for trial ``number``."""
-    found = scores(number)
-    return Evaluation.failed("not finite", "acc: NaN") if found is None else Evaluation(found, seconds=0.5)
+    """The evaluation of trial ``number``."""
+    scored = scores(number)
+    return Evaluation.failed("not finite", "acc: NaN") if scored is None else Evaluation(scored, seconds=0.5)
 
 
 def noted(budget: int | None, **others: str) -> list[Note]:
@@ -181,7 +181,7 @@ def front(count: int) -> list[int]:
 
 
 def volume(count: int) -> float:
-    """What the front dominates, down to accuracy 0 and loss 2.5, the worst of the reference merges."""
+    """The hypervolume of the front, down to accuracy 0 and loss 2.5, the worst scores of the reference merges."""
     area, covered = 0.0, 0.0
     for number in front(count):  # by accuracy: each adds a strip
         found = scores(number) or {}
@@ -217,7 +217,7 @@ def expected(count: int, borders: Sequence[int]) -> dict[str, list[tuple[int, fl
 
 
 def expected_end(count: int) -> dict[str, float]:
-    """What is known at the end: held-out scores of the best, and scores of the models."""
+    """The metrics at the end: held-out scores of the best, and scores of the models."""
     return {
         "held_out/test acc": 0.5 + best(count) / 4000,
         "references/a/acc": scores(0)["acc"],  # type: ignore[index]
@@ -230,7 +230,7 @@ def expected_end(count: int) -> dict[str, float]:
 
 
 def without_rates(history: History) -> dict[str, list[tuple[int, float]]]:
-    """What follows from the scores alone, to be compared with ``expected``."""
+    """The metrics that follow from the scores alone, to be compared with ``expected``."""
     digits = {"hypervolume": 12}
     return {
         key: [(step, round(value, digits.get(key, 17))) for step, value in rows]
@@ -262,7 +262,7 @@ following.mirror({directory!r}, {tracker!r})
 
 
 class TrackerSuite:
-    """What every tracker must do. A subclass has a fixture ``case``."""
+    """A conformance suite for trackers. A subclass has a fixture ``case``."""
 
     @pytest.fixture
     def directory(self, case: Case, tmp_path: Path) -> Path:
@@ -276,7 +276,7 @@ class TrackerSuite:
         return report
 
     def whole(self, case: Case, directory: Path) -> Shown:
-        """What the tracker shows, which must be the whole search, once."""
+        """The content that the tracker shows, which must be the whole search, once."""
         shown = case.shown(directory)
         wanted = expected(COUNT, range(1, COUNT + 1))
         ended = expected_end(COUNT)
@@ -352,7 +352,7 @@ class TrackerSuite:
         self.whole(case, directory)
 
     def test_a_search_that_is_judged_after_an_end(self, case: Case, tmp_path: Path) -> None:
-        """Stopped when its budget was spent but its front not scored: no evaluation is new, and all of it is shown."""
+        """A search stopped between its budget and its front goes on: no evaluation is new, and all of it is shown."""
         directory = tmp_path / "runs" / "one"
         settings = json.dumps({case.tracker: dict(case.settings)})
         with Journal.create(directory / "journal.sqlite", noted(COUNT, tracking=settings)) as journal:
@@ -366,7 +366,7 @@ class TrackerSuite:
         self.whole(case, directory)
 
     def test_an_extended_search_leaves_its_first_end_alone(self, case: Case, tmp_path: Path) -> None:
-        """A logged front cannot be taken back: what goes on after it is another run, with all of the search."""
+        """A logged front cannot be taken back. So the search goes on in another run, which shows all of it."""
         tracked = json.dumps({case.tracker: dict(case.settings)})
         directory = a_run(tmp_path / "runs", 20, 20, tracking=tracked)
         first = tracking.mirror(directory, case.tracker)
@@ -384,7 +384,7 @@ class TrackerSuite:
         assert self.mirrored(case, directory).logged == 0
 
     def test_down_is_a_report_and_loses_nothing(self, case: Case, directory: Path) -> None:
-        """The journal stays as it is, the notes say what is wrong, and later all of it arrives."""
+        """The journal stays as it is, the notes name the error, and later all of it arrives."""
         before = (directory / "journal.sqlite").read_bytes()
         with case.down() as settings:
             report = tracking.mirror(directory, case.tracker, dict(settings))

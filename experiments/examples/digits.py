@@ -87,7 +87,7 @@ def specialists(
 def fit(
     model: nn.Module, inputs: Tensor, targets: Tensor, epochs: int, loss: Loss = nn.functional.cross_entropy
 ) -> None:
-    """Train what of ``model`` is not frozen to give ``targets`` (N, ...) from ``inputs`` (N, ...).
+    """Train the unfrozen parameters of ``model`` to give ``targets`` (N, ...) from ``inputs`` (N, ...).
 
     Adam 1e-3, batches of 32 in an order that torch's global generator draws.
     """

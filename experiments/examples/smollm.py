@@ -76,17 +76,17 @@ def experts(
     adapters, and the texts to score them on: ``DOMAIN.search.jsonl`` and ``DOMAIN.test.jsonl``.
 
     Args:
-        directory: Where they are written.
+        directory: The folder they are written to.
         domains: For each domain's name the function, ``package.module:function``, that returns its ``Example``s.
         adapters: Domains whose expert is an adapter.
-        seed: Of the split, the order of training and the adapters' start.
+        seed: The seed of the split, the order of training and the adapters' start.
         model: A Hugging Face directory of a causal language model with its tokenizer; empty for SmolLM2.
         steps: Training steps an expert, with AdamW.
         batch: Windows a step.
         tokens: Tokens of a window.
         rate: Learning rate.
         adapter_rate: Learning rate of adapters.
-        rank: Of adapters, on all linear layers but the head.
+        rank: The rank of adapters, on all linear layers but the head.
         together: Texts that are joined to a document.
         search: Texts that guide a search.
         test: Texts that are held out.

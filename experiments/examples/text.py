@@ -248,9 +248,9 @@ def experts(
     with the task's head and its examples but those it was trained on.
 
     Args:
-        directory: Where they are written.
+        directory: The folder they are written to.
         tasks: For each task's name the function, ``package.module:function``, that returns its ``Example``s.
-        seed: Of the split, the order of training and dropout.
+        seed: The seed of the split, the order of training and dropout.
         encoder: A Hugging Face directory of an encoder with its tokenizer; empty for MiniLM.
         steps: Training steps an expert, with AdamW.
         batch: Examples a step.
@@ -419,7 +419,7 @@ def examples(
 
     Args:
         data: The ``TASK.safetensors`` that ``experts`` wrote.
-        part: Which of its texts.
+        part: The part of its texts.
         limit: The first so many; None is all.
 
     Returns:

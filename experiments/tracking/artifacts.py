@@ -19,7 +19,7 @@ from ecotone.populations.journal import Journal, Row
 
 
 def write_artifacts(folder: Path, journal: Journal, subject: Subject, summary: Summary) -> None:
-    """Write into ``folder`` what goes with a search.
+    """Write the files of a search into ``folder``.
 
     - ``recipe.yaml`` and ``environment.json``: what was run, and with which versions of what.
     - ``front.json`` (MLflow shows it as a table) and ``front.csv``: the front, a member a row, in the order of the

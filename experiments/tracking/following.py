@@ -64,7 +64,7 @@ def mirror(
 
 
 def mirror_all(run_dir: str | Path, trackers: Sequence[str] = ()) -> dict[str, MirrorReport]:
-    """``mirror`` for each of the ``trackers``, by default those that the run names, or else MLflow; reports by name.
+    """Mirror a run to each of the ``trackers``; reports by name. By default to the run's trackers, or else to MLflow.
 
     What goes wrong with one is in its report, and keeps nothing from the others.
     """
@@ -86,7 +86,7 @@ def chosen(directory: Path) -> tuple[str, ...]:
 
 
 def settings_of(directory: Path, tracker: str, changes: Mapping[str, Any] | None = None) -> TrackerSettings:
-    """The settings of a tracker, as the journal has them; of one that was off, what the recipe says of it even so."""
+    """The settings of a tracker as the journal has them. For a tracker that was off, the settings of the recipe."""
     kind = TRACKERS.get(tracker, "tracker")
     with Journal.open(directory / "journal.sqlite") as journal:
         on, recipe = trackers_of(journal), journal.fact(facts.RECIPE) or {}
@@ -160,7 +160,7 @@ class Attempts:
         self._mirror: Mirror | None = None
 
     def once(self, live: bool) -> MirrorReport:
-        """Mirror what is new; ``live`` says that the search's process is there."""
+        """Mirror all that is new. ``live`` is true while the search's process runs."""
         complete, failure, mirror = False, None, None
         try:
             with Journal.open(self.directory / "journal.sqlite") as journal:
@@ -196,7 +196,7 @@ class Attempts:
     def _report(
         self, mirror: Mirror | None, complete: bool, failure: str | None
     ) -> tuple[MirrorReport, dict[str, Any]]:
-        """What was achieved, and what else is noted: of a tracker that was not reached, what was known before."""
+        """The report and the values noted beside it. Of a tracker that was not reached, the earlier values."""
         known = noted(self.directory, self.tracker)
         uri = self._settings.place(self.directory) if self._settings else str(known.get("uri") or "")
         if mirror is not None:
@@ -269,7 +269,7 @@ def _followed(
 
 
 def _told(tracker: str, report: MirrorReport, before: MirrorReport, trace: str) -> MirrorReport:
-    """Say what changed between two reports."""
+    """Log the changes between two reports."""
     if report.error is not None and report.error != before.error:
         say(f"{tracker}: {report.error}; trying again\n{trace}".rstrip())
     if report.error is None and (before.error is not None or report.run_id != before.run_id):
@@ -290,7 +290,7 @@ def _is_over(directory: Path, alive: Callable[[], bool]) -> bool:
 
 
 def _birth(pid: int) -> str | None:
-    """What tells a process from a later one with the same number; None when it is gone."""
+    """A text that tells a process from a later process with the same number; None when the process is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:

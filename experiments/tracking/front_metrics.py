@@ -19,7 +19,7 @@ Scores: TypeAlias = Mapping[str, float]
 
 
 def front_lines(summary: Summary, goals: Sequence[Goal], held_out: Sequence[Goal], now: int) -> list[Line]:
-    """The front on search data, and what its members score on held-out data; nothing with one objective.
+    """The front on search data, and its members' scores on held-out data; empty with one objective.
 
     - ``front/<objective>``: all members, by the first objective.
     - ``front_held_out/<objective>``: the same members, by the first held-out objective. They need not be a front
@@ -35,10 +35,10 @@ def front_lines(summary: Summary, goals: Sequence[Goal], held_out: Sequence[Goal
     """
     if len(goals) < 2:
         return []
-    found = [(row, row.scores or {}) for row in summary.front]
+    searched = [(row, row.scores or {}) for row in summary.front]
     measured = [(row, summary.held_out[row.number]) for row in summary.front if row.number in summary.held_out]
-    lines = _whole(FRONT, goals, [scores for _, scores in found], now)
-    lines += _pairs(FRONT, goals, found, goals, now)
+    lines = _whole(FRONT, goals, [scores for _, scores in searched], now)
+    lines += _pairs(FRONT, goals, searched, goals, now)
     if len(held_out) > 1:
         lines += _whole(HELD_OUT_FRONT, held_out, [scores for _, scores in measured], now)
         lines += _pairs(HELD_OUT_FRONT, held_out, measured, goals, now)

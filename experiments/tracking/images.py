@@ -29,7 +29,7 @@ def front_image(goals: Sequence[Goal], cloud: Floats, front: Floats, title: str,
         cloud: (N, M) scores of candidates, as the objectives report them.
         front: (F, M) those of the front.
         title: Written above.
-        colour: Of the front.
+        colour: The colour of the front.
 
     Returns:
         A Pillow image.

@@ -29,7 +29,7 @@ class Mirror:
     """Keeps a tracker's record of a run up to date. Any error makes it useless, as it does the record.
 
     Args:
-        subject: What the journal says of the run as a whole.
+        subject: The facts of the run as a whole.
         record: The run of the tracker.
     """
 
@@ -45,7 +45,7 @@ class Mirror:
         self._after = -1
 
     def advance(self, journal: Journal, state: str) -> bool:
-        """Log what is new; True when the search has ended and all of it is logged."""
+        """Log all new lines. Returns True when the search has ended and all of it is logged."""
         final = state != "running"
         self._go_on_after_an_end(journal)
         if not final:
@@ -56,7 +56,7 @@ class Mirror:
         return final
 
     def _go_on_after_an_end(self, journal: Journal) -> None:
-        """Where the search has more than an end showed: it may have had several, each in a run of its own."""
+        """Go on where the search has more than a logged end showed. Each end has a run of its own."""
         run_id = None
         while run_id != self.record.run_id and (self.record.end or self.record.front):
             run_id, count = self.record.run_id, sum(1 for _ in journal.rows())
@@ -66,7 +66,7 @@ class Mirror:
             self._go_on()
 
     def _lines(self, journal: Journal, finished: bool) -> Iterator[Line]:
-        """The lines after the cursor. Trials in flight hold up those behind them until the search is finished."""
+        """The lines after the cursor. Trials in flight hold up later lines until the search is finished."""
         # Read in portions: a reader that lingers keeps the journal's write-ahead log from being folded in.
         while rows := list(islice(journal.rows(self._after, unscored=True), _PORTION)):
             for row in rows:
@@ -98,7 +98,7 @@ class Mirror:
         self.record.show(image, step, round(self.board.time * 1000))
 
     def _finish(self, journal: Journal, state: str) -> None:
-        """Log what is known at the end, once for each end."""
+        """Log the results of an end, once for each end."""
         summary = summary_of(journal, self.board, self.subject)
         mark = f"{state} {self.board.count} {summary.fingerprint}"
         if self.record.end == mark:

@@ -1,4 +1,4 @@
-"""What mirrors leave in the run directory: ``tracking.json``, locks, and their log. Needs no tracker."""
+"""The files that mirrors leave in the run directory: ``tracking.json``, locks, and their log. Needs no tracker."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _OLD = "run_id"  # a key of the notes as they were when there was one tracker
 
 @dataclass(frozen=True)
 class MirrorReport:
-    """What a mirror achieved.
+    """The result of mirroring a run.
 
     Args:
-        uri: Where the run goes, without credentials.
+        uri: The address of the run, without credentials.
         experiment_id: The tracker's experiment or project, or None when the tracker was not reached.
         run_id: The tracker's run, or None when the tracker was not reached.
         evaluations: Evaluations that the tracker shows.
         logged: Metric values logged this time.
-        complete: The search has ended and all of it is with the tracker.
+        complete: Whether the search has ended and the tracker has all of it.
         error: One line that says what went wrong, or None.
     """
 
@@ -45,7 +45,7 @@ class MirrorReport:
 
 
 def status(run_dir: str | Path, tracker: str = DEFAULT) -> dict[str, Any]:
-    """What is known about the mirroring of a run, without the tracker: read from ``RUN_DIR/tracking.json``.
+    """The state of the mirroring of a run, read from ``RUN_DIR/tracking.json``. Needs no tracker.
 
     Returns:
         ``uri`` (without credentials), ``experiment``, ``experiment_id``, ``run_id``, ``page`` (where people see it),
@@ -110,7 +110,7 @@ def _being_mirrored(directory: Path, tracker: str) -> bool:
 
 
 def noted(directory: Path, tracker: str) -> dict[str, Any]:
-    """What ``tracking.json`` says of a tracker; nothing when it is missing or damaged."""
+    """The notes on a tracker in ``tracking.json``; empty when that file is missing or damaged."""
     known = _all_notes(directory).get(tracker)
     return known if isinstance(known, dict) else {}
 
@@ -127,14 +127,14 @@ def _all_notes(directory: Path) -> dict[str, Any]:
 
 
 def note(directory: Path, tracker: str, report: MirrorReport, more: Memory) -> None:
-    """Write what is known of a tracker into ``tracking.json``, whole or not at all.
+    """Write the notes on a tracker into ``tracking.json``, whole or not at all.
 
     Failing to write it stops nothing: it is for looking at, and what a tracker remembers in it only saves work.
 
     Args:
         directory: The run directory.
         tracker: The tracker's name.
-        report: What its mirror achieved.
+        report: The result of its mirror.
         more: ``experiment``, ``page`` and ``memory``.
     """
     known = {

@@ -1,12 +1,12 @@
-"""What a tracker is: the settings of a kind, and the record of one run that it opens.
+"""The protocol of trackers: the settings of a kind, and the record of one run that they open.
 
 To add a tracker, write its file and one line of the registry (``ecotone.experiments.tracking.registry``), or an entry
 point of the group ``ecotone.trackers`` in a package of your own. The file holds two things:
 
-- A subclass of ``TrackerSettings``: its part of a recipe, and what it says of itself.
+- A subclass of ``TrackerSettings``: its part of a recipe, and its declarations.
 - A class with the methods of ``Record``: the run of the tracker that one search is mirrored into.
 
-What there is to log (metrics, steps, fronts, pictures, files) is computed once, for all trackers, by ``Mirror``. The
+``Mirror`` computes everything that is logged (metrics, steps, fronts, pictures, files) once for all trackers. The
 conformance suite is ``ecotone.testing.trackers``.
 """
 
@@ -25,7 +25,7 @@ from ecotone.populations.errors import EcotoneError, InputError, first_line
 from ecotone.settings import Part
 
 Memory: TypeAlias = Mapping[str, Any]
-"""What a record has noted in the run directory, plain values: for trackers that cannot be asked where they stand."""
+"""Plain values that a record keeps in the run directory, for trackers that do not report how much they have."""
 
 SILENCE = "does not answer"
 """How the words of an error end of which nobody wants to see more."""
@@ -54,19 +54,19 @@ class Line:
 
 @dataclass(frozen=True)
 class End:
-    """What is known when a search has ended. A search that is resumed has several ends.
+    """One end of a search, and its results until then. A search that is resumed has several ends.
 
     Args:
-        mark: What tells this end from another one of the same run.
+        mark: A text that differs between the ends of a run.
         state: ``finished``, ``failed``, ``interrupted`` or ``killed``.
         ended: When the run ended (unix seconds).
-        evaluations: How many there are.
+        evaluations: The number of evaluations.
         time: When the last of them came (unix milliseconds).
         reasons: ``stop_reason`` and ``error``, in words; empty where there is none.
-        metrics: Of the run as a whole: held-out scores of the best candidate, scores of the merges to compare with.
-        front: What tells this front from another one of the same run; empty unless the search has finished.
-        lines: The front, a step a member, and what is known of earlier steps only now; empty unless the search has
-            finished.
+        metrics: Metrics of the whole run: held-out scores of the best candidate, scores of the merges to compare with.
+        front: A text that differs between the fronts of a run; empty unless the search has finished.
+        lines: The front, one step for each member, and values of earlier steps that are known only now; empty unless
+            the search has finished.
         table: The front: ``columns`` and ``data``, a list a row.
         write: Writes the files of the search into a folder.
     """
@@ -107,7 +107,7 @@ class Record(Protocol):
 
     @property
     def page(self) -> str | None:
-        """Where people see the run, an address or a command; None where it has to be served first."""
+        """The address or the command with which people see the run; None where it has to be served first."""
 
     @property
     def colour(self) -> str:
@@ -141,7 +141,7 @@ class Record(Protocol):
         """Show that the search goes on."""
 
     def log(self, lines: Iterable[Line]) -> None:
-        """Log lines, in order. Each is taken from ``lines`` only when those before it are with the tracker."""
+        """Log lines, in order. Each is taken from ``lines`` only when the tracker has all lines before it."""
 
     def show(self, image: Any, step: int, time: int) -> None:
         """Log a picture of the front (a Pillow image) after ``step`` evaluations, at ``time`` (unix milliseconds)."""
@@ -158,14 +158,14 @@ class Record(Protocol):
         """
 
     def memory(self) -> Memory:
-        """What ``open`` is to be given the next time."""
+        """The values that the next call of ``open`` must be given."""
 
     def close(self) -> None:
-        """Let go of the tracker; whatever was logged is with it, or on its way."""
+        """Release the tracker. All logged values are with it, or on their way."""
 
 
 class TrackerSettings(Part):
-    """The settings of a tracker: its part of a recipe, and what it says of itself.
+    """The settings of a tracker: its part of a recipe, and its declarations.
 
     A subclass has an entry for each field in the ``Attributes`` section of its docstring, and all of ``DECLARED``. The
     registry refuses one that lacks any.
@@ -176,34 +176,34 @@ class TrackerSettings(Part):
     title: ClassVar[str]
     """Its name, for people."""
     packages: ClassVar[tuple[str, ...]]
-    """What it imports."""
+    """The Python packages that it imports."""
     lacks: ClassVar[tuple[str, ...]]
-    """What it cannot do that others can, a clause each."""
+    """The abilities of other trackers that it lacks, one clause for each."""
 
     @classmethod
     def install(cls) -> str:
-        """The command that installs what it imports."""
+        """The command that installs its packages."""
         raise NotImplementedError
 
     def recorded(self) -> TrackerSettings:
-        """The settings that the journal keeps: what this process's environment decides is written out."""
+        """The settings that the journal keeps. Values from this process's environment are written out."""
         return self
 
     def describe(self) -> str:
-        """Where a run goes, as a clause."""
+        """A clause that names the place of a run."""
         raise NotImplementedError
 
     def place(self, directory: Path) -> str:
-        """Where the run in ``directory`` goes, without credentials. Two places of one run are two copies of it."""
+        """The place of the run in ``directory``, without credentials. Two places of one run are two copies of it."""
         raise NotImplementedError
 
     def open(self, subject: Subject, directory: Path, memory: Memory) -> Record:
         """The record of a run, found or made.
 
         Args:
-            subject: What the journal says of the run as a whole.
+            subject: The facts of the run as a whole.
             directory: The run directory.
-            memory: What the last record of this run noted; empty when that is unknown.
+            memory: The values kept by the last record of this run; empty when unknown.
 
         Raises:
             Exception: The tracker cannot be reached, or refuses.
@@ -211,7 +211,7 @@ class TrackerSettings(Part):
         raise NotImplementedError
 
     def in_words(self, error: BaseException) -> str:
-        """One line that says what went wrong, for the user."""
+        """One line about an error, for the user."""
         if isinstance(error, ImportError):
             return f"{self.title} cannot be imported ({first_line(error)}): `{self.install()}`"
         text = " ".join(str(error).split()) or type(error).__name__
@@ -224,7 +224,7 @@ class TrackerSettings(Part):
 
     @classmethod
     def require(cls) -> None:
-        """Say what to install when something is missing.
+        """Raise an error with the command to install missing packages.
 
         Raises:
             TrackingError: Something is.
@@ -234,7 +234,7 @@ class TrackerSettings(Part):
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Refuse a tracker that does not say all of itself that it must.
+    """Refuse a tracker that lacks a declaration.
 
     Raises:
         InputError: It is no subclass of ``TrackerSettings``, or lacks one of ``TrackerSettings.DECLARED``, a default or
@@ -242,7 +242,11 @@ def check_declared(name: str, kind: Any) -> None:
     """
     if not (isinstance(kind, type) and issubclass(kind, TrackerSettings)):
         raise InputError(f"tracker {name!r}: expected a subclass of TrackerSettings, found {kind!r}.")
-    missing = [one for one in TrackerSettings.DECLARED if _found(kind, one) is _found(TrackerSettings, one)]
+    missing = [
+        declaration
+        for declaration in TrackerSettings.DECLARED
+        if _found(kind, declaration) is _found(TrackerSettings, declaration)
+    ]
     silent = [field for field, text in kind.texts().items() if not text]
     needed = [field for field, known in kind.model_fields.items() if known.is_required()]
     for what, found in (("lacks", missing), ("says nothing of its fields", silent), ("has no default for", needed)):

@@ -1,4 +1,4 @@
-"""What a search was worth, step by step: its evaluations turned into metrics."""
+"""The metrics of a search, step by step, computed from its evaluations."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Volumes:
 
 
 class Scoreboard:
-    """Turns evaluations, in order, into the metrics of a search; what it says depends on the journal alone.
+    """Turns evaluations, in order, into the metrics of a search. The metrics depend on the journal alone.
 
     Args:
         goals: The objectives.

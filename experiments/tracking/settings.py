@@ -46,8 +46,8 @@ class TrackingSettings(MlflowPlace):
     A tracker of an installed package is named like ours: ``name: true``, or ``name:`` with its settings.
 
     Attributes:
-        mlflow: Mirror the journal into MLflow.
-        wandb: Mirror the journal into Weights & Biases: ``true``, or its settings.
+        mlflow: Mirror the run into MLflow.
+        wandb: Mirror the run into Weights & Biases: ``true``, or the settings of W&B.
     """
 
     mlflow: bool = True
@@ -56,16 +56,16 @@ class TrackingSettings(MlflowPlace):
 
     @property
     def trackers(self) -> dict[str, TrackerSettings]:
-        """The settings of those that are on, by name."""
+        """The settings of the trackers that are on, by name."""
         ours: dict[str, TrackerSettings | None] = {
             "mlflow": MlflowSettings(uri=self.uri, experiment=self.experiment) if self.mlflow else None,
             "wandb": self.wandb,
         }
-        return {name: one for name, one in (ours | self._others).items() if one is not None}
+        return {name: settings for name, settings in (ours | self._others).items() if settings is not None}
 
     def recorded(self) -> dict[str, Any]:
-        """What the journal keeps of it: a mirror is a process of its own, and reads it there."""
-        return {name: one.recorded().model_dump(mode="json") for name, one in self.trackers.items()}
+        """The settings as the journal keeps them. The mirror, which is a process of its own, reads them there."""
+        return {name: settings.recorded().model_dump(mode="json") for name, settings in self.trackers.items()}
 
     @model_validator(mode="wrap")
     @classmethod

@@ -1,4 +1,4 @@
-"""What the journal says of a run as a whole, for trackers."""
+"""The facts of a run as a whole, for trackers. They are read from its journal."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ DEFAULT = "mlflow"  # the tracker of runs that were made when there was no other
 
 @dataclass(frozen=True)
 class Subject:
-    """What the journal says of a run as a whole.
+    """The facts of a run as a whole.
 
     Args:
-        name: For people. It begins with what tells searches of one recipe apart: charts cut long names.
+        name: For people. Its first words tell searches of one recipe apart, because charts cut long names.
         recipe: The recipe's name.
-        algorithm: As recipes name it.
+        algorithm: The algorithm's name in recipes.
         identity: 32 hexadecimal digits that tell the run from any other, wherever its directory is moved.
         created: When it began (unix seconds).
         goals: The objectives.
         held_out: The held-out objectives.
         models: Names of the experts.
-        stride: A line every so many evaluations; None for a search whose budget is no number of evaluations.
+        stride: Evaluations between two lines; None for a search whose budget is not a number of evaluations.
         parameters: The recipe, flattened.
-        tags: What runs are looked up by.
+        tags: Keys and values by which people look runs up.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Subject:
 
     @classmethod
     def of(cls, journal: Journal, directory: Path) -> Subject:
-        """What the journal in ``directory`` says."""
+        """The facts of the run whose journal is in ``directory``."""
         created = journal.fact(facts.CREATED) or 0.0
         name = journal.fact(facts.NAME) or directory.name
         signature = journal.fact(facts.SIGNATURE) or ""
@@ -84,8 +84,10 @@ class Subject:
 
 def trackers_of(journal: Journal) -> Mapping[str, Mapping[str, Any]]:
     """The trackers that a run is mirrored to: the settings of each, as the journal has them, by name."""
-    told = journal.fact(facts.TRACKING) or {}
-    return {DEFAULT: told} if "experiment" in told or "uri" in told else told  # as it was before there were several
+    settings = journal.fact(facts.TRACKING) or {}
+    if "experiment" in settings or "uri" in settings:  # as journals had it before there were several trackers
+        return {DEFAULT: settings}
+    return settings
 
 
 def state_of(journal: Journal, live: bool) -> str:

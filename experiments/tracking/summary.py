@@ -1,4 +1,4 @@
-"""The end of a search: what is logged of the run as a whole."""
+"""The end of a search: the results of the whole run that are logged."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ecotone.populations.trial import Evaluation, Goal, Scores
 
 @dataclass(frozen=True)
 class Summary:
-    """What is logged at the end.
+    """The results that are logged at the end of a search.
 
     Args:
         metrics: Held-out scores of the best candidate, and scores of the merges to compare with.
-        front: By the first objective.
-        held_out: The front's scores on held-out data by trial number, of the members that have some.
+        front: The rows of the front, sorted by the first objective.
+        held_out: Scores on held-out data by trial number, for the members of the front that have such scores.
         references: Scores on search data of the merges to compare with.
         table: The front: ``columns``, and the rows as ``data``.
     """
@@ -35,19 +35,19 @@ class Summary:
 
     @property
     def fingerprint(self) -> str:
-        """What tells this end from another one of the same run."""
+        """A text that differs between the ends of a run."""
         text = json.dumps([self.metrics, self.table], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
     def front_mark(self) -> str:
-        """What tells this front from another one of the same run."""
+        """A text that differs between the fronts of a run."""
         text = json.dumps([(row.number, row.number in self.held_out) for row in self.front])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def summary_of(journal: Journal, board: Scoreboard, subject: Subject) -> Summary:
-    """What the journal says at the end, held-out and reference scores included."""
+    """The results at the end of the journal, held-out and reference scores included."""
     names = metric_names([goal.name for goal in (*subject.goals, *subject.held_out)])
     metrics: dict[str, float] = {}
     if board.best is not None:

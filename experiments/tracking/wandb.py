@@ -59,11 +59,11 @@ class WandbSettings(TrackerSettings):
     """Weights & Biases: its server, or a folder for `wandb sync`.
 
     Attributes:
-        project: W&B project.
-        entity: User or team that has the project; None is whoever logged in with `wandb login`.
-        mode: ``online``, or ``offline``: written into a folder without a network, for `wandb sync` to send. None is
-            $WANDB_MODE, or else online.
-        dir: Folder that W&B keeps its files in; None is the run directory.
+        project: The W&B project that holds the run.
+        entity: The user or team that owns the W&B project. None means the user who logged in with `wandb login`.
+        mode: ``online`` sends the run to W&B. ``offline`` writes it into a folder without a network, for `wandb sync`
+            to send later. None means $WANDB_MODE, or else online.
+        dir: The folder that W&B keeps its files in. None means the run directory.
     """
 
     project: str = "ecotone"
@@ -101,7 +101,7 @@ class WandbSettings(TrackerSettings):
         return "/".join([server, *([self.entity] if self.entity else []), self.project])
 
     def folder(self, directory: Path) -> Path:
-        """Where W&B keeps its files of the run in ``directory``."""
+        """The folder in which W&B keeps its files of the run in ``directory``."""
         return directory if self.dir is None else Path(self.dir)
 
     def open(self, subject: Subject, directory: Path, memory: Memory) -> WandbRecord:
@@ -110,7 +110,7 @@ class WandbSettings(TrackerSettings):
         return kind(subject, self, self.folder(directory), memory)
 
     def in_words(self, error: BaseException) -> str:
-        """One line that says what went wrong; of a server that does not answer, just that."""
+        """One line about an error. For a server that does not answer, it says only that."""
         text = super().in_words(error)
         if any(sign in text.lower() for sign in _SILENT):
             server = os.environ.get("WANDB_BASE_URL", _SERVER)
@@ -133,10 +133,10 @@ class WandbRecord:
     """The W&B run of a search, on a server.
 
     Args:
-        subject: What the journal says of the run as a whole.
-        settings: Where to.
-        folder: Where W&B keeps its files.
-        memory: What the last record noted. With an end in it the server is asked only when there is more to say.
+        subject: The facts of the run as a whole.
+        settings: Project, team and mode of W&B.
+        folder: The folder of W&B's files.
+        memory: The values kept by the last record. If they hold an end, the server is asked only for more to log.
     """
 
     logged: int
@@ -194,7 +194,7 @@ class WandbRecord:
         return str(self._marks["front"])
 
     def memory(self) -> Memory:
-        """Of a whole search, all there is to know of it: then nobody has to be asked."""
+        """Values of a complete search, so that the server need not be asked."""
         if not self.end:
             return {}
         return {"end": self.end, "cursor": self.cursor, "marks": self._marks, "page": self.page}
@@ -323,7 +323,7 @@ class WandbRecord:
             raise
 
     def _configuration(self) -> dict[str, Any]:
-        """The recipe, flattened, and under one key what runs are looked up by and where we stand."""
+        """The recipe, flattened; under one key, the tags of the run and the state of mirroring."""
         tags = {key.removeprefix("ecotone."): value for key, value in self.subject.tags.items()}
         return {**self.subject.parameters, _OWN: {**tags, **self._marks}}
 
@@ -358,10 +358,10 @@ class OfflineRecord(WandbRecord):
     """The W&B run of a search, in a folder: written from the journal's first row on, or shown as it is.
 
     Args:
-        subject: What the journal says of the run as a whole.
-        settings: Where to.
-        folder: Where W&B keeps its files.
-        memory: What the last record noted. Without an end in it the log is written anew.
+        subject: The facts of the run as a whole.
+        settings: Project, team and mode of W&B.
+        folder: The folder of W&B's files.
+        memory: The values kept by the last record. Without an end in it the log is written anew.
     """
 
     mode: ClassVar[Literal["online", "offline"]] = "offline"
@@ -370,7 +370,7 @@ class OfflineRecord(WandbRecord):
         """Nobody looks at it while it is written."""
 
     def go_on(self, evaluations: int) -> None:
-        """Write anew what shows less than there is; an earlier end that has a front stays what it is."""
+        """Write anew every run that shows less than the journal has. An earlier end with a front stays as it is."""
         self.close()
         if self._is_another(evaluations):
             self.run_id: str = self._successor
@@ -401,7 +401,7 @@ def _end_process() -> None:
 
 
 def _rows(lines: Iterable[Line]) -> list[dict[str, float]]:
-    """What is logged together: the metrics of one step of one axis."""
+    """The rows that are logged, each with all metrics of one step of one axis."""
     rows: dict[tuple[str, int], dict[str, float]] = {}
     for line in lines:
         rows.setdefault((line.axis, line.step), {line.axis: line.step}).update(line.values)

@@ -71,5 +71,5 @@ def _again(forward: Any, *inputs: Any, **options: Any) -> Any:
 
 def _configs(model: nn.Module) -> list[Any]:
     """The configurations in the model that say whether to cache, each once."""
-    found = [getattr(module, "config", None) for module in model.modules()]
-    return list({id(config): config for config in found if hasattr(config, "use_cache")}.values())
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in configs if hasattr(config, "use_cache")}.values())

@@ -1,7 +1,7 @@
-"""What a scoring backend is: it shows one candidate after the other to the objectives.
+"""Scoring backends. A backend shows one candidate after the other to the objectives.
 
-The settings of a backend are the recipe's ``scoring`` part. The worker opens the models, has the backend make what
-shows them, and knows nothing else of it. The first backend is a module in the worker's memory
+The settings of a backend are the recipe's ``scoring`` part. The worker opens the models and has the settings make the
+backend. It knows nothing else of the backend. The first backend is a module in the worker's memory
 (``ecotone.fitness.backends.resident``). A package of your own adds one by an entry point of the group
 ``ecotone.backends``.
 """
@@ -40,7 +40,7 @@ class Backend(Protocol):
 
     @property
     def model(self) -> Any:
-        """What objectives are given: a module in evaluation mode, a dict of tensors by name, or a client."""
+        """The object that objectives score: a module in evaluation mode, a dict of tensors by name, or a client."""
         ...
 
     def show(self, genomes: Sequence[Genome]) -> Iterator[Any]:
@@ -76,12 +76,12 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class BackendContext:
-    """What a backend is made for.
+    """The models and the device that a backend is made for.
 
     Args:
         sources: The models.
-        architecture: What a module is made by: a call, ``auto``, or None.
-        device: Where the worker merges.
+        architecture: A call that makes the torch module, ``auto`` for Hugging Face directories, or None for no module.
+        device: The device on which the worker merges.
         dtype: The floating-point type that merges are rounded to; None keeps the architecture's own.
     """
 
@@ -97,14 +97,15 @@ class ScoringSettings(Part):
     A backend's settings are a subclass with a ``Literal`` of its name as ``backend``, and all abstract methods.
 
     Attributes:
-        backend: What shows candidates to the objectives.
-        batch: Candidates asked for and scored together.
-        in_flight: The most candidates asked for and not yet learned from, in all; two batches unless said otherwise.
-            Strict order keeps workers busy with two to three batches for each, as the slow ones hold up what is asked.
-        order: ``strict`` learns in the order of asking, so that results depend on the recipe alone;
-            ``arrival`` learns at once, for the highest use of workers.
-        threads: CPU threads a worker computes with.
-        device: ``auto`` takes a GPU when the worker has one.
+        backend: The name of the backend that shows candidates to the objectives.
+        batch: Candidates that are proposed and scored together.
+        in_flight: The most candidates in flight: proposed, but not yet learned from. None means two batches. With
+            strict order, two to three batches for each worker keep all workers busy, because the oldest batch holds up
+            new proposals.
+        order: When the search learns from results. ``strict`` learns in the order of proposals, so that results depend
+            only on the recipe. ``arrival`` learns at once, so that workers never wait.
+        threads: CPU threads that each worker computes with.
+        device: The device that workers compute on. ``auto`` takes a GPU where the worker has one.
     """
 
     backend: str
@@ -152,7 +153,7 @@ class ScoringSettings(Part):
 
         Args:
             sources: The models.
-            device: Where it merges.
+            device: The device on which it merges.
             dtype: The floating-point type that merges are rounded to.
             threads: CPU threads that it merges with.
             batch: The most candidates scored together; None if it is not known.
@@ -161,11 +162,11 @@ class ScoringSettings(Part):
 
     @abstractmethod
     def describe(self) -> str:
-        """What ``validate`` tells of the backend, as a phrase."""
+        """A phrase about the backend for the report of ``validate``."""
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Refuse a backend that does not say all of itself that it must (``ecotone.settings.check_kind``).
+    """Refuse a backend that lacks a declaration (``ecotone.settings.check_kind``).
 
     Raises:
         InputError: It is no subclass of ``ScoringSettings``, its ``backend`` is no ``Literal`` with this name, or it

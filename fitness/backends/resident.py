@@ -34,23 +34,24 @@ def stack_of(
         layout: The flat vector.
         dtype: The model's floating-point type; None is the checkpoints'.
         stack_bytes: Memory for candidates merged in one pass.
-        batch: How many there are at most.
+        batch: The most candidates in a stack.
     """
     kinds = {dtype} if dtype else set(layout.dtypes)
-    each = layout.size * kinds.pop().itemsize if len(kinds) == 1 else 0
-    count = stack_bytes // each if each else 0
+    size = layout.size * kinds.pop().itemsize if len(kinds) == 1 else 0
+    count = stack_bytes // size if size else 0
     if count < 2:
         return 0
-    return each * (count if batch is None else min(batch, count))
+    return size * (count if batch is None else min(batch, count))
 
 
 class ResidentSettings(ScoringSettings):
-    """A module in the worker's memory: its weights are replaced by those of one candidate after the other.
+    """A module in the worker's memory. It takes the weights of one candidate after the other.
 
     Attributes:
-        backend: ``resident``.
-        checkpointing: Compute activations again on the way back of a gradient instead of keeping them: less memory,
-            more time (Hugging Face models only).
+        backend: ``resident``: a module in the worker's memory, whose weights are replaced by those of one candidate
+            after the other.
+        checkpointing: Compute activations again in the backward pass instead of keeping them. This takes less memory
+            and more time (Hugging Face models only).
     """
 
     backend: Literal["resident"] = "resident"
@@ -80,25 +81,25 @@ class ResidentSettings(ScoringSettings):
         *,
         settings: bool,
     ) -> Needs:
-        """A model, or a stack of small ones, and what merging takes."""
+        """The memory of a model, or of a stack of small models, and of merging."""
         return sources.memory.needs(device, dtype, threads, stack_of(sources.layout, dtype, batch=batch), settings)
 
     def describe(self) -> str:
-        """Where candidates are."""
+        """A phrase that names the device of candidates."""
         return "a module in each worker's memory, whose weights are replaced"
 
 
 class Resident:
-    """A model whose floating-point tensors are replaced by those of one candidate after the other.
+    """A model whose floating-point tensors take the values of one candidate after the other.
 
     Small models are merged in stacks: one pass over the sources makes many candidates, and showing one is
     a change of pointers. Large ones are merged in place, one candidate at a time.
 
     Args:
-        sources: What genomes mix.
+        sources: The sources that are mixed.
         architecture: A function that returns the module, ``auto`` for the Hugging Face directory the checkpoints
             come from, or None for a dict of tensors.
-        device: Where the model lives.
+        device: The device of the model.
         dtype: Its floating-point type; None keeps the architecture's own (for a dict: the checkpoints').
         stack_bytes: Memory for candidates merged in one pass.
         checkpointing: Whether ``gradient`` computes activations twice instead of keeping them (Hugging Face models).
@@ -209,7 +210,7 @@ class Resident:
             genome: The merge.
             losses: Called with the model in evaluation mode; gives as many scalars as there are weights, with their
                 graphs. It may not change the parameters.
-            weights: What each loss is multiplied by in the sum.
+            weights: The weight of each loss in the sum.
 
         Returns:
             The losses and (S, K) the derivatives of their weighted sum.
@@ -297,8 +298,8 @@ def _hand_over(slopes: Slopes, name: str, parameter: Tensor) -> None:
 
 def _check_loss(value: object) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"loss: expected one number in a tensor, found {found}.")
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"loss: expected one number in a tensor, found {what}.")
     if not value.requires_grad:
         raise InputError(
             "loss: expected one that depends on the model's parameters, found a constant.",

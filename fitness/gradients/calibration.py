@@ -42,7 +42,7 @@ class Task:
         loss: ``entropy`` or ``cross_entropy``.
         head: Makes the logits of the model's outputs; None takes the outputs, or their ``logits``.
         batch: Examples in a batch; with fewer than that each batch has all of them.
-        seed: Of the orders, at least 0.
+        seed: The seed of the orders, at least 0.
 
     Raises:
         InputError: Batch is below 1, the seed below 0, the loss unknown, or labels are missing that it needs.
@@ -127,14 +127,14 @@ class Task:
                 the loss does not depend on the model's parameters where they ask for gradients.
         """
         batch = self.batch(step)
-        found = logits(model, batch.inputs, self._head)
-        details = {"diversity": diversity(found.detach())}
+        outputs = logits(model, batch.inputs, self._head)
+        details = {"diversity": diversity(outputs.detach())}
         if self._loss == "entropy":
-            loss = entropies(found).mean()
+            loss = entropies(outputs).mean()
         else:
             assert batch.labels is not None
-            check_classes(found, self._classes)
-            loss = nn.functional.cross_entropy(found, batch.labels.long())
+            check_classes(outputs, self._classes)
+            loss = nn.functional.cross_entropy(outputs, batch.labels.long())
         check_graph(loss, model)
         return loss, details, len(batch)
 
@@ -151,7 +151,7 @@ class Task:
 
 
 class _ClassifierLossSettings(CalibrationSettings):
-    """What losses of a classifier's logits have in common."""
+    """Base of the losses of a classifier's logits."""
 
     needs_expert: ClassVar[bool] = False
 
@@ -163,7 +163,11 @@ class _ClassifierLossSettings(CalibrationSettings):
 
 
 class EntropyLossSettings(_ClassifierLossSettings):
-    """Mean entropy of the predictions (AdaMerging); it needs no labels."""
+    """Mean entropy of the predictions (AdaMerging); it needs no labels.
+
+    Attributes:
+        loss: ``entropy``: the mean entropy of the predictions; needs no labels.
+    """
 
     loss: Literal["entropy"] = "entropy"
 
@@ -171,7 +175,11 @@ class EntropyLossSettings(_ClassifierLossSettings):
 
 
 class CrossEntropyLossSettings(_ClassifierLossSettings):
-    """Mean cross-entropy of the predictions with the labels."""
+    """Mean cross-entropy of the predictions with the labels.
+
+    Attributes:
+        loss: ``cross_entropy``: the mean cross-entropy of the predictions and the labels.
+    """
 
     loss: Literal["cross_entropy"] = "cross_entropy"
 

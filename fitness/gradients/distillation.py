@@ -32,14 +32,15 @@ CACHE_BYTES = 256 * 2**20  # for what an expert says of a task's batches; one ba
 
 
 class DistillationSettings(CalibrationSettings):
-    """How far logits and hidden layers are from those of an expert (Expert Merging); it needs no labels.
+    """The distance of logits and hidden layers from an expert's (Expert Merging). It needs no labels.
 
     Attributes:
-        expert: The name of the expert to be like; by default the one named as the task.
-        temperature: T, what logits are divided by.
-        hidden: Weight of the hidden layers' mean squared error; 0 leaves them out.
-        layers: Which hidden layers: names of the architecture's modules, or positions in a Hugging Face model's
-            ``hidden_states``; by default the last of these, or the outputs that the head takes.
+        loss: ``distillation``: the distance of logits and hidden layers from those of an expert; needs no labels.
+        expert: The name of the expert that merges are compared with. None means the expert with the task's name.
+        temperature: The number T that logits are divided by.
+        hidden: The weight of the mean squared error of hidden layers; 0 leaves them out.
+        layers: The hidden layers to compare: names of the architecture's modules, or positions in a Hugging Face
+            model's ``hidden_states``. None means the last of these positions, or the outputs that the head takes.
     """
 
     loss: Literal["distillation"] = "distillation"
@@ -66,7 +67,7 @@ class Distilled(Task):
         wanted: The task's name, the most examples in a batch, from which expert, and how.
         examples: As for ``Task``; labels are not used.
         head: As for ``Task``. Without one the logits may also be (n, L, C), a row for each token.
-        seed: Of batches and orders, at least 0.
+        seed: The seed of batches and orders, at least 0.
         cache_bytes: Memory for what the expert says; the batches that were not used for longest are forgotten first.
 
     Raises:
@@ -95,7 +96,7 @@ class Distilled(Task):
         return self._examples.rows(self._parts[self._part(step)])
 
     def fits(self, model: Any, experts: Sequence[str]) -> None:
-        """Raise ``InputError`` unless there is such an expert, and the model has such layers."""
+        """Raise ``InputError`` unless the expert exists and the model has the layers."""
         if self._expert not in experts:
             raise InputError(
                 f"{self._wanted.where}: expert: expected one of {', '.join(experts)}, found {self._expert!r}.",
@@ -109,7 +110,7 @@ class Distilled(Task):
         self._try(run)
 
     def prepare(self, step: int, expert: Callable[[str], Any]) -> None:
-        """Have what the expert says of batch ``step``; a batch that is known needs no model."""
+        """Compute and keep the expert's outputs for batch ``step``. A batch that is kept needs no model."""
         part = self._part(step)
         if part not in self._said:
             with torch.no_grad():
@@ -130,11 +131,11 @@ class Distilled(Task):
                 not depend on the model's parameters where they ask for gradients.
         """
         batch, wanted = self.batch(step), self._wanted
-        found = observe(model, batch.inputs, self._head, wanted)
-        expert = self._said[self._part(step)].to(found.logits.device)
-        loss, soft, apart = distance(found, expert, wanted.temperature, wanted.hidden)
+        observed = observe(model, batch.inputs, self._head, wanted)
+        expert = self._said[self._part(step)].to(observed.logits.device)
+        loss, soft, apart = distance(observed, expert, wanted.temperature, wanted.hidden)
         check_graph(loss, model)
-        details = {"diversity": diversity(found.logits.detach()), "soft_cross_entropy": float(soft.detach())}
+        details = {"diversity": diversity(observed.logits.detach()), "soft_cross_entropy": float(soft.detach())}
         return loss, details | {"hidden": float(apart.detach())}, len(batch)
 
     def _part(self, step: int) -> int:
@@ -143,7 +144,7 @@ class Distilled(Task):
 
 @dataclass(frozen=True, eq=False)
 class Behaviour:
-    """What a model makes of a batch: a row for each example, or for each token that is not masked.
+    """The outputs of a model for a batch: a row for each example, or for each token that is not masked.
 
     Args:
         logits: (m, C) in float32 at least.
@@ -164,10 +165,10 @@ class Behaviour:
 
 
 def observe(model: Any, inputs: Inputs, head: Head | None, wanted: DistillationSettings) -> Behaviour:
-    """What ``model`` makes of ``inputs``: its logits, and the hidden layers that are compared if any are.
+    """The outputs of ``model`` for ``inputs``: its logits, and the hidden layers that are compared, if any.
 
     Raises:
-        InputError: It has no such layer, or does not return a row of logits an example or token.
+        InputError: The model lacks a layer, or does not return one row of logits for each example or token.
     """
     layers = () if wanted.hidden == 0 else wanted.layers
     named = [layer for layer in layers or () if isinstance(layer, str)]
@@ -177,8 +178,8 @@ def observe(model: Any, inputs: Inputs, head: Head | None, wanted: DistillationS
     logits = _rows(heads.logits_of(outputs, inputs, head, tokens=True), inputs)
     if wanted.hidden == 0:
         return Behaviour(logits.reshape(-1, logits.shape[-1]))
-    found = [_last(outputs)] if layers is None else [_one(layer, outputs, seen) for layer in layers]
-    hidden = tuple(_rows(layer, inputs) for layer in found)
+    compared = [_last(outputs)] if layers is None else [_one(layer, outputs, seen) for layer in layers]
+    hidden = tuple(_rows(layer, inputs) for layer in compared)
     return Behaviour(logits.reshape(-1, logits.shape[-1]), tuple(rows.reshape(len(rows), -1) for rows in hidden))
 
 
@@ -221,7 +222,7 @@ def check(model: Any, inputs: Inputs, head: Head | None, wanted: DistillationSet
 
 @contextmanager
 def _watched(model: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What the named modules return in the forward passes meanwhile."""
+    """A dict that collects the outputs of the named modules in the forward passes inside the ``with`` block."""
     seen: dict[str, Any] = {}
     modules = dict(model.named_modules()) if names else {}
     handles = [modules[name].register_forward_hook(partial(_note, seen, name)) for name in names]

@@ -57,7 +57,7 @@ TELLING = 4
 """How many times further off the likelihoods of choices that see each other must be, for a model to settle it."""
 
 KEPT_BYTES = 2**24
-"""Memory of the attention masks that an objective keeps; those beyond are made again for each model."""
+"""Bytes of the attention masks that an objective keeps. Further masks are made again for each model."""
 
 SHARED = 16  # tokens that all questions begin with, from which on their keys and values are kept
 
@@ -66,15 +66,17 @@ class MultipleChoiceSettings(TextSettings):
     """The share of questions whose right choice is the likeliest (``ecotone.fitness.language.choices``).
 
     Attributes:
-        template: The question, ``{name}`` for a field of the record.
-        choices: The field that holds the choices, a list of texts.
-        answer: The field that holds the number of the right one, from 0.
-        delimiter: Text between a question and a choice.
-        normalise: What a log-likelihood is divided by: ``none``, the choice's UTF-8 ``bytes``, or its ``tokens``.
-        shots: Solved questions put before each: the first of ``examples``.
-        examples: The file of these; None is ``data``, whose first records are then not scored.
-        separator: Text between solved questions.
-        reuse: Read a question once for all its choices: the same scores in less time.
+        type: ``multiple_choice``: the share of questions whose right choice the model finds likeliest.
+        template: The text of a question. ``{name}`` stands for the field ``name`` of the record.
+        choices: The field of a record that holds the choices, a list of texts.
+        answer: The field of a record that holds the number of the right choice, from 0.
+        delimiter: The text between a question and a choice.
+        normalise: The number that the log-likelihood of a choice is divided by: ``none`` (1), its UTF-8 ``bytes``, or
+            its ``tokens``.
+        shots: Solved questions put before each question: the first records of ``examples``.
+        examples: The file of solved questions. None takes the first records of ``data``, which are then not scored.
+        separator: The text between solved questions.
+        reuse: Read each question once for all its choices: the same scores in less time.
     """
 
     type: Literal["multiple_choice"]
@@ -121,13 +123,13 @@ class MultipleChoiceSettings(TextSettings):
 
 @dataclass(frozen=True)
 class Question:
-    """A question's tokens, those of its choices, and the number of the right one.
+    """The tokens of a question and of its choices, and the number of the right choice.
 
     Args:
         tokens: At least one.
         choices: At least one token each.
         answer: From 0.
-        sizes: What each choice's log-likelihood is divided by.
+        sizes: The number that each choice's log-likelihood is divided by.
     """
 
     tokens: Sequence[int]
@@ -179,7 +181,7 @@ class Passes:
     def likelihoods(self, model: Any) -> NDArray[np.float64]:
         """(C,) natural log-likelihoods of the choices."""
         before = None if self.shared is None else _keys_and_values(model, self.shared)
-        told = []
+        logs = []
         for number, part in enumerate(self.each):
             inputs: dict[str, Any] = {"input_ids": part.ids, "use_cache": before is not None}
             if before is not None:
@@ -187,8 +189,8 @@ class Passes:
             if part.parts is not None:
                 inputs["attention_mask"] = self._mask(number, part.parts, _dtype(model))
                 inputs["position_ids"] = part.positions
-            told.append(log_probabilities(model, inputs, part.asked))
-        tokens = torch.cat(told).double().cpu().numpy()
+            logs.append(log_probabilities(model, inputs, part.asked))
+        tokens = torch.cat(logs).double().cpu().numpy()
         sums = np.zeros(self.count)
         np.add.at(sums, np.concatenate([part.items for part in self.each]), tokens)
         return sums
@@ -208,8 +210,8 @@ class MultipleChoice:
 
     Args:
         goal: Name and direction.
-        questions: What is asked.
-        device: Where the model is.
+        questions: The questions.
+        device: The device of the model.
         batch: Rows of tokens in one forward pass; None chooses.
         reuse: Whether a question is read once for all its choices.
     """
@@ -238,11 +240,11 @@ class MultipleChoice:
         Raises:
             InputError: The model is no module, or gives no logits a token.
         """
-        found = self.likelihoods(model)
+        logs = self.likelihoods(model)
         table = np.full((len(self._answers), self._columns.max() + 1), -np.inf)
-        table[self._rows, self._columns] = found / self._sizes
+        table[self._rows, self._columns] = logs / self._sizes
         right = table.argmax(1) == self._answers
-        value = float("nan") if np.isnan(found).any() else int(np.count_nonzero(right)) / right.size
+        value = float("nan") if np.isnan(logs).any() else int(np.count_nonzero(right)) / right.size
         return Score(value, right, right.size)
 
     @property
@@ -251,7 +253,7 @@ class MultipleChoice:
         return len(self._questions)
 
     def subset(self, numbers: Integers) -> MultipleChoice:
-        """The share of these questions."""
+        """The share of right answers to the questions ``numbers`` alone."""
         questions = [self._questions[number] for number in numbers]
         return MultipleChoice(self.goal, questions, self._device, self._batch, self.reuse is not False)
 
@@ -283,7 +285,7 @@ class MultipleChoice:
         return packed([largest], 1, self._device, shared), plain([largest], self._batch, self._device), tokens
 
     def _can_reuse(self, model: Any) -> bool | None:
-        """Whether reuse gives this model's likelihoods; None where a model says the same whatever it sees."""
+        """Whether reuse gives this model's likelihoods; None where the model ignores its input."""
         trial, simple, tokens = self._trial
         expected = simple.likelihoods(model)
         if not np.isfinite(expected).all():
@@ -324,12 +326,12 @@ def plain(questions: Sequence[Question], batch: int | None, device: torch.device
 
 
 def packed(questions: Sequence[Question], batch: int | None, device: torch.device, shared: int | None = None) -> Passes:
-    """Passes with a row for each question: its tokens, then those of all its choices.
+    """Passes with one row for each question: the tokens of the question, then the tokens of all its choices.
 
     Args:
-        questions: What is asked.
+        questions: The questions.
         batch: Rows in one forward pass; None chooses.
-        device: Where the model is.
+        device: The device of the model.
         shared: Tokens at the front of all questions to read only once; None: as many as they have in common.
     """
     if shared is None:
@@ -352,7 +354,7 @@ def _in_common(sequences: Sequence[Sequence[int]]) -> int:
 
 @dataclass(frozen=True)
 class _Row:
-    """A question (or what is left of it), choices, and the number of the first of these among all."""
+    """A question (or the rest of it), some choices, and the number of the first choice among all choices."""
 
     question: Sequence[int]
     choices: Sequence[Sequence[int]]
@@ -408,7 +410,7 @@ def _pass(rows: Sequence[_Row], device: torch.device, shared: int) -> Pass:
 
 
 def _mask(parts: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
-    """(n, 1, L, S + L) what is added to attention: 0 for a token's own text up to itself, else the least number."""
+    """(n, 1, L, S + L) the mask added to attention: 0 for a token's own text up to itself, else the least number."""
     n, length = parts.shape
     seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
     seen &= torch.ones(length, length, dtype=torch.bool, device=parts.device).tril()
@@ -424,10 +426,10 @@ def _keys_and_values(model: Any, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     cache = DynamicCache()
     last = wanted([tokens.shape[1] - 1], [0], None, tokens.device)
     log_probabilities(model, {"input_ids": tokens, "past_key_values": cache, "use_cache": True}, last)
-    found = [(layer[0], layer[1]) for layer in cache]
-    if not found:
+    layers = [(layer[0], layer[1]) for layer in cache]
+    if not layers:
         raise RuntimeError("it keeps no keys and values")
-    return found
+    return layers
 
 
 def _cache(before: Sequence[tuple[Tensor, Tensor]], rows: int) -> Any:
@@ -474,22 +476,24 @@ def _asked(record: Record, given: MultipleChoiceSettings, where: str) -> _Asked:
 
 
 def _questions(asked: Sequence[_Asked], front: str, given: MultipleChoiceSettings, tokenizer: Any) -> list[Question]:
-    texts = [front + one.question for one in asked]
+    texts = [front + item.question for item in asked]
     cut = [text.rstrip() for text in texts]
-    wholes = [text + given.delimiter + choice for text, one in zip(texts, asked, strict=True) for choice in one.choices]
+    wholes = [
+        text + given.delimiter + choice for text, item in zip(texts, asked, strict=True) for choice in item.choices
+    ]
     starts, ends = encoded(tokenizer, cut), iter(encoded(tokenizer, wholes))
     begin = _begin(tokenizer, given.bos, given.where)
     made = []
-    for one, tokens in zip(asked, starts, strict=True):
-        choices = [next(ends)[len(tokens) :] for _ in one.choices]
+    for item, tokens in zip(asked, starts, strict=True):
+        choices = [next(ends)[len(tokens) :] for _ in item.choices]
         if not all(choices):
-            raise InputError(f"{one.where}: expected choices with tokens of their own, found one without.")
+            raise InputError(f"{item.where}: expected choices with tokens of their own, found one without.")
         sizes = {
             "none": [1] * len(choices),
-            "bytes": [len(choice.encode()) for choice in one.choices],
+            "bytes": [len(choice.encode()) for choice in item.choices],
             "tokens": [len(choice) for choice in choices],
         }[given.normalise]
-        made.append(Question([*begin, *tokens] or _fallback(tokenizer, one.where), choices, one.answer, sizes))
+        made.append(Question([*begin, *tokens] or _fallback(tokenizer, item.where), choices, item.answer, sizes))
     return made
 
 
@@ -502,7 +506,7 @@ def _begin(tokenizer: Any, bos: bool | None, where: str) -> list[int]:
 
 
 def _fallback(tokenizer: Any, where: str) -> list[int]:
-    """What comes before the choices of an empty question."""
+    """The start or end token, which stands before the choices of an empty question."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [token]
@@ -510,10 +514,10 @@ def _fallback(tokenizer: Any, where: str) -> list[int]:
 
 
 def _check_lengths(asked: Sequence[_Asked], questions: Sequence[Question], most: int | None) -> None:
-    for one, question in zip(asked, questions, strict=True):
+    for item, question in zip(asked, questions, strict=True):
         length = len(question.tokens) + max(map(len, question.choices)) - 1
         if most is not None and length > most:
             raise InputError(
-                f"{one.where}: expected at most {most} tokens, which is what the model can take, found {length}.",
+                f"{item.where}: expected at most {most} tokens, which is what the model can take, found {length}.",
                 "Leave the question out, or take fewer shots.",
             )

@@ -52,18 +52,17 @@ ROWS = {"cpu": 32, "cuda": 256}
 
 
 class GenerationSettings(TextSettings):
-    """What objectives have in common for which the model writes, greedily (``ecotone.fitness.language.generation``).
+    """Base of the objectives for which the model writes texts greedily (``ecotone.fitness.language.generation``).
 
     Objectives with the same prompts and settings are scored on the same text, which is written once.
 
     Attributes:
-        template: The prompt, ``{name}`` for a field of the record.
-        chat: Put the prompt into the tokenizer's chat template, as a user's message.
-        most: The most tokens to write.
+        template: The text of a prompt. ``{name}`` stands for the field ``name`` of the record.
+        chat: Put the prompt into the tokenizer's chat template, as a message of the user.
+        most: The most tokens that the model writes for a prompt.
         stop: Texts that end an answer.
-        batch: Prompts continued together; None lets Ecotone choose.
-        bos: Whether the start token comes first; None: where the tokenizer puts it itself. A chat template puts its
-            own.
+        batch: Prompts that are continued together. None lets Ecotone choose.
+        bos: Put the start token first. None puts it where the tokenizer puts it itself. A chat template puts its own.
     """
 
     template: str = "{prompt}"
@@ -85,7 +84,11 @@ class GenerationSettings(TextSettings):
 
 
 class TokensGeneratedSettings(GenerationSettings):
-    """The mean number of tokens a model writes for a prompt: fewer is better."""
+    """The mean number of tokens a model writes for a prompt: fewer is better.
+
+    Attributes:
+        type: ``tokens_generated``: the mean number of tokens that the model writes for a prompt.
+    """
 
     type: Literal["tokens_generated"]
     direction: Literal["minimize"] = "minimize"
@@ -105,9 +108,10 @@ class ExactMatchSettings(GenerationSettings):
     """The share of prompts that the model answers right.
 
     Attributes:
-        answer: The field that holds the right answer: a text, a number, or a list of those that count.
-        extract: A regular expression; the answer is its last match in what was written (its first group, where it has
-            one). None: all that was written.
+        type: ``exact_match``: the share of prompts whose answer equals the right answer.
+        answer: The field of a record that holds the right answer: a text, a number, or a list of right answers.
+        extract: A regular expression that finds the answer: its last match in the text that the model wrote, or the
+            first group of that match. None takes the whole text.
     """
 
     type: Literal["exact_match"]
@@ -140,10 +144,10 @@ class ExactMatchSettings(GenerationSettings):
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote.
+    """The texts that a model wrote.
 
     Args:
-        tokens: (N,) lists, with what ended them.
+        tokens: (N,) lists of token ids, each with the token or stop string that ended it.
         texts: (N,) without special tokens, up to a stop string.
         finite: Whether all logits were numbers.
     """
@@ -159,7 +163,7 @@ class Generator:
     Args:
         prompts: (N,) tokens, at least one each.
         tokenizer: A Hugging Face tokenizer.
-        device: Where the model is.
+        device: The device of the model.
         most: The most tokens to generate.
         stop: Texts that end an answer.
         batch: Prompts continued together; None chooses.
@@ -188,7 +192,7 @@ class Generator:
         return len(self._prompts)
 
     def subset(self, numbers: Integers) -> Generator:
-        """The same of the prompts ``numbers`` alone; one for all that ask for these."""
+        """The generator for the prompts ``numbers`` alone, shared by all that ask for the same prompts."""
         key = np.asarray(numbers, np.int64).tobytes()
         if key not in self._subsets:
             prompts = [self._prompts[number] for number in numbers]
@@ -197,17 +201,17 @@ class Generator:
         return self._subsets[key]
 
     def written(self, model: Any) -> Written:
-        """What the model writes after each prompt.
+        """The texts that the model writes, one after each prompt.
 
         Raises:
-            InputError: The model is no causal language model that keeps keys and values.
+            InputError: The model is not a causal language model that keeps keys and values.
         """
         if self._written is not None:
             return self._written
-        found = self._generate(model)
+        written = self._generate(model)
         if self._sharing:
-            self._written = found
-        return found
+            self._written = written
+        return written
 
     @contextmanager
     def same_model(self) -> Iterator[None]:
@@ -229,7 +233,7 @@ class Generator:
         return Written(tokens, [self._text(written) for written in tokens], finite)
 
     def _continue(self, model: Any, numbers: list[int], tokens: list[list[int]], ends: set[int]) -> bool:
-        """Append to ``tokens`` what the model writes after prompts ``numbers``; whether all logits were numbers."""
+        """Append to ``tokens`` the tokens written after prompts ``numbers``. Returns if all logits were numbers."""
         from transformers import DynamicCache
 
         prompts = [self._prompts[number] for number in numbers]
@@ -240,11 +244,11 @@ class Generator:
         for step in range(self._most):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
             rows = torch.arange(1, len(ids) + 1, device=self._device) * ids.shape[1] - 1
-            found = [
+            greedy = [
                 part.max(1) for part in logits_at(model, {**inputs, "past_key_values": cache, "use_cache": True}, rows)
             ]
-            finite &= ~torch.cat([largest.isnan() for largest, _ in found]).any()
-            chosen = torch.cat([which for _, which in found])
+            finite &= ~torch.cat([largest.isnan() for largest, _ in greedy]).any()
+            chosen = torch.cat([which for _, which in greedy])
             if step == 0 and cache.get_seq_length() != ids.shape[1]:
                 raise InputError(
                     f"expected a model that keeps keys and values to generate with, found {type(model).__name__}."
@@ -286,7 +290,7 @@ class TokensGenerated:
 
     Args:
         goal: Name and direction.
-        generator: What continues the prompts.
+        generator: The generator that continues the prompts.
     """
 
     goal: Goal
@@ -296,11 +300,11 @@ class TokensGenerated:
         """Mean number of tokens, with one number a prompt. Logits with NaN make the score NaN.
 
         Raises:
-            InputError: The model is no causal language model that keeps keys and values.
+            InputError: The model is not a causal language model that keeps keys and values.
         """
         written = self.generator.written(model)
-        each = np.asarray([len(tokens) for tokens in written.tokens], dtype=np.float64)
-        return Score(mean(each) if written.finite else float("nan"), each, each.size)
+        counts = np.asarray([len(tokens) for tokens in written.tokens], dtype=np.float64)
+        return Score(mean(counts) if written.finite else float("nan"), counts, counts.size)
 
     @property
     def count(self) -> int:
@@ -308,7 +312,7 @@ class TokensGenerated:
         return len(self.generator)
 
     def subset(self, numbers: Integers) -> TokensGenerated:
-        """The mean over these prompts."""
+        """The mean over the prompts ``numbers`` alone."""
         return TokensGenerated(self.goal, self.generator.subset(numbers))
 
     def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
@@ -322,9 +326,9 @@ class ExactMatch:
 
     Args:
         goal: Name and direction.
-        generator: What continues the prompts.
+        generator: The generator that continues the prompts.
         answers: (N,) the texts that are right.
-        extract: What finds the answer in what was written, as in ``ExactMatchSettings``.
+        extract: The expression that finds the answer in the written text, as in ``ExactMatchSettings``.
     """
 
     goal: Goal
@@ -336,7 +340,7 @@ class ExactMatch:
         """Accuracy, with one bool a prompt. Logits with NaN make the score NaN.
 
         Raises:
-            InputError: The model is no causal language model that keeps keys and values.
+            InputError: The model is not a causal language model that keeps keys and values.
         """
         written = self.generator.written(model)
         pairs = zip(written.texts, self.answers, strict=True)
@@ -350,7 +354,7 @@ class ExactMatch:
         return len(self.generator)
 
     def subset(self, numbers: Integers) -> ExactMatch:
-        """The share of these prompts."""
+        """The share over the prompts ``numbers`` alone."""
         answers = [self.answers[number] for number in numbers]
         return ExactMatch(self.goal, self.generator.subset(numbers), answers, self.extract)
 
@@ -394,10 +398,10 @@ _generators: WeakValueDictionary[tuple[str, str, str], Generator] = WeakValueDic
 
 
 def _prompted(given: GenerationSettings, context: ObjectiveContext) -> tuple[Generator, list[tuple[str, Record]]]:
-    """The generator of these settings, which is shared as long as somebody holds it, and the records it is for."""
+    """The generator of the settings, shared while anybody holds it, and its records."""
     where, folder, device = given.where, context.tokenizer_for(given.where), context.device
-    found = records(given.files, where)
-    chosen = [found[number] for number in given.chosen(len(found))]
+    listed = records(given.files, where)
+    chosen = [listed[number] for number in given.chosen(len(listed))]
     texts = [filled(given.template, record, f"{where}: {place}") for place, record in chosen]
     common = given.model_dump(include=GenerationSettings.model_fields.keys() - ObjectiveSettings.model_fields.keys())
     key = (json.dumps([common, texts]), folder, str(device))

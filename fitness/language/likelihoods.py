@@ -29,7 +29,7 @@ USUAL = 1e-30, 1e30
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """Which tokens' log-probabilities are wanted from one forward pass.
+    """The tokens whose log-probabilities are wanted from one forward pass.
 
     Args:
         rows: (R,) positions whose logits are needed, in the (n, L) tokens laid end to end.
@@ -58,24 +58,24 @@ def log_probabilities(model: Any, inputs: Mapping[str, Any], asked: Wanted) -> T
 
     Args:
         model: A Hugging Face causal language model.
-        inputs: What it is called with; ``input_ids`` is (n, L).
+        inputs: The inputs it is called with; ``input_ids`` is (n, L).
         asked: Positions and tokens.
 
     Raises:
         InputError: ``model`` is no module, or gives no logits of shape (n, L, V).
     """
-    told, start = [], 0
+    logs, start = [], 0
     for logits in logits_at(model, inputs, asked.rows):
         end = start + len(logits)
         if asked.of is None or asked.counts is None:
             chosen = logits.gather(1, asked.targets[start:end, None])[:, 0]
-            told.append(_precise(chosen) - _normalisers(logits))
+            logs.append(_precise(chosen) - _normalisers(logits))
         else:
             here = slice(int(asked.counts[start]), int(asked.counts[end]))
             row = asked.of[here] - start
-            told.append(_precise(logits[row, asked.targets[here]]) - _normalisers(logits)[row])
+            logs.append(_precise(logits[row, asked.targets[here]]) - _normalisers(logits)[row])
         start = end
-    return torch.cat(told)
+    return torch.cat(logs)
 
 
 def logits_at(model: Any, inputs: Mapping[str, Any], rows: Tensor) -> Iterator[Tensor]:
@@ -86,7 +86,7 @@ def logits_at(model: Any, inputs: Mapping[str, Any], rows: Tensor) -> Iterator[T
 
     Args:
         model: A Hugging Face causal language model.
-        inputs: What it is called with; ``input_ids`` is (n, L).
+        inputs: The inputs it is called with; ``input_ids`` is (n, L).
         rows: (R,) positions in the (n, L) tokens laid end to end.
 
     Raises:
@@ -124,7 +124,7 @@ class _Output:
     Args:
         layer: The output layer.
         rows: (R,) which of the model's states are kept; None for given ones.
-        size: How many of them the layer gets.
+        size: The number of kept rows that the layer gets.
         states: (R, H) states given to the layer.
     """
 
@@ -136,7 +136,7 @@ class _Output:
         self._made: Any = None
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """(1, r, V) of the states, or those of all tokens if the model does not call the layer."""
+        """(1, r, V) logits of the states, or of all tokens if the model does not call the layer."""
         handles = [self._layer.register_forward_pre_hook(self._give), self._layer.register_forward_hook(self._note)]
         try:
             found = _logits(model(**inputs))
@@ -157,13 +157,13 @@ class _Output:
 
 
 def _logits(outputs: Any) -> Tensor:
-    found = getattr(outputs, "logits", outputs)
-    if not isinstance(found, Tensor) or found.ndim != 3:
-        kind = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    logits = getattr(outputs, "logits", outputs)
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(
             f"expected logits of shape (n, L, vocabulary), found {kind}.", "Score a causal language model with it."
         )
-    return found
+    return logits
 
 
 def _flat(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:

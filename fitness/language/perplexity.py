@@ -46,14 +46,15 @@ Unit: TypeAlias = Literal["bits_per_byte", "likelihood", "perplexity"]
 
 
 class ReadingSettings(TextSettings):
-    """What objectives have in common for which a model reads texts (``ecotone.fitness.language.perplexity``).
+    """Base of the objectives for which a model reads texts (``ecotone.fitness.language.perplexity``).
 
-    A record is a document; where there is one document only, it is one of its windows.
+    A record is a document. Where there is only one document, a record is one of its windows.
 
     Attributes:
-        context: Tokens in a window; None is 1024, or what the model can take if that is less.
-        stride: Tokens from a window's start to the next one's; None is ``context``.
-        field: The field of a ``.jsonl`` file's lines that holds the text.
+        context: Tokens in a window that the model reads at once. None is 1024, or the model's own limit if that is
+            less.
+        stride: Tokens from the start of a window to the start of the next window. None is ``context``.
+        field: The field of each line of a ``.jsonl`` file that holds the text.
     """
 
     context: int | None = Field(default=None, ge=2)
@@ -93,19 +94,27 @@ class ReadingSettings(TextSettings):
 
     @property
     def unit(self) -> Unit:
-        """What is measured: the type itself."""
+        """The unit of the score, which has the same name as the type."""
         return cast(Unit, self.type)
 
 
 class PerplexitySettings(ReadingSettings):
-    """Bits per byte, or perplexity, of texts."""
+    """Bits per byte, or perplexity, of texts.
+
+    Attributes:
+        type: ``bits_per_byte`` or ``perplexity`` of texts under the model.
+    """
 
     type: Literal["bits_per_byte", "perplexity"]
     direction: Literal["minimize"] = "minimize"
 
 
 class LikelihoodSettings(ReadingSettings):
-    """The geometric mean of a byte's probability, 2 to the minus bits per byte: what M2N2 can share out."""
+    """The geometric mean of a byte's probability: 2 to the minus bits per byte. M2N2 can share it out.
+
+    Attributes:
+        type: ``likelihood``: the geometric mean of the probability of each byte of the texts.
+    """
 
     type: Literal["likelihood"]
     direction: Literal["maximize"] = "maximize"
@@ -132,7 +141,7 @@ class Perplexity:
 
     Args:
         goal: Name and direction.
-        unit: Which of the three.
+        unit: Bits per byte, perplexity or likelihood.
         passes: The windows.
         items: (T,) the document (or window) of each scored token, as the passes come.
         sizes: (N,) what each item's loss is divided by: bytes, or tokens.
@@ -155,14 +164,14 @@ class Perplexity:
             InputError: The model is no module, or gives no logits a token.
         """
         with torch.no_grad():
-            told = [
+            logs = [
                 log_probabilities(model, {"input_ids": part.ids, "use_cache": False}, part.asked)
                 for part in self.passes
             ]
-            losses = -torch.cat(told).double().cpu().numpy()
+            losses = -torch.cat(logs).double().cpu().numpy()
         sums = np.bincount(self.items, losses, len(self.sizes))
-        each = self._measure(sums / np.maximum(self.sizes, 1))
-        return Score(float(self._measure(math.fsum(sums) / int(self.sizes.sum()))), each, each.size)
+        per_item = self._measure(sums / np.maximum(self.sizes, 1))
+        return Score(float(self._measure(math.fsum(sums) / int(self.sizes.sum()))), per_item, per_item.size)
 
     @property
     def count(self) -> int:
@@ -170,7 +179,7 @@ class Perplexity:
         return len(self.sizes)
 
     def subset(self, numbers: Integers) -> Perplexity:
-        """The measure of these."""
+        """The measure on the items ``numbers`` alone."""
         return self.part(numbers)
 
     def pooled(self, each: NDArray[Any], numbers: Integers) -> tuple[float, float]:
@@ -195,7 +204,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class _Window:
-    """Input tokens, the tokens they predict, how many of these are not scored, and the item they belong to."""
+    """Input tokens, the tokens to predict, how many of the tokens to predict are not scored, and their item."""
 
     ids: Sequence[int]
     targets: Sequence[int]
@@ -205,13 +214,13 @@ class _Window:
 
 def _cut(tokens: Sequence[int], context: int, stride: int) -> list[tuple[Sequence[int], Sequence[int], int]]:
     """Windows over a document's tokens: (inputs, targets, targets at the front that the window before scored)."""
-    last, found = len(tokens) - 1, []
+    last, windows = len(tokens) - 1, []
     for begin in range(0, last, stride):
         end = min(begin + context, last)
-        found.append((tokens[begin:end], tokens[begin + 1 : end + 1], context - stride if begin else 0))
+        windows.append((tokens[begin:end], tokens[begin + 1 : end + 1], context - stride if begin else 0))
         if end == last:
             break
-    return found
+    return windows
 
 
 def _made(
@@ -275,8 +284,8 @@ def _started(tokens: Sequence[list[int]], start: int | None) -> list[list[int]]:
 
 def _first_bytes(tokenizer: Any, texts: Sequence[str], where: str) -> list[int]:
     """UTF-8 bytes of each text's first token."""
-    found = _spans(tokenizer, texts, where)
-    return [len(text[: spans[0][1]].encode()) if spans else 0 for text, spans in zip(texts, found, strict=True)]
+    all_spans = _spans(tokenizer, texts, where)
+    return [len(text[: spans[0][1]].encode()) if spans else 0 for text, spans in zip(texts, all_spans, strict=True)]
 
 
 def _ends(tokenizer: Any, text: str, where: str) -> NDArray[np.int64]:
@@ -294,7 +303,7 @@ def _spans(tokenizer: Any, texts: Sequence[str], where: str) -> list[list[tuple[
             f"{where}: expected a fast tokenizer (tokenizer.json), which knows the text of a token, found a slow one.",
             "Give several documents (.jsonl), and a start token.",
         )
-    found: list[list[tuple[int, int]]] = tokenizer(
+    spans: list[list[tuple[int, int]]] = tokenizer(
         list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )["offset_mapping"]
-    return found
+    return spans

@@ -30,18 +30,18 @@ TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 class TextSettings(ObjectiveSettings):
-    """What objectives on files have in common: which records they are measured on.
+    """Base of the objectives on files: the records that models are scored on.
 
     Attributes:
-        data: A file, or several whose records follow one another, in UTF-8; relative paths are from the recipe's
-            folder, or ``prepared:``. A ``.jsonl`` file has a record a line.
-        part: With ``search`` and ``held_out``, the records are divided between them by the seed; each gets one at
-            least.
-        seed: Of that division.
-        share: Share of the records that ``search`` gets.
-        limit: The most records of the part; None is all of it.
+        data: A text file (UTF-8), or several files whose records follow one another. Paths are relative to the recipe's
+            folder, or begin with ``prepared:``. A ``.jsonl`` file has one record in each line.
+        part: The records to score on: ``all``, or the ``search`` or ``held_out`` part. The seed divides the records
+            into these two parts. Each part gets at least one record.
+        seed: The seed that divides the records into ``search`` and ``held_out``.
+        share: The share of the records that the ``search`` part gets.
+        limit: The most records of the part to score on; None takes the whole part.
         batch: Rows in one forward pass; None lets Ecotone choose.
-        bos: Whether the start token comes first; None: where the tokenizer has one.
+        bos: Put the start token first. None puts it where the tokenizer has a start token.
     """
 
     data: str | tuple[str, ...]
@@ -94,16 +94,16 @@ def documents(files: Sequence[Path], field: str, where: str) -> list[str]:
     Raises:
         InputError: A file cannot be read, is not UTF-8, or a line lacks the field; or no document has text.
     """
-    found: list[str] = []
+    texts: list[str] = []
     for file in files:
         if file.suffix == ".jsonl":
-            found += [_text(record, field, f"{where}: {place}") for place, record in _lines(file, where)]
+            texts += [_text(record, field, f"{where}: {place}") for place, record in _lines(file, where)]
         else:
-            found.append(_read(file, where))
-    found = [text for text in found if text]
-    if not found:
+            texts.append(_read(file, where))
+    texts = [text for text in texts if text]
+    if not texts:
         raise InputError(f"{where}: data: expected text, found none in {_named(files)}.")
-    return found
+    return texts
 
 
 def records(files: Sequence[Path], where: str) -> list[tuple[str, Record]]:
@@ -112,14 +112,14 @@ def records(files: Sequence[Path], where: str) -> list[tuple[str, Record]]:
     Raises:
         InputError: A file is no ``.jsonl``, cannot be read, or a line is no JSON object; or there are no records.
     """
-    found: list[tuple[str, Record]] = []
+    listed: list[tuple[str, Record]] = []
     for file in files:
         if file.suffix != ".jsonl":
             raise InputError(f"{where}: data: expected a .jsonl file, found {file}.", "Write one JSON object a line.")
-        found += _lines(file, where)
-    if not found:
+        listed += _lines(file, where)
+    if not listed:
         raise InputError(f"{where}: data: expected records, found none in {_named(files)}.")
-    return found
+    return listed
 
 
 def filled(template: str, record: Record, where: str) -> str:
@@ -202,8 +202,8 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text, without special tokens."""
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return found
+    tokens: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokens
 
 
 def begins_with_bos(tokenizer: Any) -> bool:
@@ -230,7 +230,7 @@ def batches(lengths: Sequence[int], batch: int | None, device: torch.device) -> 
     Args:
         lengths: Tokens of each sequence.
         batch: The most in one pass; None keeps padded passes within ``TOKENS``, one sequence at least.
-        device: Where the model is.
+        device: The device of the model.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     parts, start = [], 0

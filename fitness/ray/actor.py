@@ -46,7 +46,7 @@ class RemoteWorker:
 
         Raises:
             CheckpointError: This node lacks one of the paths.
-            EcotoneError: As ``Worker``.
+            EcotoneError: As for ``Worker``.
         """
         import ray
 
@@ -80,7 +80,7 @@ class RemoteWorker:
 
 
 def packed(trials: tuple[Trial, ...]) -> list[bytes | tuple[Trial, ...]]:
-    """The arguments that carry ``trials``: pieces of their pickle while these are few, else the trials themselves."""
+    """The arguments that carry ``trials``: pieces of their pickle if there are few, else the trials themselves."""
     size = sum(t.genome.residual.nbytes for t in trials if t.genome.residual is not None)
     if size > _PIECE * _PIECES:
         return [trials]

@@ -31,7 +31,8 @@ class Cluster:
     """A Ray cluster that is connected to, or started on this machine.
 
     Args:
-        address: Of a running cluster; None starts one on this machine, or uses the one this process is connected to.
+        address: The address of a running cluster. None starts a cluster on this machine, or uses the cluster that this
+            process is connected to.
         asked: Resources that each worker holds, by name.
         clock: Tells the time.
 
@@ -180,7 +181,7 @@ class PlaceWait:
     """How long no worker has had a place: it is told of, and ends in an error.
 
     Args:
-        cluster: Where places are.
+        cluster: The cluster that has the places.
         timeout: Seconds after which no place is an error; None is what is usual on the cluster.
         clock: Tells the time.
     """

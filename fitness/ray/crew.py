@@ -57,12 +57,12 @@ class Retries:
 
 
 class Crew:
-    """The workers that there are and those that are asked for.
+    """The workers that are running and the workers that are asked for.
 
     Args:
-        size: How many there are to be.
+        size: The number of workers to have.
         actors: Asks for them.
-        cluster: Where they are.
+        cluster: The cluster of the workers.
         jobs: Takes what they finished and what they did not.
         meters: Are told how many there are.
         wait: Limits how long none has a place.
@@ -86,7 +86,7 @@ class Crew:
 
     @property
     def ready(self) -> list[Member]:
-        """Those that have opened the models."""
+        """The workers that have opened the models."""
         return [member for member in self.members if member.ready]
 
     # -- asking for workers ------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Crew:
         self.report()
 
     def check_places(self) -> None:
-        """Wait for a place for as long as that may take, and say what is waited for.
+        """Wait for a place for as long as the settings allow, and log the reason for waiting.
 
         Raises:
             PoolError: It has taken too long.
@@ -178,7 +178,7 @@ class Crew:
         self.retire(member)
 
     def retire(self, member: Member) -> list[Job]:
-        """End a worker and take in what it has finished; returns its other jobs, oldest first."""
+        """End a worker and take in its finished jobs. Returns its other jobs, oldest first."""
         lost = [job for call, job in list(member.queue) if not self._collected(call, job)]
         self.members.remove(member)
         self._cluster.kill(member.actor)

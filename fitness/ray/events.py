@@ -14,9 +14,9 @@ def event(level: int, name: str, sentence: str, **fields: Any) -> None:
     """Write one event to the log.
 
     Args:
-        level: Of ``logging``.
+        level: A level of ``logging``.
         name: The event's name, which the operations guide lists.
-        sentence: What happened, for people.
+        sentence: A sentence about the event, for people.
         fields: The same for programs.
     """
     log.log(level, sentence, extra={"event": name, **fields})

@@ -1,4 +1,4 @@
-"""Batches that are not finished, and what becomes of those whose worker died, raised or took too long."""
+"""Batches that are not finished, and the next tries of batches whose worker died, raised or took too long."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Open:
 
 
 class Jobs:
-    """Batches in the order in which they were queued, as jobs that wait for a worker, and those that are finished.
+    """Batches in the order in which they were queued, as jobs that wait for a worker, and the finished batches.
 
     Args:
         attempts: Workers that may die of a batch before its candidates are tried alone, and of a candidate alone before
@@ -91,7 +91,7 @@ class Jobs:
         return finished
 
     def clear(self) -> None:
-        """Forget what is not finished."""
+        """Drop all batches that are not finished."""
         self._open.clear()
         self.waiting.clear()
 

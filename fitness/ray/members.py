@@ -51,7 +51,7 @@ class Member:
         return {"worker": self.pid, "node": self.node}
 
     def give(self, job: Job, now: float) -> None:
-        """Have it score a job after those it has."""
+        """Have the worker score a job after the jobs it has."""
         if not self.queue:
             self.since = now
         self.queue.append((self.actor.measure.remote(*packed(job.trials)), job))
@@ -66,9 +66,9 @@ class Actors:
     """Asks the cluster for actors.
 
     Args:
-        cluster: Where they are to be.
-        spec: What each worker is made of.
-        settings: What each holds of the cluster.
+        cluster: The cluster to start them on.
+        spec: The spec from which each worker is made.
+        settings: The resources of the cluster that each worker holds.
         clock: Tells the time.
     """
 
@@ -81,7 +81,7 @@ class Actors:
         self._arguments: tuple[Any, ...] = ()
 
     def prepare(self) -> None:
-        """Give the connected cluster what all of them share."""
+        """Put the data that all workers share into the connected cluster."""
         ray, settings = self._cluster.ray, self._settings
         self._arguments = (ray.put(self._spec), paths_here(self._spec))
         self._kind = ray.remote(RemoteWorker).options(

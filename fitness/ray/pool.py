@@ -41,7 +41,7 @@ class RayPool:
     Args:
         spec: The models and objectives that each worker opens. A worker without a GPU of its own uses none: the device
             ``auto`` means the CPU then.
-        settings: How many workers, where, what each holds, and the limits of time.
+        settings: Number, place and resources of workers, and the limits of time.
         clock: Tells the time by which workers are late, idle or tried again.
 
     Raises:
@@ -136,7 +136,7 @@ class RayPool:
         self.close()
 
     def _first_space(self) -> Space:
-        """What the first worker that lives long enough says of the models."""
+        """The space, from the first worker that lives long enough to answer."""
         deaths, errors = 0, self._cluster.ray.exceptions
         while True:
             while not self._crew.ready:
@@ -187,7 +187,7 @@ class RayPool:
 
 
 def _placed(spec: WorkerSpec, settings: Runtime) -> WorkerSpec:
-    """The spec with a device that fits what each worker holds."""
+    """The spec with a device that fits the resources of each worker."""
     if settings.gpus_per_worker:
         return spec
     if spec.device == "cuda":

@@ -20,7 +20,7 @@ class Results:
 
     Args:
         crew: The workers.
-        cluster: Where they are.
+        cluster: The cluster of the workers.
         jobs: Takes what they measured.
         attempts: So many of each worker's attempts to open may die in a row.
         clock: Tells the time.
@@ -47,7 +47,7 @@ class Results:
         return set(answered)
 
     def take(self, answered: Collection[Any]) -> None:
-        """Take in the answers of all workers, and then raise what ends the search.
+        """Take in the answers of all workers. Then raise the error that ends the search, if any.
 
         Raises:
             EcotoneError: The only worker could not open the models; raised by the worker.
@@ -58,7 +58,7 @@ class Results:
             raise errors[0]
 
     def _error_of(self, member: Member, answered: Collection[Any]) -> EcotoneError | None:
-        """Take in one worker's answers; returns what ends the search, so that others' answers are taken in before."""
+        """Take in one worker's answers. Returns an error that ends the search, so that other answers come in first."""
         try:
             self._take_from(member, answered)
         except EcotoneError as error:

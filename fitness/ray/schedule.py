@@ -23,8 +23,8 @@ class Schedule:
 
     Args:
         crew: The workers.
-        jobs: What is to be done.
-        cluster: Where the workers are.
+        jobs: The jobs to do.
+        cluster: The cluster of the workers.
         settings: ``time_limit`` and ``idle_timeout``.
         clock: Tells the time.
     """

@@ -26,23 +26,23 @@ class Cache:
     """Statistics by key, in a folder of this machine.
 
     Args:
-        folder: Where they lie; None is ``statistics`` in ``$ECOTONE_CACHE``.
+        folder: The folder that holds them; None is ``statistics`` in ``$ECOTONE_CACHE``.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder: Path = cache_folder() / "statistics" if folder is None else folder
 
     def file(self, key: str) -> Path:
-        """Where the statistics of that key lie, or would."""
+        """The path of the statistics of that key, whether they exist or not."""
         return self.folder / f"{key}.safetensors"
 
     def find(self, key: str) -> Gathered | None:
-        """What is kept under ``key``, or None. A damaged file counts as none, and is logged."""
+        """The statistics under ``key``; None when there are none. A damaged file is logged and counts as missing."""
         tensors = self._whole(key)
         return None if tensors is None else gathered(key, tensors)
 
     def holds(self, wanted: Gathered) -> bool:
-        """Whether just these statistics lie here, undamaged."""
+        """Whether the cache holds exactly the wanted statistics, undamaged."""
         return self.find(wanted.key) == wanted
 
     def read(self, wanted: Gathered) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ class Cache:
         return tensors
 
     def _whole(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors under ``key``, if they are those that were written there."""
+        """The tensors under ``key``; None unless the file is as it was written."""
         file = self.file(key)
         if not file.exists():
             return None
@@ -87,7 +87,7 @@ class Cache:
         Raises:
             InputError: The folder cannot be written.
         """
-        found, file = gathered(key, tensors), self.file(key)
+        record, file = gathered(key, tensors), self.file(key)
         draft = file.with_name(f".{key}-{uuid.uuid4().hex}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class Cache:
                 draft,
                 {
                     **about,
-                    "digest": found.digest,
+                    "digest": record.digest,
                 },
             )
             _synced(draft)
@@ -109,11 +109,11 @@ class Cache:
                 f"{self.folder}: cannot be written ({error}).",
                 "Statistics are kept there; $ECOTONE_CACHE names another folder.",
             ) from error
-        return found
+        return record
 
 
 def gathered(key: str, tensors: Mapping[str, Tensor]) -> Gathered:
-    """What the journal keeps of ``tensors``."""
+    """The journal's record of ``tensors``: key, digest, count and size."""
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     return Gathered(key, digest_of(tensors), len(tensors), nbytes)
 
@@ -129,7 +129,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _synced(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What a worker does for a trial that wants statistics: it looks in the cache, and else gathers them."""
+"""Statistics for the trials that want them. The worker reads them from the cache, or else gathers them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Gatherer:
         backend: Shows merges.
         architecture: Tells architectures of the same tensors apart: its text is part of the keys.
         data: Returns a calibration task's data by its name.
-        cache: Where statistics are kept; None is this machine's.
+        cache: The cache of statistics; None is this machine's.
     """
 
     def __init__(
@@ -64,34 +64,37 @@ class Gatherer:
         kind, settings = chosen(wants)
         tasks = [_cut(self._data(name), settings.examples) for name in wants.tasks]
         key = self.key(genome, wants, tasks)
-        found = self._cache.find(key)
-        details: dict[str, str | int | float] = {"file": str(self._cache.file(key)), "cached": int(found is not None)}
-        if found is not None:
-            return Evaluation({}, details=details, statistics=found)
+        statistics = self._cache.find(key)
+        details: dict[str, str | int | float] = {
+            "file": str(self._cache.file(key)),
+            "cached": int(statistics is not None),
+        }
+        if statistics is not None:
+            return Evaluation({}, details=details, statistics=statistics)
         model = next(self._backend.show([genome]))
         if not isinstance(model, nn.Module):
             raise InputError("expected a torch module to observe, found a dict of tensors.", "Name an architecture.")
         tensors = kind(settings).gather(model, tasks)
         _check(tensors)
         about = {"kind": wants.kind, "genome": genome.digest, "tasks": json.dumps(wants.tasks)}
-        found = self._cache.write(key, tensors, about)
-        return Evaluation({}, items=sum(len(task.examples) for task in tasks), details=details, statistics=found)
+        statistics = self._cache.write(key, tensors, about)
+        return Evaluation({}, items=sum(len(task.examples) for task in tasks), details=details, statistics=statistics)
 
     def key(self, genome: Genome, wants: Statistics, tasks: Sequence[Data]) -> str:
         """All that the statistics depend on, as 32 hexadecimal digits, the same in every process."""
         kind, settings = chosen(wants)
-        told = {
+        parts = {
             "genome": genome.digest,
             "models": self._models,
             "kind": [wants.kind, kind.version],
             "settings": settings.model_dump(mode="json"),
             "tasks": [[_digest_of_examples(task.examples), _digest_of_head(task.head)] for task in tasks],
         }
-        return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @cached_property
     def _models(self) -> list[str]:
-        """The models' weights, and what makes a merge of them and a module of the merge."""
+        """The models' weights, and the functions that make a merge of them and a module of the merge."""
         sources = self._sources
         origin = sources.origin
         module = [str(self._architecture), json.dumps(origin.config, sort_keys=True, default=str)]

@@ -1,4 +1,4 @@
-"""Kinds of statistics, by name, and what each must say of itself."""
+"""Kinds of statistics, by name, and the declarations that each must make."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Gathering(Part):
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """What statistics of a calibration task are gathered over.
+    """The examples of a calibration task that statistics are gathered over.
 
     Args:
         name: The task's name.
-        examples: Inputs on the model's device, as many as are wanted; labels, where there are any, are not to be used.
-        head: Makes logits of the model's outputs; None where the outputs are the logits.
+        examples: Inputs on the model's device, as many as the settings ask for. Statistics must not use the labels.
+        head: Turns the model's outputs into logits; None where the outputs are the logits.
     """
 
     name: str

@@ -47,7 +47,7 @@ def _works(dtype: torch.dtype) -> bool:
 
 
 class Candidate(Protocol):
-    """What ``ecotone.merging.kernel.materialise.Mixture`` gives."""
+    """The part of ``ecotone.merging.kernel.materialise.Mixture`` that the compiled loops read."""
 
     @property
     def borders(self) -> Integers:
@@ -99,17 +99,16 @@ class Batch:
 
 
 def choose(stored: Sequence[Tensor], outs: Sequence[Tensor], thresholds: Sequence[float], majority: float) -> bool:
-    """What ``ecotone.merging.operators.ties_vectors`` does with a stretch of the base and K experts, if it can be
-    done here.
+    """Trim and elect a stretch of the base and K experts, as ``ecotone.merging.operators.ties_vectors`` does.
 
     Args:
         stored: K+1 flat tensors in main memory, the base first.
-        outs: K such tensors to fill.
+        outs: K flat tensors in main memory, which are filled.
         thresholds: K magnitudes below which entries are trimmed.
         majority: The sign of positions that sum to zero.
 
     Returns:
-        Whether it was done.
+        Whether it was done; False where the compiled loops do not support the tensors.
     """
     if not supports(stored, outs):
         return False
@@ -135,7 +134,7 @@ def products(
 
     Args:
         sources: J flat tensors.
-        gradient: Of their length, float32 or bfloat16 as they are.
+        gradient: A tensor of their length, float32 or bfloat16 as they are.
         directions: For each of K the source it is, or two sources whose difference it is.
         lanes: (K, L) float32.
     """
@@ -149,8 +148,7 @@ def products(
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, start: int) -> bool:
-    """Add a stretch of the flattened matrix ``left @ right`` as ``ecotone.merging.models.lora`` does, if it can be
-    done here.
+    """Add a stretch of the flattened matrix ``left @ right``, as ``ecotone.merging.models.lora`` does.
 
     Args:
         out: (N,) float32 or float64 in main memory.
@@ -159,7 +157,7 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, start: int) -> bool:
         start: Position of the stretch in the flattened matrix.
 
     Returns:
-        Whether it was done.
+        Whether it was done; False where compiled loops do not work on this machine.
     """
     if not _works(torch.float32):
         return False

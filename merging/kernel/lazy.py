@@ -1,4 +1,4 @@
-"""Flat tensors that are formed as they are read, a piece at a time: what no file holds as it is mixed."""
+"""Flat tensors that no file holds. They are computed when they are read, a piece at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Lazy(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it is formed."""
+        """The device on which it is formed."""
         ...
 
     def numel(self) -> int:
@@ -29,11 +29,11 @@ class Lazy(Protocol):
         ...
 
     def __getitem__(self, part: slice) -> Source:
-        """A piece of it, not yet formed."""
+        """A piece of the tensor, not yet formed."""
         ...
 
     def to(self, device: torch.device) -> Lazy:
-        """The same, formed on another device; what it is formed from goes there now."""
+        """The same tensor, formed on another device. Its inputs are copied there now."""
         ...
 
     def formed(self) -> Tensor:
@@ -48,7 +48,7 @@ SPAN = 1_048_576  # elements formed at a time where a whole tensor is wanted
 
 
 def formed(source: Source) -> Tensor:
-    """The elements of a flat tensor; those of a file are not copied."""
+    """The elements of a flat tensor. Elements of a file are not copied."""
     return source if isinstance(source, Tensor) else source.formed()
 
 

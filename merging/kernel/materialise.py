@@ -39,11 +39,11 @@ SMALL = 16_777_216  # elements of all sources together below which compiling or 
 
 Part = TypeVar("Part")
 Transform: TypeAlias = Callable[[Sequence[Tensor], int], list[Tensor]]
-"""What an operator makes of J flat pieces that begin at a position of the flat vector.
+"""A function that an operator applies to J flat pieces that begin at a position of the flat vector.
 
-As many pieces of that size on the same device, of types that depend on the given ones alone. Every element depends on
-its position and the J elements there alone, so pieces may be cut anywhere. Pieces that differ in type are widened to
-the accumulator's before they are changed.
+It returns as many pieces of the same size on the same device. Their types depend only on the types of the given pieces.
+Every element depends only on its position and on the J elements there, so pieces may be cut anywhere. Pieces that
+differ in type are widened to the accumulator's type before they are changed.
 """
 
 
@@ -58,7 +58,7 @@ class Stretch:
 
     Args:
         stored: J flat tensors as the checkpoints hold them, in main memory or on one device.
-        transform: What is mixed in their place.
+        transform: The function that makes the mixed pieces from them.
         start: Their first position in the flat vector.
     """
 
@@ -291,7 +291,7 @@ def _by_torch(mixtures: Sequence[Mixture], sources: Sequence[Tensor], start: int
 
 
 def _moved(sources: Sequence[Source], device: torch.device) -> list[Source]:
-    """The sources in their own types on the device; those in main memory go through page-locked memory."""
+    """The sources in their own types on the device. Sources in main memory go through page-locked memory."""
     moved: list[Source] = []
     for index, source in enumerate(sources):
         if not isinstance(source, Tensor):

@@ -47,7 +47,7 @@ _HEADER_LIMIT = 100_000_000  # the limit of the safetensors format
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: where it is and what its header says.
+    """One safetensors file: its path and its header.
 
     Args:
         path: The file.
@@ -89,7 +89,7 @@ class Checkpoint:
 
     Args:
         path: The file or directory it was opened from.
-        name: What reports call it.
+        name: Its name in reports.
         shards: Its safetensors files.
         config: The model's ``config.json``, None for a plain state dict.
     """
@@ -108,7 +108,7 @@ class Checkpoint:
             path: A ``.safetensors`` file, or a directory that holds ``model.safetensors``, or
                 ``model.safetensors.index.json`` and its shards, or exactly one ``.safetensors`` file; or a
                 repository of the Hugging Face hub (``ecotone.merging.models.hub``).
-            name: What reports call it; the directory's or the file's name by default.
+            name: Its name in reports; the directory's or the file's name by default.
 
         Raises:
             CheckpointError: The file is missing, is not safetensors (pickles run code when loaded), is
@@ -157,7 +157,7 @@ class Checkpoint:
 
     @property
     def rows(self) -> int | None:
-        """None: its embeddings are those of its files."""
+        """None: the embeddings are as its files have them."""
         return None
 
     @property
@@ -388,7 +388,7 @@ def _config(directory: Path | None) -> dict[str, Any] | None:
 
 
 def default_name(path: Path) -> str:
-    """What reports call the model of a file or directory: the name of the repository, the directory or the file."""
+    """The name of a model in reports: that of its repository, its directory or its file."""
     of_hub = hub.name_of(path)
     if of_hub:
         return of_hub

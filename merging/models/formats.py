@@ -24,17 +24,17 @@ class Format(Protocol):
 
     @property
     def title(self) -> str:
-        """What messages call one: ``LoRA adapter``."""
+        """The name of the format in messages: ``LoRA adapter``."""
         ...
 
     @property
     def describe(self) -> str:
-        """What it is, in a sentence."""
+        """One sentence that describes the format."""
         ...
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """What it cannot do, a sentence each."""
+        """The limits of the format, one sentence for each."""
         ...
 
     @property
@@ -43,14 +43,14 @@ class Format(Protocol):
         ...
 
     def owns(self, path: str) -> bool:
-        """Whether a path, or what else a recipe names a model by, is of this format. Reads no weight."""
+        """Whether a path, or another name of a model in a recipe, is of this format. Reads no weight."""
         ...
 
     def open(self, path: str, base: Model | None) -> Model:
         """Open it; only headers are read.
 
         Args:
-            path: What ``owns`` has said yes to.
+            path: A path that ``owns`` has accepted.
             base: The model it was trained on; given where it ``needs_base``.
 
         Raises:
@@ -60,11 +60,11 @@ class Format(Protocol):
 
 
 SAYS = tuple(name for name in vars(Format) if not name.startswith("_"))
-"""What a format must say of itself."""
+"""The attributes and methods that every format must have."""
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Raise ``InputError`` unless a format says all that it must of itself."""
+    """Raise ``InputError`` unless a format has all declarations."""
     lacking = [each for each in SAYS if not hasattr(kind, each)]
     if lacking:
         raise InputError(
@@ -105,7 +105,7 @@ def opened(path: str | Path, base: Model | None = None, field: str = "base") -> 
 
 
 def opened_whole(path: str | Path) -> Model:
-    """Open a model that needs no other one, such as a base; errors as of ``opened``."""
+    """Open a model that needs no other model, such as a base. Raises the errors of ``opened``."""
     kind = format_of(str(path))
     if kind is not None and kind.needs_base:
         raise CheckpointError(

@@ -126,7 +126,7 @@ class Layout:
             InputError: One is missing or of another shape.
         """
         twins = {kept: alias for alias, kept in self.aliases.items() if alias in tensors}
-        found = []
+        flat = []
         for name, shape in zip(self.tensors, self.shapes, strict=True):
             target = tensors.get(name, tensors.get(twins.get(name, name)))
             if target is None:
@@ -136,8 +136,8 @@ class Layout:
                 )
             if tuple(target.shape) != shape:
                 raise InputError(f"out: tensor {name!r} should have shape {shape}, found {tuple(target.shape)}.")
-            found.append(target.detach())
-        return found
+            flat.append(target.detach())
+        return flat
 
 
 def natural(name: str) -> tuple[tuple[str, int], ...]:
@@ -168,7 +168,7 @@ def _refuse_quantised(checkpoint: Model) -> None:
 
 
 def _aliases(checkpoint: Model) -> dict[str, str]:
-    """Tied tensors, by the name that is left out: the output embedding, and what ``safetensors.save_model`` dropped."""
+    """Tied tensors by the name left out: the output embedding, and names that ``safetensors.save_model`` drops."""
     stored = checkpoint.tensors
     dropped = {alias: kept for alias, kept in checkpoint.metadata.items() if alias not in stored and kept in stored}
     kept = tied_embedding(checkpoint)

@@ -72,7 +72,7 @@ class LowRank:
 
     @property
     def device(self) -> torch.device:
-        """Where it is formed."""
+        """The device on which it is formed."""
         return self.left.device
 
     def numel(self) -> int:
@@ -120,12 +120,12 @@ def _blocks(start: int, size: int, columns: int, span: int) -> Iterator[tuple[sl
 
 @dataclass(frozen=True)
 class Factors:
-    """What an adapter adds to one tensor of the base.
+    """The two factors whose product an adapter adds to one tensor of the base.
 
     Args:
         left: Name of the factor that has the tensor's rows.
-        right: Name of the other, or None for a bias, which is added as it is.
-        scale: What the product is multiplied by.
+        right: Name of the factor that has the tensor's columns; None for a bias, which is added as it is.
+        scale: The number that the product is multiplied by.
         transposed: Whether the stored product is the tensor's transpose.
     """
 
@@ -141,7 +141,7 @@ class Adapter:
 
     Args:
         path: The adapter's directory.
-        name: What reports call the expert.
+        name: The expert's name in reports.
         base: The model it was trained on.
         weights: The adapter's own tensors.
         factors: By tensor of the base, what is added to it.
@@ -162,7 +162,7 @@ class Adapter:
         Args:
             path: A directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
             base: The model it was trained on.
-            name: What reports call the expert; the directory's name by default.
+            name: The expert's name in reports; the directory's name by default.
 
         Raises:
             CheckpointError: It cannot be read, is not plain LoRA, or does not fit the base.
@@ -193,7 +193,7 @@ class Adapter:
 
     @property
     def stored(self) -> bool:
-        """False: what it changes is formed as it is read."""
+        """False: the tensors that it changes are computed when they are read."""
         return False
 
     @property
@@ -245,7 +245,7 @@ class Adapter:
         return self if name in self.factors or name in self.whole else self.base.holder(name)
 
     def working_bytes(self, name: str) -> int:
-        """Bytes of the factors in the type in which they are multiplied, and of what the base takes."""
+        """Bytes of the factors in the type in which they are multiplied, and the bytes that the base takes."""
         base = 0 if name in self.whole else self.base.working_bytes(name)
         if name not in self.factors:
             return base
@@ -292,7 +292,7 @@ def _weights(place: Path) -> Path:
 
 
 class _Reader:
-    """What an adapter's headers and configuration say, checked against its base."""
+    """Reads an adapter's headers and configuration, and checks them against its base."""
 
     def __init__(self, place: Path, base: Model, stored: Checkpoint) -> None:
         self.place, self.base, self.stored = place, base, stored
@@ -377,7 +377,7 @@ class _Reader:
             raise self._misshapen(key, found, name, expected)
 
     def _check_ties(self, factors: Mapping[str, Factors], whole: dict[str, str]) -> None:
-        """Refuse what unties weights that the base has tied."""
+        """Refuse an adapter that unties weights that the base has tied."""
         embedding = tied_embedding(self.base)
         for kept in {*self.aliases.values(), *([embedding] if embedding else [])}:
             group = [name for name, place in self.aliases.items() if place == kept]
@@ -401,7 +401,7 @@ class _Reader:
         return one.dtype == other.dtype and torch.equal(one, other)
 
     def _known(self, name: str, key: str) -> str:
-        """``name`` if the base has such a tensor, tied or not."""
+        """``name`` if the base has a tensor of that name, tied or not."""
         if name in self.base.tensors or name in self.aliases:
             return name
         raise CheckpointError(

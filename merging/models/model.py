@@ -26,7 +26,7 @@ from ecotone.populations.errors import InputError
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor: its shape and its type."""
+    """Shape and type of a tensor, from the file's header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,12 +47,12 @@ class Model(Protocol):
 
     @property
     def path(self) -> Path:
-        """Where it was opened from."""
+        """The path it was opened from."""
         ...
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """The model's name in reports."""
         ...
 
     @property
@@ -92,12 +92,12 @@ class Model(Protocol):
 
     @property
     def files(self) -> Path:
-        """Where an export finds the configuration and the licences: a directory, or the file of plain weights."""
+        """The place of configuration and licences for an export: a directory, or the file of plain weights."""
         ...
 
     @property
     def tokenizer(self) -> Path:
-        """Where its tokenizer is, if it has one."""
+        """The folder of its tokenizer, if it has one."""
         ...
 
     def tensor(self, name: str) -> Tensor:
@@ -116,11 +116,11 @@ class Model(Protocol):
         ...
 
     def working_bytes(self, name: str) -> int:
-        """Bytes of main memory that ``flat(name)`` takes: what is formed whole, and factors. Mapped files take none."""
+        """Bytes of main memory that ``flat(name)`` takes for computed tensors and factors. Mapped files take none."""
         ...
 
     def mergekit_reference(self) -> str:
-        """What mergekit loads it by: a path or a repository of the hub, an adapter behind its base and a plus sign.
+        """The name by which mergekit loads the model: a path or a repository; ``base+adapter`` for an adapter.
 
         Raises:
             InputError: mergekit cannot express it, or would read its path otherwise.
@@ -128,7 +128,7 @@ class Model(Protocol):
         ...
 
     def record(self) -> Mapping[str, Any]:
-        """What the record of an export says of it: plain values, those of the models in it among them."""
+        """The model's entry in the record of an export: plain values, and the entries of the models that it wraps."""
         ...
 
     def named(self, name: str) -> Model:
@@ -137,14 +137,14 @@ class Model(Protocol):
 
 
 SAYS = tuple(name for name in vars(Model) if not name.startswith("_"))
-"""What a model must say of itself."""
+"""The attributes and methods that every model must have."""
 
 _WEIGHTS = ("tensor", "flat")
 _DEPENDING = ("stored", "holder", "working_bytes", "mergekit_reference", "record")
 
 
 def declared(model: Any) -> Model:
-    """``model``, if its class says all that a model must say of itself.
+    """``model``, if its class has all declarations of a model.
 
     Attributes that ``__getattr__`` takes from another object do not count, nor do answers inherited from a class of
     other weights.
@@ -153,8 +153,8 @@ def declared(model: Any) -> Model:
         InputError: It does not; what is lacking is named.
     """
     kind = type(model)
-    own = {*dir(kind), *getattr(model, "__dict__", {})}
-    lacking = [name for name in SAYS if name not in own]
+    declarations = {*dir(kind), *getattr(model, "__dict__", {})}
+    lacking = [name for name in SAYS if name not in declarations]
     inherited = [] if lacking else _of_other_weights(kind)
     if not lacking and not inherited:
         return model  # type: ignore[no-any-return]
@@ -201,7 +201,7 @@ class Wrapper(ABC):
     @property
     @abstractmethod
     def change(self) -> str:
-        """What is done to the model, in a few words: ``rows in another order``."""
+        """The change that is made to the model, in a few words: ``rows in another order``."""
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -213,12 +213,12 @@ class Wrapper(ABC):
 
     @property
     def path(self) -> Path:
-        """Where the model was opened from."""
+        """The path the model was opened from."""
         return self.model.path
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """The model's name in reports."""
         return self.model.name
 
     @property
@@ -248,7 +248,7 @@ class Wrapper(ABC):
 
     @property
     def stored(self) -> bool:
-        """False: no file holds what is read."""
+        """False: no file holds the tensors as they are read."""
         return False
 
     @property
@@ -258,12 +258,12 @@ class Wrapper(ABC):
 
     @property
     def files(self) -> Path:
-        """Where the model's configuration and licences are."""
+        """The place of the model's configuration and licences."""
         return self.model.files
 
     @property
     def tokenizer(self) -> Path:
-        """Where the model's tokenizer is."""
+        """The folder of the model's tokenizer."""
         return self.model.tokenizer
 
     def holder(self, name: str) -> Model:
@@ -271,7 +271,7 @@ class Wrapper(ABC):
         return self
 
     def working_bytes(self, name: str) -> int:
-        """Bytes of the whole tensor, and of what the model in it takes."""
+        """Bytes of the whole tensor, and the bytes that the wrapped model takes."""
         return self.tensors[name].nbytes + self.model.working_bytes(name)
 
     def mergekit_reference(self) -> str:
@@ -292,7 +292,7 @@ class Wrapper(ABC):
 
 
 def mergekit_place(path: Path) -> str:
-    """What mergekit loads a path by: a snapshot in the hub's cache by repository and commit, others as they are.
+    """The name by which mergekit loads a path. A snapshot in the hub's cache becomes ``repository@commit``.
 
     Raises:
         InputError: The path has a character that mergekit reads otherwise.

@@ -44,36 +44,36 @@ def vocabulary(directory: Path) -> Mapping[int, str] | None:
 
 
 def compare(models: Sequence[tuple[str, Path]]) -> list[str]:
-    """What differs between the tokenizers and chat templates of models.
+    """The differences between the tokenizers and chat templates of models.
 
     Args:
-        models: Names and directories, the one the others are compared with first: the base, whose files an export
-            gets. Those of plain weights files have no tokenizer and are passed over.
+        models: Names and directories. The first model is compared with all others: the base, whose files an export
+            gets. Models in plain weights files have no tokenizer and are passed over.
 
     Returns:
-        Plain sentences, one a difference; none if all agree.
+        One plain sentence for each difference; none if all agree.
     """
-    found = [(name, _Files(Path(path))) for name, path in models if Path(path).is_dir()]
-    owners = [(name, files) for name, files in found if files.tokens is not None]
+    compared = [(name, _Files(Path(path))) for name, path in models if Path(path).is_dir()]
+    owners = [(name, files) for name, files in compared if files.tokens is not None]
     sentences: list[str] = []
     if owners:
-        without = [name for name, files in found if files.tokens is None]
+        without = [name for name, files in compared if files.tokens is None]
         sentences += [
             f"{name!r} has no tokenizer that can be compared with that of {owners[0][0]!r}." for name in without
         ]
     for name, files in owners[1:]:
         sentences += _differences(owners[0][0], owners[0][1], name, files)
-    templated = [(name, files.template) for name, files in found if files.tokens is not None or files.template]
+    templated = [(name, files.template) for name, files in compared if files.tokens is not None or files.template]
     for name, template in templated[1:]:
         sentences += _templates(templated[0][0], templated[0][1], name, template)
     return sentences
 
 
 class _Files:
-    """What is compared of one directory.
+    """The files of one directory that are compared.
 
     Args:
-        directory: A model's.
+        directory: The directory of a model.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -161,7 +161,7 @@ def _content(token: object) -> str | None:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, empty if there is none."""
     try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        record = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}

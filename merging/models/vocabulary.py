@@ -87,7 +87,7 @@ def _counts(models: Sequence[Model]) -> dict[str, list[int]]:
 
 
 def check_numbers(models: Sequence[Model], stop: int | None = None) -> None:
-    """Refuse models whose tokenizers disagree on what a token's number means. Models without tokenizers pass.
+    """Refuse models whose tokenizers disagree on the meaning of a token's number. Models without tokenizers pass.
 
     Args:
         models: Two or more.
@@ -126,9 +126,9 @@ class Resized(Wrapper):
 
     Args:
         model: The model.
-        sizes: By tensor, the rows it is to have.
-        base: Whose rows take the place of those it lacks.
-        experts: Whose mean does where the base lacks them, too.
+        sizes: The number of rows that each tensor is to have, by name.
+        base: The model whose rows replace missing rows.
+        experts: The models whose mean replaces rows that the base lacks, too.
     """
 
     sizes: Mapping[str, int]
@@ -143,8 +143,8 @@ class Resized(Wrapper):
     @property
     def rows(self) -> int | None:
         """Rows of its input embedding, if their number is another."""
-        own = (rows for name, rows in self.sizes.items() if name.endswith(INPUT_EMBEDDINGS))
-        return next(own, self.model.rows)
+        of_inputs = (rows for name, rows in self.sizes.items() if name.endswith(INPUT_EMBEDDINGS))
+        return next(of_inputs, self.model.rows)
 
     @property
     def tokenizer(self) -> Path:
@@ -180,7 +180,7 @@ class Resized(Wrapper):
         return formed(self.flat(name)).view(self.tensors[name].shape)
 
     def flat(self, name: str) -> Source:
-        """The tensor ``name``, flat: what it lacks is read from other models, a piece at a time."""
+        """The tensor ``name``, flat. Rows that it lacks are read from other models, a piece at a time."""
         own = self.model.flat(name)
         if name not in self.sizes:
             return own
@@ -200,7 +200,7 @@ class Resized(Wrapper):
         return self if name in self.sizes else self.model.holder(name)
 
     def working_bytes(self, name: str) -> int:
-        """What the models take whose rows are read."""
+        """Bytes that reading takes in the model, and in the models that lend it rows."""
         read = {id(self.model): self.model}
         if name in self.sizes and self.model.tensors[name].shape[0] < self.sizes[name]:
             read |= {id(other): other for other in (self.base, *self.experts) if other and name in other.tensors}
@@ -240,7 +240,7 @@ class Joined:
 
     @property
     def device(self) -> torch.device:
-        """Where the parts are."""
+        """The device of the parts."""
         return self.parts[0].device
 
     def numel(self) -> int:
@@ -272,7 +272,7 @@ class Mean:
     """The mean of flat tensors, taken in float32 (float64 where one of them is) in their order.
 
     Args:
-        parts: Of one length, on one device.
+        parts: Tensors of one length, on one device.
     """
 
     parts: tuple[Source, ...]
@@ -284,7 +284,7 @@ class Mean:
 
     @property
     def device(self) -> torch.device:
-        """Where the parts are."""
+        """The device of the parts."""
         return self.parts[0].device
 
     def numel(self) -> int:

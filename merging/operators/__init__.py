@@ -58,7 +58,7 @@ def checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as a recipe gives them, as the operator called ``name`` takes them.
 
     Args:
-        name: Of the operator.
+        name: The name of the operator.
         given: Its settings by name. Those that mean a value of their type are taken: a list for a tuple.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a merge operator is."""
+"""The protocol of merge operators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Operator(Protocol):
 
     @property
     def name(self) -> str:
-        """What recipes call it."""
+        """The operator's name in recipes."""
         ...
 
     @property
@@ -49,7 +49,7 @@ class Operator(Protocol):
 
     @property
     def geometry(self) -> Literal["model", "tensor"] | None:
-        """Where weights depend on inner products of the models: over all parameters, or of each tensor by itself."""
+        """Over which part the inner products of the models determine the weights: all parameters, or each tensor."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class Operator(Protocol):
         ...
 
     def columns(self, experts: Sequence[str]) -> tuple[str, ...]:
-        """K names of a genome's coefficients, for E experts of these names.
+        """K names of a genome's coefficients, for the names of E experts.
 
         Raises:
             InputError: The operator does not merge so many.
@@ -79,12 +79,12 @@ class Operator(Protocol):
         ...
 
     def transform(self, pieces: Pieces) -> Transform:
-        """What is mixed in place of the stored tensors; may stream all of them to find out what that is."""
+        """The function that makes the mixed tensors from the stored ones; may first stream all stored tensors."""
         ...
 
 
 def directions(operator: Operator, columns: int) -> list[list[Term]]:
-    """For each of K coefficients the models that it moves along, those of weight one first."""
+    """For each of K coefficients, the models that it moves along; models of weight one come first."""
     none = np.zeros((columns, columns))
     table = operator.weights(np.eye(columns)) - operator.weights(none)
     rows = [[(j, weight) for j, weight in enumerate(row) if weight] for row in table.tolist()]
@@ -97,7 +97,7 @@ def weights_of(
     """(S+1,) segment borders and (S, J) weights over the models of a genome.
 
     Args:
-        operator: What the coefficients mean.
+        operator: The operator, which gives coefficients their meaning.
         genome: The merge.
         layout: The flat vector.
         grams: Gives the Gram table of the J models, by tensor; asked for where the operator has a ``geometry``.

@@ -31,8 +31,8 @@ class Dare(PreparedVectors):
     """``theta = base + sum_k c_k m_k tau_k / density``; zero coefficients give the base.
 
     Args:
-        density: The probability with which an entry is kept (the paper's 1 - p), not the share dropped.
-        mask_seed: Chooses the masks, from 0 to 2^32 - 1.
+        density: The probability that an entry of a task vector is kept (the paper's 1 - p), not the share dropped.
+        mask_seed: The seed that draws which entries are kept, from 0 to 2^32 - 1.
     """
 
     density: Density = 0.5
@@ -42,13 +42,13 @@ class Dare(PreparedVectors):
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0), "mask_seed": (0, SEEDS - 1)}
 
     def transform(self, pieces: Pieces) -> Transform:
-        """Reads nothing beforehand: what becomes of an entry depends on its position alone."""
+        """Reads nothing beforehand: whether an entry is kept depends on its position alone."""
         return _Scaled(pieces.kind, Masks(self.mask_seed, self.density), self.density)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Which entries of task vectors are kept.
+    """Masks that choose which entries of task vectors are kept.
 
     Args:
         seed: The mask seed.
@@ -69,7 +69,7 @@ class Masks:
         return vectors
 
     def _key(self, number: int) -> int:
-        """Where the generator of one expert's mask begins, a signed integer of 64 bits."""
+        """The start of the generator of one expert's mask, a signed integer of 64 bits."""
         words = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
         return int(words.view(np.int64)[0])
 

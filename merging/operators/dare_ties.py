@@ -34,9 +34,10 @@ class DareTies(PreparedVectors):
     """``theta = base + sum_k c_k v_k``, linear in the coefficients, which take no part in the election.
 
     Args:
-        density: The probability with which an entry is kept, not the share dropped.
-        mask_seed: Chooses the masks, from 0 to 2^32 - 1.
-        combine: ``mean`` divides entries by how many agree, ``sum`` does not.
+        density: The probability that an entry of a task vector is kept, not the share dropped.
+        mask_seed: The seed that draws which entries are kept, from 0 to 2^32 - 1.
+        combine: How the entries of experts that agree on a sign are combined: ``mean`` divides their sum by the number
+            of these experts, ``sum`` does not.
     """
 
     density: Density = 0.5
@@ -59,7 +60,7 @@ class _Election:
 
     Args:
         kind: The type in which task vectors are formed.
-        masks: Which entries are kept.
+        masks: The masks of entries that are kept.
         density: By which they are divided.
         combine: Whether entries are also divided by how many agree.
         majority: The sign (1 or -1) of positions where what is kept sums to zero.

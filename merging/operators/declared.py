@@ -19,7 +19,7 @@ from ecotone.populations.errors import InputError, nearest
 from ecotone.settings import described
 
 SAYS = tuple(name for name in vars(Operator) if not name.startswith("_"))
-"""What an operator must say of itself."""
+"""The attributes and methods that every operator must have."""
 
 _KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -30,10 +30,10 @@ class Setting:
     """A setting of an operator.
 
     Args:
-        name: What recipes call it.
+        name: Its name in recipes.
         type: Its annotation, bounds included; pydantic checks values by it.
         default: Its value where none is given.
-        text: What it is, in words.
+        text: Its meaning, in words.
         bounds: The widest bounds of a search over it; None where a search may not choose it.
     """
 
@@ -45,7 +45,7 @@ class Setting:
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
-        """What checks values, and tells the JSON Schema."""
+        """The pydantic adapter that checks values and gives the JSON Schema."""
         try:
             return TypeAdapter(self.type, config=ConfigDict(allow_inf_nan=False))
         except PydanticUserError:  # a dataclass or a model, which has its own configuration
@@ -53,14 +53,14 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        """What values may be, in words: ``a number above 0 and at most 1``."""
+        """The allowed values, in words: ``a number above 0 and at most 1``."""
         return _in_words(self.type)
 
     def checked(self, value: Any, strict: bool = True) -> Any:
         """A value of the setting.
 
         Args:
-            value: What is given.
+            value: The given value.
             strict: Refuse values of another type; otherwise those of YAML are taken that mean one, a list for a tuple.
 
         Raises:
@@ -79,8 +79,10 @@ def settings_of(kind: type[Operator]) -> Mapping[str, Setting]:
     """The settings of an operator's class, by name."""
     types, texts, bounds = get_type_hints(kind, include_extras=True), _texts(kind), _searchable(kind)
     return {
-        one.name: Setting(one.name, types[one.name], _default(one), texts.get(one.name, ""), bounds.get(one.name))
-        for one in _fields(kind)
+        field.name: Setting(
+            field.name, types[field.name], _default(field), texts.get(field.name, ""), bounds.get(field.name)
+        )
+        for field in _fields(kind)
     }
 
 
@@ -99,10 +101,10 @@ def checked(kind: type[Operator], given: Mapping[str, Any], strict: bool = True)
 
 
 def check_declared(name: str, kind: Any) -> None:
-    """Raise ``InputError`` unless an operator says all that it must of itself.
+    """Raise ``InputError`` unless an operator has all declarations.
 
     Args:
-        name: What recipes are to call it.
+        name: Its name in recipes.
         kind: Its class.
     """
     wrong = next(_faults(name, kind), None)
@@ -111,7 +113,7 @@ def check_declared(name: str, kind: Any) -> None:
 
 
 def _faults(name: str, kind: Any) -> Iterator[str]:
-    """What is lacking, each as what was expected and what was found."""
+    """The faults of an operator. Each text names the expected and the found."""
     if not _is_frozen(kind):
         yield f"a frozen dataclass, found {kind!r}"
         return
@@ -121,14 +123,14 @@ def _faults(name: str, kind: Any) -> Iterator[str]:
         return
     if kind.name != name:
         yield f"one of this name, found {kind.name!r}"
-    texts, known = _texts(kind), [one.name for one in _fields(kind)]
-    for one in _fields(kind):
-        if _default(one) is MISSING:
-            yield f"a default of its setting {one.name!r}, found none"
-        elif not texts.get(one.name):
-            yield f"a text of its setting {one.name!r} in the Args section of its docstring, found none"
+    texts, known = _texts(kind), [field.name for field in _fields(kind)]
+    for field in _fields(kind):
+        if _default(field) is MISSING:
+            yield f"a default of its setting {field.name!r}, found none"
+        elif not texts.get(field.name):
+            yield f"a text of its setting {field.name!r} in the Args section of its docstring, found none"
         else:
-            yield from _faults_of(settings_of(kind)[one.name])
+            yield from _faults_of(settings_of(kind)[field.name])
     unknown = [each for each in _searchable(kind) if each not in known]
     if unknown:
         yield f"searchable settings among its fields, found {', '.join(unknown)}"
@@ -162,18 +164,18 @@ def _default(one: Field[Any]) -> Any:
 
 
 def _texts(kind: type) -> dict[str, str]:
-    """What the docstrings of a class and of those it is made of say of its fields."""
-    found: dict[str, str] = {}
-    for each in reversed(kind.__mro__):
-        found |= described(each.__dict__.get("__doc__") or "")
-    return found
+    """The texts of a class's fields, from the docstrings of the class and its bases."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        texts |= described(base.__dict__.get("__doc__") or "")
+    return texts
 
 
 # -- types in words ------------------------------------------------------------------------------------------
 
 
 def _in_words(annotation: Any) -> str:
-    """What values of a type may be; empty for types that need more than a few words."""
+    """The allowed values of a type, in words; empty for types that need more than a few words."""
     if get_origin(annotation) is Literal:
         *first, last = map(str, get_args(annotation))
         return f"{', '.join(first)} or {last}" if first else last
@@ -182,12 +184,12 @@ def _in_words(annotation: Any) -> str:
     kind, *notes = get_args(annotation)
     given = {key: value for note in notes for key, value in _bounds_of(note)}
     if {"ge", "le"} <= given.keys():
-        told = [f"from {given['ge']} to {given['le']}"]
+        bounds = [f"from {given['ge']} to {given['le']}"]
     else:
-        told = [f"{word} {given[key]}" for key, word in _BOUNDS.items() if key in given]
-    return f"{_KINDS[kind]} {' and '.join(told)}".strip() if kind in _KINDS else ""
+        bounds = [f"{word} {given[key]}" for key, word in _BOUNDS.items() if key in given]
+    return f"{_KINDS[kind]} {' and '.join(bounds)}".strip() if kind in _KINDS else ""
 
 
 def _bounds_of(note: Any) -> Iterator[tuple[str, Any]]:
-    for each in getattr(note, "metadata", [note]):
-        yield from ((key, getattr(each, key)) for key in _BOUNDS if hasattr(each, key))
+    for bound in getattr(note, "metadata", [note]):
+        yield from ((key, getattr(bound, key)) for key in _BOUNDS if hasattr(bound, key))

@@ -1,4 +1,4 @@
-"""Task vectors prepared before they are mixed: what TIES, DARE and their like have in common."""
+"""Operators that prepare task vectors before they are mixed: the common part of TIES, DARE and others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEEDS = 2**32
 Density: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 """A share of the entries of task vectors."""
 MaskSeed: TypeAlias = Annotated[int, Field(ge=0, le=SEEDS - 1)]
-"""What chooses the masks of random entries."""
+"""The seed from which masks of random entries are drawn."""
 Combine: TypeAlias = Literal["mean", "sum"]
 """How entries that agree are combined."""
 
@@ -30,7 +30,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class PreparedVectors(TaskArithmetic):
-    """``theta = base + sum_k c_k v_k``, where ``v_k`` is what an operator makes of the task vectors.
+    """``theta = base + sum_k c_k v_k``, where the operator makes the ``v_k`` from the task vectors.
 
     The ``v_k`` are mixed in place of the experts, in float32 (float64 where the models are): the merge is linear in the
     coefficients, and where all ``v_k`` are zero it is the base bit for bit.

@@ -28,7 +28,8 @@ class Slerp:
     """Interpolation on the arc between two models; a genome's one coefficient a segment is t, the second model's share.
 
     Args:
-        per: Where angles are taken: ``model``, one between the whole models, or ``tensor``, each tensor's own.
+        per: The angles to interpolate on: ``model`` takes the one angle between the whole models, ``tensor`` takes the
+            angle of each tensor.
     """
 
     per: Literal["model", "tensor"] = "model"
@@ -41,7 +42,7 @@ class Slerp:
 
     @property
     def geometry(self) -> Literal["model", "tensor"]:
-        """Where angles are taken."""
+        """The part of the model over which an angle is taken."""
         return self.per
 
     def columns(self, experts: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Task vectors, streamed: what operators find out about all of them before they change any."""
+"""Task vectors, streamed. Operators read all of them before they change any."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Pieces:
         return len(self._places[0][0]) - 1
 
     def map(self, work: Callable[[Sequence[Tensor], int], Result]) -> list[Result]:
-        """What ``work`` makes of every piece and its position, in any order, spread over torch's threads."""
+        """The results of ``work`` for every piece and its position, in any order. Uses torch's threads."""
         results: list[Result] = []
 
         def do(place: tuple[Sequence[Source], int, slice]) -> None:

@@ -30,9 +30,11 @@ class Ties(PreparedVectors):
     """``theta = base + sum_k c_k v_k`` with v_k of TIES; zero coefficients give the base.
 
     Args:
-        density: The share of each task vector's n entries that is kept when trimming, as for ``ties_vectors``; 0.2 is
-            usual.
-        combine: ``mean`` divides entries by how many agree, ``sum`` does not (then the merge is ``ties_vectors``').
+        density: The share of each task vector's n entries that trimming keeps; 0.2 is usual. Trimming keeps the largest
+            ``density * n`` entries (rounded, at least 1), and all entries equal to the smallest of them (many, in
+            models of 16 bits).
+        combine: How the entries of experts that agree on a sign are combined: ``mean`` divides their sum by the number
+            of these experts, ``sum`` does not (then the merge equals that of ``ties_vectors``).
     """
 
     density: Density = 0.2
@@ -48,12 +50,12 @@ class Ties(PreparedVectors):
 
 @dataclass(frozen=True)
 class _Disjoint:
-    """What is left of task vectors, in pieces of the base and K experts.
+    """Makes the task vectors that trimming and election leave, in pieces of the base and K experts.
 
     Args:
         kind: The type in which task vectors are formed.
         election: Gives the base and ``base + tau'_k``.
-        combine: Whether entries are divided by how many agree.
+        combine: ``mean`` divides an entry by the number of experts that agree on its sign; ``sum`` does not.
     """
 
     kind: torch.dtype

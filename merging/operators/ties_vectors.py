@@ -31,12 +31,12 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class TiesVectors(TaskArithmetic):
-    """``theta = base + sum_k c_k tau'_k``; one-hot coefficients give an expert without what was trimmed and outvoted.
+    """``theta = base + sum_k c_k tau'_k``; one-hot coefficients give an expert less its trimmed and outvoted entries.
 
     Args:
-        density: The share of each task vector's n entries that is kept when trimming, 0.2 is usual:
-            ``max(1, round(density * n))`` of the largest, and all that are equal to the smallest of these
-            (many, in models of 16 bits).
+        density: The share of each task vector's n entries that trimming keeps; 0.2 is usual. Trimming keeps the largest
+            ``density * n`` entries (rounded, at least 1), and all entries equal to the smallest of them (many, in
+            models of 16 bits).
     """
 
     density: Density = 0.2
@@ -79,7 +79,7 @@ class _Election:
     large: bool = False
 
     def __call__(self, pieces: Sequence[Tensor], start: int = 0) -> list[Tensor]:
-        """The base, and K experts with the base's elements in place of those trimmed or outvoted."""
+        """The base, and K experts whose trimmed or outvoted elements are the base's."""
         base, *experts = pieces
         changed = [torch.empty_like(expert) for expert in experts]
         here = self.large and base.device.type == "cpu"
@@ -110,7 +110,7 @@ class _Election:
 
 
 def _select(flags: Tensor, chosen: Tensor, other: Tensor, out: Tensor) -> None:
-    """Fill ``out`` with the elements of ``chosen`` where ``flags`` is 1 and with those of ``other`` where it is 0.
+    """Fill ``out`` with elements of ``chosen`` where ``flags`` is 1, and with elements of ``other`` where it is 0.
 
     In the integers of their bits: on a CPU torch.where and comparisons that give bools take ten times as long.
     """

@@ -25,8 +25,9 @@ class MlflowPlace(Part):
     """Where MLflow keeps a run.
 
     Attributes:
-        uri: A tracking server or store; None is $MLFLOW_TRACKING_URI, or else an SQLite file beside the runs.
-        experiment: MLflow experiment.
+        uri: The URI of an MLflow server or store. None means $MLFLOW_TRACKING_URI, or else an SQLite file beside the
+            runs.
+        experiment: The MLflow experiment that holds the run.
     """
 
     uri: str | None = None
@@ -70,7 +71,7 @@ class MlflowSettings(MlflowPlace, TrackerSettings):
         return MlflowRecord(subject, self.store(directory), self.experiment, memory.get("run_id"))
 
     def in_words(self, error: BaseException) -> str:
-        """One line that says what went wrong; of a server that does not answer, just that."""
+        """One line about an error. For a server that does not answer, it says only that."""
         return store.in_words(error, self.uri or "")
 
 

@@ -31,9 +31,9 @@ class Version:
     Args:
         name: The model's.
         version: The number that MLflow gave it.
-        alias: What it can also be loaded by, if anything.
-        uri: What MLflow loads it by.
-        uploaded: Its weights are in MLflow; otherwise the version's tag ``ecotone.path`` says where they are.
+        alias: An alias that also loads it, if any.
+        uri: The URI by which MLflow loads it.
+        uploaded: Whether its weights are in MLflow; otherwise the version's tag ``ecotone.path`` says where they are.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Registrar:
         self._ask(self._check)
 
     def register(self, path: str | Path) -> Version:
-        """Register what ``ecotone.experiments.exports.export`` wrote to ``path``.
+        """Register the model that ``ecotone.experiments.exports.export`` wrote to ``path``.
 
         Raises:
             TrackingError: MLflow does not take it; the export stays where it is.
@@ -94,7 +94,7 @@ class Registrar:
             ) from error
 
     def _check(self, client: Any) -> None:
-        """Refuse early what would fail after the weights are written."""
+        """Refuse early every model that would fail after the weights are written."""
         run = client.get_run(self._run_id)
         if run.info.lifecycle_stage != "active":
             raise TrackingError(

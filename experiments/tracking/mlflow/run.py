@@ -40,7 +40,7 @@ class MlflowRecord:
     """A connection to the MLflow run of a search. Where it stands is asked of MLflow, and noted in the run's tags.
 
     Args:
-        subject: What the journal says of the run as a whole.
+        subject: The facts of the run as a whole.
         uri: The tracking URI.
         experiment: The name of the experiment.
         run_id: The MLflow run that was used before, if known.
@@ -164,7 +164,7 @@ class MlflowRecord:
             self._tag({colours.TAG: colour, _COLOUR: colour})
 
     def _show_fronts(self) -> None:
-        """Write the experiment's view of these objectives if it is missing, where the server lets us."""
+        """Write the experiment's view of the run's objectives, if it is missing and the server allows it."""
         from mlflow.exceptions import MlflowException
 
         tag = view_tag(self.subject.goals)
@@ -210,7 +210,7 @@ class MlflowRecord:
     # -- the end -----------------------------------------------------------------------------------------------
 
     def finish(self, end: End) -> None:
-        """Log the end: metrics and front, the state, the files, and at last the mark that all of it is there."""
+        """Log the end: metrics and front, the state, the files, and at last the mark of a complete end."""
         rows = [(key, value, end.time, end.evaluations) for key, value in end.metrics.items()]
         if end.front != self.front:
             rows += self._missing([row for line in end.lines for row in _rows(line)])
@@ -226,7 +226,7 @@ class MlflowRecord:
         self._tag({_END: end.mark})
 
     def _missing(self, rows: Sequence[MetricRow]) -> list[MetricRow]:
-        """Those that a mirror which was stopped in the middle has not logged."""
+        """The metrics that an interrupted mirror has not logged."""
         begun = self.client.get_run(self.run_id).data.metrics.keys() & {row[0] for row in rows}
         there = {(key, metric.step) for key in begun for metric in self.client.get_metric_history(self.run_id, key)}
         return [row for row in rows if (row[0], row[3]) not in there]
@@ -267,8 +267,8 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     """The id of the experiment, which is made if missing."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         path = sqlite_file(uri)
         place = None if path is None else str(path.parent / "mlartifacts" / acceptable(name))
         try:
@@ -276,10 +276,11 @@ def _experiment(client: Any, uri: str, name: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage != "active":
+            experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"the MLflow experiment {name!r} was deleted",
-            f"Restore it with `mlflow experiments restore -x {found.experiment_id}`, or name another in the recipe",
+            f"Restore it with `mlflow experiments restore -x {experiment.experiment_id}`, "
+            "or name another in the recipe",
         )
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)

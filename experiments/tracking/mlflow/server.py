@@ -32,7 +32,7 @@ _LAST_WORDS = "Its output is in ui.log of the run directory."
 
 @dataclass(frozen=True)
 class Pages:
-    """Where a server shows a run.
+    """The pages on which a server shows a run.
 
     Args:
         view: The charts of the experiment, in which the fronts of all its searches lie over each other.
@@ -59,7 +59,7 @@ def serve(
 
     Args:
         run_dir: The run directory.
-        port: Where to serve an embedded store; 0 takes a free one.
+        port: The port of the server for an embedded store; 0 takes a free port.
         open_browser: Also open the view of the experiment's fronts.
         say: Takes each line for the user.
 

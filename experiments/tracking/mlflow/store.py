@@ -89,7 +89,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def in_words(error: BaseException, uri: str) -> str:
-    """One line that says what went wrong, for the user."""
+    """One line about an error, for the user."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ImportError):
         return f"MLflow cannot be imported ({text}): `{how_to_install('mlflow')}`"

@@ -40,13 +40,13 @@ Names = Sequence[str]
 
 
 def view_key(goals: Sequence[Goal]) -> str:
-    """The key of the view of all searches in an experiment that have these objectives."""
+    """The key of the view of all searches in an experiment with the same objectives."""
     text = json.dumps(sorted((goal.name, goal.direction) for goal in goals))
     return "ecotone-" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def view_tag(goals: Sequence[Goal]) -> str:
-    """The experiment tag that holds the view of these objectives."""
+    """The experiment tag that holds the view of the objectives."""
     return _PREFIX + view_key(goals)
 
 
@@ -56,7 +56,7 @@ def view_address(base: str, experiment_id: str, key: str) -> str:
 
 
 def view_value(goals: Sequence[Goal], held_out: Sequence[Goal], present: str | None, now: int) -> str | None:
-    """The value of the tag that holds the view, or None when what is there serves.
+    """The new value of the tag that holds the view; None when the present value will do.
 
     Args:
         goals: The objectives of the searches that it is for.
@@ -101,7 +101,7 @@ def _groups(present: str | None) -> list[list[str]] | None:
 
 
 def _state(key: str, names: Names, held_out: Sequence[Names], pairs: int) -> dict[str, Any]:
-    """What MLflow's page of runs remembers: which runs, and which charts in which sections."""
+    """The state that MLflow's page of runs remembers: which runs, and which charts in which sections."""
     charts = list({chart["uuid"]: chart for chart in _charts(names, held_out, pairs)}.values())
     sections = dict.fromkeys(chart["metricSectionId"] for chart in charts)
     return {
