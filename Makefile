@@ -5,8 +5,10 @@ INSTALLED := .venv/.installed
 MERGEKIT := .venv-mergekit/.installed
 SITE := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
 
-# Tests on Ray and in other processes wait half of their time.
+# Tests on Ray and in other processes wait half of their time. All of these processes import the same modules, so
+# their byte code is kept.
 JOBS ?= 3
+test test-all: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all soak mergekit docs lint install clean
 
