@@ -154,7 +154,7 @@ class Registry(Generic[Kind]):
         whose = f"the {self.sort} {name!r} of the package {_package(point)}"
         try:
             kind = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(
                 f"{field}: {whose} cannot be imported: {type(error).__name__}: {first_line(error)} ({point.value}).",
                 "Mend or uninstall that package.",
@@ -167,15 +167,15 @@ class Registry(Generic[Kind]):
 
     def _trouble(self, name: str) -> str:
         try:
-            self.get(name, self.sort)
+            self.get(name, "")
         except (EcotoneError, ImportError) as error:
-            return first_line(error)
+            return first_line(error).removeprefix(": ")
         return ""
 
     def _trouble_of(self, name: str) -> str:
         """Why a kind of another package cannot be used."""
         if name in self._ours:
-            return f"ecotone has a {self.sort} of that name, which is used."
+            return f"ecotone itself has this {self.sort} {name!r}, which is used."
         return self._trouble(name)
 
 

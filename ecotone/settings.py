@@ -200,7 +200,7 @@ class Chosen:
 
     The kind is looked up when a value is validated, so kinds of other packages are taken like ours, and none is
     imported that is not named. An error lies at the same place as in a union of pydantic's: below the name of the kind.
-    The JSON Schema is ``oneOf`` all kinds that can be used.
+    The JSON Schema is ``oneOf`` all kinds that can be used; only the default kind may go without the tag.
 
     Args:
         registry: The kinds, each a ``Part``.
@@ -217,7 +217,13 @@ class Chosen:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         kinds = {name: kind.__pydantic_core_schema__ for name, kind in self.registry.usable().items()}
-        return handler(core_schema.tagged_union_schema(kinds, self.tag))
+        union = handler(core_schema.tagged_union_schema(kinds, self.tag))
+        for one in union.get("oneOf", [union]):
+            kind = handler.resolve_ref_schema(one)
+            names = kind["properties"][self.tag]
+            if self.default is None or self.default not in names.get("enum", [names.get("const")]):
+                kind["required"] = sorted({*kind.get("required", ()), self.tag})
+        return union
 
     def validated(self, value: Any) -> Part:
         """The settings that a mapping, or an instance, is of.

@@ -64,18 +64,16 @@ def tried_out(composition: compose.Composition) -> Iterator[Finding]:
     threads = torch.get_num_threads()
     try:
         worker = Worker(composition.spec)
-        first = worker.try_out()
-        last = worker.try_out(len(composition.sources.experts) - 1) if first else {}
+        same = worker.same_scores(worker.try_out())
     finally:
         torch.set_num_threads(threads)
     names = composition.sources.names
     yield Finding("tried out", f"{names[0]} was scored on an example of each objective")
-    for name, value in first.items():
-        if value == last[name] and len(names) > 1:
-            yield Finding(
-                f"objectives.search.{name}",
-                f"{value:g} for {names[0]} and for {names[-1]}: does it depend on the model?",
-            )
+    for name, value in same.items():
+        yield Finding(
+            f"objectives.search.{name}",
+            f"{value:g} for {names[0]} and for {names[-1]}: does it depend on the model?",
+        )
 
 
 def findings(composition: compose.Composition) -> Iterator[Finding]:

@@ -146,6 +146,7 @@ def resume(
         return
     if folder is not None or environment:
         raise InputError("--folder, --env: expected with the http:// address of a cluster's dashboard, found without.")
+    from ecotone.experiments.compose import wrote
     from ecotone.experiments.recipe import Recipe, apply_settings
     from ecotone.experiments.running import resume as resume_run
     from ecotone.populations import facts
@@ -159,8 +160,8 @@ def resume(
         raise JournalError(error.message, f"{error.remedy} {cluster}") from error
     changes = changes_of(settings, workers, address)
     with found.journal() as journal:
-        recorded = journal.fact(facts.RECIPE) or {}
-    chosen = Recipe.from_record(apply_settings(recorded, changes))
+        recorded, written_by = journal.fact(facts.RECIPE) or {}, wrote(journal)
+    chosen = Recipe.from_record(apply_settings(recorded, changes), written_by=written_by)
 
     def work(watcher: Watcher) -> Run:
         return resume_run(found, changes, observe=watcher, notify=watcher.say)

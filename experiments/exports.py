@@ -139,7 +139,7 @@ def _recipe(run: Run) -> Recipe:
     with run.journal() as journal:
         folders = journal.fact(facts.SYS_PATH)
         compose.python_paths(folders or ())
-        return Recipe.from_record(journal.fact(facts.RECIPE) or {})
+        return Recipe.from_record(journal.fact(facts.RECIPE) or {}, written_by=compose.wrote(journal))
 
 
 def _record(run: Run, recipe: Recipe, trial: Trial, scored: Scored) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def verify(path: str | Path) -> list[Comparison]:
     """
     target = Path(path)
     record = read_record(target)
-    recipe = Recipe.from_record(record["recipe"])
+    recipe = Recipe.from_record(record["recipe"], written_by=record.get("versions", {}).get("ecotone", ""))
     paths = compose.python_paths(tuple(record.get("sys_path", ())))
     spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
     alone: dict[str, Any] = {

@@ -10,11 +10,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import create_model
+from pydantic.fields import FieldInfo
+
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.words import UNWRITTEN, parts_in
 from ecotone.populations.errors import InputError, nearest
 from ecotone.search.chain import ChainSettings, StageSettings
 from ecotone.settings import Part, chosen_of
+
+STAGE = ("stage",)
+"""Stands as the kind of the keys of a stage, which lie beside those of its search."""
 
 _WORDS = {
     **{"string": "text", "boolean": "true or false", "null": "none"},
@@ -63,28 +69,37 @@ def fields_of(part: type[Part], path: str = "", kinds: tuple[str, ...] = ()) -> 
     for name, field in part.model_fields.items():
         place = f"{path}.{name}".lstrip(".")
         if (part, name) not in UNWRITTEN:
-            shape = shapes["properties"][name] if "properties" in shapes else {}
+            shape = shapes["properties"][name] if "properties" in shapes else shape_of(field)
             yield FieldText(
                 place, kinds, in_words(shape, shapes.get("$defs", {})), _default(field), part.texts().get(name, "")
             )
+        elif part is StageSettings:
+            continue  # the search of a stage has the fields of any search
         for nested, own in inside(part, name):
-            if nested is not StageSettings and nested is not ChainSettings:
-                yield from fields_of(nested, place, own)
+            below = path if part is ChainSettings else place
+            yield from fields_of(nested, below, STAGE if nested in (ChainSettings, StageSettings) else own)
     for more in part.more_fields():
         default = "none" if more.default is None else json.dumps(more.default, default=str)
         yield FieldText(f"{path}.{more.name}", more.kinds, in_words(more.shape, {}), default, more.text)
+
+
+def shape_of(field: FieldInfo) -> dict[str, Any]:
+    """JSON Schema of one field by itself."""
+    alone = create_model("Alone", value=(Any if field.annotation is None else field.annotation, field))
+    return dict(alone.model_json_schema()["properties"]["value"])
 
 
 def inside(part: type[Part], name: str) -> list[tuple[type[Part], tuple[str, ...]]]:
     """The parts that a field may hold, each with the names of its kind, if it is one."""
     field = part.model_fields[name]
     chosen = chosen_of(field)
+    parts = dict.fromkeys(parts_in(field.annotation))
     if chosen is None:
-        return [(one, ()) for one in dict.fromkeys(parts_in(field.annotation))]
+        return [(one, ()) for one in parts]
     found: dict[type[Part], tuple[str, ...]] = {}
     for kind_name, kind in chosen.registry.usable().items():
         found[kind] = (*found.get(kind, ()), kind_name)
-    return list(found.items())
+    return [*found.items(), *((one, ()) for one in parts if not any(issubclass(kind, one) for kind in found))]
 
 
 def everything() -> list[FieldText]:
@@ -198,11 +213,13 @@ def sections(part: type[Part], title: str, path: str = "") -> Iterator[tuple[str
     own = [one for one in fields_of(part, path) if one.path.removeprefix(path).count(".") <= (1 if path else 0)]
     if part is not ChainSettings:
         yield title, part.summary(), own
+    if part is StageSettings:
+        return  # the sections of its search are there already
     for name in part.model_fields:
         place = f"{path}.{name}".lstrip(".") if (part, name) not in UNWRITTEN else path
         for nested, kinds in inside(part, name):
-            if nested is not StageSettings or part is ChainSettings:
-                yield from sections(nested, f"{place}: {', '.join(kinds)}" if kinds else place, place)
+            of = STAGE if nested is StageSettings else kinds
+            yield from sections(nested, f"{place}: {', '.join(of)}" if of else place, place)
 
 
 def _cell(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, ValidationError, model_validator
@@ -70,6 +70,9 @@ class Merge(Part):
         """Check the keys beside our fields against the operator's declarations. None stands for the default."""
         if not isinstance(value, Mapping):
             return value
+        for key in value:
+            if not isinstance(key, str):
+                raise _refused(str(key), value[key], f"keys should be strings, found {key!r}")
         own = {key: one for key, one in value.items() if key in cls.model_fields}
         name = own.get("operator", cls.model_fields["operator"].default)
         given = {key: one for key, one in value.items() if key not in own and one is not None}
@@ -111,9 +114,21 @@ class Merge(Part):
             known = more.setdefault(one.name, {"anyOf": [], "description": ""})
             known["description"] += f"{', '.join(one.kinds)}: {one.text} "
             known["anyOf"] += [] if one.shape in known["anyOf"] else [one.shape]
+        takes = {name: [kind for one in cls.more_fields() if one.name == name for kind in one.kinds] for name in more}
         shape["properties"] |= more
+        shape["allOf"] = [_only_with(name, kinds) for name, kinds in takes.items()]
         shape["additionalProperties"] = False
         return whole
+
+
+def _only_with(setting: str, operators: Sequence[str]) -> dict[str, Any]:
+    """JSON Schema that refuses a setting unless the operator is one of those that have it."""
+    of_these = {"properties": {"operator": {"enum": list(operators)}}}
+    default = Merge.model_fields["operator"].default
+    return {
+        "if": of_these if default in operators else {**of_these, "required": ["operator"]},
+        "else": {"properties": {setting: False}},
+    }
 
 
 def _checked(operator: Any, given: Mapping[str, Any]) -> dict[str, Any]:

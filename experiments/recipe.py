@@ -25,7 +25,7 @@ from pydantic import (
 from ecotone.experiments.merge import Merge
 from ecotone.experiments.ready import recipe_file
 from ecotone.experiments.tracking.settings import TrackingSettings
-from ecotone.experiments.words import explained
+from ecotone.experiments.words import explained, newer
 from ecotone.fitness.backends import registry
 from ecotone.fitness.backends.registry import BACKENDS, AnyScoring
 from ecotone.fitness.registry import AnyCalibration, AnyObjective
@@ -267,12 +267,21 @@ class Recipe(Part):
         return cls.from_record(apply_settings(record, settings or {}), file.parent.resolve())
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], folder: Path | None = None) -> Recipe:
-        """Check a nested mapping; model paths are relative to ``folder`` when it is given."""
+    def from_record(cls, record: Mapping[str, Any], folder: Path | None = None, written_by: str = "") -> Recipe:
+        """Check a nested mapping.
+
+        Args:
+            record: The recipe.
+            folder: The folder that paths of models are relative to; None for the working directory.
+            written_by: The version of Ecotone that wrote the record; empty when it is not known.
+
+        Raises:
+            InputError: A key is unknown, or a value does not fit.
+        """
         try:
             recipe = cls.model_validate(record)
         except ValidationError as error:
-            raise InputError(explained(error, cls)) from error
+            raise InputError(explained(error, cls), newer(written_by)) from error
         if folder is None:
             return with_files(recipe, lambda path: str(Path(path).expanduser().absolute()))
         found = recipe._absolute(folder)

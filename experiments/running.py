@@ -112,7 +112,7 @@ def resume(
         Journal.open(place.directory / JOURNAL, write=True) as journal,
     ):
         record, folders = _recorded_paths(journal)
-        recipe = _resumed_recipe(record, settings or {})
+        recipe = _resumed_recipe(record, settings or {}, compose.wrote(journal))
         paths = compose.python_paths(folders)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
@@ -337,9 +337,9 @@ def _moved(value: Any, old: str, new: str) -> Any:
     return new + value.removeprefix(old) if inside else value
 
 
-def _resumed_recipe(record: Mapping[str, Any], settings: Mapping[str, Any]) -> Recipe:
+def _resumed_recipe(record: Mapping[str, Any], settings: Mapping[str, Any], written_by: str) -> Recipe:
     check_resumable(settings)
-    return Recipe.from_record(apply_settings(record, settings))
+    return Recipe.from_record(apply_settings(record, settings), written_by=written_by)
 
 
 def _check_numbers(space: Space, notify: Notify) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from typing import Any, TypeAlias, get_args
 
 from pydantic import ValidationError
@@ -16,6 +17,23 @@ Steps: TypeAlias = tuple[int | str, ...]
 MOST = 5  # errors that are told
 UNWRITTEN = ((ChainSettings, "stages"), (StageSettings, "search"))  # fields that a user does not write
 MEMBERS: dict[int | str, type[Part]] = {"stages": ChainSettings}  # of unions, by tag
+
+
+def newer(written_by: str) -> str:
+    """A sentence that says that a newer Ecotone wrote something; empty when it did not, or one patch newer at most.
+
+    Args:
+        written_by: The version of Ecotone that wrote it; empty when it is not known.
+    """
+    here = version("ecotone")
+    if _minor(written_by) <= _minor(here):
+        return ""
+    return f"Ecotone {written_by} wrote this, and this is Ecotone {here}, which knows less: use the newer Ecotone."
+
+
+def _minor(text: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
 
 
 def explained(error: ValidationError, root: type[Part]) -> str:

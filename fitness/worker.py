@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import time
 import traceback
@@ -32,6 +34,8 @@ from ecotone.populations.genome import Genome
 from ecotone.populations.samples import Sample
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Gradient, Scores, Statistics, Trial, Wish
+
+_log = logging.getLogger("ecotone")
 
 
 class WorkerBrokenError(PoolError):
@@ -123,9 +127,13 @@ class Worker:
         Raises:
             InputError: As for ``try_out``, where the spec asks for it.
         """
-        if self._spec.try_out:
-            self.try_out()
-        return self._sources.space(self._spec.dense)
+        first = self.try_out() if self._spec.try_out else {}
+        space = self._sources.space(self._spec.dense)
+        words = "objectives.search.%s: %g for the first and for the last expert: does it depend on the model?"
+        with contextlib.suppress(InputError):  # of weights that are no numbers the space tells better
+            for name, value in self.same_scores(first).items():
+                _log.warning(words, name, value)
+        return space
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
         """One evaluation a trial, in order, of what the trial wants.
@@ -193,6 +201,19 @@ class Worker:
             if group == "search":
                 whole = {one.goal.name: scores[one.goal.name].value for one in few if not isinstance(one, Divisible)}
         return whole
+
+    def same_scores(self, first: Mapping[str, float]) -> dict[str, float]:
+        """Try out the last expert; its scores that equal those of the first, by name.
+
+        Args:
+            first: The scores that ``try_out`` returned of the first expert.
+
+        Raises:
+            InputError: As for ``try_out``.
+        """
+        count = len(self._sources.experts)
+        last = self.try_out(count - 1) if first and count > 1 else {}
+        return {name: value for name, value in first.items() if last.get(name) == value}
 
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
         assert isinstance(trial.wants, Scores)

@@ -13,7 +13,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
@@ -62,6 +64,24 @@ class StageSettings(Part):
         start = fields.pop("start")
         return {**search, **fields, "start": search.get("start") if start is None else start}
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The JSON Schema of what is written: every kind of search, with the stage's keys beside its own."""
+        whole = super().__get_pydantic_json_schema__(schema, handler)
+        shape = handler.resolve_ref_schema(whole)
+        keys = dict(shape.pop("properties"))
+        search = keys.pop("search")
+        stages = []
+        for one in search["oneOf"]:
+            kind = handler.resolve_ref_schema(one)
+            own = kind["properties"]
+            both = {"start": {"anyOf": [own["start"], keys["start"]]}} if "start" in own else {}
+            stages.append({**kind, "properties": {**own, **keys, **both}})
+        for key in ("type", "required", "additionalProperties"):
+            shape.pop(key, None)
+        shape["oneOf"] = stages
+        return whole
+
     @property
     def begins(self) -> Start:
         """The kind of merges that the stage begins with, unless it is the first stage."""
@@ -90,6 +110,16 @@ class ChainSettings(Part):
     @classmethod
     def _of_list(cls, value: Any) -> Any:
         return {"stages": value} if isinstance(value, list | tuple) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The JSON Schema of what is written: the list."""
+        whole = super().__get_pydantic_json_schema__(schema, handler)
+        shape = handler.resolve_ref_schema(whole)
+        stages = shape["properties"]["stages"]
+        shape.clear()
+        shape |= {"title": cls.__name__, "description": cls.summary(), **stages, "minItems": 1}
+        return whole
 
     @model_serializer(mode="wrap")
     def _listed(self, handler: SerializerFunctionWrapHandler) -> list[dict[str, Any]]:

@@ -28,5 +28,5 @@ SEARCHES: Registry[type[SearchSettings]] = Registry(
     check_declared,
 )
 
-AnySearch: TypeAlias = Annotated[SearchSettings, Chosen(SEARCHES, "algorithm")]
+AnySearch: TypeAlias = Annotated[SearchSettings, Chosen(SEARCHES, "algorithm", default="m2n2")]
 """Of a recipe's field: the settings of the algorithm that it names."""

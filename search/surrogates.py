@@ -156,7 +156,7 @@ def must_vary(values: Floats, name: str) -> None:
         known = values[np.isfinite(values)]
         shown = f"{known[0]:.6g}" if known.size else "unknown"
         raise SearchError(
-            f"search.objectives.{name}: the score is the same ({shown}) at all {known.size} points of the design, "
+            f"objectives.search.{name}: the score is the same ({shown}) at all {known.size} points of the design, "
             "so no surrogate of it can be fitted.",
             "Widen search.low and search.high, score more examples, or leave this objective out.",
         )

@@ -207,13 +207,13 @@ def test_killed_while_the_front_is_scored(
         with pytest.raises(KeyboardInterrupt):
             launch(recipe, run)
     assert all(member.held_out is None for member in Run(run).front())
-    assert len(calls(tmp_path)) == EVALUATIONS + 1  # an expert was tried out
+    assert len(calls(tmp_path)) == EVALUATIONS + 2  # the first and the last expert were tried out
     resume(run)
-    assert len(calls(tmp_path)) == EVALUATIONS + 2  # and the average
+    assert len(calls(tmp_path)) == EVALUATIONS + 3  # and the average
     assert all(member.held_out is not None for member in Run(run).front())
     assert digest(run) == undisturbed("m2n2")
     resume(run)
-    assert len(calls(tmp_path)) == EVALUATIONS + 2
+    assert len(calls(tmp_path)) == EVALUATIONS + 3
 
 
 def test_two_drivers_of_one_run(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_stopping_is_clean_and_says_how_to_go_on(
     assert "Traceback" not in out + err
     assert Run(run).status()["state"] == "interrupted"
     assert resume(run).status()["digest"] == undisturbed("m2n2")
-    assert len(calls(tmp_path)) <= EVALUATIONS + 2 + 8
+    assert len(calls(tmp_path)) <= EVALUATIONS + 3 + 8
 
 
 # -- a full disk ---------------------------------------------------------------------------------------------

@@ -330,7 +330,7 @@ def test_a_constant_objective_is_refused_by_name() -> None:
     def scores(points: Floats) -> Floats:
         return np.stack([points[:, 0], np.full(len(points), 0.25)], axis=1)
 
-    with pytest.raises(SearchError, match=r"objectives\.b.*same \(0\.25\) at all 12 points"):
+    with pytest.raises(SearchError, match=r"objectives\.search\.b.*same \(0\.25\) at all 12 points"):
         run(search, scores)
 
 

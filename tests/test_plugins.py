@@ -128,6 +128,7 @@ def test_without_the_plug_in_its_name_is_unknown(tmp_path: Path) -> None:
 
 
 BROKEN = "[ecotone.searches]\nbroken = broken_plugin:Settings\n"
+LEAVES = "[ecotone.operators]\nleaver = leaving_plugin:Operator\n"
 TWICE = "[ecotone.searches]\ntwin = {module}:Settings\n"
 HALF = "[ecotone.searches]\nhalf = half_plugin:HalfSettings\n"
 OURS = "[ecotone.operators]\nlinear = ours_plugin:Linear\n"
@@ -150,6 +151,7 @@ def test_broken_plug_ins_are_named_and_the_rest_works(tmp_path: Path) -> None:
     metadata(place, "broken", BROKEN, broken_plugin="raise RuntimeError('no power')")
     metadata(place, "first", TWICE.format(module="first_plugin"), first_plugin="class Settings: pass")
     metadata(place, "second", TWICE.format(module="second_plugin"), second_plugin="class Settings: pass")
+    metadata(place, "leaver", LEAVES, leaving_plugin="raise SystemExit(3)")
     metadata(place, "halves", HALF, half_plugin=HALF_CODE)
     metadata(place, "usurper", OURS, ours_plugin="class Linear: pass")
     found = program(place, "plugins", "--json")
@@ -157,12 +159,13 @@ def test_broken_plug_ins_are_named_and_the_rest_works(tmp_path: Path) -> None:
     records = json.loads(found.stdout)
     errors = {(one["name"], one["package"]): one["error"] for one in records}
     assert "RuntimeError: no power" in errors["broken", "broken 0.1"]
+    assert "SystemExit: 3" in errors["leaver", "leaver 0.1"]
     twins = errors["twin", "first 0.1"]
     assert "two installed packages" in twins
     assert "first 0.1 (first_plugin:Settings)" in twins
     assert "second 0.1 (second_plugin:Settings)" in twins
     assert "lacks begins, make, needs" in errors["half", "halves 0.1"]
-    assert errors["linear", "usurper 0.1"] == "ecotone has a operator of that name, which is used."
+    assert errors["linear", "usurper 0.1"] == "ecotone itself has this operator 'linear', which is used."
     assert errors["linear", "ecotone"] == ""
     recipe = toy_recipe(tmp_path / "mine", budget={"evaluations": 4})
     good = program(place, "run", recipe, "--out", tmp_path / "run", "--json", cwd=tmp_path / "mine")

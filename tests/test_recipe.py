@@ -169,8 +169,9 @@ def test_an_unknown_algorithm_or_objective_type_lists_the_known_ones() -> None:
 
 
 def test_a_missing_algorithm_or_type_lists_the_known_ones() -> None:
-    message = refusal(changed(search={"archive": 10}))
+    message = refusal(changed(search={"algorithm": None}))
     assert message.startswith(f"search.algorithm: expected one of {LISTED}, found None.")
+    assert Recipe.from_record(changed(search={"archive": 10})).search.algorithm == "m2n2"
     message = refusal(changed(objectives__search=[{"name": "a", "call": "m:f"}]))
     assert message.startswith(f"objectives.search[0].type: expected one of {TYPES}, found None.")
 

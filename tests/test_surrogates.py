@@ -213,7 +213,7 @@ def test_a_constant_score_is_named() -> None:
     assert is_constant(np.array([0.3, np.nan, 0.3]))
     assert not is_constant(np.array([0.3, 0.3001]))
     must_vary(np.array([0.0, 1.0]), "code")
-    with pytest.raises(SearchError, match=r"objectives\.code.*0\.3.*2 points"):
+    with pytest.raises(SearchError, match=r"objectives\.search\.code.*0\.3.*2 points"):
         must_vary(np.array([0.3, np.nan, 0.3]), "code")
 
 
