@@ -46,14 +46,20 @@ def resolve(path: str, field: str = "call") -> Callable[..., Any]:
         field: The field in which the user wrote it, for the error message.
 
     Raises:
-        InputError: There is no colon, no such module or file, no such attribute, or it cannot be called; or the module
-            or file raises when it is imported.
+        InputError: There is no colon, a file's name lacks its .py, no such module or file, no such attribute, or it
+            cannot be called; or the module or file raises when it is imported.
     """
     place, attribute, is_file = split_call(path)
     if not (place and attribute):
         raise InputError(
             f"{field}: expected 'package.module:function' or './file.py:function', found {path!r}.",
             "Put a colon before the function.",
+        )
+    if not is_file and (place.startswith((".", "~")) or place.endswith(".py") or os.sep in place):
+        found = f"{attribute!r} after {place!r}" if place.endswith(".py") else repr(place)
+        raise InputError(
+            f"{field}: expected 'package.module:function' or './file.py:function', found {path!r}.",
+            f"A file's name ends in .py, and one function follows after a colon: found {found}.",
         )
     module = _loaded(Path(place), path, field) if is_file else _imported(place, path, field)
     try:
