@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from ecotone.fitness.former_names import present_name, tell
+from ecotone.marked import FILE_MODULE
 from ecotone.populations.errors import EcotoneError, InputError, nearest
 from ecotone.settings import Call, split_call
 
@@ -127,7 +128,7 @@ def _loaded(file: Path, path: str, field: str) -> ModuleType:
         hint = nearest(file.name, known) if known else "It must be there on every machine that has workers."
         raise InputError(f"{field}: no such file: {file} (of {path!r}).", hint)
     key = hashlib.blake2b(os.fsencode(os.path.realpath(file)), digest_size=8).hexdigest()
-    name = f"_ecotone_file_{key}"
+    name = f"{FILE_MODULE}{key}"
     with _loading:
         if name not in sys.modules:
             put_last([str(file.parent)])
