@@ -584,7 +584,7 @@ def _drive(recipe: Recipe, place: str, work: Callable[[Watcher], Run], log: LogF
     out.print(f"\nThe run is in {finished.where}. What next:", soft_wrap=True)
     for command, text in (
         ("front", "list the front"),
-        ("ui", "open the run in MLflow"),
+        *([("ui", "open the run in MLflow")] if recipe.tracking.mlflow else []),
         ("export --to merged --member best", "write the best merge as a checkpoint"),
     ):
         name, _, options = command.partition(" ")

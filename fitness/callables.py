@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from ecotone.fitness.former_names import present_name, tell
+from ecotone.marked import FILE_MODULE
 from ecotone.populations.errors import EcotoneError, InputError, nearest
 from ecotone.settings import Call, split_call
 
@@ -46,14 +47,20 @@ def resolve(path: str, field: str = "call") -> Callable[..., Any]:
         field: The field in which the user wrote it, for the error message.
 
     Raises:
-        InputError: There is no colon, no such module or file, no such attribute, or it cannot be called; or the module
-            or file raises when it is imported.
+        InputError: There is no colon, a file's name lacks its .py, no such module or file, no such attribute, or it
+            cannot be called; or the module or file raises when it is imported.
     """
     place, attribute, is_file = split_call(path)
     if not (place and attribute):
         raise InputError(
             f"{field}: expected 'package.module:function' or './file.py:function', found {path!r}.",
             "Put a colon before the function.",
+        )
+    if not is_file and (place.startswith((".", "~")) or place.endswith(".py") or os.sep in place):
+        found = f"{attribute!r} after {place!r}" if place.endswith(".py") else repr(place)
+        raise InputError(
+            f"{field}: expected 'package.module:function' or './file.py:function', found {path!r}.",
+            f"A file's name ends in .py, and one function follows after a colon: found {found}.",
         )
     module = _loaded(Path(place), path, field) if is_file else _imported(place, path, field)
     try:
@@ -121,7 +128,7 @@ def _loaded(file: Path, path: str, field: str) -> ModuleType:
         hint = nearest(file.name, known) if known else "It must be there on every machine that has workers."
         raise InputError(f"{field}: no such file: {file} (of {path!r}).", hint)
     key = hashlib.blake2b(os.fsencode(os.path.realpath(file)), digest_size=8).hexdigest()
-    name = f"_ecotone_file_{key}"
+    name = f"{FILE_MODULE}{key}"
     with _loading:
         if name not in sys.modules:
             put_last([str(file.parent)])

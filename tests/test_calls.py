@@ -128,6 +128,26 @@ def test_what_cannot_be_called_is_said_in_words(tmp_path: Path, text: str, call:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        ("./metrics:score", "'./metrics'"),
+        ("../metrics.txt:score", "'../metrics.txt'"),
+        ("folder/metrics:score", "'folder/metrics'"),
+        ("~/metrics:score", "'~/metrics'"),
+        ("./metrics.py:score:x", "'score:x' after './metrics.py'"),
+        ("metrics.py:score:x", "'score:x' after 'metrics.py'"),
+    ],
+)
+def test_a_file_that_is_written_wrongly_is_said_in_words(call: str, found: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve(call, "here")
+    assert caught.value.message == f"here: expected 'package.module:function' or './file.py:function', found {call!r}."
+    assert caught.value.remedy.endswith(
+        f"A file's name ends in .py, and one function follows after a colon: found {found}."
+    )
+
+
 def test_a_file_that_raised_is_loaded_anew_once_it_is_mended(tmp_path: Path) -> None:
     file = tmp_path / "metrics.py"
     file.write_text("raise ValueError")

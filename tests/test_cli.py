@@ -442,6 +442,17 @@ def test_missing_recipes_and_runs(ecotone: Ecotone, tmp_path: Path) -> None:
         in_words(ecotone(command, tmp_path / "broken"), "not a journal of Ecotone, or damaged")
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_mlflow_is_what_comes_next_only_where_it_is_on(ecotone: Ecotone, tmp_path: Path, on: bool) -> None:
+    if on:
+        pytest.importorskip("mlflow")
+    path = toy_recipe(tmp_path, budget={"evaluations": 8}, tracking={"mlflow": on, "uri": f"sqlite:///{tmp_path}/m.db"})
+    said = ecotone("run", path, "--out", tmp_path / "run")
+    assert said.code == 0, said.err
+    assert "ecotone front" in said.out
+    assert ("ecotone ui" in said.out) == on
+
+
 def test_a_run_is_not_overwritten(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:
     in_words(ecotone("run", toy_recipe(tmp_path), "--out", finished), "a run is there already", "ecotone resume")
 

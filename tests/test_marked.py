@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from test_cli import toy_recipe
 
 import ecotone
 from ecotone.experiments.checks import validate
+from ecotone.fitness.callables import resolve
 from ecotone.populations.errors import InputError
 
 METRICS = """
@@ -118,3 +120,67 @@ def test_functions_that_workers_cannot_import_are_refused() -> None:
         ecotone.as_objective(lambda model: 0.0)
     with pytest.raises(InputError, match="direction: expected maximize or minimize, found 'up'"):
         ecotone.objective(direction="up")  # type: ignore[call-overload]
+
+
+class Scorer:
+    def __call__(self, model: Any) -> float:
+        return 0.0
+
+    def method(self, model: Any) -> float:
+        return 0.0
+
+    @classmethod
+    def of_class(cls, model: Any) -> float:
+        return 0.0
+
+
+class Inheritor(Scorer):
+    pass
+
+
+@functools.cache
+def cached(model: Any) -> float:
+    return 0.0
+
+
+@pytest.mark.parametrize(
+    ("found", "described", "remedy"),
+    [
+        (functools.partial(cached, 1), "a functools.partial", "Wrap it in a def"),
+        (functools.update_wrapper(functools.partial(cached, 1), cached), "a functools.partial", "Wrap it in a def"),
+        (Scorer(), "an object of type 'Scorer'", "Wrap it in a def"),
+        (len, "the builtin 'len'", "Wrap it in a def"),
+        (str.lower, "an object of type 'method_descriptor'", "Wrap it in a def"),
+        (Scorer().method, "the bound method 'Scorer.method'", "Wrap it in a def"),
+        (Inheritor.of_class, "the bound method 'Scorer.of_class'", "Wrap it in a def"),
+        (Scorer, "the class 'Scorer'", "Wrap it in a def"),
+        (staticmethod(cached), "an object of type 'staticmethod'", "Put @objective below @staticmethod."),
+        ("minimize", "'minimize'", '@objective(direction="minimize")'),
+        ("maximize", "'maximize'", '@objective(direction="maximize")'),
+        (3, "3", "Wrap it in a def"),
+    ],
+)
+def test_what_is_no_function_of_a_module_is_refused_in_words(found: Any, described: str, remedy: str) -> None:
+    for act in (ecotone.objective, ecotone.as_objective):
+        with pytest.raises(InputError) as refused:
+            act(found)
+        expected = "expected a function at the top level of a module or a script"
+        assert refused.value.message == f"objective: {expected}, found {described}."
+        assert remedy in refused.value.remedy
+
+
+def test_what_stands_under_its_name_in_a_module_may_be_named() -> None:
+    assert ecotone.as_objective(ecotone.objective(cached, direction="minimize"))["direction"] == "minimize"
+    for function in (cached, Scorer.of_class):
+        assert resolve(ecotone.as_objective(function)["call"]) == function
+
+
+def test_a_function_of_a_calls_file_is_named_by_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.py"
+    file.write_text(f"{METRICS}\nfrom ecotone import as_objective\ndef part(): return as_objective(loss)\n")
+    assert resolve(f"{file}:part")()["call"] == f"{file.resolve()}:loss"
+
+
+def test_a_function_may_have_arguments_of_any_name() -> None:
+    part = ecotone.as_objective(cached, "mine", function=3, name="a")
+    assert (part["name"], part["arguments"]) == ("mine", {"function": 3, "name": "a"})
