@@ -471,10 +471,11 @@ def test_a_gpu_that_an_error_has_broken_ends_the_worker(monkeypatch):
 
 
 def test_a_score_that_does_not_depend_on_the_model_is_told_of_before_any_budget_is_spent(folder, monkeypatch, caplog):
-    (folder / "constant_scores.py").write_text("def constant(model): return 0.5\ndef first(model): return float(model['x'][0])\n")
+    code = "def constant(model): return 0.5\ndef first(model): return float(model['w'][0])\n"
+    (folder / "constant_scores.py").write_text(code)
     monkeypatch.delitem(sys.modules, "constant_scores", raising=False)
     both = [objective(name, "call", call=f"constant_scores:{name}") for name in ("constant", "first")]
     with caplog.at_level("WARNING", "ecotone"):
-        Worker(replace(vectors(folder, *both), try_out=True)).space()
-    said = [one.getMessage() for one in caplog.records]
-    assert said == ["objectives.search.constant: 0.5 for the first and for the last expert: does it depend on the model?"]
+        Worker(vectors(folder, *both, try_out=True)).space()
+    [said] = [one.getMessage() for one in caplog.records]
+    assert said == "objectives.search.constant: 0.5 for the first and for the last expert: does it depend on the model?"
