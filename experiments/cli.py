@@ -146,9 +146,9 @@ def resume(
         return
     if folder is not None or environment:
         raise InputError("--folder, --env: expected with the http:// address of a cluster's dashboard, found without.")
-    from ecotone.experiments.compose import wrote
     from ecotone.experiments.recipe import Recipe, apply_settings
     from ecotone.experiments.running import resume as resume_run
+    from ecotone.experiments.words import wrote
     from ecotone.populations import facts
 
     try:

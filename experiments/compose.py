@@ -24,11 +24,9 @@ from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
-from ecotone.populations import facts
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
-from ecotone.populations.journal import Journal
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
 from ecotone.search.chain import ChainSettings, of_stage
@@ -56,11 +54,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def wrote(journal: Journal) -> str:
-    """The version of Ecotone that began a run; empty when it is not recorded."""
-    return str((journal.fact(facts.VERSIONS) or {}).get("ecotone", ""))
 
 
 def python_paths(folders: tuple[str, ...]) -> tuple[str, ...]:

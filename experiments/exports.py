@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ecotone.experiments import compose, preparation
 from ecotone.experiments.mergekit import MergekitMerge, mergekit_config
 from ecotone.experiments.recipe import Recipe, algorithm_of
+from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Batch, SerialPool
 from ecotone.fitness.worker import open_sources
 from ecotone.merging.export import RECORD, export_directory, export_file, export_plain_directory
@@ -139,7 +140,7 @@ def _recipe(run: Run) -> Recipe:
     with run.journal() as journal:
         folders = journal.fact(facts.SYS_PATH)
         compose.python_paths(folders or ())
-        return Recipe.from_record(journal.fact(facts.RECIPE) or {}, written_by=compose.wrote(journal))
+        return Recipe.from_record(journal.fact(facts.RECIPE) or {}, written_by=wrote(journal))
 
 
 def _record(run: Run, recipe: Recipe, trial: Trial, scored: Scored) -> dict[str, Any]:

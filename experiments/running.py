@@ -21,6 +21,7 @@ from ecotone.experiments import checks, compose, logs, preparation, storage, tra
 from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
 from ecotone.experiments.runs import Run, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
+from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Pool
 from ecotone.merging.operators.base import Operator
 from ecotone.populations import facts
@@ -112,7 +113,7 @@ def resume(
         Journal.open(place.directory / JOURNAL, write=True) as journal,
     ):
         record, folders = _recorded_paths(journal)
-        recipe = _resumed_recipe(record, settings or {}, compose.wrote(journal))
+        recipe = _resumed_recipe(record, settings or {}, wrote(journal))
         paths = compose.python_paths(folders)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)

@@ -8,7 +8,9 @@ from typing import Any, TypeAlias, get_args
 
 from pydantic import ValidationError
 
+from ecotone.populations import facts
 from ecotone.populations.errors import nearest
+from ecotone.populations.journal import Journal
 from ecotone.search.chain import ChainSettings, StageSettings
 from ecotone.settings import UNKNOWN_KIND, Part, chosen_of
 
@@ -17,6 +19,11 @@ Steps: TypeAlias = tuple[int | str, ...]
 MOST = 5  # errors that are told
 UNWRITTEN = ((ChainSettings, "stages"), (StageSettings, "search"))  # fields that a user does not write
 MEMBERS: dict[int | str, type[Part]] = {"stages": ChainSettings}  # of unions, by tag
+
+
+def wrote(journal: Journal) -> str:
+    """The version of Ecotone that began a run; empty when it is not recorded."""
+    return str((journal.fact(facts.VERSIONS) or {}).get("ecotone", ""))
 
 
 def newer(written_by: str) -> str:
