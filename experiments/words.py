@@ -67,7 +67,12 @@ def _line(entry: Mapping[str, Any], root: type[Part]) -> str:
         return f"{field}: missing; a recipe needs `{field}`."
     if kind == UNKNOWN_KIND:
         return f"{field}: {message}"
-    if kind == "model_type":
+    if kind == "too_short":
+        least, given = entry["ctx"]["min_length"], entry["ctx"]["actual_length"]
+        return f"{field}: expected a list of {least} or more, found {given}."
+    if kind in ("tuple_type", "list_type"):
+        return f"{field}: expected a list, found {entry['input']!r}."
+    if kind in ("model_type", "dict_type"):
         return f"{field}: expected a mapping, found {entry['input']!r}."
     if kind == "value_error":
         return f"{message}." if field == "recipe" else f"{field}: {message}."

@@ -94,3 +94,17 @@ def test_a_record_of_a_newer_ecotone_is_said_to_be_one(monkeypatch: Any, version
     with pytest.raises(InputError, match=r"budget\.future: unknown key") as caught:
         Recipe.from_record({**PLAIN, "budget": {"future": 3}}, written_by=version)
     assert (f"Ecotone {version} wrote this" in str(caught.value)) == said
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("objectives.search", [], "objectives.search: expected a list of 1 or more, found 0."),
+        ("objectives.search", 3, "objectives.search: expected a list, found 3."),
+        ("prepare.arguments", 3, "prepare.arguments: expected a mapping, found 3."),
+    ],
+)
+def test_lists_and_mappings_are_called_so(field: str, value: Any, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Recipe.from_record(apply_settings(PLAIN, {field: value}))
+    assert words in str(caught.value)
