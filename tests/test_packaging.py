@@ -25,7 +25,7 @@ from ecotone.extras import how_to_install
 
 HEAVY = ("torch", "pydantic", "numpy", "ray", "mlflow", "scipy", "rich", "transformers")
 FORMER = ("search", "fitness", "experiments", "merging", "populations", "tests")
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "*cache*", "build", "dist", "*.egg-info", "runs")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "build", "dist", "*.egg-info", "runs")
 
 
 def done(*words: object, **options: Any) -> str:
