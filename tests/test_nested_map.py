@@ -263,5 +263,5 @@ def test_an_objective_that_never_changes_is_named() -> None:
         scores[:, 1] = 0.25
         return scores
 
-    with pytest.raises(SearchError, match=r"objectives\.g1.*same \(0\.25\)"):
+    with pytest.raises(SearchError, match=r"objectives\.search\.g1.*same \(0\.25\)"):
         run(search, stuck)
