@@ -252,7 +252,9 @@ def test_damaged_copies_cost_as_little_as_they_can(tmp_path: Path, machine: Call
     for name, look in (("third", Run), ("fourth", resume)):
         machine(name)
         with Run(url).journal() as journal:
-            assert list(journal.counts()) == older["counts"]
+            found = journal.counts()  # read before the copy was made, so a copy may have more than its manifest tells
+            assert all(map(operator.le, older["counts"], found))
+            assert all(map(operator.le, found, newest["counts"]))
         assert look(url).where == url
     assert Run(url).status()["state"] == "finished"
 
