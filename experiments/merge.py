@@ -110,11 +110,12 @@ class Merge(Part):
         whole = super().__get_pydantic_json_schema__(schema, handler)
         shape = handler.resolve_ref_schema(whole)
         more: dict[str, dict[str, Any]] = {}
+        takes: dict[str, list[str]] = {}
         for one in cls.more_fields():
             known = more.setdefault(one.name, {"anyOf": [], "description": ""})
             known["description"] += f"{', '.join(one.kinds)}: {one.text} "
+            takes.setdefault(one.name, []).extend(one.kinds)
             known["anyOf"] += [] if one.shape in known["anyOf"] else [one.shape]
-        takes = {name: [kind for one in cls.more_fields() if one.name == name for kind in one.kinds] for name in more}
         shape["properties"] |= more
         shape["allOf"] = [_only_with(name, kinds) for name, kinds in takes.items()]
         shape["additionalProperties"] = False

@@ -97,6 +97,16 @@ def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     sys.path[:] = path
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: making one takes seconds, so tests copy it."""
+    from ecotone.experiments.tracking.mlflow.store import default_uri, opened
+
+    directory = tmp_path_factory.mktemp("store")
+    opened(default_uri(directory))
+    return directory / "mlflow.db"
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Torch's number of threads, which workers set for the whole process, stays as it was."""

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from ecotone.experiments import checks, tracking
 from ecotone.experiments.recipe import Recipe
-from ecotone.experiments.tracking.mlflow.store import opened
+from ecotone.experiments.tracking.mlflow.server import free_port
 from ecotone.experiments.tracking.protocol import TrackerSettings
 from ecotone.experiments.tracking.settings import TrackingSettings
 from ecotone.experiments.tracking.wandb import WandbSettings
@@ -36,20 +36,6 @@ from ecotone.testing.trackers import COUNT, Shown, TrackerSuite, a_run, best, fi
 
 pytest.importorskip("mlflow")
 pytest.importorskip("wandb")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: making one takes seconds, so tests copy it."""
-    directory = tmp_path_factory.mktemp("store")
-    opened(tracking.default_uri(directory))
-    return directory / "mlflow.db"
 
 
 @pytest.fixture
@@ -72,7 +58,7 @@ class Mlflow:
 
     @contextlib.contextmanager
     def down(self) -> Iterator[Mapping[str, Any]]:
-        yield {"uri": f"http://127.0.0.1:{free_port()}"}
+        yield {"uri": f"http://127.0.0.1:{free_port(0)}"}
 
     def shown(self, directory: Path) -> Shown:
         from mlflow import MlflowClient
@@ -111,7 +97,7 @@ class Wandb:
     @contextlib.contextmanager
     def down(self) -> Iterator[Mapping[str, Any]]:
         with self.monkeypatch.context() as patch:
-            patch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+            patch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port(0)}")
             yield {"mode": "online"}
 
     def shown(self, directory: Path) -> Shown:
@@ -246,7 +232,7 @@ def test_a_search_is_tracked_by_both(tmp_path: Path, empty_store: Path, ecotone:
         "search": {"algorithm": "random"},
         "budget": {"evaluations": 6},
         "runtime": {"pool": "serial"},
-        "tracking": {"uri": f"http://127.0.0.1:{free_port()}", "wandb": {"mode": "offline"}},
+        "tracking": {"uri": f"http://127.0.0.1:{free_port(0)}", "wandb": {"mode": "offline"}},
     }
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(record))
     run = tmp_path / "runs" / "toy"

@@ -28,9 +28,9 @@ import pytest
 from ecotone.experiments import tracking
 from ecotone.experiments.runs import Run
 from ecotone.experiments.tracking.mlflow.run import MlflowRecord
-from ecotone.experiments.tracking.mlflow.server import serving
+from ecotone.experiments.tracking.mlflow.server import free_port, serving
 from ecotone.experiments.tracking.mlflow.server import stop as stop_server
-from ecotone.experiments.tracking.mlflow.store import opened, sqlite_file
+from ecotone.experiments.tracking.mlflow.store import sqlite_file
 from ecotone.experiments.tracking.mlflow.view import view_key, view_tag, view_value
 from ecotone.experiments.tracking.names import acceptable, metric_names
 from ecotone.experiments.tracking.scoreboard import Scoreboard
@@ -97,20 +97,6 @@ def eventually(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: making one takes seconds, so tests copy it."""
-    directory = tmp_path_factory.mktemp("store")
-    opened(tracking.default_uri(directory))
-    return directory / "mlflow.db"
 
 
 @pytest.fixture
@@ -626,7 +612,7 @@ def test_no_journal(tmp_path: Path) -> None:
 
 
 def test_server_down_is_a_report_and_harms_nothing(tmp_path: Path) -> None:
-    uri = f"http://user:secret@127.0.0.1:{free_port()}"
+    uri = f"http://user:secret@127.0.0.1:{free_port(0)}"
     directory = a_run(tmp_path, 12, budget=12, tracking=json.dumps({"uri": uri, "experiment": "merges"}))
     before = (directory / "journal.sqlite").read_bytes()
     report = tracking.mirror(directory)
@@ -763,7 +749,7 @@ def test_a_run_resumed_while_its_mirror_still_waits_is_followed(
 
     Its patience is counted anew from the second end, on a clock that stands still meanwhile.
     """
-    uri = f"http://127.0.0.1:{free_port()}"
+    uri = f"http://127.0.0.1:{free_port(0)}"
     directory = a_run(tmp_path, 5, budget=5, tracking=json.dumps({"uri": uri, "experiment": "x"}))
     clock = Clock(monkeypatch)
     gone = subprocess.Popen(["true"])
@@ -812,7 +798,7 @@ class Clock:
 
 def test_waiting_ends_when_the_server_is_down(tmp_path: Path, started: Callable[..., Any]) -> None:
     """Long before the seconds that it may take, and before the mirror gives up."""
-    uri = f"http://127.0.0.1:{free_port()}"
+    uri = f"http://127.0.0.1:{free_port(0)}"
     directory = a_run(tmp_path, 5, budget=5, tracking=json.dumps({"uri": uri, "experiment": "x"}))
     process = started(directory, os.getpid())
     assert not tracking.wait(process, 10 * GENEROUS, directory)
@@ -820,7 +806,7 @@ def test_waiting_ends_when_the_server_is_down(tmp_path: Path, started: Callable[
 
 
 def test_patience_is_bounded_when_the_server_stays_down(tmp_path: Path) -> None:
-    uri = f"http://127.0.0.1:{free_port()}"
+    uri = f"http://127.0.0.1:{free_port(0)}"
     directory = a_run(tmp_path, 5, budget=5, tracking=json.dumps({"uri": uri, "experiment": "x"}))
     report = tracking.follow(directory, os.getpid(), poll=0.1, patience=2.0)
     assert report is not None
@@ -856,7 +842,7 @@ def test_port_in_use(runs: Path) -> None:
 def test_serving_the_embedded_store(runs: Path) -> None:
     """The address that is printed answers, on the loopback interface, until SIGINT; then no server is left."""
     report = tracking.mirror(a_run(runs, 3, budget=3))
-    port = free_port()
+    port = free_port(0)
     code = f"from ecotone.experiments import tracking\ntracking.serve({str(runs / 'one')!r}, {port})"
     process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -881,7 +867,7 @@ def test_a_server_that_comes_back_gets_everything(
     tmp_path: Path, empty_store: Path, started: Callable[..., Any]
 ) -> None:
     """Down at the start, killed in the middle: the history is the one an embedded store has."""
-    port = free_port()
+    port = free_port(0)
     uri = f"http://127.0.0.1:{port}"
     store = sqlite_file(_another_store(tmp_path, empty_store))
     assert store is not None
