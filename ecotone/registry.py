@@ -9,16 +9,17 @@ itself is refused when it is registered, in words that name what is missing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from ecotone.populations.errors import EcotoneError, InputError, first_line, nearest
+from ecotone.populations.errors import InputError, closest, first_line
 
 Kind = TypeVar("Kind")
+_GONE = "If another package has it, install that package. `ecotone plugins` lists all kinds."
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Registry(Generic[Kind]):
         self.group = group
         self._ours = dict(ours)
         self._check = check
-        self._found: dict[str, Kind] = {}
+        self._found: dict[str, Kind | InputError] = {}
         self._given: dict[str, Kind] = {}
 
     def get(self, name: Any, field: str) -> Kind:
@@ -76,13 +77,17 @@ class Registry(Generic[Kind]):
             InputError: There is none (the nearest name is given), two packages have one of that name, its package
                 cannot be imported, or it does not declare all that it must.
         """
-        if not isinstance(name, str):
-            raise InputError(f"{field}: expected one of {', '.join(self.names())}, found {name!r}.")
-        if name in self._given:
-            return self._given[name]
-        if name not in self._found:
-            self._found[name] = self._loaded(name, field)
-        return self._found[name]
+        if not isinstance(name, str) or name not in self:
+            known = self.names()
+            remedy = ""
+            if isinstance(name, str) and name:
+                close = closest(name, known)
+                remedy = _GONE if close is None else f"Did you mean {close!r}?"
+            raise InputError(f"{field}: expected one of {', '.join(known)}, found {name!r}.", remedy)
+        kind = self._loaded(name)
+        if isinstance(kind, InputError):
+            raise InputError(f"{field}: {kind.message}", kind.remedy) from kind
+        return kind
 
     def register(self, name: str, kind: Kind) -> None:
         """Add a kind for this process, as a notebook or a test does; workers in other processes do not have it.
@@ -133,44 +138,50 @@ class Registry(Generic[Kind]):
                 found[point.name].append(point)
         return dict(found)
 
-    def _loaded(self, name: str, field: str) -> Kind:
-        if name in self._ours:
-            module, _, attribute = self._ours[name].partition(":")
-            kind = getattr(import_module(module), attribute)
-            self._check(name, kind)
-            return kind  # type: ignore[no-any-return]
-        points = self._others.get(name, [])
-        if not points:
-            known = self.names()
-            raise InputError(f"{field}: expected one of {', '.join(known)}, found {name!r}.", nearest(name, known))
+    def _loaded(self, name: str) -> Kind | InputError:
+        """The kind of that name, or why it cannot be used; it is imported and checked once."""
+        if name in self._given:
+            return self._given[name]
+        if name not in self._found:
+            try:
+                self._found[name] = self._own(name) if name in self._ours else self._plugged(name, self._others[name])
+            except InputError as error:
+                self._found[name] = error
+        return self._found[name]
+
+    def _own(self, name: str) -> Kind:
+        module, _, attribute = self._ours[name].partition(":")
+        kind = getattr(import_module(module), attribute)
+        self._check(name, kind)
+        return kind  # type: ignore[no-any-return]
+
+    def _plugged(self, name: str, points: Sequence[EntryPoint]) -> Kind:
         if len(points) > 1:
             packages = " and ".join(f"{_package(point)} ({point.value})" for point in points)
             raise InputError(
-                f"{field}: two installed packages have a {self.sort} {name!r}: {packages}.", "Uninstall one of them."
+                f"two installed packages have a {self.sort} {name!r}: {packages}.", "Uninstall one of them."
             )
-        return self._plugged(name, points[0], field)
-
-    def _plugged(self, name: str, point: EntryPoint, field: str) -> Kind:
+        point = points[0]
         whose = f"the {self.sort} {name!r} of the package {_package(point)}"
         try:
             kind = point.load()
         except (Exception, SystemExit) as error:
             raise InputError(
-                f"{field}: {whose} cannot be imported: {type(error).__name__}: {first_line(error)} ({point.value}).",
+                f"{whose} cannot be imported: {type(error).__name__}: {first_line(error)} ({point.value}).",
                 "Mend or uninstall that package.",
             ) from error
         try:
             self._check(name, kind)
         except InputError as error:
-            raise InputError(f"{field}: {whose} cannot be used: {error.message}", error.remedy) from error
+            raise InputError(f"{whose} cannot be used: {error.message}", error.remedy) from error
         return kind  # type: ignore[no-any-return]
 
     def _trouble(self, name: str) -> str:
         try:
-            self.get(name, "")
-        except (EcotoneError, ImportError) as error:
-            return first_line(error).removeprefix(": ")
-        return ""
+            kind = self._loaded(name)
+        except ImportError as error:  # of ours, where a package of Ecotone's is missing
+            return first_line(error)
+        return first_line(kind) if isinstance(kind, InputError) else ""
 
     def _trouble_of(self, name: str) -> str:
         """Why a kind of another package cannot be used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 
@@ -47,10 +48,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """``" Did you mean 'x'?"`` for the known word closest to ``word``, or the list of known words."""
+def closest(word: str, known: Sequence[str]) -> str | None:
+    """The known word closest to ``word``; None when none is like it."""
     begun = [one for one in known if len(word) > 2 and one.startswith(word)]
-    close = begun[:1] or get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean {close[0]!r}?"
+    close = begun or get_close_matches(word, known, n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``"Did you mean 'x'?"`` for the known word closest to ``word``, or the list of known words."""
+    close = closest(word, known)
+    if close is not None:
+        return f"Did you mean {close!r}?"
     return "Known: " + ", ".join(sorted(known)) + "."

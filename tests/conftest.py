@@ -57,11 +57,20 @@ THINNED = {
     "test_architectures_that_cannot_are_computed_plainly": 2,
 }
 
+# Variants of searches that take long: `make test` runs others of their algorithm, and others of their kind of variant.
+COSTLY = {
+    *("bayesian_map-settings", "bayesian_map-bins", "map-settings", "optuna-tpe-settings"),
+    *(f"optuna-{sampler}" for sampler in ("cma_es", "nsga2", "nsga3", "random", "qmc")),
+}
+
 
 def thin(items: list[pytest.Item]) -> None:
-    """Make all but every so many cases of the large grids slow."""
+    """Make all but every so many cases of the large grids slow, and all of costly variants."""
     seen = dict.fromkeys(THINNED, 0)
     for item in items:
+        case = getattr(item, "callspec", None)
+        if case is not None and not COSTLY.isdisjoint(v for v in case.params.values() if isinstance(v, str)):
+            item.add_marker(pytest.mark.slow)
         for name in THINNED.keys() & {getattr(item, "originalname", ""), getattr(item.parent, "name", "")}:
             if seen[name] % THINNED[name]:
                 item.add_marker(pytest.mark.slow)

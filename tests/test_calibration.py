@@ -213,6 +213,7 @@ def seen_once(stream, step):
     return stream.batch(step).inputs.flatten().int().tolist()
 
 
+@pytest.mark.slow
 def test_a_batch_is_the_same_in_another_process(module, tmp_path):
     (tmp_path / "elsewhere.py").write_text(
         "import torch\nfrom ecotone.fitness.data import Examples\n"

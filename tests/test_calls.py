@@ -302,7 +302,7 @@ def shadowing(tmp_path: Path) -> Path:
     return recipe_in(tmp_path, objectives={"search": objectives}, budget={"evaluations": 4})
 
 
-@pytest.mark.parametrize("pool", ["serial", "ray"])
+@pytest.mark.parametrize("pool", ["serial", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_users_modules_hide_no_installed_package(
     shadowing: Path, pool: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -22,6 +22,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_all_ways_agree_and_are_timed(benchmark: Any, tmp_path: Path) -> None:
     benchmark.main([*TINY, "--questions", "12", "--candidates", "2", "--words", "4", "9"])
     rows = json.loads((tmp_path / "candidate_cost.json").read_text())["rows"]

@@ -36,6 +36,7 @@ def accuracy(file: Path, part: Any, group: str) -> float:
         return float((model(torch.from_numpy(images)).argmax(-1).numpy() == labels).mean())
 
 
+@pytest.mark.slow
 def test_models_do_not_depend_on_the_machine_s_number_of_threads(specialists: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     for threads in (1, 2, 3):

@@ -361,6 +361,7 @@ def test_another_process_finds_the_same(tmp_path: Path, undisturbed: Callable[[s
     assert json.loads(out)["digest"] == undisturbed("m2n2-dense")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ray_workers_find_the_same_even_if_one_is_killed(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[str], str]

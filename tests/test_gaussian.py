@@ -102,6 +102,7 @@ def test_left_out_is_what_the_others_predict() -> None:
         assert given(inputs, values).left_out[index] == pytest.approx(others.mean(one)[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_drawn_functions_have_the_mean_and_covariance_of_the_process() -> None:
     inputs, places = drawn(12), drawn(5, seed=1)
     process = given(inputs, quadratic(inputs.points))

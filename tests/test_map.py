@@ -160,6 +160,7 @@ def test_minimised_scores_are_minimised() -> None:
     assert members.max() < 1.01
 
 
+@pytest.mark.slow
 def test_the_order_of_objectives_does_not_matter() -> None:
     truth = specialists(3, 1)
     volumes = []

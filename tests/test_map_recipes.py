@@ -218,6 +218,7 @@ def test_validate_tells_the_coefficients_and_samples(tmp_path: Path) -> None:
     assert told(algorithm="nsga2") == "nsga2: 3 coefficients (1 x 3 models), each from 0 to 1"
 
 
+@pytest.mark.slow
 def test_map_with_a_larger_budget_goes_on_where_it_ended(tmp_path: Path, undisturbed: Callable[[str], Outcome]) -> None:
     launch(Recipe.from_yaml(toy_recipe(tmp_path, "map"), {"budget.evaluations": 28}), tmp_path / "run")
     assert outcome(resume(tmp_path / "run", {"budget.evaluations": EVALUATIONS})) == undisturbed("map")

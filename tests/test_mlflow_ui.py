@@ -226,6 +226,7 @@ PICTURES = "[...document.querySelectorAll('.rc-image-img')].filter(image => imag
 CLOSE = "document.querySelectorAll('button[aria-label=Close]').forEach(button => button.click())"  # MLflow's assistant
 
 
+@pytest.mark.slow
 def test_the_view_shows_three_fronts(fronts: dict[str, Front], server: str, tmp_path: Path, browser: Browser) -> None:
     experiment = tracking.status(tmp_path / "random")["experiment_id"]
     browser.call("Page.navigate", url=view_address(server, experiment, view_key(GOALS)))

@@ -26,6 +26,7 @@ def multitask(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_what_is_tried_chosen_and_kept(multitask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = "experts,average,lambda,m2n2,tensor,supervised,expert_merging"
     arguments = [*FAST, "--methods", names, "--cache", str(tmp_path / "kept"), "--out", str(tmp_path / "first.json")]
@@ -66,6 +67,7 @@ def test_what_is_tried_chosen_and_kept(multitask: Any, tmp_path: Path, monkeypat
     assert (tmp_path / "second.json").read_text() == (tmp_path / "first.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["digits", "text"])
 def test_the_recipe_of_every_search_fits(
     multitask: Any, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -294,6 +294,7 @@ def test_trials_in_flight_together_differ(settings: dict[str, Any]) -> None:
     assert apart.min() > 0.01
 
 
+@pytest.mark.slow
 def test_gp_keeps_away_from_what_is_in_flight() -> None:
     search = made("gp", history=30)
     carried_out(search, 10, score=scored)

@@ -419,6 +419,7 @@ def sparse(path, nbytes):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize(
     ("nbytes", "experts"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,23 +17,6 @@ from test_cli import toy_recipe
 from ecotone import Run
 
 PLUGIN = ROOT / "tests" / "plugin"
-SUITES = """
-from ecotone_example.objective import ClosenessSettings
-from ecotone_example.operator import Damped
-from ecotone_example.search import HillClimbingSettings
-
-from ecotone.testing.operators import OperatorConformance
-from ecotone.testing.searches import SearchConformance, made
-
-
-class TestSearch(SearchConformance):
-    searches = {"hill_climbing": made(HillClimbingSettings())}
-    never_wait = ("hill_climbing",)
-
-
-class TestOperator(OperatorConformance):
-    operators = (Damped(),)
-"""
 
 
 @pytest.fixture(scope="session")
@@ -69,24 +53,33 @@ def metadata(place: Path, package: str, points: str, **modules: str) -> Path:
     return place
 
 
-def test_an_installed_plug_in_is_listed_explained_and_run(site: Path, tmp_path: Path) -> None:
+def test_an_installed_plug_in_is_listed_and_run(site: Path, tmp_path: Path) -> None:
     found = kinds(site)
-    for sort, name in (("search algorithm", "hill_climbing"), ("operator", "damped"), ("objective", "closeness")):
+    named = {
+        "search algorithm": "hill_climbing",
+        "operator": "damped",
+        "objective": "closeness",
+        "tracker": "json_lines",
+    }
+    for sort, name in named.items():
         assert (found[sort, name]["package"], found[sort, name]["error"]) == ("ecotone-example 1.2.3", "")
-    told = program(site, "recipe", "--explain", "search.step").stdout
-    assert told.startswith("search.step (hill_climbing): Standard deviation of a step, as a share of the box.")
     search = {"algorithm": "hill_climbing", "granularity": "model", "step": 0.3}
-    recipe = toy_recipe(tmp_path, search=search, budget={"evaluations": 12})
+    tracking = {"mlflow": False, "json_lines": True}
+    recipe = toy_recipe(tmp_path, search=search, budget={"evaluations": 12}, tracking=tracking)
     said = program(site, "run", recipe, "--out", tmp_path / "run", "--json", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     status = Run(tmp_path / "run").status()
     assert (status["algorithm"], status["evaluations"], status["failures"]) == ("hill_climbing", 12, 0)
+    (lines,) = (tmp_path / "run" / "lines").glob("*.jsonl")
+    assert json.loads(lines.read_text().splitlines()[-1])["evaluations"] == 12
     wrong = program(site, "validate", recipe, "--set", "search.stepp=1", cwd=tmp_path)
     assert "search.stepp: unknown key. Did you mean 'step'?" in wrong.stderr
 
 
 @pytest.mark.slow
-def test_a_plug_in_is_in_the_schema(site: Path) -> None:
+def test_a_plug_in_is_explained_and_in_the_schema(site: Path) -> None:
+    told = program(site, "recipe", "--explain", "search.step").stdout
+    assert told.startswith("search.step (hill_climbing): Standard deviation of a step, as a share of the box.")
     assert "damped" in program(site, "recipe", "--explain", "merge.damping").stdout
     shape = json.loads(program(site, "recipe", "--schema").stdout)
     assert "hill_climbing" in json.dumps(shape["properties"]["search"])
@@ -105,8 +98,9 @@ def test_a_stage_may_be_a_plug_in(site: Path, tmp_path: Path) -> None:
     assert (status["algorithm"], status["evaluations"]) == ("random+hill_climbing", 10)
 
 
+@pytest.mark.slow
 def test_the_conformance_suites_take_the_plug_in(site: Path, tmp_path: Path) -> None:
-    (tmp_path / "test_mine.py").write_text(SUITES)
+    shutil.copyfile(PLUGIN / "suites.py", tmp_path / "test_mine.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"],
         check=False,

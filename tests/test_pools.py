@@ -670,6 +670,7 @@ def test_what_is_finished_is_returned_before_the_pool_fails(folder, cluster, mon
             pool.completed()
 
 
+@pytest.mark.slow
 def test_a_worker_whose_gpu_is_broken_is_replaced_and_its_candidate_found(folder, cluster):
     with ray_pool(vectors(folder, "breaks"), 1, attempts=1) as pool:
         pool.start()
@@ -844,6 +845,7 @@ def test_a_search_that_is_stopped_for_longer_than_the_limit_blames_nobody(tmp_pa
     assert out.split() == [f"{number}.0" for number in range(6)]
 
 
+@pytest.mark.slow
 def test_a_worker_told_to_stop_hands_its_batch_on_and_blames_nobody(tmp_path, folder, cluster):
     with ray_pool(waits(tmp_path, folder), 1, attempts=1) as pool:
         pool.start()

@@ -171,7 +171,11 @@ def test_texts_at_any_depth_are_located() -> None:
     ("given", "message"),
     [
         ("sqare", "expected one of circle, disc, square, found 'sqare'. Did you mean 'square'?"),
-        ("zz", "expected one of circle, disc, square, found 'zz'. Known: circle, disc, square."),
+        (
+            "zz",
+            "expected one of circle, disc, square, found 'zz'. If another package has it, install that package. "
+            "`ecotone plugins` lists all kinds.",
+        ),
         ("", "expected one of circle, disc, square, found ''."),
         (3, "expected one of circle, disc, square, found 3."),
         (["circle"], "expected one of circle, disc, square, found ['circle']."),

@@ -126,6 +126,7 @@ def benchmark(monkeypatch):
     return importlib.import_module("smollm2")
 
 
+@pytest.mark.slow
 def test_the_benchmark_on_a_tiny_model(tiny, tmp_path, benchmark, monkeypatch):
     given = [
         argument for pair in tiny_settings(tiny).items() for argument in ("--set", f"{pair[0]}={json.dumps(pair[1])}")

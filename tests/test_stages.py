@@ -575,6 +575,7 @@ def outcome_of(path: Path) -> tuple[str, Any]:
         return journal.digest(), journal.fact(facts.REPORT)
 
 
+@pytest.mark.slow
 def test_map_then_adamerging_on_real_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     recipe = Recipe.from_yaml(toy_recipe(tmp_path, search=RUN))

@@ -452,6 +452,7 @@ def gathered_by(pool: Pool) -> Evaluation:
                 return found
 
 
+@pytest.mark.slow
 def test_a_ray_worker_that_is_killed_while_it_gathers(tmp_path: Path) -> None:
     """The trial is tried again by another worker, with the same result."""
     pytest.importorskip("ray")

@@ -1,10 +1,10 @@
-"""Conformance suites for kinds of objectives and for calibration losses.
+"""Conformance suites for kinds of objectives and for calibration losses::
 
-from ecotone.testing.objectives import Case, ObjectiveConformance
-from my_package import MineSettings
+    from ecotone.testing.objectives import Case, ObjectiveConformance
+    from my_package import MineSettings
 
-class TestMine(ObjectiveConformance):
-    cases = {"mine": lambda folder: Case(MineSettings(name="mine", type="mine"), model_of_a_seed)}
+    class TestMine(ObjectiveConformance):
+        cases = {"mine": lambda folder: Case(MineSettings(name="mine", type="mine"), model_of_a_seed)}
 """
 
 from __future__ import annotations

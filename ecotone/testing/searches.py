@@ -1,10 +1,10 @@
-"""A conformance suite for search algorithms.
+"""A conformance suite for search algorithms::
 
-from ecotone.testing.searches import SearchConformance, made
-from my_package import MySettings
+    from ecotone.testing.searches import SearchConformance, made
+    from my_package import MySettings
 
-class TestMine(SearchConformance):
-searches = {"mine": made(MySettings(algorithm="mine"))}
+    class TestMine(SearchConformance):
+        searches = {"mine": made(MySettings(algorithm="mine"))}
 """
 
 from __future__ import annotations
