@@ -1,4 +1,6 @@
-"""Conformance suites for kinds of objectives and for calibration losses::
+"""Conformance suites for kinds of objectives and for calibration losses.
+
+The author of a kind gives its tests a subclass with cases::
 
     from ecotone.testing.objectives import Case, ObjectiveConformance
     from my_package import MineSettings

@@ -1,10 +1,12 @@
 """A conformance suite for merge operators.
 
-from ecotone.testing.operators import OperatorConformance
-from my_package import Mine
+The author of an operator gives its tests a subclass with the operators::
 
-class TestMine(OperatorConformance):
-operators = (Mine(),)
+    from ecotone.testing.operators import OperatorConformance
+    from my_package import Mine
+
+    class TestMine(OperatorConformance):
+        operators = (Mine(),)
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A conformance suite for search algorithms::
+"""A conformance suite for search algorithms.
+
+The author of a search gives its tests a subclass with the searches::
 
     from ecotone.testing.searches import SearchConformance, made
     from my_package import MySettings
