@@ -324,6 +324,7 @@ def test_a_failure_names_the_tasks_that_were_together() -> None:
 # -- several lines -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_of_weightings_yields_the_front_between_two_tasks() -> None:
     """The minimum of w1 L1 + w2 L2 is between the targets, at the share of the weights: the exact front."""
     search = search_of(sweep=5, steps=1500, check_every=1500)

@@ -79,6 +79,7 @@ def test_hypervolume_of_stairs_boxes_and_nothing():
     assert hypervolume([[-1.0, 5.0]], [0, 0]) == 0.0
 
 
+@pytest.mark.slow
 @given(tables)
 def test_hypervolume_counts_the_unit_cells_dominated(points):
     columns = points.shape[1]

@@ -105,6 +105,7 @@ def test_the_predicted_front_is_a_dense_grids(dimension: int, side: int, short: 
     assert ours < theirs * (1 + short)
 
 
+@pytest.mark.slow
 def test_two_concave_objectives_have_the_segment_between_their_peaks() -> None:
     """Round peaks of equal width: every best trade-off is a point between the peaks."""
     peaks = np.array([[1.0, 0.2], [0.3, 0.9]])

@@ -114,6 +114,7 @@ def test_the_conformance_suites_take_the_plug_in(site: Path, tmp_path: Path) -> 
     assert "no tests ran" not in done.stdout
 
 
+@pytest.mark.slow
 def test_without_the_plug_in_its_name_is_unknown(tmp_path: Path) -> None:
     recipe = toy_recipe(tmp_path, search={"algorithm": "hill_climbing"})
     said = program(None, "validate", recipe, cwd=tmp_path)
@@ -164,8 +165,7 @@ def test_broken_plug_ins_are_named_and_the_rest_works(tmp_path: Path) -> None:
     recipe = toy_recipe(tmp_path / "mine", budget={"evaluations": 4})
     good = program(place, "run", recipe, "--out", tmp_path / "run", "--json", cwd=tmp_path / "mine")
     assert good.returncode == 0, good.stderr
-    for name, words in (("broken", "no power"), ("twin", "first 0.1")):
-        refused = program(place, "validate", recipe, "--set", f"search.algorithm={name}", cwd=tmp_path / "mine")
-        assert refused.returncode != 0
-        assert "search.algorithm: " in refused.stderr
-        assert words in refused.stderr
+    refused = program(place, "validate", recipe, "--set", "search.algorithm=broken", cwd=tmp_path / "mine")
+    assert refused.returncode != 0
+    assert "search.algorithm: " in refused.stderr
+    assert "no power" in refused.stderr

@@ -276,6 +276,7 @@ print(json.dumps(module.digests_of(module.MAKERS, 5, 50)))
 """
 
 
+@pytest.mark.slow
 def test_another_process_proposes_the_same_trials() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE.format(file=__file__)],

@@ -543,6 +543,7 @@ def test_a_recipe_without_calibration_tasks(tmp_path: Path) -> None:
         gather(recipe, Statistics("magnitude", ()), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_goes_on(tmp_path: Path, ecotone: Ecotone, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe_of(tmp_path)
     slow = "models.architecture=" + json.dumps({"call": "kills:encoder", "arguments": {"delay": 0.2}})

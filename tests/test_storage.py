@@ -597,6 +597,7 @@ def test_where_creating_excludes_nobody_the_lease_is_read_back(tmp_path: Path, m
 # -- runs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_followed_on_another_machine(
     tmp_path: Path, machine: Callable[[str], None], undisturbed: str, ecotone: Ecotone
 ) -> None:

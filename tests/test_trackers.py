@@ -201,6 +201,7 @@ def test_each_has_a_process_of_its_own(runs: Path, started: Callable[[Path, str]
         whole(directory, name)
 
 
+@pytest.mark.slow
 def test_one_that_hangs_holds_up_nothing(runs: Path, started: Callable[[Path, str], subprocess.Popen[bytes]]) -> None:
     """A server that takes connections and never answers: the other tracker has all, and later this one too."""
     with socket.socket() as deaf:
