@@ -5,9 +5,9 @@ INSTALLED := .venv/.installed
 MERGEKIT := .venv-mergekit/.installed
 SITE := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
 
-# Tests on Ray and in other processes wait half of their time. All of these processes import the same modules, so
-# their byte code is kept.
-JOBS ?= 3
+# Processes that tests run in. All of them, and those that they start, import the same modules, so byte code is kept.
+JOBS ?= logical
+PARALLEL := -n $(JOBS) --dist worksteal
 test test-all: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all soak mergekit docs lint install clean
@@ -24,10 +24,10 @@ demo: $(INSTALLED)
 	$(BIN)/ecotone run experiments/recipes/digits-specialists.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not gpu" --timeout 1200 -n $(JOBS)
+	$(BIN)/python -m pytest -m "not gpu" --timeout 1200 $(PARALLEL)
 
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py

@@ -51,6 +51,7 @@ THINNED = {
     "test_hugging_face_models_are_like_any_other": 2,
     "test_the_predicted_front_is_a_dense_grids": 2,
     "test_learning_beats_chance": 2,
+    "test_killed_and_resumed_it_is_the_same_search": 3,
     "test_every_algorithm_may_follow_another": 2,
     "test_the_front_of_zdt1_is_found": 2,
     "test_batches_are_one_by_one_and_transformers_own": 2,

@@ -167,6 +167,7 @@ def test_stopped_and_resumed_it_is_the_same(stop: int, tmp_path: Path, undisturb
     assert outcome(resume(run)) == undisturbed()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_is_the_same_at_the_same_price(
     tmp_path: Path, undisturbed: Callable[[], Outcome]
 ) -> None:
