@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
+from ecotone.experiments.merge import Range
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.words import UNWRITTEN, parts_in
 from ecotone.populations.errors import InputError, nearest
@@ -22,6 +23,7 @@ from ecotone.settings import Part, chosen_of
 STAGE = ("stage",)
 """Stands as the kind of the keys of a stage, which lie beside those of its search."""
 
+_RANGE = "a mapping of bounds (low, high, scale)"
 _WORDS = {
     **{"string": "text", "boolean": "true or false", "null": "none"},
     **{"integer": "a whole number", "number": "a number"},
@@ -119,6 +121,7 @@ def explained_path(path: str) -> list[FieldText]:
     """
     steps = [step for step in path.split(".") if not step.isdigit()]
     every = list(fields_of(Recipe))
+    every += [bound for one in every if _RANGE in one.type for bound in fields_of(Range, one.path, one.kinds)]
     found = [one for one in every if _is(one, steps)]
     if not found:
         known = sorted({one.path for one in every})
@@ -172,8 +175,9 @@ def in_words(shape: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
     if kind == "array":
         return f"a list of: {in_words(shape['items'], parts)}" if "items" in shape else "a list"
     if kind == "object":
-        title = " of bounds (low, high, scale)" if shape.get("title") == "Range" else ""
-        return f"a mapping{title}" if "properties" not in shape or title else "a mapping of the fields below"
+        if shape.get("title") == Range.__name__:
+            return _RANGE
+        return "a mapping of the fields below" if "properties" in shape else "a mapping"
     return _WORDS.get(str(kind), "any value") + _bounds(shape)
 
 

@@ -77,6 +77,13 @@ def test_the_keys_of_a_stage_are_explained(path: str) -> None:
     assert ("stage",) in [field.kinds for field in explained_path(path)]
 
 
+def test_the_bounds_of_a_setting_that_is_searched_are_explained() -> None:
+    (low,) = {field.text for field in explained_path("merge.density.low")}
+    assert low
+    with pytest.raises(InputError, match="no field of a recipe has that path"):
+        explained_path("merge.scope.low")
+
+
 def test_a_path_that_no_field_has_names_the_nearest() -> None:
     with pytest.raises(InputError, match=r"no field of a recipe has that path\. Did you mean 'search\.archive'"):
         explained_path("search.archiv")
