@@ -267,7 +267,7 @@ def status(
 def _status(run: str) -> dict[str, Any]:
     from ecotone.experiments import tracking
 
-    found = _run(run)
+    found = _opened(run)
     shown = ("uri", "run_id", "page", "mirrored", "error")
     mirrored = {name: {key: known[key] for key in shown} for name, known in tracking.statuses(found.directory).items()}
     return {**found.status(), "tracking": mirrored}
@@ -629,6 +629,13 @@ def _registrar(run: Run, name: str | None, alias: str | None) -> Registrar | Non
 
 
 def _run(named: str) -> Run:
+    """The run of a directory, or of an MLflow run id. Refuses a directory that holds statistics and no search."""
+    found = _opened(named)
+    found.check_search()
+    return found
+
+
+def _opened(named: str) -> Run:
     """The run of a directory, or of an MLflow run id."""
     from ecotone.experiments.runs import Run
 

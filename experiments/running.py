@@ -19,7 +19,7 @@ import yaml
 
 from ecotone.experiments import checks, compose, logs, preparation, storage, tracking
 from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
-from ecotone.experiments.runs import Run, front_rows
+from ecotone.experiments.runs import Run, check_search, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Pool
@@ -70,6 +70,8 @@ def launch(
     with storage.opened(new_directory(recipe.name) if out is None else out, new=True, notify=notify) as place:
         directory = place.directory
         if (directory / JOURNAL).exists():
+            if not Run(directory).goals:
+                raise InputError(f"{directory}: expected no journal, found one of statistics.", "Choose another --out.")
             raise InputError(
                 f"{directory}: a run is there already.", f"`ecotone resume {place.where}`, or another --out."
             )
@@ -112,6 +114,7 @@ def resume(
         storage.opened(where, new=False, notify=notify) as place,
         Journal.open(place.directory / JOURNAL, write=True) as journal,
     ):
+        check_search(journal, place.where)
         record, folders = _recorded_paths(journal)
         recipe = _resumed_recipe(record, settings or {}, wrote(journal))
         paths = compose.python_paths(folders)

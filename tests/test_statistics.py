@@ -21,7 +21,10 @@ from test_adamerging_recipes import toy_recipe
 from torch import Tensor, nn
 
 from ecotone.experiments import compose
+from ecotone.experiments.compare import compare
 from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import resume
+from ecotone.experiments.runs import Run
 from ecotone.experiments.statistics import gather
 from ecotone.fitness.data import Examples
 from ecotone.fitness.pools import Batch, Pool, SerialPool
@@ -517,6 +520,28 @@ def test_the_command(tmp_path: Path, ecotone: Ecotone) -> None:
     assert [(one["model"], one["examples"]) for one in more["models"]] == [("average", 5)]
     status = ecotone("status", tmp_path / "out", "--json").json
     assert (status["state"], status["statistics"], status["evaluations"]) == ("finished", 4, 0)
+
+
+def test_commands_that_need_a_search_refuse_statistics(tmp_path: Path, ecotone: Ecotone) -> None:
+    recipe, out = recipe_of(tmp_path), tmp_path / "out"
+    gather(recipe, WANTS, out, models=["left"])
+    before = (out / "journal.sqlite").read_bytes()
+    for command in ("resume", "front", "ui", "compare", "sync", "export"):
+        refused = ecotone(command, out, *(["--to", tmp_path / "x"] if command == "export" else []))
+        assert refused.code == 1
+        assert f"error: {out}: expected a search, found statistics alone.\n`ecotone status" in refused.err
+    assert "expected no journal, found one of statistics" in ecotone("run", tmp_path / "toy.yaml", "--out", out).err
+    run = Run(out)
+    for use in (resume, compare_one, Run.front, Run.best, lambda run: run.trial(0)):
+        with pytest.raises(InputError, match="found statistics alone"):
+            use(run)
+    assert (out / "journal.sqlite").read_bytes() == before
+    status = ecotone("status", out, "--json").json
+    assert (status["holds"], status["best"], status["statistics"]) == ("statistics, no search", None, 1)
+
+
+def compare_one(run: Run) -> None:
+    compare([run])
 
 
 @pytest.mark.parametrize(
