@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from ecotone.experiments import compose
-from ecotone.experiments.recipe import (
-    Recipe,
-)
+from ecotone.experiments.recipe import Recipe, check_recipe
 from ecotone.fitness.backends import architectures
 from ecotone.fitness.callables import resolve
 from ecotone.fitness.kinds import NamedCall
@@ -48,6 +46,7 @@ def validate(recipe: Recipe, *, headers: bool = False) -> list[Finding]:
     Raises:
         EcotoneError: The first thing that does not fit.
     """
+    check_recipe(recipe)
     composition = compose.Composition(recipe)
     found = list(findings(composition))
     if not headers and composition.prepared and _device(recipe)[1]:

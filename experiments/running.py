@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from ecotone.experiments import checks, compose, logs, preparation, storage, tracking
-from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
+from ecotone.experiments.recipe import Recipe, apply_settings, check_recipe, check_resumable
 from ecotone.experiments.runs import Run, check_search, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.experiments.words import wrote
@@ -35,6 +35,7 @@ from ecotone.search.manager import Manager, Observer, Progress, measure
 
 Notify = Callable[[str], None]
 
+_LONGEST = 200  # characters of a recipe's name, where a directory is named after it
 _log = logging.getLogger("ecotone")
 
 
@@ -67,6 +68,7 @@ def launch(
         EcotoneError: The recipe cannot be run, or the search cannot go on; what was recorded is safe.
         KeyboardInterrupt: Stopped; the run can be resumed.
     """
+    check_recipe(recipe)
     with storage.opened(new_directory(recipe.name) if out is None else out, new=True, notify=notify) as place:
         directory = place.directory
         if (directory / JOURNAL).exists():
@@ -377,7 +379,16 @@ def _tell_unused(recipe: Recipe, notify: Notify) -> None:
 
 
 def new_directory(name: str) -> Path:
-    """``runs/NAME-TIME``, numbered on if it exists."""
+    """``runs/NAME-TIME``, numbered on if it exists.
+
+    Raises:
+        InputError: No directory can have such a long name.
+    """
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if len(name) > _LONGEST:
+        raise InputError(
+            f"name: expected at most {_LONGEST} characters, as a directory is named after it, found {len(name)}.",
+            "Choose another name, or give --out.",
+        )
     candidates = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 1000))]
     return next(path for path in candidates if not path.exists())

@@ -226,7 +226,7 @@ class Run:
             if best is None:
                 raise InputError(f"{self.where}: nothing has been scored yet.", "See `ecotone status`.")
             member = best.id
-        if not str(member).isdigit():
+        if not str(member).isdecimal():
             raise InputError(
                 f"member: expected a trial's number or 'best', found {member!r}.",
                 f"`ecotone front {self.where}` lists the members.",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ecotone.experiments import compose, preparation
-from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.recipe import Recipe, check_recipe
 from ecotone.experiments.running import Notify, references, same_models
 from ecotone.experiments.storage import JOURNAL, is_url
 from ecotone.fitness.specs import WorkerSpec
@@ -82,6 +82,7 @@ def gather(
     """
     if is_url(str(out)):
         raise InputError(f"out: expected a directory, found the URL {out}.", "Gather here, then copy the directory.")
+    check_recipe(recipe)
     wants = _checked(recipe, wants)
     own = () if recipe.folder is None else (str(recipe.folder),)
     paths = compose.python_paths(own)

@@ -61,8 +61,8 @@ def _line(entry: Mapping[str, Any], root: type[Part]) -> str:
         key, known = str(entry["loc"][-1]), list(part.model_fields)
         if "stages" in entry["loc"]:
             known += [name for name in StageSettings.model_fields if name != "search"]
-        return f"{_written([*place, key])}: unknown key. {nearest(key, known)}"
-    field = _written(_place(entry["loc"], root)[0])
+        return f"{written([*place, key])}: unknown key. {nearest(key, known)}"
+    field = written(_place(entry["loc"], root)[0])
     if kind == "missing":
         return f"{field}: missing; a recipe needs `{field}`."
     if kind == UNKNOWN_KIND:
@@ -118,5 +118,6 @@ def parts_in(annotation: Any) -> Iterator[type[Part]]:
         yield from parts_in(one)
 
 
-def _written(steps: list[int | str]) -> str:
+def written(steps: list[int | str]) -> str:
+    """The place of a field as users write it; ``recipe`` for the whole."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".") or "recipe"

@@ -8,6 +8,7 @@ or an entry point of the group ``ecotone.searches`` in a package of your own.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -225,6 +226,8 @@ class Box(Segmented):
     def _box_is_open(self) -> Box:
         if not self.low < self.high:
             raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
+        if not math.isfinite(self.high - self.low):
+            raise ValueError(f"low: expected a finite distance to high ({self.high}), found {self.low}")
         return self
 
     def box(self, context: Context) -> CoefficientBox:

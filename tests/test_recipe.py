@@ -17,7 +17,10 @@ from processes import ROOT
 from pydantic import ValidationError
 
 from ecotone.experiments import compose, preparation
+from ecotone.experiments.checks import validate
 from ecotone.experiments.recipe import Recipe, apply_settings, parse_settings
+from ecotone.experiments.running import launch
+from ecotone.experiments.statistics import gather
 from ecotone.fitness.objectives import AccuracySettings
 from ecotone.fitness.registry import OBJECTIVES
 from ecotone.populations.errors import CheckpointError, InputError
@@ -25,6 +28,7 @@ from ecotone.populations.gram import GramTable
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.population import ElitistArchive
 from ecotone.populations.space import Space
+from ecotone.populations.trial import Statistics
 from ecotone.search.cma_es import CmaEs
 from ecotone.search.m2n2 import M2N2
 
@@ -272,6 +276,73 @@ def test_yaml_that_no_recipe_has(tmp_path: Path, line: str) -> None:
         Recipe.from_yaml(written(tmp_path, yaml.safe_dump({k: v for k, v in PLAIN.items() if k != "name"}) + line))
 
 
+@pytest.mark.parametrize(("key", "shown"), [("1", "1"), ("null", "null"), ("2.5", "2.5"), ("true", "true")])
+def test_keys_that_are_no_text_are_refused_wherever_they_stand(tmp_path: Path, key: str, shown: str) -> None:
+    """JSON would turn them into text, and of 1 and true it would keep one."""
+    said = f"expected text as keys of mappings, found {shown}; put it in quotes"
+    record = yaml.safe_dump({name: part for name, part in PLAIN.items() if name != "objectives"})
+    objective = f"{{name: a, type: call, call: 'm:f', arguments: {{d: {{{key}: a, x: b}}}}}}"
+    with pytest.raises(InputError) as caught:
+        Recipe.from_yaml(written(tmp_path, f"{record}\nobjectives: {{search: [{objective}]}}"))
+    assert str(caught.value) == f"{tmp_path}/recipe.yaml: objectives.search[0].arguments.d: {said}."
+    with pytest.raises(InputError, match=said):
+        parse_settings([f"objectives.search.0.arguments={{d: {{{key}: a}}}}"])
+    with pytest.raises(InputError, match=said):
+        apply_settings({"name": {yaml.safe_load(key): 1}}, {})
+
+
+def test_a_key_that_is_given_twice(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recipe\.yaml: .* line 3: 'name' is given twice"):
+        Recipe.from_yaml(written(tmp_path, "name: a\nseed: 1\nname: b\n"))
+    with pytest.raises(InputError, match=r"--set search: .* 'low' is given twice"):
+        parse_settings(["search={low: 0, low: 1}"])
+    assert parse_settings(["a={x: &b {k: 1}, y: {<<: *b, k: 2}}"]) == {"a": {"x": {"k": 1}, "y": {"k": 2}}}
+
+
+@pytest.mark.parametrize("depth", [150, 3000])
+def test_yaml_that_is_nested_too_deep(tmp_path: Path, depth: int) -> None:
+    with pytest.raises(InputError, match="expected at most 100 mappings and lists in each other"):
+        Recipe.from_yaml(written(tmp_path, "name: " + "[" * depth + "]" * depth))
+    with pytest.raises(InputError, match=r"--set name: .*expected at most 100"):
+        parse_settings(["name=" + "[" * depth + "]" * depth])
+
+
+def test_a_user_without_a_home(tmp_path: Path) -> None:
+    for folder in (None, tmp_path):
+        for field in ("experts[1]", "base", "tokenizer"):
+            key = f"models.{field.replace('[', '.').replace(']', '')}"
+            with pytest.raises(InputError) as caught:
+                Recipe.from_record(apply_settings(PLAIN, {key: "~nobody-here/x"}), folder)
+            assert str(caught.value).startswith(f"models.{field}: expected the home folder of a user, found '~nobody")
+        with pytest.raises(InputError, match="expected the home folder of a user"):
+            Recipe.from_record(changed(objectives__search__0__call="~nobody-here/x.py:f"), folder)
+
+
+def test_text_that_no_file_can_hold() -> None:
+    assert refusal(changed(objectives__search__0__name="a\ud800")) == (
+        "objectives: expected text that UTF-8 can hold, found 'a\\ud800'."
+    )
+    assert "found '\\udcff'" in refusal(changed(merge__dtype=None, objectives__search__0__arguments={"\udcff": 1}))
+
+
+def test_what_is_no_recipe(tmp_path: Path) -> None:
+    for use in (launch, validate, lambda record: gather(record, Statistics("magnitude", ()), tmp_path)):
+        with pytest.raises(InputError, match=r"recipe: expected a Recipe, found dict\. Recipe\.from_record"):
+            use(PLAIN)
+
+
+def test_a_name_that_no_directory_can_have() -> None:
+    with pytest.raises(InputError, match=r"name: expected at most 200 characters, .* found 300"):
+        launch(Recipe.from_record(changed(name="a" * 300)))
+
+
+def test_bounds_too_far_apart() -> None:
+    wide = {"low": -1e308, "high": 1e308}
+    assert "low: expected a finite distance to high" in refusal(changed(search={"algorithm": "cma_es", **wide}))
+    ties = {"operator": "ties", "density": wide}
+    assert "low: expected a finite distance" in refusal(changed(merge=ties, search={"algorithm": "cma_es"}))
+
+
 def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
     record = changed(
         models__experts=["a.safetensors", "sub/b", "/absolute/c", "prepared:d", "../e"], prepare={"call": "m:f"}
@@ -343,6 +414,7 @@ def test_a_setting_that_is_not_yaml() -> None:
     [
         ("objectives.search.7.name", "expected a position from 0 to 0, found '7'"),
         ("objectives.search.first.name", "expected a position from 0 to 0, found 'first'"),
+        ("objectives.search.\N{SUPERSCRIPT TWO}", "expected a position from 0 to 0, found '\N{SUPERSCRIPT TWO}'"),
         ("objectives.search.7", "expected a position from 0 to 0, found '7'"),
         ("name.first", "'name' is 'plain', it has no fields"),
         ("objectives.search.0.name.first", "'name' is 'one', it has no fields"),
