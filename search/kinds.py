@@ -123,6 +123,10 @@ class SearchSettings(Part):
     def needs(self) -> Needs:
         """The conditions under which it can run a recipe."""
 
+    def imports(self) -> Mapping[str, tuple[str, ...]]:
+        """The packages that it imports which come with an extra of Ecotone, by the extra; by default none."""
+        return {}
+
     @abstractmethod
     def begins(self) -> Begins:
         """Whether it can begin with merges that were found before."""

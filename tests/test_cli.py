@@ -18,6 +18,7 @@ from processes import Ecotone, Said
 from safetensors.numpy import load_file, save_file
 
 from ecotone.experiments import cli
+from ecotone.extras import how_to_install
 
 # Two small models and objectives over them; the recipe's own module, beside it.
 TOYS = '''
@@ -354,6 +355,44 @@ def test_validate_and_run_refuse_in_the_same_words(
     in_words(ecotone("validate", recipe, *options), "error: ", words)
     in_words(ecotone("run", recipe, "--out", tmp_path / "run", *options), "error: ", words)
     assert not (tmp_path / "run" / "journal.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "settings", "field"),
+    [
+        ("ray", "ray", ["runtime.pool=ray"], "runtime.pool"),
+        ("optuna", "optuna", ["search={algorithm: optuna}"], "search.algorithm"),
+        ("greenlet", "optuna", ["search={algorithm: optuna, sampler: gp}"], "search.algorithm"),
+        ("transformers", "hf", ["models.architecture=auto"], "models.architecture"),
+        (
+            *("transformers", "hf", ["objectives.search.1={name: p, type: likelihood, data: [x.txt]}"]),
+            "objectives.search.p",
+        ),
+        (
+            *("lm_eval", "language", ["objectives.held_out.0={name: l, type: lm_eval, task: t}"]),
+            "objectives.held_out.l",
+        ),
+        ("sklearn", "digits", ["prepare={call: experiments.digits:random_models}"], "prepare"),
+    ],
+)
+def test_validate_and_run_refuse_without_a_package(
+    ecotone: Ecotone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    extra: str,
+    settings: list[str],
+    field: str,
+) -> None:
+    """Even where the models are still to be made, and so little else is known."""
+    monkeypatch.setitem(sys.modules, package, None)
+    models = {"experts": ["prepared:left.safetensors", "prepared:right.safetensors"]}
+    recipe = toy_recipe(tmp_path, models=models, prepare={"call": "cli_toys:write_models"}, seed=id(tmp_path))
+    options = [part for setting in settings for part in ("--set", setting)]
+    said = f"error: {field}: expected the package {package}, found it not installed.\n`{how_to_install(extra)}`"
+    assert said in ecotone("validate", recipe, *options).err
+    assert said in ecotone("run", recipe, "--out", tmp_path / "run", *options).err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
