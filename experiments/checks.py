@@ -67,6 +67,7 @@ def tried_out(composition: compose.Composition) -> Iterator[Finding]:
     try:
         worker = Worker(composition.spec)
         same = worker.same_scores(worker.try_out())
+        worker.check_varied(same)
     finally:
         torch.set_num_threads(threads)
     names = composition.sources.names
@@ -74,7 +75,7 @@ def tried_out(composition: compose.Composition) -> Iterator[Finding]:
     for name, value in same.items():
         yield Finding(
             f"objectives.search.{name}",
-            f"{value:g} for {names[0]} and for {names[-1]}: does it depend on the model?",
+            f"Warning: {value:g} for {names[0]} and for {names[-1]}: does it depend on the model?",
         )
 
 

@@ -30,6 +30,7 @@ from ecotone.experiments.options import (
     changes_of,
     print_json,
     recipe_of,
+    users_code,
 )
 from ecotone.populations.errors import EcotoneError, InputError, JournalError
 
@@ -188,7 +189,7 @@ def validate(
 
     chosen = recipe_of(recipe, settings)
     python_paths((str(recipe.parent.resolve()),))
-    with _stdout_to_stderr():
+    with users_code():
         findings = [(finding.subject, finding.text) for finding in check(chosen, headers=headers)]
     if as_json:
         print_json({"valid": True, "signature": chosen.signature, "findings": dict(findings)})
@@ -389,7 +390,7 @@ def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool)
     from ecotone.experiments.exports import export_mergekit, rescored
 
     merge = export_mergekit(run, member, to, snap)
-    with _stdout_to_stderr():
+    with users_code():
         scores = rescored(run, merge.genome) if merge.snap else {}
     if as_json:
         moved = {} if merge.snap is None else {"snap": str(merge.snap), "scores": scores}
@@ -449,7 +450,7 @@ def verify(
     from ecotone.experiments import report
     from ecotone.experiments.exports import verify as check
 
-    with _stdout_to_stderr():
+    with users_code():
         compared = check(path)
     equal = all(score.difference <= tolerance for score in compared)
     if as_json:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +45,15 @@ def changes_of(settings: list[str] | None, workers: int | None = None, address: 
     if address is not None:
         changes |= {"runtime.pool": "ray", "runtime.address": address}
     return changes
+
+
+@contextlib.contextmanager
+def users_code() -> Iterator[None]:
+    """Send what the user's functions print, and warnings, to stderr meanwhile: stdout is for results."""
+    from ecotone.experiments import logs
+
+    with contextlib.redirect_stdout(sys.stderr), logs.said(lambda text: typer.echo(text, err=True)):
+        yield
 
 
 def print_json(value: Any) -> None:

@@ -289,14 +289,14 @@ def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
             followers[name] = tracking.start(place.directory, os.getpid(), name)
         else:
             remedy = f"`{settings.install()}`, then `ecotone sync`"
-            notify(f"{settings.title} is not installed, so it does not get the run: {remedy}.")
+            notify(f"Warning: {settings.title} is not installed, so it does not get the run: {remedy}.")
     yield
     end = time.monotonic() + 60
     for name, process in followers.items():
         title = recipe.tracking.trackers[name].title
         notify(f"Waiting for {title} to have everything ...")
         if not tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name):
-            notify(f"{title} does not have everything yet; `ecotone sync {place.where}` sends the rest.")
+            notify(f"Warning: {title} does not have everything yet; `ecotone sync {place.where}` sends the rest.")
 
 
 def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
@@ -375,7 +375,7 @@ def same_models(journal: Journal, space: Space) -> None:
 
 def _tell_unused(recipe: Recipe, notify: Notify) -> None:
     if text := compose.unused_workers(recipe):
-        notify(text)
+        notify(f"Warning: {text}")
 
 
 def new_directory(name: str) -> Path:

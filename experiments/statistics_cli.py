@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, print_json, recipe_of
+from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, print_json, recipe_of, users_code
 
 if TYPE_CHECKING:
     from ecotone.experiments.statistics import ModelStatistics
@@ -53,7 +51,7 @@ def statistics(
 
     chosen = recipe_of(recipe, settings)
     wants = Statistics(kind, tuple(tasks or ()), parse_settings(settings_of_kind or []))
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's functions print
+    with users_code():
         found = gather(chosen, wants, out, models=models or (), notify=lambda text: typer.echo(text, err=True))
     if as_json:
         print_json({"kind": kind, "out": str(out), "models": [one.record() for one in found]})

@@ -694,7 +694,7 @@ def _fetch_newer(store: Store, directory: Path, notify: Notify) -> None:
                         (Path(folder) / name).replace(directory / name)
         except DamagedCopyError as error:
             damage = damage or error
-            notify(f"{error.message} The copy before it is tried.")
+            notify(f"Warning: {error.message} The copy before it is tried.")
         else:
             return
     if damage is not None:
@@ -715,7 +715,9 @@ def _put_aside(store: Store, directory: Path, manifest: Manifest, notify: Notify
         for file in files:
             shutil.copyfile(file, aside / file.name)
         what = "a journal that cannot be read" if counts is None else f"a journal of {counts[1]} evaluations"
-        notify(f"The copy at {store.url} lacks results that this machine has. They are kept in {aside}: {what}.")
+        notify(
+            f"Warning: the copy at {store.url} lacks results that this machine has. They are kept in {aside}: {what}."
+        )
     for file in files:  # the journal last: without it, its log would be taken for the next one's
         file.unlink()
 

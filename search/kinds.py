@@ -66,6 +66,8 @@ class Needs:
     Args:
         objectives: The fewest objectives that the algorithm can search by.
         maximised: Whether every objective must have the direction ``maximize``.
+        nonnegative: Whether no score, of an example or of all, may be below 0.
+        varied: Whether it cannot search by an objective that gives all merges the same score.
         gradients: Whether it learns on calibration tasks, through a torch module.
         affine: Whether merges must be linear in their coefficients.
         per_example: Whether the algorithm uses scores by example: ``no``; ``useful`` when it searches better with them;
@@ -76,6 +78,8 @@ class Needs:
 
     objectives: int = 1
     maximised: bool = False
+    nonnegative: bool = False
+    varied: bool = False
     gradients: bool = False
     affine: bool = False
     per_example: Literal["no", "useful", "needed"] = "no"

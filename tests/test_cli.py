@@ -63,6 +63,24 @@ def write_models(directory, seed=0):
 '''
 
 
+SCORES = """
+
+def minus(model):
+    return -abs(float(flat(model).sum())) - 1
+
+
+def same(model):
+    return 1.0
+
+
+def ends(model):
+    from pathlib import Path
+    from safetensors.numpy import load_file
+    read = [load_file(Path(__file__).with_name(f"{name}.safetensors"))["w"] for name in ("left", "right")]
+    return 0.5 if any(np.array_equal(one, model["w"].numpy()) for one in read) else loss(model)
+"""
+
+
 def toy_models(folder: Path, **shapes: tuple[int, ...]) -> None:
     for name in ("left", "right"):
         rng = np.random.default_rng(len(name))
@@ -418,6 +436,37 @@ def test_one_wrong_field_of_the_only_objective_is_one_error(ecotone: Ecotone, tm
     said = ecotone("validate", recipe, "--set", "objectives.search.1=3", "--set", "objectives.held_out=[]")
     in_words(said, "objectives.search[1]")
     assert "at least" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["objectives.search.0.call=cli_toys:loss"], None),
+        (
+            ["objectives.search.0.call=cli_toys:minus"],
+            "one: expected scores of at least 0, which the search shares out",
+        ),
+        (["search={algorithm: map, samples: 6}", "objectives.search.0.call=cli_toys:same"], "found 1 for every expert"),
+        (["search={algorithm: random}", "objectives.search.0.call=cli_toys:same"], None),
+        (["search={algorithm: map, samples: 6}", "objectives.search.0.call=cli_toys:ends"], None),
+    ],
+)
+def test_scores_that_the_search_cannot_use_cost_nothing(
+    ecotone: Ecotone, tmp_path: Path, settings: list[str], words: str | None
+) -> None:
+    recipe, out = toy_recipe(tmp_path), tmp_path / "run"
+    with (tmp_path / "cli_toys.py").open("a") as file:
+        file.write(SCORES)
+    settings = [*settings, "objectives.search.0.arguments={}", "budget.evaluations=8", "objectives.held_out=[]"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    for said in (ecotone("validate", recipe, *options), ecotone("run", recipe, "--out", out, *options)):
+        if words is None:
+            assert said.code == 0
+            shown = " ".join((said.out + said.err).split())
+            assert ("Warning: " in shown and "does it depend" in shown) == ("loss" not in settings[0])
+        else:
+            in_words(said, "error: objectives.search.", words)
+    assert (out / "journal.sqlite").exists() is (words is None)
 
 
 # -- models that cannot be used ------------------------------------------------------------------------------
