@@ -225,14 +225,20 @@ def _judge(composition: compose.Composition, journal: Journal, pool: Pool, space
 def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tuple[str, Genome]]:
     """The models themselves (with task vectors also the base) and the average of the experts.
 
-    They are named after the operator when it mixes changed models.
+    They are named after the operator when it mixes changed models. The base and the average have names that no expert
+    has.
     """
     changed = f" ({operator.name})" if operator.changes else ""
+    experts = [f"{name}{changed}" for name in space.seed_names]
+
+    def named(name: str) -> str:
+        return named(f"{name}, no expert") if name in experts else name
+
     if recipe.models.base is not None and operator.needs_base:
-        yield "base", Genome.uniform(space.size, np.zeros(space.dimension))
-    for name, row in zip(space.seed_names, space.seeds, strict=True):
-        yield f"{name}{changed}", Genome.uniform(space.size, row)
-    yield f"average{changed}", Genome.uniform(space.size, space.seeds.mean(axis=0))
+        yield named("base"), Genome.uniform(space.size, np.zeros(space.dimension))
+    for name, row in zip(experts, space.seeds, strict=True):
+        yield name, Genome.uniform(space.size, row)
+    yield named(f"average{changed}"), Genome.uniform(space.size, space.seeds.mean(axis=0))
 
 
 @contextlib.contextmanager

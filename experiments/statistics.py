@@ -119,8 +119,9 @@ def _alone(spec: WorkerSpec) -> WorkerSpec:
 
 
 def _genomes(recipe: Recipe, space: Space, models: Sequence[str]) -> Iterator[tuple[str, Genome]]:
+    """The wanted models by name; all experts where none are named."""
     known = dict(references(recipe, compose.check_operator(recipe), space))
-    experts = [name for name in known if name != "base" and not name.startswith("average")]
+    experts = list(known)[-1 - len(space.seed_names) : -1]  # the average is last; before them there may be the base
     for name in models or experts:
         if name not in known:
             raise InputError(f"models: expected one of {', '.join(known)}, found {name!r}.", nearest(name, list(known)))

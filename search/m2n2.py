@@ -92,7 +92,7 @@ class M2N2Settings(SearchSettings):
         return self
 
     def needs(self) -> Needs:
-        """It needs objectives to maximise, none of them below 0, merges linear in their coefficients, and the models' inner products."""
+        """It needs scores to maximise, none below 0, merges linear in their coefficients, and the inner products."""
         return Needs(
             maximised=True,
             nonnegative=True,

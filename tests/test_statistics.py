@@ -544,6 +544,19 @@ def compare_one(run: Run) -> None:
     compare([run])
 
 
+def test_experts_that_are_called_as_other_models_are(tmp_path: Path, ecotone: Ecotone) -> None:
+    recipe_of(tmp_path)
+    command = ("statistics", tmp_path / "toy.yaml", "--kind", "magnitude", "--out", tmp_path / "out")
+    plain = ecotone(*command, "--json").json["models"]
+    called = (*command[:-1], tmp_path / "called", "--set", "models.names=[base,average1,averages]")
+    told = ecotone(*called, "--json").json["models"]
+    assert [one["model"] for one in told] == ["base", "average1", "averages"]
+    assert [one["genome"] for one in told] == [one["genome"] for one in plain]
+    assert [one["model"] for one in ecotone(*called, "--model", "average", "--json").json["models"]] == ["average"]
+    both = ecotone(*called, "--model", "base", "--model", "base, no expert", "--json").json["models"]
+    assert both[0]["genome"] == plain[0]["genome"] != both[1]["genome"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
