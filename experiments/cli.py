@@ -28,6 +28,7 @@ from ecotone.experiments.options import (
     RunArgument,
     SetOption,
     changes_of,
+    local,
     print_json,
     recipe_of,
     users_code,
@@ -310,7 +311,9 @@ def compare(
         str,
         typer.Option(metavar="HV", help="Show the cost to reach this hypervolume, or this share of the best run's."),
     ] = "90%",
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page that works offline.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=local("--html"), help="Also write a page that works offline.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare the fronts of runs with the same objectives: hypervolume, distance to the best front, cost."""
@@ -338,7 +341,10 @@ def compare(
 def export(
     run: RunArgument,
     to: Annotated[
-        Path, typer.Option(metavar="DIR", help="A new directory, or a path that ends in .safetensors (or .yaml).")
+        Path,
+        typer.Option(
+            metavar="DIR", parser=local("--to"), help="A new directory, or a path that ends in .safetensors (or .yaml)."
+        ),
     ],
     member: Annotated[
         str | None, typer.Option(help="Number of a member, as `front` lists it, or 'best', the default.")
@@ -409,9 +415,14 @@ def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool)
 
 @app.command("import-mergekit")
 def import_mergekit(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A configuration of mergekit-evolve (YAML).")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", parser=local("FILE"), help="A configuration of mergekit-evolve (YAML).")
+    ],
     to: Annotated[
-        Path | None, typer.Option(metavar="RECIPE", help="A new file for the recipe; otherwise it is printed.")
+        Path | None,
+        typer.Option(
+            metavar="RECIPE", parser=local("--to"), help="A new file for the recipe; otherwise it is printed."
+        ),
     ] = None,
     layers: Annotated[
         int | None,
@@ -440,7 +451,9 @@ def import_mergekit(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `ecotone export` wrote.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=local("DIR"), help="A checkpoint that `ecotone export` wrote.")
+    ],
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference that passes; raise it on another kind of device.")
     ] = 1e-6,

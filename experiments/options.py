@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +14,26 @@ import typer
 if TYPE_CHECKING:
     from ecotone.experiments.recipe import Recipe
 
+
+def local(option: str) -> Callable[[str], Path]:
+    """The parser of an option or argument that is a path on this machine: it refuses URLs."""
+
+    def path(text: str) -> Path:
+        from ecotone.experiments.storage import on_this_machine
+
+        return on_this_machine(text, option)
+
+    return path
+
+
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory or its URL, or an MLflow run id.")]
 RecipeArgument = Annotated[
     Path,
-    typer.Argument(metavar="RECIPE", help="A recipe file (YAML), or a ready recipe's name, e.g. digits-specialists."),
+    typer.Argument(
+        metavar="RECIPE",
+        parser=local("RECIPE"),
+        help="A recipe file (YAML), or a ready recipe's name, e.g. digits-specialists.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 SetOption = Annotated[

@@ -10,7 +10,7 @@ from typing import Any
 from ecotone.experiments import compose, preparation
 from ecotone.experiments.recipe import Recipe, check_recipe
 from ecotone.experiments.running import Notify, references, same_models
-from ecotone.experiments.storage import JOURNAL, is_url
+from ecotone.experiments.storage import JOURNAL, on_this_machine
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.statistics.cache import Cache
 from ecotone.fitness.statistics.kinds import chosen
@@ -80,8 +80,7 @@ def gather(
         EcotoneError: The kind, a setting, a task or a model is not known, the models cannot be opened, or ``out`` holds
             another recipe's journal.
     """
-    if is_url(str(out)):
-        raise InputError(f"out: expected a directory, found the URL {out}.", "Gather here, then copy the directory.")
+    out = on_this_machine(out, "out")
     check_recipe(recipe)
     wants = _checked(recipe, wants)
     own = () if recipe.folder is None else (str(recipe.folder),)
@@ -92,7 +91,7 @@ def gather(
     with compose.make_pool(recipe, _alone(spec)) as pool:
         space = pool.start()
         genomes = dict(_genomes(recipe, space, models))
-        with _journal(Path(out) / JOURNAL, recipe, space, paths) as journal:
+        with _journal(out / JOURNAL, recipe, space, paths) as journal:
             notify(f"Gathering {wants.kind} of {', '.join(genomes)} ...")
             found = measure(pool, journal, genomes.values(), wants, 1, _held(cache))
     return [_told(name, genome, found[genome.digest], cache) for name, genome in genomes.items()]

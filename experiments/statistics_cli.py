@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, print_json, recipe_of, users_code
+from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, local, print_json, recipe_of, users_code
 
 if TYPE_CHECKING:
     from ecotone.experiments.statistics import ModelStatistics
 
 KindOption = Annotated[str, typer.Option(metavar="KIND", help="Which statistics, e.g. magnitude.")]
 OutOption = Annotated[
-    Path, typer.Option(metavar="DIR", help="Where the journal is kept. One that is there is gone on with.")
+    Path,
+    typer.Option(
+        metavar="DIR", parser=local("--out"), help="Where the journal is kept. One that is there is gone on with."
+    ),
 ]
 ModelOption = Annotated[
     list[str] | None,

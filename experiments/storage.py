@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ecotone.populations.database import locked
-from ecotone.populations.errors import EcotoneError, JournalError
+from ecotone.populations.errors import EcotoneError, InputError, JournalError
 from ecotone.populations.folders import cache_folder
 from ecotone.populations.journal import Journal
 
@@ -99,6 +99,23 @@ class DamagedCopyError(StorageError):
 def is_url(text: str) -> bool:
     """True when ``text`` names a run directory by a URL."""
     return "://" in text
+
+
+def on_this_machine(path: str | Path, where: str) -> Path:
+    """A path that a user gave, where a URL would be taken for a folder called ``s3:``.
+
+    Args:
+        path: The path, as it was given.
+        where: How messages name it.
+
+    Raises:
+        InputError: It is a URL.
+    """
+    if is_url(str(path)):
+        raise InputError(
+            f"{where}: expected a path on this machine, found the URL {path}.", "Write it here, then copy it there."
+        )
+    return Path(path)
 
 
 def url_of(directory: str | Path) -> str | None:

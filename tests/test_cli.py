@@ -18,7 +18,9 @@ from processes import Ecotone, Said
 from safetensors.numpy import load_file, save_file
 
 from ecotone.experiments import cli
+from ecotone.experiments.runs import Run
 from ecotone.extras import how_to_install
+from ecotone.populations.errors import InputError
 
 # Two small models and objectives over them; the recipe's own module, beside it.
 TOYS = '''
@@ -539,6 +541,31 @@ def test_mlflow_is_what_comes_next_only_where_it_is_on(ecotone: Ecotone, tmp_pat
     assert said.code == 0, said.err
     assert "ecotone front" in said.out
     assert ("ecotone ui" in said.out) == on
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["statistics", "toy.yaml", "--kind", "magnitude", "--out", "s3://x/y"],
+        ["export", "RUN", "--to", "s3://x/y"],
+        ["export", "RUN", "--to", "s3://x/y.yaml", "--format", "mergekit"],
+        ["compare", "RUN", "--html", "s3://x/y"],
+        ["import-mergekit", "toy.yaml", "--to", "s3://x/y"],
+        ["import-mergekit", "s3://x/y"],
+        ["verify", "s3://x/y"],
+        ["validate", "s3://x/y"],
+    ],
+)
+def test_a_url_is_no_folder(
+    ecotone: Ecotone, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    toy_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    said = ecotone(*(finished if one == "RUN" else one for one in command))
+    in_words(said, ": expected a path on this machine, found the URL s3://x/y")
+    assert not (tmp_path / "s3:").exists()
+    with pytest.raises(InputError, match="to: expected a path on this machine"):
+        Run(finished).export("best", "s3://x/y")
 
 
 def test_a_run_is_not_overwritten(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:
