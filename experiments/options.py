@@ -42,11 +42,18 @@ SetOption = Annotated[
 ]
 
 
-def recipe_of(path: Path, settings: list[str] | None, workers: int | None = None, address: str | None = None) -> Recipe:
+def recipe_of(
+    path: Path,
+    settings: list[str] | None,
+    workers: int | None = None,
+    address: str | None = None,
+    *,
+    spare_tasks: bool = False,
+) -> Recipe:
     """The recipe of a file, with the fields that the command line replaces."""
     from ecotone.experiments.recipe import Recipe
 
-    return Recipe.from_yaml(path, changes_of(settings, workers, address))
+    return Recipe.from_yaml(path, changes_of(settings, workers, address), spare_tasks=spare_tasks)
 
 
 def changes_of(settings: list[str] | None, workers: int | None = None, address: str | None = None) -> dict[str, Any]:

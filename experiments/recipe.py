@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -20,6 +21,7 @@ from pydantic import (
     PrivateAttr,
     Tag,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
@@ -40,6 +42,8 @@ from ecotone.search.registry import SEARCHES, AnySearch
 from ecotone.settings import PREPARED, Call, Part, with_files
 
 RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
+SPARE_TASKS = "spare tasks"  # context in which a recipe is validated whose search need not use its calibration tasks
+_WRITER = re.compile(r"# Written by Ecotone (\S+)\.\n")
 _LOCATED = ("models", "objectives", "calibration")  # fields with paths that the preparation step may write
 _HALVES = re.compile("[\ud800-\udfff]")  # of characters: no file can hold one
 USUAL = "m2n2"  # the algorithm of a recipe that names none
@@ -166,11 +170,11 @@ class Recipe(Part):
     _folder: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Recipe:
+    def _fits_together(self, info: ValidationInfo) -> Recipe:
         for part in self.searches:
             self._check_objectives(part)
             self._check_ranges(part)
-        self._check_calibration()
+        self._check_calibration(spare=info.context == SPARE_TASKS)
         self._check_shares()
         for field, value in self.model_dump().items():
             for text in _texts(value):
@@ -227,14 +231,14 @@ class Recipe(Part):
                 f"search share out, found {whole}"
             )
 
-    def _check_calibration(self) -> None:
+    def _check_calibration(self, spare: bool) -> None:
         names = [task.name for task in self.calibration]
         if len(set(names)) < len(names):
             raise ValueError(f"calibration: expected tasks of different names, found {names}")
         learning = [part for part in self.searches if part.needs().gradients]
         if learning and not names:
             raise ValueError(f"calibration: {learning[0].algorithm} learns on tasks given there, found none")
-        if names and not learning:
+        if names and not learning and not spare:
             raise ValueError(
                 f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does), found {names}"
             )
@@ -255,39 +259,57 @@ class Recipe(Part):
             part.check(operator.name, operator.needs_base, self.calibration)
 
     @classmethod
-    def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
-        """Read a recipe file; ``settings`` replaces fields by dotted name, as ``--set`` does.
+    def from_yaml(
+        cls, path: str | Path, settings: Mapping[str, Any] | None = None, *, spare_tasks: bool = False
+    ) -> Recipe:
+        """Read a recipe file.
 
         Where there is no such file, ``path`` may name a ready recipe, as ``digits-specialists``.
         Paths of models are made absolute: they are relative to the file's folder, where its own functions are, too.
+
+        Args:
+            path: The file.
+            settings: Fields to replace, by dotted name, as ``--set`` does.
+            spare_tasks: Take calibration tasks that the search does not use, as statistics are gathered over them.
 
         Raises:
             InputError: The file is missing or not YAML, a key is unknown, or a value does not fit.
         """
         file = recipe_file(path)
         try:
-            record = load(file.read_text())
+            text = file.read_text()
+            record = load(text)
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             raise InputError(f"{file}: cannot be read as YAML: {error}") from error
         if not isinstance(record, dict):
             raise InputError(f"{file}: expected a mapping of recipe fields, found {type(record).__name__}.")
         check_plain(record, str(file))
-        return cls.from_record(apply_settings(record, settings or {}), file.parent.resolve())
+        folder, writer = file.parent.resolve(), _WRITER.match(text)
+        written_by = "" if writer is None else writer[1]
+        return cls.from_record(apply_settings(record, settings or {}), folder, written_by, spare_tasks=spare_tasks)
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], folder: Path | None = None, written_by: str = "") -> Recipe:
+    def from_record(
+        cls,
+        record: Mapping[str, Any],
+        folder: Path | None = None,
+        written_by: str = "",
+        *,
+        spare_tasks: bool = False,
+    ) -> Recipe:
         """Check a nested mapping.
 
         Args:
             record: The recipe.
             folder: The folder that paths of models are relative to; None for the working directory.
             written_by: The version of Ecotone that wrote the record; empty when it is not known.
+            spare_tasks: As for ``from_yaml``.
 
         Raises:
             InputError: A key is unknown, or a value does not fit.
         """
         try:
-            recipe = cls.model_validate(record)
+            recipe = cls.model_validate(record, context=SPARE_TASKS if spare_tasks else None)
         except ValidationError as error:
             raise InputError(explained(error, cls), newer(written_by)) from error
         if folder is None:
@@ -299,6 +321,15 @@ class Recipe(Part):
     def record(self) -> dict[str, Any]:
         """The whole recipe as nested plain values; ``from_record`` takes it back."""
         return self.model_dump(mode="json")
+
+    def text(self) -> str:
+        """The whole recipe as a YAML file, which says the version of Ecotone; ``from_yaml`` takes it back."""
+        record = self.record()
+        record["calibration"] = [  # records tell more of a task than its own fields
+            {field: value for field, value in told.items() if field in type(task).model_fields}
+            for told, task in zip(record["calibration"], self.calibration, strict=True)
+        ]
+        return f"# Written by Ecotone {version('ecotone')}.\n{yaml.safe_dump(record, sort_keys=False)}"
 
     @property
     def signature(self) -> str:
@@ -375,8 +406,13 @@ def apply_settings(record: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     return copy
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
+def parse_settings(pairs: list[str], option: str = "--set", example: str = "seed=3") -> dict[str, Any]:
     """``["seed=3", "budget.evaluations=100"]`` as a mapping; values are read as YAML.
+
+    Args:
+        pairs: The texts.
+        option: The option of the command line that they are given with.
+        example: A text that fits the option.
 
     Raises:
         InputError: A pair has no ``=``, or its value is not YAML.
@@ -385,13 +421,13 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise InputError(f"--set: expected key=value, found {pair!r}.", "For example: --set seed=3")
+            raise InputError(f"{option}: expected key=value, found {pair!r}.", f"For example: {option} {example}")
         try:
             settings[key] = load(value)
         except yaml.YAMLError as error:
             shown = repr(value) if len(value) < 100 else f"{value[:100]!r} ..."
-            raise InputError(f"--set {key}: cannot be read as a YAML value: {shown}.", first_line(error)) from error
-        check_plain(settings[key], f"--set {key}")
+            raise InputError(f"{option} {key}: cannot be read as a YAML value: {shown}.", first_line(error)) from error
+        check_plain(settings[key], f"{option} {key}")
     return settings
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import yaml
 
 from ecotone.experiments import checks, compose, logs, preparation, storage, tracking
 from ecotone.experiments.recipe import Recipe, apply_settings, check_recipe, check_resumable
@@ -156,7 +155,7 @@ def _checked(recipe: Recipe, paths: Sequence[str], notify: Notify) -> compose.Co
 
 def _write_recipe(recipe: Recipe, directory: Path) -> None:
     """The resolved recipe, for people; the journal has it too."""
-    file, text = directory / "recipe.yaml", yaml.safe_dump(recipe.record(), sort_keys=False)
+    file, text = directory / "recipe.yaml", recipe.text()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if file.exists() and file.read_text() != text:

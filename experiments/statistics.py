@@ -109,7 +109,7 @@ def _checked(recipe: Recipe, wants: Statistics) -> Statistics:
     for name in wants.tasks:
         if name not in names:
             raise InputError(f"tasks: expected one of {', '.join(names)}, found {name!r}.", nearest(name, names))
-    return wants if wants.tasks else replace(wants, tasks=tuple(names))
+    return replace(wants, tasks=tuple(dict.fromkeys(wants.tasks or names)))  # each once
 
 
 def _alone(spec: WorkerSpec) -> WorkerSpec:

@@ -52,8 +52,8 @@ def statistics(
     from ecotone.experiments.statistics import gather
     from ecotone.populations.trial import Statistics
 
-    chosen = recipe_of(recipe, settings)
-    wants = Statistics(kind, tuple(tasks or ()), parse_settings(settings_of_kind or []))
+    chosen = recipe_of(recipe, settings, spare_tasks=True)
+    wants = Statistics(kind, tuple(tasks or ()), parse_settings(settings_of_kind or [], "--with", "examples=256"))
     with users_code():
         found = gather(chosen, wants, out, models=models or (), notify=lambda text: typer.echo(text, err=True))
     if as_json:

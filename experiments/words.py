@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any, TypeAlias, get_args
@@ -40,7 +41,8 @@ def newer(written_by: str) -> str:
 
 def _minor(text: str) -> tuple[int, ...]:
     """Major and minor number of a version."""
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    found = re.match(r"(\d+)(?:\.(\d+))?", text)  # of 0.2rc1 0 and 2
+    return () if found is None else tuple(int(part or 0) for part in found.groups())
 
 
 def explained(error: ValidationError, root: type[Part]) -> str:

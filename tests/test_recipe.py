@@ -6,6 +6,7 @@ import copy
 import importlib
 import linecache
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from ecotone.experiments import compose, preparation
 from ecotone.experiments.checks import validate
+from ecotone.experiments.fields import schema
 from ecotone.experiments.recipe import Recipe, apply_settings, parse_settings
 from ecotone.experiments.running import launch
 from ecotone.experiments.statistics import gather
@@ -233,7 +235,7 @@ def written(folder: Path, record: Any = PLAIN) -> Path:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing\.yaml: no such recipe\. Known: .*digits-specialists"):
         Recipe.from_yaml(tmp_path / "nothing.yaml")
-    with pytest.raises(InputError, match="cannot be read as YAML"):
+    with pytest.raises(InputError, match="expected a recipe file, found a directory"):
         Recipe.from_yaml(tmp_path)
 
 
@@ -246,6 +248,8 @@ def test_a_ready_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypat
         Recipe.from_yaml("digit-specialists")
     with pytest.raises(InputError, match=r"elsewhere/digits-specialists.yaml: no such recipe"):
         Recipe.from_yaml("elsewhere/digits-specialists.yaml")
+    (tmp_path / "digits-specialists").mkdir()
+    assert Recipe.from_yaml("digits-specialists").record() == ready.record()
     (tmp_path / "digits-specialists.yaml").write_text("name: mine")
     with pytest.raises(InputError, match="models: missing"):
         Recipe.from_yaml("digits-specialists.yaml")
@@ -341,6 +345,47 @@ def test_bounds_too_far_apart() -> None:
     assert "low: expected a finite distance to high" in refusal(changed(search={"algorithm": "cma_es", **wide}))
     ties = {"operator": "ties", "density": wide}
     assert "low: expected a finite distance" in refusal(changed(merge=ties, search={"algorithm": "cma_es"}))
+
+
+@pytest.mark.parametrize(
+    ("written_by", "newer"),
+    [
+        ("0.2rc1", True),
+        ("0.2a1", True),
+        ("1rc1", True),
+        ("0.10b2", True),
+        ("1", True),
+        ("0.1.7", False),
+        ("0.1rc1", False),
+    ],
+)
+def test_a_newer_ecotone_is_told_of(tmp_path: Path, written_by: str, newer: bool) -> None:
+    told = f"Ecotone {written_by} wrote this"
+    with pytest.raises(InputError) as caught:
+        Recipe.from_record(changed(sede=1), written_by=written_by)
+    assert (told in str(caught.value)) is newer
+    text = Recipe.from_record(PLAIN).text()
+    assert text.startswith(f"# Written by Ecotone {version('ecotone')}.\n")
+    rest = text.partition("\n")[2]
+    with pytest.raises(InputError) as caught:
+        Recipe.from_yaml(written(tmp_path, f"# Written by Ecotone {written_by}.\nsede: 1\n{rest}"))
+    assert (told in str(caught.value)) is newer
+
+
+def test_a_recipe_that_is_written_fits_its_schema(tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    losses = [
+        {"name": "a"},
+        {"name": "b", "loss": "cross_entropy"},
+        {"name": "c", "loss": "distillation", "expert": "a"},
+    ]
+    tasks = [{"data": {"call": "m:f"}, **loss} for loss in losses]
+    search = {"algorithm": "adamerging"}
+    record = changed(calibration=tasks, search=search, models__architecture={"call": "m:a"})
+    recipe = Recipe.from_record(record, tmp_path)
+    path = written(tmp_path, recipe.text())
+    jsonschema.validate(yaml.safe_load(path.read_text()), schema())
+    assert Recipe.from_yaml(path).record() == recipe.record()
 
 
 def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:

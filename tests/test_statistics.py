@@ -243,7 +243,10 @@ def test_the_key_has_all_that_statistics_depend_on(tmp_path: Path) -> None:
     [
         (replace(WANTS, kind="magnitud"), "kind: expected one of magnitude, found 'magnitud'. Did you mean"),
         (replace(WANTS, tasks=("task 3",)), "expected a calibration task of that name, found 'task 3'."),
-        (replace(WANTS, settings={"example": 8}), "statistics magnitude: example: Extra inputs are not permitted"),
+        (
+            replace(WANTS, settings={"example": 8}),
+            "statistics magnitude: example: unknown key. Did you mean 'examples'",
+        ),
         (replace(WANTS, settings={"examples": 0}), "examples: Input should be greater than or equal to 1, found 0"),
     ],
 )
@@ -563,6 +566,12 @@ def test_experts_that_are_called_as_other_models_are(tmp_path: Path, ecotone: Ec
         (["--kind", "magnitudes"], "expected one of magnitude, found 'magnitudes'"),
         (["--kind", "magnitude", "--model", "lift"], "models: expected one of base, left, middle, right, average"),
         (["--kind", "magnitude", "--task", "task 7"], "tasks: expected one of task 0, task 1, found 'task 7'."),
+        (["--kind", "magnitude", "--with", "exmples=3"], "exmples: unknown key. Did you mean 'examples'?"),
+        (
+            ["--kind", "magnitude", "--with", "examples"],
+            "--with: expected key=value, found 'examples'. For example: --with",
+        ),
+        (["--kind", "magnitude", "--with", "batch=[1"], "--with batch: cannot be read as a YAML value"),
         (["--kind", "magnitude", "--with", "batch=0"], "batch: Input should be greater than or equal to 1"),
         (["--kind", "magnitude", "--set", "seed=1"], "another recipe's journal is there"),
     ],
@@ -573,6 +582,22 @@ def test_what_the_command_refuses(tmp_path: Path, ecotone: Ecotone, options: lis
     refused = ecotone("statistics", tmp_path / "toy.yaml", "--out", tmp_path / "out", *options)
     assert refused.code != 0
     assert said in " ".join(refused.err.split())
+
+
+def test_a_task_that_is_named_twice_is_gathered_once(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    twice, once = (
+        gather(recipe, Statistics("magnitude", tasks), tmp_path / "out", models=["left"])[0]
+        for tasks in (("task 0", "task 0"), ("task 0",))
+    )
+    assert twice == once
+
+
+def test_tasks_need_not_be_the_searchs_own(tmp_path: Path, ecotone: Ecotone) -> None:
+    toy_recipe(tmp_path, search={"algorithm": "cma_es"})
+    assert "cma_es does not use it" in ecotone("validate", tmp_path / "toy.yaml").err
+    said = ecotone("statistics", tmp_path / "toy.yaml", "--kind", "magnitude", "--out", tmp_path / "out", "--json")
+    assert [one["failure"] for one in said.json["models"]] == [None] * 3
 
 
 def test_a_recipe_without_calibration_tasks(tmp_path: Path) -> None:
