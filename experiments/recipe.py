@@ -176,7 +176,7 @@ class Recipe(Part):
             self._check_ranges(part)
         self._check_calibration(spare=info.context == SPARE_TASKS)
         self._check_shares()
-        for field, value in self.model_dump().items():
+        for field, value in self.model_dump(warnings=False).items():
             for text in _texts(value):
                 if not text.isascii() and _HALVES.search(text):
                     raise ValueError(f"{field}: expected text that UTF-8 can hold, found {text!r}")
