@@ -55,18 +55,6 @@ def loss(model):
     return float(np.exp(-flat(model).mean()))
 
 
-def write_models(directory, seed=0):
-    from pathlib import Path
-    from safetensors.numpy import save_file
-    for name in ("left", "right"):
-        rng = np.random.default_rng([seed, len(name)])
-        tensors = {"w": rng.standard_normal((8, 3)).astype(np.float32), "b": np.zeros(3, np.float32)}
-        save_file(tensors, Path(directory, f"{name}.safetensors"))
-'''
-
-
-SCORES = """
-
 def minus(model):
     return -abs(float(flat(model).sum())) - 1
 
@@ -76,11 +64,18 @@ def same(model):
 
 
 def ends(model):
+    weights = [np.random.default_rng(len(name)).standard_normal((8, 3)) for name in ("left", "right")]
+    return 0.5 if any(np.allclose(one, model["w"]) for one in weights) else loss(model)
+
+
+def write_models(directory, seed=0):
     from pathlib import Path
-    from safetensors.numpy import load_file
-    read = [load_file(Path(__file__).with_name(f"{name}.safetensors"))["w"] for name in ("left", "right")]
-    return 0.5 if any(np.array_equal(one, model["w"].numpy()) for one in read) else loss(model)
-"""
+    from safetensors.numpy import save_file
+    for name in ("left", "right"):
+        rng = np.random.default_rng([seed, len(name)])
+        tensors = {"w": rng.standard_normal((8, 3)).astype(np.float32), "b": np.zeros(3, np.float32)}
+        save_file(tensors, Path(directory, f"{name}.safetensors"))
+'''
 
 
 def toy_models(folder: Path, **shapes: tuple[int, ...]) -> None:
@@ -457,8 +452,6 @@ def test_scores_that_the_search_cannot_use_cost_nothing(
     ecotone: Ecotone, tmp_path: Path, settings: list[str], words: str | None
 ) -> None:
     recipe, out = toy_recipe(tmp_path), tmp_path / "run"
-    with (tmp_path / "cli_toys.py").open("a") as file:
-        file.write(SCORES)
     settings = [*settings, "objectives.search.0.arguments={}", "budget.evaluations=8", "objectives.held_out=[]"]
     options = [part for setting in settings for part in ("--set", setting)]
     for said in (ecotone("validate", recipe, *options), ecotone("run", recipe, "--out", out, *options)):
