@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ecotone.experiments import compose
-from ecotone.experiments.recipe import (
-    Recipe,
-)
+from ecotone.experiments import compose, examples
+from ecotone.experiments.recipe import Recipe, check_recipe
+from ecotone.extras import how_to_install
 from ecotone.fitness.backends import architectures
 from ecotone.fitness.callables import resolve
+from ecotone.fitness.former_names import present_name
 from ecotone.fitness.kinds import NamedCall
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of
@@ -27,7 +28,7 @@ from ecotone.merging.models.layout import Layout
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
-from ecotone.settings import Call
+from ecotone.settings import Call, split_call
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def validate(recipe: Recipe, *, headers: bool = False) -> list[Finding]:
     Raises:
         EcotoneError: The first thing that does not fit.
     """
+    check_recipe(recipe)
     composition = compose.Composition(recipe)
     found = list(findings(composition))
     if not headers and composition.prepared and _device(recipe)[1]:
@@ -65,6 +67,7 @@ def tried_out(composition: compose.Composition) -> Iterator[Finding]:
     try:
         worker = Worker(composition.spec)
         same = worker.same_scores(worker.try_out())
+        worker.check_varied(same)
     finally:
         torch.set_num_threads(threads)
     names = composition.sources.names
@@ -72,7 +75,7 @@ def tried_out(composition: compose.Composition) -> Iterator[Finding]:
     for name, value in same.items():
         yield Finding(
             f"objectives.search.{name}",
-            f"{value:g} for {names[0]} and for {names[-1]}: does it depend on the model?",
+            f"Warning: {value:g} for {names[0]} and for {names[-1]}: does it depend on the model?",
         )
 
 
@@ -84,6 +87,7 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
     """
     recipe = composition.recipe
     yield Finding("recipe", f"{recipe.name}, signature {recipe.signature}")
+    _packages(recipe)
     yield from _functions(recipe)
     yield from _workers(recipe)
     yield from _trackers(recipe)
@@ -103,6 +107,41 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
     yield from _search(composition)
     yield from _memory(recipe, spec, sources)
     yield from _needs(recipe, sources)
+
+
+def _packages(recipe: Recipe) -> None:
+    """Refuse a recipe that needs a package which comes with an extra and is not installed.
+
+    Raises:
+        InputError: One is not installed; the message names the command that installs it.
+    """
+    if recipe.runtime.pool == "ray":
+        _check_installed("runtime.pool", {"ray": ("ray",)}, ", or --set runtime.pool=serial")
+    for part in recipe.searches:
+        _check_installed("search.algorithm", part.imports())
+    if recipe.models.architecture == "auto":
+        _check_installed("models.architecture", {"hf": ("transformers",)})
+    calls = [] if recipe.prepare is None else [("prepare", recipe.prepare)]
+    for group, objectives in (("search", recipe.objectives.search), ("held_out", recipe.objectives.held_out)):
+        for objective in objectives:
+            field = f"objectives.{group}.{objective.name}"
+            _check_installed(field, objective.imports())
+            calls += [(field, one.call) for one in objective.calls()]
+    calls += [(f"calibration.{task.name}", one.call) for task in recipe.calibration for one in task.calls()]
+    for field, call in calls:
+        module = split_call(call.call)[0]
+        if found := examples.IMPORTS.get(present_name(module) or module):
+            _check_installed(field, {found[0]: found[1:]})
+
+
+def _check_installed(field: str, imports: Mapping[str, Sequence[str]], other: str = "") -> None:
+    for extra, packages in imports.items():
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                raise InputError(
+                    f"{field}: expected the package {package}, found it not installed.",
+                    f"`{how_to_install(extra)}`{other}.",
+                )
 
 
 def _workers(recipe: Recipe) -> Iterator[Finding]:

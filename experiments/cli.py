@@ -28,8 +28,10 @@ from ecotone.experiments.options import (
     RunArgument,
     SetOption,
     changes_of,
+    local,
     print_json,
     recipe_of,
+    users_code,
 )
 from ecotone.populations.errors import EcotoneError, InputError, JournalError
 
@@ -188,7 +190,7 @@ def validate(
 
     chosen = recipe_of(recipe, settings)
     python_paths((str(recipe.parent.resolve()),))
-    with _stdout_to_stderr():
+    with users_code():
         findings = [(finding.subject, finding.text) for finding in check(chosen, headers=headers)]
     if as_json:
         print_json({"valid": True, "signature": chosen.signature, "findings": dict(findings)})
@@ -267,7 +269,7 @@ def status(
 def _status(run: str) -> dict[str, Any]:
     from ecotone.experiments import tracking
 
-    found = _run(run)
+    found = _opened(run)
     shown = ("uri", "run_id", "page", "mirrored", "error")
     mirrored = {name: {key: known[key] for key in shown} for name, known in tracking.statuses(found.directory).items()}
     return {**found.status(), "tracking": mirrored}
@@ -309,7 +311,9 @@ def compare(
         str,
         typer.Option(metavar="HV", help="Show the cost to reach this hypervolume, or this share of the best run's."),
     ] = "90%",
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page that works offline.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=local("--html"), help="Also write a page that works offline.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare the fronts of runs with the same objectives: hypervolume, distance to the best front, cost."""
@@ -337,7 +341,10 @@ def compare(
 def export(
     run: RunArgument,
     to: Annotated[
-        Path, typer.Option(metavar="DIR", help="A new directory, or a path that ends in .safetensors (or .yaml).")
+        Path,
+        typer.Option(
+            metavar="DIR", parser=local("--to"), help="A new directory, or a path that ends in .safetensors (or .yaml)."
+        ),
     ],
     member: Annotated[
         str | None, typer.Option(help="Number of a member, as `front` lists it, or 'best', the default.")
@@ -389,7 +396,7 @@ def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool)
     from ecotone.experiments.exports import export_mergekit, rescored
 
     merge = export_mergekit(run, member, to, snap)
-    with _stdout_to_stderr():
+    with users_code():
         scores = rescored(run, merge.genome) if merge.snap else {}
     if as_json:
         moved = {} if merge.snap is None else {"snap": str(merge.snap), "scores": scores}
@@ -408,9 +415,14 @@ def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool)
 
 @app.command("import-mergekit")
 def import_mergekit(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A configuration of mergekit-evolve (YAML).")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", parser=local("FILE"), help="A configuration of mergekit-evolve (YAML).")
+    ],
     to: Annotated[
-        Path | None, typer.Option(metavar="RECIPE", help="A new file for the recipe; otherwise it is printed.")
+        Path | None,
+        typer.Option(
+            metavar="RECIPE", parser=local("--to"), help="A new file for the recipe; otherwise it is printed."
+        ),
     ] = None,
     layers: Annotated[
         int | None,
@@ -439,7 +451,9 @@ def import_mergekit(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that `ecotone export` wrote.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=local("DIR"), help="A checkpoint that `ecotone export` wrote.")
+    ],
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference that passes; raise it on another kind of device.")
     ] = 1e-6,
@@ -449,7 +463,7 @@ def verify(
     from ecotone.experiments import report
     from ecotone.experiments.exports import verify as check
 
-    with _stdout_to_stderr():
+    with users_code():
         compared = check(path)
     equal = all(score.difference <= tolerance for score in compared)
     if as_json:
@@ -629,6 +643,13 @@ def _registrar(run: Run, name: str | None, alias: str | None) -> Registrar | Non
 
 
 def _run(named: str) -> Run:
+    """The run of a directory, or of an MLflow run id. Refuses a directory that holds statistics and no search."""
+    found = _opened(named)
+    found.check_search()
+    return found
+
+
+def _opened(named: str) -> Run:
     """The run of a directory, or of an MLflow run id."""
     from ecotone.experiments.runs import Run
 

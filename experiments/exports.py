@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ecotone.experiments import compose, preparation
 from ecotone.experiments.mergekit import MergekitMerge, mergekit_config
 from ecotone.experiments.recipe import Recipe, algorithm_of
+from ecotone.experiments.storage import on_this_machine
 from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Batch, SerialPool
 from ecotone.fitness.worker import open_sources
@@ -46,6 +47,7 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
     Raises:
         EcotoneError: There is no such member, the models are gone, or the target is in the way.
     """
+    target = on_this_machine(to, "to")
     trial = run.trial(member)
     scored = run.scored(trial.number)
     recipe = _recipe(run)
@@ -55,7 +57,6 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
         "operator": operator_record(sources.tuned(trial.genome).operator),
         "models": models_record(sources),
     }
-    target = Path(to)
     if target.suffix in (".yaml", ".yml"):
         raise InputError(f"{target}: expected a directory or a .safetensors file.", "For a .yaml: --format mergekit.")
     if target.suffix == ".safetensors":
@@ -83,7 +84,7 @@ def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = Fa
         EcotoneError: There is no such member, the models are gone, the target is in the way, or mergekit cannot express
             the merge.
     """
-    target = Path(to)
+    target = on_this_machine(to, "to")
     if target.suffix not in (".yaml", ".yml"):
         raise InputError(f"{target}: expected a path that ends in .yaml, as mergekit reads.")
     if target.exists():
@@ -253,7 +254,7 @@ def verify(path: str | Path) -> list[Comparison]:
         CheckpointError: It was not written by Ecotone, or its weights cannot be read.
         SearchError: It cannot be scored.
     """
-    target = Path(path)
+    target = on_this_machine(path, "path")
     record = read_record(target)
     recipe = Recipe.from_record(record["recipe"], written_by=record.get("versions", {}).get("ecotone", ""))
     paths = compose.python_paths(tuple(record.get("sys_path", ())))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, changes_of, print_json, recipe_of
+from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, changes_of, local, print_json, recipe_of
 from ecotone.populations.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +29,11 @@ ServerOption = Annotated[
 ]
 FolderOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Folder to send; by default the checkout that holds the recipe, or its folder."),
+    typer.Option(
+        metavar="DIR",
+        parser=local("--folder"),
+        help="Folder to send; by default the checkout that holds the recipe, or its folder.",
+    ),
 ]
 EnvironmentOption = Annotated[
     list[str] | None,

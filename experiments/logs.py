@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -77,7 +78,7 @@ def recorded(directory: Path, level: str = "info") -> Iterator[None]:
     """
     handlers: list[logging.Handler] = [_events(_Lines(directory / LOG, encoding="utf-8", delay=True))]
     if not _log.hasHandlers() and logging.lastResort is not None:
-        handlers.append(logging.lastResort)
+        handlers.append(_Saying(lambda text: print(text, file=sys.stderr)))
     with _added(*handlers, level=level.upper()):
         yield
 
@@ -102,7 +103,7 @@ class _Saying(logging.Handler):
         self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._say(record.getMessage())
+        self._say(f"Warning: {record.getMessage()}")
 
 
 class Watcher(Protocol):

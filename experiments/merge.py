@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -35,6 +36,8 @@ class Range(Part):
     def _is_open(self) -> Range:
         if not self.low < self.high:
             raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
+        if not math.isfinite(self.high - self.low):
+            raise ValueError(f"low: expected a finite distance to high ({self.high}), found {self.low}")
         if self.scale == "log" and self.low <= 0:
             raise ValueError(f"low: expected more than 0 with scale log, found {self.low}")
         return self

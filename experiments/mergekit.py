@@ -22,6 +22,7 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from ecotone.experiments.reading import at_home, load
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
@@ -354,7 +355,7 @@ class EvolveFile(Part):
             InputError: It is missing, not YAML or another kind of file, or a field is unknown or does not fit.
         """
         try:
-            record = yaml.safe_load(file.read_text("utf-8"))
+            record = load(file.read_text("utf-8"))
         except FileNotFoundError as error:
             raise InputError(f"{file}: no such file.") from error
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -585,7 +586,7 @@ class _Importer:
 
         mergekit takes paths from where it runs; the file's own folder is a second guess.
         """
-        places = (Path(name).expanduser(), self.folder / name)
+        places = (at_home(name), self.folder / name)
         return next((str(place.resolve()) for place in places if place.exists()), name)
 
     def _layers(self) -> int | None:

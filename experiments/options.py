@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +14,26 @@ import typer
 if TYPE_CHECKING:
     from ecotone.experiments.recipe import Recipe
 
+
+def local(option: str) -> Callable[[str], Path]:
+    """The parser of an option or argument that is a path on this machine: it refuses URLs."""
+
+    def path(text: str) -> Path:
+        from ecotone.experiments.storage import on_this_machine
+
+        return on_this_machine(text, option)
+
+    return path
+
+
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run directory or its URL, or an MLflow run id.")]
 RecipeArgument = Annotated[
     Path,
-    typer.Argument(metavar="RECIPE", help="A recipe file (YAML), or a ready recipe's name, e.g. digits-specialists."),
+    typer.Argument(
+        metavar="RECIPE",
+        parser=local("RECIPE"),
+        help="A recipe file (YAML), or a ready recipe's name, e.g. digits-specialists.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 SetOption = Annotated[
@@ -23,11 +42,18 @@ SetOption = Annotated[
 ]
 
 
-def recipe_of(path: Path, settings: list[str] | None, workers: int | None = None, address: str | None = None) -> Recipe:
+def recipe_of(
+    path: Path,
+    settings: list[str] | None,
+    workers: int | None = None,
+    address: str | None = None,
+    *,
+    spare_tasks: bool = False,
+) -> Recipe:
     """The recipe of a file, with the fields that the command line replaces."""
     from ecotone.experiments.recipe import Recipe
 
-    return Recipe.from_yaml(path, changes_of(settings, workers, address))
+    return Recipe.from_yaml(path, changes_of(settings, workers, address), spare_tasks=spare_tasks)
 
 
 def changes_of(settings: list[str] | None, workers: int | None = None, address: str | None = None) -> dict[str, Any]:
@@ -42,6 +68,15 @@ def changes_of(settings: list[str] | None, workers: int | None = None, address: 
     if address is not None:
         changes |= {"runtime.pool": "ray", "runtime.address": address}
     return changes
+
+
+@contextlib.contextmanager
+def users_code() -> Iterator[None]:
+    """Send what the user's functions print, and warnings, to stderr meanwhile: stdout is for results."""
+    from ecotone.experiments import logs
+
+    with contextlib.redirect_stdout(sys.stderr), logs.said(lambda text: typer.echo(text, err=True)):
+        yield
 
 
 def print_json(value: Any) -> None:

@@ -21,11 +21,13 @@ def recipe_file(path: str | Path) -> Path:
         InputError: There is neither such a file nor such a ready recipe.
     """
     file = Path(path)
-    if file.exists():
+    if file.exists() and not file.is_dir():
         return file
     ready = {found.stem: found for found in _FOLDER.glob("*.yaml")}
     name = file.name.removesuffix(".yaml")
     if name in ready and file.parent.as_posix() in _PLACES:
         return ready[name]
+    if file.is_dir():
+        raise InputError(f"{file}: expected a recipe file, found a directory.", "Name a file in it.")
     known = [*ready, *(found.name for found in file.parent.glob("*.yaml"))]
     raise InputError(f"{file}: no such recipe.", nearest(file.name, known))

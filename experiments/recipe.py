@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -19,10 +21,12 @@ from pydantic import (
     PrivateAttr,
     Tag,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
 from ecotone.experiments.merge import Merge
+from ecotone.experiments.reading import at_home, check_plain, load
 from ecotone.experiments.ready import recipe_file
 from ecotone.experiments.tracking.settings import TrackingSettings
 from ecotone.experiments.words import explained, newer
@@ -31,13 +35,17 @@ from ecotone.fitness.backends.registry import BACKENDS, AnyScoring
 from ecotone.fitness.registry import AnyCalibration, AnyObjective
 from ecotone.fitness.runtime import Runtime
 from ecotone.merging.models.hub import is_repository
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import InputError, first_line
 from ecotone.search.chain import ChainSettings
 from ecotone.search.kinds import SearchSettings
 from ecotone.search.registry import SEARCHES, AnySearch
 from ecotone.settings import PREPARED, Call, Part, with_files
 
 RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
+SPARE_TASKS = "spare tasks"  # context in which a recipe is validated whose search need not use its calibration tasks
+_WRITER = re.compile(r"# Written by Ecotone (\S+)\.\n")
+_LOCATED = ("models", "objectives", "calibration")  # fields with paths that the preparation step may write
+_HALVES = re.compile("[\ud800-\udfff]")  # of characters: no file can hold one
 USUAL = "m2n2"  # the algorithm of a recipe that names none
 
 
@@ -72,6 +80,9 @@ class Models(Part):
     def _names_fit(self) -> Models:
         if self.names is not None and len(self.names) != len(self.experts):
             raise ValueError(f"names: expected {len(self.experts)}, one an expert, found {len(self.names)}")
+        named = [*((f"experts[{place}]", path) for place, path in enumerate(self.experts)), ("base", self.base)]
+        for field, path in [*named, ("tokenizer", self.tokenizer)]:
+            at_home(path or "", f"models.{field}")
         return self
 
 
@@ -159,17 +170,18 @@ class Recipe(Part):
     _folder: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Recipe:
+    def _fits_together(self, info: ValidationInfo) -> Recipe:
         for part in self.searches:
             self._check_objectives(part)
             self._check_ranges(part)
-        self._check_calibration()
+        self._check_calibration(spare=info.context == SPARE_TASKS)
         self._check_shares()
-        if self.prepare is None:
-            written = self.model_dump(include={"models", "objectives", "calibration"})
-            found = next((field for field in written if _mentions_prepared(written[field])), None)
-            if found is not None:
-                raise ValueError(f"{found}: paths begin with {PREPARED!r} but the recipe has no `prepare` step")
+        for field, value in self.model_dump(warnings=False).items():
+            for text in _texts(value):
+                if not text.isascii() and _HALVES.search(text):
+                    raise ValueError(f"{field}: expected text that UTF-8 can hold, found {text!r}")
+                if self.prepare is None and field in _LOCATED and text.startswith(PREPARED):
+                    raise ValueError(f"{field}: paths begin with {PREPARED!r} but the recipe has no `prepare` step")
         return self
 
     @property
@@ -219,14 +231,14 @@ class Recipe(Part):
                 f"search share out, found {whole}"
             )
 
-    def _check_calibration(self) -> None:
+    def _check_calibration(self, spare: bool) -> None:
         names = [task.name for task in self.calibration]
         if len(set(names)) < len(names):
             raise ValueError(f"calibration: expected tasks of different names, found {names}")
         learning = [part for part in self.searches if part.needs().gradients]
         if learning and not names:
             raise ValueError(f"calibration: {learning[0].algorithm} learns on tasks given there, found none")
-        if names and not learning:
+        if names and not learning and not spare:
             raise ValueError(
                 f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does), found {names}"
             )
@@ -247,43 +259,61 @@ class Recipe(Part):
             part.check(operator.name, operator.needs_base, self.calibration)
 
     @classmethod
-    def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
-        """Read a recipe file; ``settings`` replaces fields by dotted name, as ``--set`` does.
+    def from_yaml(
+        cls, path: str | Path, settings: Mapping[str, Any] | None = None, *, spare_tasks: bool = False
+    ) -> Recipe:
+        """Read a recipe file.
 
         Where there is no such file, ``path`` may name a ready recipe, as ``digits-specialists``.
         Paths of models are made absolute: they are relative to the file's folder, where its own functions are, too.
+
+        Args:
+            path: The file.
+            settings: Fields to replace, by dotted name, as ``--set`` does.
+            spare_tasks: Take calibration tasks that the search does not use, as statistics are gathered over them.
 
         Raises:
             InputError: The file is missing or not YAML, a key is unknown, or a value does not fit.
         """
         file = recipe_file(path)
         try:
-            record = yaml.safe_load(file.read_text())
+            text = file.read_text()
+            record = load(text)
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             raise InputError(f"{file}: cannot be read as YAML: {error}") from error
         if not isinstance(record, dict):
             raise InputError(f"{file}: expected a mapping of recipe fields, found {type(record).__name__}.")
-        _check_plain(record, str(file))
-        return cls.from_record(apply_settings(record, settings or {}), file.parent.resolve())
+        check_plain(record, str(file))
+        folder, writer = file.parent.resolve(), _WRITER.match(text)
+        written_by = "" if writer is None else writer[1]
+        return cls.from_record(apply_settings(record, settings or {}), folder, written_by, spare_tasks=spare_tasks)
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], folder: Path | None = None, written_by: str = "") -> Recipe:
+    def from_record(
+        cls,
+        record: Mapping[str, Any],
+        folder: Path | None = None,
+        written_by: str = "",
+        *,
+        spare_tasks: bool = False,
+    ) -> Recipe:
         """Check a nested mapping.
 
         Args:
             record: The recipe.
             folder: The folder that paths of models are relative to; None for the working directory.
             written_by: The version of Ecotone that wrote the record; empty when it is not known.
+            spare_tasks: As for ``from_yaml``.
 
         Raises:
             InputError: A key is unknown, or a value does not fit.
         """
         try:
-            recipe = cls.model_validate(record)
+            recipe = cls.model_validate(record, context=SPARE_TASKS if spare_tasks else None)
         except ValidationError as error:
             raise InputError(explained(error, cls), newer(written_by)) from error
         if folder is None:
-            return with_files(recipe, lambda path: str(Path(path).expanduser().absolute()))
+            return with_files(recipe, lambda path: str(at_home(path).absolute()))
         found = recipe._absolute(folder)
         found._folder = folder
         return found
@@ -291,6 +321,15 @@ class Recipe(Part):
     def record(self) -> dict[str, Any]:
         """The whole recipe as nested plain values; ``from_record`` takes it back."""
         return self.model_dump(mode="json")
+
+    def text(self) -> str:
+        """The whole recipe as a YAML file, which says the version of Ecotone; ``from_yaml`` takes it back."""
+        record = self.record()
+        record["calibration"] = [  # records tell more of a task than its own fields
+            {field: value for field, value in told.items() if field in type(task).model_fields}
+            for told, task in zip(record["calibration"], self.calibration, strict=True)
+        ]
+        return f"# Written by Ecotone {version('ecotone')}.\n{yaml.safe_dump(record, sort_keys=False)}"
 
     @property
     def signature(self) -> str:
@@ -300,7 +339,7 @@ class Recipe(Part):
 
     def _absolute(self, folder: Path) -> Recipe:
         def resolved(path: str) -> str:
-            return path if path.startswith(PREPARED) else str(folder / Path(path).expanduser())
+            return path if path.startswith(PREPARED) else str(folder / at_home(path))
 
         def model(path: str) -> str:
             """Of a repository of the hub its name, unless the recipe's folder holds one of its organisation's name."""
@@ -321,22 +360,39 @@ class Recipe(Part):
         return with_files(self.model_copy(update={"models": models, "objectives": objectives}), resolved)
 
 
+def check_recipe(recipe: Any) -> None:
+    """Refuse what Python code gave in place of a recipe.
+
+    Raises:
+        InputError: It is no ``Recipe``.
+    """
+    if not isinstance(recipe, Recipe):
+        raise InputError(
+            f"recipe: expected a Recipe, found {type(recipe).__name__}.",
+            "Recipe.from_record makes one of a mapping, Recipe.from_yaml one of a file.",
+        )
+
+
 def algorithm_of(record: Mapping[str, Any]) -> str:
     """The algorithm of a recorded recipe. The algorithms of stages are joined by plus signs."""
     search = record.get("search", {})
     return "+".join(str(one.get("algorithm")) for one in (search if isinstance(search, list) else [search]))
 
 
-def _mentions_prepared(value: Any) -> bool:
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value, at any depth, keys of mappings included."""
     if isinstance(value, Mapping):
-        return any(map(_mentions_prepared, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_mentions_prepared, value))
-    return isinstance(value, str) and value.startswith(PREPARED)
+        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one)
+    elif isinstance(value, str):
+        yield value
 
 
 def apply_settings(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy of ``record`` with fields replaced: ``{"search.alpha": 0, "objectives.search.0.name": "a"}``."""
+    check_plain(record, "recipe")  # JSON would turn other keys into text
     copy: dict[str, Any] = json.loads(json.dumps(record))
     for key, value in settings.items():
         steps = key.split(".")
@@ -350,8 +406,13 @@ def apply_settings(record: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     return copy
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
+def parse_settings(pairs: list[str], option: str = "--set", example: str = "seed=3") -> dict[str, Any]:
     """``["seed=3", "budget.evaluations=100"]`` as a mapping; values are read as YAML.
+
+    Args:
+        pairs: The texts.
+        option: The option of the command line that they are given with.
+        example: A text that fits the option.
 
     Raises:
         InputError: A pair has no ``=``, or its value is not YAML.
@@ -360,12 +421,13 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise InputError(f"--set: expected key=value, found {pair!r}.", "For example: --set seed=3")
+            raise InputError(f"{option}: expected key=value, found {pair!r}.", f"For example: {option} {example}")
         try:
-            settings[key] = yaml.safe_load(value)
+            settings[key] = load(value)
         except yaml.YAMLError as error:
-            raise InputError(f"--set {key}: cannot be read as a YAML value: {value!r}.") from error
-        _check_plain(settings[key], f"--set {key}")
+            shown = repr(value) if len(value) < 100 else f"{value[:100]!r} ..."
+            raise InputError(f"{option} {key}: cannot be read as a YAML value: {shown}.", first_line(error)) from error
+        check_plain(settings[key], f"{option} {key}")
     return settings
 
 
@@ -383,15 +445,6 @@ def check_resumable(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _check_plain(value: Any, where: str) -> None:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{where}: expected text, numbers, lists and mappings only ({error}).", "Put dates and the like in quotes."
-        ) from error
-
-
 def _entered(place: Any, step: str, key: str) -> Any:
     if not isinstance(place, list) and place.get(step) is None:
         place[step] = {}
@@ -402,6 +455,6 @@ def _entered(place: Any, step: str, key: str) -> Any:
 
 
 def _index(place: list[Any], step: str, key: str) -> int:
-    if not step.isdigit() or int(step) >= len(place):
+    if not step.isdecimal() or int(step) >= len(place):
         raise InputError(f"--set {key}: expected a position from 0 to {len(place) - 1}, found {step!r}.")
     return int(step)

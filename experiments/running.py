@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import yaml
 
 from ecotone.experiments import checks, compose, logs, preparation, storage, tracking
-from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
-from ecotone.experiments.runs import Run, front_rows
+from ecotone.experiments.recipe import Recipe, apply_settings, check_recipe, check_resumable
+from ecotone.experiments.runs import Run, check_search, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Pool
@@ -35,6 +34,7 @@ from ecotone.search.manager import Manager, Observer, Progress, measure
 
 Notify = Callable[[str], None]
 
+_LONGEST = 200  # characters of a recipe's name, where a directory is named after it
 _log = logging.getLogger("ecotone")
 
 
@@ -67,9 +67,12 @@ def launch(
         EcotoneError: The recipe cannot be run, or the search cannot go on; what was recorded is safe.
         KeyboardInterrupt: Stopped; the run can be resumed.
     """
+    check_recipe(recipe)
     with storage.opened(new_directory(recipe.name) if out is None else out, new=True, notify=notify) as place:
         directory = place.directory
         if (directory / JOURNAL).exists():
+            if not Run(directory).goals:
+                raise InputError(f"{directory}: expected no journal, found one of statistics.", "Choose another --out.")
             raise InputError(
                 f"{directory}: a run is there already.", f"`ecotone resume {place.where}`, or another --out."
             )
@@ -112,6 +115,7 @@ def resume(
         storage.opened(where, new=False, notify=notify) as place,
         Journal.open(place.directory / JOURNAL, write=True) as journal,
     ):
+        check_search(journal, place.where)
         record, folders = _recorded_paths(journal)
         recipe = _resumed_recipe(record, settings or {}, wrote(journal))
         paths = compose.python_paths(folders)
@@ -151,7 +155,7 @@ def _checked(recipe: Recipe, paths: Sequence[str], notify: Notify) -> compose.Co
 
 def _write_recipe(recipe: Recipe, directory: Path) -> None:
     """The resolved recipe, for people; the journal has it too."""
-    file, text = directory / "recipe.yaml", yaml.safe_dump(recipe.record(), sort_keys=False)
+    file, text = directory / "recipe.yaml", recipe.text()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if file.exists() and file.read_text() != text:
@@ -220,14 +224,20 @@ def _judge(composition: compose.Composition, journal: Journal, pool: Pool, space
 def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tuple[str, Genome]]:
     """The models themselves (with task vectors also the base) and the average of the experts.
 
-    They are named after the operator when it mixes changed models.
+    They are named after the operator when it mixes changed models. The base and the average have names that no expert
+    has.
     """
     changed = f" ({operator.name})" if operator.changes else ""
+    experts = [f"{name}{changed}" for name in space.seed_names]
+
+    def named(name: str) -> str:
+        return named(f"{name}, no expert") if name in experts else name
+
     if recipe.models.base is not None and operator.needs_base:
-        yield "base", Genome.uniform(space.size, np.zeros(space.dimension))
-    for name, row in zip(space.seed_names, space.seeds, strict=True):
-        yield f"{name}{changed}", Genome.uniform(space.size, row)
-    yield f"average{changed}", Genome.uniform(space.size, space.seeds.mean(axis=0))
+        yield named("base"), Genome.uniform(space.size, np.zeros(space.dimension))
+    for name, row in zip(experts, space.seeds, strict=True):
+        yield name, Genome.uniform(space.size, row)
+    yield named(f"average{changed}"), Genome.uniform(space.size, space.seeds.mean(axis=0))
 
 
 @contextlib.contextmanager
@@ -284,14 +294,14 @@ def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
             followers[name] = tracking.start(place.directory, os.getpid(), name)
         else:
             remedy = f"`{settings.install()}`, then `ecotone sync`"
-            notify(f"{settings.title} is not installed, so it does not get the run: {remedy}.")
+            notify(f"Warning: {settings.title} is not installed, so it does not get the run: {remedy}.")
     yield
     end = time.monotonic() + 60
     for name, process in followers.items():
         title = recipe.tracking.trackers[name].title
         notify(f"Waiting for {title} to have everything ...")
         if not tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name):
-            notify(f"{title} does not have everything yet; `ecotone sync {place.where}` sends the rest.")
+            notify(f"Warning: {title} does not have everything yet; `ecotone sync {place.where}` sends the rest.")
 
 
 def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
@@ -370,11 +380,20 @@ def same_models(journal: Journal, space: Space) -> None:
 
 def _tell_unused(recipe: Recipe, notify: Notify) -> None:
     if text := compose.unused_workers(recipe):
-        notify(text)
+        notify(f"Warning: {text}")
 
 
 def new_directory(name: str) -> Path:
-    """``runs/NAME-TIME``, numbered on if it exists."""
+    """``runs/NAME-TIME``, numbered on if it exists.
+
+    Raises:
+        InputError: No directory can have such a long name.
+    """
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if len(name) > _LONGEST:
+        raise InputError(
+            f"name: expected at most {_LONGEST} characters, as a directory is named after it, found {len(name)}.",
+            "Choose another name, or give --out.",
+        )
     candidates = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 1000))]
     return next(path for path in candidates if not path.exists())

@@ -75,6 +75,15 @@ class Run:
         """The last part of its name."""
         return (self._url or str(self.directory.resolve())).rsplit("/", 1)[-1]
 
+    def check_search(self) -> None:
+        """Refuse a directory that `ecotone statistics` made.
+
+        Raises:
+            InputError: It holds statistics, and no search.
+        """
+        with self.journal() as journal:
+            check_search(journal, self.where)
+
     def journal(self) -> Journal:
         """The journal, for reading; close it after use."""
         return Journal.open(self.directory / JOURNAL)
@@ -100,6 +109,7 @@ class Run:
                 "directory": self.where,
                 "storage": standing,
                 "state": state,
+                "holds": "a search" if self.goals else "statistics, no search",
                 "algorithm": journal.fact(facts.ALGORITHM),
                 "signature": journal.fact(facts.SIGNATURE),
                 "seed": journal.fact(facts.SEED) or 0,
@@ -122,7 +132,12 @@ class Run:
             }
 
     def front(self) -> list[Scored]:
-        """The Pareto front of everything scored, best mean first, with held-out scores where measured."""
+        """The Pareto front of everything scored, best mean first, with held-out scores where measured.
+
+        Raises:
+            InputError: As for ``check_search``.
+        """
+        self.check_search()
         with self.journal() as journal:
             rows = front_rows(list(journal.rows()), self.goals)
             members = [_scored(journal, row) for row in rows]
@@ -171,7 +186,12 @@ class Run:
             return journal.fact(facts.REPORT)
 
     def best(self) -> Scored | None:
-        """The candidate of highest mean score on the search's objectives, or None."""
+        """The candidate of highest mean score on the search's objectives, or None.
+
+        Raises:
+            InputError: As for ``check_search``.
+        """
+        self.check_search()
         with self.journal() as journal:
             row = best_row(list(journal.rows()), self.goals)
             return None if row is None else _scored(journal, row)
@@ -200,12 +220,13 @@ class Run:
             InputError: Nothing has been scored, or ``member`` is neither a number nor ``best``.
             JournalError: There is no such trial, or its dense weights were not kept.
         """
+        self.check_search()
         if member == "best":
             best = self.best()
             if best is None:
                 raise InputError(f"{self.where}: nothing has been scored yet.", "See `ecotone status`.")
             member = best.id
-        if not str(member).isdigit():
+        if not str(member).isdecimal():
             raise InputError(
                 f"member: expected a trial's number or 'best', found {member!r}.",
                 f"`ecotone front {self.where}` lists the members.",
@@ -233,9 +254,26 @@ class Run:
         return export(self, member, to)
 
 
+def check_search(journal: Journal, where: str) -> None:
+    """Refuse the journal of `ecotone statistics`, which has no objectives.
+
+    Args:
+        journal: The journal of a run.
+        where: How the user names its directory.
+
+    Raises:
+        InputError: It holds statistics, and no search.
+    """
+    if journal.fact(facts.GOALS) is None:
+        raise InputError(
+            f"{where}: expected a search, found statistics alone.",
+            f"`ecotone status {where}` shows them; `ecotone statistics RECIPE --kind KIND --out {where}` gathers more.",
+        )
+
+
 def best_row(rows: Sequence[Row], wanted: Sequence[Goal]) -> Row | None:
     """The first row of highest mean oriented score, or None."""
-    scored = [row for row in rows if row.scores and row.failure is None]
+    scored = [row for row in rows if wanted and row.scores and row.failure is None]
     return max(scored, key=lambda row: _mean(row.scores, wanted), default=None)
 
 
@@ -243,7 +281,7 @@ def front_rows(rows: Sequence[Row], wanted: Sequence[Goal]) -> list[Row]:
     """The rows that no other row dominates, in order of number."""
     front, by_number = ParetoFront(wanted), {}
     for row in rows:
-        if row.scores and row.failure is None and front.add(row.number, oriented(row.scores, wanted)):
+        if wanted and row.scores and row.failure is None and front.add(row.number, oriented(row.scores, wanted)):
             by_number[row.number] = row
     return [by_number[number] for number in sorted(front.numbers)]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ecotone.experiments import compose, preparation
-from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.recipe import Recipe, check_recipe
 from ecotone.experiments.running import Notify, references, same_models
-from ecotone.experiments.storage import JOURNAL, is_url
+from ecotone.experiments.storage import JOURNAL, on_this_machine
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.statistics.cache import Cache
 from ecotone.fitness.statistics.kinds import chosen
@@ -80,8 +80,8 @@ def gather(
         EcotoneError: The kind, a setting, a task or a model is not known, the models cannot be opened, or ``out`` holds
             another recipe's journal.
     """
-    if is_url(str(out)):
-        raise InputError(f"out: expected a directory, found the URL {out}.", "Gather here, then copy the directory.")
+    out = on_this_machine(out, "out")
+    check_recipe(recipe)
     wants = _checked(recipe, wants)
     own = () if recipe.folder is None else (str(recipe.folder),)
     paths = compose.python_paths(own)
@@ -91,7 +91,7 @@ def gather(
     with compose.make_pool(recipe, _alone(spec)) as pool:
         space = pool.start()
         genomes = dict(_genomes(recipe, space, models))
-        with _journal(Path(out) / JOURNAL, recipe, space, paths) as journal:
+        with _journal(out / JOURNAL, recipe, space, paths) as journal:
             notify(f"Gathering {wants.kind} of {', '.join(genomes)} ...")
             found = measure(pool, journal, genomes.values(), wants, 1, _held(cache))
     return [_told(name, genome, found[genome.digest], cache) for name, genome in genomes.items()]
@@ -109,7 +109,7 @@ def _checked(recipe: Recipe, wants: Statistics) -> Statistics:
     for name in wants.tasks:
         if name not in names:
             raise InputError(f"tasks: expected one of {', '.join(names)}, found {name!r}.", nearest(name, names))
-    return wants if wants.tasks else replace(wants, tasks=tuple(names))
+    return replace(wants, tasks=tuple(dict.fromkeys(wants.tasks or names)))  # each once
 
 
 def _alone(spec: WorkerSpec) -> WorkerSpec:
@@ -118,8 +118,9 @@ def _alone(spec: WorkerSpec) -> WorkerSpec:
 
 
 def _genomes(recipe: Recipe, space: Space, models: Sequence[str]) -> Iterator[tuple[str, Genome]]:
+    """The wanted models by name; all experts where none are named."""
     known = dict(references(recipe, compose.check_operator(recipe), space))
-    experts = [name for name in known if name != "base" and not name.startswith("average")]
+    experts = list(known)[-1 - len(space.seed_names) : -1]  # the average is last; before them there may be the base
     for name in models or experts:
         if name not in known:
             raise InputError(f"models: expected one of {', '.join(known)}, found {name!r}.", nearest(name, list(known)))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, print_json, recipe_of
+from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, local, print_json, recipe_of, users_code
 
 if TYPE_CHECKING:
     from ecotone.experiments.statistics import ModelStatistics
 
 KindOption = Annotated[str, typer.Option(metavar="KIND", help="Which statistics, e.g. magnitude.")]
 OutOption = Annotated[
-    Path, typer.Option(metavar="DIR", help="Where the journal is kept. One that is there is gone on with.")
+    Path,
+    typer.Option(
+        metavar="DIR", parser=local("--out"), help="Where the journal is kept. One that is there is gone on with."
+    ),
 ]
 ModelOption = Annotated[
     list[str] | None,
@@ -51,9 +52,9 @@ def statistics(
     from ecotone.experiments.statistics import gather
     from ecotone.populations.trial import Statistics
 
-    chosen = recipe_of(recipe, settings)
-    wants = Statistics(kind, tuple(tasks or ()), parse_settings(settings_of_kind or []))
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's functions print
+    chosen = recipe_of(recipe, settings, spare_tasks=True)
+    wants = Statistics(kind, tuple(tasks or ()), parse_settings(settings_of_kind or [], "--with", "examples=256"))
+    with users_code():
         found = gather(chosen, wants, out, models=models or (), notify=lambda text: typer.echo(text, err=True))
     if as_json:
         print_json({"kind": kind, "out": str(out), "models": [one.record() for one in found]})

@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ecotone.populations.database import locked
-from ecotone.populations.errors import EcotoneError, JournalError
+from ecotone.populations.errors import EcotoneError, InputError, JournalError
 from ecotone.populations.folders import cache_folder
 from ecotone.populations.journal import Journal
 
@@ -99,6 +99,23 @@ class DamagedCopyError(StorageError):
 def is_url(text: str) -> bool:
     """True when ``text`` names a run directory by a URL."""
     return "://" in text
+
+
+def on_this_machine(path: str | Path, where: str) -> Path:
+    """A path that a user gave, where a URL would be taken for a folder called ``s3:``.
+
+    Args:
+        path: The path, as it was given.
+        where: How messages name it.
+
+    Raises:
+        InputError: It is a URL.
+    """
+    if is_url(str(path)):
+        raise InputError(
+            f"{where}: expected a path on this machine, found the URL {path}.", "Write it here, then copy it there."
+        )
+    return Path(path)
 
 
 def url_of(directory: str | Path) -> str | None:
@@ -694,7 +711,7 @@ def _fetch_newer(store: Store, directory: Path, notify: Notify) -> None:
                         (Path(folder) / name).replace(directory / name)
         except DamagedCopyError as error:
             damage = damage or error
-            notify(f"{error.message} The copy before it is tried.")
+            notify(f"Warning: {error.message} The copy before it is tried.")
         else:
             return
     if damage is not None:
@@ -715,7 +732,9 @@ def _put_aside(store: Store, directory: Path, manifest: Manifest, notify: Notify
         for file in files:
             shutil.copyfile(file, aside / file.name)
         what = "a journal that cannot be read" if counts is None else f"a journal of {counts[1]} evaluations"
-        notify(f"The copy at {store.url} lacks results that this machine has. They are kept in {aside}: {what}.")
+        notify(
+            f"Warning: the copy at {store.url} lacks results that this machine has. They are kept in {aside}: {what}."
+        )
     for file in files:  # the journal last: without it, its log would be taken for the next one's
         file.unlink()
 

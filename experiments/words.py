@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any, TypeAlias, get_args
@@ -40,7 +41,8 @@ def newer(written_by: str) -> str:
 
 def _minor(text: str) -> tuple[int, ...]:
     """Major and minor number of a version."""
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    found = re.match(r"(\d+)(?:\.(\d+))?", text)  # of 0.2rc1 0 and 2
+    return () if found is None else tuple(int(part or 0) for part in found.groups())
 
 
 def explained(error: ValidationError, root: type[Part]) -> str:
@@ -61,8 +63,8 @@ def _line(entry: Mapping[str, Any], root: type[Part]) -> str:
         key, known = str(entry["loc"][-1]), list(part.model_fields)
         if "stages" in entry["loc"]:
             known += [name for name in StageSettings.model_fields if name != "search"]
-        return f"{_written([*place, key])}: unknown key. {nearest(key, known)}"
-    field = _written(_place(entry["loc"], root)[0])
+        return f"{written([*place, key])}: unknown key. {nearest(key, known)}"
+    field = written(_place(entry["loc"], root)[0])
     if kind == "missing":
         return f"{field}: missing; a recipe needs `{field}`."
     if kind == UNKNOWN_KIND:
@@ -118,5 +120,6 @@ def parts_in(annotation: Any) -> Iterator[type[Part]]:
         yield from parts_in(one)
 
 
-def _written(steps: list[int | str]) -> str:
+def written(steps: list[int | str]) -> str:
+    """The place of a field as users write it; ``recipe`` for the whole."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".") or "recipe"

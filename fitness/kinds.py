@@ -8,7 +8,7 @@ points (``ecotone.objectives``, ``ecotone.losses``).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -110,6 +110,10 @@ class ObjectiveSettings(Part):
     def where(self) -> str:
         """How messages name it."""
         return f"objective {self.name!r}"
+
+    def imports(self) -> Mapping[str, tuple[str, ...]]:
+        """The packages that it imports which come with an extra of Ecotone, by the extra."""
+        return {"hf": ("transformers",)} if self.needs_tokenizer else {}
 
     def calls(self) -> Sequence[NamedCall]:
         """The Python functions that it names."""

@@ -109,6 +109,10 @@ class LmEvalSettings(ObjectiveSettings):
             raise ValueError(f"limit: expected nothing with part 'all', found {self.limit}")
         return self
 
+    def imports(self) -> Mapping[str, tuple[str, ...]]:
+        """The evaluation harness, and what it runs models with."""
+        return {"language": ("lm_eval", "transformers")}
+
     def examine(self) -> Iterator[tuple[str, str]]:
         """Sentences about the task from lm-eval's description of it. Loads the task's data.
 

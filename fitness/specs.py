@@ -30,6 +30,9 @@ class WorkerSpec:
         held_out: Objectives kept from it.
         tokenizer: The tokenizer's folder or repository; None where no objective needs one.
         divided: Whether trials may ask for some of the examples of the search's objectives (``Divisible``).
+        nonnegative: Whether the search takes no score below 0; only then is a score below 0 refused at the try-out.
+        varied: Whether the search can do nothing with an objective that gives all merges one score; only then is it
+            refused at the try-out.
         calibration: Tasks of gradient trials.
         seed: The seed of the order in which their examples come.
         backend: Makes what shows candidates to the objectives.
@@ -58,6 +61,8 @@ class WorkerSpec:
     held_out: tuple[ObjectiveSettings, ...] = ()
     tokenizer: str | None = None
     divided: bool = False
+    nonnegative: bool = False
+    varied: bool = False
     calibration: tuple[CalibrationSettings, ...] = ()
     seed: int = 0
     backend: ScoringSettings = field(default_factory=ResidentSettings)

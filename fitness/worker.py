@@ -42,6 +42,10 @@ class WorkerBrokenError(PoolError):
     """A candidate has left this process's GPU in a state in which it computes nothing any more."""
 
 
+class NotScoredError(InputError):
+    """An objective cannot be computed for a reference merge, or gives it no finite score."""
+
+
 def open_sources(spec: WorkerSpec) -> Sources:
     """The models of a worker, opened; only headers are read.
 
@@ -125,14 +129,17 @@ class Worker:
         """The search's view of the models: layout and inner products. Streams the sources once.
 
         Raises:
-            InputError: As for ``try_out``, where the spec asks for it.
+            InputError: As for ``try_out`` and ``check_varied``, where the spec asks for the try-out.
         """
         first = self.try_out() if self._spec.try_out else {}
         space = self._sources.space(self._spec.dense)
         words = "objectives.search.%s: %g for the first and for the last expert: does it depend on the model?"
-        with contextlib.suppress(InputError):  # of weights that are no numbers the space tells better
-            for name, value in self.same_scores(first).items():
-                _log.warning(words, name, value)
+        same: dict[str, float] = {}
+        with contextlib.suppress(NotScoredError):  # of weights that are no numbers the space tells better
+            same = self.same_scores(first)
+        self.check_varied(same)
+        for name, value in same.items():
+            _log.warning(words, name, value)
         return space
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
@@ -183,22 +190,27 @@ class Worker:
             The scores of those of the search that were asked of all their examples, by name.
 
         Raises:
-            InputError: An objective cannot be computed, or its score is no finite number. The message names it.
+            InputError: An objective cannot be computed, its score is no finite number, or it is below 0 and the search
+                takes none below. The message names it.
             WorkerBrokenError: As for ``measure``.
         """
-        seeds = self._sources.operator.seeds(len(self._sources.experts))
-        expert = Genome.uniform(self._sources.layout.size, seeds[number])
+        return self._tried(self._sources.operator.seeds(len(self._sources.experts))[number])
+
+    def _tried(self, coefficients: NDArray[np.float64]) -> dict[str, float]:
+        """The scores of ``try_out`` for the merge with one coefficient a model, (K,)."""
+        merge = Genome.uniform(self._sources.layout.size, coefficients)
         whole: dict[str, float] = {}
         for group, objectives in self._objectives.items():
             few = [one.subset(np.zeros(1, np.int64)) if isinstance(one, Divisible) else one for one in objectives]
-            scores = self._scores(few, next(self._backend.show([expert])), time.perf_counter())
+            scores = self._scores(few, next(self._backend.show([merge])), time.perf_counter())
             if isinstance(scores, Evaluation):
                 assert scores.failure is not None
-                raise InputError(
+                raise NotScoredError(
                     scores.failure.text,
                     "It was tried out on the first expert, before any of the budget is spent.",
                 )
             if group == "search":
+                self._check_nonnegative(scores)
                 whole = {one.goal.name: scores[one.goal.name].value for one in few if not isinstance(one, Divisible)}
         return whole
 
@@ -214,6 +226,45 @@ class Worker:
         count = len(self._sources.experts)
         last = self.try_out(count - 1) if first and count > 1 else {}
         return {name: value for name, value in first.items() if last.get(name) == value}
+
+    def check_varied(self, same: Mapping[str, float]) -> None:
+        """Refuse objectives that give one score to all reference merges, where the search needs scores that differ.
+
+        Args:
+            same: The scores that ``same_scores`` returned.
+
+        Raises:
+            InputError: An objective gives all experts, their average and the base, if there is one, the same score.
+        """
+        if not self._spec.varied:
+            return
+        operator = self._sources.operator
+        seeds = operator.seeds(len(self._sources.experts))
+        base = [np.zeros_like(seeds[0])] if operator.needs_base else []
+        for merge in (seeds.mean(axis=0), *base, *seeds[1:-1]):
+            if not same:
+                return
+            try:
+                found = self._tried(merge)
+            except NotScoredError:  # a merge of which no score is known is no equal one
+                return
+            same = {name: value for name, value in same.items() if found[name] == value}
+        for name, value in same.items():
+            raise InputError(
+                f"objectives.search.{name}: expected scores that differ between merges, as a surrogate is fitted to "
+                f"them, found {value:g} for every expert and for their average.",
+                "Have it depend on the model, or leave it out.",
+            )
+
+    def _check_nonnegative(self, scores: Mapping[str, Score]) -> None:
+        for name, score in scores.items() if self._spec.nonnegative else ():
+            least = np.min([score.value, *(() if score.per_example is None else score.per_example)])
+            if least < 0:
+                raise InputError(
+                    f"objectives.search.{name}: expected scores of at least 0, which the search shares out among "
+                    f"merges, found {least:.6g} for an expert.",
+                    "Transform the score (accuracy, exp(-loss)), or use another algorithm.",
+                )
 
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
         assert isinstance(trial.wants, Scores)

@@ -8,6 +8,7 @@ or an entry point of the group ``ecotone.searches`` in a package of your own.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class Needs:
     Args:
         objectives: The fewest objectives that the algorithm can search by.
         maximised: Whether every objective must have the direction ``maximize``.
+        nonnegative: Whether no score, of an example or of all, may be below 0.
+        varied: Whether it cannot search by an objective that gives all merges the same score.
         gradients: Whether it learns on calibration tasks, through a torch module.
         affine: Whether merges must be linear in their coefficients.
         per_example: Whether the algorithm uses scores by example: ``no``; ``useful`` when it searches better with them;
@@ -75,6 +78,8 @@ class Needs:
 
     objectives: int = 1
     maximised: bool = False
+    nonnegative: bool = False
+    varied: bool = False
     gradients: bool = False
     affine: bool = False
     per_example: Literal["no", "useful", "needed"] = "no"
@@ -121,6 +126,10 @@ class SearchSettings(Part):
     @abstractmethod
     def needs(self) -> Needs:
         """The conditions under which it can run a recipe."""
+
+    def imports(self) -> Mapping[str, tuple[str, ...]]:
+        """The packages that it imports which come with an extra of Ecotone, by the extra; by default none."""
+        return {}
 
     @abstractmethod
     def begins(self) -> Begins:
@@ -225,6 +234,8 @@ class Box(Segmented):
     def _box_is_open(self) -> Box:
         if not self.low < self.high:
             raise ValueError(f"low: expected less than high ({self.high}), found {self.low}")
+        if not math.isfinite(self.high - self.low):
+            raise ValueError(f"low: expected a finite distance to high ({self.high}), found {self.low}")
         return self
 
     def box(self, context: Context) -> CoefficientBox:

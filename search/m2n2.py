@@ -92,9 +92,10 @@ class M2N2Settings(SearchSettings):
         return self
 
     def needs(self) -> Needs:
-        """It needs objectives to maximise, merges linear in their coefficients, and the models' inner products."""
+        """It needs scores to maximise, none below 0, merges linear in their coefficients, and the inner products."""
         return Needs(
             maximised=True,
+            nonnegative=True,
             gradients=self.refine is not None,
             affine=True,
             per_example="useful",

@@ -10,7 +10,7 @@ learns again from their scores.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -90,6 +90,10 @@ class OptunaSettings(ModelsFirstBox):
     def needs(self) -> Needs:
         """The reference directions of ``nsga3`` have a meaning for two objectives or more."""
         return Needs(objectives=2 if self.sampler == "nsga3" else 1)
+
+    def imports(self) -> Mapping[str, tuple[str, ...]]:
+        """Optuna; its Gaussian process also needs greenlet."""
+        return {"optuna": ("optuna", "greenlet") if self.sampler == "gp" else ("optuna",)}
 
     def begins(self) -> Begins:
         """With merges that are scored in place of the models."""

@@ -51,8 +51,8 @@ class SurrogateSettings(FrontBox):
     links: str | dict[str, str] = "auto"
 
     def needs(self) -> Needs:
-        """Two objectives, to trade off."""
-        return Needs(objectives=2)
+        """Two objectives, to trade off, whose scores differ between merges."""
+        return Needs(objectives=2, varied=True)
 
     def begins(self) -> Begins:
         """With merges that are scored before the design."""

@@ -18,6 +18,9 @@ from processes import Ecotone, Said
 from safetensors.numpy import load_file, save_file
 
 from ecotone.experiments import cli
+from ecotone.experiments.runs import Run
+from ecotone.extras import how_to_install
+from ecotone.populations.errors import InputError
 
 # Two small models and objectives over them; the recipe's own module, beside it.
 TOYS = '''
@@ -50,6 +53,19 @@ def nothing():
 
 def loss(model):
     return float(np.exp(-flat(model).mean()))
+
+
+def minus(model):
+    return -abs(float(flat(model).sum())) - 1
+
+
+def same(model):
+    return 1.0
+
+
+def ends(model):
+    weights = [np.random.default_rng(len(name)).standard_normal((8, 3)) for name in ("left", "right")]
+    return 0.5 if any(np.allclose(one, model["w"]) for one in weights) else loss(model)
 
 
 def write_models(directory, seed=0):
@@ -357,6 +373,44 @@ def test_validate_and_run_refuse_in_the_same_words(
 
 
 @pytest.mark.parametrize(
+    ("package", "extra", "settings", "field"),
+    [
+        ("ray", "ray", ["runtime.pool=ray"], "runtime.pool"),
+        ("optuna", "optuna", ["search={algorithm: optuna}"], "search.algorithm"),
+        ("greenlet", "optuna", ["search={algorithm: optuna, sampler: gp}"], "search.algorithm"),
+        ("transformers", "hf", ["models.architecture=auto"], "models.architecture"),
+        (
+            *("transformers", "hf", ["objectives.search.1={name: p, type: likelihood, data: [x.txt]}"]),
+            "objectives.search.p",
+        ),
+        (
+            *("lm_eval", "language", ["objectives.held_out.0={name: l, type: lm_eval, task: t}"]),
+            "objectives.held_out.l",
+        ),
+        ("sklearn", "digits", ["prepare={call: experiments.digits:random_models}"], "prepare"),
+    ],
+)
+def test_validate_and_run_refuse_without_a_package(
+    ecotone: Ecotone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    extra: str,
+    settings: list[str],
+    field: str,
+) -> None:
+    """Even where the models are still to be made, and so little else is known."""
+    monkeypatch.setitem(sys.modules, package, None)
+    models = {"experts": ["prepared:left.safetensors", "prepared:right.safetensors"]}
+    recipe = toy_recipe(tmp_path, models=models, prepare={"call": "cli_toys:write_models"}, seed=id(tmp_path))
+    options = [part for setting in settings for part in ("--set", setting)]
+    said = f"error: {field}: expected the package {package}, found it not installed.\n`{how_to_install(extra)}`"
+    assert said in ecotone("validate", recipe, *options).err
+    assert said in ecotone("run", recipe, "--out", tmp_path / "run", *options).err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         (["objectives.search.0.arguments={prat: 1}"], "unexpected keyword argument 'prat'"),
@@ -379,6 +433,35 @@ def test_one_wrong_field_of_the_only_objective_is_one_error(ecotone: Ecotone, tm
     said = ecotone("validate", recipe, "--set", "objectives.search.1=3", "--set", "objectives.held_out=[]")
     in_words(said, "objectives.search[1]")
     assert "at least" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["objectives.search.0.call=cli_toys:loss"], None),
+        (
+            ["objectives.search.0.call=cli_toys:minus"],
+            "one: expected scores of at least 0, which the search shares out",
+        ),
+        (["search={algorithm: map, samples: 6}", "objectives.search.0.call=cli_toys:same"], "found 1 for every expert"),
+        (["search={algorithm: random}", "objectives.search.0.call=cli_toys:same"], None),
+        (["search={algorithm: map, samples: 6}", "objectives.search.0.call=cli_toys:ends"], None),
+    ],
+)
+def test_scores_that_the_search_cannot_use_cost_nothing(
+    ecotone: Ecotone, tmp_path: Path, settings: list[str], words: str | None
+) -> None:
+    recipe, out = toy_recipe(tmp_path), tmp_path / "run"
+    settings = [*settings, "objectives.search.0.arguments={}", "budget.evaluations=8", "objectives.held_out=[]"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    for said in (ecotone("validate", recipe, *options), ecotone("run", recipe, "--out", out, *options)):
+        if words is None:
+            assert said.code == 0
+            shown = " ".join((said.out + said.err).split())
+            assert ("Warning: " in shown and "does it depend" in shown) == ("loss" not in settings[0])
+        else:
+            in_words(said, "error: objectives.search.", words)
+    assert (out / "journal.sqlite").exists() is (words is None)
 
 
 # -- models that cannot be used ------------------------------------------------------------------------------
@@ -451,6 +534,31 @@ def test_mlflow_is_what_comes_next_only_where_it_is_on(ecotone: Ecotone, tmp_pat
     assert said.code == 0, said.err
     assert "ecotone front" in said.out
     assert ("ecotone ui" in said.out) == on
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["statistics", "toy.yaml", "--kind", "magnitude", "--out", "s3://x/y"],
+        ["export", "RUN", "--to", "s3://x/y"],
+        ["export", "RUN", "--to", "s3://x/y.yaml", "--format", "mergekit"],
+        ["compare", "RUN", "--html", "s3://x/y"],
+        ["import-mergekit", "toy.yaml", "--to", "s3://x/y"],
+        ["import-mergekit", "s3://x/y"],
+        ["verify", "s3://x/y"],
+        ["validate", "s3://x/y"],
+    ],
+)
+def test_a_url_is_no_folder(
+    ecotone: Ecotone, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    toy_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    said = ecotone(*(finished if one == "RUN" else one for one in command))
+    in_words(said, ": expected a path on this machine, found the URL s3://x/y")
+    assert not (tmp_path / "s3:").exists()
+    with pytest.raises(InputError, match="to: expected a path on this machine"):
+        Run(finished).export("best", "s3://x/y")
 
 
 def test_a_run_is_not_overwritten(ecotone: Ecotone, finished: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_warnings_are_said(tmp_path: Path) -> None:
     with logs.said(heard.append), logs.recorded(tmp_path):
         log.info("Fine.", extra={"event": "worker_ready"})
         log.warning("A worker died.", extra={"event": "worker_died"})
-    assert heard == ["A worker died."]
+    assert heard == ["Warning: A worker died."]
 
 
 @pytest.mark.parametrize("broken", ["missing", "full"])

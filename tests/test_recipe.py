@@ -6,6 +6,7 @@ import copy
 import importlib
 import linecache
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from processes import ROOT
 from pydantic import ValidationError
 
 from ecotone.experiments import compose, preparation
+from ecotone.experiments.checks import validate
+from ecotone.experiments.fields import schema
 from ecotone.experiments.recipe import Recipe, apply_settings, parse_settings
+from ecotone.experiments.running import launch
+from ecotone.experiments.statistics import gather
 from ecotone.fitness.objectives import AccuracySettings
 from ecotone.fitness.registry import OBJECTIVES
 from ecotone.populations.errors import CheckpointError, InputError
@@ -25,6 +30,7 @@ from ecotone.populations.gram import GramTable
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.population import ElitistArchive
 from ecotone.populations.space import Space
+from ecotone.populations.trial import Statistics
 from ecotone.search.cma_es import CmaEs
 from ecotone.search.m2n2 import M2N2
 
@@ -229,7 +235,7 @@ def written(folder: Path, record: Any = PLAIN) -> Path:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing\.yaml: no such recipe\. Known: .*digits-specialists"):
         Recipe.from_yaml(tmp_path / "nothing.yaml")
-    with pytest.raises(InputError, match="cannot be read as YAML"):
+    with pytest.raises(InputError, match="expected a recipe file, found a directory"):
         Recipe.from_yaml(tmp_path)
 
 
@@ -242,6 +248,8 @@ def test_a_ready_recipe_is_found_by_name_from_anywhere(tmp_path: Path, monkeypat
         Recipe.from_yaml("digit-specialists")
     with pytest.raises(InputError, match=r"elsewhere/digits-specialists.yaml: no such recipe"):
         Recipe.from_yaml("elsewhere/digits-specialists.yaml")
+    (tmp_path / "digits-specialists").mkdir()
+    assert Recipe.from_yaml("digits-specialists").record() == ready.record()
     (tmp_path / "digits-specialists.yaml").write_text("name: mine")
     with pytest.raises(InputError, match="models: missing"):
         Recipe.from_yaml("digits-specialists.yaml")
@@ -270,6 +278,114 @@ def test_a_file_of_something_else(tmp_path: Path, text: str, found: str) -> None
 def test_yaml_that_no_recipe_has(tmp_path: Path, line: str) -> None:
     with pytest.raises(InputError):
         Recipe.from_yaml(written(tmp_path, yaml.safe_dump({k: v for k, v in PLAIN.items() if k != "name"}) + line))
+
+
+@pytest.mark.parametrize(("key", "shown"), [("1", "1"), ("null", "null"), ("2.5", "2.5"), ("true", "true")])
+def test_keys_that_are_no_text_are_refused_wherever_they_stand(tmp_path: Path, key: str, shown: str) -> None:
+    """JSON would turn them into text, and of 1 and true it would keep one."""
+    said = f"expected text as keys of mappings, found {shown}; put it in quotes"
+    record = yaml.safe_dump({name: part for name, part in PLAIN.items() if name != "objectives"})
+    objective = f"{{name: a, type: call, call: 'm:f', arguments: {{d: {{{key}: a, x: b}}}}}}"
+    with pytest.raises(InputError) as caught:
+        Recipe.from_yaml(written(tmp_path, f"{record}\nobjectives: {{search: [{objective}]}}"))
+    assert str(caught.value) == f"{tmp_path}/recipe.yaml: objectives.search[0].arguments.d: {said}."
+    with pytest.raises(InputError, match=said):
+        parse_settings([f"objectives.search.0.arguments={{d: {{{key}: a}}}}"])
+    with pytest.raises(InputError, match=said):
+        apply_settings({"name": {yaml.safe_load(key): 1}}, {})
+
+
+def test_a_key_that_is_given_twice(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recipe\.yaml: .* line 3: 'name' is given twice"):
+        Recipe.from_yaml(written(tmp_path, "name: a\nseed: 1\nname: b\n"))
+    with pytest.raises(InputError, match=r"--set search: .* 'low' is given twice"):
+        parse_settings(["search={low: 0, low: 1}"])
+    assert parse_settings(["a={x: &b {k: 1}, y: {<<: *b, k: 2}}"]) == {"a": {"x": {"k": 1}, "y": {"k": 2}}}
+
+
+@pytest.mark.parametrize("depth", [150, 3000])
+def test_yaml_that_is_nested_too_deep(tmp_path: Path, depth: int) -> None:
+    with pytest.raises(InputError, match="expected at most 100 mappings and lists in each other"):
+        Recipe.from_yaml(written(tmp_path, "name: " + "[" * depth + "]" * depth))
+    with pytest.raises(InputError, match=r"--set name: .*expected at most 100"):
+        parse_settings(["name=" + "[" * depth + "]" * depth])
+
+
+def test_a_user_without_a_home(tmp_path: Path) -> None:
+    for folder in (None, tmp_path):
+        for field in ("experts[1]", "base", "tokenizer"):
+            key = f"models.{field.replace('[', '.').replace(']', '')}"
+            with pytest.raises(InputError) as caught:
+                Recipe.from_record(apply_settings(PLAIN, {key: "~nobody-here/x"}), folder)
+            assert str(caught.value).startswith(f"models.{field}: expected the home folder of a user, found '~nobody")
+        with pytest.raises(InputError, match="expected the home folder of a user"):
+            Recipe.from_record(changed(objectives__search__0__call="~nobody-here/x.py:f"), folder)
+
+
+def test_text_that_no_file_can_hold() -> None:
+    assert refusal(changed(objectives__search__0__name="a\ud800")) == (
+        "objectives: expected text that UTF-8 can hold, found 'a\\ud800'."
+    )
+    assert "found '\\udcff'" in refusal(changed(merge__dtype=None, objectives__search__0__arguments={"\udcff": 1}))
+
+
+def test_what_is_no_recipe(tmp_path: Path) -> None:
+    for use in (launch, validate, lambda record: gather(record, Statistics("magnitude", ()), tmp_path)):
+        with pytest.raises(InputError, match=r"recipe: expected a Recipe, found dict\. Recipe\.from_record"):
+            use(PLAIN)
+
+
+def test_a_name_that_no_directory_can_have() -> None:
+    with pytest.raises(InputError, match=r"name: expected at most 200 characters, .* found 300"):
+        launch(Recipe.from_record(changed(name="a" * 300)))
+
+
+def test_bounds_too_far_apart() -> None:
+    wide = {"low": -1e308, "high": 1e308}
+    assert "low: expected a finite distance to high" in refusal(changed(search={"algorithm": "cma_es", **wide}))
+    ties = {"operator": "ties", "density": wide}
+    assert "low: expected a finite distance" in refusal(changed(merge=ties, search={"algorithm": "cma_es"}))
+
+
+@pytest.mark.parametrize(
+    ("written_by", "newer"),
+    [
+        ("0.2rc1", True),
+        ("0.2a1", True),
+        ("1rc1", True),
+        ("0.10b2", True),
+        ("1", True),
+        ("0.1.7", False),
+        ("0.1rc1", False),
+    ],
+)
+def test_a_newer_ecotone_is_told_of(tmp_path: Path, written_by: str, newer: bool) -> None:
+    told = f"Ecotone {written_by} wrote this"
+    with pytest.raises(InputError) as caught:
+        Recipe.from_record(changed(sede=1), written_by=written_by)
+    assert (told in str(caught.value)) is newer
+    text = Recipe.from_record(PLAIN).text()
+    assert text.startswith(f"# Written by Ecotone {version('ecotone')}.\n")
+    rest = text.partition("\n")[2]
+    with pytest.raises(InputError) as caught:
+        Recipe.from_yaml(written(tmp_path, f"# Written by Ecotone {written_by}.\nsede: 1\n{rest}"))
+    assert (told in str(caught.value)) is newer
+
+
+def test_a_recipe_that_is_written_fits_its_schema(tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    losses = [
+        {"name": "a"},
+        {"name": "b", "loss": "cross_entropy"},
+        {"name": "c", "loss": "distillation", "expert": "a"},
+    ]
+    tasks = [{"data": {"call": "m:f"}, **loss} for loss in losses]
+    search = {"algorithm": "adamerging"}
+    record = changed(calibration=tasks, search=search, models__architecture={"call": "m:a"})
+    recipe = Recipe.from_record(record, tmp_path)
+    path = written(tmp_path, recipe.text())
+    jsonschema.validate(yaml.safe_load(path.read_text()), schema())
+    assert Recipe.from_yaml(path).record() == recipe.record()
 
 
 def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
@@ -343,6 +459,7 @@ def test_a_setting_that_is_not_yaml() -> None:
     [
         ("objectives.search.7.name", "expected a position from 0 to 0, found '7'"),
         ("objectives.search.first.name", "expected a position from 0 to 0, found 'first'"),
+        ("objectives.search.\N{SUPERSCRIPT TWO}", "expected a position from 0 to 0, found '\N{SUPERSCRIPT TWO}'"),
         ("objectives.search.7", "expected a position from 0 to 0, found '7'"),
         ("name.first", "'name' is 'plain', it has no fields"),
         ("objectives.search.0.name.first", "'name' is 'one', it has no fields"),

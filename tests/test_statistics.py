@@ -21,7 +21,10 @@ from test_adamerging_recipes import toy_recipe
 from torch import Tensor, nn
 
 from ecotone.experiments import compose
+from ecotone.experiments.compare import compare
 from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import resume
+from ecotone.experiments.runs import Run
 from ecotone.experiments.statistics import gather
 from ecotone.fitness.data import Examples
 from ecotone.fitness.pools import Batch, Pool, SerialPool
@@ -240,7 +243,10 @@ def test_the_key_has_all_that_statistics_depend_on(tmp_path: Path) -> None:
     [
         (replace(WANTS, kind="magnitud"), "kind: expected one of magnitude, found 'magnitud'. Did you mean"),
         (replace(WANTS, tasks=("task 3",)), "expected a calibration task of that name, found 'task 3'."),
-        (replace(WANTS, settings={"example": 8}), "statistics magnitude: example: Extra inputs are not permitted"),
+        (
+            replace(WANTS, settings={"example": 8}),
+            "statistics magnitude: example: unknown key. Did you mean 'examples'",
+        ),
         (replace(WANTS, settings={"examples": 0}), "examples: Input should be greater than or equal to 1, found 0"),
     ],
 )
@@ -519,12 +525,53 @@ def test_the_command(tmp_path: Path, ecotone: Ecotone) -> None:
     assert (status["state"], status["statistics"], status["evaluations"]) == ("finished", 4, 0)
 
 
+def test_commands_that_need_a_search_refuse_statistics(tmp_path: Path, ecotone: Ecotone) -> None:
+    recipe, out = recipe_of(tmp_path), tmp_path / "out"
+    gather(recipe, WANTS, out, models=["left"])
+    before = (out / "journal.sqlite").read_bytes()
+    for command in ("resume", "front", "ui", "compare", "sync", "export"):
+        refused = ecotone(command, out, *(["--to", tmp_path / "x"] if command == "export" else []))
+        assert refused.code == 1
+        assert f"error: {out}: expected a search, found statistics alone.\n`ecotone status" in refused.err
+    assert "expected no journal, found one of statistics" in ecotone("run", tmp_path / "toy.yaml", "--out", out).err
+    run = Run(out)
+    for use in (resume, compare_one, Run.front, Run.best, lambda run: run.trial(0)):
+        with pytest.raises(InputError, match="found statistics alone"):
+            use(run)
+    assert (out / "journal.sqlite").read_bytes() == before
+    status = ecotone("status", out, "--json").json
+    assert (status["holds"], status["best"], status["statistics"]) == ("statistics, no search", None, 1)
+
+
+def compare_one(run: Run) -> None:
+    compare([run])
+
+
+def test_experts_that_are_called_as_other_models_are(tmp_path: Path, ecotone: Ecotone) -> None:
+    recipe_of(tmp_path)
+    command = ("statistics", tmp_path / "toy.yaml", "--kind", "magnitude", "--out", tmp_path / "out")
+    plain = ecotone(*command, "--json").json["models"]
+    called = (*command[:-1], tmp_path / "called", "--set", "models.names=[base,average1,averages]")
+    told = ecotone(*called, "--json").json["models"]
+    assert [one["model"] for one in told] == ["base", "average1", "averages"]
+    assert [one["genome"] for one in told] == [one["genome"] for one in plain]
+    assert [one["model"] for one in ecotone(*called, "--model", "average", "--json").json["models"]] == ["average"]
+    both = ecotone(*called, "--model", "base", "--model", "base, no expert", "--json").json["models"]
+    assert both[0]["genome"] == plain[0]["genome"] != both[1]["genome"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--kind", "magnitudes"], "expected one of magnitude, found 'magnitudes'"),
         (["--kind", "magnitude", "--model", "lift"], "models: expected one of base, left, middle, right, average"),
         (["--kind", "magnitude", "--task", "task 7"], "tasks: expected one of task 0, task 1, found 'task 7'."),
+        (["--kind", "magnitude", "--with", "exmples=3"], "exmples: unknown key. Did you mean 'examples'?"),
+        (
+            ["--kind", "magnitude", "--with", "examples"],
+            "--with: expected key=value, found 'examples'. For example: --with",
+        ),
+        (["--kind", "magnitude", "--with", "batch=[1"], "--with batch: cannot be read as a YAML value"),
         (["--kind", "magnitude", "--with", "batch=0"], "batch: Input should be greater than or equal to 1"),
         (["--kind", "magnitude", "--set", "seed=1"], "another recipe's journal is there"),
     ],
@@ -535,6 +582,22 @@ def test_what_the_command_refuses(tmp_path: Path, ecotone: Ecotone, options: lis
     refused = ecotone("statistics", tmp_path / "toy.yaml", "--out", tmp_path / "out", *options)
     assert refused.code != 0
     assert said in " ".join(refused.err.split())
+
+
+def test_a_task_that_is_named_twice_is_gathered_once(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    twice, once = (
+        gather(recipe, Statistics("magnitude", tasks), tmp_path / "out", models=["left"])[0]
+        for tasks in (("task 0", "task 0"), ("task 0",))
+    )
+    assert twice == once
+
+
+def test_tasks_need_not_be_the_searchs_own(tmp_path: Path, ecotone: Ecotone) -> None:
+    toy_recipe(tmp_path, search={"algorithm": "cma_es"})
+    assert "cma_es does not use it" in ecotone("validate", tmp_path / "toy.yaml").err
+    said = ecotone("statistics", tmp_path / "toy.yaml", "--kind", "magnitude", "--out", tmp_path / "out", "--json")
+    assert [one["failure"] for one in said.json["models"]] == [None] * 3
 
 
 def test_a_recipe_without_calibration_tasks(tmp_path: Path) -> None:

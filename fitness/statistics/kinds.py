@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecotone.fitness.data import Examples
 from ecotone.fitness.heads import Head
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.trial import Statistics
 from ecotone.registry import Registry
 from ecotone.settings import Part
@@ -95,7 +95,9 @@ def chosen(wants: Statistics) -> tuple[type[Statistic], Gathering]:
     try:
         return kind, kind.settings.model_validate(dict(wants.settings))
     except ValidationError as error:
-        first = error.errors()[0]
+        first, known = error.errors()[0], list(kind.settings.model_fields)
         where = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"statistics {wants.kind}: {where}: unknown key.", nearest(where, known)) from error
         said = f"statistics {wants.kind}: {where}: {first['msg']}, found {first['input']!r}."
-        raise InputError(said, f"It has {', '.join(kind.settings.model_fields)}.") from error
+        raise InputError(said, f"It has {', '.join(known)}.") from error
