@@ -30,8 +30,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 from typing_extensions import Self
 
-from ecotone.populations.errors import InputError
-from ecotone.registry import Registry
+from ecotone.populations.errors import InputError, told
+from ecotone.registry import Registry, is_ours
 
 _SECTION = re.compile(r"^(Attributes|Args):\s*$")
 _ENTRY = re.compile(r"^ {4}(\w+): ?(.*)$")
@@ -280,9 +280,14 @@ def check_kind(name: str, kind: Any, base: type[Part], tag: str) -> None:
         tag: The field that names the kind.
 
     Raises:
-        InputError: It is no class of ``base``, its tag is not the name, it lacks a method or a class variable, or one
-            of its fields has no text.
+        InputError: It is no class of ``base``, its tag is not the name, it lacks a method or a class variable, or its
+            fields are refused by ``check_fields``.
     """
+    if isinstance(kind, base):
+        found = type(kind).__name__
+        raise InputError(
+            f"expected a class made of {base.__name__}, found an instance of {found}.", f"Register the class {found}."
+        )
     if not (isinstance(kind, type) and issubclass(kind, base)):
         found = kind.__name__ if isinstance(kind, type) else type(kind).__name__
         raise InputError(f"expected a class made of {base.__name__}, found {found}.")
@@ -297,12 +302,53 @@ def check_kind(name: str, kind: Any, base: type[Part], tag: str) -> None:
     lacking = [*sorted(kind.__abstractmethods__), *(v for v in sorted(base.__class_vars__) if not hasattr(kind, v))]
     if lacking:
         raise InputError(f"{kind.__name__} lacks {', '.join(lacking)}.", f"{base.__name__} says what each is.")
+    check_fields(kind)
+
+
+def check_fields(kind: type[Part]) -> None:
+    """Refuse a class whose fields lack what a recipe, its JSON Schema and its documentation need.
+
+    The schema and the defaults of Ecotone's own classes are not made here: they are tested, and commands stay fast.
+
+    Raises:
+        InputError: A field has no text, a type without a JSON Schema, or a default that cannot be made.
+    """
     silent = [field for field, text in kind.texts().items() if not text]
     if silent:
         raise InputError(
             f"{kind.__name__}: expected a text for each field, found none for {', '.join(silent)}.",
             "Write it into the Attributes section of the class's docstring.",
         )
+    if not is_ours(kind):
+        check_shape(kind)
+
+
+def check_shape(kind: type[Part]) -> None:
+    """Make the JSON Schema and the defaults of a class of settings.
+
+    Raises:
+        InputError: One of them cannot be made.
+    """
+    try:
+        kind.model_rebuild()
+        kind.model_json_schema()
+    except Exception as error:
+        raise InputError(
+            f"{kind.__name__}: expected fields of types that have a JSON Schema, found none: {told(error)}.",
+            "Import the types with the class, and use those of pydantic.",
+        ) from error
+    for name, field in kind.model_fields.items():
+        _check_default(f"{kind.__name__}: {name}", field)
+
+
+def _check_default(where: str, field: FieldInfo) -> None:
+    try:
+        field.get_default(call_default_factory=True)
+    except Exception as error:
+        raise InputError(
+            f"{where}: its default cannot be made: {told(error)}.",
+            "Mend its default_factory, which is called without arguments.",
+        ) from error
 
 
 def split_call(text: str) -> tuple[str, str, bool]:
