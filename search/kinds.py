@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ecotone.fitness.kinds import CalibrationSettings
+from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome, Integers
 from ecotone.populations.population import Population
 from ecotone.populations.space import Space
@@ -29,6 +30,9 @@ Pair: TypeAlias = tuple[Search, Population]
 Fineness: TypeAlias = Literal["model", "groups", "block", "tensor", "element"]
 FINENESS: tuple[Fineness, ...] = get_args(Fineness)
 """How fine the segments of merges are, from one in all to any."""
+
+OF_STAGES = ("search", "evaluations", "start", "starts")
+"""The keys that a stage has beside the fields of its search."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +277,21 @@ def check_declared(name: str, kind: Any) -> None:
     """Refuse a search algorithm that lacks a declaration (``ecotone.settings.check_kind``).
 
     Raises:
-        InputError: It is no subclass of ``SearchSettings``, its ``algorithm`` is no ``Literal`` with this name, or it
-            lacks a method or the text of a field.
+        InputError: It is no subclass of ``SearchSettings``, its ``algorithm`` is no ``Literal`` with this name, it
+            lacks a method or the text of a field, or a field has the name of a key of stages.
     """
     check_kind(name, kind, SearchSettings, "algorithm")
+    taken = [field for field in kind.model_fields if field in OF_STAGES and not _is_own_start(kind, field)]
+    if taken:
+        keys = ", ".join(OF_STAGES)
+        raise InputError(
+            f"{kind.__name__}: expected fields with other names than the keys of a stage ({keys}), found "
+            f"{', '.join(taken)}.",
+            "Rename the field. Only a field `start` that holds a number may stay.",
+        )
+
+
+def _is_own_start(kind: type[SearchSettings], field: str) -> bool:
+    """Whether a field is a ``start`` that holds a number: a stage tells it from its own ``start``, which is text."""
+    annotation = kind.model_fields[field].annotation
+    return field == "start" and {*(get_args(annotation) or (annotation,))} <= {int, float, type(None)}

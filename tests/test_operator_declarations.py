@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 from pydantic import Field
 
+from ecotone.experiments.merge import Merge
 from ecotone.merging import operators
 from ecotone.merging.operators import OPERATORS
 from ecotone.merging.operators.declared import Setting, check_declared, settings_of
@@ -195,6 +196,16 @@ def test_what_is_half_declared_is_refused_in_words(kind, said):
     assert refused.value.message.startswith("operator 'half': expected ")
     assert said in refused.value.message
     assert "half" not in OPERATORS
+
+
+@pytest.mark.parametrize("key", list(Merge.model_fields))
+def test_settings_with_the_names_of_keys_of_merge_are_refused(key):
+    doc = f"Half.\n\nArgs:\n    {key}: A share.\n"
+    with pytest.raises(InputError) as refused:
+        OPERATORS.register(
+            "half", declared(Linear, name="half", __doc__=doc, __annotations__={key: float}, **{key: 1.0})
+        )
+    assert f"other names than the keys of merge (operator, dtype), found {key}." in refused.value.message
 
 
 def test_settings_of_a_class_are_found_once():

@@ -22,6 +22,9 @@ from ecotone.settings import described
 SAYS = tuple(name for name in vars(Operator) if not name.startswith("_"))
 """The attributes and methods that every operator must have."""
 
+OF_MERGE = ("operator", "dtype")
+"""The keys of a recipe's ``merge`` that lie beside the settings of the operator."""
+
 _KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
@@ -134,6 +137,9 @@ def _faults(name: str, kind: Any) -> Iterator[str]:
         yield f"annotations and defaults that can be read, found {told(error)}"
         return
     texts, known = _texts(kind), [field.name for field in _fields(kind)]
+    taken = [field for field in known if field in OF_MERGE]
+    if taken:
+        yield f"settings with other names than the keys of merge ({', '.join(OF_MERGE)}), found {', '.join(taken)}"
     for field in _fields(kind):
         if _default(field) is MISSING:
             yield f"a default of its setting {field.name!r}, found none"
