@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import Any, Generic, TypeVar
 
-from ecotone.populations.errors import InputError, closest, first_line, told
+from ecotone.populations.errors import EcotoneError, InputError, closest, first_line, told
 
 Kind = TypeVar("Kind")
 _MEND = "Mend or uninstall that package."
@@ -204,6 +205,31 @@ class Registry(Generic[Kind]):
 def is_ours(kind: Any) -> bool:
     """Whether a class, or a function, lies in Ecotone itself."""
     return str(kind.__module__).partition(".")[0] == "ecotone"
+
+
+@contextmanager
+def blamed(subject: str, kind: Any, method: str) -> Iterator[None]:
+    """Have what a method of an installed package's kind raises name the package. Ecotone's own errors stay.
+
+    Args:
+        subject: The recipe's field and the kind: ``search.algorithm: the search 'mine'``.
+        kind: The kind's class. Nothing changes for those that lie in no package with kinds.
+        method: The name of the method.
+
+    Raises:
+        InputError: In place of any other exception.
+    """
+    try:
+        yield
+    except EcotoneError:
+        raise
+    except (Exception, SystemExit) as error:
+        package = package_of(kind)
+        if not package:
+            raise
+        raise InputError(
+            f"{subject} of the package {package}: {method}() raised {told(error)}.", "Tell the authors of that package."
+        ) from error
 
 
 def package_of(kind: Any) -> str:
