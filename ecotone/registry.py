@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from ecotone.populations.errors import EcotoneError, InputError, closest, first_line, told
 
 Kind = TypeVar("Kind")
+TELL = "Tell the authors of that package."
 _MEND = "Mend or uninstall that package."
 _GONE = "If another package has it, install that package. `ecotone plugins` lists all kinds."
 
@@ -224,12 +225,15 @@ def blamed(subject: str, kind: Any, method: str) -> Iterator[None]:
     except EcotoneError:
         raise
     except (Exception, SystemExit) as error:
-        package = package_of(kind)
-        if not package:
+        if not package_of(kind):
             raise
-        raise InputError(
-            f"{subject} of the package {package}: {method}() raised {told(error)}.", "Tell the authors of that package."
-        ) from error
+        raise InputError(f"{whose(subject, kind)}: {method}() raised {told(error)}.", TELL) from error
+
+
+def whose(subject: str, kind: Any) -> str:
+    """``subject``, and the installed package of its kind, where it lies in one."""
+    package = package_of(kind)
+    return f"{subject} of the package {package}" if package else subject
 
 
 def package_of(kind: Any) -> str:

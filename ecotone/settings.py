@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, get_args
 
 from pydantic import (
@@ -31,7 +31,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 from typing_extensions import Self
 
 from ecotone.populations.errors import InputError, told
-from ecotone.registry import Registry, is_ours
+from ecotone.registry import TELL, Registry, blamed, is_ours, whose
 
 _SECTION = re.compile(r"^(Attributes|Args):\s*$")
 _ENTRY = re.compile(r"^ {4}(\w+): ?(.*)$")
@@ -89,6 +89,56 @@ class Part(BaseModel):
             if text and name in shape.get("properties", {}):
                 shape["properties"][name]["description"] = text
         return shape
+
+
+Answers: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""Methods by name, each with what its answer must fulfil, and with the same in words."""
+
+ANYTHING: tuple[Callable[[Any], bool], str] = (lambda answer: True, "anything")
+TEXT: tuple[Callable[[Any], bool], str] = (lambda answer: isinstance(answer, str), "text")
+TRUTH: tuple[Callable[[Any], bool], str] = (lambda answer: isinstance(answer, bool), "True or False")
+
+
+class Kind(Part):
+    """Base of the kinds that other packages may add. A mistake in a method of theirs is told with the package's name.
+
+    Ecotone's own methods are called as they are. A method of another class raises ``InputError`` where it raises
+    something else, if the class lies in a package with kinds, and where its answer is none that Ecotone can use.
+    """
+
+    _answers: ClassVar[Answers] = {}
+
+    @property
+    def _subject(self) -> str:
+        """The recipe's field and the kind, for messages: ``search.algorithm: the search 'mine'``."""
+        raise NotImplementedError
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if not is_ours(cls):
+            for name in cls._answers.keys() & vars(cls).keys():
+                method = getattr(cls, name)
+                if inspect.isfunction(method):
+                    setattr(cls, name, _answering(cls, name, method))
+
+
+def _answering(kind: type[Kind], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, refused in words where it raises or gives an answer that does not fit."""
+    fits, expected = kind._answers[name]
+
+    @wraps(method)
+    def answering(self: Kind, *args: Any, **kwargs: Any) -> Any:
+        with blamed(self._subject, kind, name):
+            answer = method(self, *args, **kwargs)
+            if inspect.isgenerator(answer):
+                answer = iter([*answer])
+        if not fits(answer):
+            found = repr(answer)[:100]
+            raise InputError(f"{whose(self._subject, kind)}: {name}(): expected {expected}, found {found}.", TELL)
+        return answer
+
+    return answering
 
 
 @dataclass(frozen=True)

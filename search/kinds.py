@@ -24,7 +24,7 @@ from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
 from ecotone.search.coefficients import CoefficientBox, Setting, borders_of
 from ecotone.search.protocol import Search
-from ecotone.settings import Part, check_kind
+from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Kind, check_kind
 
 Pair: TypeAlias = tuple[Search, Population]
 Fineness: TypeAlias = Literal["model", "groups", "block", "tensor", "element"]
@@ -105,7 +105,11 @@ class Begins:
     any_segments: bool = False
 
 
-class SearchSettings(Part):
+def _is_pair(answer: Any) -> bool:
+    return isinstance(answer, tuple) and len(answer) == 2 and hasattr(answer[0], "ask") and hasattr(answer[1], "add")
+
+
+class SearchSettings(Kind):
     """The settings of a search algorithm: its part of a recipe, and its declarations.
 
     A subclass has a field ``algorithm``, a ``Literal`` of the names that recipes give it, an entry for each field in
@@ -121,6 +125,21 @@ class SearchSettings(Part):
 
     searches_settings: ClassVar[bool] = False
     """Whether settings of the merge operator can be searched beside the coefficients."""
+
+    _answers: ClassVar[Answers] = {
+        "needs": (lambda answer: isinstance(answer, Needs), "Needs"),
+        "begins": (lambda answer: isinstance(answer, Begins), "Begins"),
+        "fineness": (lambda answer: isinstance(answer, str) and answer in FINENESS, f"one of {', '.join(FINENESS)}"),
+        "borders": ANYTHING,
+        "segments": ANYTHING,
+        "make": (_is_pair, "a pair of a search and a population"),
+        "describe": TEXT,
+        "reads_only_names": TRUTH,
+    }
+
+    @property
+    def _subject(self) -> str:
+        return f"search.algorithm: the search {self.algorithm!r}"
 
     @abstractmethod
     def needs(self) -> Needs:
