@@ -15,8 +15,12 @@ import pytest
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from ecotone.experiments.plugins import registries
+from ecotone.fitness.statistics.kinds import STATISTICS
+from ecotone.merging.models.formats import FORMATS
+from ecotone.merging.operators import OPERATORS
 from ecotone.populations.errors import InputError
-from ecotone.registry import Registry
+from ecotone.registry import Registry, package_of
+from ecotone.search.registry import SEARCHES
 from ecotone.settings import UNKNOWN_KIND, Call, Chosen, Part, check_kind, check_shape, chosen_of
 
 HERE = "kinds_tested"
@@ -459,6 +463,28 @@ def test_an_instance_is_not_registered() -> None:
         SHAPES.register("triangle", Triangle(name="t", kind="triangle"))  # type: ignore[arg-type]
     said = "expected a class made of Shape, found an instance of Triangle. Register the class Triangle."
     assert str(refused.value) == said
+
+
+@pytest.mark.parametrize(
+    ("registry", "instance"),
+    [
+        (OPERATORS, lambda: OPERATORS.get("ties", "operator")()),
+        (STATISTICS, lambda: STATISTICS.get("magnitude", "kind")({})),
+        (FORMATS, lambda: FORMATS.get("lora", "format")()),
+        (SEARCHES, lambda: SEARCHES.get("random", "search")()),
+    ],
+)
+def test_an_instance_of_ours_is_not_registered(registry: Registry[Any], instance: Callable[[], Any]) -> None:
+    with pytest.raises(InputError, match=r"expected a (class|frozen dataclass).*, found (an instance of|<)"):
+        registry.register("mine", instance())
+    assert "mine" not in registry
+
+
+def test_the_package_of_a_kind_is_that_of_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, "packed", {"one": "packed_shapes.inner:One", "odd": "no place!"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert package_of(type("One", (), {"__module__": "packed_shapes.other"})) == "packed 1.0"
+    assert package_of(Triangle) == package_of(Circle) == package_of(Registry) == ""
 
 
 @pytest.mark.parametrize("registry", registries().values(), ids=registries())

@@ -71,6 +71,8 @@ class Statistic(Protocol):
 
 
 def _check(name: str, kind: Any) -> None:
+    if not isinstance(kind, type):
+        raise InputError(f"statistics {name!r}: expected a class, found {kind!r}.")
     settings, version = getattr(kind, "settings", None), getattr(kind, "version", None)
     if not (isinstance(settings, type) and issubclass(settings, Gathering)):
         raise InputError(f"statistics {name!r}: settings: expected a class made from Gathering, found {settings!r}.")

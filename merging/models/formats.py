@@ -65,6 +65,8 @@ SAYS = tuple(name for name in vars(Format) if not name.startswith("_"))
 
 def check_declared(name: str, kind: Any) -> None:
     """Raise ``InputError`` unless a format has all declarations."""
+    if not callable(kind):
+        raise InputError(f"checkpoint format {name!r}: expected a class, found {kind!r}.")
     lacking = [each for each in SAYS if not hasattr(kind, each)]
     if lacking:
         raise InputError(

@@ -119,7 +119,8 @@ def check_declared(name: str, kind: Any) -> None:
 def _faults(name: str, kind: Any) -> Iterator[str]:
     """The faults of an operator. Each text names the expected and the found."""
     if not _is_frozen(kind):
-        yield f"a frozen dataclass, found {kind!r}"
+        found = f"an instance of {type(kind).__name__}" if is_dataclass(type(kind)) else repr(kind)
+        yield f"a frozen dataclass, found {found}"
         return
     lacking = [each for each in SAYS if not hasattr(kind, each)]
     if lacking:
