@@ -209,23 +209,22 @@ def is_ours(kind: Any) -> bool:
 
 
 @contextmanager
-def blamed(subject: str, kind: Any, method: str) -> Iterator[None]:
+def blamed(subject: str, kind: Any, method: str, *passes: type[Exception]) -> Iterator[None]:
     """Have what a method of an installed package's kind raises name the package. Ecotone's own errors stay.
 
     Args:
         subject: The recipe's field and the kind: ``search.algorithm: the search 'mine'``.
         kind: The kind's class. Nothing changes for those that lie in no package with kinds.
         method: The name of the method.
+        passes: Other exceptions that the method may raise.
 
     Raises:
         InputError: In place of any other exception.
     """
     try:
         yield
-    except EcotoneError:
-        raise
     except (Exception, SystemExit) as error:
-        if not package_of(kind):
+        if isinstance(error, (EcotoneError, *passes)) or not package_of(kind):
             raise
         raise InputError(f"{whose(subject, kind)}: {method}() raised {told(error)}.", TELL) from error
 

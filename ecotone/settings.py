@@ -107,6 +107,8 @@ class Kind(Part):
     """
 
     _answers: ClassVar[Answers] = {}
+    _passes: ClassVar[Mapping[str, type[Exception]]] = {}
+    """Methods by name, each with an exception that it may raise beside ``EcotoneError``."""
 
     @property
     def _subject(self) -> str:
@@ -126,10 +128,11 @@ class Kind(Part):
 def _answering(kind: type[Kind], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """The method, refused in words where it raises or gives an answer that does not fit."""
     fits, expected = kind._answers[name]
+    passes = (kind._passes[name],) if name in kind._passes else ()
 
     @wraps(method)
     def answering(self: Kind, *args: Any, **kwargs: Any) -> Any:
-        with blamed(self._subject, kind, name):
+        with blamed(self._subject, kind, name, *passes):
             answer = method(self, *args, **kwargs)
             if inspect.isgenerator(answer):
                 answer = iter([*answer])
@@ -288,8 +291,10 @@ class Chosen:
             name = getattr(value, self.tag, None)
         else:
             raise PydanticCustomError("no_settings", "Expected a mapping of settings")
-        # Of a mapping the locations of errors begin with the key, as they do in a tagged union.
-        return _by_name(self._kind(name)).validate_python({name: value})[name]  # type: ignore[no-any-return]
+        kind = self._kind(name)
+        with blamed(f"{self.tag}: the {self.registry.sort} {name!r}", kind, "model_validate", ValidationError):
+            # Of a mapping the locations of errors begin with the key, as they do in a tagged union.
+            return _by_name(kind).validate_python({name: value})[name]  # type: ignore[no-any-return]
 
     def _kind(self, name: Any) -> type[Part]:
         try:

@@ -135,7 +135,9 @@ class SearchSettings(Kind):
         "make": (_is_pair, "a pair of a search and a population"),
         "describe": TEXT,
         "reads_only_names": TRUTH,
+        "check": ANYTHING,
     }
+    _passes: ClassVar[Mapping[str, type[Exception]]] = {"check": ValueError}
 
     @property
     def _subject(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from parts import call, context, objective
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import nn
 
@@ -439,3 +439,34 @@ def test_what_ecotone_raises_stays_and_a_generator_is_run_to_its_end(monkeypatch
         of_a_package(AccuracySettings, "build", fails)()
     with pytest.raises(InputError, match=r"examine\(\) raised OSError: no disk"):
         of_a_package(AccuracySettings, "examine", facts)()
+
+
+class Picky(NormSettings):
+    """Its check has a mistake."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Picky:
+        raise KeyError("scale") if self.scale < 2 else ValueError("scale: expected less")
+
+
+def test_what_a_validator_of_a_package_raises_is_told_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ecotone.registry.package_of", lambda kind: "mine 1.0")
+    OBJECTIVES.register("norm", Picky)
+    try:
+        with pytest.raises(
+            InputError, match=r"^type: the objective 'norm' of the package mine 1.0: model_validate\(\) "
+        ):
+            TypeAdapter(AnyObjective).validate_python({"name": "n", "type": "norm"})
+        with pytest.raises(ValidationError, match="expected less"):
+            TypeAdapter(AnyObjective).validate_python({"name": "n", "type": "norm", "scale": 3})
+    finally:
+        OBJECTIVES.forget("norm")
+
+
+def test_a_search_may_refuse_an_operator_with_a_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(self: Any) -> None:
+        raise ValueError("merge.operator: expected linear")
+
+    monkeypatch.setattr("ecotone.registry.package_of", lambda kind: "mine 1.0")
+    with pytest.raises(ValueError, match=r"^merge.operator: expected linear$"):
+        of_a_package(RandomSettings, "check", refuses)()
