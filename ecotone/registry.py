@@ -8,17 +8,21 @@ itself is refused when it is registered, in words that name what is missing.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import Any, Generic, TypeVar
 
-from ecotone.populations.errors import InputError, closest, first_line
+from ecotone.populations.errors import EcotoneError, InputError, closest, first_line, told
 
 Kind = TypeVar("Kind")
+TELL = "Tell the authors of that package."
+_MEND = "Mend or uninstall that package."
 _GONE = "If another package has it, install that package. `ecotone plugins` lists all kinds."
 
 
@@ -163,17 +167,26 @@ class Registry(Generic[Kind]):
             )
         point = points[0]
         whose = f"the {self.sort} {name!r} of the package {_package(point)}"
+        form = EntryPoint.pattern.match(point.value)
+        if form is None or not form["attr"]:
+            raise InputError(
+                f"{whose} cannot be imported: expected an entry point of the form module:attribute, found "
+                f"{point.value!r}.",
+                _MEND,
+            )
         try:
             kind = point.load()
-        except (Exception, SystemExit) as error:
-            raise InputError(
-                f"{whose} cannot be imported: {type(error).__name__}: {first_line(error)} ({point.value}).",
-                "Mend or uninstall that package.",
-            ) from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise InputError(f"{whose} cannot be imported: {told(error)} ({point.value}).", _MEND) from error
+        self._found[name] = kind  # the check may ask for all kinds of the sort, and so for this one
         try:
             self._check(name, kind)
         except InputError as error:
             raise InputError(f"{whose} cannot be used: {error.message}", error.remedy) from error
+        except Exception as error:
+            raise InputError(f"{whose} cannot be used: {told(error)}.", _MEND) from error
         return kind  # type: ignore[no-any-return]
 
     def _trouble(self, name: str) -> str:
@@ -188,6 +201,45 @@ class Registry(Generic[Kind]):
         if name in self._ours:
             return f"ecotone itself has this {self.sort} {name!r}, which is used."
         return self._trouble(name)
+
+
+def is_ours(kind: Any) -> bool:
+    """Whether a class, or a function, lies in Ecotone itself."""
+    return str(kind.__module__).partition(".")[0] == "ecotone"
+
+
+@contextmanager
+def blamed(subject: str, kind: Any, method: str, *passes: type[Exception]) -> Iterator[None]:
+    """Have what a method of an installed package's kind raises name the package. Ecotone's own errors stay.
+
+    Args:
+        subject: The recipe's field and the kind: ``search.algorithm: the search 'mine'``.
+        kind: The kind's class. Nothing changes for those that lie in no package with kinds.
+        method: The name of the method.
+        passes: Other exceptions that the method may raise.
+
+    Raises:
+        InputError: In place of any other exception.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, (EcotoneError, *passes)) or not package_of(kind):
+            raise
+        raise InputError(f"{whose(subject, kind)}: {method}() raised {told(error)}.", TELL) from error
+
+
+def whose(subject: str, kind: Any) -> str:
+    """``subject``, and the installed package of its kind, where it lies in one."""
+    package = package_of(kind)
+    return f"{subject} of the package {package}" if package else subject
+
+
+def package_of(kind: Any) -> str:
+    """The installed package with kinds that a class, or a function, lies in, with its version; empty for others."""
+    top = str(getattr(kind, "__module__", "")).partition(".")[0]
+    points = (point for found in distributions() for point in found.entry_points if point.group.startswith("ecotone."))
+    return next((_package(point) for point in points if re.split(r"[.:]", point.value)[0].strip() == top), "")
 
 
 def _package(point: EntryPoint) -> str:

@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, get_args
 
 from pydantic import (
@@ -30,8 +30,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 from typing_extensions import Self
 
-from ecotone.populations.errors import InputError
-from ecotone.registry import Registry
+from ecotone.populations.errors import InputError, told
+from ecotone.registry import TELL, Registry, blamed, is_ours, whose
 
 _SECTION = re.compile(r"^(Attributes|Args):\s*$")
 _ENTRY = re.compile(r"^ {4}(\w+): ?(.*)$")
@@ -89,6 +89,59 @@ class Part(BaseModel):
             if text and name in shape.get("properties", {}):
                 shape["properties"][name]["description"] = text
         return shape
+
+
+Answers: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""Methods by name, each with what its answer must fulfil, and with the same in words."""
+
+ANYTHING: tuple[Callable[[Any], bool], str] = (lambda answer: True, "anything")
+TEXT: tuple[Callable[[Any], bool], str] = (lambda answer: isinstance(answer, str), "text")
+TRUTH: tuple[Callable[[Any], bool], str] = (lambda answer: isinstance(answer, bool), "True or False")
+
+
+class Kind(Part):
+    """Base of the kinds that other packages may add. A mistake in a method of theirs is told with the package's name.
+
+    Ecotone's own methods are called as they are. A method of another class raises ``InputError`` where it raises
+    something else, if the class lies in a package with kinds, and where its answer is none that Ecotone can use.
+    """
+
+    _answers: ClassVar[Answers] = {}
+    _passes: ClassVar[Mapping[str, type[Exception]]] = {}
+    """Methods by name, each with an exception that it may raise beside ``EcotoneError``."""
+
+    @property
+    def _subject(self) -> str:
+        """The recipe's field and the kind, for messages: ``search.algorithm: the search 'mine'``."""
+        raise NotImplementedError
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if not is_ours(cls):
+            for name in cls._answers.keys() & vars(cls).keys():
+                method = getattr(cls, name)
+                if inspect.isfunction(method):
+                    setattr(cls, name, _answering(cls, name, method))
+
+
+def _answering(kind: type[Kind], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, refused in words where it raises or gives an answer that does not fit."""
+    fits, expected = kind._answers[name]
+    passes = (kind._passes[name],) if name in kind._passes else ()
+
+    @wraps(method)
+    def answering(self: Kind, *args: Any, **kwargs: Any) -> Any:
+        with blamed(self._subject, kind, name, *passes):
+            answer = method(self, *args, **kwargs)
+            if inspect.isgenerator(answer):
+                answer = iter([*answer])
+        if not fits(answer):
+            found = repr(answer)[:100]
+            raise InputError(f"{whose(self._subject, kind)}: {name}(): expected {expected}, found {found}.", TELL)
+        return answer
+
+    return answering
 
 
 @dataclass(frozen=True)
@@ -238,8 +291,10 @@ class Chosen:
             name = getattr(value, self.tag, None)
         else:
             raise PydanticCustomError("no_settings", "Expected a mapping of settings")
-        # Of a mapping the locations of errors begin with the key, as they do in a tagged union.
-        return _by_name(self._kind(name)).validate_python({name: value})[name]  # type: ignore[no-any-return]
+        kind = self._kind(name)
+        with blamed(f"{self.tag}: the {self.registry.sort} {name!r}", kind, "model_validate", ValidationError):
+            # Of a mapping the locations of errors begin with the key, as they do in a tagged union.
+            return _by_name(kind).validate_python({name: value})[name]  # type: ignore[no-any-return]
 
     def _kind(self, name: Any) -> type[Part]:
         try:
@@ -280,9 +335,14 @@ def check_kind(name: str, kind: Any, base: type[Part], tag: str) -> None:
         tag: The field that names the kind.
 
     Raises:
-        InputError: It is no class of ``base``, its tag is not the name, it lacks a method or a class variable, or one
-            of its fields has no text.
+        InputError: It is no class of ``base``, its tag is not the name, it lacks a method or a class variable, or its
+            fields are refused by ``check_fields``.
     """
+    if isinstance(kind, base):
+        found = type(kind).__name__
+        raise InputError(
+            f"expected a class made of {base.__name__}, found an instance of {found}.", f"Register the class {found}."
+        )
     if not (isinstance(kind, type) and issubclass(kind, base)):
         found = kind.__name__ if isinstance(kind, type) else type(kind).__name__
         raise InputError(f"expected a class made of {base.__name__}, found {found}.")
@@ -297,12 +357,53 @@ def check_kind(name: str, kind: Any, base: type[Part], tag: str) -> None:
     lacking = [*sorted(kind.__abstractmethods__), *(v for v in sorted(base.__class_vars__) if not hasattr(kind, v))]
     if lacking:
         raise InputError(f"{kind.__name__} lacks {', '.join(lacking)}.", f"{base.__name__} says what each is.")
+    check_fields(kind)
+
+
+def check_fields(kind: type[Part]) -> None:
+    """Refuse a class whose fields lack what a recipe, its JSON Schema and its documentation need.
+
+    The schema and the defaults of Ecotone's own classes are not made here: they are tested, and commands stay fast.
+
+    Raises:
+        InputError: A field has no text, a type without a JSON Schema, or a default that cannot be made.
+    """
     silent = [field for field, text in kind.texts().items() if not text]
     if silent:
         raise InputError(
             f"{kind.__name__}: expected a text for each field, found none for {', '.join(silent)}.",
             "Write it into the Attributes section of the class's docstring.",
         )
+    if not is_ours(kind):
+        check_shape(kind)
+
+
+def check_shape(kind: type[Part]) -> None:
+    """Make the JSON Schema and the defaults of a class of settings.
+
+    Raises:
+        InputError: One of them cannot be made.
+    """
+    try:
+        kind.model_rebuild()
+        kind.model_json_schema()
+    except Exception as error:
+        raise InputError(
+            f"{kind.__name__}: expected fields of types that have a JSON Schema, found none: {told(error)}.",
+            "Import the types with the class, and use those of pydantic.",
+        ) from error
+    for name, field in kind.model_fields.items():
+        _check_default(f"{kind.__name__}: {name}", field)
+
+
+def _check_default(where: str, field: FieldInfo) -> None:
+    try:
+        field.get_default(call_default_factory=True)
+    except Exception as error:
+        raise InputError(
+            f"{where}: its default cannot be made: {told(error)}.",
+            "Mend its default_factory, which is called without arguments.",
+        ) from error
 
 
 def split_call(text: str) -> tuple[str, str, bool]:

@@ -8,21 +8,22 @@ points (``ecotone.objectives``, ``ecotone.losses``).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 from typing_extensions import Self
 
+from ecotone.fitness.protocol import Objective
 from ecotone.populations.errors import InputError
 from ecotone.populations.trial import Goal
-from ecotone.settings import Call, Located, Part, check_kind, expanded
+from ecotone.settings import ANYTHING, TEXT, Answers, Call, Kind, Located, Part, check_kind, expanded
 
 if TYPE_CHECKING:
     import torch
 
-    from ecotone.fitness.protocol import CalibrationTask, Objective
+    from ecotone.fitness.protocol import CalibrationTask
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,13 @@ class NamedCall:
     given: int = 0
 
 
-class ObjectiveSettings(Part):
+_CALLS: tuple[Callable[[Any], bool], str] = (
+    lambda answer: isinstance(answer, Sequence) and all(isinstance(one, NamedCall) for one in answer),
+    "a sequence of NamedCall",
+)
+
+
+class ObjectiveSettings(Kind):
     """Base of the settings of every objective, which scores models.
 
     Attributes:
@@ -92,6 +99,18 @@ class ObjectiveSettings(Part):
 
     paths: ClassVar[tuple[str, ...]]
     """The fields that name files or folders."""
+
+    _answers: ClassVar[Answers] = {
+        "build": (lambda answer: isinstance(answer, Objective), "an object with goal and score"),
+        "calls": _CALLS,
+        "describe": TEXT,
+        "examine": (lambda answer: isinstance(answer, Iterator), "an iterator of facts"),
+        "with_paths": ANYTHING,
+    }
+
+    @property
+    def _subject(self) -> str:
+        return f"{self.where}: the objective {self.type!r}"
 
     @abstractmethod
     def build(self, context: ObjectiveContext) -> Objective:
@@ -137,7 +156,7 @@ class ObjectiveSettings(Part):
         return self.model_validate({**dict(self), **changed})
 
 
-class CalibrationSettings(Part):
+class CalibrationSettings(Kind):
     """A task that a gradient search learns coefficients on: a stream of batches, and the loss that is differentiated.
 
     Attributes:
@@ -161,6 +180,16 @@ class CalibrationSettings(Part):
 
     needs_expert: ClassVar[bool]
     """Whether merges are compared with an expert: ``expert``, where the kind has such a field, or the task's name."""
+
+    _answers: ClassVar[Answers] = {
+        "build": (lambda answer: hasattr(answer, "loss"), "a calibration task"),
+        "calls": _CALLS,
+        "describe": TEXT,
+    }
+
+    @property
+    def _subject(self) -> str:
+        return f"{self.where}: the calibration loss {self.loss!r}"
 
     @abstractmethod
     def build(self, context: ObjectiveContext, seed: int) -> CalibrationTask:

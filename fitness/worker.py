@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from ecotone.populations.genome import Genome
 from ecotone.populations.samples import Sample
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Gradient, Scores, Statistics, Trial, Wish
+from ecotone.registry import TELL, whose
 
 _log = logging.getLogger("ecotone")
 
@@ -288,7 +289,7 @@ class Worker:
             for objective in objectives:
                 name = objective.goal.name
                 try:
-                    score = objective.score(model)
+                    score = _checked(objective, objective.score(model))
                 except (Exception, SystemExit) as error:
                     return _failed(f"objective {name!r}", error, began)
                 if not math.isfinite(score.value):
@@ -384,6 +385,18 @@ class Worker:
         tensor = self._backend.not_finite()
         cause = f"the merged weights hold NaN or infinity ({tensor})" if tensor else "the merged weights are finite"
         return Evaluation.failed("not finite", f"{found}; {cause}.", seconds=time.perf_counter() - began)
+
+
+def _checked(objective: Objective, score: Any) -> Score:
+    """The answer of ``Objective.score``.
+
+    Raises:
+        InputError: It is no ``Score``, or its value is no number.
+    """
+    if isinstance(score, Score) and isinstance(score.value, SupportsFloat):
+        return score
+    subject = whose("the objective", type(objective))
+    raise InputError(f"{subject}: score(): expected a Score whose value is a number, found {repr(score)[:100]}.", TELL)
 
 
 def _indivisible(objective: Objective) -> InputError:

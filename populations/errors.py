@@ -48,6 +48,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
+def told(error: BaseException) -> str:
+    """The type of an exception and the first line of its message, as ``ValueError: too long``."""
+    return f"{type(error).__name__}: {first_line(error)}".rstrip(": ")
+
+
 def closest(word: str, known: Sequence[str]) -> str | None:
     """The known word closest to ``word``; None when none is like it."""
     begun = [one for one in known if len(word) > 2 and one.startswith(word)]

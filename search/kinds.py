@@ -18,18 +18,22 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ecotone.fitness.kinds import CalibrationSettings
+from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome, Integers
 from ecotone.populations.population import Population
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
 from ecotone.search.coefficients import CoefficientBox, Setting, borders_of
 from ecotone.search.protocol import Search
-from ecotone.settings import Part, check_kind
+from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Kind, check_kind
 
 Pair: TypeAlias = tuple[Search, Population]
 Fineness: TypeAlias = Literal["model", "groups", "block", "tensor", "element"]
 FINENESS: tuple[Fineness, ...] = get_args(Fineness)
 """How fine the segments of merges are, from one in all to any."""
+
+OF_STAGES = ("search", "evaluations", "start", "starts")
+"""The keys that a stage has beside the fields of its search."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,11 @@ class Begins:
     any_segments: bool = False
 
 
-class SearchSettings(Part):
+def _is_pair(answer: Any) -> bool:
+    return isinstance(answer, tuple) and len(answer) == 2 and hasattr(answer[0], "ask") and hasattr(answer[1], "add")
+
+
+class SearchSettings(Kind):
     """The settings of a search algorithm: its part of a recipe, and its declarations.
 
     A subclass has a field ``algorithm``, a ``Literal`` of the names that recipes give it, an entry for each field in
@@ -122,6 +130,23 @@ class SearchSettings(Part):
 
     searches_settings: ClassVar[bool] = False
     """Whether settings of the merge operator can be searched beside the coefficients."""
+
+    _answers: ClassVar[Answers] = {
+        "needs": (lambda answer: isinstance(answer, Needs), "Needs"),
+        "begins": (lambda answer: isinstance(answer, Begins), "Begins"),
+        "fineness": (lambda answer: isinstance(answer, str) and answer in FINENESS, f"one of {', '.join(FINENESS)}"),
+        "borders": ANYTHING,
+        "segments": ANYTHING,
+        "make": (_is_pair, "a pair of a search and a population"),
+        "describe": TEXT,
+        "reads_only_names": TRUTH,
+        "check": ANYTHING,
+    }
+    _passes: ClassVar[Mapping[str, type[Exception]]] = {"check": ValueError}
+
+    @property
+    def _subject(self) -> str:
+        return f"search.algorithm: the search {self.algorithm!r}"
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -284,7 +309,21 @@ def check_declared(name: str, kind: Any) -> None:
     """Refuse a search algorithm that lacks a declaration (``ecotone.settings.check_kind``).
 
     Raises:
-        InputError: It is no subclass of ``SearchSettings``, its ``algorithm`` is no ``Literal`` with this name, or it
-            lacks a method or the text of a field.
+        InputError: It is no subclass of ``SearchSettings``, its ``algorithm`` is no ``Literal`` with this name, it
+            lacks a method or the text of a field, or a field has the name of a key of stages.
     """
     check_kind(name, kind, SearchSettings, "algorithm")
+    taken = [field for field in kind.model_fields if field in OF_STAGES and not _is_own_start(kind, field)]
+    if taken:
+        keys = ", ".join(OF_STAGES)
+        raise InputError(
+            f"{kind.__name__}: expected fields with other names than the keys of a stage ({keys}), found "
+            f"{', '.join(taken)}.",
+            "Rename the field. Only a field `start` that holds a number may stay.",
+        )
+
+
+def _is_own_start(kind: type[SearchSettings], field: str) -> bool:
+    """Whether a field is a ``start`` that holds a number: a stage tells it from its own ``start``, which is text."""
+    annotation = kind.model_fields[field].annotation
+    return field == "start" and {*(get_args(annotation) or (annotation,))} <= {int, float, type(None)}

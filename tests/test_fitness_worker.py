@@ -12,6 +12,7 @@ from torch import nn
 from ecotone.fitness.backends import resident
 from ecotone.fitness.backends.resident import Resident
 from ecotone.fitness.objectives import Accuracy
+from ecotone.fitness.protocol import Score
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging.sources import Sources
@@ -254,6 +255,15 @@ def test_an_objective_that_cannot_be_computed_is_found_before_the_search(folder,
         worker.try_out()
     assert caught.value.message.splitlines()[0] == f"objective 'wrong': {words}"
     assert caught.value.remedy == "It was tried out on the first expert, before any of the budget is spent."
+
+
+@pytest.mark.parametrize("answer", [1.0, None, "good", Score("a")])
+def test_what_is_no_score_is_refused(folder, monkeypatch, answer):
+    monkeypatch.setattr(Accuracy, "score", lambda self, model: answer)
+    with pytest.raises(InputError) as caught:
+        Worker(nets(folder)).try_out()
+    said = f"the objective: score(): expected a Score whose value is a number, found {answer!r}."
+    assert caught.value.message.startswith(f"objective 'acc': {said}")
 
 
 @pytest.mark.parametrize(

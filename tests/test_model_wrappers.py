@@ -378,6 +378,30 @@ def test_a_half_declared_format_is_refused():
         FORMATS.register("half", half)
 
 
+@pytest.mark.parametrize("method", ["__init__", "owns"])
+def test_a_format_that_raises_is_skipped_and_named_where_no_other_takes_the_path(scaled, trio, monkeypatch, method):
+    def raises(*_):
+        raise OSError("no disk")
+
+    monkeypatch.setattr("ecotone.registry.package_of", lambda kind: "scales 1.0")
+    monkeypatch.setattr(ScaledFormat, method, raises)
+    assert opened(trio[1].path) == trio[1]
+    with pytest.raises(InputError) as refused:
+        opened(scaled)
+    assert refused.value.message == (
+        f"{scaled}: the checkpoint format 'scaled' of the package scales 1.0: {method}() raised OSError: no disk."
+    )
+
+
+def test_a_format_that_cannot_open_is_named(scaled, monkeypatch):
+    monkeypatch.setattr("ecotone.registry.package_of", lambda kind: "scales 1.0")
+    scaled.write_text("{}")
+    with pytest.raises(
+        InputError, match=r"of the package scales 1.0: open\(\) raised KeyError: 'of'. Tell the authors"
+    ):
+        opened(scaled)
+
+
 def test_two_formats_that_take_one_path_are_refused_both_named(scaled):
     FORMATS.register("other", ScaledFormat)
     try:

@@ -6,7 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,21 +14,25 @@ import numpy as np
 import pytest
 import torch
 from parts import call, context, objective
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import nn
 
 from ecotone.experiments import compose
 from ecotone.experiments.checks import validate
 from ecotone.experiments.recipe import Recipe
-from ecotone.fitness.gradients.calibration import Task, parts_of
+from ecotone.fitness.backends.resident import ResidentSettings
+from ecotone.fitness.gradients.calibration import EntropyLossSettings, Task, parts_of
 from ecotone.fitness.kinds import CalibrationSettings, NamedCall, ObjectiveContext, ObjectiveSettings
+from ecotone.fitness.objectives import AccuracySettings
 from ecotone.fitness.protocol import Objective, Score
 from ecotone.fitness.registry import LOSSES, OBJECTIVES, AnyObjective
 from ecotone.fitness.worker import Worker
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.trial import Goal, Gradient, Trial
+from ecotone.search.random_search import RandomSettings
+from ecotone.settings import Kind
 
 SMALLEST: dict[str, dict[str, Any]] = {
     "accuracy": {"data": {"call": "m:data"}},
@@ -363,3 +367,106 @@ def test_a_half_declared_kind_is_refused(registry: Any, kind: Any, words: str) -
 def test_a_kind_that_is_not_registered_is_refused_from_python_too() -> None:
     with pytest.raises(ValidationError, match="found 'norm'"):
         TypeAdapter(AnyObjective).validate_python(NormSettings(name="n", type="norm"))
+
+
+CALL = {"data": {"call": "m:f"}}
+SETTINGS: dict[type[Kind], tuple[dict[str, Any], str]] = {
+    RandomSettings: ({}, "search.algorithm: the search 'random'"),
+    AccuracySettings: ({"name": "o", "type": "accuracy", **CALL}, "objective 'o': the objective 'accuracy'"),
+    EntropyLossSettings: ({"name": "t", **CALL}, "calibration 't': the calibration loss 'entropy'"),
+    ResidentSettings: ({}, "scoring.backend: the scoring backend 'resident'"),
+}
+
+
+def of_a_package(base: type[Kind], method: str, does: Callable[..., Any]) -> Callable[[], Any]:
+    """A method of a class that is made from one of ours, as another package makes it."""
+    kind = type("Mine", (base,), {method: does, "__module__": __name__})
+    return getattr(kind(**SETTINGS[base][0]), method)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("base", "method"), [(base, method) for base in SETTINGS for method in base._answers])
+def test_a_method_of_a_package_that_raises_is_told_with_the_package(
+    base: type[Kind], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(self: Any) -> Any:
+        raise OSError("no disk\nat all")
+
+    asked, ours = of_a_package(base, method, raises), getattr(base, method)
+    with pytest.raises(OSError, match="no disk"):  # of a class in no package its author sees what was raised
+        asked()
+    monkeypatch.setattr("ecotone.registry.package_of", lambda kind: "mine 1.0")
+    with pytest.raises(InputError) as refused:
+        asked()
+    said = f"{SETTINGS[base][1]} of the package mine 1.0: {method}() raised OSError: no disk."
+    assert (refused.value.message, refused.value.remedy) == (said, "Tell the authors of that package.")
+    assert getattr(base, method) is ours
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "answer", "expected"),
+    [
+        (RandomSettings, "make", None, "a pair of a search and a population"),
+        (RandomSettings, "needs", None, "Needs"),
+        (RandomSettings, "begins", True, "Begins"),
+        (RandomSettings, "fineness", "fine", "one of model, groups, block, tensor, element"),
+        (RandomSettings, "describe", None, "text"),
+        (AccuracySettings, "build", None, "an object with goal and score"),
+        (AccuracySettings, "calls", ("m:f",), "a sequence of NamedCall"),
+        (AccuracySettings, "examine", None, "an iterator of facts"),
+        (EntropyLossSettings, "build", None, "a calibration task"),
+        (ResidentSettings, "make", None, "a backend, which has show"),
+        (ResidentSettings, "gradients", None, "True or False"),
+    ],
+)
+def test_an_answer_of_a_package_that_does_not_fit_is_refused(
+    base: type[Kind], method: str, answer: Any, expected: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        of_a_package(base, method, lambda self: answer)()
+    assert refused.value.message == f"{SETTINGS[base][1]}: {method}(): expected {expected}, found {answer!r}."
+
+
+def test_what_ecotone_raises_stays_and_a_generator_is_run_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Any) -> Any:
+        raise InputError("data: expected more.", "Give more.")
+
+    def facts(self: Any) -> Iterator[tuple[str, str]]:
+        yield "data", "enough"
+        raise OSError("no disk")
+
+    monkeypatch.setattr("ecotone.registry.package_of", lambda kind: "mine 1.0")
+    with pytest.raises(InputError, match=r"^data: expected more. Give more.$"):
+        of_a_package(AccuracySettings, "build", fails)()
+    with pytest.raises(InputError, match=r"examine\(\) raised OSError: no disk"):
+        of_a_package(AccuracySettings, "examine", facts)()
+
+
+class Picky(NormSettings):
+    """Its check has a mistake."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Picky:
+        raise KeyError("scale") if self.scale < 2 else ValueError("scale: expected less")
+
+
+def test_what_a_validator_of_a_package_raises_is_told_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ecotone.registry.package_of", lambda kind: "mine 1.0")
+    OBJECTIVES.register("norm", Picky)
+    try:
+        with pytest.raises(
+            InputError, match=r"^type: the objective 'norm' of the package mine 1.0: model_validate\(\) "
+        ):
+            TypeAdapter(AnyObjective).validate_python({"name": "n", "type": "norm"})
+        with pytest.raises(ValidationError, match="expected less"):
+            TypeAdapter(AnyObjective).validate_python({"name": "n", "type": "norm", "scale": 3})
+    finally:
+        OBJECTIVES.forget("norm")
+
+
+def test_a_search_may_refuse_an_operator_with_a_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(self: Any) -> None:
+        raise ValueError("merge.operator: expected linear")
+
+    monkeypatch.setattr("ecotone.registry.package_of", lambda kind: "mine 1.0")
+    with pytest.raises(ValueError, match=r"^merge.operator: expected linear$"):
+        of_a_package(RandomSettings, "check", refuses)()

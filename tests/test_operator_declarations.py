@@ -1,11 +1,13 @@
 """What operators declare: settings with types, texts and bounds, told once; and what is refused when one is lacking."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import Field
 
+from ecotone.experiments.merge import Merge
 from ecotone.merging import operators
 from ecotone.merging.operators import OPERATORS
 from ecotone.merging.operators.declared import Setting, check_declared, settings_of
@@ -150,9 +152,39 @@ TOLD = "Half.\n\nArgs:\n    share: A share.\n"
         ),
         (
             lambda: declared(Linear, name="half", share=None, __doc__=TOLD, __annotations__={"share": memoryview}),
-            "expected a type of its setting 'share' that pydantic can check, found <class 'memoryview'>",
+            "that pydantic can check and that has a JSON Schema, found <class 'memoryview'>",
         ),
         (lambda: declared(Linear, name="half", searchable={"shar": (0, 1)}), "searchable settings among its fields"),
+        (lambda: declared(Linear, name="half", searchable=["share"]), "of settings to (low, high), found ['share']"),
+        (lambda: declared(Linear, name="half", searchable=None), "of settings to (low, high), found None"),
+        (
+            lambda: declared(Linear, name="half", searchable={"share": (1, 0)}),
+            "searchable: two numbers (low, high) with low below high for 'share', found (1, 0)",
+        ),
+        (
+            lambda: declared(Linear, name="half", searchable={"share": 1.0}),
+            "searchable: two numbers (low, high) with low below high for 'share', found 1.0",
+        ),
+        (
+            lambda: declared(Linear, name="half", share=1, __doc__=TOLD, __annotations__={"share": "Unknown"}),
+            "annotations and defaults that can be read, found NameError: name 'Unknown' is not defined",
+        ),
+        (
+            lambda: declared(
+                Linear,
+                name="half",
+                share=field(default_factory=lambda: 1 / 0),
+                __doc__=TOLD,
+                __annotations__={"share": float},
+            ),
+            "annotations and defaults that can be read, found ZeroDivisionError: division by zero",
+        ),
+        (
+            lambda: declared(
+                Linear, name="half", share=abs, __doc__=TOLD, __annotations__={"share": Callable[[int], int]}
+            ),
+            "a type of its setting 'share' that pydantic can check and that has a JSON Schema, found collections.abc",
+        ),
     ],
 )
 def test_what_is_half_declared_is_refused_in_words(kind, said):
@@ -164,6 +196,16 @@ def test_what_is_half_declared_is_refused_in_words(kind, said):
     assert refused.value.message.startswith("operator 'half': expected ")
     assert said in refused.value.message
     assert "half" not in OPERATORS
+
+
+@pytest.mark.parametrize("key", list(Merge.model_fields))
+def test_settings_with_the_names_of_keys_of_merge_are_refused(key):
+    doc = f"Half.\n\nArgs:\n    {key}: A share.\n"
+    with pytest.raises(InputError) as refused:
+        OPERATORS.register(
+            "half", declared(Linear, name="half", __doc__=doc, __annotations__={key: float}, **{key: 1.0})
+        )
+    assert f"other names than the keys of merge (operator, dtype), found {key}." in refused.value.message
 
 
 def test_settings_of_a_class_are_found_once():

@@ -127,6 +127,34 @@ LEAVES = "[ecotone.operators]\nleaver = leaving_plugin:Operator\n"
 TWICE = "[ecotone.searches]\ntwin = {module}:Settings\n"
 HALF = "[ecotone.searches]\nhalf = half_plugin:HalfSettings\n"
 OURS = "[ecotone.operators]\nlinear = ours_plugin:Linear\n"
+FORWARD = "[ecotone.operators]\nforward = forward_plugin:Forward\n"
+FORWARD_CODE = '''
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from ecotone.merging.operators.linear import Linear
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+@dataclass(frozen=True)
+class Forward(Linear):
+    """Forward.
+
+    Args:
+        share: A share.
+    """
+    share: Decimal = 1
+    name = "forward"
+'''
+RAISES = "[ecotone.formats]\nraises = raising_plugin:Raises\n"
+RAISES_CODE = """
+from ecotone.merging.models.formats import SafetensorsFile
+
+class Raises(SafetensorsFile):
+    def owns(self, path):
+        raise OSError("no disk")
+"""
 HALF_CODE = '''
 from typing import Literal
 from ecotone.search.kinds import Box
@@ -148,6 +176,8 @@ def test_broken_plug_ins_are_named_and_the_rest_works(tmp_path: Path) -> None:
     metadata(place, "second", TWICE.format(module="second_plugin"), second_plugin="class Settings: pass")
     metadata(place, "leaver", LEAVES, leaving_plugin="raise SystemExit(3)")
     metadata(place, "halves", HALF, half_plugin=HALF_CODE)
+    metadata(place, "forwards", FORWARD, forward_plugin=FORWARD_CODE)
+    metadata(place, "raising", RAISES, raising_plugin=RAISES_CODE)
     metadata(place, "usurper", OURS, ours_plugin="class Linear: pass")
     found = program(place, "plugins", "--json")
     assert found.returncode == 0, found.stderr
@@ -160,6 +190,8 @@ def test_broken_plug_ins_are_named_and_the_rest_works(tmp_path: Path) -> None:
     assert "first 0.1 (first_plugin:Settings)" in twins
     assert "second 0.1 (second_plugin:Settings)" in twins
     assert "lacks begins, make, needs" in errors["half", "halves 0.1"]
+    assert "NameError: name 'Decimal' is not defined" in errors["forward", "forwards 0.1"]
+    assert errors["raises", "raising 0.1"] == ""
     assert errors["linear", "usurper 0.1"] == "ecotone itself has this operator 'linear', which is used."
     assert errors["linear", "ecotone"] == ""
     recipe = toy_recipe(tmp_path / "mine", budget={"evaluations": 4})

@@ -7,15 +7,21 @@ import pickle
 import subprocess
 import sys
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
+from ecotone.experiments.plugins import registries
+from ecotone.fitness.statistics.kinds import STATISTICS
+from ecotone.merging.models.formats import FORMATS
+from ecotone.merging.operators import OPERATORS
 from ecotone.populations.errors import InputError
-from ecotone.registry import Registry
-from ecotone.settings import UNKNOWN_KIND, Call, Chosen, Part, check_kind, chosen_of
+from ecotone.registry import Registry, package_of
+from ecotone.search.registry import SEARCHES
+from ecotone.settings import UNKNOWN_KIND, Call, Chosen, Part, check_kind, check_shape, chosen_of
 
 HERE = "kinds_tested"
 
@@ -260,8 +266,9 @@ def test_a_registered_kind_is_taken_and_may_be_forgotten() -> None:
 
 
 PLUGIN = """
-from typing import ClassVar, Literal
-from {tested} import Shape
+from typing import Annotated, ClassVar, Literal
+from ecotone.settings import Chosen
+from {tested} import SHAPES, Shape
 
 class Star(Shape):
     '''Pointed.
@@ -276,6 +283,23 @@ class Star(Shape):
 
     def area(self):
         return 1.0
+
+class Nested(Star):
+    '''Holds another shape.
+
+    Attributes:
+        inner: The other one.
+    '''
+
+    kind: Literal["nested"]
+    inner: Annotated[Shape, Chosen(SHAPES, "kind")] | None = None
+
+class Fussy(Star):
+    kind: Literal["fussy"]
+
+    @classmethod
+    def texts(cls):
+        raise OSError("no ink")
 
 class Silent(Star):
     kind: Literal["silent"]
@@ -295,7 +319,7 @@ def said(kind):
     except ValidationError as error:
         return [list(one["loc"]) + [one["msg"]] for one in error.errors()]
 
-found = {{kind: said(kind) for kind in ("star", "silent", "broken", "twice", "str")}}
+found = {{kind: said(kind) for kind in {kinds!r}}}
 star = tested.Drawing.model_validate({{"first": {{"name": "s", "kind": "star"}}}})
 found["pickled"] = pickle.loads(pickle.dumps(star)) == star
 found["schema"] = sorted(tested.Drawing.model_json_schema()["properties"]["first"]["discriminator"]["mapping"])
@@ -319,15 +343,21 @@ def plugged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tested = Path(__file__).stem
     (folder / "starry.py").write_text(PLUGIN.format(tested=tested))
     (folder / "broken_shape.py").write_text("raise RuntimeError('no display\\nat all')\n")
+    (folder / "based_shape.py").write_text("class Odd(BaseException): pass\nraise Odd('odd')\n")
     points = {
         "star": "starry:Star",
         "silent": "starry:Silent",
         "broken": "broken_shape:Broken",
         "str": "starry:Literal",
+        "nested": "starry:Nested",
+        "fussy": "starry:Fussy",
+        "based": "based_shape:Shape",
+        "bare": "starry",
+        "odd": "no place!",
     }
     installed(folder, "starry", {**points, "twice": "starry:Star"})
     installed(folder, "other", {"twice": "starry:Silent"})
-    program = USER.format(tests=str(Path(__file__).parent), tested=tested)
+    program = USER.format(tests=str(Path(__file__).parent), tested=tested, kinds=(*points, "twice"))
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -359,6 +389,26 @@ def test_a_kind_of_another_package_is_taken_like_ours(plugged: dict[str, Any]) -
             "the shape 'silent' of the package starry 1.0 cannot be used: Silent: expected a text for each field, "
             "found none for depth. Write it into the Attributes section of the class's docstring.",
         ),
+        (
+            "based",
+            "the shape 'based' of the package starry 1.0 cannot be imported: Odd: odd (based_shape:Shape). Mend or "
+            "uninstall that package.",
+        ),
+        (
+            "nested",
+            "the shape 'nested' of the package starry 1.0 cannot be used: Nested: expected fields of types that have a "
+            "JSON Schema, found none: RecursionError: maximum recursion depth exceeded",
+        ),
+        ("fussy", "the shape 'fussy' of the package starry 1.0 cannot be used: OSError: no ink. Mend or uninstall"),
+        (
+            "bare",
+            "the shape 'bare' of the package starry 1.0 cannot be imported: expected an entry point of the form "
+            "module:attribute, found 'starry'. Mend or uninstall that package.",
+        ),
+        (
+            "odd",
+            "the shape 'odd' of the package starry 1.0 cannot be imported: expected an entry point of the form mod",
+        ),
         ("str", "the shape 'str' of the package starry 1.0 cannot be used: expected a class made of Shape, found "),
     ],
 )
@@ -378,6 +428,72 @@ def test_two_packages_with_a_kind_of_one_name_are_refused_both_named(plugged: di
 
 def test_the_schema_has_the_kinds_that_can_be_used(plugged: dict[str, Any]) -> None:
     assert plugged["schema"] == ["circle", "disc", "square", "star"]
+
+
+class Faulty(Triangle):
+    """Half declared.
+
+    Attributes:
+        kind: Its kind.
+        extra: A field.
+    """
+
+    kind: Literal["faulty"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "default", "said"),
+    [
+        (Callable[[int], int], abs, "expected fields of types that have a JSON Schema, found none: PydanticInvalidF"),
+        ("Undefined", 3, "expected fields of types that have a JSON Schema, found none: PydanticUndefine"),
+        (int, Field(default_factory=lambda: 1 // 0), "extra: its default cannot be made: ZeroDivisionError: integer"),
+    ],
+)
+def test_fields_that_would_break_the_schema_are_refused(extra: Any, default: Any, said: str) -> None:
+    members = {"__annotations__": {"extra": extra}, "extra": default, "__module__": __name__}
+    kind = type("Broken", (Faulty,), members)
+    with pytest.raises(InputError) as refused:
+        SHAPES.register("faulty", kind)
+    assert refused.value.message.startswith(f"Broken: {said}")
+    assert "faulty" not in SHAPES
+
+
+def test_an_instance_is_not_registered() -> None:
+    with pytest.raises(InputError) as refused:
+        SHAPES.register("triangle", Triangle(name="t", kind="triangle"))  # type: ignore[arg-type]
+    said = "expected a class made of Shape, found an instance of Triangle. Register the class Triangle."
+    assert str(refused.value) == said
+
+
+@pytest.mark.parametrize(
+    ("registry", "instance"),
+    [
+        (OPERATORS, lambda: OPERATORS.get("ties", "operator")()),
+        (STATISTICS, lambda: STATISTICS.get("magnitude", "kind")({})),
+        (FORMATS, lambda: FORMATS.get("lora", "format")()),
+        (SEARCHES, lambda: SEARCHES.get("random", "search")()),
+    ],
+)
+def test_an_instance_of_ours_is_not_registered(registry: Registry[Any], instance: Callable[[], Any]) -> None:
+    with pytest.raises(InputError, match=r"expected a (class|frozen dataclass).*, found (an instance of|<)"):
+        registry.register("mine", instance())
+    assert "mine" not in registry
+
+
+def test_the_package_of_a_kind_is_that_of_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, "packed", {"one": "packed_shapes.inner:One", "odd": "no place!"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert package_of(type("One", (), {"__module__": "packed_shapes.other"})) == "packed 1.0"
+    assert package_of(Triangle) == package_of(Circle) == package_of(Registry) == ""
+
+
+@pytest.mark.parametrize("registry", registries().values(), ids=registries())
+def test_the_schemas_and_defaults_of_ours_can_be_made(registry: Registry[Any]) -> None:
+    for name in registry:
+        kind = registry.get(name, "kind")
+        settings = getattr(kind, "settings", kind)
+        if isinstance(settings, type) and issubclass(settings, Part):
+            check_shape(settings)
 
 
 # -- the JSON Schema -----------------------------------------------------------------------------------------

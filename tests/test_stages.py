@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -33,12 +33,15 @@ from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from ecotone.search.adamerging import AdaMerging, AdaMergingSettings
 from ecotone.search.bayesian_map import BayesianMap, BayesianMapSettings
+from ecotone.search.chain import StageSettings
 from ecotone.search.cma_es import CmaEs, CmaEsSettings
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.m2n2 import M2N2, M2N2Settings
 from ecotone.search.manager import Manager, Schedule
 from ecotone.search.map import MapSearch, MapSettings
 from ecotone.search.nsga import Nsga, NsgaSettings
+from ecotone.search.random_search import RandomSettings
+from ecotone.search.registry import SEARCHES
 from ecotone.search.stages import REMEMBERED, Stage, StagedSearch, _renumbered, stage_seed
 from ecotone.testing.searches import SPACE, Driver, expanded, scored
 
@@ -656,3 +659,15 @@ def test_of_warnings_only_the_search_s_own_numbers_are_the_chain_s() -> None:
     told = {"number": 1, "warnings": ["the score fell; trial 2 is its best.", "line 0 failed: cannot read trial 40"]}
     found = _renumbered(told, [10, 11, 12])
     assert found == {"number": 11, "warnings": ["the score fell; trial 12 is its best.", told["warnings"][1]]}
+
+
+@pytest.mark.parametrize("key", list(StageSettings.model_fields))
+def test_a_search_with_a_field_of_the_name_of_a_stage_s_key_is_refused(key: str) -> None:
+    text = f"Mine.\n\nAttributes:\n    algorithm: ``mine``.\n    {key}: A key.\n"
+    fields = {"algorithm": Literal["mine"], key: Literal["here", "there"]}
+    members = {"algorithm": "mine", key: "here", "__annotations__": fields, "__doc__": text, "__module__": __name__}
+    with pytest.raises(InputError) as refused:
+        SEARCHES.register("mine", type("Mine", (RandomSettings,), members))
+    assert f"other names than the keys of a stage (search, evaluations, start, starts), found {key}." in str(
+        refused.value
+    )

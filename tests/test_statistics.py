@@ -339,6 +339,37 @@ def test_a_kind_that_does_not_say_all_is_refused(lacks: str) -> None:
         STATISTICS.register("half", kind)
 
 
+class Untold(Gathering):
+    """A field without a text."""
+
+    power: int = 2
+
+
+class Required(Gathering):
+    """A field without a default.
+
+    Attributes:
+        power: The power.
+    """
+
+    power: int
+
+
+@pytest.mark.parametrize(
+    ("settings", "version", "said"),
+    [
+        (Untold, 1, "Untold: expected a text for each field, found none for power."),
+        (Required, 1, "Required: expected a default of each field, found none for power."),
+        (Gathering, True, "version: expected a whole number, found True."),
+    ],
+)
+def test_a_kind_that_is_half_declared_is_refused(settings: Any, version: Any, said: str) -> None:
+    kind = type("Half", (), {"settings": settings, "version": version, "gather": lambda *_: {}})
+    with pytest.raises(InputError) as refused:
+        STATISTICS.register("half", kind)
+    assert refused.value.message == f"statistics 'half': {said}"
+
+
 def test_all_settings_have_a_text() -> None:
     for name in STATISTICS:
         assert all(STATISTICS.get(name, "kind").settings.texts().values()), name

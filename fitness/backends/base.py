@@ -11,12 +11,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
 from ecotone.populations.genome import Floats, Genome
-from ecotone.settings import Call, Part, check_kind
+from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Call, Kind, check_kind
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ class BackendContext:
     dtype: torch.dtype | None
 
 
-class ScoringSettings(Part):
+class ScoringSettings(Kind):
     """How candidates are scored. Floating-point results depend on it, so it is part of a recipe's signature.
 
     A backend's settings are a subclass with a ``Literal`` of its name as ``backend``, and all abstract methods.
@@ -114,6 +114,17 @@ class ScoringSettings(Part):
     order: Literal["strict", "arrival"] = "strict"
     threads: int = Field(default=1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    _answers: ClassVar[Answers] = {
+        "gradients": TRUTH,
+        "make": (lambda answer: hasattr(answer, "show"), "a backend, which has show"),
+        "needs": ANYTHING,
+        "describe": TEXT,
+    }
+
+    @property
+    def _subject(self) -> str:
+        return f"scoring.backend: the scoring backend {self.backend!r}"
 
     @model_validator(mode="after")
     def _room(self) -> ScoringSettings:

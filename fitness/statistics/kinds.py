@@ -14,7 +14,7 @@ from ecotone.fitness.heads import Head
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.trial import Statistics
 from ecotone.registry import Registry
-from ecotone.settings import Part
+from ecotone.settings import Part, check_fields
 
 
 class Gathering(Part):
@@ -71,10 +71,23 @@ class Statistic(Protocol):
 
 
 def _check(name: str, kind: Any) -> None:
+    if not isinstance(kind, type):
+        raise InputError(f"statistics {name!r}: expected a class, found {kind!r}.")
     settings, version = getattr(kind, "settings", None), getattr(kind, "version", None)
     if not (isinstance(settings, type) and issubclass(settings, Gathering)):
         raise InputError(f"statistics {name!r}: settings: expected a class made from Gathering, found {settings!r}.")
-    if not isinstance(version, int):
+    try:
+        check_fields(settings)
+    except InputError as error:
+        raise InputError(f"statistics {name!r}: {error.message}", error.remedy) from error
+    required = [field for field, info in settings.model_fields.items() if info.is_required()]
+    if required:
+        raise InputError(
+            f"statistics {name!r}: {settings.__name__}: expected a default of each field, found none for "
+            f"{', '.join(required)}.",
+            "Give each a default: a trial may ask for statistics without settings.",
+        )
+    if type(version) is not int:
         raise InputError(f"statistics {name!r}: version: expected a whole number, found {version!r}.")
     if not callable(getattr(kind, "gather", None)):
         raise InputError(f"statistics {name!r}: expected a method gather(model, tasks), found none.")

@@ -15,8 +15,8 @@ from ecotone.merging.models import hub
 from ecotone.merging.models.checkpoint import Checkpoint, is_adapter, is_safetensors, located
 from ecotone.merging.models.lora import Adapter
 from ecotone.merging.models.model import Model, declared
-from ecotone.populations.errors import CheckpointError, InputError
-from ecotone.registry import Registry
+from ecotone.populations.errors import CheckpointError, EcotoneError, InputError
+from ecotone.registry import Registry, blamed
 
 
 class Format(Protocol):
@@ -65,6 +65,8 @@ SAYS = tuple(name for name in vars(Format) if not name.startswith("_"))
 
 def check_declared(name: str, kind: Any) -> None:
     """Raise ``InputError`` unless a format has all declarations."""
+    if not callable(kind):
+        raise InputError(f"checkpoint format {name!r}: expected a class, found {kind!r}.")
     lacking = [each for each in SAYS if not hasattr(kind, each)]
     if lacking:
         raise InputError(
@@ -101,7 +103,8 @@ def opened(path: str | Path, base: Model | None = None, field: str = "base") -> 
         return Checkpoint.open(place)  # says what it is and how it is converted
     if kind.needs_base and base is None:
         raise InputError(f"{field}: the expert {place!r} is a {kind.title} and needs the model it was trained on.")
-    return declared(kind.open(place, base))
+    with blamed(f"{place}: the checkpoint format {kind.title!r}", type(kind), "open"):
+        return declared(kind.open(place, base))
 
 
 def opened_whole(path: str | Path) -> Model:
@@ -119,16 +122,30 @@ def format_of(path: str) -> Format | None:
     """The format that a path is of, or None.
 
     Raises:
-        InputError: Formats of two other packages take it.
+        InputError: Formats of two other packages take it; or none takes it, and one of another package has raised.
     """
-    kinds = {name: kind() for name, kind in FORMATS.usable().items()}
-    others = [name for name, kind in kinds.items() if name not in _OURS and kind.owns(path)]
-    if len(others) > 1:
+    owners, raised = dict[str, Format](), list[EcotoneError]()
+    for name, kind in FORMATS.usable().items():
+        if name in _OURS:
+            continue
+        subject = f"{path}: the checkpoint format {name!r}"
+        try:
+            with blamed(subject, kind, "__init__"):
+                made = kind()
+            with blamed(subject, kind, "owns"):
+                if made.owns(path):
+                    owners[name] = made
+        except EcotoneError as error:
+            raised.append(error)
+    if len(owners) > 1:
         raise InputError(
-            f"{path}: the checkpoint formats {' and '.join(others)} both take it.", "Uninstall one of them."
+            f"{path}: the checkpoint formats {' and '.join(owners)} both take it.", "Uninstall one of them."
         )
-    owners = others or [name for name in _OURS if kinds[name].owns(path)]
-    return kinds[owners[0]] if owners else None
+    ours = (FORMATS.get(name, "format")() for name in _OURS)
+    found = next(iter(owners.values()), None) or next((one for one in ours if one.owns(path)), None)
+    if found is None and raised:
+        raise raised[0]
+    return found
 
 
 class SafetensorsFile:

@@ -15,11 +15,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from ecotone.merging.operators.base import Operator
-from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.errors import InputError, first_line, nearest, told
+from ecotone.registry import is_ours
 from ecotone.settings import described
 
 SAYS = tuple(name for name in vars(Operator) if not name.startswith("_"))
 """The attributes and methods that every operator must have."""
+
+OF_MERGE = ("operator", "dtype")
+"""The keys of a recipe's ``merge`` that lie beside the settings of the operator."""
 
 _KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -115,7 +119,8 @@ def check_declared(name: str, kind: Any) -> None:
 def _faults(name: str, kind: Any) -> Iterator[str]:
     """The faults of an operator. Each text names the expected and the found."""
     if not _is_frozen(kind):
-        yield f"a frozen dataclass, found {kind!r}"
+        found = f"an instance of {type(kind).__name__}" if is_dataclass(type(kind)) else repr(kind)
+        yield f"a frozen dataclass, found {found}"
         return
     lacking = [each for each in SAYS if not hasattr(kind, each)]
     if lacking:
@@ -123,26 +128,53 @@ def _faults(name: str, kind: Any) -> Iterator[str]:
         return
     if kind.name != name:
         yield f"one of this name, found {kind.name!r}"
+    wrong = _wrong_bounds(kind.searchable)
+    if wrong:
+        yield wrong
+        return
+    try:
+        settings_of(kind)
+    except Exception as error:
+        yield f"annotations and defaults that can be read, found {told(error)}"
+        return
     texts, known = _texts(kind), [field.name for field in _fields(kind)]
+    taken = [field for field in known if field in OF_MERGE]
+    if taken:
+        yield f"settings with other names than the keys of merge ({', '.join(OF_MERGE)}), found {', '.join(taken)}"
     for field in _fields(kind):
         if _default(field) is MISSING:
             yield f"a default of its setting {field.name!r}, found none"
         elif not texts.get(field.name):
             yield f"a text of its setting {field.name!r} in the Args section of its docstring, found none"
         else:
-            yield from _faults_of(settings_of(kind)[field.name])
+            yield from _faults_of(settings_of(kind)[field.name], shape=not is_ours(kind))
     unknown = [each for each in _searchable(kind) if each not in known]
     if unknown:
         yield f"searchable settings among its fields, found {', '.join(unknown)}"
 
 
-def _faults_of(setting: Setting) -> Iterator[str]:
+def _wrong_bounds(searchable: Any) -> str:
+    """The fault of the declaration ``searchable``; empty without one."""
+    if not isinstance(searchable, Mapping):
+        return f"searchable: a mapping of settings to (low, high), found {searchable!r}"
+    for name, bounds in searchable.items():
+        pair = isinstance(bounds, tuple | list) and len(bounds) == 2
+        if not (pair and all(isinstance(bound, int | float) for bound in bounds) and bounds[0] < bounds[1]):
+            return f"searchable: two numbers (low, high) with low below high for {name!r}, found {bounds!r}"
+    return ""
+
+
+def _faults_of(setting: Setting, *, shape: bool) -> Iterator[str]:
+    """The faults of a setting; ``shape`` also makes its JSON Schema."""
     try:
         setting.checked(setting.default)
+        if shape:
+            setting.adapter.json_schema()
     except InputError as error:
         yield f"a default that fits its type, found {error.message}"
     except PydanticUserError as error:
-        yield f"a type of its setting {setting.name!r} that pydantic can check, found {setting.type} ({error})"
+        wanted = f"a type of its setting {setting.name!r} that pydantic can check and that has a JSON Schema"
+        yield f"{wanted}, found {setting.type} ({first_line(error)})"
 
 
 def _is_frozen(kind: Any) -> bool:
