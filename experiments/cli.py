@@ -146,7 +146,7 @@ def resume(
         return
     if folder is not None or environment:
         raise InputError("--folder, --env: expected with the http:// address of a cluster's dashboard, found without.")
-    from ecotone.experiments.recipe import Recipe, apply_settings
+    from ecotone.experiments.recipe import Recipe
     from ecotone.experiments.running import resume as resume_run
     from ecotone.experiments.words import wrote
     from ecotone.populations import facts
@@ -161,7 +161,7 @@ def resume(
     changes = changes_of(settings, workers, address)
     with found.journal() as journal:
         recorded, written_by = journal.fact(facts.RECIPE) or {}, wrote(journal)
-    chosen = Recipe.from_record(apply_settings(recorded, changes), written_by=written_by)
+    chosen = Recipe.read_back(recorded, written_by, changes)
 
     def work(watcher: Watcher) -> Run:
         return resume_run(found, changes, observe=watcher, notify=watcher.say)
@@ -487,8 +487,9 @@ def ui(
         addresses = {"address": pages and pages.view, "run_address": pages and pages.run, "pages": elsewhere}
         print_json({**tracking.status(found.directory), **addresses})
         return
+    titles = {name: kind.title for name, kind in tracking.TRACKERS.usable().items()}
     for name, page in elsewhere.items():
-        typer.echo(f"{tracking.TRACKERS.get(name, 'tracker').title}: {page}")
+        typer.echo(f"{titles.get(name, name)}: {page}")
     if "mlflow" in known or not elsewhere:
         tracking.serve(found.directory, port, open_browser, typer.echo)
 

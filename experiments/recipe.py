@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
@@ -267,26 +268,49 @@ class Recipe(Part):
         return cls.from_record(apply_settings(record, settings or {}), file.parent.resolve())
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], folder: Path | None = None, written_by: str = "") -> Recipe:
+    def from_record(cls, record: Mapping[str, Any], folder: Path | None = None) -> Recipe:
         """Check a nested mapping.
 
         Args:
             record: The recipe.
             folder: The folder that paths of models are relative to; None for the working directory.
-            written_by: The version of Ecotone that wrote the record; empty when it is not known.
 
         Raises:
             InputError: A key is unknown, or a value does not fit.
         """
-        try:
-            recipe = cls.model_validate(record)
-        except ValidationError as error:
-            raise InputError(explained(error, cls), newer(written_by)) from error
+        recipe = cls._of(record)
         if folder is None:
-            return with_files(recipe, lambda path: str(Path(path).expanduser().absolute()))
+            return recipe._in_place()
         found = recipe._absolute(folder)
         found._folder = folder
         return found
+
+    @classmethod
+    def read_back(
+        cls, record: Mapping[str, Any], written_by: str, settings: Mapping[str, Any] = MappingProxyType({})
+    ) -> Recipe:
+        """The recipe that a run or an export has on record. Trackers that cannot be used here stop nothing.
+
+        Args:
+            record: The recipe, as ``record`` returned it.
+            written_by: The version of Ecotone that wrote the record; empty when it is not known.
+            settings: Fields to replace, by dotted name.
+
+        Raises:
+            InputError: A key is unknown, or a value does not fit.
+        """
+        return cls._of(apply_settings(record, settings), written_by, record.get("tracking"))._in_place()
+
+    @classmethod
+    def _of(cls, record: Mapping[str, Any], written_by: str = "", tracking: Any = None) -> Recipe:
+        """A record, checked; ``tracking`` is what the run's own recipe says of trackers, where it is read back."""
+        try:
+            return cls.model_validate(record, context=tracking)
+        except ValidationError as error:
+            raise InputError(explained(error, cls), newer(written_by)) from error
+
+    def _in_place(self) -> Recipe:
+        return with_files(self, lambda path: str(Path(path).expanduser().absolute()))
 
     def record(self) -> dict[str, Any]:
         """The whole recipe as nested plain values; ``from_record`` takes it back."""

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from ecotone.experiments import checks, compose, logs, preparation, storage, tracking
-from ecotone.experiments.recipe import Recipe, apply_settings, check_resumable
+from ecotone.experiments.recipe import Recipe, check_resumable
 from ecotone.experiments.runs import Run, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.experiments.words import wrote
@@ -114,6 +114,7 @@ def resume(
     ):
         record, folders = _recorded_paths(journal)
         recipe = _resumed_recipe(record, settings or {}, wrote(journal))
+        deque(map(notify, recipe.tracking.warnings()), maxlen=0)
         paths = compose.python_paths(folders)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
@@ -124,7 +125,7 @@ def resume(
             same_models(journal, space)
             journal.note(facts.RECIPE, recipe.record())
             journal.note(facts.BUDGET, recipe.budget.model_dump(mode="json"))
-            journal.note(facts.TRACKING, recipe.tracking.recorded())
+            journal.note(facts.TRACKING, recipe.tracking.recorded(journal.fact(facts.TRACKING) or {}))
             journal.note(facts.SYS_PATH, folders)
             _carry_out(composition, composition.search(space), place, journal, pool, space, observe, notify)
     return Run(place.directory)
@@ -340,7 +341,7 @@ def _moved(value: Any, old: str, new: str) -> Any:
 
 def _resumed_recipe(record: Mapping[str, Any], settings: Mapping[str, Any], written_by: str) -> Recipe:
     check_resumable(settings)
-    return Recipe.from_record(apply_settings(record, settings), written_by=written_by)
+    return Recipe.read_back(record, written_by, settings)
 
 
 def _check_numbers(space: Space, notify: Notify) -> None:

@@ -96,9 +96,9 @@ def _place(steps: Steps, root: type[Part]) -> tuple[list[int | str], type[Part]]
                 written.append(step)
             chosen = chosen_of(field)
             part = part if chosen else _part(field.annotation) or part
-        elif part.extras is not None:
+        elif (beside := part.part_at(step)) is not None:
             written.append(step)
-            part = part.extras
+            part = beside
         else:
             part, chosen = MEMBERS.get(step, part), None if step in MEMBERS else chosen
     return written, part

@@ -99,7 +99,7 @@ def test_keys_of_merge_that_are_no_text(key: Any) -> None:
 def test_a_record_of_a_newer_ecotone_is_said_to_be_one(monkeypatch: Any, version: str, said: bool) -> None:
     monkeypatch.setattr(words, "version", lambda package: "0.1.3")
     with pytest.raises(InputError, match=r"budget\.future: unknown key") as caught:
-        Recipe.from_record({**PLAIN, "budget": {"future": 3}}, written_by=version)
+        Recipe.read_back({**PLAIN, "budget": {"future": 3}}, version)
     assert (f"Ecotone {version} wrote this" in str(caught.value)) == said
 
 

@@ -23,12 +23,15 @@ from processes import Ecotone
 from safetensors.numpy import save_file
 
 from ecotone.experiments import checks, tracking
+from ecotone.experiments.exports import verify
 from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch, resume
 from ecotone.experiments.tracking.mlflow.server import free_port
 from ecotone.experiments.tracking.protocol import TrackerSettings
 from ecotone.experiments.tracking.settings import TrackingSettings
 from ecotone.experiments.tracking.wandb import WandbSettings
 from ecotone.extras import how_to_install
+from ecotone.populations import facts
 from ecotone.populations.errors import InputError
 from ecotone.populations.journal import Journal
 from ecotone.testing import trackers
@@ -273,6 +276,14 @@ def test_a_tracker_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: py
 # -- recipes -------------------------------------------------------------------------------------------------
 
 
+PLAIN: dict[str, Any] = {
+    "name": "toy",
+    "models": {"experts": ["1.safetensors"]},
+    "objectives": {"search": [{"name": "left", "type": "call", "call": "m:f"}]},
+    "budget": {"evaluations": 6},
+}
+
+
 class ToySettings(TrackerSettings):
     """A tracker of another package.
 
@@ -350,13 +361,7 @@ def test_the_schema_has_every_tracker(toy: None) -> None:
 
 def test_a_recipe_is_told_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WandbSettings, "packages", ("no_such_package",))
-    record = {
-        "name": "toy",
-        "models": {"experts": ["1.safetensors"]},
-        "objectives": {"search": [{"name": "left", "type": "call", "call": "m:f"}]},
-        "budget": {"evaluations": 6},
-        "tracking": {"uri": "http://user:secret@host:1", "wandb": {"mode": "offline"}},
-    }
+    record = {**PLAIN, "tracking": {"uri": "http://user:secret@host:1", "wandb": {"mode": "offline"}}}
     found = {one.subject: one.text for one in checks._trackers(Recipe.from_record(record))}
     assert found["tracking.mlflow"] == "experiment 'ecotone' of http://host:1"
     project, missing, *lacks = found["tracking.wandb"].split("; ")
@@ -372,20 +377,69 @@ def test_a_recipe_is_told_where_it_goes(tmp_path: Path, monkeypatch: pytest.Monk
         ({"wandb": {"mode": "sometimes"}}, "tracking.wandb.mode: "),
         ({"wandb": "yes"}, "tracking.wandb: "),
         ({"wandbe": True}, "tracking.wandbe: unknown key. Did you mean 'wandb'?"),
-        ({"toy": {"path": 3}}, "tracking: toy.path: "),
+        ({"toy": {"path": 3}}, "tracking.toy.path: input should be a valid string, found 3."),
+        ({"toy": {"pat": "p"}}, "tracking.toy.pat: unknown key. Did you mean 'path'?"),
+        ({"toy": "yes"}, "tracking.toy: "),
+        ({"zzz": True}, "Known: experiment, mlflow, toy, uri, wandb. If another package has this tracker, install"),
     ],
 )
 def test_wrong_trackers_are_refused_in_words(toy: None, given: dict[str, Any], words: str) -> None:
-    record = {
-        "name": "toy",
-        "models": {"experts": ["1.safetensors"]},
-        "objectives": {"search": [{"name": "left", "type": "call", "call": "m:f"}]},
-        "budget": {"evaluations": 6},
-        "tracking": given,
-    }
     with pytest.raises(InputError) as caught:
-        Recipe.from_record(record)
+        Recipe.from_record({**PLAIN, "tracking": given})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(TrackingSettings.model_fields.keys() - {"mlflow", "wandb"}))
+def test_a_tracker_that_is_named_like_a_field_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"tracker '{name}': `tracking` has a field of that name"):
+        tracking.TRACKERS.register(name, ToySettings)
+
+
+def test_a_recorded_tracker_that_is_gone_is_kept(toy: None) -> None:
+    """Whether its package is gone or has other settings now; what is given anew is checked like any."""
+    begun = Recipe.from_record({**PLAIN, "tracking": {"toy": {"path": "there"}}})
+    record = begun.record()
+    later = {**record, "tracking": {**record["tracking"], "toy": {"place": "there"}}}
+    assert list(Recipe.read_back(record, "").tracking.warnings()) == []
+    (line,) = Recipe.read_back(later, "").tracking.warnings()
+    assert line.startswith("Warning: tracking.toy.place: unknown key. Known: path; ")
+    tracking.TRACKERS.forget("toy")
+    gone = Recipe.read_back(record, "")
+    assert list(gone.tracking.warnings()) == [
+        "Warning: tracking.toy: no installed package has this tracker; the run is not mirrored there."
+    ]
+    assert (gone.record(), gone.signature) == (record, begun.signature)
+    assert gone.tracking.recorded({"toy": {"path": "/there"}})["toy"] == {"path": "/there"}
+    assert Recipe.read_back(record, "", {"tracking.toy": False}).record()["tracking"]["toy"] is None
+    for key in ("tracking.toy.path", "tracking.zzz"):
+        with pytest.raises(InputError, match="unknown key"):
+            Recipe.read_back(record, "", {key: "x"})
+
+
+def test_a_run_goes_on_without_a_tracker_that_is_gone(
+    toy: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "gone_toys.py").write_text("def left(model):\n    return -float(abs(model['w']).sum())\n")
+    for number in (1, 2):
+        save_file({"w": np.full((2, 2), number, np.float32)}, tmp_path / f"{number}.safetensors")
+    objective = {"name": "left", "type": "call", "call": "./gone_toys.py:left"}
+    record = {
+        **PLAIN,
+        "models": {"experts": ["1.safetensors", "2.safetensors"]},
+        "objectives": {"search": [objective]},
+        "runtime": {"pool": "serial"},
+        "tracking": {"mlflow": False, "toy": True},
+    }
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**record, "search": {"algorithm": "random"}}))
+    run = launch(Recipe.from_yaml(tmp_path / "toy.yaml"), tmp_path / "run")
+    tracking.TRACKERS.forget("toy")
+    said: list[str] = []
+    assert resume(run, {"budget.evaluations": 8}, notify=said.append).status()["evaluations"] == 8
+    assert said[0].startswith("Warning: tracking.toy: no installed package has this tracker")
+    assert verify(run.export("best", tmp_path / "merged"))
+    assert [one.getMessage() for one in caplog.records if one.levelname == "WARNING"] == said[:1] * 2
+    with run.journal() as journal:
+        assert journal.fact(facts.TRACKING) == {"toy": {"path": "here"}}
 
 
 def test_a_tracker_that_does_not_say_all_of_itself_is_refused() -> None:

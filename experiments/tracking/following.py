@@ -19,12 +19,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 import ecotone
 from ecotone.experiments.tracking.mirroring import Mirror
 from ecotone.experiments.tracking.notes import MirrorReport, note, noted, say, sole_mirror, status
 from ecotone.experiments.tracking.protocol import SILENCE, Memory, TrackerSettings
 from ecotone.experiments.tracking.registry import TRACKERS
 from ecotone.experiments.tracking.subject import DEFAULT, Subject, state_of, trackers_of
+from ecotone.experiments.words import explained
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, first_line
 from ecotone.populations.journal import Journal
@@ -87,16 +90,30 @@ def chosen(directory: Path) -> tuple[str, ...]:
 
 def settings_of(directory: Path, tracker: str, changes: Mapping[str, Any] | None = None) -> TrackerSettings:
     """The settings of a tracker as the journal has them. For a tracker that was off, the settings of the recipe."""
-    kind = TRACKERS.get(tracker, "tracker")
+    kind = _kind(tracker)
     with Journal.open(directory / "journal.sqlite") as journal:
         on, recipe = trackers_of(journal), journal.fact(facts.RECIPE) or {}
     beside = recipe.get("tracking", {}) if tracker == DEFAULT else {}
     given = on.get(tracker, {key: value for key, value in beside.items() if key in kind.model_fields})
     try:
         settings = kind.model_validate({**given, **(changes or {})})
-    except ValueError as error:
-        raise InputError(f"tracking.{tracker}: {error}") from error
+    except ValidationError as error:
+        place = "tracking" if tracker == DEFAULT else f"tracking.{tracker}"
+        raise InputError(f"{place}.{explained(error, kind).splitlines()[0]}") from error
     return settings if tracker in on else settings.recorded()
+
+
+def _kind(tracker: str) -> type[TrackerSettings]:
+    """The kind of a tracker that a run is mirrored to, or may be.
+
+    Raises:
+        InputError: No package has it any longer, or it cannot be used.
+    """
+    if tracker not in TRACKERS:
+        raise InputError(
+            f"tracking.{tracker}: no installed package has this tracker.", "Install the package that has it."
+        )
+    return TRACKERS.get(tracker, f"tracking.{tracker}")
 
 
 def start(run_dir: str | Path, pid: int, tracker: str = DEFAULT) -> subprocess.Popen[bytes]:
@@ -107,7 +124,7 @@ def start(run_dir: str | Path, pid: int, tracker: str = DEFAULT) -> subprocess.P
     Raises:
         TrackingError: The tracker is not installed.
     """
-    TRACKERS.get(tracker, "tracker").require()
+    _kind(tracker).require()
     directory = Path(run_dir).resolve()
     # Not `-m`: a folder named `ecotone` in the user's working directory would be imported instead of this one.
     launch = (

@@ -31,6 +31,10 @@ SILENCE = "does not answer"
 """How the words of an error end of which nobody wants to see more."""
 
 
+TAKEN = ("uri", "experiment")
+"""Names that no tracker can have: fields of ``tracking`` that are no trackers."""
+
+
 class TrackingError(EcotoneError):
     """A tracker cannot be reached, started or understood."""
 
@@ -237,9 +241,11 @@ def check_declared(name: str, kind: Any) -> None:
     """Refuse a tracker that lacks a declaration.
 
     Raises:
-        InputError: It is no subclass of ``TrackerSettings``, or lacks one of ``TrackerSettings.DECLARED``, a default or
-            the text of a field.
+        InputError: It is named like a field of ``tracking``, it is no subclass of ``TrackerSettings``, or lacks one of
+            ``TrackerSettings.DECLARED``, a default or the text of a field.
     """
+    if name in TAKEN:
+        raise InputError(f"tracker {name!r}: `tracking` has a field of that name.", "Give the tracker another name.")
     if not (isinstance(kind, type) and issubclass(kind, TrackerSettings)):
         raise InputError(f"tracker {name!r}: expected a subclass of TrackerSettings, found {kind!r}.")
     missing = [
