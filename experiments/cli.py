@@ -31,12 +31,13 @@ from ecotone.experiments.options import (
     print_json,
     recipe_of,
 )
-from ecotone.populations.errors import EcotoneError, InputError, JournalError
+from ecotone.populations.errors import EcotoneError, InputError, JournalError, sentence
 
 if TYPE_CHECKING:
     from ecotone.experiments.logs import Watcher
     from ecotone.experiments.recipe import Recipe
     from ecotone.experiments.runs import Run
+    from ecotone.experiments.tracking import MirrorReport
     from ecotone.experiments.tracking.mlflow.model_registry import Registrar
 
 app: typer.Typer = typer.Typer(
@@ -514,8 +515,13 @@ def sync(
         if name not in failed and not as_json:
             typer.echo(f"{name} has {report.evaluations} evaluations (run {report.run_id} in {report.uri}).")
     if failed:
-        lines = [f"{name}: {report.uri}: {report.error}." for name, report in failed.items()]
-        raise EcotoneError("\n".join(lines), "Nothing is lost: try again when it is back.")
+        raise EcotoneError("\n".join(_failure(name, report) for name, report in failed.items()))
+
+
+def _failure(tracker: str, report: MirrorReport) -> str:
+    """A line about a tracker that did not get everything."""
+    place = f"{report.uri}: " if report.uri else ""
+    return f"{tracker}: {place}{sentence(report.error or '')} {report.remedy}".rstrip()
 
 
 @app.callback(invoke_without_command=True)

@@ -25,7 +25,7 @@ from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Pool
 from ecotone.merging.operators.base import Operator
 from ecotone.populations import facts
-from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.errors import EcotoneError, InputError, sentence
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
 from ecotone.populations.space import Space
@@ -291,8 +291,14 @@ def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
     for name, process in followers.items():
         title = recipe.tracking.trackers[name].title
         notify(f"Waiting for {title} to have everything ...")
-        if not tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name):
-            notify(f"{title} does not have everything yet; `ecotone sync {place.where}` sends the rest.")
+        ended = tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name)
+        known = tracking.status(place.directory, name)
+        if ended and known["complete"]:
+            continue
+        crashed = "its mirror has ended, and tracking.log says why" if ended and not known["mirroring"] else ""
+        why, sync = known["error"] or crashed, f"`ecotone sync {place.where}` sends the rest."
+        after = f": {sentence(why)} When that is mended, {sync}" if why else f"; {sync}"
+        notify(f"{title} does not have everything yet{after}")
 
 
 def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:

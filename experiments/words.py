@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, get_args
 from pydantic import ValidationError
 
 from ecotone.populations import facts
-from ecotone.populations.errors import nearest
+from ecotone.populations.errors import nearest, sentence
 from ecotone.populations.journal import Journal
 from ecotone.search.chain import ChainSettings, StageSettings
 from ecotone.settings import UNKNOWN_KIND, Part, chosen_of
@@ -75,7 +75,7 @@ def _line(entry: Mapping[str, Any], root: type[Part]) -> str:
     if kind in ("model_type", "dict_type"):
         return f"{field}: expected a mapping, found {entry['input']!r}."
     if kind == "value_error":
-        return f"{message}." if field == "recipe" else f"{field}: {message}."
+        return sentence(message if field == "recipe" else f"{field}: {message}")
     return f"{field}: {message[0].lower()}{message[1:]}, found {entry['input']!r}."
 
 

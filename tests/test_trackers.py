@@ -23,10 +23,12 @@ from processes import Ecotone
 from safetensors.numpy import save_file
 
 from ecotone.experiments import checks, tracking
+from ecotone.experiments.cli import _failure
 from ecotone.experiments.exports import verify
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.tracking.mlflow.server import free_port
+from ecotone.experiments.tracking.notes import sole_mirror
 from ecotone.experiments.tracking.protocol import TrackerSettings
 from ecotone.experiments.tracking.settings import TrackingSettings
 from ecotone.experiments.tracking.wandb import WandbSettings
@@ -242,7 +244,9 @@ def test_a_search_is_tracked_by_both(tmp_path: Path, empty_store: Path, ecotone:
     run = tmp_path / "runs" / "toy"
     said = ecotone("run", tmp_path / "toy.yaml", "--out", run)
     assert said.code == 0, said.err
-    assert f"MLflow does not have everything yet; `ecotone sync {run}` sends the rest." in said.err
+    silent = "the tracking server at 127.0.0.1 does not answer"
+    sync = f"When that is mended, `ecotone sync {run}` sends the rest."
+    assert f"MLflow does not have everything yet: {silent}. {sync}" in said.err
     for process in psutil.Process().children():  # the mirror that still tries
         if str(run) in process.cmdline():
             process.terminate()
@@ -250,16 +254,17 @@ def test_a_search_is_tracked_by_both(tmp_path: Path, empty_store: Path, ecotone:
     known = ecotone("status", run, "--json").json["tracking"]
     assert (known["wandb"]["mirrored"], known["wandb"]["error"]) == (6, None)
     assert known["wandb"]["page"].startswith(f"wandb sync {run}/wandb/offline-run-")
-    assert (known["mlflow"]["mirrored"], known["mlflow"]["error"]) == (
-        0,
-        "the tracking server at 127.0.0.1 does not answer",
-    )
+    assert (known["mlflow"]["mirrored"], known["mlflow"]["error"]) == (0, silent)
     said = ecotone("sync", run)
     assert (said.code, "mlflow: http://127.0.0.1" in said.err) == (1, True)
+    assert f"{silent}. Nothing is lost: try again when it is back." in said.err
     assert "wandb has 6 evaluations" in said.out
     assert ecotone("sync", run, "--tracker", "wandb", "--json").json["wandb"]["complete"]
     said = ecotone("sync", run, "--tracker", "wandbe")
-    assert (said.code, "'wandb'" in said.err) == (1, True)
+    assert (said.code, said.err.splitlines()) == (
+        1,
+        ["error: tracker: expected one of mlflow, wandb, found 'wandbe'.", "Did you mean 'wandb'?"],
+    )
     pages = ecotone("ui", run, "--json").json["pages"]
     assert pages == {"wandb": known["wandb"]["page"]}
 
@@ -380,6 +385,12 @@ def test_a_recipe_is_told_where_it_goes(tmp_path: Path, monkeypatch: pytest.Monk
         ({"toy": {"path": 3}}, "tracking.toy.path: input should be a valid string, found 3."),
         ({"toy": {"pat": "p"}}, "tracking.toy.pat: unknown key. Did you mean 'path'?"),
         ({"toy": "yes"}, "tracking.toy: "),
+        ({"uri": "ftp://x"}, "tracking.uri: expected a path, or a URI of http, https, file, sqlite, "),
+        ({"uri": "localhost:5000"}, "found 'localhost:5000'."),
+        ({"experiment": ""}, "tracking.experiment: expected a name of 1 to 500 characters, found ''."),
+        ({"wandb": {"project": "a/b?c d"}}, "tracking.wandb.project: expected a name without any of /\\#?%:, found"),
+        ({"wandb": {"project": "a" * 129}}, "tracking.wandb.project: expected a name of 1 to 128 characters, found"),
+        ({"wandb": {"entity": "me/you"}}, "tracking.wandb.entity: expected a name without any of "),
         ({"zzz": True}, "Known: experiment, mlflow, toy, uri, wandb. If another package has this tracker, install"),
     ],
 )
@@ -463,6 +474,61 @@ def test_a_tracker_that_was_off_goes_where_the_recipe_says(runs: Path, tmp_path:
     (report,) = tracking.mirror_all(directory).values()
     assert (report.error, report.uri) == (None, tracking.default_uri(runs))
     assert tracking.status(directory)["experiment"] == "x"
+
+
+NEVER: dict[str, Any] = {"uri": "ftp://x", "experiment": "", "wandb": {"project": "a/b"}}
+
+
+def test_a_run_that_began_with_settings_that_never_work_is_read_back() -> None:
+    record = {**Recipe.from_record(PLAIN).record(), "tracking": NEVER}
+    assert Recipe.read_back(record, "").tracking.uri == "ftp://x"
+    for key, value in (("tracking.uri", "ftp://y"), ("tracking.wandb.project", "b/c")):
+        with pytest.raises(InputError, match=f"{key}: expected"):
+            Recipe.read_back(record, "", {key: value})
+
+
+def test_the_uri_of_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "ftp://x")
+    with pytest.raises(InputError, match=r"\$MLFLOW_TRACKING_URI: expected a path, or a URI of .*, found 'ftp://x'\."):
+        TrackingSettings().recorded()
+
+
+@pytest.mark.parametrize(
+    "uri", ["runs/mlruns", "/m", "postgresql+psycopg2://u@h/d", "databricks://p", "file:///m", "mssql+pyodbc://x"]
+)
+def test_uris_that_mlflow_takes_are_taken(uri: str) -> None:
+    assert TrackingSettings(uri=uri).uri == uri
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "remedy"),
+    [
+        ({"toy": {}}, "not today", "Nothing is lost: mend that, then try again."),
+        ({"gone": {}}, "tracking.gone: no installed package has this tracker.", "Install the package that has it."),
+        (
+            {"wandb": NEVER["wandb"]},
+            "tracking.wandb.project: expected a name without any",
+            "Change it: `ecotone resume",
+        ),
+    ],
+)
+def test_the_remedy_fits_the_error(toy: None, runs: Path, settings: dict[str, Any], error: str, remedy: str) -> None:
+    (report,) = tracking.mirror_all(a_run(runs, 3, 3, tracking=json.dumps(settings))).values()
+    assert (report.error or "").startswith(error)
+    assert report.remedy.startswith(remedy)
+
+
+def test_a_run_that_another_process_mirrors_is_waited_for(toy: None, runs: Path) -> None:
+    directory = a_run(runs, 3, 3, tracking=json.dumps({"toy": {}}))
+    with sole_mirror(directory, "toy", 0):
+        report = tracking.mirror(directory, "toy", patience=0)
+    assert (report.error, report.remedy[:17]) == ("another process is mirroring this run", "Wait until it has")
+
+
+def test_a_sentence_ends_once() -> None:
+    report = tracking.MirrorReport("there", error="No API key. Run `wandb login`.", remedy="Then try again.")
+    assert _failure("wandb", report) == "wandb: there: No API key. Run `wandb login`. Then try again."
+    assert _failure("toy", tracking.MirrorReport("", error="not today")) == "toy: not today."
 
 
 def test_notes_of_old_runs_are_read(runs: Path) -> None:

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, first_line
 from ecotone.populations.journal import Journal
 
+_WAIT = "Wait until it has ended; `ecotone status` shows what it has sent."
+_BACK = "Nothing is lost: try again when it is back."
+_MEND = "Nothing is lost: mend that, then try again."
 _HANDOVER = 5.0  # seconds that a mirror waits for another one of the same run to end
 FINAL_STATES = ("finished", "failed", "interrupted")
 
@@ -61,7 +65,8 @@ def mirror(
     settings = settings_of(directory, tracker, changes)
     with sole_mirror(directory, tracker, patience) as alone:
         if not alone:
-            return MirrorReport(settings.place(directory), error="another process is mirroring this run")
+            busy = "another process is mirroring this run"
+            return MirrorReport(settings.place(directory), error=busy, remedy=_WAIT)
         with contextlib.closing(Attempts(directory, tracker, settings)) as attempts:
             return attempts.once(live=False)
 
@@ -70,16 +75,23 @@ def mirror_all(run_dir: str | Path, trackers: Sequence[str] = ()) -> dict[str, M
     """Mirror a run to each of the ``trackers``; reports by name. By default to the run's trackers, or else to MLflow.
 
     What goes wrong with one is in its report, and keeps nothing from the others.
+
+    Raises:
+        InputError: One of ``trackers`` is neither a tracker nor one of the run's.
     """
     directory = Path(run_dir).resolve()
-    return {name: _mirrored(directory, name) for name in trackers or chosen(directory) or (DEFAULT,)}
+    on = chosen(directory)
+    for name in trackers:
+        if name not in on:
+            TRACKERS.get(name, "tracker")
+    return {name: _mirrored(directory, name) for name in trackers or on or (DEFAULT,)}
 
 
 def _mirrored(directory: Path, tracker: str) -> MirrorReport:
     try:
         return mirror(directory, tracker)
     except InputError as error:
-        return MirrorReport("", error=str(error))
+        return MirrorReport("", error=error.message, remedy=error.remedy)
 
 
 def chosen(directory: Path) -> tuple[str, ...]:
@@ -99,7 +111,9 @@ def settings_of(directory: Path, tracker: str, changes: Mapping[str, Any] | None
         settings = kind.model_validate({**given, **(changes or {})})
     except ValidationError as error:
         place = "tracking" if tracker == DEFAULT else f"tracking.{tracker}"
-        raise InputError(f"{place}.{explained(error, kind).splitlines()[0]}") from error
+        line = f"{place}.{explained(error, kind).splitlines()[0]}"
+        change = f"`ecotone resume {directory} --set {line.split(':', 1)[0]}=VALUE`"
+        raise InputError(line, f"Change it: {change}.") from error
     return settings if tracker in on else settings.recorded()
 
 
@@ -178,7 +192,7 @@ class Attempts:
 
     def once(self, live: bool) -> MirrorReport:
         """Mirror all that is new. ``live`` is true while the search's process runs."""
-        complete, failure, mirror = False, None, None
+        complete, failure, remedy, mirror = False, None, "", None
         try:
             with Journal.open(self.directory / "journal.sqlite") as journal:
                 mirror = self._mirror = self._mirror or self._opened(journal)
@@ -186,12 +200,14 @@ class Attempts:
         except Exception as error:  # whatever it is, the journal has it all and the next attempt starts afresh
             mirror = self._mirror
             failure = self._settings.in_words(error) if self._settings else first_line(error)
+            if not (isinstance(error, EcotoneError) and error.remedy):  # which its words have
+                remedy = _BACK if failure.endswith(SILENCE) else _MEND
             self.trace = "" if failure.endswith(SILENCE) else traceback.format_exc()
         report, more = self._report(mirror, complete, failure)
         if failure is not None:
             self.close()
         note(self.directory, self.tracker, report, more)
-        return report
+        return replace(report, remedy=remedy)
 
     def close(self) -> None:
         """Let go of the tracker."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
+from pydantic import ValidationInfo
+
 from ecotone.experiments.tracking.names import CURSOR
 from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations.errors import EcotoneError, InputError, first_line
@@ -235,6 +237,20 @@ class TrackerSettings(Part):
         """
         if not cls.installed():
             raise TrackingError(f"{cls.title} is not installed.", f"`{cls.install()}`, or switch it off.")
+
+
+def on_record(value: Any, info: ValidationInfo, *place: str) -> bool:
+    """Whether the run's own recipe, which is read back, has this value on record: no rule stops it then.
+
+    Args:
+        value: The value of a field.
+        info: Given by pydantic. Its context is what the recipe says of trackers.
+        place: Keys that lead to the field's part.
+    """
+    known: Any = info.context
+    for step in (*place, info.field_name or ""):
+        known = known.get(step) if isinstance(known, Mapping) else None
+    return known is not None and bool(known == value)
 
 
 def check_declared(name: str, kind: Any) -> None:
