@@ -103,6 +103,7 @@ class MoreField:
         shape: JSON Schema of its value.
         default: Its value where none is given.
         text: Its meaning, in words.
+        part: The part that its value may be; None where it is a plain value.
     """
 
     name: str
@@ -110,6 +111,7 @@ class MoreField:
     shape: Mapping[str, Any]
     default: Any
     text: str
+    part: type[Part] | None = None
 
 
 @cache

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ecotone.experiments import words
-from ecotone.experiments.fields import everything, explained_path, page, schema
+from ecotone.experiments.fields import STAGE, everything, explained_path, page, schema
 from ecotone.experiments.recipe import Recipe, apply_settings
 from ecotone.populations.errors import InputError
 
@@ -87,6 +87,58 @@ def test_the_bounds_of_a_setting_that_is_searched_are_explained() -> None:
 def test_a_path_that_no_field_has_names_the_nearest() -> None:
     with pytest.raises(InputError, match=r"no field of a recipe has that path\. Did you mean 'search\.archive'"):
         explained_path("search.archiv")
+
+
+@pytest.mark.parametrize("path", ["objectives.search[0].name", "objectives.search.0.name"])
+def test_positions_are_written_as_in_messages(path: str) -> None:
+    assert {field.path for field in explained_path(path)} == {"objectives.search.name"}
+
+
+@pytest.mark.parametrize(
+    ("path", "begin"),
+    [
+        ("qqqqqqqqqqqqqq", "Fields of a recipe: name, models, "),
+        ("budget.qqqqqqqqqqqqqqq", "Fields of budget: evaluations, seconds."),
+        ("tracking.wandb.qqqqqqqqqqqqqqq.z", "Fields of tracking.wandb: project, "),
+        ("tracking.json_lines.folder", "Fields of tracking: uri, experiment, mlflow, wandb."),
+    ],
+)
+def test_a_path_like_no_other_gets_the_fields_of_its_part(path: str, begin: str) -> None:
+    with pytest.raises(InputError) as caught:
+        explained_path(path)
+    assert caught.value.remedy.startswith(begin)
+    assert len(caught.value.remedy) < 250
+
+
+DEFAULTS = {
+    "objectives.search.type": {"required": True},
+    "calibration.loss": {'"entropy"': ("entropy",), "required": True},
+    "search.algorithm": {'"m2n2"': ("m2n2",), "required": True},
+    "search.start": {"none": True, "front, where the algorithm can begin with given merges": STAGE},
+    "search": {"algorithm: m2n2": ()},
+    "scoring": {"backend: resident": ()},
+    "merge": {"the defaults of its fields": ()},
+}
+
+
+@pytest.mark.parametrize("path", DEFAULTS)
+def test_the_default_is_what_holds_when_a_field_is_not_given(path: str) -> None:
+    told = explained_path(path)
+    assert {field.default for field in told} == set(DEFAULTS[path])
+    kinds = {default: kinds for default, kinds in DEFAULTS[path].items() if kinds is not True}
+    assert {field.default: field.kinds for field in told if field.default in kinds} == kinds
+
+
+@pytest.mark.parametrize("path", ["search.algorithm", "calibration.loss", "objectives.search.type"])
+def test_the_page_says_the_same_defaults(path: str) -> None:
+    lines = [line for line in page().splitlines() if line.startswith(f"| `{path}` |")]
+    assert len([line for line in lines if "| `required` |" not in line]) == ("objectives" not in path)
+
+
+def test_types_that_are_hard_to_say() -> None:
+    (merge,) = explained_path("merge")
+    (stage,) = [field for field in explained_path("search.start") if field.kinds == STAGE]
+    assert (merge.type, stage.type) == ("a mapping of the fields below", "one of front, best, archive, none")
 
 
 @pytest.mark.parametrize("key", [3, None, True])

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from ecotone.experiments import checks, tracking
 from ecotone.experiments.cli import _failure
 from ecotone.experiments.exports import verify
+from ecotone.experiments.fields import explained_path, page
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.tracking.mlflow.server import free_port
@@ -362,6 +363,16 @@ def test_the_schema_has_every_tracker(toy: None) -> None:
         full = [shapes[one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in accepted]
         (shape,) = (one for one in full if "properties" in one)
         assert shape["properties"][field]["description"]
+
+
+def test_every_tracker_is_explained(toy: None) -> None:
+    (whole,), (path,) = explained_path("tracking.toy"), explained_path("tracking.toy.path")
+    assert whole.text == "A tracker of another package."
+    assert (whole.type, whole.default) == ("true or false or a mapping of the fields below or none", "none")
+    assert (path.text, path.default) == ("Where to.", '"here"')
+    assert "| `tracking.toy` |" in page()
+    assert "## tracking.toy" in page()
+    assert "| `tracking.toy.path` |" in page()
 
 
 def test_a_recipe_is_told_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from ecotone.experiments.tracking.registry import TRACKERS
 from ecotone.experiments.tracking.wandb import WandbSettings
 from ecotone.experiments.words import explained
 from ecotone.populations.errors import InputError, closest, nearest
-from ecotone.settings import Part, by_name, refused
+from ecotone.settings import MoreField, Part, by_name, refused
 
 
 class Switch:
@@ -136,6 +136,13 @@ class TrackingSettings(MlflowPlace):
     def part_at(cls, key: str) -> type[Part]:
         """The settings of another package's tracker."""
         return cls._plugins().get(key, TrackerSettings)
+
+    @classmethod
+    def more_fields(cls) -> Iterator[MoreField]:
+        """The trackers of other packages."""
+        shape = {"anyOf": [{"type": "boolean"}, {"type": "object", "properties": {}}, {"type": "null"}]}
+        for name, kind in cls._plugins().items():
+            yield MoreField(name, (), shape, None, kind.summary(), kind)
 
     @classmethod
     def _plugins(cls) -> dict[str, type[TrackerSettings]]:
