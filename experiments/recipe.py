@@ -299,7 +299,9 @@ class Recipe(Part):
         Raises:
             InputError: A key is unknown, or a value does not fit.
         """
-        return cls._of(apply_settings(record, settings), written_by, record.get("tracking"))._in_place()
+        tracking = record.get("tracking") if isinstance(record, Mapping) else None
+        known = tracking if isinstance(tracking, Mapping) else None
+        return cls._of(apply_settings(record, settings), written_by, known)._in_place()
 
     @classmethod
     def _of(cls, record: Mapping[str, Any], written_by: str = "", tracking: Any = None) -> Recipe:

@@ -155,6 +155,12 @@ def test_a_record_of_a_newer_ecotone_is_said_to_be_one(monkeypatch: Any, version
     assert (f"Ecotone {version} wrote this" in str(caught.value)) == said
 
 
+@pytest.mark.parametrize("record", [3, {**PLAIN, "tracking": 3}])
+def test_a_damaged_record_is_refused_in_words(record: Any) -> None:
+    with pytest.raises(InputError, match="expected a mapping, found"):
+        Recipe.read_back(record, "")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
