@@ -100,7 +100,7 @@ def test_positions_are_written_as_in_messages(path: str) -> None:
         ("qqqqqqqqqqqqqq", "Fields of a recipe: name, models, "),
         ("budget.qqqqqqqqqqqqqqq", "Fields of budget: evaluations, seconds."),
         ("tracking.wandb.qqqqqqqqqqqqqqq.z", "Fields of tracking.wandb: project, "),
-        ("tracking.json_lines.folder", "Fields of tracking: uri, experiment, mlflow, wandb."),
+        ("tracking.qqqqqqqqqqqqqqq.folder", "Fields of tracking: uri, experiment, mlflow, wandb"),
     ],
 )
 def test_a_path_like_no_other_gets_the_fields_of_its_part(path: str, begin: str) -> None:
