@@ -46,8 +46,10 @@ class Part(BaseModel):
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
 
-    extras: ClassVar[type[Part] | None] = None
-    """For a part that takes keys beside its fields: the part that the value of a key may be."""
+    @classmethod
+    def part_at(cls, _key: str) -> type[Part] | None:
+        """The part that the value of a key beside the fields may be; None for a part that takes no such keys."""
+        return None
 
     @classmethod
     def more_fields(cls) -> Iterator[MoreField]:
@@ -154,6 +156,7 @@ class MoreField:
         shape: JSON Schema of its value.
         default: Its value where none is given.
         text: Its meaning, in words.
+        part: The part that its value may be; None where it is a plain value.
     """
 
     name: str
@@ -161,6 +164,7 @@ class MoreField:
     shape: Mapping[str, Any]
     default: Any
     text: str
+    part: type[Part] | None = None
 
 
 @cache
@@ -294,20 +298,24 @@ class Chosen:
         kind = self._kind(name)
         with blamed(f"{self.tag}: the {self.registry.sort} {name!r}", kind, "model_validate", ValidationError):
             # Of a mapping the locations of errors begin with the key, as they do in a tagged union.
-            return _by_name(kind).validate_python({name: value})[name]  # type: ignore[no-any-return]
+            return by_name(kind).validate_python({name: value})[name]  # type: ignore[no-any-return]
 
     def _kind(self, name: Any) -> type[Part]:
         try:
             return self.registry.get(name, self.tag)  # type: ignore[no-any-return]
         except InputError as error:
-            said = f"{error.message.removeprefix(f'{self.tag}: ')} {error.remedy}".strip()
-            problem = PydanticCustomError(UNKNOWN_KIND, "{said}", {"said": said})
-            details = InitErrorDetails(type=problem, loc=(self.tag,), input=name)
-            raise ValidationError.from_exception_data(self.registry.sort, [details]) from error
+            raise refused(self.tag, name, f"{error.message.removeprefix(f'{self.tag}: ')} {error.remedy}") from error
+
+
+def refused(key: str, value: Any, said: str) -> ValidationError:
+    """The error that the value of a key is refused with, in words that are whole."""
+    problem = PydanticCustomError(UNKNOWN_KIND, "{said}", {"said": said.strip()})
+    return ValidationError.from_exception_data("part", [InitErrorDetails(type=problem, loc=(key,), input=value)])
 
 
 @cache
-def _by_name(kind: type[Part]) -> TypeAdapter[dict[str, Any]]:
+def by_name(kind: type[Part]) -> TypeAdapter[dict[str, Any]]:
+    """Takes a mapping of a name to settings of ``kind``: locations of errors begin with the name."""
     return TypeAdapter(dict[str, kind])  # type: ignore[valid-type]
 
 

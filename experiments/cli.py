@@ -33,12 +33,13 @@ from ecotone.experiments.options import (
     recipe_of,
     users_code,
 )
-from ecotone.populations.errors import EcotoneError, InputError, JournalError
+from ecotone.populations.errors import EcotoneError, InputError, JournalError, sentence
 
 if TYPE_CHECKING:
     from ecotone.experiments.logs import Watcher
     from ecotone.experiments.recipe import Recipe
     from ecotone.experiments.runs import Run
+    from ecotone.experiments.tracking import MirrorReport
     from ecotone.experiments.tracking.mlflow.model_registry import Registrar
 
 app: typer.Typer = typer.Typer(
@@ -148,7 +149,7 @@ def resume(
         return
     if folder is not None or environment:
         raise InputError("--folder, --env: expected with the http:// address of a cluster's dashboard, found without.")
-    from ecotone.experiments.recipe import Recipe, apply_settings
+    from ecotone.experiments.recipe import Recipe
     from ecotone.experiments.running import resume as resume_run
     from ecotone.experiments.words import wrote
     from ecotone.populations import facts
@@ -163,7 +164,7 @@ def resume(
     changes = changes_of(settings, workers, address)
     with found.journal() as journal:
         recorded, written_by = journal.fact(facts.RECIPE) or {}, wrote(journal)
-    chosen = Recipe.from_record(apply_settings(recorded, changes), written_by=written_by)
+    chosen = Recipe.read_back(recorded, written_by, changes)
 
     def work(watcher: Watcher) -> Run:
         return resume_run(found, changes, observe=watcher, notify=watcher.say)
@@ -501,8 +502,9 @@ def ui(
         addresses = {"address": pages and pages.view, "run_address": pages and pages.run, "pages": elsewhere}
         print_json({**tracking.status(found.directory), **addresses})
         return
+    titles = {name: kind.title for name, kind in tracking.TRACKERS.usable().items()}
     for name, page in elsewhere.items():
-        typer.echo(f"{tracking.TRACKERS.get(name, 'tracker').title}: {page}")
+        typer.echo(f"{titles.get(name, name)}: {page}")
     if "mlflow" in known or not elsewhere:
         tracking.serve(found.directory, port, open_browser, typer.echo)
 
@@ -527,8 +529,13 @@ def sync(
         if name not in failed and not as_json:
             typer.echo(f"{name} has {report.evaluations} evaluations (run {report.run_id} in {report.uri}).")
     if failed:
-        lines = [f"{name}: {report.uri}: {report.error}." for name, report in failed.items()]
-        raise EcotoneError("\n".join(lines), "Nothing is lost: try again when it is back.")
+        raise EcotoneError("\n".join(_failure(name, report) for name, report in failed.items()))
+
+
+def _failure(tracker: str, report: MirrorReport) -> str:
+    """A line about a tracker that did not get everything."""
+    place = f"{report.uri}: " if report.uri else ""
+    return f"{tracker}: {place}{sentence(report.error or '')} {report.remedy}".rstrip()
 
 
 @app.callback(invoke_without_command=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from ecotone.experiments.runs import Run, Scored
 
 ANCESTORS = 200
+
+_log = logging.getLogger("ecotone")
 
 
 def export(run: Run, member: int | str, to: str | Path) -> Path:
@@ -141,7 +144,14 @@ def _recipe(run: Run) -> Recipe:
     with run.journal() as journal:
         folders = journal.fact(facts.SYS_PATH)
         compose.python_paths(folders or ())
-        return Recipe.from_record(journal.fact(facts.RECIPE) or {}, written_by=wrote(journal))
+        return _read_back(journal.fact(facts.RECIPE) or {}, wrote(journal))
+
+
+def _read_back(record: Mapping[str, Any], written_by: str) -> Recipe:
+    recipe = Recipe.read_back(record, written_by)
+    for text in recipe.tracking.warnings():
+        _log.warning(text)
+    return recipe
 
 
 def _record(run: Run, recipe: Recipe, trial: Trial, scored: Scored) -> dict[str, Any]:
@@ -256,7 +266,7 @@ def verify(path: str | Path) -> list[Comparison]:
     """
     target = on_this_machine(path, "path")
     record = read_record(target)
-    recipe = Recipe.from_record(record["recipe"], written_by=record.get("versions", {}).get("ecotone", ""))
+    recipe = _read_back(record["recipe"], record.get("versions", {}).get("ecotone", ""))
     paths = compose.python_paths(tuple(record.get("sys_path", ())))
     spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
     alone: dict[str, Any] = {

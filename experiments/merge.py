@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, model_validator
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema
 
 from ecotone.populations.errors import EcotoneError, InputError, nearest
-from ecotone.settings import UNKNOWN_KIND, MoreField, Part
+from ecotone.settings import MoreField, Part, refused
 
 if TYPE_CHECKING:
     from ecotone.merging.operators.declared import Setting
@@ -62,8 +62,6 @@ class Merge(Part):
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
-    extras: ClassVar[type[Part] | None] = Range
-
     operator: str = "linear"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
@@ -75,7 +73,7 @@ class Merge(Part):
             return value
         for key in value:
             if not isinstance(key, str):
-                raise _refused(str(key), value[key], f"keys should be strings, found {key!r}")
+                raise refused(str(key), value[key], f"keys should be strings, found {key!r}")
         own = {key: one for key, one in value.items() if key in cls.model_fields}
         name = own.get("operator", cls.model_fields["operator"].default)
         given = {key: one for key, one in value.items() if key not in own and one is not None}
@@ -94,6 +92,11 @@ class Merge(Part):
     @property
     def _given(self) -> dict[str, Any]:
         return dict(self.__pydantic_extra__ or {})
+
+    @classmethod
+    def part_at(cls, _key: str) -> type[Part]:
+        """Bounds."""
+        return Range
 
     @classmethod
     def more_fields(cls) -> Iterator[MoreField]:
@@ -146,12 +149,12 @@ def _checked(operator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         known = operators.settings_of(operator)
     except InputError as error:
-        raise _refused(
+        raise refused(
             "operator", operator, f"{error.message.removeprefix('merge.operator: ')} {error.remedy}"
         ) from error
     for key in given:
         if key not in known:
-            raise _refused(key, given[key], _unknown(operator, key, known))
+            raise refused(key, given[key], _unknown(operator, key, known))
     return {key: _value(operator, key, value) for key, value in given.items()}
 
 
@@ -165,7 +168,7 @@ def _value(operator: str, key: str, value: Any) -> Any:
     try:
         return operators.checked(operator, {key: value})[key]
     except EcotoneError as error:
-        raise _refused(key, value, f"{error.message.removeprefix(f'merge.{key}: ')} {error.remedy}".strip()) from error
+        raise refused(key, value, f"{error.message.removeprefix(f'merge.{key}: ')} {error.remedy}".strip()) from error
 
 
 def _unknown(operator: str, key: str, known: Mapping[str, Setting]) -> str:
@@ -177,8 +180,3 @@ def _unknown(operator: str, key: str, known: Mapping[str, Setting]) -> str:
         takes = f"It takes {', '.join(known)}." if known else "It takes none."
         return f"the operator {operator!r} has no such setting. {takes}"
     return f"unknown key. {nearest(key, [*Merge.model_fields, *known])}"
-
-
-def _refused(key: str, value: Any, said: str) -> ValidationError:
-    problem = PydanticCustomError(UNKNOWN_KIND, "{said}", {"said": said.strip()})
-    return ValidationError.from_exception_data("merge", [InitErrorDetails(type=problem, loc=(key,), input=value)])

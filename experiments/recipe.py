@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
@@ -42,7 +43,6 @@ from ecotone.search.registry import SEARCHES, AnySearch
 from ecotone.settings import PREPARED, Call, Part, with_files
 
 RESUMABLE = ("runtime", "tracking", "budget")  # what a resumed run may be given anew: it changes no recorded trial
-SPARE_TASKS = "spare tasks"  # context in which a recipe is validated whose search need not use its calibration tasks
 _WRITER = re.compile(r"# Written by Ecotone (\S+)\.\n")
 _LOCATED = ("models", "objectives", "calibration")  # fields with paths that the preparation step may write
 _HALVES = re.compile("[\ud800-\udfff]")  # of characters: no file can hold one
@@ -174,7 +174,7 @@ class Recipe(Part):
         for part in self.searches:
             self._check_objectives(part)
             self._check_ranges(part)
-        self._check_calibration(spare=info.context == SPARE_TASKS)
+        self._check_calibration(spare=bool((info.context or {}).get("spare_tasks")))
         self._check_shares()
         for field, value in self.model_dump(warnings=False).items():
             for text in _texts(value):
@@ -308,15 +308,48 @@ class Recipe(Part):
         Raises:
             InputError: A key is unknown, or a value does not fit.
         """
-        try:
-            recipe = cls.model_validate(record, context=SPARE_TASKS if spare_tasks else None)
-        except ValidationError as error:
-            raise InputError(explained(error, cls), newer(written_by)) from error
+        recipe = cls._of(record, written_by, spare_tasks=spare_tasks)
         if folder is None:
-            return with_files(recipe, lambda path: str(at_home(path).absolute()))
+            return recipe._in_place()
         found = recipe._absolute(folder)
         found._folder = folder
         return found
+
+    @classmethod
+    def read_back(
+        cls, record: Mapping[str, Any], written_by: str, settings: Mapping[str, Any] = MappingProxyType({})
+    ) -> Recipe:
+        """The recipe that a run or an export has on record. Trackers that cannot be used here stop nothing.
+
+        Args:
+            record: The recipe, as ``record`` returned it.
+            written_by: The version of Ecotone that wrote the record; empty when it is not known.
+            settings: Fields to replace, by dotted name.
+
+        Raises:
+            InputError: A key is unknown, or a value does not fit.
+        """
+        tracking = record.get("tracking") if isinstance(record, Mapping) else None
+        known = tracking if isinstance(tracking, Mapping) else {}
+        return cls._of(apply_settings(record, settings), written_by, recorded=known)._in_place()
+
+    @classmethod
+    def _of(cls, record: Mapping[str, Any], written_by: str = "", **context: Any) -> Recipe:
+        """A record, checked.
+
+        Args:
+            record: The recipe.
+            written_by: The version of Ecotone that wrote it; empty when it is not known.
+            context: Of validators: ``spare_tasks``, and in ``recorded`` what the run's own recipe says of trackers,
+                where it is read back.
+        """
+        try:
+            return cls.model_validate(record, context=context)
+        except ValidationError as error:
+            raise InputError(explained(error, cls), newer(written_by)) from error
+
+    def _in_place(self) -> Recipe:
+        return with_files(self, lambda path: str(at_home(path).absolute()))
 
     def record(self) -> dict[str, Any]:
         """The whole recipe as nested plain values; ``from_record`` takes it back."""

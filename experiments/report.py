@@ -59,7 +59,7 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """Write a sentence above the line."""
-        self.console.print(Text(text, style="dim"))
+        self.console.print(Text(text, style="dim"), soft_wrap=True)  # commands in it are to be copied
 
     def __call__(self, progress: Progress) -> None:
         """Show the progress, at most four times a second."""

@@ -17,14 +17,14 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ecotone.experiments import checks, compose, logs, preparation, storage, tracking
-from ecotone.experiments.recipe import Recipe, apply_settings, check_recipe, check_resumable
+from ecotone.experiments.recipe import Recipe, check_recipe, check_resumable
 from ecotone.experiments.runs import Run, check_search, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Pool
 from ecotone.merging.operators.base import Operator
 from ecotone.populations import facts
-from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.errors import EcotoneError, InputError, sentence
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
 from ecotone.populations.space import Space
@@ -118,6 +118,7 @@ def resume(
         check_search(journal, place.where)
         record, folders = _recorded_paths(journal)
         recipe = _resumed_recipe(record, settings or {}, wrote(journal))
+        deque(map(notify, recipe.tracking.warnings()), maxlen=0)
         paths = compose.python_paths(folders)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
@@ -128,7 +129,7 @@ def resume(
             same_models(journal, space)
             journal.note(facts.RECIPE, recipe.record())
             journal.note(facts.BUDGET, recipe.budget.model_dump(mode="json"))
-            journal.note(facts.TRACKING, recipe.tracking.recorded())
+            journal.note(facts.TRACKING, recipe.tracking.recorded(journal.fact(facts.TRACKING) or {}))
             journal.note(facts.SYS_PATH, folders)
             _carry_out(composition, composition.search(space), place, journal, pool, space, observe, notify)
     return Run(place.directory)
@@ -300,8 +301,14 @@ def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
     for name, process in followers.items():
         title = recipe.tracking.trackers[name].title
         notify(f"Waiting for {title} to have everything ...")
-        if not tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name):
-            notify(f"Warning: {title} does not have everything yet; `ecotone sync {place.where}` sends the rest.")
+        ended = tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name)
+        known = tracking.status(place.directory, name)
+        if ended and known["complete"]:
+            continue
+        crashed = "its mirror has ended, and tracking.log says why" if ended and not known["mirroring"] else ""
+        why, sync = known["error"] or crashed, f"`ecotone sync {place.where}` sends the rest."
+        after = f": {sentence(why)} When that is mended, {sync}" if why else f"; {sync}"
+        notify(f"Warning: {title} does not have everything yet{after}")
 
 
 def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
@@ -350,7 +357,7 @@ def _moved(value: Any, old: str, new: str) -> Any:
 
 def _resumed_recipe(record: Mapping[str, Any], settings: Mapping[str, Any], written_by: str) -> Recipe:
     check_resumable(settings)
-    return Recipe.from_record(apply_settings(record, settings), written_by=written_by)
+    return Recipe.read_back(record, written_by, settings)
 
 
 def _check_numbers(space: Space, notify: Notify) -> None:

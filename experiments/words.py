@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, get_args
 from pydantic import ValidationError
 
 from ecotone.populations import facts
-from ecotone.populations.errors import nearest
+from ecotone.populations.errors import nearest, sentence
 from ecotone.populations.journal import Journal
 from ecotone.search.chain import ChainSettings, StageSettings
 from ecotone.settings import UNKNOWN_KIND, Part, chosen_of
@@ -77,7 +77,7 @@ def _line(entry: Mapping[str, Any], root: type[Part]) -> str:
     if kind in ("model_type", "dict_type"):
         return f"{field}: expected a mapping, found {entry['input']!r}."
     if kind == "value_error":
-        return f"{message}." if field == "recipe" else f"{field}: {message}."
+        return sentence(message if field == "recipe" else f"{field}: {message}")
     return f"{field}: {message[0].lower()}{message[1:]}, found {entry['input']!r}."
 
 
@@ -98,9 +98,9 @@ def _place(steps: Steps, root: type[Part]) -> tuple[list[int | str], type[Part]]
                 written.append(step)
             chosen = chosen_of(field)
             part = part if chosen else _part(field.annotation) or part
-        elif part.extras is not None:
+        elif (beside := part.part_at(step)) is not None:
             written.append(step)
-            part = part.extras
+            part = beside
         else:
             part, chosen = MEMBERS.get(step, part), None if step in MEMBERS else chosen
     return written, part

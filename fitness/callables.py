@@ -21,7 +21,7 @@ from typing import Any
 
 from ecotone.fitness.former_names import present_name, tell
 from ecotone.marked import FILE_MODULE
-from ecotone.populations.errors import EcotoneError, InputError, nearest
+from ecotone.populations.errors import EcotoneError, InputError, nearest, sentence
 from ecotone.settings import Call, split_call
 
 _loading = threading.RLock()
@@ -113,7 +113,7 @@ def _imported(name: str, path: str, field: str) -> ModuleType:
         ) from error
     except Exception as error:
         raise InputError(
-            f"{field}: importing {name!r} (of {path!r}) raised {type(error).__name__}: {error}."
+            sentence(f"{field}: importing {name!r} (of {path!r}) raised {type(error).__name__}: {error}")
         ) from error
 
 
@@ -160,7 +160,7 @@ def _broken(file: Path, path: str, field: str, error: BaseException) -> InputErr
             f"{field}: {where} (of {path!r}) needs the module {error.name!r}, which is not installed.",
             "Install it, or put its file beside this one.",
         )
-    return InputError(f"{field}: loading {where} (of {path!r}) raised {type(error).__name__}: {error}.")
+    return InputError(sentence(f"{field}: loading {where} (of {path!r}) raised {type(error).__name__}: {error}"))
 
 
 def _line(file: Path, error: BaseException) -> int | None:

@@ -53,6 +53,11 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}".rstrip(": ")
 
 
+def sentence(text: str) -> str:
+    """A text with a full stop at its end, if it has none: texts of other packages may have one."""
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
 def closest(word: str, known: Sequence[str]) -> str | None:
     """The known word closest to ``word``; None when none is like it."""
     begun = [one for one in known if len(word) > 2 and one.startswith(word)]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ecotone.experiments import words
-from ecotone.experiments.fields import everything, explained_path, page, schema
+from ecotone.experiments.fields import STAGE, everything, explained_path, page, schema
 from ecotone.experiments.recipe import Recipe, apply_settings
 from ecotone.populations.errors import InputError
 
@@ -89,6 +89,58 @@ def test_a_path_that_no_field_has_names_the_nearest() -> None:
         explained_path("search.archiv")
 
 
+@pytest.mark.parametrize("path", ["objectives.search[0].name", "objectives.search.0.name"])
+def test_positions_are_written_as_in_messages(path: str) -> None:
+    assert {field.path for field in explained_path(path)} == {"objectives.search.name"}
+
+
+@pytest.mark.parametrize(
+    ("path", "begin"),
+    [
+        ("qqqqqqqqqqqqqq", "Fields of a recipe: name, models, "),
+        ("budget.qqqqqqqqqqqqqqq", "Fields of budget: evaluations, seconds."),
+        ("tracking.wandb.qqqqqqqqqqqqqqq.z", "Fields of tracking.wandb: project, "),
+        ("tracking.qqqqqqqqqqqqqqq.folder", "Fields of tracking: uri, experiment, mlflow, wandb"),
+    ],
+)
+def test_a_path_like_no_other_gets_the_fields_of_its_part(path: str, begin: str) -> None:
+    with pytest.raises(InputError) as caught:
+        explained_path(path)
+    assert caught.value.remedy.startswith(begin)
+    assert len(caught.value.remedy) < 250
+
+
+DEFAULTS = {
+    "objectives.search.type": {"required": True},
+    "calibration.loss": {'"entropy"': ("entropy",), "required": True},
+    "search.algorithm": {'"m2n2"': ("m2n2",), "required": True},
+    "search.start": {"none": True, "front, where the algorithm can begin with given merges": STAGE},
+    "search": {"algorithm: m2n2": ()},
+    "scoring": {"backend: resident": ()},
+    "merge": {"the defaults of its fields": ()},
+}
+
+
+@pytest.mark.parametrize("path", DEFAULTS)
+def test_the_default_is_what_holds_when_a_field_is_not_given(path: str) -> None:
+    told = explained_path(path)
+    assert {field.default for field in told} == set(DEFAULTS[path])
+    kinds = {default: kinds for default, kinds in DEFAULTS[path].items() if kinds is not True}
+    assert {field.default: field.kinds for field in told if field.default in kinds} == kinds
+
+
+@pytest.mark.parametrize("path", ["search.algorithm", "calibration.loss", "objectives.search.type"])
+def test_the_page_says_the_same_defaults(path: str) -> None:
+    lines = [line for line in page().splitlines() if line.startswith(f"| `{path}` |")]
+    assert len([line for line in lines if "| `required` |" not in line]) == ("objectives" not in path)
+
+
+def test_types_that_are_hard_to_say() -> None:
+    (merge,) = explained_path("merge")
+    (stage,) = [field for field in explained_path("search.start") if field.kinds == STAGE]
+    assert (merge.type, stage.type) == ("a mapping of the fields below", "one of front, best, archive, none")
+
+
 @pytest.mark.parametrize("key", [3, None, True])
 def test_keys_of_merge_that_are_no_text(key: Any) -> None:
     with pytest.raises(InputError, match=f"merge.*keys should be strings, found {key!r}"):
@@ -99,8 +151,14 @@ def test_keys_of_merge_that_are_no_text(key: Any) -> None:
 def test_a_record_of_a_newer_ecotone_is_said_to_be_one(monkeypatch: Any, version: str, said: bool) -> None:
     monkeypatch.setattr(words, "version", lambda package: "0.1.3")
     with pytest.raises(InputError, match=r"budget\.future: unknown key") as caught:
-        Recipe.from_record({**PLAIN, "budget": {"future": 3}}, written_by=version)
+        Recipe.read_back({**PLAIN, "budget": {"future": 3}}, version)
     assert (f"Ecotone {version} wrote this" in str(caught.value)) == said
+
+
+@pytest.mark.parametrize("record", [3, {**PLAIN, "tracking": 3}])
+def test_a_damaged_record_is_refused_in_words(record: Any) -> None:
+    with pytest.raises(InputError, match="expected a mapping, found"):
+        Recipe.read_back(record, "")
 
 
 @pytest.mark.parametrize(

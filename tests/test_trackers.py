@@ -23,12 +23,18 @@ from processes import Ecotone
 from safetensors.numpy import save_file
 
 from ecotone.experiments import checks, tracking
+from ecotone.experiments.cli import _failure
+from ecotone.experiments.exports import verify
+from ecotone.experiments.fields import explained_path, page
 from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.running import launch, resume
 from ecotone.experiments.tracking.mlflow.server import free_port
+from ecotone.experiments.tracking.notes import sole_mirror
 from ecotone.experiments.tracking.protocol import TrackerSettings
 from ecotone.experiments.tracking.settings import TrackingSettings
 from ecotone.experiments.tracking.wandb import WandbSettings
 from ecotone.extras import how_to_install
+from ecotone.populations import facts
 from ecotone.populations.errors import InputError
 from ecotone.populations.journal import Journal
 from ecotone.testing import trackers
@@ -239,7 +245,9 @@ def test_a_search_is_tracked_by_both(tmp_path: Path, empty_store: Path, ecotone:
     run = tmp_path / "runs" / "toy"
     said = ecotone("run", tmp_path / "toy.yaml", "--out", run)
     assert said.code == 0, said.err
-    assert f"MLflow does not have everything yet; `ecotone sync {run}` sends the rest." in said.err
+    silent = "the tracking server at 127.0.0.1 does not answer"
+    sync = f"When that is mended, `ecotone sync {run}` sends the rest."
+    assert f"MLflow does not have everything yet: {silent}. {sync}" in said.err
     for process in psutil.Process().children():  # the mirror that still tries
         if str(run) in process.cmdline():
             process.terminate()
@@ -247,16 +255,17 @@ def test_a_search_is_tracked_by_both(tmp_path: Path, empty_store: Path, ecotone:
     known = ecotone("status", run, "--json").json["tracking"]
     assert (known["wandb"]["mirrored"], known["wandb"]["error"]) == (6, None)
     assert known["wandb"]["page"].startswith(f"wandb sync {run}/wandb/offline-run-")
-    assert (known["mlflow"]["mirrored"], known["mlflow"]["error"]) == (
-        0,
-        "the tracking server at 127.0.0.1 does not answer",
-    )
+    assert (known["mlflow"]["mirrored"], known["mlflow"]["error"]) == (0, silent)
     said = ecotone("sync", run)
     assert (said.code, "mlflow: http://127.0.0.1" in said.err) == (1, True)
+    assert f"{silent}. Nothing is lost: try again when it is back." in said.err
     assert "wandb has 6 evaluations" in said.out
     assert ecotone("sync", run, "--tracker", "wandb", "--json").json["wandb"]["complete"]
     said = ecotone("sync", run, "--tracker", "wandbe")
-    assert (said.code, "'wandb'" in said.err) == (1, True)
+    assert (said.code, said.err.splitlines()) == (
+        1,
+        ["error: tracker: expected one of mlflow, wandb, found 'wandbe'.", "Did you mean 'wandb'?"],
+    )
     pages = ecotone("ui", run, "--json").json["pages"]
     assert pages == {"wandb": known["wandb"]["page"]}
 
@@ -271,6 +280,14 @@ def test_a_tracker_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: py
 
 
 # -- recipes -------------------------------------------------------------------------------------------------
+
+
+PLAIN: dict[str, Any] = {
+    "name": "toy",
+    "models": {"experts": ["1.safetensors"]},
+    "objectives": {"search": [{"name": "left", "type": "call", "call": "m:f"}]},
+    "budget": {"evaluations": 6},
+}
 
 
 class ToySettings(TrackerSettings):
@@ -348,15 +365,19 @@ def test_the_schema_has_every_tracker(toy: None) -> None:
         assert shape["properties"][field]["description"]
 
 
+def test_every_tracker_is_explained(toy: None) -> None:
+    (whole,), (path,) = explained_path("tracking.toy"), explained_path("tracking.toy.path")
+    assert whole.text == "A tracker of another package."
+    assert (whole.type, whole.default) == ("true or false or a mapping of the fields below or none", "none")
+    assert (path.text, path.default) == ("Where to.", '"here"')
+    assert "| `tracking.toy` |" in page()
+    assert "## tracking.toy" in page()
+    assert "| `tracking.toy.path` |" in page()
+
+
 def test_a_recipe_is_told_where_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WandbSettings, "packages", ("no_such_package",))
-    record = {
-        "name": "toy",
-        "models": {"experts": ["1.safetensors"]},
-        "objectives": {"search": [{"name": "left", "type": "call", "call": "m:f"}]},
-        "budget": {"evaluations": 6},
-        "tracking": {"uri": "http://user:secret@host:1", "wandb": {"mode": "offline"}},
-    }
+    record = {**PLAIN, "tracking": {"uri": "http://user:secret@host:1", "wandb": {"mode": "offline"}}}
     found = {one.subject: one.text for one in checks._trackers(Recipe.from_record(record))}
     assert found["tracking.mlflow"] == "experiment 'ecotone' of http://host:1"
     project, missing, *lacks = found["tracking.wandb"].split("; ")
@@ -372,20 +393,75 @@ def test_a_recipe_is_told_where_it_goes(tmp_path: Path, monkeypatch: pytest.Monk
         ({"wandb": {"mode": "sometimes"}}, "tracking.wandb.mode: "),
         ({"wandb": "yes"}, "tracking.wandb: "),
         ({"wandbe": True}, "tracking.wandbe: unknown key. Did you mean 'wandb'?"),
-        ({"toy": {"path": 3}}, "tracking: toy.path: "),
+        ({"toy": {"path": 3}}, "tracking.toy.path: input should be a valid string, found 3."),
+        ({"toy": {"pat": "p"}}, "tracking.toy.pat: unknown key. Did you mean 'path'?"),
+        ({"toy": "yes"}, "tracking.toy: "),
+        ({"uri": "ftp://x"}, "tracking.uri: expected a path, or a URI of http, https, file, sqlite, "),
+        ({"uri": "localhost:5000"}, "found 'localhost:5000'."),
+        ({"experiment": ""}, "tracking.experiment: expected a name of 1 to 500 characters, found ''."),
+        ({"wandb": {"project": "a/b?c d"}}, "tracking.wandb.project: expected a name without any of /\\#?%:, found"),
+        ({"wandb": {"project": "a" * 129}}, "tracking.wandb.project: expected a name of 1 to 128 characters, found"),
+        ({"wandb": {"entity": "me/you"}}, "tracking.wandb.entity: expected a name without any of "),
+        ({"zzz": True}, " If another package has this tracker, install that package."),
     ],
 )
 def test_wrong_trackers_are_refused_in_words(toy: None, given: dict[str, Any], words: str) -> None:
-    record = {
-        "name": "toy",
-        "models": {"experts": ["1.safetensors"]},
-        "objectives": {"search": [{"name": "left", "type": "call", "call": "m:f"}]},
-        "budget": {"evaluations": 6},
-        "tracking": given,
-    }
     with pytest.raises(InputError) as caught:
-        Recipe.from_record(record)
+        Recipe.from_record({**PLAIN, "tracking": given})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(TrackingSettings.model_fields.keys() - {"mlflow", "wandb"}))
+def test_a_tracker_that_is_named_like_a_field_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"tracker '{name}': `tracking` has a field of that name"):
+        tracking.TRACKERS.register(name, ToySettings)
+
+
+def test_a_recorded_tracker_that_is_gone_is_kept(toy: None) -> None:
+    """Whether its package is gone or has other settings now; what is given anew is checked like any."""
+    begun = Recipe.from_record({**PLAIN, "tracking": {"toy": {"path": "there"}}})
+    record = begun.record()
+    later = {**record, "tracking": {**record["tracking"], "toy": {"place": "there"}}}
+    assert list(Recipe.read_back(record, "").tracking.warnings()) == []
+    (line,) = Recipe.read_back(later, "").tracking.warnings()
+    assert line.startswith("Warning: tracking.toy.place: unknown key. Known: path; ")
+    tracking.TRACKERS.forget("toy")
+    gone = Recipe.read_back(record, "")
+    assert list(gone.tracking.warnings()) == [
+        "Warning: tracking.toy: no installed package has this tracker; the run is not mirrored there."
+    ]
+    assert (gone.record(), gone.signature) == (record, begun.signature)
+    assert gone.tracking.recorded({"toy": {"path": "/there"}})["toy"] == {"path": "/there"}
+    assert Recipe.read_back(record, "", {"tracking.toy": False}).record()["tracking"]["toy"] is None
+    for key in ("tracking.toy.path", "tracking.zzz"):
+        with pytest.raises(InputError, match="unknown key"):
+            Recipe.read_back(record, "", {key: "x"})
+
+
+def test_a_run_goes_on_without_a_tracker_that_is_gone(
+    toy: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "gone_toys.py").write_text("def left(model):\n    return -float(abs(model['w']).sum())\n")
+    for number in (1, 2):
+        save_file({"w": np.full((2, 2), number, np.float32)}, tmp_path / f"{number}.safetensors")
+    objective = {"name": "left", "type": "call", "call": "./gone_toys.py:left"}
+    record = {
+        **PLAIN,
+        "models": {"experts": ["1.safetensors", "2.safetensors"]},
+        "objectives": {"search": [objective]},
+        "runtime": {"pool": "serial"},
+        "tracking": {"mlflow": False, "toy": True},
+    }
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**record, "search": {"algorithm": "random"}}))
+    run = launch(Recipe.from_yaml(tmp_path / "toy.yaml"), tmp_path / "run")
+    tracking.TRACKERS.forget("toy")
+    said: list[str] = []
+    assert resume(run, {"budget.evaluations": 8}, notify=said.append).status()["evaluations"] == 8
+    assert said[0].startswith("Warning: tracking.toy: no installed package has this tracker")
+    assert verify(run.export("best", tmp_path / "merged"))
+    assert [one.getMessage() for one in caplog.records if one.levelname == "WARNING"] == said[:1] * 2
+    with run.journal() as journal:
+        assert journal.fact(facts.TRACKING) == {"toy": {"path": "here"}}
 
 
 def test_a_tracker_that_does_not_say_all_of_itself_is_refused() -> None:
@@ -409,6 +485,61 @@ def test_a_tracker_that_was_off_goes_where_the_recipe_says(runs: Path, tmp_path:
     (report,) = tracking.mirror_all(directory).values()
     assert (report.error, report.uri) == (None, tracking.default_uri(runs))
     assert tracking.status(directory)["experiment"] == "x"
+
+
+NEVER: dict[str, Any] = {"uri": "ftp://x", "experiment": "", "wandb": {"project": "a/b"}}
+
+
+def test_a_run_that_began_with_settings_that_never_work_is_read_back() -> None:
+    record = {**Recipe.from_record(PLAIN).record(), "tracking": NEVER}
+    assert Recipe.read_back(record, "").tracking.uri == "ftp://x"
+    for key, value in (("tracking.uri", "ftp://y"), ("tracking.wandb.project", "b/c")):
+        with pytest.raises(InputError, match=f"{key}: expected"):
+            Recipe.read_back(record, "", {key: value})
+
+
+def test_the_uri_of_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "ftp://x")
+    with pytest.raises(InputError, match=r"\$MLFLOW_TRACKING_URI: expected a path, or a URI of .*, found 'ftp://x'\."):
+        TrackingSettings().recorded()
+
+
+@pytest.mark.parametrize(
+    "uri", ["runs/mlruns", "/m", "postgresql+psycopg2://u@h/d", "databricks://p", "file:///m", "mssql+pyodbc://x"]
+)
+def test_uris_that_mlflow_takes_are_taken(uri: str) -> None:
+    assert TrackingSettings(uri=uri).uri == uri
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "remedy"),
+    [
+        ({"toy": {}}, "not today", "Nothing is lost: mend that, then try again."),
+        ({"gone": {}}, "tracking.gone: no installed package has this tracker.", "Install the package that has it."),
+        (
+            {"wandb": NEVER["wandb"]},
+            "tracking.wandb.project: expected a name without any",
+            "Change it: `ecotone resume",
+        ),
+    ],
+)
+def test_the_remedy_fits_the_error(toy: None, runs: Path, settings: dict[str, Any], error: str, remedy: str) -> None:
+    (report,) = tracking.mirror_all(a_run(runs, 3, 3, tracking=json.dumps(settings))).values()
+    assert (report.error or "").startswith(error)
+    assert report.remedy.startswith(remedy)
+
+
+def test_a_run_that_another_process_mirrors_is_waited_for(toy: None, runs: Path) -> None:
+    directory = a_run(runs, 3, 3, tracking=json.dumps({"toy": {}}))
+    with sole_mirror(directory, "toy", 0):
+        report = tracking.mirror(directory, "toy", patience=0)
+    assert (report.error, report.remedy[:17]) == ("another process is mirroring this run", "Wait until it has")
+
+
+def test_a_sentence_ends_once() -> None:
+    report = tracking.MirrorReport("there", error="No API key. Run `wandb login`.", remedy="Then try again.")
+    assert _failure("wandb", report) == "wandb: there: No API key. Run `wandb login`. Then try again."
+    assert _failure("toy", tracking.MirrorReport("", error="not today")) == "toy: not today."
 
 
 def test_notes_of_old_runs_are_read(runs: Path) -> None:

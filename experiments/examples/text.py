@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from ecotone.experiments.examples.linear_heads import MeanHead, fit_head, mean_states
 from ecotone.extras import how_to_install
 from ecotone.fitness.callables import resolve
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import InputError, sentence
 
 Part: TypeAlias = Literal["train", "search", "test", "unlabelled"]
 
@@ -118,7 +118,7 @@ def debian_sections() -> list[Example]:
     try:
         listed = subprocess.run(command, capture_output=True, check=True).stdout.decode("utf-8", "replace")
     except (OSError, subprocess.CalledProcessError) as error:
-        raise InputError(f"Debian's packages: `{' '.join(command)}` failed: {error}.", remedy) from error
+        raise InputError(f"Debian's packages: `{' '.join(command)}` failed: {sentence(str(error))}", remedy) from error
     found = [example for example in map(_package, listed.split("\n\n")) if example is not None]
     if not found:
         raise InputError(f"Debian's packages: `{' '.join(command)}` lists none.", remedy)

@@ -16,8 +16,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 import ecotone
 from ecotone.experiments.tracking.mirroring import Mirror
@@ -25,10 +28,14 @@ from ecotone.experiments.tracking.notes import MirrorReport, note, noted, say, s
 from ecotone.experiments.tracking.protocol import SILENCE, Memory, TrackerSettings
 from ecotone.experiments.tracking.registry import TRACKERS
 from ecotone.experiments.tracking.subject import DEFAULT, Subject, state_of, trackers_of
+from ecotone.experiments.words import explained
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, first_line
 from ecotone.populations.journal import Journal
 
+_WAIT = "Wait until it has ended; `ecotone status` shows what it has sent."
+_BACK = "Nothing is lost: try again when it is back."
+_MEND = "Nothing is lost: mend that, then try again."
 _HANDOVER = 5.0  # seconds that a mirror waits for another one of the same run to end
 FINAL_STATES = ("finished", "failed", "interrupted")
 
@@ -58,7 +65,8 @@ def mirror(
     settings = settings_of(directory, tracker, changes)
     with sole_mirror(directory, tracker, patience) as alone:
         if not alone:
-            return MirrorReport(settings.place(directory), error="another process is mirroring this run")
+            busy = "another process is mirroring this run"
+            return MirrorReport(settings.place(directory), error=busy, remedy=_WAIT)
         with contextlib.closing(Attempts(directory, tracker, settings)) as attempts:
             return attempts.once(live=False)
 
@@ -67,16 +75,23 @@ def mirror_all(run_dir: str | Path, trackers: Sequence[str] = ()) -> dict[str, M
     """Mirror a run to each of the ``trackers``; reports by name. By default to the run's trackers, or else to MLflow.
 
     What goes wrong with one is in its report, and keeps nothing from the others.
+
+    Raises:
+        InputError: One of ``trackers`` is neither a tracker nor one of the run's.
     """
     directory = Path(run_dir).resolve()
-    return {name: _mirrored(directory, name) for name in trackers or chosen(directory) or (DEFAULT,)}
+    on = chosen(directory)
+    for name in trackers:
+        if name not in on:
+            TRACKERS.get(name, "tracker")
+    return {name: _mirrored(directory, name) for name in trackers or on or (DEFAULT,)}
 
 
 def _mirrored(directory: Path, tracker: str) -> MirrorReport:
     try:
         return mirror(directory, tracker)
     except InputError as error:
-        return MirrorReport("", error=str(error))
+        return MirrorReport("", error=error.message, remedy=error.remedy)
 
 
 def chosen(directory: Path) -> tuple[str, ...]:
@@ -87,16 +102,32 @@ def chosen(directory: Path) -> tuple[str, ...]:
 
 def settings_of(directory: Path, tracker: str, changes: Mapping[str, Any] | None = None) -> TrackerSettings:
     """The settings of a tracker as the journal has them. For a tracker that was off, the settings of the recipe."""
-    kind = TRACKERS.get(tracker, "tracker")
+    kind = _kind(tracker)
     with Journal.open(directory / "journal.sqlite") as journal:
         on, recipe = trackers_of(journal), journal.fact(facts.RECIPE) or {}
     beside = recipe.get("tracking", {}) if tracker == DEFAULT else {}
     given = on.get(tracker, {key: value for key, value in beside.items() if key in kind.model_fields})
     try:
         settings = kind.model_validate({**given, **(changes or {})})
-    except ValueError as error:
-        raise InputError(f"tracking.{tracker}: {error}") from error
+    except ValidationError as error:
+        place = "tracking" if tracker == DEFAULT else f"tracking.{tracker}"
+        line = f"{place}.{explained(error, kind).splitlines()[0]}"
+        change = f"`ecotone resume {directory} --set {line.split(':', 1)[0]}=VALUE`"
+        raise InputError(line, f"Change it: {change}.") from error
     return settings if tracker in on else settings.recorded()
+
+
+def _kind(tracker: str) -> type[TrackerSettings]:
+    """The kind of a tracker that a run is mirrored to, or may be.
+
+    Raises:
+        InputError: No package has it any longer, or it cannot be used.
+    """
+    if tracker not in TRACKERS:
+        raise InputError(
+            f"tracking.{tracker}: no installed package has this tracker.", "Install the package that has it."
+        )
+    return TRACKERS.get(tracker, f"tracking.{tracker}")
 
 
 def start(run_dir: str | Path, pid: int, tracker: str = DEFAULT) -> subprocess.Popen[bytes]:
@@ -107,7 +138,7 @@ def start(run_dir: str | Path, pid: int, tracker: str = DEFAULT) -> subprocess.P
     Raises:
         TrackingError: The tracker is not installed.
     """
-    TRACKERS.get(tracker, "tracker").require()
+    _kind(tracker).require()
     directory = Path(run_dir).resolve()
     # Not `-m`: a folder named `ecotone` in the user's working directory would be imported instead of this one.
     launch = (
@@ -161,7 +192,7 @@ class Attempts:
 
     def once(self, live: bool) -> MirrorReport:
         """Mirror all that is new. ``live`` is true while the search's process runs."""
-        complete, failure, mirror = False, None, None
+        complete, failure, remedy, mirror = False, None, "", None
         try:
             with Journal.open(self.directory / "journal.sqlite") as journal:
                 mirror = self._mirror = self._mirror or self._opened(journal)
@@ -169,12 +200,14 @@ class Attempts:
         except Exception as error:  # whatever it is, the journal has it all and the next attempt starts afresh
             mirror = self._mirror
             failure = self._settings.in_words(error) if self._settings else first_line(error)
+            if not (isinstance(error, EcotoneError) and error.remedy):  # which its words have
+                remedy = _BACK if failure.endswith(SILENCE) else _MEND
             self.trace = "" if failure.endswith(SILENCE) else traceback.format_exc()
         report, more = self._report(mirror, complete, failure)
         if failure is not None:
             self.close()
         note(self.directory, self.tracker, report, more)
-        return report
+        return replace(report, remedy=remedy)
 
     def close(self) -> None:
         """Let go of the tracker."""

@@ -33,6 +33,7 @@ class MirrorReport:
         logged: Metric values logged this time.
         complete: Whether the search has ended and the tracker has all of it.
         error: One line that says what went wrong, or None.
+        remedy: What the user can do about the error; empty where the error says it, or there is none.
     """
 
     uri: str
@@ -42,6 +43,7 @@ class MirrorReport:
     logged: int = 0
     complete: bool = False
     error: str | None = None
+    remedy: str = ""
 
 
 def status(run_dir: str | Path, tracker: str = DEFAULT) -> dict[str, Any]:

@@ -19,16 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
+from pydantic import ValidationInfo
+
 from ecotone.experiments.tracking.names import CURSOR
 from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations.errors import EcotoneError, InputError, first_line
-from ecotone.settings import Part
+from ecotone.settings import Part, check_fields
 
 Memory: TypeAlias = Mapping[str, Any]
 """Plain values that a record keeps in the run directory, for trackers that do not report how much they have."""
 
 SILENCE = "does not answer"
 """How the words of an error end of which nobody wants to see more."""
+
+
+TAKEN = ("uri", "experiment")
+"""Names that no tracker can have: fields of ``tracking`` that are no trackers."""
 
 
 class TrackingError(EcotoneError):
@@ -233,13 +239,29 @@ class TrackerSettings(Part):
             raise TrackingError(f"{cls.title} is not installed.", f"`{cls.install()}`, or switch it off.")
 
 
+def on_record(value: Any, info: ValidationInfo, *place: str) -> bool:
+    """Whether the run's own recipe, which is read back, has this value on record: no rule stops it then.
+
+    Args:
+        value: The value of a field.
+        info: Given by pydantic. In its context, ``recorded`` is what the recipe says of trackers.
+        place: Keys that lead to the field's part.
+    """
+    known: Any = (info.context or {}).get("recorded")
+    for step in (*place, info.field_name or ""):
+        known = known.get(step) if isinstance(known, Mapping) else None
+    return known is not None and bool(known == value)
+
+
 def check_declared(name: str, kind: Any) -> None:
     """Refuse a tracker that lacks a declaration.
 
     Raises:
-        InputError: It is no subclass of ``TrackerSettings``, or lacks one of ``TrackerSettings.DECLARED``, a default or
-            the text of a field.
+        InputError: It is named like a field of ``tracking``, it is no subclass of ``TrackerSettings``, or lacks one of
+            ``TrackerSettings.DECLARED``, a default or the text of a field.
     """
+    if name in TAKEN:
+        raise InputError(f"tracker {name!r}: `tracking` has a field of that name.", "Give the tracker another name.")
     if not (isinstance(kind, type) and issubclass(kind, TrackerSettings)):
         raise InputError(f"tracker {name!r}: expected a subclass of TrackerSettings, found {kind!r}.")
     missing = [
@@ -252,6 +274,7 @@ def check_declared(name: str, kind: Any) -> None:
     for what, found in (("lacks", missing), ("says nothing of its fields", silent), ("has no default for", needed)):
         if found:
             raise InputError(f"tracker {name!r}: it {what} {', '.join(found)}.", "See TrackerSettings.")
+    check_fields(kind)
 
 
 def _found(kind: type, name: str) -> Any:

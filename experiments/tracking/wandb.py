@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
+from pydantic import ValidationInfo, field_validator
+
 from ecotone.experiments.tracking.names import CURSOR, PICTURE
-from ecotone.experiments.tracking.protocol import SILENCE, End, Line, Memory, TrackerSettings
+from ecotone.experiments.tracking.protocol import SILENCE, End, Line, Memory, TrackerSettings, on_record
 from ecotone.experiments.tracking.subject import Subject
 from ecotone.extras import how_to_install
 from ecotone.populations.errors import InputError
@@ -32,6 +34,8 @@ TABLE = "front_table"
 PICTURES = f"{PICTURE}_picture"
 _OWN = "ecotone"  # the key of the configuration with what is not the recipe's
 _MODES = {"online": "online", "offline": "offline", "dryrun": "offline"}
+_REFUSED = "/\\#?%:"  # characters of names
+_LONGEST = 128  # characters of a project's name
 _SERVER = "https://api.wandb.ai"
 _SILENT = ("connection refused", "no such host", "timeout", "timed out", "deadline exceeded", "giving up after")
 # A server that is down should say so soon; patience is ours, not each call's. The rest of what W&B gathers by itself
@@ -70,6 +74,18 @@ class WandbSettings(TrackerSettings):
     entity: str | None = None
     mode: Literal["online", "offline"] | None = None
     dir: str | None = None
+
+    @field_validator("project", "entity")
+    @classmethod
+    def _accepted(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Refuse what W&B refuses, before anything runs. Of entities it says nothing of the length."""
+        if value is None or on_record(value, info, "wandb"):
+            return value
+        if any(sign in value for sign in _REFUSED):
+            raise ValueError(f"expected a name without any of {_REFUSED}, found {value!r}")
+        if info.field_name == "project" and not 0 < len(value) <= _LONGEST:
+            raise ValueError(f"expected a name of 1 to {_LONGEST} characters, found {value!r}")
+        return value
 
     title: ClassVar[str] = "Weights & Biases"
     packages: ClassVar[tuple[str, ...]] = ("wandb",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ecotone.populations.errors import EcotoneError, PoolError, first_line
+from ecotone.populations.errors import EcotoneError, PoolError, first_line, sentence
 
 log: logging.Logger = logging.getLogger("ecotone")
 
@@ -30,7 +30,11 @@ def reason(error: Exception) -> str:
 def cause(error: Exception) -> Exception:
     """The exception that a worker raised, without Ray's wrapping."""
     raised = getattr(error, "cause", None)
-    return raised if isinstance(raised, EcotoneError) else PoolError(f"pool: a worker raised {_last_line(error)}.")
+    return (
+        raised
+        if isinstance(raised, EcotoneError)
+        else PoolError(sentence(f"pool: a worker raised {_last_line(error)}"))
+    )
 
 
 def _last_line(error: Exception) -> str:

@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
+from pydantic import ValidationInfo, field_validator
+
 from ecotone.experiments.tracking.mlflow import store
-from ecotone.experiments.tracking.protocol import Memory, TrackerSettings
+from ecotone.experiments.tracking.protocol import Memory, TrackerSettings, on_record
 from ecotone.experiments.tracking.subject import Subject
 from ecotone.extras import how_to_install
+from ecotone.populations.errors import InputError
 from ecotone.settings import Part
 
 if TYPE_CHECKING:
     from ecotone.experiments.tracking.mlflow.run import MlflowRecord
+
+
+_LONGEST = 500  # characters of an experiment's name
 
 
 class MlflowPlace(Part):
@@ -32,6 +38,18 @@ class MlflowPlace(Part):
 
     uri: str | None = None
     experiment: str = "ecotone"
+
+    @field_validator("uri", "experiment")
+    @classmethod
+    def _accepted(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Refuse what MLflow refuses, before anything runs."""
+        if value is None or on_record(value, info):
+            return value
+        if info.field_name == "uri":
+            store.check_uri(value)
+        elif not 0 < len(value) <= _LONGEST:
+            raise ValueError(f"expected a name of 1 to {_LONGEST} characters, found {value!r}")
+        return value
 
 
 class MlflowSettings(MlflowPlace, TrackerSettings):
@@ -49,6 +67,13 @@ class MlflowSettings(MlflowPlace, TrackerSettings):
     def recorded(self) -> MlflowSettings:
         """With the URI that $MLFLOW_TRACKING_URI names, made absolute."""
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri and not self.uri:
+            try:
+                store.check_uri(uri)
+            except ValueError as error:
+                raise InputError(
+                    f"$MLFLOW_TRACKING_URI: {error}.", "Set tracking.uri, or tracking.mlflow=false."
+                ) from error
         return self.model_copy(update={"uri": None if uri is None else store.absolute_uri(uri)})
 
     def describe(self) -> str:

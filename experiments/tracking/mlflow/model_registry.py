@@ -18,6 +18,7 @@ from ecotone.experiments.tracking.mlflow.server import store_of
 from ecotone.experiments.tracking.mlflow.store import ENVIRONMENT, client_of, in_words
 from ecotone.experiments.tracking.notes import status
 from ecotone.experiments.tracking.protocol import TrackingError
+from ecotone.populations.errors import sentence
 
 _T = TypeVar("_T")
 
@@ -90,7 +91,7 @@ class Registrar:
             raise
         except Exception as error:
             raise TrackingError(
-                f"--register: MLflow: {in_words(error, self._uri)}.", "Check the tracking server and the name."
+                f"--register: MLflow: {sentence(in_words(error, self._uri))}", "Check the tracking server and the name."
             ) from error
 
     def _check(self, client: Any) -> None:

@@ -279,8 +279,8 @@ def _experiment(client: Any, uri: str, name: str) -> str:
             experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"the MLflow experiment {name!r} was deleted",
+            f"the MLflow experiment {name!r} was deleted.",
             f"Restore it with `mlflow experiments restore -x {experiment.experiment_id}`, "
-            "or name another in the recipe",
+            "or name another in the recipe.",
         )
     return str(experiment.experiment_id)

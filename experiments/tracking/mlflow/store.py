@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 from ecotone.experiments.storage import is_url
 from ecotone.experiments.tracking.protocol import SILENCE, TrackingError
 from ecotone.extras import how_to_install
+from ecotone.populations.errors import sentence
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -22,10 +24,27 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
+_SCHEMES = (
+    *("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql"),
+    *("databricks", "databricks-uc", "uc"),
+)
+
 
 def default_uri(runs_dir: str | Path) -> str:
     """The embedded store of a directory of runs: ``RUNS/mlflow.db``, with artifacts in ``RUNS/mlartifacts``."""
     return f"sqlite:///{Path(runs_dir).resolve() / 'mlflow.db'}"
+
+
+def check_uri(uri: str) -> None:
+    """Refuse a tracking URI whose scheme MLflow does not have.
+
+    Raises:
+        ValueError: It has not.
+    """
+    scheme = urlsplit(uri).scheme
+    packages = {one.name for one in entry_points(group="mlflow.tracking_store")}
+    if len(scheme) > 1 and scheme not in packages and scheme.split("+", 1)[0] not in _SCHEMES:
+        raise ValueError(f"expected a path, or a URI of {', '.join([*_SCHEMES, *sorted(packages)])}, found {uri!r}")
 
 
 def absolute_uri(uri: str) -> str:
@@ -110,7 +129,7 @@ def find_run_dir(run_id: str, uri: str) -> str | Path:
         tags = client_of(store).get_run(run_id).data.tags
     except Exception as error:
         raise TrackingError(
-            f"MLflow run {run_id}: {in_words(error, store)}.",
+            f"MLflow run {run_id}: {sentence(in_words(error, store))}",
             "Check the id and the tracking URI, or give the run directory.",
         ) from error
     if "ecotone.run_dir" not in tags:
