@@ -15,12 +15,13 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ecotone.populations.errors import InputError, first_line
+from ecotone.populations.errors import InputError, first_line, nearest
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -100,7 +101,7 @@ class Names:
     missing: tuple[str, ...] = ()
 
 
-def fitted(module: nn.Module, shapes: Shapes) -> Names:
+def fitted(module: nn.Module, shapes: Shapes, aliases: Mapping[str, str] = MappingProxyType({})) -> Names:
     """The correspondence of tensors of these names and shapes, in a checkpoint, and those of a module.
 
     Names of a Hugging Face model are converted as transformers converts them. Of any other module they are its own.
@@ -108,11 +109,14 @@ def fitted(module: nn.Module, shapes: Shapes) -> Names:
     Args:
         module: The module; it may be on the device ``meta``.
         shapes: By the checkpoint's names, shapes.
+        aliases: Names of tied tensors that the checkpoint may lack; by name, the tensor that takes their place.
 
     Raises:
-        InputError: A tensor has another shape than the module's, or a conversion cannot be made.
+        InputError: A tensor has another shape than the module's, a conversion cannot be made, a tensor of the module
+            stays empty, or a module that is not of transformers has no place for one of the checkpoint's.
     """
     state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = {**shapes, **{alias: shapes[kept] for alias, kept in aliases.items() if kept in shapes}}
     groups, unused = _grouped(module, shapes, state)
     places: dict[str, Place] = {}
     scattered: dict[str, Scattered] = {}
@@ -123,7 +127,7 @@ def fitted(module: nn.Module, shapes: Shapes) -> Names:
             (name,) = group.members
             if shapes[name] != state[target]:
                 raise InputError(
-                    f"architecture: {name}: expected shape {state[target]}, found {shapes[name]} in the checkpoints."
+                    f"architecture: {name}: expected shape {shapes[name]}, as the checkpoints have, found {state[target]}."
                 )
             places[name] = Place(name, target, shapes[name])
             filled.add(target)
@@ -132,7 +136,34 @@ def fitted(module: nn.Module, shapes: Shapes) -> Names:
         filled |= set(targets)
         for one in found:
             (places if isinstance(one, Place) else scattered)[one.name] = one  # type: ignore[index]
-    return Names(places, scattered, tuple(unused), tuple(name for name in state if name not in filled))
+    names = Names(places, scattered, tuple(unused), tuple(name for name in state if name not in filled))
+    _check_complete(module, names, shapes, aliases)
+    return names
+
+
+def _check_complete(module: nn.Module, names: Names, shapes: Shapes, aliases: Mapping[str, str]) -> None:
+    """Refuse a checkpoint that leaves tensors of the module empty, or has tensors that a user's own module lacks.
+
+    transformers leaves some tensors of a checkpoint unread. Those are merged and exported like the others.
+    """
+    state = module.state_dict(keep_vars=True)
+    found = {*names.places, *names.scattered}
+    kept = {name for alias, name in aliases.items() if alias in found}
+    left = [name for name in names.unused if name not in kept and name not in aliases]
+    if left and not hasattr(module, "base_model_prefix"):
+        raise InputError(
+            f"architecture: expected a tensor {left[0]!r} of shape {shapes[left[0]]}, as the checkpoints have, found none.",
+            nearest(left[0], list(state)),
+        )
+    filled = {id(state[place.target]) for place in names.places.values()}
+    filled |= {id(state[target]) for one in names.scattered.values() for target in one.parts}
+    for name in names.missing:
+        tensor = state[name]
+        if tensor.is_floating_point() and id(tensor) not in filled:
+            raise InputError(
+                f"architecture: its tensor {name!r} of shape {tuple(tensor.shape)} is in no checkpoint.",
+                nearest(name, sorted(found)),
+            )
 
 
 @dataclass(frozen=True)
