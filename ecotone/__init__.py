@@ -1,12 +1,14 @@
-"""Search for the best merges of fine-tuned models. In Python::
+"""Search for the best merges of fine-tuned models.
 
-from ecotone import Recipe, launch
+In Python::
 
-recipe = Recipe.from_yaml("experiments/recipes/digits-specialists.yaml", {"budget.evaluations": 500})
-run = launch(recipe, "runs/first")
-for member in run.front():
-    print(member.id, member.scores, member.held_out)
-run.export("best", "merged")
+    from ecotone import Recipe, launch
+
+    recipe = Recipe.from_yaml("experiments/recipes/digits-specialists.yaml", {"budget.evaluations": 500})
+    run = launch(recipe, "runs/first")
+    for member in run.front():
+        print(member.id, member.scores, member.held_out)
+    run.export("best", "merged")
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,14 @@ def specialists(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return launch(recipe, tmp_path_factory.mktemp("specialists") / "run")
 
 
+def example() -> str:
+    """The code in the package's docstring."""
+    return textwrap.dedent((ecotone.__doc__ or "").split("::", 1)[1])
+
+
 def test_the_docstrings_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is written, only without Ray and MLflow and shorter."""
-    text = (ecotone.__doc__ or "").split("::", 1)[1]
+    text = example()
     text = text.replace('"budget.evaluations": 500', f'"budget.evaluations": 40, **{QUICK!r}')
     assert QUICK.__repr__() in text
     text = text.replace("experiments/recipes/", f"{RECIPES}/")
@@ -178,7 +184,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_readme_shows_the_docstrings_example() -> None:
-    lines = [line for line in (ecotone.__doc__ or "").split("::", 1)[1].splitlines() if line.strip()]
+    lines = [line for line in example().splitlines() if line.strip()]
     shown = [[line for line in block.splitlines() if line.strip()] for block in blocks("python")]
     assert lines in shown
 

@@ -294,6 +294,7 @@ def shadowing(tmp_path: Path) -> Path:
     (tmp_path / "shadowing_toys").mkdir()
     for name, text in {
         "tabulate.py": "raise ImportError('the user has this module for something else')",
+        "numpy.py": "raise ImportError('which a worker imports before it has a path of its own')",
         "fitness.py": SHADOWING,
         "shadowing_toys/mine.py": "def three(): return 3.0",
     }.items():

@@ -617,7 +617,7 @@ def refusals(shell: Shell, address: str, folder: Path) -> None:
     wrong, none = {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}, {"HOME": str(folder / "none")}
     for line, words, others in (
         ("ecotone jobs", f"{address}: the token here is not the cluster's (403).", wrong),
-        ("ecotone jobs", f"{address}: its jobs take the cluster's token, and this machine has none (401).", none),
+        ("ecotone jobs", f"{address}: its jobs need the cluster's token, and this machine has none (401).", none),
         ("ecotone stop digist", "Did you mean 'digits'?", {}),
         ("ecotone stop digits", "it is not running; it has finished", {}),
         ("ecotone submit experiments/recipes/digits-specialists.yaml --name digits", "has a run 'digits' already", {}),

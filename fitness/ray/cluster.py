@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from ecotone.extras import how_to_install
@@ -69,7 +71,10 @@ class Cluster:
         self._draining = _draining_of(self.ray)
 
     def _initialise(self) -> None:
-        options: dict[str, Any] = {"address": self._address, "log_to_driver": False, "logging_level": logging.ERROR}
+        options: dict[str, Any] = {
+            **{"address": self._address, "log_to_driver": False, "logging_level": logging.ERROR},
+            "job_config": _with_own_path(self.ray),
+        }
         if self._address is None:
             options |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         stop = signal.getsignal(signal.SIGTERM)
@@ -232,6 +237,24 @@ def _draining_of(ray: Any) -> Callable[..., Collection[str]]:
     except AttributeError:
         return lambda timeout: ()
     return asked
+
+
+def _with_own_path(ray: Any) -> Any:
+    """A job whose workers have this package at the front of their Python path, and not the working directory.
+
+    Ray puts the working directory there, unless a job brings one of its own. A user's `numpy.py` would then hide numpy
+    before a worker can put the directory last.
+    """
+
+    class Job(ray.job_config.JobConfig):  # type: ignore[misc]
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True
+
+    job = Job()
+    package = find_spec("ecotone")
+    assert package is not None
+    job._py_driver_sys_path = [str(Path(str(package.origin)).resolve().parents[1])]
+    return job
 
 
 def _ray(local: bool) -> Any:
