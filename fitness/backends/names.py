@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecotone.merging.models.layout import Layout
 from ecotone.populations.errors import InputError, first_line, nearest
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -127,18 +128,25 @@ def fitted(module: nn.Module, shapes: Shapes, aliases: Mapping[str, str] = Mappi
             (name,) = group.members
             if shapes[name] != state[target]:
                 raise InputError(
-                    f"architecture: {name}: expected shape {shapes[name]}, as the checkpoints have, found {state[target]}."
+                    f"architecture: {name}: expected shape {shapes[name]}, as the checkpoints have, "
+                    f"found {state[target]}."
                 )
             places[name] = Place(name, target, shapes[name])
             filled.add(target)
             continue
         found, targets = _converted(module, target, group, shapes, state, known)
         filled |= set(targets)
-        for one in found:
-            (places if isinstance(one, Place) else scattered)[one.name] = one  # type: ignore[index]
+        places |= {one.name: one for one in found if isinstance(one, Place)}
+        scattered |= {one.name: one for one in found if isinstance(one, Scattered)}
     names = Names(places, scattered, tuple(unused), tuple(name for name in state if name not in filled))
     _check_complete(module, names, shapes, aliases)
     return names
+
+
+def names_of(module: nn.Module, layout: Layout) -> Names:
+    """The correspondence of the tensors of a layout and those of a module: see ``fitted``."""
+    shapes = {name: info.shape for name, info in {**layout.parameters, **layout.buffers}.items()}
+    return fitted(module, shapes, layout.aliases)
 
 
 def _check_complete(module: nn.Module, names: Names, shapes: Shapes, aliases: Mapping[str, str]) -> None:
@@ -152,7 +160,8 @@ def _check_complete(module: nn.Module, names: Names, shapes: Shapes, aliases: Ma
     left = [name for name in names.unused if name not in kept and name not in aliases]
     if left and not hasattr(module, "base_model_prefix"):
         raise InputError(
-            f"architecture: expected a tensor {left[0]!r} of shape {shapes[left[0]]}, as the checkpoints have, found none.",
+            f"architecture: expected a tensor {left[0]!r} of shape {shapes[left[0]]}, as the checkpoints have, "
+            f"found none.",
             nearest(left[0], list(state)),
         )
     filled = {id(state[place.target]) for place in names.places.values()}
@@ -266,8 +275,8 @@ def _converted(
         if tuple(tensor.shape) != state.get(name):
             wanted = "none of that name" if name not in state else f"one of shape {state[name]}"
             raise InputError(
-                f"architecture: {', '.join(group.members)}: converted as transformers does, they are a tensor {name} of "
-                f"shape {tuple(tensor.shape)}; expected {wanted}."
+                f"architecture: {', '.join(group.members)}: converted as transformers does, they are a tensor {name} "
+                f"of shape {tuple(tensor.shape)}; expected {wanted}."
             )
     key = (
         tuple(group.converter.source_patterns),
@@ -276,7 +285,9 @@ def _converted(
     if key not in known:
         known[key] = _spots(module, target, group, shapes)
     targets = list(made)
-    return [spot.named(name, shapes[name], targets) for name, spot in zip(group.members, known[key], strict=True)], targets
+    return [
+        spot.named(name, shapes[name], targets) for name, spot in zip(group.members, known[key], strict=True)
+    ], targets
 
 
 def _run(module: nn.Module, target: str, group: _Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ecotone.fitness.backends import activation_checkpointing as recomputing
 from ecotone.fitness.backends.architectures import make
 from ecotone.fitness.backends.base import BackendContext, ScoringSettings
-from ecotone.fitness.backends.names import Names, Place, Scattered, fitted
+from ecotone.fitness.backends.names import Names, Place, Scattered, names_of
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.kernel.lazy import fill
 from ecotone.merging.models.layout import Layout
@@ -133,7 +133,7 @@ class Resident:
         else:
             self.model = make(architecture, sources, dtype).to(device).eval().requires_grad_(False)
             self._state = self.model.state_dict(keep_vars=True)
-            state = self._placed(_names_of(self.model, sources))
+            state = self._placed(names_of(self.model, sources.layout))
         self._tensors = [state[name] for name in layout.tensors]
         own = {id(tensor) for tensor in self._state.values()}
         self._swapped = [id(tensor) in own or not self._parts for tensor in self._tensors]
@@ -288,8 +288,7 @@ class Resident:
         kept: dict[Tensor, Tensor] = {}
         give = partial(self._hand_over, slopes, kept)
         try:
-            for parameter in self._learned:
-                handles.append(parameter.register_post_accumulate_grad_hook(give))  # type: ignore[no-untyped-call]
+            handles += [one.register_post_accumulate_grad_hook(give) for one in self._learned]  # type: ignore[no-untyped-call]
             yield
         finally:
             for handle in handles:
@@ -368,10 +367,3 @@ def _allocated(sources: Sources, device: torch.device, dtype: torch.dtype | None
     }
     tensors |= {name: value.to(device, copy=True) for name, value in sources.buffers().items()}
     return tensors | {alias: tensors[name] for alias, name in layout.aliases.items()}
-
-
-def _names_of(module: nn.Module, sources: Sources) -> Names:
-    """The correspondence of the checkpoints' tensors and the module's."""
-    layout = sources.layout
-    shapes = {name: info.shape for name, info in {**layout.parameters, **layout.buffers}.items()}
-    return fitted(module, shapes, layout.aliases)
