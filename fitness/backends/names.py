@@ -12,6 +12,7 @@ and afterwards merged values are written into views of the module's tensors, and
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -166,8 +167,11 @@ def _check_complete(module: nn.Module, names: Names, shapes: Shapes, aliases: Ma
         )
     filled = {id(state[place.target]) for place in names.places.values()}
     filled |= {id(state[target]) for one in names.scattered.values() for target in one.parts}
+    computed = getattr(module, "_keys_to_ignore_on_load_missing", None) or ()  # by transformers, such as sinusoids
     for name in names.missing:
         tensor = state[name]
+        if any(re.search(pattern, name) for pattern in computed):
+            continue
         if tensor.is_floating_point() and id(tensor) not in filled:
             raise InputError(
                 f"architecture: its tensor {name!r} of shape {tuple(tensor.shape)} is in no checkpoint.",
