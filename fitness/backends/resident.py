@@ -162,8 +162,9 @@ class Resident:
         for name, place in names.places.items():
             tensor = state[place.target]
             found[name] = tensor if place.whole else place.of(tensor.detach())
-            if isinstance(tensor, nn.Parameter):
-                self._parts.setdefault(tensor, {})[layout.aliases.get(name, name)] = place
+            kept = layout.aliases.get(name, name)
+            if isinstance(tensor, nn.Parameter) and kept in layout.parameters:  # none that is empty
+                self._parts.setdefault(tensor, {})[kept] = place
         kind = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         for name, info in layout.parameters.items():
             twins = [alias for alias, kept in layout.aliases.items() if kept == name and alias in found]
