@@ -1,6 +1,7 @@
 """Names on disk and in memory: extra tensors, old names, prefixes, split and stacked tensors; refusals in words."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
 from ecotone.experiments.checks import _architecture
 from ecotone.fitness.backends.names import Scattered, fitted
+from ecotone.fitness.backends.resident import Resident
+from ecotone.merging.export import export_directory
 from ecotone.populations.errors import InputError
 
 
@@ -101,6 +104,65 @@ class TestOtherNames:
         place = found.places["wav2vec2.encoder.layer_norm.weight"]
         assert (place.target, place.whole) == ("encoder.layer_norm.weight", True)
         assert found.unused == ("lm_head.bias", "lm_head.weight")
+
+    @pytest.mark.parametrize(
+        ("family", "name", "like"),
+        [
+            ("bert", "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+            ("gpt2", "lm_head.weight", "transformer.wte.weight"),
+        ],
+    )
+    def test_a_tied_tensor_may_be_stored_twice(self, family, name, like, tmp_path):
+        found, _ = check(opened(family, tmp_path, lambda tensors: tensors | {name: tensors[like].clone()}), tmp_path)
+        assert found.places[name].target == name
+
+    @pytest.mark.parametrize(
+        ("family", "name", "like"),
+        [
+            ("roberta", "lm_head.decoder.bias", "lm_head.bias"),
+            ("bert", "cls.predictions.decoder.bias", "cls.predictions.bias"),
+        ],
+    )
+    def test_tensors_that_are_equal_in_the_base_alone_are_not_tied(self, family, name, like, tmp_path):
+        """transformers ties the base's when it loads them, and leaves an export's apart."""
+        numbers = iter(range(3))
+        change = lambda tensors: tensors | {name: tensors[like] + 0.1 * next(numbers)}  # noqa: E731
+        found, _ = check(opened(family, tmp_path, change), tmp_path)
+        assert found.places[name].target == name
+
+
+class TestStackedTensors:
+    def test_many_experts_are_stacked_in_the_order_of_their_numbers(self, tmp_path, monkeypatch):
+        many = replace(FAMILIES["qwen3_moe"], arguments={**FAMILIES["qwen3_moe"].arguments, "num_experts": 12})
+        monkeypatch.setitem(FAMILIES, "qwen3_moe", many)
+        found, _ = check(opened("qwen3_moe", tmp_path), tmp_path)
+        first, tenth = (found.places[f"model.layers.0.mlp.experts.{i}.down_proj.weight"] for i in (1, 10))
+        assert first.target == tenth.target == "model.layers.0.mlp.experts.down_proj"
+        assert tenth.offset == 10 * first.offset
+
+    def test_checkpoints_may_hold_them_stacked(self, tmp_path):
+        def stacked(tensors):
+            rest = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+            for layer in range(2):
+                experts = f"model.layers.{layer}.mlp.experts"
+                each = [
+                    [tensors[f"{experts}.{i}.{kind}_proj.weight"] for i in range(4)] for kind in ("gate", "up", "down")
+                ]
+                gate, up, down = map(torch.stack, each)
+                rest |= {f"{experts}.gate_up_proj": torch.cat([gate, up], 1), f"{experts}.down_proj": down}
+            return rest
+
+        found, _ = check(opened("qwen3_moe", tmp_path, stacked), tmp_path)
+        assert found.places["model.layers.0.mlp.experts.gate_up_proj"].whole
+
+    @pytest.mark.parametrize("name", ["qwen3_moe", "nomic_bert"])
+    def test_a_module_of_another_type_is_rounded_once(self, name, tmp_path):
+        case = opened(name, tmp_path)
+        model = Resident(case.sources, "auto", torch.device("cpu"), torch.bfloat16)
+        (module,) = model.show([case.genome])
+        exported = export_directory(case.sources, case.genome, tmp_path / "export", "", {}, "bfloat16")
+        plain = type(module).from_pretrained(exported, dtype=torch.bfloat16).state_dict()
+        assert all(torch.equal(tensor, plain[key]) for key, tensor in module.state_dict().items())
 
 
 class TestSplitTensors:

@@ -150,6 +150,23 @@ def names_of(module: nn.Module, layout: Layout) -> Names:
     return fitted(module, shapes, layout.aliases)
 
 
+def untie(module: nn.Module, names: Names, aliases: Mapping[str, str]) -> None:
+    """Give each tensor of a checkpoint memory of its own in a module that has one tensor for two of them.
+
+    transformers ties stored tensors whose numbers are equal, such as two copies of an output's bias. Merges of them
+    may differ.
+    """
+    state = module.state_dict(keep_vars=True)
+    taken: dict[int, tuple[str, str]] = {}
+    for place in names.places.values():
+        tensor, kept = state[place.target], aliases.get(place.name, place.name)
+        target, first = taken.setdefault(id(tensor), (place.target, kept))
+        if isinstance(tensor, nn.Parameter) and target != place.target and first != kept:
+            parent, _, last = place.target.rpartition(".")
+            own = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            setattr(module.get_submodule(parent), last, own)
+
+
 def _check_complete(module: nn.Module, names: Names, shapes: Shapes, aliases: Mapping[str, str]) -> None:
     """Refuse a checkpoint that leaves tensors of the module empty, or has tensors that a user's own module lacks.
 

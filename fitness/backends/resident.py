@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ecotone.fitness.backends import activation_checkpointing as recomputing
 from ecotone.fitness.backends.architectures import make
 from ecotone.fitness.backends.base import BackendContext, ScoringSettings
-from ecotone.fitness.backends.names import Names, Place, Scattered, names_of
+from ecotone.fitness.backends.names import Names, Place, Scattered, names_of, untie
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.kernel.lazy import fill
 from ecotone.merging.models.layout import Layout
@@ -132,8 +132,10 @@ class Resident:
             state = self.model
         else:
             self.model = make(architecture, sources, dtype).to(device).eval().requires_grad_(False)
+            names = names_of(self.model, layout)
+            untie(self.model, names, layout.aliases)
             self._state = self.model.state_dict(keep_vars=True)
-            state = self._placed(names_of(self.model, sources.layout))
+            state = self._placed(names)
         self._tensors = [state[name] for name in layout.tensors]
         own = {id(tensor) for tensor in self._state.values()}
         self._swapped = [id(tensor) in own or not self._parts for tensor in self._tensors]
