@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
+from ecotone.experiments.checks import _architecture
 from ecotone.fitness.backends import architectures
 from ecotone.fitness.backends.names import names_of
 from ecotone.fitness.backends.resident import Resident
@@ -612,6 +613,12 @@ def check(case, folder):
     assert all(map(torch.equal, shown, loaded))
     assert all(bool(one.isfinite().all()) for one in shown)
 
+    for expert in case.sources.experts:
+        own = type(resident.model).from_pretrained(expert.path).state_dict()
+        given = stacked.expert(expert.name).state_dict()
+        assert own.keys() == given.keys()
+        assert all(torch.equal(given[name], tensor) for name, tensor in own.items())
+
     wanted, scale = slopes_of(plain.requires_grad_(True), case)
     assert scale > 0
     for one in (resident, stacked):
@@ -623,6 +630,7 @@ def check(case, folder):
 def check_names(found, case):
     """The module without its weights has the same places, and no tensor of the checkpoints is left out."""
     layout = case.sources.layout
+    assert list(_architecture(case.sources))
     outlined = names_of(architectures.outline(case.sources.origin), layout)
     assert (found.places, found.unused, found.missing) == (outlined.places, outlined.unused, outlined.missing)
     assert found.scattered.keys() == outlined.scattered.keys()
