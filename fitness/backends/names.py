@@ -358,14 +358,16 @@ def _spots(module: nn.Module, target: str, group: _Group, shapes: Shapes) -> lis
     made = list(_run(module, target, group, counted).values())
     lengths = [tensor.numel() for tensor in made]
     found = torch.cat([tensor.reshape(-1) for tensor in made])
-    if found.numel() != total or not torch.equal(found.sort().values, torch.arange(total, dtype=kind)):
+    places = torch.full((total,), -1, dtype=kind)
+    moved = found.numel() == total and not found.is_floating_point()
+    if moved and total and bool(found.min() >= 0) and bool(found.max() < total):
+        places[found.long()] = torch.arange(total, dtype=kind)
+    if not moved or bool((places < 0).any()):
         raise InputError(
             f"architecture: expected a conversion that moves the numbers of {', '.join(group.members)}, found one that "
             f"changes them.",
             "Give the architecture as a function (package.module:function) that returns the module.",
         )
-    places = torch.empty_like(found)
-    places[found.long()] = torch.arange(total, dtype=kind)
     members = torch.split(places, sizes)
     return [
         _spot(member.view(shapes[name]), [tuple(tensor.shape) for tensor in made], lengths)
