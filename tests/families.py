@@ -63,7 +63,9 @@ def patches_and_text(config):
     vision = config.vision_config
     width = 3 * vision.temporal_patch_size * vision.patch_size**2
     ids = tokens(8)[:1]
-    ids[0, 1], ids[0, 2:6], ids[0, 6] = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
+    ids[0, 2:6] = config.image_token_id
+    if hasattr(config, "vision_start_token_id"):
+        ids[0, 1], ids[0, 6] = config.vision_start_token_id, config.vision_end_token_id
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -71,6 +73,31 @@ def patches_and_text(config):
         "pixel_values": torch.randn(16, width),
         "image_grid_thw": torch.tensor([[1, 4, 4]]),
     }
+
+
+def tiles_in_text(config):
+    """An image in a row of images, as one token."""
+    ids = tokens(8)[:1]
+    ids[0, 2] = config.image_token_id
+    size = config.vision_config.image_size
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 1, 3, size, size)}
+
+
+def sound_in_text(config):
+    ids = tokens(8)[:1]
+    ids[0, 2:6] = config.audio_token_index
+    audio = config.audio_config
+    length = 2 * audio.max_source_positions
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "input_features": torch.randn(1, audio.num_mel_bins, length),
+        "feature_attention_mask": torch.ones(1, length).long(),
+    }
+
+
+def mel(config):
+    return {"input_features": torch.randn(1, 40, config.encoder_config.num_mel_bins)}
 
 
 def image_in_text(config):
@@ -81,6 +108,7 @@ def image_in_text(config):
     )
     ids[0, 1 : 1 + IMAGE_TOKENS] = image_token
     size = config.vision_config.image_size
+    size = size if isinstance(size, int) else size[0]
     types = (ids == image_token).long()
     extra: dict[str, Any] = {"token_type_ids": types} if config.model_type in ("gemma3", "paligemma") else {}
     if config.model_type == "mistral3":
@@ -347,6 +375,20 @@ FAMILIES = {
     "bert": Family("BertForMaskedLM", PLAIN),
     "bert_classifier": Family("BertForSequenceClassification", PLAIN),
     "roberta": Family("RobertaForMaskedLM", {**PLAIN, "pad_token_id": 1}),
+    "xlstm": Family(
+        "xLSTMForCausalLM",
+        {"vocab_size": VOCABULARY, "hidden_size": 64, "num_blocks": 2, "num_heads": 4, "use_cache": False},
+    ),
+    "gemma3n_text": causal(
+        "Gemma3n",
+        HEADS,
+        num_kv_shared_layers=0,
+        vocab_size_per_layer_input=VOCABULARY,
+        activation_sparsity_pattern=[0.0, 0.0],
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+    ),
+    "qwen4_exp": causal("Qwen4Exp", HEADS, use_cache=False),
     "rwkv": causal("Rwkv", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "use_cache": False}),
     "xlm_roberta": Family("XLMRobertaForTokenClassification", {**PLAIN, "pad_token_id": 1}),
     "camembert": Family("CamembertModel", {**PLAIN, "pad_token_id": 1}),
@@ -454,6 +496,60 @@ FAMILIES = {
             **IMAGES,
         },
         patches_and_text,
+    ),
+    "glm4v": Family(
+        "Glm4vForConditionalGeneration",
+        {"text_config": {**HEADS, **MROPE}, "vision_config": {**WIDE_TOWER, "image_size": 16}, "image_token_id": 60},
+        patches_and_text,
+    ),
+    "internvl": Family(
+        "InternVLForConditionalGeneration",
+        {
+            "text_config": {**GROUPED, "model_type": "qwen2"},
+            "vision_config": {**ONE, "image_size": [32, 32], "patch_size": [8, 8]},
+            "image_token_id": 60,
+        },
+        image_in_text,
+    ),
+    "idefics3": Family(
+        "Idefics3ForConditionalGeneration",
+        {
+            "text_config": {**GROUPED, "model_type": "llama"},
+            "vision_config": ONE,
+            "image_token_id": 60,
+            "scale_factor": 2,
+        },
+        tiles_in_text,
+    ),
+    "qwen2_audio": Family(
+        "Qwen2AudioForConditionalGeneration",
+        {
+            "text_config": {**GROUPED, "model_type": "qwen2"},
+            "audio_config": {
+                "model_type": "qwen2_audio_encoder",
+                "num_mel_bins": 8,
+                "d_model": 32,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 4,
+                "encoder_ffn_dim": 24,
+                "max_source_positions": 8,
+            },
+            "audio_token_index": 60,
+        },
+        sound_in_text,
+    ),
+    "parakeet": Family(
+        "ParakeetForCTC",
+        {
+            "vocab_size": 32,
+            "encoder_config": {
+                **SMALL,
+                "num_hidden_layers": 1,
+                "num_mel_bins": 16,
+                "subsampling_conv_channels": 8,
+            },
+        },
+        mel,
     ),
     "vipllava": Family(
         "VipLlavaForConditionalGeneration",
