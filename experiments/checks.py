@@ -17,6 +17,7 @@ from ecotone.experiments import compose, examples
 from ecotone.experiments.recipe import Recipe, check_recipe
 from ecotone.extras import how_to_install
 from ecotone.fitness.backends import architectures
+from ecotone.fitness.backends.names import names_of
 from ecotone.fitness.callables import resolve
 from ecotone.fitness.former_names import present_name
 from ecotone.fitness.kinds import NamedCall
@@ -98,9 +99,9 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
         yield from _search(composition)
         return
     spec, sources = composition.spec, composition.sources
-    if spec.architecture == "auto":
-        architectures.named(sources.origin)
     yield from _models(sources)
+    if spec.architecture == "auto":
+        yield from _architecture(sources)
     yield from _language(spec, sources)
     for objective in (*spec.search, *spec.held_out):
         yield from starmap(Finding, objective.examine())
@@ -207,6 +208,26 @@ def _models(sources: Sources) -> Iterator[Finding]:
     yield Finding("layout", f"{layout.size:,} parameters, {tensors} tensors, {blocks} blocks, {_kinds(layout)}")
     if layout.aliases:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
+
+
+def _architecture(sources: Sources) -> Iterator[Finding]:
+    """Fit the checkpoints into the module that their configuration names, without its weights."""
+    module = architectures.outline(sources.origin)
+    names = names_of(module, sources.layout)
+    converted = sum(not place.whole for place in names.places.values()) + len(names.scattered)
+    text = f"{type(module).__name__}: a place for {len(names.places) + len(names.scattered):,} tensors"
+    yield Finding(
+        "architecture", text + (f", {converted:,} of them converted as transformers does" if converted else "")
+    )
+    unused = [name for name in names.unused if name in sources.layout.parameters]
+    if unused:
+        few = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        them = (
+            "tensor that the architecture does not load: it is"
+            if len(unused) == 1
+            else ("tensors that the architecture does not load: they are")
+        )
+        yield Finding("not loaded", f"{len(unused):,} {them} merged and exported like the others ({few})")
 
 
 def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:

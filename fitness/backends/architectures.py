@@ -13,7 +13,7 @@ from ecotone.extras import how_to_install
 from ecotone.fitness.callables import call
 from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import InputError, first_line
 from ecotone.settings import Call
 
 
@@ -59,7 +59,8 @@ def named(checkpoint: Model) -> str:
     return str(names[0])
 
 
-def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
+def _class_of(checkpoint: Model) -> Any:
+    """Transformers' class of that name."""
     name = named(checkpoint)
     try:
         import transformers
@@ -71,6 +72,36 @@ def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
         raise InputError(
             f"architecture: transformers {version} has no {name!r}, which {checkpoint.path} names.", _REMEDY
         )
+    return kind
+
+
+def outline(checkpoint: Model) -> nn.Module:
+    """The module that ``auto`` makes of a checkpoint, without memory for its weights.
+
+    Raises:
+        InputError: There is no ``config.json``, or transformers is not installed, lacks the class, or cannot make it.
+    """
+    kind = _class_of(checkpoint)
+    try:
+        config = kind.config_class.from_pretrained(checkpoint.files, local_files_only=True)
+        with torch.device("meta"):
+            module = kind(config)
+            if checkpoint.rows is not None:
+                module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
+    except Exception as error:  # of the code of any family
+        raise InputError(
+            f"architecture: {kind.__name__} cannot be made of the config.json in {checkpoint.path}: "
+            f"{type(error).__name__}: {first_line(error)}.",
+            _REMEDY,
+        ) from error
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _hugging_face(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
+    import transformers
+
+    kind = _class_of(checkpoint)
     option = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     with _no_progress_bars(transformers):
         module = kind.from_pretrained(checkpoint.files, local_files_only=True, **{option: dtype or "auto"})

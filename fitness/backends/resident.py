@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ecotone.fitness.backends import activation_checkpointing as recomputing
 from ecotone.fitness.backends.architectures import make
 from ecotone.fitness.backends.base import BackendContext, ScoringSettings
+from ecotone.fitness.backends.names import Names, Place, Scattered, names_of, untie
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.kernel.lazy import fill
 from ecotone.merging.models.layout import Layout
@@ -121,20 +122,26 @@ class Resident:
         self.model: nn.Module | dict[str, Tensor]
         self._sources = sources
         self._device = device
+        layout = sources.layout
+        self._parts: dict[Tensor, dict[str, Place]] = {}  # by a parameter, the checkpoints' tensors in it
+        self._scattered: list[tuple[Scattered, Tensor]] = []  # with the values that are taken apart
+        self._apart: dict[str, Tensor] = {}  # the module's tensors that they are put into
         if architecture is None:
             self.model = _allocated(sources, device, dtype)
+            self._state: Mapping[str, Tensor] = self.model
             state = self.model
         else:
             self.model = make(architecture, sources, dtype).to(device).eval().requires_grad_(False)
-            state = self.model.state_dict(keep_vars=True)
-            state = _with_kept_names(state, sources)
-            _check_state(state, sources)
-        self._tensors = [state[name] for name in sources.layout.tensors]
-        twins = [(alias, name) for alias, name in sources.layout.aliases.items() if alias in state]
+            names = names_of(self.model, layout)
+            untie(self.model, names, layout.aliases)
+            self._state = self.model.state_dict(keep_vars=True)
+            state = self._placed(names)
+        self._tensors = [state[name] for name in layout.tensors]
+        own = {id(tensor) for tensor in self._state.values()}
+        self._swapped = [id(tensor) in own or not self._parts for tensor in self._tensors]
+        twins = [(alias, name) for alias, name in layout.aliases.items() if alias in state]
         self._tied = [(state[alias], state[name]) for alias, name in twins if state[alias] is not state[name]]
         self._tie()
-        places = {state[name]: name for name in sources.layout.tensors} | {state[alias]: name for alias, name in twins}
-        self._places = {tensor: name for tensor, name in places.items() if isinstance(tensor, nn.Parameter)}
         self._shown: Genome | None = None  # whose weights these are, if only ``gradient`` has used them
         self._checkpointing = checkpointing
         if checkpointing:
@@ -143,10 +150,32 @@ class Resident:
         self.dtype: torch.dtype | None = kinds.pop() if len(kinds) == 1 else None
         """The model's floating-point type; None when it mixes several."""
         self._buffers = [(state[name], value.to(device)) for name, value in sources.buffers().items() if name in state]
-        stack = stack_of(sources.layout, self.dtype, stack_bytes) if self.dtype else 0
-        self.group: int = stack // (sources.layout.size * self.dtype.itemsize) if self.dtype and stack else 1
+        stack = stack_of(layout, self.dtype, stack_bytes) if self.dtype else 0
+        self.group: int = stack // (layout.size * self.dtype.itemsize) if self.dtype and stack else 1
         """How many candidates are merged in one pass."""
         self._stacked = stack > 0
+
+    def _placed(self, names: Names) -> dict[str, Tensor]:
+        """By the checkpoints' names, the tensors that merged values are written into: the module's, views of them, and
+        for tensors that the module does not take, or takes apart, tensors of their own.
+        """
+        layout, state = self._sources.layout, self._state
+        found: dict[str, Tensor] = {}
+        for name, place in names.places.items():
+            tensor = state[place.target]
+            found[name] = tensor if place.whole else place.of(tensor.detach())
+            kept = layout.aliases.get(name, name)
+            if isinstance(tensor, nn.Parameter) and kept in layout.parameters:  # none that is empty
+                self._parts.setdefault(tensor, {})[kept] = place
+        kind = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+        for name, info in layout.parameters.items():
+            twins = [alias for alias, kept in layout.aliases.items() if kept == name and alias in found]
+            if name not in found:
+                own = torch.empty(info.shape, dtype=kind, device=self._device)
+                found[name] = found[twins[0]] if twins else own
+        self._scattered = [(one, found[name]) for name, one in names.scattered.items()]
+        self._apart = {target: state[target] for one, _ in self._scattered for target in one.parts}
+        return found
 
     def show(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
         """The model with the weights of one genome after the other (at most ``group``); all are the same object.
@@ -162,9 +191,13 @@ class Resident:
         columns = [stack[name].unbind(0) for name in self._sources.layout.tensors]
         for index in range(count):
             self._shown = None
-            for tensor, column in zip(self._tensors, columns, strict=True):
-                tensor.data = column[index]
+            for tensor, column, swapped in zip(self._tensors, columns, self._swapped, strict=True):
+                if swapped:
+                    tensor.data = column[index]
+                else:  # a part of one of the module's tensors
+                    tensor.copy_(column[index])
             self._tie()
+            self._take_apart()
             yield self._restored()
 
     def _show_in_place(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
@@ -172,6 +205,7 @@ class Resident:
         for genome in genomes:
             self._shown = None
             self._sources.materialise([genome], [tensors])
+            self._take_apart()
             yield self._restored()
 
     def expert(self, name: str) -> nn.Module:
@@ -188,6 +222,7 @@ class Resident:
         with torch.no_grad():
             for key, tensor in zip(self._sources.layout.tensors, self._tensors, strict=True):
                 fill(tensor, stored.flat(key))
+        self._take_apart()
         self._restored()
         return model
 
@@ -240,12 +275,12 @@ class Resident:
     def _taking_gradients(self) -> Iterator[None]:
         """Have parameters take gradients; afterwards all is as before."""
         try:
-            for parameter in self._places:
+            for parameter in self._learned:
                 parameter.requires_grad_(True)
             with torch.enable_grad():
                 yield
         finally:
-            for parameter in self._places:
+            for parameter in self._learned:
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
@@ -253,17 +288,41 @@ class Resident:
     def _handing_over(self, slopes: Slopes) -> Iterator[None]:
         """Have parameters give their gradients to ``slopes``: in the pass that follows, or at its end."""
         handles = []
+        kept: dict[Tensor, Tensor] = {}
+        give = partial(self._hand_over, slopes, kept)
         try:
-            for parameter, name in self._places.items():
-                hook = partial(_hand_over, slopes, name)
-                handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            handles += [one.register_post_accumulate_grad_hook(give) for one in self._learned]  # type: ignore[no-untyped-call]
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        for parameter, name in self._places.items():
+        for parameter in self._learned:
             if parameter.grad is not None:  # that this loss does not depend on, but an earlier one
-                _hand_over(slopes, name, parameter)
+                give(parameter)
+        if kept:
+            gradients = {name: kept[tensor] for name, tensor in self._apart.items() if tensor in kept}
+            for one, values in self._scattered:
+                slopes.add(one.name, one.take(gradients, values))
+
+    def _hand_over(self, slopes: Slopes, kept: dict[Tensor, Tensor], parameter: Tensor) -> None:
+        """Give the gradients of the checkpoints' tensors in a parameter to ``slopes``; keep one that is taken apart."""
+        assert parameter.grad is not None
+        for name, place in self._parts.get(parameter, {}).items():
+            slopes.add(name, parameter.grad if place.whole else place.of(parameter.grad.contiguous()))
+        if any(parameter is tensor for tensor in self._apart.values()):
+            kept[parameter] = parameter.grad
+        parameter.grad = None
+
+    @property
+    def _learned(self) -> dict[Tensor, None]:
+        """The parameters that take gradients."""
+        apart = [tensor for tensor in self._apart.values() if isinstance(tensor, nn.Parameter)]
+        return dict.fromkeys([*self._parts, *apart])
+
+    def _take_apart(self) -> None:
+        """Put the values of tensors that the module has in several places there."""
+        for one, values in self._scattered:
+            one.put(values, {name: tensor.data for name, tensor in self._apart.items()})
 
     def _module(self) -> nn.Module:
         if isinstance(self.model, nn.Module):
@@ -290,12 +349,6 @@ class Resident:
         return next(broken, "")
 
 
-def _hand_over(slopes: Slopes, name: str, parameter: Tensor) -> None:
-    assert parameter.grad is not None
-    slopes.add(name, parameter.grad)
-    parameter.grad = None
-
-
 def _check_loss(value: object) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -317,31 +370,3 @@ def _allocated(sources: Sources, device: torch.device, dtype: torch.dtype | None
     }
     tensors |= {name: value.to(device, copy=True) for name, value in sources.buffers().items()}
     return tensors | {alias: tensors[name] for alias, name in layout.aliases.items()}
-
-
-def _with_kept_names(state: Mapping[str, Tensor], sources: Sources) -> dict[str, Tensor]:
-    """``state`` with an entry for each kept name of a tied pair, whichever of the two the architecture uses."""
-    pairs = {name: alias for alias, name in sources.layout.aliases.items()}
-    extra = {name: state[alias] for name, alias in pairs.items() if name not in state and alias in state}
-    return {**state, **extra}
-
-
-def _check_state(state: Mapping[str, Tensor], sources: Sources) -> None:
-    """Raise ``InputError`` unless the architecture has a place for each merged tensor, and no place stays empty."""
-    layout = sources.layout
-    for name, shape in zip(layout.tensors, layout.shapes, strict=True):
-        if name not in state:
-            raise InputError(
-                f"architecture: expected a tensor {name!r} of shape {shape}, as the checkpoints have, found none.",
-                nearest(name, list(state)),
-            )
-        if tuple(state[name].shape) != shape:
-            found = tuple(state[name].shape)
-            raise InputError(f"architecture: {name}: expected shape {shape}, as the checkpoints have, found {found}.")
-    filled = {id(state[name]) for name in layout.tensors}
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and name not in layout.aliases and id(tensor) not in filled:
-            raise InputError(
-                f"architecture: its tensor {name!r} of shape {tuple(tensor.shape)} is in no checkpoint.",
-                nearest(name, layout.tensors),
-            )
