@@ -355,6 +355,7 @@ def test_a_directory_that_is_read_only(small_disk: Path, tmp_path: Path, ecotone
 # -- the same everywhere -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same(tmp_path: Path, undisturbed: Callable[[str], str]) -> None:
     with started("run", toy_recipe(tmp_path, "m2n2-dense", 0.0), "--out", tmp_path / "run", "--json") as process:
         out, err = process.communicate(timeout=120)

@@ -253,6 +253,7 @@ def toys(folder: Path, delay: float = 0.0, **others: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_resumed_job_finds_what_travelled_elsewhere(tmp_path: Path) -> None:
     """The recipe's functions and models are where the new job was unpacked; the old place is gone."""
     old, new, run = tmp_path / "old", tmp_path / "new", tmp_path / "run"

@@ -73,6 +73,7 @@ def grid(side: int, dimension: int, high: float = 1.5) -> Floats:
 FINE = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dimension", "side", "short", "link"),
     [

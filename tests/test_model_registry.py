@@ -72,6 +72,7 @@ def client(runs: Path) -> Any:
     return mlflow.MlflowClient(tracking_uri=tracking.default_uri(runs))
 
 
+@pytest.mark.slow
 def test_a_member_becomes_a_version_with_an_alias(ecotone: Ecotone, runs: Path) -> None:
     member = ecotone("front", runs / "run", "--json").json["members"][-1]
     for version in ("1", "2"):

@@ -86,6 +86,7 @@ def test_two_models_end_at_the_preferred_point_of_their_plane(weights: tuple[flo
     assert root["leave_one_out"] == pytest.approx({"g0": 0.0, "g1": 0.0}, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_every_pair_is_the_best_of_its_plane_and_the_root_is_near_the_best_of_all() -> None:
     tasks, search = Tasks(5), make(5)
     points = run(search, tasks)

@@ -169,6 +169,7 @@ class HalfSettings(Box):
 '''
 
 
+@pytest.mark.slow
 def test_broken_plug_ins_are_named_and_the_rest_works(tmp_path: Path) -> None:
     place = tmp_path / "site"
     metadata(place, "broken", BROKEN, broken_plugin="raise RuntimeError('no power')")

@@ -509,6 +509,7 @@ def test_only_the_poison_candidate_fails(folder, cluster, attempts):
     assert [e.scores["f"] for e in found[7]] == [7, 7]
 
 
+@pytest.mark.slow
 def test_a_pool_leaves_a_ray_alone_that_it_did_not_start(folder, cluster):
     with ray_pool(vectors(folder, "value"), 1) as pool:
         pool.start()
@@ -701,6 +702,7 @@ def test_a_kernel_that_asserts_harms_no_other_candidate(folder, cluster):
     assert "the GPU cannot be used any more" in found[1][0].failure.message
 
 
+@pytest.mark.slow
 def test_a_batch_does_not_wait_behind_a_slow_one_while_a_worker_is_idle(tmp_path, folder, cluster):
     with ray_pool(vectors(folder, "hangs", marks=str(tmp_path)), 2) as pool:
         pool.start()

@@ -101,6 +101,7 @@ def test_the_recipes_differ_in_the_search_alone(monkeypatch, tmp_path):
         compose.check_search(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["m2n2", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_the_recipe_on_a_tiny_model(tiny, tmp_path, name):
     settings = {"budget.evaluations": 26, "runtime.pool": "serial", "tracking.mlflow": False}

@@ -691,6 +691,7 @@ def started() -> Iterator[Callable[[Path, int], subprocess.Popen[bytes]]]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_following_a_search(runs: Path, started: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A real process: detached, deaf to the user's folders, alone, ended by SIGTERM without loss, then by the end."""
     decoy = runs / "cwd" / "ecotone"
