@@ -29,7 +29,7 @@ from ecotone.fitness.statistics.kinds import Data
 from ecotone.merging.models.checkpoint import located
 from ecotone.merging.placement import Free, Needs, settled
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest
+from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest, told
 from ecotone.populations.genome import Genome
 from ecotone.populations.samples import Sample
 from ecotone.populations.space import Space
@@ -419,8 +419,7 @@ def _failed(where: str, error: BaseException, began: float) -> Evaluation:
         _check_context(where, error)
         if kind == "out of memory":
             torch.cuda.empty_cache()
-    first = first_line(error)
-    message = first if isinstance(error, EcotoneError) else f"{type(error).__name__}: {first}".rstrip(": ")
+    message = first_line(error) if isinstance(error, EcotoneError) else told(error)
     details = "".join(traceback.format_exception(error))
     return Evaluation.failed(kind, f"{where}: {message}", details, time.perf_counter() - began)
 
@@ -431,7 +430,7 @@ def _check_context(where: str, error: BaseException) -> None:
         torch.cuda.synchronize()
     except RuntimeError as broken:
         raise WorkerBrokenError(
-            f"{where}: the GPU cannot be used any more in this process ({type(error).__name__}: {first_line(error)}).",
+            f"{where}: the GPU cannot be used any more in this process ({told(error)}).",
             "Where workers are processes (runtime.pool: ray) they are replaced; look at this candidate's inputs.",
         ) from broken
 

@@ -170,6 +170,11 @@ DELTA = {
 }
 PIXELS = {**SMALL, "image_size": 16, "patch_size": 8}
 ONE = {**SMALL, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+CLIP_AND_LLAMA = {
+    "text_config": {**GROUPED, "model_type": "llama"},
+    "vision_config": {**ONE, "model_type": "clip_vision_model", "num_hidden_layers": 2},
+    "image_token_index": 60,
+}
 WORDS = {**SMALL, "num_hidden_layers": 1, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
 SPEECH = {
     **SMALL,
@@ -553,12 +558,7 @@ FAMILIES = {
     ),
     "vipllava": Family(
         "VipLlavaForConditionalGeneration",
-        {
-            "text_config": {**GROUPED, "model_type": "llama"},
-            "vision_config": {**ONE, "model_type": "clip_vision_model", "num_hidden_layers": 2},
-            "image_token_index": 60,
-            "vision_feature_layers": [-1, -2],
-        },
+        {**CLIP_AND_LLAMA, "vision_feature_layers": [-1, -2]},
         image_in_text,
     ),
     "gemma3": Family(
@@ -578,11 +578,7 @@ FAMILIES = {
     ),
     "llava": Family(
         "LlavaForConditionalGeneration",
-        {
-            "text_config": {**GROUPED, "model_type": "llama"},
-            "vision_config": {**ONE, "model_type": "clip_vision_model", "num_hidden_layers": 2},
-            "image_token_index": 60,
-        },
+        CLIP_AND_LLAMA,
         image_in_text,
     ),
     "mistral3": Family(

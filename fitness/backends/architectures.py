@@ -13,7 +13,7 @@ from ecotone.extras import how_to_install
 from ecotone.fitness.callables import call
 from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import InputError, first_line
+from ecotone.populations.errors import InputError, told
 from ecotone.settings import Call
 
 
@@ -90,8 +90,7 @@ def outline(checkpoint: Model) -> nn.Module:
                 module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
     except Exception as error:  # of the code of any family
         raise InputError(
-            f"architecture: {kind.__name__} cannot be made of the config.json in {checkpoint.path}: "
-            f"{type(error).__name__}: {first_line(error)}.",
+            f"architecture: {kind.__name__} cannot be made of the config.json in {checkpoint.path}: {told(error)}.",
             _REMEDY,
         ) from error
     assert isinstance(module, nn.Module)

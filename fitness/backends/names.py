@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ecotone.merging.models.layout import Layout
-from ecotone.populations.errors import InputError, first_line, nearest
+from ecotone.populations.errors import InputError, nearest, told
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -320,8 +320,7 @@ def _run(module: nn.Module, target: str, group: _Group, tensors: Mapping[str, Te
         made = converter.convert(target, model=module, config=module.config)
     except Exception as error:  # of operations of transformers, which expect tensors of certain numbers and shapes
         raise InputError(
-            f"architecture: transformers cannot convert {', '.join(group.members)} of the checkpoints: "
-            f"{type(error).__name__}: {first_line(error)}."
+            f"architecture: transformers cannot convert {', '.join(group.members)} of the checkpoints: {told(error)}."
         ) from error
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

@@ -138,7 +138,7 @@ class Resident:
             state = self._placed(names)
         self._tensors = [state[name] for name in layout.tensors]
         own = {id(tensor) for tensor in self._state.values()}
-        self._swapped = [id(tensor) in own or not self._parts for tensor in self._tensors]
+        self._swapped = [id(tensor) in own for tensor in self._tensors]
         twins = [(alias, name) for alias, name in layout.aliases.items() if alias in state]
         self._tied = [(state[alias], state[name]) for alias, name in twins if state[alias] is not state[name]]
         self._tie()
@@ -167,14 +167,18 @@ class Resident:
             kept = layout.aliases.get(name, name)
             if isinstance(tensor, nn.Parameter) and kept in layout.parameters:  # none that is empty
                 self._parts.setdefault(tensor, {})[kept] = place
+        for alias, kept in layout.aliases.items():
+            if alias in found and kept in layout.parameters:
+                found.setdefault(kept, found[alias])
         kind = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         for name, info in layout.parameters.items():
-            twins = [alias for alias, kept in layout.aliases.items() if kept == name and alias in found]
             if name not in found:
-                own = torch.empty(info.shape, dtype=kind, device=self._device)
-                found[name] = found[twins[0]] if twins else own
+                found[name] = torch.empty(info.shape, dtype=kind, device=self._device)
         self._scattered = [(one, found[name]) for name, one in names.scattered.items()]
         self._apart = {target: state[target] for one, _ in self._scattered for target in one.parts}
+        for tensor in self._apart.values():
+            if isinstance(tensor, nn.Parameter):
+                self._parts.setdefault(tensor, {})
         return found
 
     def show(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
@@ -275,12 +279,12 @@ class Resident:
     def _taking_gradients(self) -> Iterator[None]:
         """Have parameters take gradients; afterwards all is as before."""
         try:
-            for parameter in self._learned:
+            for parameter in self._parts:
                 parameter.requires_grad_(True)
             with torch.enable_grad():
                 yield
         finally:
-            for parameter in self._learned:
+            for parameter in self._parts:
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
@@ -291,12 +295,12 @@ class Resident:
         kept: dict[Tensor, Tensor] = {}
         give = partial(self._hand_over, slopes, kept)
         try:
-            handles += [one.register_post_accumulate_grad_hook(give) for one in self._learned]  # type: ignore[no-untyped-call]
+            handles += [one.register_post_accumulate_grad_hook(give) for one in self._parts]  # type: ignore[no-untyped-call]
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        for parameter in self._learned:
+        for parameter in self._parts:
             if parameter.grad is not None:  # that this loss does not depend on, but an earlier one
                 give(parameter)
         if kept:
@@ -307,17 +311,11 @@ class Resident:
     def _hand_over(self, slopes: Slopes, kept: dict[Tensor, Tensor], parameter: Tensor) -> None:
         """Give the gradients of the checkpoints' tensors in a parameter to ``slopes``; keep one that is taken apart."""
         assert parameter.grad is not None
-        for name, place in self._parts.get(parameter, {}).items():
+        for name, place in self._parts[parameter].items():
             slopes.add(name, parameter.grad if place.whole else place.of(parameter.grad.contiguous()))
         if any(parameter is tensor for tensor in self._apart.values()):
             kept[parameter] = parameter.grad
         parameter.grad = None
-
-    @property
-    def _learned(self) -> dict[Tensor, None]:
-        """The parameters that take gradients."""
-        apart = [tensor for tensor in self._apart.values() if isinstance(tensor, nn.Parameter)]
-        return dict.fromkeys([*self._parts, *apart])
 
     def _take_apart(self) -> None:
         """Put the values of tensors that the module has in several places there."""

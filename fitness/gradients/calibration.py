@@ -24,7 +24,7 @@ from ecotone.fitness.data import Examples, Inputs, load
 from ecotone.fitness.heads import Head, logits
 from ecotone.fitness.kinds import CalibrationSettings, ObjectiveContext
 from ecotone.fitness.objectives import check_classes, entropies
-from ecotone.populations.errors import InputError, first_line
+from ecotone.populations.errors import InputError, told
 
 Loss: TypeAlias = Literal["entropy", "cross_entropy"]
 
@@ -101,9 +101,8 @@ class Task:
         except InputError as error:
             raise InputError(f"{where}: {error.message}", error.remedy) from error
         except Exception as error:
-            said = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(
-                f"{where}: the model and the task's head cannot be run on an example: {said}",
+                f"{where}: the model and the task's head cannot be run on an example: {told(error)}",
                 "Check what the data function returns, and the head's width against that of the model's outputs.",
             ) from error
 
