@@ -16,16 +16,15 @@ import torch
 from ecotone.experiments import compose, examples
 from ecotone.experiments.recipe import Recipe, check_recipe
 from ecotone.extras import how_to_install
-from ecotone.fitness.backends import architectures
-from ecotone.fitness.backends.names import names_of
 from ecotone.fitness.callables import resolve
 from ecotone.fitness.former_names import present_name
 from ecotone.fitness.kinds import NamedCall
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of
 from ecotone.merging.inner_products import region_borders
-from ecotone.merging.models import tokenizers
+from ecotone.merging.models import architectures, tokenizers
 from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.names import names_of
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from ecotone.experiments.checks import _architecture
-from ecotone.fitness.backends import architectures
-from ecotone.fitness.backends.names import names_of
 from ecotone.fitness.backends.resident import Resident
 from ecotone.merging.export import export_directory
+from ecotone.merging.models import architectures
+from ecotone.merging.models.names import names_of
 from ecotone.merging.sources import Sources
 from ecotone.populations.genome import Genome
 

@@ -13,9 +13,9 @@ from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
 from ecotone.experiments.checks import _architecture
-from ecotone.fitness.backends.names import Scattered, fitted
 from ecotone.fitness.backends.resident import Resident
 from ecotone.merging.export import export_directory
+from ecotone.merging.models.names import Scattered, fitted
 from ecotone.populations.errors import InputError
 
 

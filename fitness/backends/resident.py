@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ecotone.fitness.backends import activation_checkpointing as recomputing
 from ecotone.fitness.backends.architectures import make
 from ecotone.fitness.backends.base import BackendContext, ScoringSettings
-from ecotone.fitness.backends.names import Names, Place, Scattered, names_of, untie
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.kernel.lazy import fill
 from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.names import Names, Place, Scattered, names_of, untie
 from ecotone.merging.placement import Needs
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, nearest
