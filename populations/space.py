@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ecotone.populations.components import Component, components
 from ecotone.populations.genome import Floats, Integers
 from ecotone.populations.gram import GramTable
 
@@ -46,6 +48,11 @@ class Space:
     def dimension(self) -> int:
         """K, the number of sources."""
         return len(self.sources)
+
+    @cached_property
+    def components(self) -> tuple[Component, ...]:
+        """The role of each tensor in the model, as its name tells it."""
+        return components(self.tensors)
 
     def like(self, other: Space) -> bool:
         """True when the other has the same sources, tensors, blocks and seeds; geometry and vectors may differ."""
