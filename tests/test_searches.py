@@ -101,6 +101,12 @@ def plain_map(seed: int) -> Pair:
     return search, ElitistArchive(TWO_GOALS, 5)
 
 
+def map_by_components(seed: int) -> Pair:
+    box = CoefficientBox.of(WOVEN, "components", -0.5, 1.5)
+    search = MapSearch(box, TWO_GOALS, seed, MapSettings(samples=30, front=120), generations=20, filling=2)
+    return search, ElitistArchive(TWO_GOALS, 5)
+
+
 def with_settings(make: Callable[[CoefficientBox, int], Search]) -> Callable[[int], Pair]:
     """A search over one coefficient a model and two settings of the operator."""
     settings = Setting("density", 0.05, 1.0, "log"), Setting("mask_seed", 0, 7, "integer")
@@ -254,10 +260,10 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "bayesian_map-settings": with_settings(bayesian_with_settings),
     "random-components": components(RandomSettings),
     "cma_es-components": components(CmaEsSettings),
-    "sep_cma_es-components": components(CmaEsSettings, 2, algorithm="sep_cma_es"),
+    "sep_cma_es-components-groups": components(CmaEsSettings, 2, algorithm="sep_cma_es"),
     "nsga2-components": components(NsgaSettings, population=8),
     "optuna-components": components(OptunaSettings),
-    "map-components": components(MapSettings, samples=60, front=120),
+    "map-components": map_by_components,
     "bayesian_map-components": components(BayesianMapSettings, patience=None, paths=4, candidates=32),
     "adamerging-components": components(AdaMergingSettings, rate=0.02, restarts=3, accumulate=2),
     "adamerging-components-groups": components(AdaMergingSettings, 2, rate=0.02, restarts=2, together=2),
