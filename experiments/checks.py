@@ -23,7 +23,8 @@ from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of
 from ecotone.merging.inner_products import region_borders
 from ecotone.merging.models import architectures, tokenizers
-from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.layout import Layout, natural
+from ecotone.merging.models.matching import Renamed
 from ecotone.merging.models.names import names_of
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
 from ecotone.merging.sources import Sources
@@ -205,6 +206,11 @@ def _models(sources: Sources) -> Iterator[Finding]:
     tensors, blocks = len(layout.tensors), len(layout.blocks)
     yield Finding("models", f"{', '.join(sources.names)}: same names, shapes and types")
     yield Finding("layout", f"{layout.size:,} parameters, {tensors} tensors, {blocks} blocks, {_kinds(layout)}")
+    if frozen := sources.apart.frozen:
+        yield Finding("frozen", f"{_counted(frozen)} not merged: every merge has those of {sources.origin.name}")
+    apart = [model for model in (sources.origin, *sources.experts) if isinstance(model, Renamed)]
+    for model in {id(model): model for model in apart}.values():
+        yield Finding("names", f"{model.name}: read as {model.change}")
     if layout.aliases:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
 
@@ -218,15 +224,27 @@ def _architecture(sources: Sources) -> Iterator[Finding]:
     yield Finding(
         "architecture", text + (f", {converted:,} of them converted as transformers does" if converted else "")
     )
-    unused = [name for name in names.unused if name in sources.layout.parameters]
-    if unused:
-        few = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-        them = (
-            "tensor that the architecture does not load: it is"
-            if len(unused) == 1
-            else ("tensors that the architecture does not load: they are")
-        )
-        yield Finding("not loaded", f"{len(unused):,} {them} merged and exported like the others ({few})")
+    yield from _not_loaded(sources, names.unused)
+
+
+def _not_loaded(sources: Sources, unused: Sequence[str]) -> Iterator[Finding]:
+    """The tensors that the architecture does not take, and what becomes of them."""
+    layout, apart = sources.layout, sources.apart
+    merged = [name for name in unused if name in layout.parameters]
+    taken = [name for name in unused if name in layout.buffers]
+    for names, become in (
+        (merged, "merged and exported like the others"),
+        (taken, "not merged, but exported as the base, or else the first expert, has them"),
+        (sorted(apart.dropped, key=natural), "left out of exports (models.unused: drop)"),
+    ):
+        if names:
+            yield Finding("not loaded", f"{_counted(names)} that the architecture does not load: {become}")
+
+
+def _counted(names: Sequence[str]) -> str:
+    """The number of tensors, and the first names: ``2 tensors (a, b)``."""
+    few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names):,} tensor{'s' if len(names) > 1 else ''} ({few})"
 
 
 def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import open_sources
 from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
+from ecotone.merging.models.matching import Treatment
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, nearest
@@ -79,6 +80,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         settings=recipe.merge.settings,
         names=models.names,
         vocabulary=models.vocabulary,
+        treatment=Treatment(models.unused, recipe.merge.freeze, recipe.merge.only, architecture == "auto"),
         architecture=architecture.located(located) if isinstance(architecture, Call) else architecture,
         search=tuple(objective.located(located) for objective in objectives.search),
         held_out=tuple(objective.located(located) for objective in objectives.held_out),

@@ -19,6 +19,7 @@ from ecotone.fitness.pools import Batch, SerialPool
 from ecotone.fitness.worker import open_sources
 from ecotone.merging.export import RECORD, export_directory, export_file, export_plain_directory
 from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.models.matching import MERGED
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
 from ecotone.populations import facts
@@ -276,6 +277,7 @@ def verify(path: str | Path) -> list[Comparison]:
         "settings": {},
         "names": ("export",),
         "vocabulary": "same",
+        "treatment": MERGED,
     }
     spec = replace(spec, **alone, dense=False, calibration=())
     with SerialPool(spec) as pool:

@@ -59,11 +59,16 @@ class Merge(Part):
             AdaMerging++. ``slerp`` goes from one of two models to the other. ``ecotone plugins`` lists all operators.
         dtype: The type that merged weights are rounded to, scored in and exported in. None means the type in which the
             experts are stored (float32 when there is an architecture and the experts mix types).
+        freeze: Patterns of names of tensors that are not merged: merges have those of ``models.base``, or of the first
+            expert. ``*`` stands for any text: ``*.mlp.gate.weight``.
+        only: Patterns of names of the tensors that are merged; all others are frozen. Empty merges all.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
     operator: str = "linear"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    freeze: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     @model_validator(mode="before")
     @classmethod

@@ -62,6 +62,9 @@ class Models(Part):
             or else the first expert.
         vocabulary: The treatment of models whose vocabularies differ in size: refuse them (``same``), cut them to the
             vocabulary of ``base``, or extend them to the ``union``.
+        unused: The treatment of tensors that the architecture ``auto`` does not load, such as layers for multi-token
+            prediction. ``merge`` merges them if all models have them, and else takes them from ``base`` or the first
+            expert that has them. ``base`` always takes them from there. ``drop`` leaves them out of exports.
         names: The names of the experts in results, one for each expert. None means the names of their files,
             directories or repositories.
         architecture: How a torch module is made of merged weights: ``auto`` for Hugging Face directories, or a call
@@ -73,8 +76,17 @@ class Models(Part):
     base: str | None = None
     tokenizer: str | None = None
     vocabulary: Literal["same", "base", "union"] = "same"
+    unused: Literal["merge", "base", "drop"] = "merge"
     names: tuple[str, ...] | None = None
     architecture: Call | Literal["auto"] | None = None
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Models:
+        if self.unused != "merge" and self.architecture != "auto":
+            raise ValueError(
+                f"unused: expected architecture: auto with {self.unused}, as only then it is known what is loaded"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_fit(self) -> Models:

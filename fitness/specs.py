@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ecotone.fitness.backends.base import ScoringSettings
 from ecotone.fitness.backends.resident import ResidentSettings
 from ecotone.fitness.kinds import CalibrationSettings, ObjectiveSettings
+from ecotone.merging.models.matching import MERGED, Treatment
 from ecotone.merging.placement import Wish
 from ecotone.settings import Call
 
@@ -24,6 +25,7 @@ class WorkerSpec:
         settings: The operator's settings, by name.
         names: Names of the experts; None takes them from their files.
         vocabulary: What to do with models whose vocabularies have other sizes (``ecotone.merging.models.vocabulary``).
+        treatment: The tensors that are not merged (``ecotone.merging.models.matching``).
         architecture: A function that returns the ``torch.nn.Module`` to fill; ``auto`` for a Hugging Face
             directory; None when objectives take a dict of tensors.
         search: Objectives that guide the search, their paths whole.
@@ -56,6 +58,7 @@ class WorkerSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
     vocabulary: Literal["same", "base", "union"] = "same"
+    treatment: Treatment = MERGED
     architecture: Call | Literal["auto"] | None = None
     search: tuple[ObjectiveSettings, ...] = ()
     held_out: tuple[ObjectiveSettings, ...] = ()

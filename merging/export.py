@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ecotone.merging.kernel.lazy import formed
 from ecotone.merging.kernel.materialise import Mixture, mix
 from ecotone.merging.models import tokenizers
 from ecotone.merging.models.checkpoint import DTYPES, INDEX, SINGLE
-from ecotone.merging.models.layout import MERGEABLE
+from ecotone.merging.models.layout import MERGEABLE, OUTPUT_EMBEDDINGS, tied_embedding, untied
 from ecotone.merging.models.model import TensorInfo
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError
@@ -78,7 +79,7 @@ def export_directory(
         _copy_files(sources.origin.files, partial)
         if sources.tokenizer != sources.origin.files:
             _copy_tokenizer(sources.tokenizer, partial)
-        _write_json(partial / "config.json", _config(sources.origin.config or {}, writer.dtype))
+        _write_json(partial / "config.json", _config(_as_stored(sources), writer.dtype))
         writer.write_shards(partial, shard_bytes)
         _describe(partial, card, record)
     return target
@@ -159,7 +160,11 @@ class _Writer:
         """The written tensors, by name: merged tensors, then buffers. Wide types come first to align all."""
         layout = self.sources.layout
         merged = {name: TensorInfo(info.shape, self.dtype or info.dtype) for name, info in layout.parameters.items()}
-        return dict(sorted((merged | dict(layout.buffers)).items(), key=lambda item: -item[1].dtype.itemsize))
+        copied = {
+            name: TensorInfo(info.shape, self.dtype or info.dtype) if name in layout.kept else info
+            for name, info in layout.buffers.items()
+        }
+        return dict(sorted((merged | copied).items(), key=lambda item: -item[1].dtype.itemsize))
 
     @property
     def nbytes(self) -> int:
@@ -199,8 +204,10 @@ class _Writer:
     def _write_tensor(self, file: BinaryIO, name: str, info: TensorInfo) -> None:
         layout = self.sources.layout
         if name in layout.buffers:
-            if info.size:
-                file.write(self.sources.origin.tensor(name).reshape(-1).view(torch.uint8).numpy().data)
+            source = self.sources.giver(name).flat(name)
+            for low in range(0, info.size, BUFFER_BYTES):
+                part = formed(source[low : low + BUFFER_BYTES]).to(info.dtype).contiguous()
+                file.write(part.view(torch.uint8).numpy().data)
             return
         start = int(layout.tensor_borders[layout.tensors.index(name)])
         stretch = self.sources.stretch(name)
@@ -275,6 +282,16 @@ def _copy_tokenizer(origin: Path, target: Path) -> None:
         (target / name).unlink(missing_ok=True)
         if (origin / name).is_file():
             shutil.copyfile(origin / name, target / name)
+
+
+def _as_stored(sources: Sources) -> Mapping[str, Any]:
+    """The origin's configuration. It ties nothing if the export stores an output of its own.
+
+    Encoders with decoders keep what it says: they compute otherwise where it says that they are tied.
+    """
+    config = sources.origin.config or {}
+    own = any(name.endswith(OUTPUT_EMBEDDINGS) for name in sources.layout.parameters)
+    return untied(config) if own and tied_embedding(sources.origin) and not config.get("is_encoder_decoder") else config
 
 
 def _config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from ecotone.merging.held import CPU, Held, as_rows
 from ecotone.merging.inner_products import gram_table, vectors_of
 from ecotone.merging.kernel.materialise import SMALL, Mixture, Stretch, Transform, mix
 from ecotone.merging.memory import TUNED, Memory
-from ecotone.merging.models import formats, preflight, tokenizers
+from ecotone.merging.models import formats, matching, preflight, tokenizers
 from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.matching import MERGED, Apart, Treatment
 from ecotone.merging.models.model import Model, declared
 from ecotone.merging.models.vocabulary import Vocabulary, fitted
 from ecotone.merging.operators.base import Operator, directions, weights_of
@@ -65,6 +66,8 @@ class Sources:
         """The memory that merging takes."""
         self.held: Held = Held(self.checkpoints, self.memory, placement)
         """The tensors that are kept in memory, and on which device."""
+        self.apart: Apart = Apart()
+        """The tensors that are not merged."""
         self._tuned: dict[Operator, Sources] = {}  # the latest comes last
 
     @classmethod
@@ -77,6 +80,7 @@ class Sources:
         settings: Mapping[str, Any] | None = None,
         vocabulary: Vocabulary = "same",
         placement: Wish = "auto",
+        treatment: Treatment = MERGED,
     ) -> Sources:
         """Open the models of a merge and check from their headers that they fit together.
 
@@ -90,6 +94,7 @@ class Sources:
             vocabulary: What to do with models of other vocabulary sizes: refuse them (``same``), cut them to the
                 base's, or take the ``union`` (``ecotone.merging.models.vocabulary``).
             placement: The place where the models are kept (``ecotone.merging.placement``).
+            treatment: The tensors that are not merged.
 
         Raises:
             InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.
@@ -107,9 +112,13 @@ class Sources:
         labels = _distinct([expert.name for expert in opened]) if names is None else list(names)
         operation.columns(labels)
         named = [expert.named(label) for expert, label in zip(opened, labels, strict=True)]
-        models = fitted(([root] if root else []) + named, root, vocabulary)
-        layout = preflight.check(models)
-        return cls(layout, operation, models[-len(named) :], models[0] if root else None, placement)
+        models = matching.renamed(([root] if root else []) + named)
+        models = matching.split(fitted(models, root, vocabulary))
+        apart = matching.apart(models, treatment)
+        layout = preflight.check(models, apart)
+        made = cls(layout, operation, models[-len(named) :], models[0] if root else None, placement)
+        made.apart = apart
+        return made
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,8 +171,12 @@ class Sources:
         return self.stretch(name).tensors()
 
     def buffers(self) -> dict[str, Tensor]:
-        """Integer, bool and empty tensors of the base (or the first expert), by name."""
-        return {name: self.origin.tensor(name) for name in self.layout.buffers}
+        """The tensors that are not merged, by name: the base's, or those of the first expert that has them."""
+        return {name: self.giver(name).tensor(name) for name in self.layout.buffers}
+
+    def giver(self, name: str) -> Model:
+        """The model that a tensor which is not merged is taken from: the base, or the first expert that has it."""
+        return next(model for model in (self.origin, *self.experts) if name in model.tensors)
 
     def space(self, dense: bool = False) -> Space:
         """The search's view of the models: layout and inner products. Streams the weights once for the Gram table.

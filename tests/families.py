@@ -5,6 +5,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,7 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from ecotone.experiments.checks import _architecture
+from ecotone import Recipe, launch
+from ecotone.experiments.checks import _architecture, validate
+from ecotone.experiments.exports import verify
 from ecotone.fitness.backends.resident import Resident
 from ecotone.merging.export import export_directory
 from ecotone.merging.models import architectures
@@ -592,6 +595,18 @@ FAMILIES = {
     ),
 }
 
+# -- the objective of recipes ------------------------------------------------------------------------------------
+
+
+def score(model: Any, family: str) -> float:
+    """The mean cosine of all numbers that a model puts out for fixed inputs, from 0 to 1."""
+    torch.manual_seed(1)
+    inputs = FAMILIES[family].inputs(model.config)
+    torch.manual_seed(0)
+    found = [one.double().cos().mean() for one in flat(model(**inputs)) if one.is_floating_point()]
+    return float(torch.stack(found).mean()) / 2 + 0.5
+
+
 # -- the harness -----------------------------------------------------------------------------------------------
 
 
@@ -752,3 +767,39 @@ def slopes_of(model, case):
     sums = [[float(one[low:high].sum()) for one in products] for low, high in pairwise(borders)]
     size = max(float(one.abs().sum()) for one in products)
     return np.array(sums), size
+
+
+def run_through(name, folder):
+    """Validate, run, export and verify a recipe over a family; what is valid runs.
+
+    Returns:
+        What ``validate`` says of the architecture.
+    """
+    paths = saved(FAMILIES[name], folder)[1]
+    objective = {"name": "outputs", "type": "call", "call": f"{Path(__file__)}:score", "arguments": {"family": name}}
+    recipe = Recipe.from_record(
+        {
+            "name": name,
+            "models": {"base": str(paths[0]), "experts": [str(path) for path in paths[1:]], "architecture": "auto"},
+            "merge": {"operator": "task_arithmetic"},
+            "objectives": {"search": [objective]},
+            "search": {"algorithm": "random", "granularity": "tensor"},
+            "budget": {"evaluations": 4},
+            "runtime": {"pool": "serial"},
+            "tracking": {},
+        }
+    )
+    found = {finding.subject: finding.text for finding in validate(recipe)}
+    run = launch(recipe, folder / "run")
+    assert run.status()["failures"] == 0
+    assert run.status()["evaluations"] == 4
+    best = run.best()
+    exported = run.export("best", folder / "merged")
+    kind = getattr(transformers, FAMILIES[name].model)
+    model, told = kind.from_pretrained(exported, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["mismatched_keys"]
+    again = score(aligned(model.eval().requires_grad_(False)), name)
+    assert math.isclose(again, best.scores["outputs"], abs_tol=1e-6)
+    assert all(math.isclose(one.recorded, one.found, abs_tol=1e-6) for one in verify(exported))
+    return found["architecture"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -318,6 +319,18 @@ def test_a_users_modules_hide_no_installed_package(
     best = run.best()
     assert best is not None
     assert best.scores == {"installed": 1.0, "own": 3.0}
+
+
+@pytest.mark.slow
+def test_a_users_module_may_be_called_as_a_folder_of_ours(tmp_path: Path) -> None:
+    """Ray puts the folder that this package is in, here the checkout, at the front of a worker's path."""
+    pytest.importorskip("ray")
+    (tmp_path / "search.py").write_text("def score(model): return 5.0")
+    objectives = {"search": [{"name": "mine", "type": "call", "call": "search:score"}]}
+    recipe = recipe_in(tmp_path, objectives=objectives, budget={"evaluations": 4})
+    program = [Path(sys.executable).with_name("ecotone"), "run", recipe, "--set", "runtime.pool=ray", "--out", "run"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # -- names of former versions --------------------------------------------------------------------------------

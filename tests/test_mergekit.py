@@ -23,6 +23,7 @@ from ecotone.experiments.mergekit import filters, import_mergekit, mergekit_conf
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch
 from ecotone.merging import operators
+from ecotone.merging.models import layout
 from ecotone.merging.models.checkpoint import Checkpoint, Shard
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import TensorInfo
@@ -219,7 +220,8 @@ def test_the_file_says_what_it_is() -> None:
 # -- models ---------------------------------------------------------------------------------------------------
 
 
-def test_tied_embeddings_have_their_weights_by_both_names() -> None:
+def test_tied_embeddings_have_their_weights_by_both_names(monkeypatch) -> None:
+    monkeypatch.setattr(layout, "_equal", lambda *_: True)  # the models are headers alone
     models = sources(sizes=(5, 5, *(2,) * 37), config={"tie_word_embeddings": True})
     assert models.layout.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
     genome = genome_over(models.layout.tensor_borders, 2, 0)

@@ -71,7 +71,7 @@ class TestTensorsThatTransformersIgnores:
         case = opened("llama", tmp_path, lambda tensors: tensors | {"mtp.fc.weight": torch.ones(8, 4)})
         found = {finding.subject: finding.text for finding in _architecture(case.sources)}
         assert found["not loaded"] == (
-            "1 tensor that the architecture does not load: it is merged and exported like the others (mtp.fc.weight)"
+            "1 tensor (mtp.fc.weight) that the architecture does not load: merged and exported like the others"
         )
 
     def test_a_module_of_ones_own_has_a_place_for_each(self):

@@ -14,8 +14,9 @@ from ecotone.fitness.backends import activation_checkpointing as recomputing
 from ecotone.fitness.backends.architectures import make
 from ecotone.fitness.backends.base import BackendContext, ScoringSettings
 from ecotone.merging.gradient import Slopes
-from ecotone.merging.kernel.lazy import fill
+from ecotone.merging.kernel.lazy import fill, formed
 from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Names, Place, Scattered, names_of, untie
 from ecotone.merging.placement import Needs
 from ecotone.merging.sources import Sources
@@ -128,6 +129,7 @@ class Resident:
         self._apart: dict[str, Tensor] = {}  # the module's tensors that they are put into
         if architecture is None:
             self.model = _allocated(sources, device, dtype)
+            names = Names({})
             self._state: Mapping[str, Tensor] = self.model
             state = self.model
         else:
@@ -149,7 +151,14 @@ class Resident:
         kinds = {tensor.dtype for tensor in self._tensors}
         self.dtype: torch.dtype | None = kinds.pop() if len(kinds) == 1 else None
         """The model's floating-point type; None when it mixes several."""
-        self._buffers = [(state[name], value.to(device)) for name, value in sources.buffers().items() if name in state]
+        self._buffers = [
+            (state[name], value.to(device))
+            for name, value in sources.buffers().items()
+            if name in state and name not in layout.kept
+        ]
+        self._kept: list[tuple[str, Tensor | Scattered]] = self._copied(names)
+        self._lent = False  # whether an expert's tensors are in the place of those
+        self._fill_kept(None)
         stack = stack_of(layout, self.dtype, stack_bytes) if self.dtype else 0
         self.group: int = stack // (layout.size * self.dtype.itemsize) if self.dtype and stack else 1
         """How many candidates are merged in one pass."""
@@ -174,12 +183,37 @@ class Resident:
         for name, info in layout.parameters.items():
             if name not in found:
                 found[name] = torch.empty(info.shape, dtype=kind, device=self._device)
-        self._scattered = [(one, found[name]) for name, one in names.scattered.items()]
+        self._scattered = [(one, found[name]) for name, one in names.scattered.items() if name in found]
         self._apart = {target: state[target] for one, _ in self._scattered for target in one.parts}
         for tensor in self._apart.values():
             if isinstance(tensor, nn.Parameter):
                 self._parts.setdefault(tensor, {})
         return found
+
+    def _copied(self, names: Names) -> list[tuple[str, Tensor | Scattered]]:
+        """By name, the places of tensors that are taken from one model as they are; none of what the module leaves."""
+        places: dict[str, Tensor | Scattered] = dict(names.scattered)
+        places |= {name: place.of(self._state[place.target].detach()) for name, place in names.places.items()}
+        if isinstance(self.model, dict):
+            places |= self.model
+        return [
+            (name, places[name])
+            for name in self._sources.layout.buffers
+            if name in self._sources.layout.kept and name in places
+        ]
+
+    def _fill_kept(self, expert: Model | None) -> None:
+        """Put tensors that are not merged into the module: an expert's, or those of every merge."""
+        with torch.no_grad():
+            for name, place in self._kept:
+                info = None if expert is None else expert.tensors.get(name)
+                model = expert if info is not None and info.shape == self._sources.layout.buffers[name].shape else None
+                source = (model or self._sources.giver(name)).flat(name)
+                if isinstance(place, Tensor):
+                    fill(place, source)
+                else:
+                    place.put(formed(source).to(self._device), {key: one.data for key, one in self._state.items()})
+        self._lent = expert is not None
 
     def show(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
         """The model with the weights of one genome after the other (at most ``group``); all are the same object.
@@ -227,7 +261,9 @@ class Resident:
             for key, tensor in zip(self._sources.layout.tensors, self._tensors, strict=True):
                 fill(tensor, stored.flat(key))
         self._take_apart()
-        self._restored()
+        if self._kept:
+            self._fill_kept(stored)
+        self._restored(lent=True)
         return model
 
     def gradient(
@@ -327,8 +363,14 @@ class Resident:
             return self.model
         raise InputError("gradient: expected a torch module, found a dict of tensors.", "Name an architecture.")
 
-    def _restored(self) -> nn.Module | dict[str, Tensor]:
-        """The model in evaluation mode, with its integer buffers as the checkpoint has them."""
+    def _restored(self, *, lent: bool = False) -> nn.Module | dict[str, Tensor]:
+        """The model in evaluation mode, with its integer buffers as the checkpoint has them.
+
+        Args:
+            lent: Leave an expert's own tensors in the place of those that are not merged.
+        """
+        if self._lent and not lent:
+            self._fill_kept(None)
         if isinstance(self.model, nn.Module) and self.model.training:  # an objective has left it so
             self.model.eval()
         for buffer, value in self._buffers:
@@ -366,5 +408,6 @@ def _allocated(sources: Sources, device: torch.device, dtype: torch.dtype | None
         name: torch.zeros(shape, dtype=kind, device=device)
         for name, shape, kind in zip(layout.tensors, layout.shapes, kinds, strict=True)
     }
-    tensors |= {name: value.to(device, copy=True) for name, value in sources.buffers().items()}
+    for name, value in sources.buffers().items():
+        tensors[name] = value.to(device, dtype if name in layout.kept else None, copy=True)
     return tensors | {alias: tensors[name] for alias, name in layout.aliases.items()}

@@ -6,10 +6,13 @@ import os
 import pickle
 import platform
 import signal
+import sysconfig
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+import ecotone
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.populations.errors import CheckpointError
@@ -51,7 +54,7 @@ class RemoteWorker:
         import ray
 
         _check_paths(paths)
-        self._worker = Worker(spec)
+        self._worker = Worker(replace(spec, sys_path=(*spec.sys_path, *_checkout())))
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def space(self) -> bytes:
@@ -95,6 +98,16 @@ def unpacked(parts: Sequence[bytes | Sequence[Trial]]) -> Sequence[Trial]:
         return [trial for part in parts if not isinstance(part, bytes) for trial in part]
     trials: tuple[Trial, ...] = pickle.loads(b"".join(pieces))  # noqa: S301 - our own pool's
     return trials
+
+
+def _checkout() -> list[str]:
+    """The folder that this package is in, unless it is where packages are installed.
+
+    Ray puts it at the front of a worker's path. A checkout holds other folders, too, which would hide a user's modules.
+    """
+    folder = Path(str(ecotone.__file__)).resolve().parents[1]
+    installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
+    return [] if folder in installed else [str(folder)]
 
 
 def paths_here(spec: WorkerSpec) -> list[str]:

@@ -4,21 +4,25 @@ The order is part of the meaning of a genome, so it is fixed: floating-point ten
 their names (runs of digits compare as numbers, so ``layers.2`` comes before ``layers.10``), each tensor flattened
 in row-major order. It does not depend on the order in a file or on how the model was sharded. Tied weights appear
 once; integer and bool tensors, and empty ones, are buffers: they are not merged but copied from the base (or from
-the first expert). Floating-point buffers (running means of batch normalisation) are merged like parameters.
+the first expert). Floating-point buffers (running means of batch normalisation) are merged like parameters. A recipe
+may have others copied, too (``ecotone.merging.models.matching``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ecotone.merging.kernel.lazy import formed
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.genome import Integers
@@ -26,6 +30,8 @@ from ecotone.populations.genome import Integers
 MERGEABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INPUT_EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+_AT_ONCE = 2**24  # elements of tied tensors that are compared in one step
+_EQUAL: dict[tuple[Path, str, str], bool] = {}  # of tensors of files, found once in a process
 OUTPUT_BIASES = ("lm_head.bias", "embed_out.bias", "cls.predictions.bias", "cls.predictions.decoder.bias")
 
 
@@ -35,17 +41,29 @@ class Layout:
 
     Args:
         parameters: By name in flat order, the shape of each tensor and its type in the model that the layout is of.
-        buffers: By name, integer, bool and empty tensors, which are copied and not merged.
+        buffers: By name, integer, bool and empty tensors, and those of ``kept``, which are copied and not merged.
         aliases: By name, the tensor that takes the place of a tied one.
+        kept: Names of floating-point tensors that are copied, as the recipe or the module asks for it.
     """
 
     parameters: Mapping[str, TensorInfo]
     buffers: Mapping[str, TensorInfo]
     aliases: Mapping[str, str]
+    kept: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, checkpoint: Model) -> Layout:
-        """The layout of a checkpoint, from its headers.
+    def of(
+        cls,
+        checkpoint: Model,
+        kept: Mapping[str, TensorInfo] = MappingProxyType({}),
+        dropped: Container[str] = (),
+    ) -> Layout:
+        """The layout of a checkpoint, from its headers (and, of tied tensors that it stores twice, the bytes).
+
+        Args:
+            checkpoint: The model.
+            kept: Tensors that are copied and not merged, by name; the model may lack some.
+            dropped: Names of tensors that are left out.
 
         Raises:
             CheckpointError: The weights are quantised, or there is nothing to merge.
@@ -54,13 +72,16 @@ class Layout:
         aliases = _aliases(checkpoint)
         parameters: dict[str, TensorInfo] = {}
         buffers: dict[str, TensorInfo] = {}
-        for name in sorted(checkpoint.tensors, key=natural):
-            info = checkpoint.tensors[name]
-            if name not in aliases:
-                (parameters if info.dtype.is_floating_point and info.size else buffers)[name] = info
+        infos = {**checkpoint.tensors, **kept}
+        for name in sorted(infos, key=natural):
+            info = infos[name]
+            if name not in aliases and name not in dropped:
+                merged = info.dtype.is_floating_point and info.size and name not in kept
+                (parameters if merged else buffers)[name] = info
         if not parameters:
             raise CheckpointError(f"{checkpoint.path}: expected floating-point tensors to merge, found none.")
-        return cls(parameters, buffers, aliases)
+        floats = (name for name, info in kept.items() if info.dtype.is_floating_point and info.size)
+        return cls(parameters, buffers, aliases, frozenset(floats))
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
@@ -176,12 +197,27 @@ def _aliases(checkpoint: Model) -> dict[str, str]:
         return dropped
     tied = _inputs(checkpoint)[1:] if kept.endswith("shared.weight") else []
     tied += [name for name in stored if name.endswith(OUTPUT_EMBEDDINGS)]
-    return dropped | {name: kept for name in tied if stored[name] == stored[kept]}
+    return dropped | {name: kept for name in tied if stored[name] == stored[kept] and _equal(checkpoint, name, kept)}
+
+
+def _equal(checkpoint: Model, one: str, other: str) -> bool:
+    """Whether two tensors hold the same bytes: only such are tied, whatever the configuration says."""
+    key = (checkpoint.path, one, other)
+    if key not in _EQUAL or not checkpoint.stored:  # of what is formed, others may have the path, too
+        left, right = checkpoint.flat(one), checkpoint.flat(other)
+        pieces = (slice(at, at + _AT_ONCE) for at in range(0, left.numel(), _AT_ONCE))
+        _EQUAL[key] = all(torch.equal(formed(left[piece]), formed(right[piece])) for piece in pieces)
+    return _EQUAL[key]
 
 
 def tied_embedding(checkpoint: Model) -> str | None:
     """The input embedding that is the output's, too, as the ``config.json`` says, or None."""
-    inputs = _inputs(checkpoint) if _says_tied(checkpoint.config or {}) else []
+    return input_embedding(checkpoint) if _says_tied(checkpoint.config or {}) else None
+
+
+def input_embedding(checkpoint: Model) -> str | None:
+    """The name of the input embedding, or None."""
+    inputs = _inputs(checkpoint)
     return inputs[0] if inputs else None
 
 
@@ -192,6 +228,12 @@ def _inputs(checkpoint: Model) -> list[str]:
 def _rank(name: str) -> tuple[int, int, str]:
     ending = next(index for index, suffix in enumerate(INPUT_EMBEDDINGS) if name.endswith(suffix))
     return ending, name.count("."), name
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` that ties no output to the embeddings."""
+    parts = {key: untied(part) for key, part in config.items() if isinstance(part, Mapping) and _says_tied(part)}
+    return {**config, **parts, "tie_word_embeddings": False}
 
 
 def _says_tied(config: Mapping[str, Any]) -> bool:

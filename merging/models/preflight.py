@@ -11,17 +11,20 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ecotone.merging.models.layout import Layout, is_vocabulary, natural
+from ecotone.merging.models.matching import Apart
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.populations.errors import CheckpointError
 
+_NOTHING = Apart()
 _REMEDY = "All models of a merge must be fine-tuned from one architecture and saved in the same way."
 
 
-def check(checkpoints: Sequence[Model]) -> Layout:
+def check(checkpoints: Sequence[Model], apart: Apart = _NOTHING) -> Layout:
     """Refuse checkpoints that do not fit together before a weight is read.
 
     Args:
         checkpoints: Two or more, the one the others are compared with first.
+        apart: Their tensors that are not merged; in these they may differ.
 
     Returns:
         The layout they share.
@@ -30,12 +33,15 @@ def check(checkpoints: Sequence[Model]) -> Layout:
         CheckpointError: Two of them differ; the first difference in flat order is named.
     """
     first = checkpoints[0]
-    layout = Layout.of(first)
-    expected = {**layout.parameters, **layout.buffers}
+    layout = Layout.of(first, apart.kept, apart.dropped)
+    expected = _compared(layout, apart)
     for other in checkpoints[1:]:
-        theirs = Layout.of(other)
-        _compare(first, expected, other, {**theirs.parameters, **theirs.buffers})
+        _compare(first, expected, other, _compared(Layout.of(other, {}, apart.dropped), apart))
     return layout
+
+
+def _compared(layout: Layout, apart: Apart) -> dict[str, TensorInfo]:
+    return {name: info for name, info in {**layout.parameters, **layout.buffers}.items() if name not in apart.kept}
 
 
 def _compare(first: Model, expected: Mapping[str, TensorInfo], other: Model, found: Mapping[str, TensorInfo]) -> None:
