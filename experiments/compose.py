@@ -311,6 +311,7 @@ def _outline_of(sources: Sources) -> Space:
         gram=GramTable.from_regions([0, layout.size], np.zeros((1, count, count))),
         seeds=sources.operator.seeds(len(sources.experts)),
         seed_names=sources.names,
+        others=tuple(layout.buffers),
     )
 
 
