@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -188,7 +189,8 @@ def filters(values: Mapping[str, float]) -> list[tuple[str, float]]:
 def by_parts(values: Mapping[str, float], most: int) -> list[tuple[str, float]] | None:
     """Filters that are parts of names, such as ``self_attn``; the first that is part of a name gives its value.
 
-    So a merge by components is written in a few lines. The filter that settles most names comes first.
+    So a merge by components is written in a few lines. The filter that settles most names comes first; of several, the
+    shortest.
 
     Args:
         values: By tensor name, its value.
@@ -198,7 +200,7 @@ def by_parts(values: Mapping[str, float], most: int) -> list[tuple[str, float]] 
         Filters with their values; None where so few cannot say it.
     """
     names, numbers = list(values), np.array(list(values.values()))
-    parts = list(dict.fromkeys(part for name in names for part in _parts(name)))
+    parts = sorted({part for name in names for part in _parts(name)}, key=lambda part: (len(part), part))
     left, found = np.ones(len(names), np.bool_), list[tuple[str, float]]()
     within = np.array([[part in name for name in names] for part in parts], np.bool_).reshape(len(parts), len(names))
     while left.any():
@@ -214,14 +216,12 @@ def by_parts(values: Mapping[str, float], most: int) -> list[tuple[str, float]] 
 
 
 def _parts(name: str) -> Iterator[str]:
-    """The components of a tensor's name that are no numbers, alone and with what is beside them."""
-    components = name.split(".")
-    for index, component in enumerate(components):
+    """The components of a tensor's name that are no numbers, alone and with the next."""
+    for component, following in pairwise((*name.split("."), "0")):
         if not component.isdigit():
             yield component
-            yield ".".join(components[index : index + 2])
             yield f".{component}."
-    yield name
+            yield component if following.isdigit() else f"{component}.{following}"
 
 
 @lru_cache(maxsize=1)

@@ -16,6 +16,7 @@ import numpy as np
 from ecotone.merging.models.layout import natural
 from ecotone.populations.components import components
 from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Floats
 
 TYPICAL = (
     "lm_head.weight",
@@ -74,7 +75,7 @@ def evolution_of(record: Mapping[str, Any], place: Path) -> tuple[dict[str, Any]
     models = record.get("models")
     if not isinstance(models, list) or not models or not all(isinstance(one, Mapping) for one in models):
         raise InputError(
-            f"{place}: models: expected a list of models, found {'slices' if 'slices' in record else models!r}.",
+            f"{place}: models: expected a list of models, found {'slices' if 'slices' in record else repr(models)}.",
             "Merges of slices are no merges of whole models, and are not read.",
         )
     shared = record.get("parameters") or {}
@@ -102,34 +103,37 @@ def evolution_of(record: Mapping[str, Any], place: Path) -> tuple[dict[str, Any]
 
 
 def _searched(
-    record: Mapping[str, Any], genome: dict[str, Any], filters: tuple[str, ...], rows: np.ndarray[Any, Any]
+    record: Mapping[str, Any], genome: dict[str, Any], filters: tuple[str, ...], rows: Floats
 ) -> tuple[dict[str, Any], Chosen]:
-    """The search over a merge whose weights by filter, and of the rest, are ``rows``."""
-    base = genome.get("base_model")
-    if genome["merge_method"] == "linear" and base in genome["models"] and np.allclose(rows.sum(axis=1), 1.0):
-        genome |= {"merge_method": "task_arithmetic", "normalize": False}  # the base's weight is what others leave
-    kept = [
-        number for number, model in enumerate(genome["models"]) if model != base or genome["merge_method"] == "linear"
-    ]
-    genome["models"] = [genome["models"][number] for number in kept]
-    rows = rows[:, kept]
-    still = np.zeros(rows.shape[1])
+    """The search over a merge whose weights by filter, and of the rest, are ``rows``; NaN where it has none."""
+    base, models = genome.get("base_model"), genome["models"]
+    mixed = [number for number, model in enumerate(models) if model != base]
+    frozen = (rows[:, mixed] == 0).all(axis=1)
     if genome["merge_method"] == "linear":
-        still[0] = 1.0  # no base: what is frozen is the first model's
-    frozen = (rows[:-1] == still).all(axis=1)
-    names = [one for one, held in zip(filters, frozen, strict=True) if not held]
-    moved = rows[np.append(~frozen, True)]
+        kept = models.index(base) if base in models else 0 if base is None else None
+        others = [number for number in range(len(models)) if number != kept]
+        frozen = (rows[:, others] == 0).all(axis=1) & (rows[:, kept] == 1) if kept is not None else frozen & False
+        frozen &= ~np.isnan(rows).any(axis=1)
+        own = rows[~frozen][:, kept] if base in models else np.zeros(1)
+        if own.any() and np.allclose(np.nansum(rows, axis=1)[~np.isnan(rows).all(axis=1)], 1.0):
+            genome |= {"merge_method": "task_arithmetic", "normalize": False}  # the base's weight is what others leave
+        elif own.any():
+            mixed = list(range(len(models)))
+            if kept == 0:
+                del genome["base_model"]
+    genome["models"] = [models[number] for number in mixed]
+    moved = rows[~frozen][:, mixed]
+    names = [one for one, held in zip(filters, frozen, strict=False) if not held]
     genome |= {"filters": names} if names else {}
     genome |= {"allow_negative_weights": True} if (moved < 0).any() else {}
-    rest = {key: record[key] for key in record if key in ("tasks", "limit", "num_fewshot", "apply_chat_template")}
-    start = float(np.nanmean(moved)) if len(moved) else None
-    held = tuple(one for one, still in zip(filters, frozen, strict=True) if still)
-    return {"genome": genome, **rest}, Chosen(held, filters, start)
+    rest = {key: record[key] for key in ("tasks", "limit", "num_fewshot", "apply_chat_template") if key in record}
+    held = tuple(one for one, still in zip(filters, frozen, strict=False) if still)
+    return {"genome": genome, **rest}, Chosen(held, filters, float(np.nanmean(moved)))
 
 
 def _value(setting: Any, name: str) -> float:
     found = documented(setting, name)
-    return 1.0 if found is None else found
+    return np.nan if found is None else found
 
 
 def _check(setting: Any, place: str) -> None:
