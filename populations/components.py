@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeAlias, get_args
 
 Component: TypeAlias = Literal[
@@ -100,6 +101,7 @@ TABLE: tuple[tuple[Component, re.Pattern[str]], ...] = tuple(
 )
 """The components, and patterns of the names of their tensors, in lower case. The first that is found counts."""
 
+_OTHER: Component = "other"
 _LAYERS = ("attention", "mlp", "experts", "mixer")
 _MIXER = r"(mixer|temporal_block)"  # stands in some families for whatever a layer holds
 
@@ -152,11 +154,13 @@ class _Neighbours:
         parent, _, last = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")
         if parent in self.mixtures and last in ("gate", "input_linear", "output_linear"):
             return "router" if last == "gate" else "experts"
-        told: Component = "other"
-        for component, pattern in TABLE:
-            if pattern.search(name.lower()):
-                told = component
-                break
+        told = _told(re.sub(r"\d+", "0", name.lower()))
         if told == "mixer" and parent in self.attending:
             return "attention"
         return "mlp" if told == "mixer" and parent in self.forward else told
+
+
+@lru_cache(maxsize=4096)
+def _told(name: str) -> Component:
+    """The component of the first pattern that is found in a name in lower case, whose numbers do not count."""
+    return next((component for component, pattern in TABLE if pattern.search(name)), _OTHER)
