@@ -209,7 +209,8 @@ def _genome_words(models: Sequence[str], genome: Genome | None, components: Part
         return [f"coefficients: {_coefficients_in_words(names, genome.coefficients[0])}"]
     if components is not None and components.fits(genome):
         rows = zip(components.names, components.of(genome), strict=True)
-        return [f"{name}: {_coefficients_in_words(names, row)}" for name, row in rows][:COMPONENTS]
+        words = [f"{name}: {_coefficients_in_words(names, row)}" for name, row in rows]
+        return words if len(words) <= COMPONENTS else [*words[:COMPONENTS], f"and {len(words) - COMPONENTS} more"]
     if genome.segments > SEGMENTS:
         return [f"{genome.segments} segments; mean coefficients: {_coefficients_in_words(names, _averaged(genome))}"]
     ends = 100 * genome.boundaries / genome.size

@@ -120,6 +120,13 @@ def test_which_parts_hold_the_merges_of_which(kind: str, other: str) -> None:
     assert (boxes[0].genome(boxes[0].point(merge)) == merge) == (other in HOLD[kind])
 
 
+def test_tensors_that_are_not_merged_tell_what_their_neighbours_are() -> None:
+    """A gate is a router's also where the experts beside it are frozen."""
+    names = (*NAMES[:-1], "h.1.mlp.gate.weight")
+    assert replace(WOVEN, tensors=names).components[-1] == "mlp"
+    assert replace(WOVEN, tensors=names, others=("h.1.mlp.experts.0.up.weight",)).components[-1] == "router"
+
+
 def test_parts_survive_as_text() -> None:
     parts = parts_of(WOVEN, "components", 2)
     found = Parts.read(json.loads(json.dumps(parts.record())))

@@ -142,7 +142,21 @@ def cases(folder: Path) -> dict[str, Case]:
     still = Treatment(freeze=("*.mlp.up_proj.*", "*embed_tokens*"))
     frozen = Sources.open(untied[1:], untied[0], "task_arithmetic", treatment=still)
     headed = Sources.open(untied[1:], operator="linear", treatment=Treatment(only=("*self_attn*", "*norm*")))
+    experts = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+    )
+    mixtures = saved(transformers.MixtralForCausalLM, experts, folder / "mixture")
+    routed = Sources.open(
+        mixtures[1:], mixtures[0], "task_arithmetic", treatment=Treatment(freeze=("*.block_sparse_moe.gate.weight",))
+    )
     return found | {
+        "a mixture, its routers frozen": Case(routed, by_component(routed, 17), "bfloat16"),
         "components": Case(opened["untied"], by_component(opened["untied"], 12), "float32"),
         "components, tied": Case(opened["tied"], by_component(opened["tied"], 13), "bfloat16"),
         "components by groups": Case(opened["untied"], by_component(opened["untied"], 14, 2), "bfloat16"),
@@ -202,6 +216,7 @@ NAMES = [
 ]
 EXACT = [
     *NAMES,
+    "a mixture, its routers frozen",
     "components",
     "components, tied",
     "components by groups",
