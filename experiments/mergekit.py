@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -24,7 +22,8 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from ecotone.experiments.mergekit_merges import TYPICAL, Chosen, are_components, evolution_of, frozen_patterns
+from ecotone.experiments.mergekit_filters import TYPICAL, are_components, shortest
+from ecotone.experiments.mergekit_merges import Chosen, evolution_of, frozen_patterns
 from ecotone.experiments.reading import at_home, load
 from ecotone.merging.models.formats import opened_whole
 from ecotone.merging.models.layout import Layout
@@ -34,7 +33,6 @@ from ecotone.populations.errors import EcotoneError, InputError, nearest
 from ecotone.populations.genome import Genome
 from ecotone.settings import Part
 
-FILTERS = 64  # filters by parts of names that are looked for at most
 IN_ORDER = 4  # models whose weighted sum torch takes from the first to the last
 _AS_CHECKPOINT = "Export a checkpoint instead: leave the format out."
 
@@ -154,84 +152,6 @@ def snapped(genome: Genome, layout: Layout) -> Snap | None:
     return Snap(result, elements, elements / layout.size, float(changes.max()))
 
 
-def filters(values: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Substring filters, of which the first that is part of a name gives that name's value.
-
-    A filter is the beginning of several names, up to a dot, where all names that contain it have the same value;
-    otherwise a full name. Full names that are part of other names come last, the longest first: none takes another's
-    value.
-
-    Args:
-        values: By tensor name, its value.
-
-    Returns:
-        Filters with their values, in the order of the names as far as that is possible.
-    """
-    shared: dict[str, bool] = {}
-    chosen: dict[str, float] = {}
-    for (name, value), following in zip(values.items(), [*list(values)[1:], ""], strict=True):
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            start = ".".join(parts[:depth]) + "."
-            if start not in shared:  # the name that follows spares most searches
-                alike = following.startswith(start) and values[following] == value
-                shared[start] = alike and all(values[other] == value for other in values if start in other)
-            if shared[start]:
-                chosen[start] = value
-                break
-        else:
-            chosen[name] = value
-    inside = _parts_of_others(tuple(values))
-    last = sorted((one for one in chosen if one in inside), key=len, reverse=True)
-    return [(one, chosen[one]) for one in (*(one for one in chosen if one not in inside), *last)]
-
-
-def by_parts(values: Mapping[str, float], most: int) -> list[tuple[str, float]] | None:
-    """Filters that are parts of names, such as ``self_attn``; the first that is part of a name gives its value.
-
-    So a merge by components is written in a few lines. The filter that settles most names comes first; of several, the
-    shortest.
-
-    Args:
-        values: By tensor name, its value.
-        most: The most filters to look for.
-
-    Returns:
-        Filters with their values; None where so few cannot say it.
-    """
-    names, numbers = list(values), np.array(list(values.values()))
-    parts = sorted({part for name in names for part in _parts(name)}, key=lambda part: (len(part), part))
-    left, found = np.ones(len(names), np.bool_), list[tuple[str, float]]()
-    within = np.array([[part in name for name in names] for part in parts], np.bool_).reshape(len(parts), len(names))
-    while left.any():
-        reach = within & left
-        lowest = np.where(reach, numbers, np.inf).min(axis=1)
-        pure = reach.any(axis=1) & (lowest == np.where(reach, numbers, -np.inf).max(axis=1))
-        if len(found) == most or not pure.any():
-            return None
-        best = int(np.argmax(np.where(pure, reach.sum(axis=1), -1)))
-        found.append((parts[best], float(lowest[best])))
-        left &= ~within[best]
-    return found
-
-
-def _parts(name: str) -> Iterator[str]:
-    """The components of a tensor's name that are no numbers, alone and with the next."""
-    for component, following in pairwise((*name.split("."), "0")):
-        if not component.isdigit():
-            yield component
-            yield f".{component}."
-            yield component if following.isdigit() else f"{component}.{following}"
-
-
-@lru_cache(maxsize=1)
-def _parts_of_others(names: tuple[str, ...]) -> frozenset[str]:
-    """The names that are part of another: of all ends of names, in order, the one after them begins with them, too."""
-    ends = sorted(name[start:] for name in names for start in range(len(name)))
-    following = ((name, bisect_left(ends, name) + 1) for name in names)
-    return frozenset(name for name, place in following if place < len(ends) and ends[place].startswith(name))
-
-
 def _with_adapters(references: Iterable[str]) -> bool:
     """Whether mergekit merges an adapter into its base first: a reference has a plus sign between the two."""
     return any("+" in reference for reference in references)
@@ -241,9 +161,7 @@ def _setting(values: Mapping[str, float]) -> float | list[dict[str, str | float]
     """A parameter of mergekit's: a number where all tensors share it, otherwise filters."""
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
-    chosen = filters(values)
-    chosen = by_parts(values, min(len(chosen) // 2, FILTERS)) or chosen
-    return [{"filter": one, "value": value} for one, value in chosen]
+    return [{"filter": one, "value": value} for one, value in shortest(values)]
 
 
 def _weights(genome: Genome, sources: Sources) -> list[tuple[Model, dict[str, float]]]:

@@ -1,40 +1,20 @@
 """Merges that are written for mergekit, read: their models, and what their filters say.
 
-A parameter of mergekit's is a number, or a list of filters of which the first that is part of a tensor's name gives the
-value; an entry without a filter gives it for the rest. A merge with ``tasks`` beside it says all that a search needs.
+A merge with ``tasks`` beside it says all that a search needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ecotone.merging.models.layout import natural
-from ecotone.populations.components import components
+from ecotone.experiments.mergekit_filters import documented, picked
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats
-
-TYPICAL = (
-    "lm_head.weight",
-    "model.embed_tokens.weight",
-    *(
-        f"model.layers.{layer}.{part}.weight"
-        for layer in (0, 1)
-        for part in (
-            *(f"self_attn.{one}_proj" for one in "qkvo"),
-            *(f"mlp.{one}_proj" for one in ("gate", "up", "down")),
-            *("input_layernorm", "post_attention_layernorm"),
-        )
-    ),
-    "model.layers.2.mlp.gate.weight",
-    *(f"model.layers.2.mlp.experts.0.{one}_proj.weight" for one in ("gate", "up", "down")),
-    "model.norm.weight",
-)
-"""Names of a language model's tensors, where the models themselves are not at hand."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +30,6 @@ class Chosen:
     frozen: tuple[str, ...] = ()
     filters: tuple[str, ...] = ()
     start: float | None = None
-
-
-def documented(setting: Any, name: str) -> float | None:
-    """The value of a parameter for a tensor, as mergekit documents it; None for none."""
-    if not isinstance(setting, Sequence):
-        return None if setting is None else float(setting)
-    for entry in setting:
-        if entry.get("filter") in (None, "*") or entry["filter"] in name:
-            return float(entry["value"])
-    return None
 
 
 def evolution_of(record: Mapping[str, Any], place: Path) -> tuple[dict[str, Any], Chosen]:
@@ -146,29 +116,6 @@ def _check(setting: Any, place: str) -> None:
             f"{place}: expected a number, or filters with a number each, found {setting!r}.",
             "Weights that change from layer to layer are not read: give each layer a filter.",
         )
-
-
-# -- what filters pick -------------------------------------------------------------------------------------------
-
-
-def picked(filters: Sequence[str], names: Iterable[str]) -> dict[str, int]:
-    """By tensor name, the number of the filter that is the first to be part of it; -1 for none."""
-    return {
-        name: next((number for number, one in enumerate(filters) if one in name), -1)
-        for name in sorted(names, key=natural)
-    }
-
-
-def are_components(filters: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether each filter picks whole components of a model, norms within them aside."""
-    found: dict[str, set[int]] = {}
-    chosen = picked(filters, names)
-    for component, number in zip(components(list(chosen)), chosen.values(), strict=True):
-        if component != "norms":
-            found.setdefault(component, set()).add(number)
-    return all(len(numbers) == 1 for numbers in found.values()) and {*range(len(filters))} <= set().union(
-        *found.values()
-    )
 
 
 def frozen_patterns(chosen: Chosen, names: Sequence[str]) -> list[str]:

@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 from ecotone.experiments import compose
 from ecotone.experiments.compose import check_operator
 from ecotone.experiments.exports import export_mergekit, rescored
-from ecotone.experiments.mergekit import by_parts, filters, import_mergekit, mergekit_config, snapped
+from ecotone.experiments.mergekit import import_mergekit, mergekit_config, snapped
+from ecotone.experiments.mergekit_filters import by_parts, filters
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch
 from ecotone.merging import operators
