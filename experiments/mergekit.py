@@ -23,7 +23,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ecotone.experiments.mergekit_filters import TYPICAL, are_components, shortest
-from ecotone.experiments.mergekit_merges import Chosen, evolution_of, frozen_patterns
+from ecotone.experiments.mergekit_merges import Chosen, evolution_of, frozen_parts
 from ecotone.experiments.reading import at_home, load
 from ecotone.merging.models.formats import opened_whole
 from ecotone.merging.models.layout import Layout
@@ -403,6 +403,11 @@ def import_mergekit(path: str | Path, layers: int | None = None) -> str:
     return "".join(f"# {line}\n" for line in comments) + body
 
 
+def _few(filters: Sequence[str]) -> str:
+    """The first filters, and how many more there are."""
+    return ", ".join(filters[:5]) + (f" and {len(filters) - 5} more" if len(filters) > 5 else "")
+
+
 class _Importer:
     """Turns mergekit-evolve's fields into a recipe's, and notes the differences."""
 
@@ -472,8 +477,8 @@ class _Importer:
             start = round(min(max(self.chosen.start, low), high), 4)
             self.notes.append(f"weight: the search begins with {start:g} everywhere, the mean of the merge's weights.")
         box = {"low": low, "high": high, "start": start}
-        frozen = frozen_patterns(self.chosen, self._names)
-        return models, {"operator": operator, "dtype": "bfloat16", **({"freeze": frozen} if frozen else {})}, box
+        frozen = frozen_parts(self.chosen, self._names)
+        return models, {"operator": operator, "dtype": "bfloat16", **frozen}, box
 
     def segments(self) -> dict[str, Any]:
         """The search's granularity."""
@@ -529,7 +534,7 @@ class _Importer:
 
     def _components(self, groups: int) -> dict[str, Any]:
         """The granularity of filters that pick components."""
-        filters = ", ".join(self.evolve.genome.filters or ())
+        filters = _few(self.evolve.genome.filters or ())
         self.notes.append(
             f"filters: each component has coefficients of its own, norms, embeddings and head, too, where in mergekit "
             f"each filter ({filters}) and the rest have."
@@ -574,7 +579,7 @@ class _Importer:
         evolve, genome = self.evolve, self.evolve.genome
         if genome.filters and not (self._by_components and genome.layer_granularity != 1):
             self.notes.append(
-                f"filters: not carried over ({', '.join(genome.filters)}); for coefficients by tensor say granularity: "
+                f"filters: not carried over ({_few(genome.filters)}); for coefficients by tensor say granularity: "
                 "tensor and algorithm: sep_cma_es."
             )
         if genome.smooth:

@@ -24,11 +24,13 @@ class Chosen:
     Args:
         frozen: Filters of the tensors that are the base's, or the first model's.
         filters: All filters, in the order in which they count.
-        start: The mean weight of the models that are merged, over the other tensors.
+        rest: Whether tensors that no filter picks are frozen, too.
+        start: The mean weight of the models that are merged, over the other tensors; None where none was read.
     """
 
     frozen: tuple[str, ...] = ()
     filters: tuple[str, ...] = ()
+    rest: bool = False
     start: float | None = None
 
 
@@ -69,7 +71,12 @@ def evolution_of(record: Mapping[str, Any], place: Path) -> tuple[dict[str, Any]
         **({"normalize": shared["normalize"]} if "normalize" in shared else {}),
     }
     rows = np.array([[_value(setting, one) for setting in settings.values()] for one in (*filters, "\0")])
-    return _searched(record, genome, filters, rows)
+    found, chosen = _searched(record, genome, filters, rows)
+    if chosen.start is None:
+        raise InputError(
+            f"{place}: models: expected weights of models that are merged, found none: nothing is left to search for."
+        )
+    return found, chosen
 
 
 def _searched(
@@ -98,7 +105,9 @@ def _searched(
     genome |= {"allow_negative_weights": True} if (moved < 0).any() else {}
     rest = {key: record[key] for key in ("tasks", "limit", "num_fewshot", "apply_chat_template") if key in record}
     held = tuple(one for one, still in zip(filters, frozen, strict=False) if still)
-    return {"genome": genome, **rest}, Chosen(held, filters, float(np.nanmean(moved)))
+    known = moved[~np.isnan(moved)]
+    start = float(known.mean()) if known.size else None
+    return {"genome": genome, **rest}, Chosen(held, filters, bool(frozen[-1]), start)
 
 
 def _value(setting: Any, name: str) -> float:
@@ -118,17 +127,17 @@ def _check(setting: Any, place: str) -> None:
         )
 
 
-def frozen_patterns(chosen: Chosen, names: Sequence[str]) -> list[str]:
-    """Patterns, with ``*`` for any text, of the tensors that a merge freezes.
+def frozen_parts(chosen: Chosen, names: Sequence[str]) -> dict[str, list[str]]:
+    """The recipe's ``merge.freeze`` or ``merge.only``: patterns, with ``*`` for any text, of a merge's frozen tensors.
 
     Args:
         chosen: What its weights say.
         names: The models' tensors; empty where they are not at hand.
     """
-    if not chosen.frozen:
-        return []
-    patterns = [f"*{one}*" for one in chosen.frozen]
-    numbers = {chosen.filters.index(one) for one in chosen.frozen}
-    held = [name for name, number in picked(chosen.filters, names).items() if number in numbers]
-    wide = [name for name in names if any(one in name for one in chosen.frozen)]
-    return patterns if set(held) == set(wide) else held
+    listed = [one for one in chosen.filters if (one in chosen.frozen) != chosen.rest]
+    if not listed and not chosen.rest:
+        return {}
+    numbers = {chosen.filters.index(one) for one in listed}
+    picks = [name for name, number in picked(chosen.filters, names).items() if number in numbers]
+    wide = {name for name in names if any(one in name for one in listed)}
+    return {"only" if chosen.rest else "freeze": [f"*{one}*" for one in listed] if wide == set(picks) else picks}

@@ -630,9 +630,23 @@ def test_a_filter_before_the_frozen_one_takes_its_tensors(tmp_path: Path) -> Non
     assert record["merge"]["freeze"] == ["h.0.attn.q.weight"]
 
 
+def test_a_rest_that_is_frozen(tmp_path: Path) -> None:
+    entries = [{"filter": "self_attn", "value": 0.5}, {"value": 0.0}]
+    record, _ = merged(
+        tmp_path,
+        merge_method="task_arithmetic",
+        base_model="org/base",
+        models=[weighted("org/code", entries), weighted("org/math", entries)],
+    )
+    assert (record["merge"]["only"], "freeze" in record["merge"]) == (["*self_attn*"], False)
+    assert record["search"]["start"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"models": [weighted("a", 0.0), weighted("b", 0.0)], "merge_method": "ties"}, "nothing is left to search for"),
+        ({"models": [{"model": "a"}, {"model": "b"}]}, "expected weights of models that are merged, found none"),
         ({"slices": [{"sources": []}]}, "models: expected a list of models, found slices"),
         (
             {"models": [weighted("a", [0.1, 0.5]), weighted("b", 0.2)]},
@@ -643,7 +657,7 @@ def test_a_filter_before_the_frozen_one_takes_its_tensors(tmp_path: Path) -> Non
 )
 def test_merges_that_are_not_read(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        merged(tmp_path, merge_method="linear", **changes)
+        merged(tmp_path, **{"merge_method": "linear", **changes})
 
 
 def test_a_limit_leaves_the_rest_held_out(tmp_path: Path) -> None:
