@@ -246,7 +246,7 @@ class Outlined:
         size = ""
         if self.coefficients is not None:
             segments, models = self.coefficients
-            parts = f"{segments} components" if self.components else str(segments)
+            parts = f"{segments} component{'s' if segments > 1 else ''}" if self.components else str(segments)
             size = f": {segments * models} coefficients ({parts} x {models} models)"
             size += f" of {', '.join(self.components)}" if self.components else ""
         search = None if self.pair is None else self.pair[0]

@@ -96,7 +96,8 @@ class Parts:
     @property
     def count(self) -> str:
         """How many there are, in words."""
-        return f"{len(self)} {'components' if self.names else 'segments'}"
+        kind = "component" if self.names else "segment"
+        return f"{len(self)} {kind}" if self.names and len(self) == 1 else f"{len(self)} {kind}s"
 
     def __str__(self) -> str:
         """How many there are, and their names."""

@@ -146,6 +146,19 @@ def test_every_family_is_traced_to_the_places_that_counting_finds(name):
                 assert torch.equal(here, other.parts[number][1])
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "nomic_bert"])
+def test_inference_mode_changes_nothing(name, monkeypatch):
+    monkeypatch.setattr(names, "COUNTED", 0)
+    kind = getattr(transformers, FAMILIES[name].model)
+    with torch.device("meta"):
+        module = kind(kind.config_class(**FAMILIES[name].arguments))
+    shapes = {key: tuple(one.shape) for key, one in revert_weight_conversion(module, module.state_dict()).items()}
+    found = fitted(module, shapes)
+    with torch.inference_mode():
+        assert fitted(module, shapes).places == found.places
+    assert found.places
+
+
 def test_a_layer_of_256_large_experts():
     """11 billion numbers: counting them would take 300 gigabytes."""
     config = transformers.DeepseekV3Config(num_hidden_layers=2, first_k_dense_replace=1)

@@ -245,11 +245,14 @@ class Traced(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
-        """One operation of PyTorch."""
+        """One operation of PyTorch, or those that it is made of, as inference mode hands over whole ones."""
         run = _OPERATIONS.get(function)
-        if run is None:
+        if run is not None:
+            return run(*args, **(kwargs or {}))
+        made = function.decompose(*args, **(kwargs or {}))
+        if made is NotImplemented:
             raise UntracedError(str(function))
-        return run(*args, **(kwargs or {}))
+        return made
 
 
 def _axis(tensor: Tensor, axis: int, more: int = 0) -> int:
