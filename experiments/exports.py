@@ -276,6 +276,7 @@ def verify(path: str | Path) -> list[Comparison]:
         "settings": {},
         "names": ("export",),
         "vocabulary": "same",
+        "config": "same",
     }
     spec = replace(spec, **alone, dense=False, calibration=())
     with SerialPool(spec) as pool:

@@ -15,6 +15,8 @@ from ecotone.fitness.backends.architectures import make
 from ecotone.fitness.backends.base import BackendContext, ScoringSettings
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.kernel.lazy import fill
+from ecotone.merging.models import configs
+from ecotone.merging.models.architectures import sharing
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, Place, Scattered, names_of, untie
 from ecotone.merging.placement import Needs
@@ -136,6 +138,7 @@ class Resident:
             untie(self.model, names, layout.aliases)
             self._state = self.model.state_dict(keep_vars=True)
             state = self._placed(names)
+        self._own = self._with_own_configs(architecture)
         self._tensors = [state[name] for name in layout.tensors]
         own = {id(tensor) for tensor in self._state.values()}
         self._swapped = [id(tensor) in own for tensor in self._tensors]
@@ -181,19 +184,30 @@ class Resident:
                 self._parts.setdefault(tensor, {})
         return found
 
+    def _with_own_configs(self, architecture: Call | Literal["auto"] | None) -> Mapping[int, nn.Module]:
+        """By number, for each expert whose config computes something else, a module of it that shares all tensors."""
+        found = self._sources.own_configs
+        if found and architecture != "auto":
+            raise configs.no_own(next(iter(found.values())))
+        return {number: sharing(expert, self._module()) for number, expert in found.items()}
+
     def show(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
-        """The model with the weights of one genome after the other (at most ``group``); all are the same object.
+        """The model with the weights of one genome after the other (at most ``group``).
+
+        All are the same object, but for an expert with a config of its own, which has a module of its own.
 
         Raises:
             InputError: A genome does not fit the sources; nothing has been shown then.
         """
         if not self._stacked:
             return self._show_in_place(genomes)
-        return self._show_stack(self._sources.stack(genomes, self.dtype, self._device), len(genomes))
+        return self._show_stack(self._sources.stack(genomes, self.dtype, self._device), genomes)
 
-    def _show_stack(self, stack: Mapping[str, Tensor], count: int) -> Iterator[nn.Module | dict[str, Tensor]]:
+    def _show_stack(
+        self, stack: Mapping[str, Tensor], genomes: Sequence[Genome]
+    ) -> Iterator[nn.Module | dict[str, Tensor]]:
         columns = [stack[name].unbind(0) for name in self._sources.layout.tensors]
-        for index in range(count):
+        for index, genome in enumerate(genomes):
             self._shown = None
             for tensor, column, swapped in zip(self._tensors, columns, self._swapped, strict=True):
                 if swapped:
@@ -202,7 +216,7 @@ class Resident:
                     tensor.copy_(column[index])
             self._tie()
             self._take_apart()
-            yield self._restored()
+            yield self._of(self._alone(genome))
 
     def _show_in_place(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
         tensors = dict(zip(self._sources.layout.tensors, self._tensors, strict=True))
@@ -210,10 +224,12 @@ class Resident:
             self._shown = None
             self._sources.materialise([genome], [tensors])
             self._take_apart()
-            yield self._restored()
+            yield self._of(self._alone(genome))
 
     def expert(self, name: str) -> nn.Module:
         """The model with an expert's own weights, whatever the operator, rounded to the model's type.
+
+        Where experts are computed with configs of their own, the expert's.
 
         Raises:
             InputError: The model is a dict of tensors, or there is no such expert.
@@ -221,14 +237,15 @@ class Resident:
         model, names = self._module(), self._sources.names
         if name not in names:
             raise InputError(f"expert: expected one of {', '.join(names)}, found {name!r}.", nearest(name, names))
-        stored = self._sources.experts[names.index(name)]
+        number = names.index(name)
+        stored = self._sources.experts[number]
         self._shown = None
         with torch.no_grad():
             for key, tensor in zip(self._sources.layout.tensors, self._tensors, strict=True):
                 fill(tensor, stored.flat(key))
         self._take_apart()
-        self._restored()
-        return model
+        self._of(number)
+        return self._own.get(number, model)
 
     def gradient(
         self,
@@ -334,6 +351,16 @@ class Resident:
         for buffer, value in self._buffers:
             buffer.copy_(value)
         return self.model
+
+    def _alone(self, genome: Genome) -> int | None:
+        """The number of the expert that a genome is, where experts have modules of their own."""
+        return self._sources.alone(genome) if self._own else None
+
+    def _of(self, number: int | None) -> nn.Module | dict[str, Tensor]:
+        """The model of an expert, which is the merges' where it has none of its own, as ``_restored`` leaves it."""
+        model = self._restored()
+        own = None if number is None else self._own.get(number)
+        return model if own is None else own.eval()
 
     def _tie(self) -> None:
         """Have tied weights share memory even where the architecture does not."""
