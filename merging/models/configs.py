@@ -261,19 +261,25 @@ def _filled(configs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _of_generation(models: Sequence[Model]) -> list[Difference]:
     """Differences of what ends and changes a greedy text. A model without the file has the ids of its config."""
-    files = [_json(model.files / GENERATION) for model in models]
+    owners = [model for model in models if model.config is not None]
+    files = [_json(model.files / GENERATION) for model in owners]
     if not any(files):
         return []
     records = [
         {**_GENERATION_DEFAULTS, **(file or {name: (model.config or {}).get(name) for name in _IDS})}
-        for model, file in zip(models, files, strict=True)
+        for model, file in zip(owners, files, strict=True)
     ]
-    found = _differing([model.name for model in models], [dict(_flat(one)) for one in records])
+    found = _differing([model.name for model in owners], [dict(_flat(one)) for one in records])
     neutral = _NEUTRAL | _DRAWING | _NEUTRAL_IN_GENERATION
     return [
         Difference(f"{GENERATION}: {field}", values, not any(part in neutral for part in field.split(".")))
         for field, values in found
     ]
+
+
+def generate_alike(ours: Model, theirs: Model) -> bool:
+    """Whether the generation configs of two models end and change a greedy text alike."""
+    return not any(one.matters for one in _of_generation([ours, theirs]))
 
 
 # -- processors ------------------------------------------------------------------------------------------

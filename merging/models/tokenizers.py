@@ -11,12 +11,13 @@ FAST = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+OLD_TEMPLATE = "chat_template.json"
 FILES = (
     FAST,
     SETTINGS,
     SPECIAL,
     TEMPLATE,
-    "chat_template.json",
+    OLD_TEMPLATE,
     "added_tokens.json",
     "vocab.json",
     "vocab.txt",
@@ -26,13 +27,27 @@ FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+SUFFIXES = (".model", ".tiktoken", ".vocab", ".spm", ".bpe", ".codes")
+"""Of vocabularies that a family has files of its own for."""
+_MORE = ("normalizer.json", "entity_vocab.json", "emoji.json", "target_vocab.json", "dict.txt")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory holds a tokenizer's files."""
-    return any((directory / name).is_file() for name in FILES if name not in (SETTINGS, SPECIAL, TEMPLATE))
+    beside = (SETTINGS, SPECIAL, TEMPLATE, OLD_TEMPLATE)
+    return any((directory / name).is_file() for name in FILES if name not in beside)
+
+
+def is_file(name: str) -> bool:
+    """Whether a file of this name belongs to a tokenizer."""
+    return name in FILES or name in _MORE or name.endswith(SUFFIXES)
+
+
+def chat_template(directory: Path) -> str | None:
+    """The chat template in a directory; several of them as JSON."""
+    return _template(directory, _json(directory / SETTINGS))
 
 
 def vocabulary(directory: Path) -> Mapping[int, str] | None:
@@ -145,7 +160,7 @@ def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template, or all of several, as one text."""
     if (directory / TEMPLATE).is_file():
         return (directory / TEMPLATE).read_text("utf-8", errors="replace").rstrip("\n")
-    template = settings.get("chat_template") or _json(directory / "chat_template.json").get("chat_template")
+    template = settings.get("chat_template") or _json(directory / OLD_TEMPLATE).get("chat_template")
     if template is None or isinstance(template, str):
         return template.rstrip("\n") if template else None
     return json.dumps(template, sort_keys=True)
