@@ -187,7 +187,7 @@ def described(differences: Sequence[Difference], choice: Choice, whose: str) -> 
     """
     counted = [difference for difference in differences if difference.matters]
     told = ", ".join(_few([difference.field for difference in differences if not difference.matters]))
-    rest = f"; the same computation whatever they say of {told}" if told else ""
+    rest = f"; differences in {told} change no computation" if told else ""
     if not counted:
         return f"the same but for {told}" if told else "the same"
     scored = f"merges have that of {whose!r}" + (", an expert alone its own" if choice == "each" else "")
