@@ -95,7 +95,7 @@ def told(sources: Sources) -> str:
 
 
 def _of_origin(folder: Path) -> Iterator[Companion]:
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         wanted = file.suffix in _SUFFIXES or file.name.upper().startswith(_NAMES)
         if file.is_file() and wanted and file.name not in _LEFT_OUT and not file.name.endswith(".index.json"):
             yield Companion(file.name, file)

@@ -291,6 +291,32 @@ def test_modules_of_experts_have_no_tensors_of_their_own(folder):
     assert np.abs(slopes).min() > 0
 
 
+def test_an_expert_with_more_tokens_has_a_module_of_its_own(folder):
+    """Its embeddings are resized as those of merges are: rows that other models lack are the expert's."""
+    changed(folder / "b", rms_norm_eps=0.2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "b")
+    model.resize_token_embeddings(403)
+    model.save_pretrained(folder / "b")
+    with pytest.raises(CheckpointError, match="vocabulary"):
+        sources_of(folder, "each")
+    sources = Sources.open(
+        [folder / "a", folder / "b"], folder / "base", "task_arithmetic", vocabulary="union", config="each"
+    )
+    resident = Resident(sources, "auto", CPU)
+    first, second = (logits_of(one) for one in shown(resident, rows_of(sources)))
+    assert torch.equal(second, own_logits(folder / "b"))
+    assert torch.equal(first[..., :400], own_logits(folder / "a"))
+
+
+def test_models_of_one_name_are_told_apart(folder):
+    shutil.copytree(folder / "a", folder / "other" / "base")
+    changed(folder / "other" / "base", rms_norm_eps=0.2)
+    with pytest.raises(CheckpointError) as refused:
+        Sources.open([folder / "other" / "base"], folder / "base")
+    for path in (folder / "base", folder / "other" / "base"):
+        assert f"'base ({path})'" in str(refused.value)
+
+
 def test_the_expert_alone_is_found_whatever_its_coefficients(folder):
     for operator, rows in (
         ("linear", [[0.0, 1.0]]),

@@ -169,7 +169,7 @@ def compare(models: Sequence[Model]) -> list[Difference]:
     owners = [model for model in models if model.config is not None]
     if len(owners) < 2:
         return []
-    names = [model.name for model in owners]
+    names = _labels(owners)
     plain = [dict(model.config or {}) for model in owners]
     found = _of_configs(names, plain)
     if any(difference.matters for difference in found):
@@ -192,6 +192,14 @@ def described(differences: Sequence[Difference], choice: Choice, whose: str) -> 
         return f"the same but for {told}" if told else "the same"
     scored = f"merges have that of {whose!r}" + (", an expert alone its own" if choice == "each" else "")
     return f"{scored} ({choice}): {'; '.join(_few(list(map(str, counted))))}{rest}"
+
+
+def _labels(models: Sequence[Model]) -> list[str]:
+    """The models' names, with the path where two have one name."""
+    names = [model.name for model in models]
+    return [
+        name if names.count(name) == 1 else f"{name} ({model.path})" for name, model in zip(names, models, strict=True)
+    ]
 
 
 def _few(texts: Sequence[str]) -> list[str]:
@@ -269,7 +277,7 @@ def _of_generation(models: Sequence[Model]) -> list[Difference]:
         {**_GENERATION_DEFAULTS, **(file or {name: (model.config or {}).get(name) for name in _IDS})}
         for model, file in zip(owners, files, strict=True)
     ]
-    found = _differing([model.name for model in owners], [dict(_flat(one)) for one in records])
+    found = _differing(_labels(owners), [dict(_flat(one)) for one in records])
     neutral = _NEUTRAL | _DRAWING | _NEUTRAL_IN_GENERATION
     return [
         Difference(f"{GENERATION}: {field}", values, not any(part in neutral for part in field.split(".")))
@@ -287,14 +295,14 @@ def generate_alike(ours: Model, theirs: Model) -> bool:
 
 def _of_processors(models: Sequence[Model]) -> list[Difference]:
     """Differences of the processors of images, video and sound, among the models that have one."""
-    records = {model.name: _processors(model.files) for model in models}
+    folders = dict(zip(_labels(models), [model.files for model in models], strict=True))
+    records = {name: _processors(folder) for name, folder in folders.items()}
     found: list[Difference] = []
     for part in dict.fromkeys(part for record in records.values() for part in record):
         owners = {name: record[part] for name, record in records.items() if part in record}
         differing = _differing(list(owners), [dict(_flat(one)) for one in owners.values()])
         if part == "image_processor" and any(_counts_in_processors(field) for field, _ in differing):
-            folders = [model.files for model in models if model.name in owners]
-            loaded = _loaded_image_processors(folders)
+            loaded = _loaded_image_processors([folders[name] for name in owners])
             if loaded is not None:
                 differing = _differing(list(owners), [dict(_flat(one)) for one in loaded])
         found += [Difference(f"{part}: {field}", values, _counts_in_processors(field)) for field, values in differing]
