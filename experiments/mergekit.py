@@ -23,6 +23,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ecotone.experiments.reading import at_home, load
+from ecotone.merging.models import configs
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
@@ -236,6 +237,13 @@ def _check_expressible(genome: Genome, sources: Sources) -> None:
         raise InputError(
             "genome: expected coefficients of models, found whole weights that were evolved: mergekit cannot express "
             "them.",
+            _AS_CHECKPOINT,
+        )
+    origin, configured = sources.origin, sources.configured_for(genome)
+    if configured is not origin and any(one.matters for one in configs.compare([origin, configured])):
+        raise InputError(
+            f"models.config: mergekit gives a merge the config of {origin.name!r}; the merge was scored with that of "
+            f"{configured.name!r}, which computes something else.",
             _AS_CHECKPOINT,
         )
     for model in (sources.origin, *sources.checkpoints):
