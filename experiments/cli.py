@@ -417,7 +417,12 @@ def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool)
 @app.command("import-mergekit")
 def import_mergekit(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", parser=local("FILE"), help="A configuration of mergekit-evolve (YAML).")
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            parser=local("FILE"),
+            help="A configuration of mergekit-evolve, or a merge of mergekit with tasks (YAML).",
+        ),
     ],
     to: Annotated[
         Path | None,
@@ -431,7 +436,7 @@ def import_mergekit(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a configuration of mergekit-evolve into a recipe. Its comments say what differs."""
+    """Turn a configuration of mergekit-evolve, or a merge with tasks, into a recipe. Its comments say what differs."""
     from ecotone.experiments.mergekit import import_mergekit as imported
 
     text = imported(file, layers)

@@ -27,6 +27,7 @@ from ecotone.populations.fronts import attainment, epsilon, hypervolume, hypervo
 from ecotone.populations.genome import Floats, Genome, Integers
 from ecotone.populations.journal import Row
 from ecotone.populations.trial import Goal
+from ecotone.search.coefficients import Parts
 
 REACH = "90%"
 REPLACEABLE = ("seed", "runtime", "tracking")  # what may differ between seeds of one search
@@ -56,6 +57,8 @@ class Searched:
             self.algorithm: str = algorithm_name(journal)
             self.seed: int = journal.fact(facts.SEED) or 0
             self.models: tuple[str, ...] | tuple[()] = journal.fact(facts.MODELS) or ()
+            found = journal.fact(facts.COMPONENTS)
+            self.components: Parts | None = None if found is None else Parts.read(found)
             self.seconds: float = journal.fact(facts.ELAPSED) or 0.0
             objectives = self.recipe.get("objectives", {}).get("search")
             self.measured_on: dict[str, Any] = {"objectives": objectives, "weights": journal.fact(facts.GEOMETRY)}

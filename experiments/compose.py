@@ -228,12 +228,14 @@ class Outlined:
         pair: The search and its population; None where the headers, or the names alone, are not enough to make them.
         context: The context it is made for.
         coefficients: (segments, models) of its merges; None where they are not known yet.
+        components: The names of the parts that have coefficients, where they are components and not segments.
     """
 
     settings: SearchSettings
     pair: Pair | None
     context: Context
     coefficients: tuple[int, int] | None
+    components: tuple[str, ...] = ()
 
     def suits(self, space: Space) -> bool:
         """Whether the search is what ``space`` would give, and can be carried out."""
@@ -245,7 +247,9 @@ class Outlined:
         size = ""
         if self.coefficients is not None:
             segments, models = self.coefficients
-            size = f": {segments * models} coefficients ({segments} x {models} models)"
+            parts = f"{segments} components" if self.components else str(segments)
+            size = f": {segments * models} coefficients ({parts} x {models} models)"
+            size += f" of {', '.join(self.components)}" if self.components else ""
         search = None if self.pair is None else self.pair[0]
         return f"{self.settings.algorithm}{size}{self.settings.describe(search, self.context)}"
 
@@ -291,7 +295,8 @@ def _outlined(
         return Outlined(settings, None, context, None)
     segments = settings.segments(outline)
     coefficients = None if segments is None else (segments, outline.dimension)
-    return Outlined(settings, settings.make(context), context, coefficients)
+    names = () if segments is None else settings.parts(outline).names
+    return Outlined(settings, settings.make(context), context, coefficients, names)
 
 
 def _outline_of(sources: Sources) -> Space:
@@ -307,6 +312,7 @@ def _outline_of(sources: Sources) -> Space:
         gram=GramTable.from_regions([0, layout.size], np.zeros((1, count, count))),
         seeds=sources.operator.seeds(len(sources.experts)),
         seed_names=sources.names,
+        others=tuple(layout.buffers),
     )
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -22,15 +24,18 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from ecotone.experiments.mergekit_merges import TYPICAL, Chosen, are_components, evolution_of, frozen_patterns
 from ecotone.experiments.reading import at_home, load
 from ecotone.merging.models import configs
+from ecotone.merging.models.formats import opened_whole
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.errors import EcotoneError, InputError, nearest
 from ecotone.populations.genome import Genome
 from ecotone.settings import Part
 
+FILTERS = 64  # filters by parts of names that are looked for at most
 IN_ORDER = 4  # models whose weighted sum torch takes from the first to the last
 _AS_CHECKPOINT = "Export a checkpoint instead: leave the format out."
 
@@ -182,6 +187,44 @@ def filters(values: Mapping[str, float]) -> list[tuple[str, float]]:
     return [(one, chosen[one]) for one in (*(one for one in chosen if one not in inside), *last)]
 
 
+def by_parts(values: Mapping[str, float], most: int) -> list[tuple[str, float]] | None:
+    """Filters that are parts of names, such as ``self_attn``; the first that is part of a name gives its value.
+
+    So a merge by components is written in a few lines. The filter that settles most names comes first; of several, the
+    shortest.
+
+    Args:
+        values: By tensor name, its value.
+        most: The most filters to look for.
+
+    Returns:
+        Filters with their values; None where so few cannot say it.
+    """
+    names, numbers = list(values), np.array(list(values.values()))
+    parts = sorted({part for name in names for part in _parts(name)}, key=lambda part: (len(part), part))
+    left, found = np.ones(len(names), np.bool_), list[tuple[str, float]]()
+    within = np.array([[part in name for name in names] for part in parts], np.bool_).reshape(len(parts), len(names))
+    while left.any():
+        reach = within & left
+        lowest = np.where(reach, numbers, np.inf).min(axis=1)
+        pure = reach.any(axis=1) & (lowest == np.where(reach, numbers, -np.inf).max(axis=1))
+        if len(found) == most or not pure.any():
+            return None
+        best = int(np.argmax(np.where(pure, reach.sum(axis=1), -1)))
+        found.append((parts[best], float(lowest[best])))
+        left &= ~within[best]
+    return found
+
+
+def _parts(name: str) -> Iterator[str]:
+    """The components of a tensor's name that are no numbers, alone and with the next."""
+    for component, following in pairwise((*name.split("."), "0")):
+        if not component.isdigit():
+            yield component
+            yield f".{component}."
+            yield component if following.isdigit() else f"{component}.{following}"
+
+
 @lru_cache(maxsize=1)
 def _parts_of_others(names: tuple[str, ...]) -> frozenset[str]:
     """The names that are part of another: of all ends of names, in order, the one after them begins with them, too."""
@@ -199,7 +242,9 @@ def _setting(values: Mapping[str, float]) -> float | list[dict[str, str | float]
     """A parameter of mergekit's: a number where all tensors share it, otherwise filters."""
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
-    return [{"filter": one, "value": value} for one, value in filters(values)]
+    chosen = filters(values)
+    chosen = by_parts(values, min(len(chosen) // 2, FILTERS)) or chosen
+    return [{"filter": one, "value": value} for one, value in chosen]
 
 
 def _weights(genome: Genome, sources: Sources) -> list[tuple[Model, dict[str, float]]]:
@@ -246,6 +291,14 @@ def _check_expressible(genome: Genome, sources: Sources) -> None:
             f"{configured.name!r}, which computes something else.",
             _AS_CHECKPOINT,
         )
+    for name in sources.layout.kept:
+        infos = [model.tensors.get(name) for model in (sources.origin, *sources.checkpoints)]
+        if any(info is None or infos[0] is None or info.shape != infos[0].shape for info in infos):
+            raise InputError(
+                f"{name}: mergekit merges tensors that all models have in one shape, found one that is taken from "
+                f"{sources.giver(name).name}, as others lack it or have another shape.",
+                _AS_CHECKPOINT,
+            )
     for model in (sources.origin, *sources.checkpoints):
         try:
             model.mergekit_reference()
@@ -287,8 +340,11 @@ def _notes(
         notes.append("Models are named by their paths on one machine; elsewhere put others, or ids of the hub.")
     if dtype is None and len(set(sources.layout.dtypes)) > 1:
         notes.append(f"The models mix types; mergekit writes all tensors in {kind}.")
-    if sources.layout.buffers:
-        notes.append(f"mergekit leaves out, or writes in {kind}: {', '.join(sources.layout.buffers)}.")
+    copied = [name for name in sources.layout.buffers if name not in sources.layout.kept]
+    if copied:
+        notes.append(f"mergekit leaves out, or writes in {kind}: {', '.join(copied)}.")
+    if sources.apart.dropped:
+        notes.append("mergekit merges what this merge leaves out, where its architecture has it.")
     return notes
 
 
@@ -356,8 +412,11 @@ class EvolveFile(Part):
     fewshot_as_multiturn: bool = True
 
     @classmethod
-    def read(cls, file: Path) -> EvolveFile:
-        """Read and check a file.
+    def read(cls, file: Path) -> tuple[EvolveFile, Chosen]:
+        """Read and check a file; a merge with tasks beside it is read as a search that begins there.
+
+        Returns:
+            The configuration, and what a merge's weights say beside it.
 
         Raises:
             InputError: It is missing, not YAML or another kind of file, or a field is unknown or does not fit.
@@ -370,14 +429,17 @@ class EvolveFile(Part):
             raise InputError(f"{file}: cannot be read as YAML: {error}") from error
         if not isinstance(record, dict):
             raise InputError(f"{file}: expected a mapping with genome and tasks, found {type(record).__name__}.")
+        chosen = Chosen()
+        if "genome" not in record and "merge_method" in record and "tasks" in record:
+            record, chosen = evolution_of(record, file)
         if "genome" not in record and "merge_method" in record:
             raise InputError(
                 f"{file}: expected mergekit-evolve's genome and tasks, found a merge with weights already chosen: "
                 "there is nothing in it to search for, or by.",
-                "Write its models under genome.models, and under tasks what to score merges on.",
+                "Add tasks to it, what to score merges on: the search then begins with these weights.",
             )
         try:
-            return cls.model_validate(record)
+            return cls.model_validate(record), chosen
         except ValidationError as error:
             raise InputError("\n".join(_line(dict(one), file) for one in error.errors()[:5])) from error
 
@@ -395,7 +457,7 @@ def _line(entry: dict[str, Any], file: Path) -> str:
 
 
 def import_mergekit(path: str | Path, layers: int | None = None) -> str:
-    """mergekit-evolve's configuration as a recipe.
+    """mergekit-evolve's configuration as a recipe; or a merge of mergekit's with ``tasks`` beside it.
 
     Args:
         path: The YAML file.
@@ -410,8 +472,8 @@ def import_mergekit(path: str | Path, layers: int | None = None) -> str:
             or the number of layers is needed.
     """
     file = Path(path)
-    evolve = EvolveFile.read(file)
-    reader = _Importer(evolve, file.parent, layers)
+    evolve, chosen = EvolveFile.read(file)
+    reader = _Importer(evolve, file.parent, layers, chosen)
     models, merge, box = reader.merges()
     record = {
         "name": re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).lstrip("._-") or "imported",
@@ -422,8 +484,9 @@ def import_mergekit(path: str | Path, layers: int | None = None) -> str:
         "budget": {"evaluations": 100},
     }
     reader.note_the_rest()
+    kind = "configuration of mergekit-evolve" if chosen.start is None else "merge of mergekit"
     comments = [
-        f"Made of {file.name}, a configuration of mergekit-evolve. What is otherwise than there:",
+        f"Made of {file.name}, a {kind}. What is otherwise than there:",
         *(f"- {note}" for note in reader.notes),
     ]
     body = yaml.safe_dump(record, sort_keys=False, default_flow_style=None, width=110)
@@ -433,8 +496,8 @@ def import_mergekit(path: str | Path, layers: int | None = None) -> str:
 class _Importer:
     """Turns mergekit-evolve's fields into a recipe's, and notes the differences."""
 
-    def __init__(self, evolve: EvolveFile, folder: Path, layers: int | None) -> None:
-        self.evolve, self.folder, self.layers = evolve, folder, layers
+    def __init__(self, evolve: EvolveFile, folder: Path, layers: int | None, chosen: Chosen) -> None:
+        self.evolve, self.folder, self.layers, self.chosen = evolve, folder, layers, chosen
         self.notes: list[str] = []
 
     def merges(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
@@ -495,13 +558,19 @@ class _Importer:
             models["vocabulary"] = genome.tokenizer_source
         elif genome.tokenizer_source not in (None, "base"):
             models["tokenizer"] = self._place(genome.tokenizer_source)
+        if self.chosen.start is not None:
+            start = round(min(max(self.chosen.start, low), high), 4)
+            self.notes.append(f"weight: the search begins with {start:g} everywhere, the mean of the merge's weights.")
         box = {"low": low, "high": high, "start": start}
-        return models, {"operator": operator, "dtype": "bfloat16"}, box
+        frozen = frozen_patterns(self.chosen, self._names)
+        return models, {"operator": operator, "dtype": "bfloat16", **({"freeze": frozen} if frozen else {})}, box
 
     def segments(self) -> dict[str, Any]:
         """The search's granularity."""
         genome = self.evolve.genome
         step = genome.layer_granularity
+        if self._by_components and step != 1:
+            return self._components(self._runs(step) if step > 1 else 1)
         if step < 1:
             return {"granularity": "model"}
         if step == 1:
@@ -510,22 +579,52 @@ class _Importer:
                 "they share those of the first or the last layer."
             )
             return {"granularity": "block"}
+        runs = self._runs(step)
+        return {"granularity": "model"} if runs == 1 else {"granularity": "groups", "groups": runs}
+
+    def _runs(self, step: int) -> int:
+        """How many runs of ``step`` layers there are."""
         layers = self.layers or self._layers()
         if layers is None:
             raise InputError(
-                f"genome.layer_granularity: with {step} the number of layers is needed, and {genome.models[0]} is no "
-                "local directory to find it in.",
+                f"genome.layer_granularity: with {step} the number of layers is needed, and "
+                f"{self.evolve.genome.models[0]} is no local directory to find it in.",
                 "Give it: --layers 32, say.",
             )
         if layers % step:
             raise InputError(f"genome.layer_granularity: expected a divisor of {layers}, the layers, found {step}.")
-        if layers == step:
-            return {"granularity": "model"}
+        if layers > step:
+            self.notes.append(
+                f"layer_granularity: {layers // step} runs of layers, embeddings and head among them, of about as many "
+                f"parameters each, in place of {step} layers each."
+            )
+        return layers // step
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        """The tensors of the base or the first model, in flat order; none where it is no local directory."""
+        genome = self.evolve.genome
+        place = Path(self._place(genome.base_model or genome.models[0].partition("+")[0]))
+        if not place.exists():
+            return ()
+        with suppress(EcotoneError):
+            return Layout.of(opened_whole(place)).tensors
+        return ()
+
+    @property
+    def _by_components(self) -> bool:
+        """Whether the filters pick components."""
+        filters = self.evolve.genome.filters
+        return bool(filters) and are_components(filters or (), self._names or TYPICAL)
+
+    def _components(self, groups: int) -> dict[str, Any]:
+        """The granularity of filters that pick components."""
+        filters = ", ".join(self.evolve.genome.filters or ())
         self.notes.append(
-            f"layer_granularity: {layers // step} runs of layers, embeddings and head among them, of about as many "
-            f"parameters each, in place of {step} layers each."
+            f"filters: each component has coefficients of its own, norms, embeddings and head, too, where in mergekit "
+            f"each filter ({filters}) and the rest have."
         )
-        return {"granularity": "groups", "groups": layers // step}
+        return {"granularity": "components", **({"groups": groups} if groups > 1 else {})}
 
     def objectives(self) -> dict[str, Any]:
         """The recipe's objectives; with a limit the examples that are left judge the result."""
@@ -563,7 +662,7 @@ class _Importer:
     def note_the_rest(self) -> None:
         """Note the fields that have no counterpart."""
         evolve, genome = self.evolve, self.evolve.genome
-        if genome.filters:
+        if genome.filters and not (self._by_components and genome.layer_granularity != 1):
             self.notes.append(
                 f"filters: not carried over ({', '.join(genome.filters)}); for coefficients by tensor say granularity: "
                 "tensor and algorithm: sep_cma_es."

@@ -22,9 +22,11 @@ from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import non_dominated
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.trial import Goal
+from ecotone.search.coefficients import Parts
 
 PANELS = 10  # pairwise charts at most, which five objectives have
 AXES = 16  # coefficients that are drawn one by one; more are averaged by model
+COMPONENTS = 12  # components that are listed one by one when hovering
 SEGMENTS = 6  # segments that are listed one by one when hovering
 CLOUD = 2000  # dominated points drawn of a run
 COLOURS: tuple[str, ...] = (*qualitative.D3, *qualitative.Dark24)
@@ -178,7 +180,7 @@ def _hover(line: Line, member: Scored, genome: Genome | None) -> str:
     parts = [f"<b>{_safe(searched.label)}</b> ({_safe(searched.algorithm)}), member {member.id}"]
     counts = {"search": searched.examples["search"], "held out": searched.examples["held_out"]}
     parts += [f"{kind}: {_scores(scores, counts[kind])}" for kind, scores in _measured(member)]
-    parts += _genome_words(searched.models, genome)
+    parts += _genome_words(searched.models, genome, searched.components)
     return "<br>".join([*parts, _safe(export_command(searched.run.where, member.id))])
 
 
@@ -199,12 +201,15 @@ def _scores(scores: Mapping[str, float], counts: Mapping[str, int] = MappingProx
     return ", ".join(f"{_safe(name)} {value:.4f}{stands.get(name, '')}" for name, value in scores.items())
 
 
-def _genome_words(models: Sequence[str], genome: Genome | None) -> list[str]:
+def _genome_words(models: Sequence[str], genome: Genome | None, components: Parts | None) -> list[str]:
     if genome is None or genome.is_dense:
         return ["dense weights, evolved from scratch: no coefficients"]
     names = _model_names(models, genome.sources)
     if genome.segments == 1:
         return [f"coefficients: {_coefficients_in_words(names, genome.coefficients[0])}"]
+    if components is not None and components.fits(genome):
+        rows = zip(components.names, components.of(genome), strict=True)
+        return [f"{name}: {_coefficients_in_words(names, row)}" for name, row in rows][:COMPONENTS]
     if genome.segments > SEGMENTS:
         return [f"{genome.segments} segments; mean coefficients: {_coefficients_in_words(names, _averaged(genome))}"]
     ends = 100 * genome.boundaries / genome.size
@@ -503,6 +508,11 @@ def _coefficient_axes(models: Sequence[str], runs: Sequence[_Drawn]) -> tuple[li
     genomes = [[genome for genome in one.genomes.values() if genome is not None] for one in runs]
     first = genomes[0][0]
     names = [_safe(name) for name in _model_names(models, first.sources)]
+    components = runs[0].line.searched.components
+    few = components is not None and len(components) * first.sources <= AXES
+    if components and few and all(components.fits(genome) for found in genomes for genome in found):
+        names = [f"{name}<br>{component}" for component in components.names for name in names]
+        return names, [np.array([components.of(genome).ravel() for genome in found]) for found in genomes], False
     alike = all(np.array_equal(genome.boundaries, first.boundaries) for found in genomes for genome in found)
     if alike and first.coefficients.size <= AXES:
         if first.segments > 1:

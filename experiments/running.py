@@ -314,6 +314,7 @@ def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
 def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
     """The facts that open the journal of a new run."""
     objectives = recipe.objectives
+    components = [found for one in recipe.searches if (found := one.parts(space)).names]
     return [
         facts.NAME.note(recipe.name),
         facts.RECIPE.note(recipe.record()),
@@ -328,6 +329,7 @@ def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.N
         facts.MODELS.note(space.seed_names),
         facts.SYS_PATH.note(paths),
         facts.GEOMETRY.note(space.gram.prefix[-1].tolist()),
+        *(facts.COMPONENTS.note(parts.record()) for parts in components[-1:]),
         facts.STATE.note("running"),
     ]
 

@@ -242,6 +242,7 @@ class Sources:
             seeds=self.operator.seeds(len(self.experts)),
             seed_names=self.names,
             vectors=self._vectors() if dense else None,
+            others=tuple(self.layout.buffers),
         )
 
     def mixture(self, genome: Genome) -> Mixture:

@@ -85,6 +85,10 @@ MODELS: Fact[tuple[str, ...]] = Fact("models", "The names of the seed models, in
 GEOMETRY: Fact[list[list[float]]] = Fact(
     "geometry", "(J, J) inner products of the sources, which identify the weights.", json.loads, _json
 )
+COMPONENTS = _object(
+    "components",
+    "Of a search by components: borders in the flat vector, the component of each segment, and the components' names.",
+)
 BUDGET = _object("budget", "Evaluations and seconds after which the search ends; null for no limit.")
 TRACKING = _object("tracking", "The trackers that the run is mirrored to, by name, each with its settings.")
 VERSIONS = _object("versions", "Versions of the packages that results depend on.")
@@ -98,7 +102,7 @@ ELAPSED = _number("elapsed", "Seconds of searching, of all resumed stretches tog
 REPORT = _object("report", "The search's own report at its end.")
 
 FACTS: tuple[Fact[Any], ...] = (
-    *(FORMAT_OF, CREATED, NAME, RECIPE, SIGNATURE, ALGORITHM, SEED, GOALS, HELD_OUT_GOALS, MODELS, GEOMETRY, BUDGET),
-    *(TRACKING, VERSIONS, SYS_PATH, STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
+    *(FORMAT_OF, CREATED, NAME, RECIPE, SIGNATURE, ALGORITHM, SEED, GOALS, HELD_OUT_GOALS, MODELS, GEOMETRY),
+    *(COMPONENTS, BUDGET, TRACKING, VERSIONS, SYS_PATH, STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
 )
 """All facts, in the order of reports."""

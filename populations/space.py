@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ecotone.populations.components import Component, components
 from ecotone.populations.genome import Floats, Integers
 from ecotone.populations.gram import GramTable
 
@@ -25,6 +27,7 @@ class Space:
         seeds: (J, K) coefficient rows that reproduce the original models under the merge operator.
         seed_names: J names of those models.
         vectors: (K, n) float32 sources themselves, only when evolving from scratch; None otherwise.
+        others: Names of the models' tensors that are not merged. A tensor's neighbours tell what it is.
     """
 
     sources: tuple[str, ...]
@@ -36,6 +39,7 @@ class Space:
     seeds: Floats
     seed_names: tuple[str, ...]
     vectors: NDArray[np.float32] | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -46,6 +50,11 @@ class Space:
     def dimension(self) -> int:
         """K, the number of sources."""
         return len(self.sources)
+
+    @cached_property
+    def components(self) -> tuple[Component, ...]:
+        """The role of each tensor in the model, as its name tells it."""
+        return components((*self.tensors, *self.others))[: len(self.tensors)]
 
     def like(self, other: Space) -> bool:
         """True when the other has the same sources, tensors, blocks and seeds; geometry and vectors may differ."""

@@ -34,8 +34,8 @@ class AdaMergingSettings(GradientSettings):
     Attributes:
         algorithm: ``adamerging``: coefficients learned by gradient on the calibration tasks.
         granularity: The parts of the model that have their own coefficients: each ``tensor`` (the paper's layer-wise
-            form), the whole ``model`` (its task-wise form), ``groups`` of consecutive blocks, or each ``block`` (the
-            tensors of one layer).
+            form), the whole ``model`` (its task-wise form), ``groups`` of consecutive blocks, ``components`` (all
+            attention tensors, all feed-forward tensors, and so on), or each ``block`` (the tensors of one layer).
         accumulate: Batches of each task in one step, which uses their mean gradient; the authors' code takes two.
         init: The first value of every coefficient, unless the search begins with given merges; the paper's is 0.3.
         rate: Adam's step size, in units of the coefficients; the paper's is 0.001.
@@ -53,9 +53,11 @@ class AdaMergingSettings(GradientSettings):
 
     def make(self, context: Context) -> Pair:
         """The search, and an archive of the best merges of its checks."""
-        space, borders = context.space, self.borders(context.space)
-        starts = [start.refined(borders) for start in context.starts] or None
-        search = AdaMerging(borders, space.dimension, context.tasks, context.goals, context.seed, self, starts)
+        space, parts = context.space, self.parts(context.space)
+        starts = [parts.of(start) for start in context.starts] or None
+        search = AdaMerging(
+            parts.borders, space.dimension, context.tasks, context.goals, context.seed, self, starts, parts.owners
+        )
         return search, ElitistArchive(context.goals, self.archive)
 
 
@@ -69,7 +71,8 @@ class AdaMerging(Descent[AdaMergingSettings]):
         goals: The objectives of the checks.
         seed: The recipe's seed, for restarts.
         settings: Step size, steps, weights and so on; None for the defaults.
-        starts: (S, K) coefficients of each merge to start from; None for ``settings.init`` everywhere.
+        starts: (R, K) coefficients of each merge to start from; None for ``settings.init`` everywhere.
+        owners: (S,) for each segment, which of R rows of coefficients it has; None where each has its own (R = S).
 
     Raises:
         InputError: As for ``Descent``.
@@ -103,8 +106,9 @@ class AdaMerging(Descent[AdaMergingSettings]):
         seed: int,
         settings: AdaMergingSettings | None = None,
         starts: Sequence[Floats] | None = None,
+        owners: Integers | None = None,
     ) -> None:
-        super().__init__(borders, sources, tasks, goals, seed, settings or AdaMergingSettings(), starts)
+        super().__init__(borders, sources, tasks, goals, seed, settings or AdaMergingSettings(), starts, owners)
 
     def _used(self, point: Floats) -> Floats:
         return np.clip(point, 0.0, 1.0) if self.settings.clamp else point
@@ -113,7 +117,7 @@ class AdaMerging(Descent[AdaMergingSettings]):
         return np.where(self._outside(line), 0.0, gradient)
 
     def _outside(self, line: Line) -> NDArray[np.bool_]:
-        """(S, K) True where clamping changes the coefficient."""
+        """(R, K) True where clamping changes the coefficient."""
         return np.asarray(line.adam.point != self._used(line.adam.point))
 
     def _warnings(self, line: Line) -> Iterator[str]:

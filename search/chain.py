@@ -7,7 +7,7 @@ begin with found merges, and how fine its segments are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,8 @@ from pydantic_core import CoreSchema
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.space import Space
-from ecotone.search.kinds import FINENESS, Context, Pair, SearchSettings
+from ecotone.search.coefficients import Parts
+from ecotone.search.kinds import APART, Context, Fineness, Pair, beyond
 from ecotone.search.registry import SEARCHES, AnySearch
 from ecotone.search.stages import Stage, StagedSearch, Start, stage_seed
 from ecotone.settings import Part
@@ -138,15 +139,15 @@ class ChainSettings(Part):
             raise ValueError(
                 f"stage {without[0]}: expected evaluations, its share of the budget; only the last may leave it out"
             )
-        reach = _reach(first.search)
+        reached = {first.search.fineness()}
         for index, stage in enumerate(self.stages[1:], 1):
             if stage.begins != "none":
-                self._check_start(index, reach)
+                self._check_start(index, reached)
             joined = stage.begins != "none" and stage.search.begins().any_segments
-            reach = max(reach, _reach(stage.search)) if joined else _reach(stage.search)
+            reached = {stage.search.fineness(), *(reached if joined else ())}
         return self
 
-    def _check_start(self, index: int, reach: int) -> None:
+    def _check_start(self, index: int, reached: Collection[Fineness]) -> None:
         """Refuse a start that the stage cannot take, or whose segments are finer than the stage's own."""
         search, before = self.stages[index].search, self.stages[index - 1].search
         place, begins = f"stage {index} ({search.algorithm})", search.begins()
@@ -157,10 +158,12 @@ class ChainSettings(Part):
                 f"{place}: it cannot begin with what stage {index - 1} finds: with mutation {before.algorithm} breeds "
                 "whole vectors of weights, which have no coefficients; say start: none"
             )
-        if not begins.any_segments and reach > _reach(search):
+        finer = None if begins.any_segments else beyond(reached, search.fineness())
+        if finer is not None:
+            cut = "cuts otherwise" if (search.fineness(), finer) in APART else "is coarser"
             raise ValueError(
-                f"{place}: its granularity, {search.fineness()}, is coarser than that of the merges of stage "
-                f"{index - 1}, {FINENESS[reach]}; make this one finer, the other coarser, or say start: none"
+                f"{place}: its granularity, {search.fineness()}, {cut} than that of the merges of stage "
+                f"{index - 1}, {finer}; make this one finer, the other coarser, or say start: none"
             )
 
     @property
@@ -213,19 +216,22 @@ class ChainSettings(Part):
         Raises:
             InputError: There is one.
         """
-        reached = np.zeros(0, np.int64)
+        reached = Parts(np.array([0, space.size]))
         for index, stage in enumerate(self.stages):
             part = stage.search
             with of_stage(index):
-                borders = part.borders(space)
+                own = part.parts(space)
             begins = self.starts[index] != "none"
-            if begins and not part.begins().any_segments and not np.isin(reached, borders).all():
+            joined = begins and part.begins().any_segments
+            if begins and not joined and not own.holds(reached):
+                apart = not np.isin(reached.borders, own.borders).all()
+                lack = "borders that its own, {}, lack" if apart else "coefficients apart that its own, {}, share"
                 raise InputError(
-                    f"search[{index}].granularity: the segments of the merges of stage {index - 1} have borders that "
-                    f"its own, {part.fineness()}, lack.",
+                    f"search[{index}].granularity: the segments of the merges of stage {index - 1} have "
+                    f"{lack.format(part.fineness())}.",
                     "Make it finer, the stage before coarser, or say start: none.",
                 )
-            reached = np.union1d(borders, reached) if begins else borders
+            reached = Parts(np.union1d(own.borders, reached.borders)) if joined else own
 
     def placed(self, index: int) -> str:
         """A stage in words: the merges that it begins with, and its share of the budget."""
@@ -252,8 +258,3 @@ def of_stage(index: int) -> Iterator[None]:
 
 def _has_start(algorithm: Any) -> bool:
     return algorithm in SEARCHES and "start" in SEARCHES.get(algorithm, "search").model_fields
-
-
-def _reach(search: SearchSettings) -> int:
-    """How fine the segments of a search's merges are, by position in ``FINENESS``."""
-    return FINENESS.index(search.fineness())

@@ -5,17 +5,102 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ecotone.populations.components import COMPONENTS
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome, Integers, Scalar
 from ecotone.populations.space import Space
 from ecotone.search.protocol import trial_rng
 
-Granularity: TypeAlias = Literal["model", "groups", "block", "tensor"]
+Granularity: TypeAlias = Literal["model", "groups", "components", "block", "tensor"]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The parts of a model that have coefficients of their own: R of them, in S segments.
+
+    Most often a part is one segment. A component, such as attention, has many, because its tensors lie apart.
+
+    Args:
+        borders: (S+1,) segment borders in the flat parameter vector.
+        owners: (S,) the part of each segment, from 0 to R-1; None where each segment is a part.
+        names: R names of the parts; empty where they have none.
+    """
+
+    borders: Integers
+    owners: Integers | None = None
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """R, the number of parts."""
+        return len(self.borders) - 1 if self.owners is None else int(self.owners.max()) + 1
+
+    def expanded(self, rows: Floats) -> Floats:
+        """(S, K) by segment, the (R, K) ``rows`` of the parts."""
+        return rows if self.owners is None else rows[self.owners]
+
+    def summed(self, rows: Floats) -> Floats:
+        """(R, K) by part, the sums of the (S, K) ``rows`` of its segments, such as a gradient's."""
+        if self.owners is None:
+            return rows
+        sums = np.zeros((len(self), rows.shape[1]))
+        np.add.at(sums, self.owners, rows)
+        return sums
+
+    def of(self, genome: Genome) -> Floats:
+        """(R, K) coefficients of a genome whose boundaries are among ours.
+
+        Where the segments of a part differ, it gets their mean weighted by length.
+        """
+        rows = genome.refined(self.borders)
+        if self.owners is None:
+            return rows
+        first = rows[np.unique(self.owners, return_index=True)[1]]
+        lengths = np.diff(self.borders).astype(np.float64)[:, None]
+        means = self.summed(lengths * rows) / self.summed(lengths)
+        alike = self.summed((rows != self.expanded(first)).astype(np.float64)) == 0
+        return np.where(alike, first, means)
+
+    def fits(self, genome: Genome) -> bool:
+        """Whether the coefficients of a genome change between parts alone."""
+        if genome.size != int(self.borders[-1]) or not np.isin(genome.boundaries, self.borders).all():
+            return False
+        return bool((self.expanded(self.of(genome)) == genome.refined(self.borders)).all())
+
+    def holds(self, other: Parts) -> bool:
+        """Whether every merge with the coefficients of ``other`` has its like among ours, to the bit."""
+        if not np.isin(other.borders, self.borders).all():
+            return False
+        theirs = np.searchsorted(other.borders, self.borders[:-1], side="right") - 1
+        theirs = theirs if other.owners is None else other.owners[theirs]
+        if self.owners is None:
+            return True
+        first = theirs[np.unique(self.owners, return_index=True)[1]]
+        return bool((theirs == first[self.owners]).all())
+
+    def record(self) -> dict[str, Any]:
+        """Plain values that ``read`` makes the same of."""
+        owners = range(len(self)) if self.owners is None else self.owners.tolist()
+        return {"borders": self.borders.tolist(), "owners": list(owners), "names": list(self.names)}
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Parts:
+        """The parts that ``record`` was made of."""
+        return cls(np.array(record["borders"], np.int64), np.array(record["owners"], np.int64), tuple(record["names"]))
+
+    @property
+    def count(self) -> str:
+        """How many there are, in words."""
+        return f"{len(self)} {'components' if self.names else 'segments'}"
+
+    def __str__(self) -> str:
+        """How many there are, and their names."""
+        return f"{self.count} ({', '.join(self.names)})" if self.names else self.count
 
 
 @dataclass(frozen=True)
@@ -72,10 +157,11 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class CoefficientBox:
-    """One coefficient a segment and source, each between ``low`` and ``high``, and settings of the operator.
+    """One coefficient a part and source, each between ``low`` and ``high``, and settings of the operator.
 
-    A point is a vector of D = S K + P numbers, segment by segment: the K coefficients of the first segment first. P
-    settings come last, scaled so that the bounds of each are ``low`` and ``high``, too: searches see a cube.
+    A part is a segment, or several that share their coefficients. A point is a vector of D = R K + P numbers, part by
+    part: the K coefficients of the first part first. P settings come last, scaled so that the bounds of each are
+    ``low`` and ``high``, too: searches see a cube.
 
     Args:
         borders: (S+1,) segment borders in the flat parameter vector.
@@ -83,6 +169,8 @@ class CoefficientBox:
         low: Smallest coefficient.
         high: Largest coefficient.
         settings: P settings of the merge operator that genomes are given.
+        owners: (S,) the part of each segment, from 0; None where each segment is a part.
+        names: R names of the parts; empty where they have none.
     """
 
     borders: Integers
@@ -90,6 +178,8 @@ class CoefficientBox:
     low: float = 0.0
     high: float = 1.0
     settings: tuple[Setting, ...] = ()
+    owners: Integers | None = None
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -101,12 +191,18 @@ class CoefficientBox:
         groups: int = 1,
         settings: tuple[Setting, ...] = (),
     ) -> CoefficientBox:
-        """The box over ``space`` with one segment a ``model``, ``block``, ``tensor``, or one of ``groups`` of blocks.
+        """The box over ``space`` with the parts of ``parts_of``.
 
         Raises:
             InputError: There are fewer blocks than groups.
         """
-        return cls(borders_of(space, granularity, groups), space.dimension, low, high, settings)
+        parts = parts_of(space, granularity, groups)
+        return cls(parts.borders, space.dimension, low, high, settings, parts.owners, parts.names)
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The R parts that have coefficients of their own."""
+        return Parts(self.borders, self.owners, self.names)
 
     @property
     def segments(self) -> int:
@@ -114,19 +210,24 @@ class CoefficientBox:
         return len(self.borders) - 1
 
     @property
+    def rows(self) -> int:
+        """R, the number of parts."""
+        return len(self.parts)
+
+    @property
     def coefficients(self) -> int:
-        """S K, the number of coefficients."""
-        return self.segments * self.sources
+        """R K, the number of coefficients."""
+        return self.rows * self.sources
 
     @property
     def size(self) -> int:
-        """D = S K + P, the number of variables."""
+        """D = R K + P, the number of variables."""
         return self.coefficients + len(self.settings)
 
     def genome(self, point: NDArray[np.floating]) -> Genome:
         """The merge that the (D,) ``point`` describes."""
         numbers = np.asarray(point, np.float64)
-        table = numbers[: self.coefficients].reshape(self.segments, self.sources)
+        table = self.parts.expanded(numbers[: self.coefficients].reshape(self.rows, self.sources))
         if not self.settings:
             return Genome(self.borders, table)
         shares = (numbers[self.coefficients :] - self.low) / (self.high - self.low)
@@ -134,11 +235,14 @@ class CoefficientBox:
         return Genome(self.borders, table, {setting.name: setting.value(share) for setting, share in values})
 
     def point(self, genome: Genome) -> Floats:
-        """(D,) the point of a genome whose boundaries are among ours; the inverse of ``genome``, but for rounding."""
-        return self._with(genome.refined(self.borders).ravel(), genome.parameters)
+        """(D,) the point of a genome whose boundaries are among ours; the inverse of ``genome``, but for rounding.
+
+        A part whose segments differ gets the mean of their coefficients, weighted by length.
+        """
+        return self._with(self.parts.of(genome).ravel(), genome.parameters)
 
     def filled(self, coefficients: ArrayLike) -> Floats:
-        """(..., D) points with the (..., S K) ``coefficients`` and every setting at its default."""
+        """(..., D) points with the (..., R K) ``coefficients`` and every setting at its default."""
         return self._with(np.asarray(coefficients, np.float64), {})
 
     def _with(self, coefficients: Floats, parameters: Mapping[str, Scalar]) -> Floats:
@@ -166,13 +270,31 @@ class CoefficientBox:
         return rows[((rows >= self.low) & (rows <= self.high)).all(axis=1)]
 
 
-def borders_of(space: Space, granularity: Granularity, groups: int = 1) -> Integers:
-    """(S+1,) borders of one segment a ``model``, ``block``, ``tensor``, or one of ``groups`` of blocks.
+def parts_of(space: Space, granularity: Granularity, groups: int = 1) -> Parts:
+    """The parts that have coefficients of their own: the ``model``, one of ``groups`` of blocks, ``components``,
+    a ``block`` or a ``tensor``.
+
+    With ``components`` and several groups, each component has a part in each group in which it has tensors.
 
     Raises:
         InputError: There are fewer blocks than groups.
     """
-    return grouped(space, groups) if granularity == "groups" else np.asarray(space.borders(granularity))
+    if granularity == "groups":
+        return Parts(grouped(space, groups))
+    return (
+        _by_component(space, groups) if granularity == "components" else Parts(np.asarray(space.borders(granularity)))
+    )
+
+
+def _by_component(space: Space, groups: int) -> Parts:
+    """Runs of tensors of one component and group; the parts in the order of the components, then of the groups."""
+    starts = np.asarray(space.tensor_borders)[:-1]
+    group = np.searchsorted(grouped(space, groups), starts, side="right") - 1
+    kinds = np.array([COMPONENTS.index(component) for component in space.components]) * groups + group
+    chosen, owners = np.unique(kinds, return_inverse=True)
+    begins = np.concatenate([[True], owners[1:] != owners[:-1]])
+    names = [COMPONENTS[kind // groups] + (f" {kind % groups + 1}" if groups > 1 else "") for kind in chosen.tolist()]
+    return Parts(np.append(starts[begins], space.size), owners[begins], tuple(names))
 
 
 def grouped(space: Space, groups: int) -> Integers:

@@ -20,6 +20,7 @@ from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats, Genome, Integers
 from ecotone.populations.population import quality
 from ecotone.populations.trial import Evaluation, Goal, Gradient, Outcome, Trial
+from ecotone.search.coefficients import Parts
 from ecotone.search.kinds import Begins, Context, Needs, Segmented
 from ecotone.search.protocol import Search, trial_rng
 from ecotone.search.simplex import lattice
@@ -37,7 +38,8 @@ class GradientSettings(Segmented):
 
     Attributes:
         granularity: The parts of the model that have their own coefficients: the whole ``model``, ``groups`` of
-            consecutive blocks, each ``block`` (the tensors of one layer), or each ``tensor``.
+            consecutive blocks, ``components`` (all attention tensors, all feed-forward tensors, and so on), each
+            ``block`` (the tensors of one layer), or each ``tensor``.
         steps: Steps of Adam. Each step uses ``accumulate`` batches of every calibration task.
         accumulate: Batches of each task in one step, which uses their mean gradient.
         together: The most tasks that one worker differentiates at once. With 1, several workers share a step. With
@@ -54,7 +56,7 @@ class GradientSettings(Segmented):
         spread: Standard deviation of the noise added to the start of every restart but the first.
     """
 
-    granularity: Literal["model", "groups", "block", "tensor"] = "tensor"
+    granularity: Literal["model", "groups", "components", "block", "tensor"] = "tensor"
     steps: int = Field(default=500, ge=1)
     accumulate: int = Field(default=1, ge=1)
     together: int = Field(default=1, ge=1)
@@ -147,8 +149,8 @@ class Line:
     """One run of Adam: its start, its present point, and the results of its checks.
 
     Of the running step, ``waiting`` counts the trials that are not told, ``told`` has losses and diversities (2, tasks)
-    and the gradient by batch, and ``check`` the number and score of the check. ``sums`` (2, T) adds up losses and
-    diversities by task over the ``summed`` steps since the last check.
+    and the gradient (R, K) by batch, and ``check`` the number and score of the check. ``sums`` (2, T) adds up losses
+    and diversities by task over the ``summed`` steps since the last check.
     """
 
     index: int
@@ -235,7 +237,8 @@ class Descent(Generic[Settings]):
         goals: The objectives of the checks.
         seed: The recipe's seed, for restarts.
         settings: Steps, weights, restarts and checks.
-        starts: (S, K) coefficients of each merge to start from; None for ``settings.init`` everywhere.
+        starts: (R, K) coefficients of each merge to start from; None for ``settings.init`` everywhere.
+        owners: (S,) for each segment, which of R rows of coefficients it has; None where each has its own (R = S).
 
     Raises:
         InputError: There are no tasks, two have one name, weights name no task or are all zero, a sweep has fewer
@@ -256,15 +259,18 @@ class Descent(Generic[Settings]):
         seed: int,
         settings: Settings,
         starts: Sequence[Floats] | None = None,
+        owners: Integers | None = None,
     ) -> None:
         _check_tasks(tasks, settings.algorithm)
-        self.borders, self.tasks, self.goals, self.seed = np.asarray(borders), tuple(tasks), tuple(goals), seed
+        parts = Parts(np.asarray(borders), owners)
+        self.borders, self.tasks, self.goals, self.seed = parts.borders, tuple(tasks), tuple(goals), seed
         self.settings = settings
+        self._parts = parts
         self._next = 0
         self._queue: list[tuple[int, int]] = []  # (line, batch or check) to ask for, in this order
         self._flying: dict[int, tuple[int, int]] = {}  # by trial number
         self._lines: list[Line] = []
-        begins = _starts(starts, settings.init, (len(self.borders) - 1, sources))
+        begins = _starts(starts, settings.init, (len(parts), sources))
         weightings = _weightings(self.tasks, settings.weights, settings.sweep)
         for start, weighting in ((start, weighting) for start in begins for weighting in weightings):
             for restart in range(settings.restarts):
@@ -330,7 +336,7 @@ class Descent(Generic[Settings]):
 
     def _add(self, start: Floats, weights: Floats, exact: Floats | None) -> None:
         adam, sums = Adam(start, self.settings.rate), np.zeros((2, len(self.tasks)))
-        genome = Genome(self.borders, self._used(start) if exact is None else exact)
+        genome = Genome(self.borders, self._parts.expanded(self._used(start) if exact is None else exact))
         line = Line(len(self._lines), start, weights, self.settings.steps, self.borders, adam, genome, sums, exact)
         self._lines.append(line)
         self._begin(line)
@@ -379,7 +385,8 @@ class Descent(Generic[Settings]):
         assert evaluation.gradient is not None
         diversities = [evaluation.details.get(Evaluation.detail_of(name, "diversity"), math.nan) for name in names]
         known = np.array([[evaluation.scores[name] for name in names], diversities], np.float64)
-        line.told[batch] = known, np.array(evaluation.gradient, np.float64)
+        gradient = np.array(evaluation.gradient, np.float64)
+        line.told[batch] = known, gradient if line.grown else self._parts.summed(gradient)
 
     def _complete(self, line: Line) -> None:
         """Record a step that is told as a whole and its check, and move on unless this was the end."""
@@ -430,7 +437,7 @@ class Descent(Generic[Settings]):
         return ""
 
     def _gradient(self, line: Line) -> Floats:
-        """(S, K) gradient of the loss by Adam's point."""
+        """(R, K) gradient of the loss by Adam's point."""
         total = np.zeros_like(line.adam.point)
         for batch in sorted(line.told):
             total += line.told[batch][1]
@@ -440,20 +447,21 @@ class Descent(Generic[Settings]):
 
     def _genome(self, line: Line) -> Genome:
         begins = None if line.step or line.grown else line.exact
-        return Genome(line.borders, self._used(line.adam.point) if begins is None else begins)
+        rows = self._used(line.adam.point) if begins is None else begins
+        return Genome(line.borders, rows if line.grown else self._parts.expanded(rows))
 
     # -- the coefficients at Adam's point, for subclasses -----------------------------------------------------
 
     def _point(self, coefficients: Floats) -> Floats:
-        """Adam's point (S, K) for coefficients (S, K) to begin with; by default the coefficients."""
+        """Adam's point (R, K) for coefficients (R, K) to begin with; by default the coefficients."""
         return coefficients
 
     def _exact(self, coefficients: Floats) -> Floats | None:
-        """Coefficients (S, K) that a line begins with, kept because ``_used`` of its point may round them."""
+        """Coefficients (R, K) that a line begins with, kept because ``_used`` of its point may round them."""
         return None
 
     def _used(self, point: Floats) -> Floats:
-        """(S, K) coefficients at Adam's point; by default the point."""
+        """(R, K) coefficients at Adam's point; by default the point."""
         return point
 
     def _pulled(self, line: Line, gradient: Floats) -> Floats:
@@ -469,7 +477,7 @@ class Descent(Generic[Settings]):
     def report(self) -> dict[str, Any]:
         """The course of every line (``lines``), and ``warnings``: sentences about failures and collapse; plain values.
 
-        A line has its ``start`` and final ``coefficients`` (S, K), ``weights`` by task, the number of ``steps`` done,
+        A line has its ``start`` and final ``coefficients`` (R, K), ``weights`` by task, the number of ``steps`` done,
         the reason why it ``ended`` ("unfinished" when the run stopped first) and its ``checks``. A check has its
         ``step``, the trial's ``number``, the mean oriented ``score`` (None on failure), and by task ``losses`` and
         ``diversity``: means over the steps since the check before (at step 0, of its one batch).

@@ -40,7 +40,7 @@ def design(
         count: N, how many points.
         box: The bounds of the coefficients.
         seed: The recipe's seed.
-        seeds: (J, K) coefficients of the models themselves, or (J, D) where segments differ, only for ``mixed``;
+        seeds: (J, K) coefficients of the models themselves, or (J, D) where parts differ, only for ``mixed``;
             None means one-hot vectors.
 
     Returns:
@@ -98,13 +98,13 @@ def _condition(points: Floats, box: CoefficientBox) -> float:
 
 
 def _tiled(box: CoefficientBox, seeds: Floats) -> Floats:
-    """(J, D) the models themselves, in the box; (J, K) coefficients are the same in every segment."""
+    """(J, D) the models themselves, in the box; (J, K) coefficients are the same in every part."""
     rows = np.atleast_2d(np.asarray(seeds, np.float64))
     if rows.shape[1] == box.size:
         return box.clip(rows)
     if rows.shape[1] != box.sources:
         raise InputError(f"seeds: expected {box.sources} coefficients a model, found {rows.shape[1]}.")
-    return box.clip(box.filled(np.tile(rows, (1, box.segments))))
+    return box.clip(box.filled(np.tile(rows, (1, box.rows))))
 
 
 def _grid(count: int, box: CoefficientBox, rng: np.random.Generator) -> Floats:

@@ -33,6 +33,7 @@ from ecotone.populations.genome import Floats, Integers
 from ecotone.populations.population import ElitistArchive
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
+from ecotone.search.coefficients import Parts
 from ecotone.search.descent import Adam, Descent, GradientSettings, Line
 from ecotone.search.kinds import Context, Fineness, Needs, Pair
 from ecotone.search.surrogates import sigmoid
@@ -99,6 +100,14 @@ class ExpertMergingSettings(GradientSettings):
     def borders(self, space: Space) -> Integers:
         """(S+1,) borders of the tensors; with chunks, all places where they may be cut."""
         return np.asarray(space.borders(self.fineness()))
+
+    def parts(self, space: Space) -> Parts:
+        """The tensors; with chunks, all parts that they may be cut into."""
+        return Parts(self.borders(space))
+
+    def segments(self, space: Space) -> int | None:
+        """The tensors."""
+        return len(space.tensors)
 
     def needs(self) -> Needs:
         """Gradients, merges linear in their coefficients, and for chunks the models' inner products."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
@@ -23,14 +23,16 @@ from ecotone.populations.genome import Genome, Integers
 from ecotone.populations.population import Population
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
-from ecotone.search.coefficients import CoefficientBox, Setting, borders_of
+from ecotone.search.coefficients import CoefficientBox, Parts, Setting, parts_of
 from ecotone.search.protocol import Search
 from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Kind, check_kind
 
 Pair: TypeAlias = tuple[Search, Population]
-Fineness: TypeAlias = Literal["model", "groups", "block", "tensor", "element"]
+Fineness: TypeAlias = Literal["model", "groups", "components", "block", "tensor", "element"]
 FINENESS: tuple[Fineness, ...] = get_args(Fineness)
 """How fine the segments of merges are, from one in all to any."""
+APART: tuple[tuple[Fineness, Fineness], ...] = (("block", "components"),)
+"""Pairs of which neither can hold the merges of the other, in the order of ``FINENESS``."""
 
 OF_STAGES = ("search", "evaluations", "start", "starts")
 """The keys that a stage has beside the fields of its search."""
@@ -136,6 +138,7 @@ class SearchSettings(Kind):
         "begins": (lambda answer: isinstance(answer, Begins), "Begins"),
         "fineness": (lambda answer: isinstance(answer, str) and answer in FINENESS, f"one of {', '.join(FINENESS)}"),
         "borders": ANYTHING,
+        "parts": (lambda answer: isinstance(answer, Parts), "Parts"),
         "segments": ANYTHING,
         "make": (_is_pair, "a pair of a search and a population"),
         "describe": TEXT,
@@ -172,9 +175,13 @@ class SearchSettings(Kind):
             InputError: The models have fewer blocks than there are to be groups.
         """
 
+    def parts(self, space: Space) -> Parts:
+        """The parts that have coefficients of their own, when it begins with nothing else; by default the segments."""
+        return Parts(self.borders(space))
+
     def segments(self, space: Space) -> int | None:
         """How many sets of coefficients there are to begin with; None where their number is not fixed."""
-        return len(self.borders(space)) - 1
+        return len(self.parts(space))
 
     @abstractmethod
     def make(self, context: Context) -> Pair:
@@ -215,18 +222,22 @@ class Segmented(SearchSettings):
 
     Attributes:
         granularity: The parts of the model that have their own coefficients: the whole ``model``, ``groups`` of
-            consecutive blocks, each ``block`` (the tensors of one layer), or each ``tensor``.
+            consecutive blocks, ``components`` (all attention tensors, all feed-forward tensors, and so on), each
+            ``block`` (the tensors of one layer), or each ``tensor``.
         groups: The number of groups of consecutive blocks, with about as many parameters in each. Only for
-            ``granularity: groups``.
+            ``granularity: groups``, and for ``components``, which then have their own coefficients in each group.
     """
 
-    granularity: Literal["model", "groups", "block", "tensor"] = "block"
+    granularity: Literal["model", "groups", "components", "block", "tensor"] = "block"
     groups: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _groups_are_asked_for(self) -> Segmented:
-        if self.groups > 1 and self.granularity != "groups":
-            raise ValueError(f"groups: expected granularity: groups with it, found granularity: {self.granularity}")
+        if self.groups > 1 and self.granularity not in ("groups", "components"):
+            raise ValueError(
+                f"groups: expected granularity: groups with it, found granularity: {self.granularity}; components have "
+                "groups, too"
+            )
         return self
 
     def fineness(self) -> Fineness:
@@ -234,12 +245,12 @@ class Segmented(SearchSettings):
         return self.granularity
 
     def borders(self, space: Space) -> Integers:
-        """(S+1,) borders of one segment a model, group, block or tensor."""
-        return borders_of(space, self.granularity, self.groups)
+        """(S+1,) borders of one segment a model, group, block or tensor, or of the runs of a component's tensors."""
+        return self.parts(space).borders
 
-    def segments(self, space: Space) -> int | None:
-        """Models, groups, blocks or tensors."""
-        return len(borders_of(space, self.granularity, self.groups)) - 1
+    def parts(self, space: Space) -> Parts:
+        """The model, groups, components, blocks or tensors."""
+        return parts_of(space, self.granularity, self.groups)
 
 
 class Box(Segmented):
@@ -277,11 +288,11 @@ class FrontBox(Box):
 
     Attributes:
         granularity: The parts of the model that have their own coefficients: the whole ``model`` (one coefficient for
-            each model), ``groups`` of consecutive blocks, each ``block`` (the tensors of one layer), or each
-            ``tensor``.
+            each model), ``groups`` of consecutive blocks, ``components`` (all attention tensors, all feed-forward
+            tensors, and so on), each ``block`` (the tensors of one layer), or each ``tensor``.
     """
 
-    granularity: Literal["model", "groups", "block", "tensor"] = "model"
+    granularity: Literal["model", "groups", "components", "block", "tensor"] = "model"
 
 
 class ModelsFirstBox(FrontBox):
@@ -303,6 +314,17 @@ class ModelsFirstBox(FrontBox):
             return None
         rows = [*space.seeds, space.seeds.mean(axis=0)]
         return np.array([box.point(Genome.uniform(space.size, row)) for row in rows])
+
+
+def beyond(reached: Collection[Fineness], own: Fineness) -> Fineness | None:
+    """The finest of the finenesses ``reached`` whose merges cannot be written with segments of ``own``; None if none.
+
+    Merges of ``groups`` and ``components`` can where their borders and components are the same, which takes the models
+    to tell.
+    """
+    place = FINENESS.index(own)
+    lacking = [one for one in reached if FINENESS.index(one) > place or (own, one) in APART]
+    return max(lacking, key=FINENESS.index, default=None)
 
 
 def check_declared(name: str, kind: Any) -> None:

@@ -288,7 +288,7 @@ def few_enough(box: CoefficientBox) -> int:
     if fewest > LARGEST:
         settings = f" and {len(box.settings)} settings" if box.settings else ""
         raise InputError(
-            f"search.algorithm: a quadratic surrogate in {box.size} variables ({box.segments} segments x "
+            f"search.algorithm: a quadratic surrogate in {box.size} variables ({box.parts.count} x "
             f"{box.sources} sources{settings}) has {fewest} coefficients and needs at least as many merges; at most "
             f"{LARGEST} are allowed.",
             "Use granularity: model, or granularity: groups with few groups, or an algorithm that scales to many "

@@ -434,9 +434,9 @@ def _check_box(box: CoefficientBox, sources: tuple[str, ...]) -> None:
             f"merge: nested MAP searches over coefficients alone, found bounds for {box.settings[0].name}.",
             "Give one value, or use another algorithm: map, bayesian_map, nsga2 or cma_es search over settings, too.",
         )
-    if box.segments != 1:
+    if box.rows != 1:
         raise InputError(
-            f"search.granularity: nested MAP has one coefficient a model, found {box.segments} segments.",
+            f"search.granularity: nested MAP has one coefficient a model, found {box.parts}.",
             "Use granularity: model, or another algorithm: nsga2 or cma_es have no such limit.",
         )
     if not box.low <= 0 <= 1 <= box.high:

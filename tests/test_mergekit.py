@@ -17,19 +17,22 @@ from hypothesis import strategies as st
 from processes import Ecotone
 from safetensors.numpy import save_file
 
+from ecotone.experiments import compose
 from ecotone.experiments.compose import check_operator
 from ecotone.experiments.exports import export_mergekit, rescored
-from ecotone.experiments.mergekit import filters, import_mergekit, mergekit_config, snapped
+from ecotone.experiments.mergekit import by_parts, filters, import_mergekit, mergekit_config, snapped
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch
 from ecotone.merging import operators
 from ecotone.merging.models import layout
 from ecotone.merging.models.checkpoint import Checkpoint, Shard
 from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.matching import Apart
 from ecotone.merging.models.model import TensorInfo
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
+from ecotone.search.coefficients import parts_of
 
 # -- what mergekit's documentation says ---------------------------------------------------------------------
 
@@ -58,6 +61,31 @@ LLAMA = (
     "lm_head.weight",
     "model.embed_tokens.weight",
     *(f"model.layers.{i}.{part}.weight" for i in range(12) for part in ("input_layernorm", "mlp.up_proj", "self_attn")),
+    "model.norm.weight",
+)
+
+
+MIXTURE = (
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    *(
+        f"model.layers.{i}.{part}.weight"
+        for i in range(12)
+        for part in (
+            *(
+                "input_layernorm",
+                "post_attention_layernorm",
+                "self_attn.q_proj",
+                "self_attn.q_norm",
+                "self_attn.o_proj",
+            ),
+            *(
+                "mlp.gate",
+                "mlp.shared_expert_gate",
+                *(f"mlp.experts.{e}.{p}_proj" for e in range(3) for p in ("gate", "up")),
+            ),
+        )
+    ),
     "model.norm.weight",
 )
 
@@ -122,6 +150,30 @@ def test_no_filter_takes_another_names_value(names: list[str], data: st.DataObje
     setting = [{"filter": one, "value": value} for one, value in filters(values)]
     assert {name: documented(setting, name) for name in names} == values
     assert len(setting) <= len(names)
+
+
+@settings(max_examples=150, deadline=None)
+@given(names_of_tensors, st.data())
+def test_no_part_of_a_name_takes_another_names_value(names: list[str], data: st.DataObject) -> None:
+    values = {name: data.draw(st.sampled_from([0.0, 0.25, -1.5])) for name in names}
+    found = by_parts(values, data.draw(st.integers(1, 25)))
+    if found is not None:
+        setting = [{"filter": one, "value": value} for one, value in found]
+        assert {name: documented(setting, name) for name in names} == values
+
+
+def test_components_are_a_few_filters() -> None:
+    models = sources(MIXTURE)
+    parts = parts_of(compose._outline_of(models), "components")
+    rows = np.random.default_rng(0).normal(size=(len(parts), 2))
+    genome = Genome(parts.borders, parts.expanded(rows))
+    config = mergekit_config(genome, models).config
+    check(config, models, genome)
+    for one in config["models"]:
+        chosen = [entry["filter"] for entry in one["parameters"]["weight"]]
+        assert chosen[:2] == ["experts", "norm"]
+        assert len(chosen) <= 8
+        assert not any(character.isdigit() for entry in chosen for character in entry)
 
 
 def test_names_that_are_part_of_others_come_last_the_longest_first() -> None:
@@ -251,6 +303,37 @@ def test_buffers_are_those_of_the_base() -> None:
     merge = mergekit_config(genome_over(models.layout.tensor_borders, 2, 0), other)
     assert weights(merge.config, "model.positions") == {"/m/base": 1.0, "/m/expert-0": 0.0, "/m/expert-1": 0.0}
     assert "leaves out, or writes in bfloat16: model.positions" in merge.notes[-1]
+
+
+def frozen(
+    names: tuple[str, ...], kept: tuple[str, ...], operator: str = "task_arithmetic", base: bool = True
+) -> Sources:
+    """Models of which some tensors are not merged."""
+    whole = sources(names, operator=operator, base=base)
+    infos = {name: whole.origin.tensors[name] for name in kept}
+    made = Sources(Layout.of(whole.origin, infos), whole.operator, whole.experts, whole.base)
+    made.apart = Apart(infos, frozen=kept)
+    return made
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_frozen_tensors_are_those_of_the_base_or_the_first_expert(base: bool) -> None:
+    kept = tuple(name for name in LLAMA if "mlp" in name)
+    models = frozen(LLAMA, kept, "task_arithmetic" if base else "linear", base)
+    genome = genome_over(models.layout.block_borders, 2, 0)
+    merge = mergekit_config(genome, models)
+    check(merge.config, models, genome)
+    for name in kept:
+        assert list(weights(merge.config, name).values()) == ([1.0, 0.0, 0.0] if base else [1.0, 0.0])
+    assert not any("leaves out" in note for note in merge.notes)
+
+
+def test_a_frozen_tensor_that_a_model_lacks_is_refused() -> None:
+    models = frozen(LLAMA, ("model.norm.weight",))
+    lacking = {name: info for name, info in models.experts[1].tensors.items() if name != "model.norm.weight"}
+    other = Sources(models.layout, models.operator, [models.experts[0], model("less", lacking)], models.base)
+    with pytest.raises(InputError, match=r"model\.norm\.weight: mergekit merges tensors that all models have"):
+        mergekit_config(Genome.uniform(models.layout.size, [0.3, 0.1]), other)
 
 
 def test_models_of_the_hub_are_named_by_repository_and_commit() -> None:
@@ -450,6 +533,116 @@ def test_layers_become_blocks_or_groups(tmp_path: Path) -> None:
     found, _ = imported(tmp_path, layer_granularity=2, models=["local", "org/math"])
     assert found["search"]["groups"] == 3
     assert found["models"]["experts"] == [str(tmp_path / "local"), "org/math"]
+
+
+def test_filters_that_pick_components_become_components(tmp_path: Path) -> None:
+    search, comments = imported(tmp_path, filters=["self_attn", "mlp"])
+    assert search["search"]["granularity"] == "components"
+    assert "groups" not in search["search"]
+    assert "# - filters: each component has coefficients of its own" in comments
+    search, comments = imported(tmp_path, filters=["mlp.experts", "mlp"], layers=32, layer_granularity=8)
+    assert (search["search"]["granularity"], search["search"]["groups"]) == ("components", 4)
+    assert "layer_granularity: 4 runs of layers" in comments
+
+
+@pytest.mark.parametrize("filters", [["q_proj"], ["self_attn", "up_proj"], ["nothing"]])
+def test_other_filters_are_not_carried_over(filters: list[str], tmp_path: Path) -> None:
+    search, comments = imported(tmp_path, filters=filters)
+    assert search["search"]["granularity"] == "model"
+    assert f"# - filters: not carried over ({', '.join(filters)})" in comments
+
+
+def local(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    save_file({name: np.ones(2, np.float32) for name in names}, folder / "model.safetensors")
+    return folder
+
+
+def test_filters_are_compared_with_the_models_own_names(tmp_path: Path) -> None:
+    base = local(
+        tmp_path / "base", "h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "h.0.attn.c_proj.weight", "wte.weight"
+    )
+    whole, _ = imported(tmp_path, base_model=str(base), filters=["attn"])
+    assert whole["search"]["granularity"] == "components"
+    part, comments = imported(tmp_path, base_model=str(base), filters=["c_proj"])
+    assert part["search"]["granularity"] == "model"
+    assert "not carried over (c_proj)" in comments
+
+
+def merged(folder: Path, **changes: Any) -> tuple[dict[str, Any], str]:
+    """The recipe of a merge with tasks beside it, and its comments."""
+    file = folder / "merge.yaml"
+    file.write_text(yaml.safe_dump({"tasks": ["gsm_small"], **changes}))
+    text = import_mergekit(file)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(text)
+    check_operator(Recipe.from_yaml(recipe))
+    return yaml.safe_load(text), "\n".join(line for line in text.splitlines() if line.startswith("#"))
+
+
+def weighted(model: str, weight: Any) -> dict[str, Any]:
+    return {"model": model, "parameters": {"weight": weight}}
+
+
+def test_a_merge_with_tasks_is_where_a_search_begins(tmp_path: Path) -> None:
+    filters = [{"filter": "self_attn", "value": 0.75}, {"filter": "mlp", "value": 0}, {"value": 0.25}]
+    other = [{"filter": "self_attn", "value": 0.5}, {"filter": "mlp", "value": 0}, {"value": 0.5}]
+    record, comments = merged(
+        tmp_path,
+        merge_method="task_arithmetic",
+        base_model="org/base",
+        dtype="float32",
+        models=[weighted("org/code", filters), weighted("org/math", other), {"model": "org/base"}],
+    )
+    assert comments.startswith("# Made of merge.yaml, a merge of mergekit.")
+    assert record["models"] == {"experts": ["org/code", "org/math"], "base": "org/base", "architecture": "auto"}
+    assert record["merge"] == {"operator": "task_arithmetic", "dtype": "bfloat16", "freeze": ["*mlp*"]}
+    assert (record["search"]["granularity"], record["search"]["start"]) == ("components", 0.5)
+    assert "the search begins with 0.5 everywhere" in comments
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_our_own_export_is_read_back(base: bool, tmp_path: Path) -> None:
+    """Models, operator, frozen tensors, and components."""
+    kept = tuple(name for name in MIXTURE if "experts" in name)
+    models = frozen(MIXTURE, kept, "task_arithmetic" if base else "linear", base)
+    parts = parts_of(compose._outline_of(models), "components")
+    rows = np.random.default_rng(1).uniform(0.1, 0.4, (len(parts), 2))
+    config = mergekit_config(Genome(parts.borders, parts.expanded(rows)), models).config
+    record, _ = merged(tmp_path, **config)
+    assert record["models"]["experts"] == ["/m/expert-0", "/m/expert-1"]
+    assert record["models"].get("base") == ("/m/base" if base else None)
+    assert record["merge"]["operator"] == ("task_arithmetic" if base else "linear")
+    assert record["merge"]["freeze"] == ["*experts*"]
+    assert record["search"]["start"] == pytest.approx(rows.mean(), abs=0.1)
+
+
+def test_a_filter_before_the_frozen_one_takes_its_tensors(tmp_path: Path) -> None:
+    base = local(tmp_path / "base", "h.0.attn.q.weight", "h.0.attn.norm.weight", "h.0.mlp.up.weight")
+    entries = [{"filter": "norm", "value": 0.5}, {"filter": "attn", "value": 0.0}, {"value": 0.5}]
+    record, _ = merged(
+        tmp_path,
+        merge_method="task_arithmetic",
+        base_model=str(base),
+        models=[weighted("org/code", entries), weighted("org/math", entries)],
+    )
+    assert record["merge"]["freeze"] == ["h.0.attn.q.weight"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slices": [{"sources": []}]}, "models: expected a list of models, found slices"),
+        (
+            {"models": [weighted("a", [0.1, 0.5]), weighted("b", 0.2)]},
+            "models: a: weight: expected a number, or filters",
+        ),
+        ({"models": [weighted("a", [{"filter": "x"}])]}, "models: a: weight: expected a number, or filters"),
+    ],
+)
+def test_merges_that_are_not_read(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        merged(tmp_path, merge_method="linear", **changes)
 
 
 def test_a_limit_leaves_the_rest_held_out(tmp_path: Path) -> None:

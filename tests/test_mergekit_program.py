@@ -21,8 +21,10 @@ from torch import Tensor
 
 from ecotone.experiments.mergekit import mergekit_config
 from ecotone.merging.export import export_directory
+from ecotone.merging.models.matching import Treatment
 from ecotone.merging.sources import Sources
 from ecotone.populations.genome import Genome
+from ecotone.search.coefficients import parts_of
 
 PROGRAM = os.environ.get("ECOTONE_MERGEKIT", "")
 pytestmark = [
@@ -79,6 +81,12 @@ def drawn(borders: np.ndarray, columns: int, seed: int) -> Genome:
     return Genome(borders, np.random.default_rng(seed).normal(0.3, 0.4, (len(borders) - 1, columns)))
 
 
+def by_component(models: Sources, seed: int, groups: int = 1) -> Genome:
+    parts = parts_of(models.space(), "components", groups)
+    rows = np.random.default_rng(seed).normal(0.3, 0.4, (len(parts), len(models.names)))
+    return Genome(parts.borders, parts.expanded(rows))
+
+
 def adapter(base: Path, folder: Path) -> Path:
     """A LoRA adapter of rank 2 on the attention's queries."""
     torch.manual_seed(9)
@@ -131,7 +139,15 @@ def cases(folder: Path) -> dict[str, Case]:
     many = Sources.open(crowd[1:], crowd[0], "task_arithmetic")
     rng = np.random.default_rng(0)
     split = np.unique([0, *rng.integers(1, soup.layout.size, 30), soup.layout.size])
+    still = Treatment(freeze=("*.mlp.up_proj.*", "*embed_tokens*"))
+    frozen = Sources.open(untied[1:], untied[0], "task_arithmetic", treatment=still)
+    headed = Sources.open(untied[1:], operator="linear", treatment=Treatment(only=("*self_attn*", "*norm*")))
     return found | {
+        "components": Case(opened["untied"], by_component(opened["untied"], 12), "float32"),
+        "components, tied": Case(opened["tied"], by_component(opened["tied"], 13), "bfloat16"),
+        "components by groups": Case(opened["untied"], by_component(opened["untied"], 14, 2), "bfloat16"),
+        "frozen": Case(frozen, by_component(frozen, 15), "bfloat16"),
+        "frozen, no base": Case(headed, drawn(headed.layout.tensor_borders, 3, 16), "float32"),
         "experts alone": Case(soup, drawn(soup.layout.tensor_borders, 3, 5), "float32"),
         "a base that is not mixed": Case(beside, drawn(beside.layout.block_borders, 3, 6), "bfloat16"),
         "embeddings stored twice": Case(stored, drawn(stored.layout.tensor_borders, 3, 7), "bfloat16"),
@@ -186,6 +202,11 @@ NAMES = [
 ]
 EXACT = [
     *NAMES,
+    "components",
+    "components, tied",
+    "components by groups",
+    "frozen",
+    "frozen, no base",
     "experts alone",
     "a base that is not mixed",
     "embeddings stored twice",

@@ -408,7 +408,7 @@ def test_a_method_of_a_package_that_raises_is_told_with_the_package(
         (RandomSettings, "make", None, "a pair of a search and a population"),
         (RandomSettings, "needs", None, "Needs"),
         (RandomSettings, "begins", True, "Begins"),
-        (RandomSettings, "fineness", "fine", "one of model, groups, block, tensor, element"),
+        (RandomSettings, "fineness", "fine", "one of model, groups, components, block, tensor, element"),
         (RandomSettings, "describe", None, "text"),
         (AccuracySettings, "build", None, "an object with goal and score"),
         (AccuracySettings, "calls", ("m:f",), "a sequence of NamedCall"),

@@ -23,6 +23,7 @@ from ecotone.search.bayesian_map import BayesianMap, BayesianMapSettings
 from ecotone.search.cma_es import CmaEs, CmaEsSettings
 from ecotone.search.coefficients import CoefficientBox, Granularity, Setting
 from ecotone.search.expert_merging import ExpertMerging, ExpertMergingSettings
+from ecotone.search.kinds import SearchSettings
 from ecotone.search.m2n2 import M2N2, M2N2Settings
 from ecotone.search.map import MapSearch, MapSettings
 from ecotone.search.nested_map import NestedMapSearch, NestedMapSettings
@@ -30,10 +31,21 @@ from ecotone.search.nsga import Nsga, NsgaSettings, Variant
 from ecotone.search.optuna_search import OptunaSearch, OptunaSettings, Sampler
 from ecotone.search.protocol import Search, numbered, trial_rng
 from ecotone.search.racing import RaceSettings, Racing
-from ecotone.search.random_search import RandomSearch
+from ecotone.search.random_search import RandomSearch, RandomSettings
 from ecotone.search.refined import Refined, RefineSettings
 from ecotone.search.stages import Stage, StagedSearch, stage_seed
-from ecotone.testing.searches import SIZE, SPACE, VECTORS, Driver, SearchConformance, digests_of, expanded, space_of
+from ecotone.testing.searches import (
+    SIZE,
+    SPACE,
+    VECTORS,
+    WOVEN,
+    Driver,
+    SearchConformance,
+    digests_of,
+    expanded,
+    made,
+    space_of,
+)
 
 GOALS = (Goal("solved"),)
 TWO_GOALS = (Goal("solved"), Goal("length", "minimize"))
@@ -86,6 +98,12 @@ def optuna(
 def plain_map(seed: int) -> Pair:
     box = CoefficientBox.of(SPACE, "model", 0.0, 1.5)
     search = MapSearch(box, TWO_GOALS, seed, MapSettings(samples=14, front=120), generations=10, filling=0)
+    return search, ElitistArchive(TWO_GOALS, 5)
+
+
+def map_by_components(seed: int) -> Pair:
+    box = CoefficientBox.of(WOVEN, "components", -0.5, 1.5)
+    search = MapSearch(box, TWO_GOALS, seed, MapSettings(samples=30, front=120), generations=20, filling=2)
     return search, ElitistArchive(TWO_GOALS, 5)
 
 
@@ -199,6 +217,11 @@ def raced(
     return made
 
 
+def components(settings: type[SearchSettings], groups: int = 1, **more: Any) -> Callable[[int], Pair]:
+    """Coefficients of attention and of the rest."""
+    return made(settings(granularity="components", groups=groups, **more), TWO_GOALS, space=WOVEN)
+
+
 MAKERS: dict[str, Callable[[int], Pair]] = {
     "m2n2": m2n2(M2N2Settings()),
     "m2n2-blocks-linear": m2n2(M2N2Settings(granularity="block", interpolation="linear", attraction=False)),
@@ -235,6 +258,15 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "optuna-tpe-settings": with_settings(lambda box, seed: OptunaSearch(box, TWO_GOALS, seed)),
     "map-settings": with_settings(map_with_settings),
     "bayesian_map-settings": with_settings(bayesian_with_settings),
+    "random-components": components(RandomSettings),
+    "cma_es-components": components(CmaEsSettings),
+    "sep_cma_es-components-groups": components(CmaEsSettings, 2, algorithm="sep_cma_es"),
+    "nsga2-components": components(NsgaSettings, population=8),
+    "optuna-components": components(OptunaSettings),
+    "map-components": map_by_components,
+    "bayesian_map-components": components(BayesianMapSettings, patience=None, paths=4, candidates=32),
+    "adamerging-components": components(AdaMergingSettings, rate=0.02, restarts=3, accumulate=2),
+    "adamerging-components-groups": components(AdaMergingSettings, 2, rate=0.02, restarts=2, together=2),
     "raced-m2n2": raced(m2n2(M2N2Settings()), whole=3),
     "raced-cma_es": raced(boxed("cma_es", elite), group=3),
     "random-raced": raced(boxed("random", elite), fidelities=(), slices=3),
@@ -248,9 +280,18 @@ class TestEverySearch(SearchConformance):
     searches = MAKERS
     never_wait = ("random", "nsga", "optuna")
     per_merge: ClassVar = {
+        **{"adamerging-components": 4, "adamerging-components-groups": 2},
         **dict.fromkeys(("adamerging-sweep", "adamerging-together", "expert_merging-chunks", "m2n2-refined-all"), 2),
         **{kind: 3 for kind in MAKERS if "raced" in kind},
     }
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind.endswith("components")])
+def test_tensors_of_one_component_have_the_same_coefficients(kind: str) -> None:
+    driver = Driver(*MAKERS[kind](0)).to(40)
+    rows = np.array([t.genome.refined(WOVEN.tensor_borders) for t in (e[1][0] for e in driver.log if e[0] == "tell")])
+    assert (rows[:, 0] == rows[:, 2]).all()
+    assert np.count_nonzero((rows[:, 0] != rows[:, 1]).any(axis=1)) > len(rows) / 2
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind.endswith("settings")])

@@ -43,7 +43,7 @@ from ecotone.search.nsga import Nsga, NsgaSettings
 from ecotone.search.random_search import RandomSettings
 from ecotone.search.registry import SEARCHES
 from ecotone.search.stages import REMEMBERED, Stage, StagedSearch, _renumbered, stage_seed
-from ecotone.testing.searches import SPACE, Driver, expanded, scored
+from ecotone.testing.searches import SPACE, WOVEN, Driver, expanded, scored
 
 BOX = CoefficientBox.of(SPACE, "block", 0.0, 1.0)
 FINE = SPACE.tensor_borders
@@ -432,6 +432,10 @@ def test_settings_reach_into_stages(tmp_path: Path) -> None:
 M2N2_STAGE = {"algorithm": "m2n2", "evaluations": 5}
 
 
+def groups(count: int, **others: Any) -> dict[str, Any]:
+    return {"algorithm": "nsga2", "granularity": "groups", "groups": count, **others}
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
@@ -451,6 +455,18 @@ M2N2_STAGE = {"algorithm": "m2n2", "evaluations": 5}
             "search: stage 1 (map): its granularity, model, is coarser than that of the merges of stage 0, tensor;",
         ),
         ([M2N2_STAGE, ADA], "search: stage 1 (adamerging): its granularity, tensor, is coarser than that of"),
+        (
+            [groups(1, evaluations=5, granularity="block"), ADA | {"granularity": "components"}],
+            "search: stage 1 (adamerging): its granularity, components, is coarser than that of the merges of stage 0",
+        ),
+        (
+            [groups(1, evaluations=5, granularity="components"), ADA | {"granularity": "block"}],
+            "search: stage 1 (adamerging): its granularity, block, cuts otherwise than that of the merges of stage 0",
+        ),
+        (
+            [groups(1, evaluations=5, granularity="components"), ADA | {"granularity": "groups"}],
+            "search: stage 1 (adamerging): its granularity, groups, is coarser than that of the merges of stage",
+        ),
         (
             [M2N2_STAGE | {"granularity": "block"}, ADA | {"granularity": "model"}],
             "search: stage 1 (adamerging): its granularity, model, is coarser than that of the merges of stage 0, b",
@@ -491,10 +507,6 @@ def test_what_each_stage_needs_is_asked_of_the_whole_recipe() -> None:
         recipe_of(MAP, ADA, objectives={"search": [{"name": "one", **CALL}]})
 
 
-def groups(count: int, **others: Any) -> dict[str, Any]:
-    return {"algorithm": "nsga2", "granularity": "groups", "groups": count, **others}
-
-
 def test_what_shows_when_the_models_are_known_is_refused_before_anything_is_scored() -> None:
     recipe = recipe_of(groups(2, evaluations=5), groups(1), calibration=[])
     with pytest.raises(
@@ -512,6 +524,43 @@ def test_what_shows_when_the_models_are_known_is_refused_before_anything_is_scor
         make_search(recipe_of(MAP | {"evaluations": 12}, ADA), SPACE)
     with pytest.raises(InputError, match=r"search\[1\].weights: there is no calibration task 'two'"):
         make_search(recipe_of(MAP, ADA | {"weights": {"two": 1.0}}), SPACE)
+
+
+def components(count: int = 1, **others: Any) -> dict[str, Any]:
+    return groups(count, granularity="components", **others)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (groups(1, granularity="model"), components()),
+        (groups(2), components(2)),
+        (components(), components(2)),
+        (components(2), {"algorithm": "cma_es", "granularity": "tensor"}),
+        (components(), {"algorithm": "m2n2"}),
+    ],
+    ids=str,
+)
+def test_components_hold_what_is_the_same_in_all_their_tensors(first: dict[str, Any], then: dict[str, Any]) -> None:
+    """The stage begins with the merges that the one before it found, as they are."""
+    recipe = recipe_of(first | {"evaluations": 8, "population": 4}, then | {"start": "best"}, calibration=[])
+    search, population = make_search(recipe, WOVEN)
+    for number in range(9):
+        (trial,) = search.ask(1)
+        known = Evaluation({"one": abs(float(expanded(trial.genome).mean())), "two": float(number)})
+        search.tell(trial, known, population.add(trial, known))
+    started = search.running.search  # type: ignore[attr-defined]
+    if hasattr(started, "box"):
+        (start,) = search.running.starts.values()  # type: ignore[attr-defined]
+        assert started.box.genome(started.box.point(start.trial.genome)) == start.trial.genome
+
+
+def test_groups_apart_are_refused_where_components_share_their_coefficients() -> None:
+    recipe = recipe_of(groups(2, evaluations=5), components(), calibration=[])
+    with pytest.raises(
+        InputError, match=r"search\[1\].granularity: the segments of the merges of stage 0 have coefficients apart that"
+    ):
+        make_search(recipe, WOVEN)
 
 
 @pytest.mark.parametrize(

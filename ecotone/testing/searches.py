@@ -41,12 +41,16 @@ VECTORS: NDArray[np.float32] = np.random.default_rng(3).standard_normal((3, SIZE
 PROBES = np.random.default_rng(4).standard_normal((30, SIZE))
 
 
-def space_of(vectors: NDArray[np.float32], blocks: tuple[int, ...] = (0, 10, SIZE)) -> Space:
+def space_of(
+    vectors: NDArray[np.float32],
+    blocks: tuple[int, ...] = (0, 10, SIZE),
+    tensors: tuple[str, str, str] = ("a", "b", "c"),
+) -> Space:
     """Small models of three tensors, whose weights are the rows of ``vectors`` (K, 24), and their geometry."""
     names = tuple(f"model-{i}" for i in range(len(vectors)))
     return Space(
         names,
-        ("a", "b", "c"),
+        tensors,
         np.array([0, 4, 10, SIZE]),
         tuple(f"block-{i}" for i in range(len(blocks) - 1)),
         np.array(blocks),
@@ -58,15 +62,20 @@ def space_of(vectors: NDArray[np.float32], blocks: tuple[int, ...] = (0, 10, SIZ
 
 
 SPACE = space_of(VECTORS)
+WOVEN = space_of(VECTORS, tensors=("h.0.attn.qkv", "h.0.mlp.up", "h.1.attn.qkv"))
+"""The same models, with two components: the first and the last tensor are attention."""
 
 
-def made(settings: SearchSettings, goals: tuple[Goal, ...] = GOALS, evaluations: int | None = None) -> Made:
+def made(
+    settings: SearchSettings, goals: tuple[Goal, ...] = GOALS, evaluations: int | None = None, space: Space = SPACE
+) -> Made:
     """The algorithm of ``settings`` over three small models, on as many of ``goals`` as it asks for, one at least."""
     needs = settings.needs()
     fit = [goal for goal in goals if not (needs.maximised and goal.direction == "minimize")]
     chosen = tuple(fit[: max(1, needs.objectives)])
     tasks = TASKS if needs.gradients else ()
-    return lambda seed: settings.make(Context(SPACE, chosen, seed, evaluations, tasks, limits={"solved": (0.0, 1.0)}))
+    limits = {"solved": (0.0, 1.0)}
+    return lambda seed: settings.make(Context(space, chosen, seed, evaluations, tasks, limits=limits))
 
 
 def expanded(genome: Genome, vectors: NDArray[np.float32] = VECTORS) -> NDArray[np.float64]:

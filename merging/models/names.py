@@ -5,8 +5,9 @@ prefix of the base model, stacks the experts of a mixture, fuses and splits proj
 when it saves. Its own registry of these conversions is followed here, so every family that it knows is known.
 
 Merges are made in the checkpoints' names and layout. Each of their tensors has a ``Place`` in the module: a part of one
-of its tensors. Conversions only move numbers. So a conversion is found out once, on whole numbers that count elements,
-and afterwards merged values are written into views of the module's tensors, and gradients are read from such views.
+of its tensors. Conversions only move numbers. So a conversion is found out once, on tensors that know where their
+numbers come from (``ecotone.merging.models.moves``). Afterwards merged values are written into views of the module's
+tensors, and gradients are read from such views.
 """
 
 from __future__ import annotations
@@ -23,9 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.moves import Box, Traced, UntracedError, contiguous, positions, view_of
 from ecotone.populations.errors import InputError, nearest, told
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+COUNTED = 1 << 27
+"""The most numbers of a group whose places are found by counting them, where its conversion cannot be traced."""
+
+_OWN_MODULE = "Give the architecture as a function (package.module:function) that returns the module."
 
 
 @dataclass(frozen=True)
@@ -318,6 +325,8 @@ def _run(module: nn.Module, target: str, group: _Group, tensors: Mapping[str, Te
         converter.add_tensor(target, name, pattern, tensors[name])
     try:
         made = converter.convert(target, model=module, config=module.config)
+    except UntracedError:
+        raise
     except Exception as error:  # of operations of transformers, which expect tensors of certain numbers and shapes
         raise InputError(
             f"architecture: transformers cannot convert {', '.join(group.members)} of the checkpoints: {told(error)}."
@@ -346,7 +355,71 @@ class _Spot:
 
 
 def _spots(module: nn.Module, target: str, group: _Group, shapes: Shapes) -> list[_Spot]:
-    """Where each member of a group goes, found by converting the numbers of the elements."""
+    """Where each member of a group goes: traced, or else found by converting the numbers of the elements."""
+    sizes = [math.prod(shapes[name]) for name in group.members]
+    try:
+        return _traced(module, target, group, [shapes[name] for name in group.members])
+    except UntracedError as error:
+        if sum(sizes) > COUNTED:
+            raise InputError(
+                f"architecture: expected a conversion that moves the numbers of {', '.join(group.members)} by known "
+                f"operations, found {error}; their {sum(sizes):,} numbers are too many to find out where they go.",
+                _OWN_MODULE,
+            ) from error
+        return _counted(module, target, group, shapes)
+
+
+def _traced(module: nn.Module, target: str, group: _Group, shapes: Sequence[tuple[int, ...]]) -> list[_Spot]:
+    """Where each member of a group goes, found by converting tensors that know where their numbers come from.
+
+    Raises:
+        UntracedError: The conversion does what is not known to move numbers only, or leaves some out.
+    """
+    stored = {
+        name: Traced.of(number, shape) for number, (name, shape) in enumerate(zip(group.members, shapes, strict=True))
+    }
+    made = list(_run(module, target, group, stored).values())
+    parts: list[list[tuple[Box, tuple[int, ...], int, int]]] = [[] for _ in shapes]
+    begin = 0
+    for number, tensor in enumerate(made):
+        if not isinstance(tensor, Traced):
+            raise UntracedError("a tensor of its own making")
+        for box in tensor.boxes:
+            parts[box.source].append((box, tuple(tensor.shape), begin, number))
+        begin += tensor.numel()
+    lengths = [tensor.numel() for tensor in made]
+    kinds = [tuple(tensor.shape) for tensor in made]
+    return [_placed(shape, own, kinds, lengths) for shape, own in zip(shapes, parts, strict=True)]
+
+
+def _placed(
+    shape: tuple[int, ...],
+    parts: Sequence[tuple[Box, tuple[int, ...], int, int]],
+    shapes: Sequence[tuple[int, ...]],
+    lengths: Sequence[int],
+) -> _Spot:
+    """Of the boxes that hold a member's numbers."""
+    size = math.prod(shape)
+    if sum(box.size for box, *_ in parts) != size or not size:
+        raise UntracedError("numbers that are left out or taken twice")
+    if len(parts) == 1:
+        ((box, target, _, number),) = parts
+        view = view_of(shape, box, target)
+        if view is not None:
+            strides, offset = view
+            whole = shape == target and strides == contiguous(shape) and offset == 0
+            return _Spot((number, None if whole else strides, offset))
+    places = positions([part[:3] for part in parts], size)
+    if bool((places < 0).any()):
+        raise UntracedError("numbers that are left out or taken twice")
+    return _spot(places.view(shape), shapes, lengths)
+
+
+def _counted(module: nn.Module, target: str, group: _Group, shapes: Shapes) -> list[_Spot]:
+    """Where each member of a group goes, found by converting the numbers of the elements.
+
+    That takes 27 bytes an element of all members.
+    """
     sizes = [math.prod(shapes[name]) for name in group.members]
     total = sum(sizes)
     kind = torch.int32 if total < 2**31 else torch.int64
@@ -365,7 +438,7 @@ def _spots(module: nn.Module, target: str, group: _Group, shapes: Shapes) -> lis
         raise InputError(
             f"architecture: expected a conversion that moves the numbers of {', '.join(group.members)}, found one that "
             f"changes them.",
-            "Give the architecture as a function (package.module:function) that returns the module.",
+            _OWN_MODULE,
         )
     members = torch.split(places, sizes)
     return [
