@@ -11,14 +11,15 @@ from families import FAMILIES, check, opened, run_through
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 HEADER = f"""# Families of models
 
-A recipe with `architecture: auto` merges any checkpoint whose class transformers has, if the class takes its tensors. This page
-lists the families that were tried, with tiny random models: a base and two experts of each. `make families` writes the page.
+A recipe with `architecture: auto` merges any checkpoint whose class transformers has, if the class takes its tensors.
+The families below were tried with tiny random models: a base and two experts of each. `make families` writes this page.
 
-Of each family: `validate` called a recipe valid, and it ran. The merge filled the module as `from_pretrained` fills it with the
-export, and both put out the same bits. Gradients by coefficients were those of autograd. `verify` found the recorded scores.
+Of each family: `validate` called a recipe valid, and it ran. The merge filled the module as `from_pretrained` fills it
+with the export, and both put out the same bits. Gradients by coefficients were those of autograd. `verify` found the
+recorded scores.
 
-Made with transformers {transformers.__version__}, {len(FAMILIES)} families. *Converted* are tensors of the checkpoint that
-transformers stacks, fuses, splits or moves on loading; *renamed* are those that have another name in the module.
+Made with transformers {transformers.__version__}, {len(FAMILIES)} families. *Renamed* are tensors of the checkpoint
+that have another name in the module. *Converted* are those that transformers stacks, fuses, splits or moves on loading.
 
 | family | class | tensors | renamed | converted |
 | --- | --- | ---: | ---: | ---: |
@@ -39,16 +40,20 @@ def row(name: str) -> str:
     return f"| {name} | `{FAMILIES[name].model}` | {tensors} | {renamed or ''} | {converted or ''} |"
 
 
+def tried(name: str) -> str | None:
+    """A family's row, or None where a check failed; then the error is printed."""
+    try:
+        return row(name)
+    except Exception:
+        traceback.print_exc()
+        return None
+
+
 def main() -> int:
-    rows, failed = [], []
-    for name in sorted(FAMILIES):
-        try:
-            rows.append(row(name))
-        except Exception:
-            failed.append(name)
-            traceback.print_exc()
-    PAGE.write_text(HEADER + "\n".join(rows) + "\n" + CANNOT, "utf-8")
-    print(f"{len(rows)} families in {PAGE}; failed: {', '.join(failed) or 'none'}")
+    rows = {name: tried(name) for name in sorted(FAMILIES)}
+    PAGE.write_text(HEADER + "".join(f"{text}\n" for text in rows.values() if text) + CANNOT, "utf-8")
+    failed = [name for name, text in rows.items() if text is None]
+    print(f"{len(rows) - len(failed)} families in {PAGE}; failed: {', '.join(failed) or 'none'}")
     return bool(failed)
 
 
