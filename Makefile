@@ -10,7 +10,7 @@ JOBS ?= logical
 PARALLEL := -n $(JOBS) --dist worksteal
 test test-all: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all soak mergekit docs lint install clean
+.PHONY: demo test test-all soak mergekit docs families lint install clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -46,6 +46,10 @@ mergekit: $(MERGEKIT)
 # Every field of a recipe on one page, from the declarations themselves.
 docs: $(INSTALLED)
 	$(BIN)/python -m ecotone.experiments.fields > docs/fields.md
+
+# The families of transformers, each tried with tiny models: half an hour.
+families: $(INSTALLED)
+	PYTHONPATH=tests $(BIN)/python tests/families_table.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

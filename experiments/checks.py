@@ -21,8 +21,10 @@ from ecotone.fitness.former_names import present_name
 from ecotone.fitness.kinds import NamedCall
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of
+from ecotone.merging import companions
 from ecotone.merging.inner_products import region_borders
-from ecotone.merging.models import architectures, tokenizers
+from ecotone.merging.models import architectures, configs, tokenizers, vocabulary
+from ecotone.merging.models.checkpoint import located
 from ecotone.merging.models.layout import Layout, natural
 from ecotone.merging.models.matching import Renamed
 from ecotone.merging.models.names import names_of
@@ -100,6 +102,7 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
         return
     spec, sources = composition.spec, composition.sources
     yield from _models(sources)
+    yield from _configs(spec, sources)
     if spec.architecture == "auto":
         yield from _architecture(sources)
     yield from _language(spec, sources)
@@ -217,7 +220,7 @@ def _models(sources: Sources) -> Iterator[Finding]:
 
 def _architecture(sources: Sources) -> Iterator[Finding]:
     """Fit the checkpoints into the module that their configuration names, without its weights."""
-    module = architectures.outline(sources.origin)
+    module = architectures.outline(sources.configured)
     names = names_of(module, sources.layout)
     converted = sum(not place.whole for place in names.places.values()) + len(names.scattered)
     text = f"{type(module).__name__}: a place for {len(names.places) + len(names.scattered):,} tensors"
@@ -247,13 +250,42 @@ def _counted(names: Sequence[str]) -> str:
     return f"{len(names):,} tensor{'s' if len(names) > 1 else ''} ({few})"
 
 
+def _configs(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
+    """The config that merges have, the differences of the models' configs, and files that come from an expert.
+
+    Raises:
+        InputError: Experts are to be computed with configs of their own, by a module that is not made of configs.
+    """
+    if not sources.configured.is_hugging_face:
+        return
+    if sources.own_configs and spec.architecture != "auto":
+        raise configs.no_own(next(iter(sources.own_configs.values())))
+    models = [sources.origin, *(expert for expert in sources.experts if expert is not sources.origin)]
+    text = configs.described(configs.compare(models), sources.config, sources.configured.name)
+    yield Finding("configs", text)
+    if files := companions.told(sources):
+        yield Finding("files of exports", files)
+
+
 def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
-    """For language models: the differences between tokenizers, and the sizes of tasks."""
+    """For language models: whether tokenizers fit the embeddings and each other.
+
+    Raises:
+        CheckpointError: They do not: texts would be read wrongly.
+    """
     objectives = (*spec.search, *spec.held_out)
-    if not any(one.needs_tokenizer for one in objectives):
+    if spec.tokenizer is None or not any(one.needs_tokenizer for one in objectives):
         return
     models = [sources.origin, *(expert for expert in sources.experts if expert is not sources.origin)]
-    differences = tokenizers.compare([(model.name, model.path) for model in models])
+    own = [model for model in models if tokenizers.has_tokenizer(model.path) or model.files == model.path]
+    places = [(model.name, model.path) for model in own]  # an adapter without one has its base's
+    folder = located(spec.tokenizer)
+    scoring = next(((name, place) for name, place in places if place == folder), ("models.tokenizer", folder))
+    rows = vocabulary.input_rows(sources.configured)
+    for sentence in tokenizers.check(scoring, places, rows):
+        yield Finding("tokens", sentence)
+    first = [scoring, *(one for one in places if one[1] != folder)]
+    differences = tokenizers.compare(first)
     yield Finding("tokenizers", " ".join(differences) or "no differences")
 
 

@@ -81,6 +81,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         names=models.names,
         vocabulary=models.vocabulary,
         treatment=Treatment(models.unused, recipe.merge.freeze, recipe.merge.only, architecture == "auto"),
+        config=models.config,
         architecture=architecture.located(located) if isinstance(architecture, Call) else architecture,
         search=tuple(objective.located(located) for objective in objectives.search),
         held_out=tuple(objective.located(located) for objective in objectives.held_out),

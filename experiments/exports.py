@@ -66,7 +66,7 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
     if target.suffix == ".safetensors":
         return export_file(sources, trial.genome, target, record, dtype)
     card = model_card(record, scored, sources)
-    if sources.origin.is_hugging_face:
+    if sources.configured.is_hugging_face:
         return export_directory(sources, trial.genome, target, card, record, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     return export_plain_directory(sources, trial.genome, target, card, record, dtype)
@@ -195,7 +195,7 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
     columns = sources.operator.columns(sources.names)
     made = [f"| {name} | {share:.4f} |" for name, share in zip(columns, shares, strict=True)]
     base = [] if sources.base is None else [f"Base model: {sources.base.name}.", ""]
-    library = ["library_name: transformers"] if sources.origin.is_hugging_face else []
+    library = ["library_name: transformers"] if sources.configured.is_hugging_face else []
     dense = ["Its parameters evolved from scratch; coefficients do not describe it.", ""]
     return "\n".join(
         [
@@ -278,6 +278,7 @@ def verify(path: str | Path) -> list[Comparison]:
         "names": ("export",),
         "vocabulary": "same",
         "treatment": MERGED,
+        "config": "same",
     }
     spec = replace(spec, **alone, dense=False, calibration=())
     with SerialPool(spec) as pool:

@@ -25,6 +25,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from ecotone.experiments.mergekit_filters import TYPICAL, are_components, shortest
 from ecotone.experiments.mergekit_merges import Chosen, evolution_of, frozen_parts
 from ecotone.experiments.reading import at_home, load
+from ecotone.merging.models import configs
 from ecotone.merging.models.formats import opened_whole
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model
@@ -199,6 +200,13 @@ def _check_expressible(genome: Genome, sources: Sources) -> None:
         raise InputError(
             "genome: expected coefficients of models, found whole weights that were evolved: mergekit cannot express "
             "them.",
+            _AS_CHECKPOINT,
+        )
+    origin, configured = sources.origin, sources.configured_for(genome)
+    if configured is not origin and any(one.matters for one in configs.compare([origin, configured])):
+        raise InputError(
+            f"models.config: mergekit gives a merge the config of {origin.name!r}; the merge was scored with that of "
+            f"{configured.name!r}, which computes something else.",
             _AS_CHECKPOINT,
         )
     for name in sources.layout.kept:

@@ -65,6 +65,9 @@ class Models(Part):
         unused: The treatment of tensors that the architecture ``auto`` does not load, such as layers for multi-token
             prediction. ``merge`` merges them if all models have them, and else takes them from ``base`` or the first
             expert that has them. ``base`` always takes them from there. ``drop`` leaves them out of exports.
+        config: The model whose config merges have, where configs differ in fields that change the computation: refuse
+            them (``same``), take that of the ``base`` or of the ``first`` expert for everything, or score an expert
+            alone with its own and merges with the base's (or else the first expert's; ``each``).
         names: The names of the experts in results, one for each expert. None means the names of their files,
             directories or repositories.
         architecture: How a torch module is made of merged weights: ``auto`` for Hugging Face directories, or a call
@@ -77,8 +80,14 @@ class Models(Part):
     tokenizer: str | None = None
     vocabulary: Literal["same", "base", "union"] = "same"
     unused: Literal["merge", "base", "drop"] = "merge"
+    config: Literal["same", "base", "first", "each"] = "same"
     names: tuple[str, ...] | None = None
     architecture: Call | Literal["auto"] | None = None
+
+    @property
+    def usual_config(self) -> Literal["base", "first"]:
+        """The choice of ``config`` that computes what ``same`` does wherever ``same`` refuses nothing."""
+        return "first" if self.base is None else "base"
 
     @model_validator(mode="after")
     def _is_known(self) -> Models:
@@ -90,6 +99,8 @@ class Models(Part):
 
     @model_validator(mode="after")
     def _names_fit(self) -> Models:
+        if self.config == "base" and self.base is None:
+            raise ValueError("config: 'base' needs a base model, found none; use first or each, or give the base")
         if self.names is not None and len(self.names) != len(self.experts):
             raise ValueError(f"names: expected {len(self.experts)}, one an expert, found {len(self.names)}")
         named = [*((f"experts[{place}]", path) for place, path in enumerate(self.experts)), ("base", self.base)]
@@ -343,6 +354,9 @@ class Recipe(Part):
         """
         tracking = record.get("tracking") if isinstance(record, Mapping) else None
         known = tracking if isinstance(tracking, Mapping) else {}
+        models = record.get("models") if isinstance(record, Mapping) else None
+        if isinstance(models, Mapping) and "config" not in models:  # written before configs were compared
+            record = {**record, "models": {**models, "config": "first" if models.get("base") is None else "base"}}
         return cls._of(apply_settings(record, settings), written_by, recorded=known)._in_place()
 
     @classmethod
@@ -380,6 +394,8 @@ class Recipe(Part):
     def signature(self) -> str:
         """16 hexadecimal digits of all that changes results: not name, budget, runtime and tracking."""
         kept = self.model_dump(mode="json", exclude={"name", "budget", "runtime", "tracking"})
+        if self.models.config in ("same", self.models.usual_config):  # they give one result, or none
+            del kept["models"]["config"]
         return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def _absolute(self, folder: Path) -> Recipe:

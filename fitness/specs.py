@@ -26,6 +26,7 @@ class WorkerSpec:
         names: Names of the experts; None takes them from their files.
         vocabulary: What to do with models whose vocabularies have other sizes (``ecotone.merging.models.vocabulary``).
         treatment: The tensors that are not merged (``ecotone.merging.models.matching``).
+        config: The model whose config merges have (``ecotone.merging.models.configs``).
         architecture: A function that returns the ``torch.nn.Module`` to fill; ``auto`` for a Hugging Face
             directory; None when objectives take a dict of tensors.
         search: Objectives that guide the search, their paths whole.
@@ -59,6 +60,7 @@ class WorkerSpec:
     names: tuple[str, ...] | None = None
     vocabulary: Literal["same", "base", "union"] = "same"
     treatment: Treatment = MERGED
+    config: Literal["same", "base", "first", "each"] = "same"
     architecture: Call | Literal["auto"] | None = None
     search: tuple[ObjectiveSettings, ...] = ()
     held_out: tuple[ObjectiveSettings, ...] = ()

@@ -17,12 +17,12 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ecotone.merging.companions import companions
 from ecotone.merging.kernel.lazy import formed
 from ecotone.merging.kernel.materialise import Mixture, mix
-from ecotone.merging.models import tokenizers
 from ecotone.merging.models.checkpoint import DTYPES, INDEX, SINGLE
-from ecotone.merging.models.layout import MERGEABLE, OUTPUT_EMBEDDINGS, tied_embedding, untied
-from ecotone.merging.models.model import TensorInfo
+from ecotone.merging.models.layout import MERGEABLE, OUTPUT_EMBEDDINGS, Layout, tied_embedding, untied
+from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.genome import Genome
@@ -31,9 +31,6 @@ BUFFER_BYTES = 8 * 2**20
 CARD = "README.md"
 RECORD = "ecotone.json"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab")
-_COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-_LEFT_OUT = (CARD, RECORD, "config.json", "adapter_config.json", "trainer_state.json", "all_results.json")
 
 
 def export_directory(
@@ -47,8 +44,9 @@ def export_directory(
 ) -> Path:
     """Write a merged model that ``from_pretrained`` loads.
 
-    The configuration, tokenizer and licence files are copied from the base (or from the first expert), the tokenizer
-    of united vocabularies from the model with the most tokens; code and weights in other formats are not.
+    The configuration is the one that the merge was scored with. Generation config, processors, tokenizer, chat
+    template and licences come from the base, or from the first expert that has them (``ecotone.merging.companions``),
+    the tokenizer of united vocabularies from the model with the most tokens; code and weights in other formats do not.
 
     Args:
         sources: The models of the merge; the one the files come from must be a Hugging Face directory.
@@ -67,19 +65,19 @@ def export_directory(
             floating-point type, or the disk is too full.
     """
     target = _empty(directory)
-    if not sources.origin.is_hugging_face:
+    configured = sources.configured_for(genome)
+    if not configured.is_hugging_face:
         raise InputError(
-            f"{sources.origin.path}: expected a Hugging Face directory with a config.json to take the configuration "
+            f"{configured.path}: expected a Hugging Face directory with a config.json to take the configuration "
             "from, found plain weights.",
             "Export to a .safetensors file instead.",
         )
     writer = _Writer(sources.tuned(genome), sources.mixture(genome), _dtype(dtype))
     with _renamed(target, writer.nbytes) as partial:
         partial.mkdir()
-        _copy_files(sources.origin.files, partial)
-        if sources.tokenizer != sources.origin.files:
-            _copy_tokenizer(sources.tokenizer, partial)
-        _write_json(partial / "config.json", _config(_as_stored(sources), writer.dtype))
+        for companion in companions(sources, genome):
+            companion.write(partial)
+        _write_json(partial / "config.json", _config(_as_stored(configured, sources.layout), writer.dtype))
         writer.write_shards(partial, shard_bytes)
         _describe(partial, card, record)
     return target
@@ -270,28 +268,14 @@ def _describe(directory: Path, card: str, record: Mapping[str, Any]) -> None:
     _write_json(directory / RECORD, record)
 
 
-def _copy_files(origin: Path, target: Path) -> None:
-    for file in sorted(origin.iterdir()):
-        wanted = file.suffix in _COPIED_SUFFIXES or file.name.upper().startswith(_COPIED_NAMES)
-        if file.is_file() and wanted and file.name not in _LEFT_OUT and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, target / file.name)
-
-
-def _copy_tokenizer(origin: Path, target: Path) -> None:
-    for name in tokenizers.FILES:
-        (target / name).unlink(missing_ok=True)
-        if (origin / name).is_file():
-            shutil.copyfile(origin / name, target / name)
-
-
-def _as_stored(sources: Sources) -> Mapping[str, Any]:
-    """The origin's configuration. It ties nothing if the export stores an output of its own.
+def _as_stored(model: Model, layout: Layout) -> Mapping[str, Any]:
+    """A model's configuration. It ties nothing if the export stores an output of its own.
 
     Encoders with decoders keep what it says: they compute otherwise where it says that they are tied.
     """
-    config = sources.origin.config or {}
-    own = any(name.endswith(OUTPUT_EMBEDDINGS) for name in sources.layout.parameters)
-    return untied(config) if own and tied_embedding(sources.origin) and not config.get("is_encoder_decoder") else config
+    config = model.config or {}
+    own = any(name.endswith(OUTPUT_EMBEDDINGS) for name in layout.parameters)
+    return untied(config) if own and tied_embedding(model) and not config.get("is_encoder_decoder") else config
 
 
 def _config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

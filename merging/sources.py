@@ -18,7 +18,7 @@ from ecotone.merging.held import CPU, Held, as_rows
 from ecotone.merging.inner_products import gram_table, vectors_of
 from ecotone.merging.kernel.materialise import SMALL, Mixture, Stretch, Transform, mix
 from ecotone.merging.memory import TUNED, Memory
-from ecotone.merging.models import formats, matching, preflight, tokenizers
+from ecotone.merging.models import configs, formats, matching, preflight, tokenizers
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.matching import MERGED, Apart, Treatment
 from ecotone.merging.models.model import Model, declared
@@ -47,6 +47,7 @@ class Sources:
         base: The base model, if there is one. Operators that need no base take from it only integer buffers and,
             on export, the configuration and tokenizer.
         placement: The place where they are kept; no bit of a merge depends on it.
+        config: The model whose config a merge has (``ecotone.merging.models.configs``).
     """
 
     def __init__(
@@ -56,11 +57,14 @@ class Sources:
         experts: Sequence[Model],
         base: Model | None = None,
         placement: Wish = "auto",
+        config: configs.Choice = "same",
     ) -> None:
         self.layout = layout
         self.operator = operator
         self.experts: tuple[Model, ...] = tuple(declared(expert) for expert in experts)
         self.base: Model | None = None if base is None else declared(base)
+        self.config: configs.Choice = config
+        """The choice of the config that merges have."""
         columns = len(operator.columns(self.names))
         self.memory: Memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
         """The memory that merging takes."""
@@ -81,6 +85,7 @@ class Sources:
         vocabulary: Vocabulary = "same",
         placement: Wish = "auto",
         treatment: Treatment = MERGED,
+        config: configs.Choice = "same",
     ) -> Sources:
         """Open the models of a merge and check from their headers that they fit together.
 
@@ -95,6 +100,8 @@ class Sources:
                 base's, or take the ``union`` (``ecotone.merging.models.vocabulary``).
             placement: The place where the models are kept (``ecotone.merging.placement``).
             treatment: The tensors that are not merged.
+            config: What to do with models whose configs compute something else: refuse them (``same``), or take that
+                of the ``base``, of the ``first`` expert, or of ``each`` (``ecotone.merging.models.configs``).
 
         Raises:
             InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.
@@ -116,7 +123,8 @@ class Sources:
         models = matching.split(fitted(models, root, vocabulary))
         apart = matching.apart(models, treatment)
         layout = preflight.check(models, apart)
-        made = cls(layout, operation, models[-len(named) :], models[0] if root else None, placement)
+        configs.check(models, models[0] if root else None, config)
+        made = cls(layout, operation, models[-len(named) :], models[0] if root else None, placement, config)
         made.apart = apart
         return made
 
@@ -134,8 +142,46 @@ class Sources:
 
     @property
     def origin(self) -> Model:
-        """The model that buffers and configuration come from: the base, or else the first expert."""
+        """The model that buffers come from: the base, or else the first expert."""
         return self.base or self.experts[0]
+
+    @property
+    def configured(self) -> Model:
+        """The model whose config merges have."""
+        return self.experts[0] if self.config == "first" else self.origin
+
+    @cached_property
+    def own_configs(self) -> Mapping[int, Model]:
+        """By number, the experts that are computed with a config of their own when they are alone."""
+        if self.config != "each":
+            return {}
+        whose = self.configured
+        return {
+            number: expert
+            for number, expert in enumerate(self.experts)
+            if expert is not whose and any(one.matters for one in configs.compare([whose, expert]))
+        }
+
+    def configured_for(self, genome: Genome) -> Model:
+        """The model whose config a merge has: an expert that is alone in it has its own where ``each`` is to."""
+        alone = self.alone(genome) if self.own_configs else None
+        return self.configured if alone is None else self.own_configs.get(alone, self.configured)
+
+    def alone(self, genome: Genome) -> int | None:
+        """The number of the expert that a genome is: the reference merge of that expert, or its weights alone."""
+        if genome.residual is not None:
+            return None
+        operator, count = operators.tuned(self.operator, genome.parameters), len(self.experts)
+        for number, seed in enumerate(operator.seeds(count)):
+            if bool((genome.coefficients == seed).all()):
+                return number
+        if operator.changes or operator.geometry is not None:
+            return None
+        weights = self.mixture(genome).weights
+        (numbers,) = np.nonzero(weights[0])
+        one_hot = len(numbers) == 1 and bool((weights == (np.arange(weights.shape[1]) == numbers[0])).all())
+        number = int(numbers[0]) - (weights.shape[1] - count) if one_hot else -1  # the base comes before the experts
+        return number if number >= 0 else None
 
     @cached_property
     def tokenizer(self) -> Path:

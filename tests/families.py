@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -598,13 +599,30 @@ FAMILIES = {
 # -- the objective of recipes ------------------------------------------------------------------------------------
 
 
-def score(model: Any, family: str) -> float:
-    """The mean cosine of all numbers that a model puts out for fixed inputs, from 0 to 1."""
-    torch.manual_seed(1)
+def score(model: Any, family: str, seed: int = 1) -> float:
+    """The mean cosine of all numbers that a model puts out for inputs drawn from a seed, from 0 to 1."""
+    torch.manual_seed(seed)
     inputs = FAMILIES[family].inputs(model.config)
     torch.manual_seed(0)
     found = [one.double().cos().mean() for one in flat(model(**inputs)) if one.is_floating_point()]
     return float(torch.stack(found).mean()) / 2 + 0.5
+
+
+def examples(kind: str, seed: int = 0) -> Any:
+    """Inputs without labels for calibration: eight texts, or eight images."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "image":
+        return {"pixel_values": torch.randn(8, 3, 16, 16, generator=generator)}
+    return {"input_ids": torch.randint(8, VOCABULARY - 8, (8, 6), generator=generator)}
+
+
+def last_logits(outputs: Any, inputs: Any) -> torch.Tensor:
+    """A head of calibration: the logits of a text's last token, or of an image."""
+    return outputs.logits[:, -1] if outputs.logits.ndim == 3 else outputs.logits
+
+
+def head() -> Callable[[Any, Any], torch.Tensor]:
+    return last_logits
 
 
 # -- the harness -----------------------------------------------------------------------------------------------
@@ -769,30 +787,36 @@ def slopes_of(model, case):
     return np.array(sums), size
 
 
-def run_through(name, folder):
+def objective(name, family, seed=1):
+    """An objective of a recipe: ``score``."""
+    arguments = {"family": family, "seed": seed}
+    return {"name": name, "type": "call", "call": f"{Path(__file__)}:score", "arguments": arguments}
+
+
+RANDOM = {"search": {"algorithm": "random", "granularity": "tensor"}, "budget": {"evaluations": 4}}
+
+
+def run_through(name, folder, changes=MappingProxyType(RANDOM)):
     """Validate, run, export and verify a recipe over a family; what is valid runs.
 
     Returns:
-        What ``validate`` says of the architecture.
+        What ``validate`` says of the architecture, and the run.
     """
     paths = saved(FAMILIES[name], folder)[1]
-    objective = {"name": "outputs", "type": "call", "call": f"{Path(__file__)}:score", "arguments": {"family": name}}
     recipe = Recipe.from_record(
         {
             "name": name,
             "models": {"base": str(paths[0]), "experts": [str(path) for path in paths[1:]], "architecture": "auto"},
             "merge": {"operator": "task_arithmetic"},
-            "objectives": {"search": [objective]},
-            "search": {"algorithm": "random", "granularity": "tensor"},
-            "budget": {"evaluations": 4},
+            "objectives": {"search": [objective("outputs", name)]},
             "runtime": {"pool": "serial"},
             "tracking": {},
+            **changes,
         }
     )
     found = {finding.subject: finding.text for finding in validate(recipe)}
     run = launch(recipe, folder / "run")
     assert run.status()["failures"] == 0
-    assert run.status()["evaluations"] == 4
     best = run.best()
     exported = run.export("best", folder / "merged")
     kind = getattr(transformers, FAMILIES[name].model)
@@ -802,4 +826,4 @@ def run_through(name, folder):
     again = score(aligned(model.eval().requires_grad_(False)), name)
     assert math.isclose(again, best.scores["outputs"], abs_tol=1e-6)
     assert all(math.isclose(one.recorded, one.found, abs_tol=1e-6) for one in verify(exported))
-    return found["architecture"]
+    return found["architecture"], run

@@ -74,7 +74,7 @@ def plain_likelihood(model: Any, question: Question, choice: int) -> float:
         pytest.param({"batch": 1}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("made", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("made", [tiny.llama, tiny.gpt2, tiny.qwen3_moe])
 def test_reuse_equals_plain_in_float64(made: Any, lines: str, folder: str, settings: dict[str, Any]) -> None:
     model = made()
     reused, plain = objective(lines, folder, **settings), objective(lines, folder, reuse=False, **settings)
@@ -90,7 +90,7 @@ def test_reuse_equals_plain_in_float64(made: Any, lines: str, folder: str, setti
     assert expected == pytest.approx(np.asarray(alone), abs=1e-10)
 
 
-@pytest.mark.parametrize("made", [tiny.llama, tiny.gpt2, tiny.gemma2])
+@pytest.mark.parametrize("made", [tiny.llama, tiny.gpt2, tiny.gemma2, tiny.qwen3_moe])
 def test_reuse_says_the_same_in_float32(made: Any, lines: str, folder: str) -> None:
     model = made(dtype=torch.float32)
     reused, plain = objective(lines, folder, **SHOTS), objective(lines, folder, reuse=False, **SHOTS)

@@ -94,7 +94,7 @@ def generator(prompts: list[list[int]], most: int = 20, **settings: Any) -> Gene
 # -- greedy generation ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("made", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("made", [tiny.llama, tiny.gpt2, tiny.qwen3_moe])
 def test_batches_are_one_by_one_and_transformers_own(made: Any, prompts: list[list[int]]) -> None:
     model = made()
     model.generation_config.eos_token_id = list(range(0, 400, 9))  # some stop early, and leave their batch

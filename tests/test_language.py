@@ -232,6 +232,18 @@ def test_scores_are_those_of_simple_evaluate(folder, tokenizer, model, task, met
     assert score.items == 23
 
 
+@pytest.mark.parametrize(("task", "metric"), [("colours", "acc"), ("guessed", "exact_match")])
+def test_a_mixture_of_experts_scores_as_simple_evaluate_says(folder, tokenizer, task, metric):
+    model = tiny.qwen3_moe(dtype=torch.float32)
+    objective = built(folder, tokenizer, task, metric=metric)
+    objective.score(model)
+    change(model, 1)
+    score = objective.score(model)
+    _, samples = reference(model, folder, tokenizer, task)
+    first = min(each["filter"] for each in samples)
+    assert score.per_example.tolist() == [each[metric] for each in samples if each["filter"] == first]
+
+
 @pytest.mark.parametrize("task", ["colours", "letters", "guessed", "last_word", "whole_texts"])
 def test_answers_in_bfloat16_are_the_same_bits(folder, tokenizer, model, task):
     model.to(torch.bfloat16)

@@ -9,7 +9,7 @@ from ecotone import launch
 from ecotone.experiments import compose
 from ecotone.experiments.checks import validate
 from ecotone.experiments.recipe import Recipe
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import EcotoneError, InputError
 
 
 @pytest.fixture
@@ -111,7 +111,8 @@ def test_a_missing_file_is_refused_before_anything_is_scored(family):
         launch(recipe, family / "run")
 
 
-def test_validate_asks_lm_eval_what_a_task_is(family):
+def harness_task(family):
+    """The fields of an objective that is a task of lm-eval."""
     pytest.importorskip("lm_eval")
     task = {
         "task": "letters",
@@ -126,8 +127,44 @@ def test_validate_asks_lm_eval_what_a_task_is(family):
     }
     (family / "tasks").mkdir()
     (family / "tasks" / "letters.yaml").write_text(yaml.safe_dump(task))
-    named = {"type": "lm_eval", "task": "letters", "folder": "tasks"}
+    return {"type": "lm_eval", "task": "letters", "folder": "tasks"}
+
+
+def test_validate_asks_lm_eval_what_a_task_is(family):
+    named = harness_task(family)
     found = {finding.subject: finding.text for finding in validate(recipe_of(family, **named, limit=4))}
     assert found["lm_eval letters"] == "acc on 4 of 6 documents, multiple_choice"
     with pytest.raises(InputError, match="direction: expected maximize for the metric 'acc', found minimize"):
         validate(recipe_of(family, **named, direction="minimize"))
+
+
+LANGUAGE = {
+    "texts": {"type": "bits_per_byte", "batch": 2},
+    "prompts": {"type": "tokens_generated", "most": 2},
+    "choices": {"type": "multiple_choice"},
+}
+
+
+@pytest.mark.parametrize("kind", [*LANGUAGE, "harness"])
+def test_tokens_beyond_the_embeddings_are_found_from_files(family, kind):
+    """By ``validate``, without a model, whatever the objective; another tokenizer is a way out."""
+    import shutil
+
+    import transformers
+
+    shutil.copytree(family / "base", family / "fits")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(family / "base")
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(family / "base")
+    objective = harness_task(family) if kind == "harness" else LANGUAGE[kind]
+    record = recipe_of(family, **objective).record()
+    del record["objectives"]["search"][0]
+    record["objectives"]["held_out"] = []
+    with pytest.raises(
+        EcotoneError, match=r"tokenizer of 'base' has 1 token beyond the 35 rows .* number 35 on: '<tool>'"
+    ):
+        validate(Recipe.from_record(record, family), headers=True)
+    record["models"]["tokenizer"] = "fits"
+    found = {finding.subject: finding.text for finding in validate(Recipe.from_record(record, family), headers=True)}
+    assert "tokenizer of 'base' has 1 token beyond" in found["tokens"]
+    assert "'models.tokenizer' and 'base'" in found["tokenizers"] or "<tool>" in found["tokenizers"]

@@ -88,7 +88,7 @@ def test_uniform_model_takes_log2_of_the_vocabulary_a_token(text: str, folder: s
     assert isinstance(score.value, float)
 
 
-@pytest.mark.parametrize("made", [tiny.llama, tiny.gpt2, tiny.gemma2])
+@pytest.mark.parametrize("made", [tiny.llama, tiny.gpt2, tiny.gemma2, tiny.qwen3_moe])
 def test_equals_the_loss_of_transformers(made: Any, lines: str, folder: str) -> None:
     model = made()
     found = objective(lines, folder).score(model)

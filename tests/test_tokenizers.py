@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from ecotone.merging.models import tokenizers
+from ecotone.populations.errors import CheckpointError
 
 VOCABULARY = {"a": 0, "b": 1, "ab": 2}
 SETTINGS = {"eos_token": "</s>", "chat_template": "{{ messages }}"}
@@ -13,7 +14,8 @@ def model(directory: Path, name: str, vocabulary=VOCABULARY, added=(), settings=
     folder = directory / name
     folder.mkdir()
     kind = {"type": "BPE", "vocab": vocabulary, "merges": parts.pop("merges", ["a b"])}
-    listed = [{"id": number, "content": token, "special": True} for token, number in added]
+    special = parts.pop("special", False)
+    listed = [{"id": number, "content": token, "special": special} for token, number in added]
     (folder / "tokenizer.json").write_text(json.dumps({"model": kind, "added_tokens": listed, **parts}))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return name, folder
@@ -37,6 +39,10 @@ CASES = {
     "added": (
         {"added": [("<x>", 3), ("<y>", 4)]},
         ["The tokenizer of 'other' has 2 tokens that 'base' has not: '<x>', '<y>'."],
+    ),
+    "moved": (
+        {"vocabulary": {"a": 0, "b": 1}, "added": [("ab", 5)]},
+        ["In the tokenizers of 'base' and 'other' the token 'ab' has the numbers 2 and 5."],
     ),
     "fewer": ({"vocabulary": {"a": 0, "b": 1}}, ["The tokenizer of 'base' has 1 tokens that 'other' has not: 'ab'."]),
     "merges": (
@@ -99,3 +105,50 @@ def test_vocabularies_of_every_kind_of_file(tmp_path):
     assert written("none") is None
     (tmp_path / "none" / "tokenizer.json").write_text("{")
     assert tokenizers.vocabulary(tmp_path / "none") is None
+
+
+def checked(scoring, *others, rows=3):
+    return tokenizers.check(scoring, [scoring, *others], rows)
+
+
+def test_tokens_beyond_the_embeddings_are_refused(tmp_path):
+    fits = model(tmp_path, "fits")
+    more = model(tmp_path, "more", added=[("<x>", 3), ("<y>", 4)])
+    assert checked(fits) == []
+    assert tokenizers.check(more, [more], None) == []
+    with pytest.raises(CheckpointError) as refused:
+        checked(more, rows=4)
+    assert "'more' has 1 token beyond the 4 rows of the embeddings, from number 4 on: '<y>'" in str(refused.value)
+    assert "models.tokenizer" in str(refused.value)
+    assert checked(fits, more) == [
+        "The tokenizer of 'more' has 2 tokens beyond the 3 rows of the embeddings, from number 3 on: '<x>', '<y>'."
+    ]
+
+
+def test_special_tokens_that_no_text_holds_are_told(tmp_path):
+    """Gemma 3's language models have one: the place of an image."""
+    idle = model(tmp_path, "idle", added=[("<image>", 3)], special=True)
+    (sentence,) = checked(idle)
+    assert sentence.endswith("from number 3 on: '<image>'; no text that is scored may hold them.")
+    for name, settings in (
+        ("padding", {**SETTINGS, "pad_token": "<image>"}),
+        ("template", {**SETTINGS, "chat_template": "<image>{{ messages }}"}),
+    ):
+        with pytest.raises(CheckpointError, match="beyond the 3 rows"):
+            checked(model(tmp_path, name, added=[("<image>", 3)], settings=settings, special=True))
+
+
+def test_another_vocabulary_is_refused_and_a_clash_of_added_tokens_told(tmp_path):
+    base = model(tmp_path, "base", {"a": 0, "b": 1, "ab": 2}, added=[("<x>", 3)])
+    added = model(tmp_path, "added", added=[("<y>", 3)])
+    assert checked(base, added, rows=4) == []
+    assert tokenizers.compare([base, added]) == [
+        "In the tokenizers of 'base' and 'added' token 3 differs: '<x>' and '<y>'."
+    ]
+    free = model(tmp_path, "free", {"a": 0, "b": 1, "[unused1]": 2})
+    assert checked(base, free, rows=4) == []
+    other = model(tmp_path, "other", {"b": 0, "a": 1, "ab": 2})
+    with pytest.raises(
+        CheckpointError, match="2 numbers of those of 'base' and 'other' mean different tokens: token 0"
+    ):
+        checked(base, other, rows=4)

@@ -83,6 +83,17 @@ def bloom(seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     return spread(transformers.BloomForCausalLM(config), seed, dtype)
 
 
+def qwen3_moe(seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """A mixture of four experts, two a token."""
+    config = transformers.Qwen3MoeConfig(
+        **SIZES, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    )
+    made = spread(transformers.Qwen3MoeForCausalLM(config), seed, dtype)
+    if dtype == torch.float64:  # which torch's grouped product of matrices does not take
+        made.set_experts_implementation("eager")
+    return made
+
+
 def phrase(rng: np.random.Generator, least: int, most: int) -> str:
     return " ".join(rng.choice(WORDS, rng.integers(least, most + 1)))
 

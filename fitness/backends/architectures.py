@@ -18,8 +18,8 @@ def make(architecture: Call | Literal["auto"], sources: Sources, dtype: torch.dt
     """A module of the sources' architecture, its floating-point tensors in ``dtype`` (None: as it is made).
 
     Args:
-        architecture: A function that returns the module, or ``auto`` for the class that the ``config.json`` of the
-            base (or else the first expert) names. Code that a checkpoint brings along is never run.
+        architecture: A function that returns the module, or ``auto`` for the class that the ``config.json`` of merges
+            names (``Sources.configured``). Code that a checkpoint brings along is never run.
         sources: The models that are merged.
         dtype: Floating-point type.
 
@@ -35,4 +35,4 @@ def make(architecture: Call | Literal["auto"], sources: Sources, dtype: torch.dt
         return module if dtype is None else module.to(dtype)
     if architecture != "auto":
         raise InputError(f"architecture: expected 'auto' or a function, found {architecture!r}.")
-    return loaded(sources.origin, dtype)
+    return loaded(sources.configured, dtype)

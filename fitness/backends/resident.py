@@ -15,6 +15,8 @@ from ecotone.fitness.backends.architectures import make
 from ecotone.fitness.backends.base import BackendContext, ScoringSettings
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.kernel.lazy import fill, formed
+from ecotone.merging.models import configs
+from ecotone.merging.models.architectures import sharing
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Names, Place, Scattered, names_of, untie
@@ -138,6 +140,7 @@ class Resident:
             untie(self.model, names, layout.aliases)
             self._state = self.model.state_dict(keep_vars=True)
             state = self._placed(names)
+        self._own = self._with_own_configs(architecture)
         self._tensors = [state[name] for name in layout.tensors]
         own = {id(tensor) for tensor in self._state.values()}
         self._swapped = [id(tensor) in own for tensor in self._tensors]
@@ -215,19 +218,30 @@ class Resident:
                     place.put(formed(source).to(self._device), {key: one.data for key, one in self._state.items()})
         self._lent = expert is not None
 
+    def _with_own_configs(self, architecture: Call | Literal["auto"] | None) -> Mapping[int, nn.Module]:
+        """By number, for each expert whose config computes something else, a module of it that shares all tensors."""
+        found = self._sources.own_configs
+        if found and architecture != "auto":
+            raise configs.no_own(next(iter(found.values())))
+        return {number: sharing(expert, self._module()) for number, expert in found.items()}
+
     def show(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
-        """The model with the weights of one genome after the other (at most ``group``); all are the same object.
+        """The model with the weights of one genome after the other (at most ``group``).
+
+        All are the same object, but for an expert with a config of its own, which has a module of its own.
 
         Raises:
             InputError: A genome does not fit the sources; nothing has been shown then.
         """
         if not self._stacked:
             return self._show_in_place(genomes)
-        return self._show_stack(self._sources.stack(genomes, self.dtype, self._device), len(genomes))
+        return self._show_stack(self._sources.stack(genomes, self.dtype, self._device), genomes)
 
-    def _show_stack(self, stack: Mapping[str, Tensor], count: int) -> Iterator[nn.Module | dict[str, Tensor]]:
+    def _show_stack(
+        self, stack: Mapping[str, Tensor], genomes: Sequence[Genome]
+    ) -> Iterator[nn.Module | dict[str, Tensor]]:
         columns = [stack[name].unbind(0) for name in self._sources.layout.tensors]
-        for index in range(count):
+        for index, genome in enumerate(genomes):
             self._shown = None
             for tensor, column, swapped in zip(self._tensors, columns, self._swapped, strict=True):
                 if swapped:
@@ -236,7 +250,7 @@ class Resident:
                     tensor.copy_(column[index])
             self._tie()
             self._take_apart()
-            yield self._restored()
+            yield self._of(self._alone(genome))
 
     def _show_in_place(self, genomes: Sequence[Genome]) -> Iterator[nn.Module | dict[str, Tensor]]:
         tensors = dict(zip(self._sources.layout.tensors, self._tensors, strict=True))
@@ -244,10 +258,12 @@ class Resident:
             self._shown = None
             self._sources.materialise([genome], [tensors])
             self._take_apart()
-            yield self._restored()
+            yield self._of(self._alone(genome))
 
     def expert(self, name: str) -> nn.Module:
         """The model with an expert's own weights, whatever the operator, rounded to the model's type.
+
+        Where experts are computed with configs of their own, the expert's.
 
         Raises:
             InputError: The model is a dict of tensors, or there is no such expert.
@@ -255,7 +271,8 @@ class Resident:
         model, names = self._module(), self._sources.names
         if name not in names:
             raise InputError(f"expert: expected one of {', '.join(names)}, found {name!r}.", nearest(name, names))
-        stored = self._sources.experts[names.index(name)]
+        number = names.index(name)
+        stored = self._sources.experts[number]
         self._shown = None
         with torch.no_grad():
             for key, tensor in zip(self._sources.layout.tensors, self._tensors, strict=True):
@@ -263,8 +280,8 @@ class Resident:
         self._take_apart()
         if self._kept:
             self._fill_kept(stored)
-        self._restored(lent=True)
-        return model
+        self._of(number, lent=True)
+        return self._own.get(number, model)
 
     def gradient(
         self,
@@ -347,8 +364,10 @@ class Resident:
     def _hand_over(self, slopes: Slopes, kept: dict[Tensor, Tensor], parameter: Tensor) -> None:
         """Give the gradients of the checkpoints' tensors in a parameter to ``slopes``; keep one that is taken apart."""
         assert parameter.grad is not None
+        gradient = parameter.grad
         for name, place in self._parts[parameter].items():
-            slopes.add(name, parameter.grad if place.whole else place.of(parameter.grad.contiguous()))
+            gradient = gradient if place.whole else gradient.contiguous()
+            slopes.add(name, place.of(gradient))
         if any(parameter is tensor for tensor in self._apart.values()):
             kept[parameter] = parameter.grad
         parameter.grad = None
@@ -376,6 +395,16 @@ class Resident:
         for buffer, value in self._buffers:
             buffer.copy_(value)
         return self.model
+
+    def _alone(self, genome: Genome) -> int | None:
+        """The number of the expert that a genome is, where experts have modules of their own."""
+        return self._sources.alone(genome) if self._own else None
+
+    def _of(self, number: int | None, *, lent: bool = False) -> nn.Module | dict[str, Tensor]:
+        """The model of an expert, which is the merges' where it has none of its own, as ``_restored`` leaves it."""
+        model = self._restored(lent=lent)
+        own = None if number is None else self._own.get(number)
+        return model if own is None else own.eval()
 
     def _tie(self) -> None:
         """Have tied weights share memory even where the architecture does not."""

@@ -9,10 +9,10 @@ import signal
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-import ecotone
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.populations.errors import CheckpointError
@@ -105,7 +105,9 @@ def _checkout() -> list[str]:
 
     Ray puts it at the front of a worker's path. A checkout holds other folders, too, which would hide a user's modules.
     """
-    folder = Path(str(ecotone.__file__)).resolve().parents[1]
+    package = find_spec("ecotone")
+    assert package is not None
+    folder = Path(str(package.origin)).resolve().parents[1]
     installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
     return [] if folder in installed else [str(folder)]
 

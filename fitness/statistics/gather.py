@@ -90,16 +90,22 @@ class Gatherer:
             "settings": settings.model_dump(mode="json"),
             "tasks": [[_digest_of_examples(task.examples), _digest_of_head(task.head)] for task in tasks],
         }
+        configured = self._sources.configured_for(genome)
+        if configured is not self._sources.configured:
+            parts["config"] = _config_of(configured)
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @cached_property
     def _models(self) -> list[str]:
         """The models' weights, and the functions that make a merge of them and a module of the merge."""
         sources = self._sources
-        origin = sources.origin
-        module = [str(self._architecture), json.dumps(origin.config, sort_keys=True, default=str)]
+        module = [str(self._architecture), _config_of(sources.configured)]
         merge = [repr(sources.operator), str(self._backend.dtype), digest_of(sources.buffers())]
         return [*module, *merge, *(_digest_of_model(model, sources.layout.tensors) for model in sources.checkpoints)]
+
+
+def _config_of(model: Model) -> str:
+    return json.dumps(model.config, sort_keys=True, default=str)
 
 
 def _cut(data: Data, count: int | None) -> Data:

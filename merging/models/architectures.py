@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ecotone.extras import how_to_install
+from ecotone.merging.models.configs import GENERATION
 from ecotone.merging.models.model import Model
 from ecotone.populations.errors import InputError, told
 
 _REMEDY = "Give the architecture as a function (package.module:function) that returns the module."
+
+_CHOICES = "Choose the config of 'base' or 'first' (models.config)."
 
 
 def named(checkpoint: Model) -> str:
@@ -89,6 +93,85 @@ def loaded(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
             module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
     assert isinstance(module, nn.Module)
     return module
+
+
+def sharing(checkpoint: Model, module: nn.Module) -> nn.Module:
+    """A module of a checkpoint's own config whose tensors are those of ``module``, as the same objects.
+
+    So it computes with the weights that ``module`` has at the time. It takes the memory of the buffers that its config
+    makes (such as the frequencies of rotary embeddings), and nothing else.
+
+    Args:
+        checkpoint: The model whose ``config.json`` and ``generation_config.json`` it has.
+        module: A module that ``loaded`` has made of a model with tensors of the same names and shapes.
+
+    Raises:
+        InputError: transformers cannot make it, or its tensors have other names or shapes.
+    """
+    kind: Any = _class_of(checkpoint)
+    if kind.config_class is getattr(type(module), "config_class", None):
+        kind = type(module)  # with or without a head, as that of merges
+    state = module.state_dict(keep_vars=True)
+    like = next(tensor for tensor in state.values() if tensor.is_floating_point())
+    try:
+        config = kind.config_class.from_pretrained(checkpoint.files, local_files_only=True)
+        with _without_parameters(), _default_type(like.dtype):
+            made = kind(config)
+            if checkpoint.rows is not None:
+                made.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
+    except Exception as error:  # of the code of any family
+        raise InputError(
+            f"config: {kind.__name__} cannot be made of the config.json in {checkpoint.path}: {told(error)}.", _CHOICES
+        ) from error
+    own = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    others = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if own != others:
+        name = min({*own.items()} ^ {*others.items()})[0]
+        raise InputError(
+            f"config: by the config.json in {checkpoint.path}, {name!r} has shape {own.get(name)}; merges have "
+            f"{others.get(name)}.",
+            _CHOICES,
+        )
+    for part in made.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(like.device))
+    made.requires_grad_(False).load_state_dict(state, assign=True)
+    _generates_like(checkpoint, made)
+    assert isinstance(made, nn.Module)
+    return made.eval()
+
+
+def _generates_like(checkpoint: Model, module: Any) -> None:
+    """Give a module the generation config of a checkpoint, as ``from_pretrained`` does."""
+    from transformers import GenerationConfig
+
+    if getattr(module, "generation_config", None) is not None and (checkpoint.files / GENERATION).is_file():
+        with suppress(OSError, TypeError, ValueError):  # one that cannot be read counts as none there, too
+            module.generation_config = GenerationConfig.from_pretrained(checkpoint.files, local_files_only=True)
+
+
+@contextmanager
+def _without_parameters() -> Iterator[None]:
+    """Have modules keep shapes of parameters only: each loses its memory as it is given to its module."""
+
+    def emptied(_module: nn.Module, _name: str, parameter: Any) -> Any:
+        return None if parameter is None else nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _default_type(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _version(text: str) -> tuple[int, int]:

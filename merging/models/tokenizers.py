@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ecotone.populations.errors import CheckpointError
 
 FAST = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+OLD_TEMPLATE = "chat_template.json"
 FILES = (
     FAST,
     SETTINGS,
     SPECIAL,
     TEMPLATE,
-    "chat_template.json",
+    OLD_TEMPLATE,
     "added_tokens.json",
     "vocab.json",
     "vocab.txt",
@@ -26,13 +30,28 @@ FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+SUFFIXES = (".model", ".tiktoken", ".vocab", ".spm", ".bpe", ".codes")
+"""Of vocabularies that a family has files of its own for."""
+_MORE = ("normalizer.json", "entity_vocab.json", "emoji.json", "target_vocab.json", "dict.txt")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FREE = re.compile(r"unused|reserved|placeholder|dummy|extra_id", re.IGNORECASE)
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory holds a tokenizer's files."""
-    return any((directory / name).is_file() for name in FILES if name not in (SETTINGS, SPECIAL, TEMPLATE))
+    beside = (SETTINGS, SPECIAL, TEMPLATE, OLD_TEMPLATE)
+    return any((directory / name).is_file() for name in FILES if name not in beside)
+
+
+def is_file(name: str) -> bool:
+    """Whether a file of this name belongs to a tokenizer."""
+    return name in FILES or name in _MORE or name.endswith(SUFFIXES)
+
+
+def chat_template(directory: Path) -> str | None:
+    """The chat template in a directory; several of them as JSON."""
+    return _template(directory, _json(directory / SETTINGS))
 
 
 def vocabulary(directory: Path) -> Mapping[int, str] | None:
@@ -69,6 +88,77 @@ def compare(models: Sequence[tuple[str, Path]]) -> list[str]:
     return sentences
 
 
+def check(scoring: tuple[str, Path], models: Sequence[tuple[str, Path]], rows: int | None) -> list[str]:
+    """Refuse a tokenizer that does not fit the embeddings of a merge; tell what only may not fit.
+
+    Tokens beyond the embeddings cannot be computed. They are told, not refused, where they are special tokens that no
+    setting and no chat template names, so that only a text that spells them out would hold them.
+
+    Embeddings are mixed row by row, so a number must mean one token in all models. Added tokens are often given to
+    numbers that were free or reserved, and few texts hold them: a clash of them is told by ``compare``. A clash of
+    others is refused, as all texts would be read wrongly. Placeholders (``[unused1]``) count as free.
+
+    Args:
+        scoring: The name and folder of the tokenizer that merges are scored with.
+        models: The models' names and the folders of their tokenizers. Those without a tokenizer are passed over.
+        rows: Rows of the merges' input embedding; None where they are not known.
+
+    Returns:
+        One plain sentence for each tokenizer with tokens beyond the rows.
+
+    Raises:
+        CheckpointError: Texts may become numbers beyond the rows, or another tokenizer's vocabulary is another one.
+    """
+    listed = [(name, _Files(place)) for name, place in (scoring, *(one for one in models if one[1] != scoring[1]))]
+    name, ours = listed[0]
+    sentences: list[str] = []
+    for other, files in listed:
+        tokens = files.tokens or {}
+        beyond = [] if rows is None else sorted(number for number in tokens if number >= rows)
+        if not beyond:
+            continue
+        sentence = (
+            f"the tokenizer of {other!r} has {_counted(len(beyond), 'token')} beyond the {rows:,} rows of the "
+            f"embeddings, from number {beyond[0]} on: {_few([tokens[number] for number in beyond])}"
+        )
+        if files is ours and not all(files.is_idle(number) for number in beyond):
+            raise CheckpointError(
+                f"tokenizer: {sentence}.",
+                "Name another tokenizer (models.tokenizer), or give the models as many rows "
+                "(resize_token_embeddings, or the option vocabulary: union where another model has them).",
+            )
+        note = "; no text that is scored may hold them" if files is ours else ""
+        sentences.append(f"{sentence[0].upper()}{sentence[1:]}{note}.")
+    for other, theirs in listed[1:]:
+        _check_meaning(name, ours, other, theirs)
+    return sentences
+
+
+def _check_meaning(name: str, ours: _Files, other: str, theirs: _Files) -> None:
+    """Refuse tokenizers that give a number to different tokens which neither of them has added."""
+    left, right = ours.tokens or {}, theirs.tokens or {}
+    clashes = [
+        number
+        for number in sorted(left.keys() & right.keys() - ours.added - theirs.added)
+        if left[number] != right[number] and not any(_FREE.search(one[number]) for one in (left, right))
+    ]
+    if clashes:
+        number = clashes[0]
+        raise CheckpointError(
+            f"tokenizer: {_counted(len(clashes), 'number')} of those of {name!r} and {other!r} mean different tokens: "
+            f"token {number} is {left[number]!r} and {right[number]!r}. Their embeddings are mixed row by row.",
+            "Only models of one vocabulary can be merged. If a folder has another's tokenizer, replace its files.",
+        )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(map(repr, texts[:4])) + (", ..." if len(texts) > 4 else "")
+
+
 class _Files:
     """The files of one directory that are compared.
 
@@ -81,12 +171,20 @@ class _Files:
         model = fast.get("model")
         model = model if isinstance(model, dict) else {}
         self.tokens = _tokens(directory, fast, model)
+        self.added = _added(directory, fast)
         self.merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model.get("merges") or []]
         self.parts = {part: fast.get(part) for part in _PARTS} if fast else None
         self.kind = model.get("type")
         merged = {**special, **{key: value for key, value in settings.items() if value is not None}}
         self.special = {key: _content(merged.get(key)) for key in _SPECIAL}
         self.template = _template(directory, settings)
+        listed = [one for one in fast.get("added_tokens") or [] if isinstance(one, dict)]
+        self._marked = {one.get("id") for one in listed if one.get("special")}
+
+    def is_idle(self, number: int) -> bool:
+        """Whether a token is a special one that no setting and no chat template names."""
+        text = (self.tokens or {})[number]
+        return number in self._marked and text not in self.special.values() and text not in (self.template or "")
 
 
 def _differences(first: str, ours: _Files, other: str, theirs: _Files) -> Iterator[str]:
@@ -97,10 +195,21 @@ def _differences(first: str, ours: _Files, other: str, theirs: _Files) -> Iterat
         number = clashes[0]
         more = f" (the first of {len(clashes)} such)" if len(clashes) > 1 else ""
         yield f"In {both} token {number} differs: {left[number]!r} and {right[number]!r}{more}."
+    numbers = {token: number for number, token in right.items()}
+    moved = [
+        (token, number, numbers[token])
+        for number, token in sorted(left.items())
+        if numbers.get(token, number) != number and numbers[token] not in clashes and number not in clashes
+    ]
+    if moved:
+        token, here, there = moved[0]
+        more = f" (the first of {len(moved)} such)" if len(moved) > 1 else ""
+        yield f"In {both} the token {token!r} has the numbers {here} and {there}{more}."
     for name, has, rest, lacks in ((first, left, right, other), (other, right, left, first)):
-        added = sorted(has.keys() - rest.keys())
+        known = set(rest.values())
+        added = [number for number in sorted(has.keys() - rest.keys()) if has[number] not in known]
         if added:
-            shown = ", ".join(repr(has[number]) for number in added[:4]) + (", ..." if len(added) > 4 else "")
+            shown = _few([has[number] for number in added])
             yield f"The tokenizer of {name!r} has {len(added)} tokens that {lacks!r} has not: {shown}."
     if ours.kind != theirs.kind:
         yield f"In {both} the kinds differ: {ours.kind} and {theirs.kind}."
@@ -141,11 +250,20 @@ def _tokens(directory: Path, fast: Mapping[str, Any], model: Mapping[str, Any]) 
     return tokens or None
 
 
+def _added(directory: Path, fast: Mapping[str, Any]) -> set[int]:
+    """Numbers of tokens that were added to a vocabulary: special ones, and those of ``added_tokens.json``."""
+    listed = [one.get("id") for one in fast.get("added_tokens") or [] if isinstance(one, dict)]
+    decoder = _json(directory / SETTINGS).get("added_tokens_decoder")
+    listed += [int(key) for key in decoder if key.isdecimal()] if isinstance(decoder, dict) else []
+    listed += [*_json(directory / "added_tokens.json").values()]
+    return {number for number in listed if isinstance(number, int)}
+
+
 def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template, or all of several, as one text."""
     if (directory / TEMPLATE).is_file():
         return (directory / TEMPLATE).read_text("utf-8", errors="replace").rstrip("\n")
-    template = settings.get("chat_template") or _json(directory / "chat_template.json").get("chat_template")
+    template = settings.get("chat_template") or _json(directory / OLD_TEMPLATE).get("chat_template")
     if template is None or isinstance(template, str):
         return template.rstrip("\n") if template else None
     return json.dumps(template, sort_keys=True)

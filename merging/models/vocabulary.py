@@ -69,6 +69,17 @@ def fitted(models: Sequence[Model], base: Model | None, vocabulary: Vocabulary) 
     return [model if model is base else Resized(model, sizes) for model in models]
 
 
+def input_rows(model: Model) -> int | None:
+    """Rows of a model's input embedding, by its tensors, or else the ``vocab_size`` of its config; None if unknown."""
+    rows = [info.shape[0] for name, info in model.tensors.items() if info.shape and name.endswith(INPUT_EMBEDDINGS)]
+    if rows:
+        return max(rows)
+    config = model.config or {}
+    text = config.get("text_config")
+    size = (text if isinstance(text, dict) else config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
 def _rows(model: Model) -> dict[str, int]:
     return {name: info.shape[0] for name, info in model.tensors.items() if info.shape and is_vocabulary(name)}
 

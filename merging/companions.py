@@ -1,0 +1,132 @@
+"""The files that travel with an export beside its weights and config, and the model that each comes from.
+
+The files are those of the model whose config the merge has, and of the base (or the first expert). What that model
+lacks is taken from the first expert that has it: the generation config, the processors of images and sound, the
+tokenizer and the chat template. Licences and other small files are the base's alone. Code, cards and weights in other
+formats never travel.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ecotone.merging.models import configs, tokenizers
+from ecotone.merging.models.model import Model
+from ecotone.merging.sources import Sources
+from ecotone.populations.genome import Genome
+
+_SUFFIXES = (".json", ".jinja", ".txt", *tokenizers.SUFFIXES)
+_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_LEFT_OUT = frozenset(
+    (
+        "README.md",
+        "ecotone.json",
+        "config.json",
+        "adapter_config.json",
+        "trainer_state.json",
+        "all_results.json",
+        "train_results.json",
+        "eval_results.json",
+        "requirements.txt",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A file of an export.
+
+    Args:
+        name: Its name in the export.
+        source: The file that it is a copy of, or that its text is taken from.
+        model: The name of the expert that it comes from where the base lacks it; else None.
+        text: Its content, where it is no copy.
+    """
+
+    name: str
+    source: Path
+    model: str | None = None
+    text: str | None = None
+
+    def write(self, directory: Path) -> None:
+        """Write it into an export."""
+        target = directory / self.name
+        if self.text is None:
+            shutil.copyfile(self.source, target)
+        else:
+            target.write_text(self.text, "utf-8")
+
+
+def companions(sources: Sources, genome: Genome | None = None) -> list[Companion]:
+    """The files that travel with an export of a merge.
+
+    Args:
+        sources: The models; the one that merges have the config of is a Hugging Face directory.
+        genome: The merge; None is any that is no expert with a config of its own.
+    """
+    whose = sources.configured if genome is None else sources.configured_for(genome)
+    others = [model for model in (sources.origin, *sources.experts) if model is not whose]
+    found = {one.name: one for one in _of_origin(sources.origin.files)}
+    alike = [whose, *(model for model in others if configs.generate_alike(whose, model))]
+    for names, models in (((configs.GENERATION,), alike), (configs.PROCESSORS, [whose, *others])):
+        for name in names:
+            found.pop(name, None)
+        found |= {one.name: one for one in _group(names, models, sources)}
+    if sources.tokenizer != sources.origin.files:
+        found = {name: one for name, one in found.items() if not tokenizers.is_file(name)}
+        found |= {one.name: one for one in _of_tokenizer(sources)}
+    templates = [*found.keys() & {tokenizers.TEMPLATE, tokenizers.OLD_TEMPLATE}]
+    if not templates and tokenizers.chat_template(sources.tokenizer) is None:
+        found |= {one.name: one for one in _template([whose, *others], sources)}
+    return list(found.values())
+
+
+def told(sources: Sources) -> str:
+    """The files that do not come from the base (or the first expert), in words; empty without one."""
+    owners: dict[str, list[str]] = {}
+    for one in companions(sources):
+        if one.model is not None:
+            owners.setdefault(one.model, []).append(one.name)
+    texts = [f"{', '.join(names)} from {owner!r}" for owner, names in owners.items()]
+    return f"{'; '.join(texts)}, as {sources.origin.name!r} lacks them" if texts else ""
+
+
+def _of_origin(folder: Path) -> Iterator[Companion]:
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        wanted = file.suffix in _SUFFIXES or file.name.upper().startswith(_NAMES)
+        if file.is_file() and wanted and file.name not in _LEFT_OUT and not file.name.endswith(".index.json"):
+            yield Companion(file.name, file)
+
+
+def _group(names: Sequence[str], models: Sequence[Model], sources: Sources) -> list[Companion]:
+    """Files of these names from the first of the models that has one: together, as they are of one piece."""
+    for model in models:
+        files = [model.files / name for name in names if (model.files / name).is_file()]
+        if files:
+            return [Companion(file.name, file, _owner(model, sources)) for file in files]
+    return []
+
+
+def _of_tokenizer(sources: Sources) -> Iterator[Companion]:
+    folder = sources.tokenizer
+    model = next((one for one in (sources.origin, *sources.experts) if one.tokenizer == folder), sources.origin)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_file() and tokenizers.is_file(file.name):
+            yield Companion(file.name, file, _owner(model, sources))
+
+
+def _template(models: Sequence[Model], sources: Sources) -> list[Companion]:
+    """The chat template of the first model that has one."""
+    for model in models:
+        for folder in dict.fromkeys((model.tokenizer, model.files)):
+            text = tokenizers.chat_template(folder)
+            if text is not None and not text.startswith("["):  # one template, not a list of several in JSON
+                return [Companion(tokenizers.TEMPLATE, folder, _owner(model, sources), text)]
+    return []
+
+
+def _owner(model: Model, sources: Sources) -> str | None:
+    return None if model is sources.origin else model.name
