@@ -81,7 +81,7 @@ def filters(values: Mapping[str, float]) -> list[tuple[str, float]]:
                 break
         else:
             chosen[name] = value
-    inside = _parts_of_others(tuple(values))
+    inside = _parts_of_others(tuple(values)) - {one for one, alike in shared.items() if alike}
     last = sorted((one for one in chosen if one in inside), key=len, reverse=True)
     return [(one, chosen[one]) for one in (*(one for one in chosen if one not in inside), *last)]
 

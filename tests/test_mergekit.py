@@ -205,6 +205,11 @@ def test_a_beginning_that_is_part_of_other_names_is_no_filter() -> None:
     assert filters(values) == [("h.1.b", 1.0), ("e.h.1.a", 2.0), ("h.1.a", 1.0)]
 
 
+def test_a_beginning_that_is_a_name_comes_before_names_that_are_part_of_others() -> None:
+    values = {"1": 1.0, "1.1": 0.0, "a.": 2.0, "a.1.1": 2.0}
+    assert filters(values) == [("a.", 2.0), ("1.1", 0.0), ("1", 1.0)]
+
+
 def test_one_weight_for_all_is_a_number() -> None:
     config = mergekit_config(Genome.uniform(sources().layout.size, [0.3, 0.1]), sources()).config
     assert [one["parameters"]["weight"] for one in config["models"]] == [1 - (0.3 + 0.1), 0.3, 0.1]
