@@ -170,7 +170,7 @@ class TestSplitTensors:
     def test_a_tensor_may_lie_in_several_of_the_modules(self, name, tmp_path):
         found, _ = check(opened(name, tmp_path), tmp_path)
         assert found.scattered
-        assert all(len(one.parts) > 1 for one in found.scattered.values())
+        assert all(len(one.targets) > 1 for one in found.scattered.values())
 
     def test_values_and_gradients_of_a_split_and_transposed_tensor(self, monkeypatch):
         """Like a fused projection that is stored transposed."""

@@ -187,7 +187,7 @@ class Resident:
             if name not in found:
                 found[name] = torch.empty(info.shape, dtype=kind, device=self._device)
         self._scattered = [(one, found[name]) for name, one in names.scattered.items() if name in found]
-        self._apart = {target: state[target] for one, _ in self._scattered for target in one.parts}
+        self._apart = {target: state[target] for one, _ in self._scattered for target in one.targets}
         for tensor in self._apart.values():
             if isinstance(tensor, nn.Parameter):
                 self._parts.setdefault(tensor, {})

@@ -147,7 +147,7 @@ def _places(model: Model, of: Model) -> dict[Any, str]:
     }
     for name, one in names.scattered.items():
         parts = tuple((target, *map(_fingerprint, pair)) for target, pair in one.parts.items())
-        places[parts] = name
+        places[parts, one.pieces] = name
     return places
 
 

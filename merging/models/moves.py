@@ -393,7 +393,7 @@ def view_of(shape: Sequence[int], box: Box, target: Sequence[int]) -> tuple[Shap
         if side.length > 1
     ]
     edges = [step for step, length in zip(own, shape, strict=True) if length > 1]
-    pieces = _digits(sorted(digits, reverse=True), edges)
+    pieces = _digits(_together(sorted(digits, reverse=True)), edges)
     if pieces is None or box.offset:
         return None
     expected, strides = 1, dict[int, int]()
@@ -412,6 +412,18 @@ def view_of(shape: Sequence[int], box: Box, target: Sequence[int]) -> tuple[Shap
     return tuple(strides[step] if length > 1 else step for step, length in zip(own, shape, strict=True)), offset
 
 
+def _together(digits: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Digits, largest step first, joined where two count on as one in both tensors."""
+    found: list[tuple[int, int, int]] = []
+    for step, length, there in digits:
+        last = found[-1] if found else (0, 0, 0)
+        if (last[0], last[2]) == (step * length, there * length):
+            found[-1] = (step, last[1] * length, there)
+        else:
+            found.append((step, length, there))
+    return found
+
+
 def _digits(digits: Iterable[tuple[int, int, int]], edges: Iterable[int]) -> list[tuple[int, int, int]] | None:
     """Digits (step in the stored tensor, length, step in the target), cut at the edges; None where that cannot be."""
     found: list[tuple[int, int, int]] = []
@@ -426,19 +438,34 @@ def _digits(digits: Iterable[tuple[int, int, int]], edges: Iterable[int]) -> lis
     return found
 
 
-def positions(boxes: Iterable[tuple[Box, Sequence[int], int]], size: int) -> Tensor:
-    """(size,) for each number of a stored tensor, where it lies among the numbers of all targets; -1 for nowhere.
+def covers(boxes: Sequence[Box], size: int) -> bool:
+    """Whether boxes hold each of the ``size`` numbers of a stored tensor once.
 
-    Args:
-        boxes: Boxes that hold the tensor's numbers, each with the shape of its target and where that target begins.
-        size: How many numbers the stored tensor has.
+    The positions p of a box are those of a product of arithmetic series, so the sum of x^p over them is a product of
+    geometric series. It is the sum over all positions from 0 to ``size`` - 1, as a polynomial in x, only if each
+    occurs once. Both are evaluated at fixed points of a field of 2^61 - 1 elements, where other polynomials of the
+    degree agree at one point with a chance of ``size`` / 2^61 (Schwartz 1980, doi:10.1145/322217.322225).
     """
-    places = torch.full((size,), -1, dtype=torch.int64)
-    for box, shape, begin in boxes:
-        here, there = torch.tensor(box.offset), torch.tensor(begin)
-        for side, step in zip(box.sides, contiguous(shape), strict=True):
-            counted = torch.arange(side.length)
-            here = here.unsqueeze(-1) + counted * side.step
-            there = there.unsqueeze(-1) + (side.start + counted) * step
-        places[here.view(-1)] = there.view(-1)
-    return places
+    if sum(box.size for box in boxes) != size:
+        return False
+    return all(
+        sum(_sum_of_powers(point, box) for box in boxes) % _PRIME == _geometric(point, size) for point in _POINTS
+    )
+
+
+_PRIME = (1 << 61) - 1
+_POINTS = (1_234_567_891_011, 987_654_321_123_456)
+
+
+def _sum_of_powers(point: int, box: Box) -> int:
+    found = pow(point, box.offset, _PRIME)
+    for side in box.sides:
+        found = found * _geometric(pow(point, side.step, _PRIME), side.length) % _PRIME
+    return found
+
+
+def _geometric(ratio: int, count: int) -> int:
+    """1 + ratio + ... + ratio^(count - 1) in the field."""
+    if ratio == 1:
+        return count % _PRIME
+    return (pow(ratio, count, _PRIME) - 1) * pow(ratio - 1, -1, _PRIME) % _PRIME

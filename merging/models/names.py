@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ecotone.merging.models.layout import Layout
-from ecotone.merging.models.moves import Box, Traced, UntracedError, contiguous, positions, view_of
+from ecotone.merging.models.moves import Box, Traced, UntracedError, contiguous, covers, view_of
 from ecotone.populations.errors import InputError, nearest, told
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -66,6 +66,30 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Elements of a tensor of a checkpoint that lie in regular steps, there and in a tensor of the module.
+
+    Args:
+        target: The module's tensor.
+        shape: How many elements each step has.
+        there: Strides and first element in the target.
+        here: Strides and first element in the checkpoint's tensor.
+    """
+
+    target: str
+    shape: tuple[int, ...]
+    there: tuple[tuple[int, ...], int]
+    here: tuple[tuple[int, ...], int]
+
+    def views(self, target: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The elements in the target, and in the checkpoint's tensor; both are contiguous."""
+        return self._view(target, self.there), self._view(values, self.here)
+
+    def _view(self, tensor: Tensor, place: tuple[tuple[int, ...], int]) -> Tensor:
+        return tensor.as_strided(self.shape, place[0], tensor.storage_offset() + place[1])
+
+
+@dataclass(frozen=True)
 class Scattered:
     """A tensor of a checkpoint whose elements lie in several places, or in no regular order.
 
@@ -73,16 +97,37 @@ class Scattered:
         name: The checkpoint's tensor.
         shape: Its shape.
         parts: By the module's tensor, (n,) positions in it and (n,) the positions of the same elements here.
+        pieces: Its elements, where they lie in regular steps; then there are no parts.
     """
 
     name: str
     shape: tuple[int, ...]
-    parts: Mapping[str, tuple[Tensor, Tensor]]
+    parts: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The module's tensors that it is put into."""
+        return tuple(dict.fromkeys([*self.parts, *(piece.target for piece in self.pieces)]))
+
+    def positions(self, target: str) -> tuple[Tensor, Tensor]:
+        """(n,) positions in one of the module's tensors, and (n,) the positions of the same elements here."""
+        if target in self.parts:
+            return self.parts[target]
+        pairs = [
+            (_positions(one.shape, one.there), _positions(one.shape, one.here))
+            for one in self.pieces
+            if one.target == target
+        ]
+        return torch.cat([there for there, _ in pairs]), torch.cat([here for _, here in pairs])
 
     def put(self, values: Tensor, state: Mapping[str, Tensor]) -> None:
         """Write the values of the checkpoint's tensor into the module's tensors."""
         for target, (there, here) in self.parts.items():
             state[target].view(-1)[there.to(values.device)] = values.reshape(-1)[here.to(values.device)]
+        for piece in self.pieces:
+            into, taken = piece.views(state[piece.target], values.contiguous())
+            into.copy_(taken)
 
     def take(self, tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """The values of the checkpoint's tensor in tensors of the module's names; zero where there is none."""
@@ -90,7 +135,19 @@ class Scattered:
         for target, (there, here) in self.parts.items():
             if target in tensors:
                 values[here.to(values.device)] = tensors[target].reshape(-1)[there.to(values.device)]
+        for piece in self.pieces:
+            if piece.target in tensors:
+                taken, into = piece.views(tensors[piece.target].contiguous(), values)
+                into.copy_(taken)
         return values.view(self.shape)
+
+
+def _positions(shape: tuple[int, ...], place: tuple[tuple[int, ...], int]) -> Tensor:
+    """(n,) of elements in regular steps."""
+    strides, found = place[0], torch.tensor(place[1])
+    for length, step in zip(shape, strides, strict=True):
+        found = found.unsqueeze(-1) + torch.arange(length) * step
+    return found.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -190,7 +247,7 @@ def _check_complete(module: nn.Module, names: Names, shapes: Shapes, aliases: Ma
             nearest(left[0], list(state)),
         )
     filled = {id(state[place.target]) for place in names.places.values()}
-    filled |= {id(state[target]) for one in names.scattered.values() for target in one.parts}
+    filled |= {id(state[target]) for one in names.scattered.values() for target in one.targets}
     computed = getattr(module, "_keys_to_ignore_on_load_missing", None) or ()  # by transformers, such as sinusoids
     for name in names.missing:
         tensor = state[name]
@@ -341,17 +398,20 @@ class _Spot:
     Args:
         place: The number of the target, and strides (None: the whole) and offset in it; None if there is no such view.
         parts: By the number of the target, positions in it and in the member.
+        pieces: Pieces, each with the number of its target.
     """
 
     place: tuple[int, tuple[int, ...] | None, int] | None = None
     parts: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pieces: tuple[tuple[int, Piece], ...] = ()
 
     def named(self, name: str, shape: tuple[int, ...], targets: Sequence[str]) -> Place | Scattered:
         """Of a member and the targets of one layer."""
         if self.place is not None:
             target, stride, offset = self.place
             return Place(name, targets[target], shape, stride, offset)
-        return Scattered(name, shape, {targets[number]: pair for number, pair in self.parts.items()})
+        pieces = tuple(replace(piece, target=targets[number]) for number, piece in self.pieces)
+        return Scattered(name, shape, {targets[number]: pair for number, pair in self.parts.items()}, pieces)
 
 
 def _spots(module: nn.Module, target: str, group: _Group, shapes: Shapes) -> list[_Spot]:
@@ -379,40 +439,36 @@ def _traced(module: nn.Module, target: str, group: _Group, shapes: Sequence[tupl
         name: Traced.of(number, shape) for number, (name, shape) in enumerate(zip(group.members, shapes, strict=True))
     }
     made = list(_run(module, target, group, stored).values())
-    parts: list[list[tuple[Box, tuple[int, ...], int, int]]] = [[] for _ in shapes]
-    begin = 0
+    parts: list[list[tuple[Box, tuple[int, ...], int]]] = [[] for _ in shapes]
     for number, tensor in enumerate(made):
         if not isinstance(tensor, Traced):
             raise UntracedError("a tensor of its own making")
         for box in tensor.boxes:
-            parts[box.source].append((box, tuple(tensor.shape), begin, number))
-        begin += tensor.numel()
-    lengths = [tensor.numel() for tensor in made]
-    kinds = [tuple(tensor.shape) for tensor in made]
-    return [_placed(shape, own, kinds, lengths) for shape, own in zip(shapes, parts, strict=True)]
+            parts[box.source].append((box, tuple(tensor.shape), number))
+    return [_placed(shape, own) for shape, own in zip(shapes, parts, strict=True)]
 
 
-def _placed(
-    shape: tuple[int, ...],
-    parts: Sequence[tuple[Box, tuple[int, ...], int, int]],
-    shapes: Sequence[tuple[int, ...]],
-    lengths: Sequence[int],
-) -> _Spot:
-    """Of the boxes that hold a member's numbers."""
-    size = math.prod(shape)
-    if sum(box.size for box, *_ in parts) != size or not size:
+def _placed(shape: tuple[int, ...], parts: Sequence[tuple[Box, tuple[int, ...], int]]) -> _Spot:
+    """Of the boxes that hold a member's numbers, each with its target's shape and number."""
+    if not math.prod(shape) or not covers([box for box, *_ in parts], math.prod(shape)):
         raise UntracedError("numbers that are left out or taken twice")
     if len(parts) == 1:
-        ((box, target, _, number),) = parts
+        ((box, target, number),) = parts
         view = view_of(shape, box, target)
         if view is not None:
             strides, offset = view
             whole = shape == target and strides == contiguous(shape) and offset == 0
             return _Spot((number, None if whole else strides, offset))
-    places = positions([part[:3] for part in parts], size)
-    if bool((places < 0).any()):
-        raise UntracedError("numbers that are left out or taken twice")
-    return _spot(places.view(shape), shapes, lengths)
+    return _Spot(pieces=tuple((number, _piece(box, target)) for box, target, number in parts))
+
+
+def _piece(box: Box, target: tuple[int, ...]) -> Piece:
+    steps = contiguous(target)
+    begin = sum(side.start * step for side, step in zip(box.sides, steps, strict=True))
+    here = tuple(side.step for side in box.sides)
+    if any(step < 0 for step in here):
+        raise UntracedError("numbers in reverse order")
+    return Piece("", tuple(side.length for side in box.sides), (steps, begin), (here, box.offset))
 
 
 def _counted(module: nn.Module, target: str, group: _Group, shapes: Shapes) -> list[_Spot]:
