@@ -22,7 +22,8 @@ from ecotone.fitness.kinds import NamedCall
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of
 from ecotone.merging.inner_products import region_borders
-from ecotone.merging.models import architectures, tokenizers
+from ecotone.merging.models import architectures, depth, tokenizers
+from ecotone.merging.models.checkpoint import unread
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import names_of
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
@@ -205,6 +206,9 @@ def _models(sources: Sources) -> Iterator[Finding]:
     tensors, blocks = len(layout.tensors), len(layout.blocks)
     yield Finding("models", f"{', '.join(sources.names)}: same names, shapes and types")
     yield Finding("layout", f"{layout.size:,} parameters, {tensors} tensors, {blocks} blocks, {_kinds(layout)}")
+    for model in (sources.origin, *sources.experts):
+        if text := unread(model.path):
+            yield Finding(f"files of {model.name}", f"Warning: {text}")
     if layout.aliases:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
 
@@ -212,7 +216,13 @@ def _models(sources: Sources) -> Iterator[Finding]:
 def _architecture(sources: Sources) -> Iterator[Finding]:
     """Fit the checkpoints into the module that their configuration names, without its weights."""
     module = architectures.outline(sources.origin)
-    names = names_of(module, sources.layout)
+    depths = depth.differences(module, (*sources.layout.parameters, *sources.layout.buffers))
+    try:
+        names = names_of(module, sources.layout)
+    except InputError as error:
+        if not depths:
+            raise
+        raise InputError(str(depths[0]), f"Correct it in {sources.origin.path}. ({error.message})") from error
     converted = sum(not place.whole for place in names.places.values()) + len(names.scattered)
     text = f"{type(module).__name__}: a place for {len(names.places) + len(names.scattered):,} tensors"
     yield Finding(
@@ -227,6 +237,8 @@ def _architecture(sources: Sources) -> Iterator[Finding]:
             else ("tensors that the architecture does not load: they are")
         )
         yield Finding("not loaded", f"{len(unused):,} {them} merged and exported like the others ({few})")
+    for one in depths:
+        yield Finding("layers", f"Warning: {one}")
 
 
 def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:

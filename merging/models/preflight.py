@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ecotone.merging.models import refused
 from ecotone.merging.models.layout import Layout, is_vocabulary, natural
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.populations.errors import CheckpointError
@@ -34,8 +35,28 @@ def check(checkpoints: Sequence[Model]) -> Layout:
     expected = {**layout.parameters, **layout.buffers}
     for other in checkpoints[1:]:
         theirs = Layout.of(other)
-        _compare(first, expected, other, {**theirs.parameters, **theirs.buffers})
+        try:
+            _compare(first, expected, other, {**theirs.parameters, **theirs.buffers})
+        except CheckpointError as error:
+            raise _explained(first, other, error) from error
     return layout
+
+
+def _explained(first: Model, other: Model, error: CheckpointError) -> CheckpointError:
+    """With the fields of two configurations that explain why tensors differ, if there are any."""
+    ours, theirs = first.config or {}, other.config or {}
+    families = ours.get("model_type"), theirs.get("model_type")
+    if None not in families and families[0] != families[1]:
+        return CheckpointError(
+            f"The models are of other families: model_type is {families[0]!r} in {_label(first)} and {families[1]!r} "
+            f"in {_label(other)}.",
+            f"Models of one merge must be of one family. ({error.message})",
+        )
+    if ours.get("num_hidden_layers") != theirs.get("num_hidden_layers"):
+        both = ((first, ours), (other, theirs))
+        counts = [f"{config.get('num_hidden_layers')} in {model.name!r}" for model, config in both]
+        return CheckpointError(f"{error.message} Their num_hidden_layers: {', '.join(counts)}.", error.remedy)
+    return error
 
 
 def _compare(first: Model, expected: Mapping[str, TensorInfo], other: Model, found: Mapping[str, TensorInfo]) -> None:
@@ -56,6 +77,9 @@ def _compare(first: Model, expected: Mapping[str, TensorInfo], other: Model, fou
                 "Choose with the option vocabulary: 'base' cuts all to the base's rows, 'union' gives all as many as "
                 "the largest has.",
             )
+        if ours.shape != theirs.shape and (0,) in (ours.shape, theirs.shape):
+            label = _label(first if ours.shape == (0,) else other)
+            raise CheckpointError(f"{label}: {refused.ungathered(name, 1)}.", refused.GATHER)
         if ours.shape != theirs.shape:
             raise _differ(
                 f"tensor {name!r} has shape {ours.shape} in {_label(first)} and {theirs.shape} in {_label(other)}"
