@@ -206,9 +206,9 @@ def _models(sources: Sources) -> Iterator[Finding]:
     tensors, blocks = len(layout.tensors), len(layout.blocks)
     yield Finding("models", f"{', '.join(sources.names)}: same names, shapes and types")
     yield Finding("layout", f"{layout.size:,} parameters, {tensors} tensors, {blocks} blocks, {_kinds(layout)}")
-    for model in (sources.origin, *sources.experts):
-        if text := unread(model.path):
-            yield Finding(f"files of {model.name}", f"Warning: {text}")
+    for path, name in {model.path: model.name for model in (sources.origin, *sources.experts)}.items():
+        if text := unread(path):
+            yield Finding(f"files of {name}", f"Warning: {text}")
     if layout.aliases:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
 

@@ -121,11 +121,12 @@ def _remedy(checkpoint: Model, kind: str) -> str:
             "All of its tensors are of floating-point numbers: if the weights were dequantised, remove the field from "
             "config.json."
         )
+    save = f"m.save_pretrained('{to}', save_original_format=False)"  # transformers would quantise them again
     if kind == "bitsandbytes":
-        command = f"{load}); m.dequantize().save_pretrained('{to}')"
+        command = f"{load}); m = m.dequantize(); {save}"
         return f'{_OWN}; or dequantise it (pip install bitsandbytes accelerate): python -c "{command}"'
     if kind in _WAYS_BACK:
-        command = f"{load}, quantization_config=t.{_WAYS_BACK[kind]}(dequantize=True)); m.save_pretrained('{to}')"
+        command = f"{load}, quantization_config=t.{_WAYS_BACK[kind]}(dequantize=True)); {save}"
         more = "compressed-tensors accelerate" if kind == "compressed-tensors" else "accelerate"
         return f'{_OWN}; or dequantise it (pip install {more}): python -c "{command}"'
     if kind in ("gptq", "awq"):
