@@ -238,7 +238,8 @@ def _architecture(sources: Sources) -> Iterator[Finding]:
         )
         yield Finding("not loaded", f"{len(unused):,} {them} merged and exported like the others ({few})")
     for one in depths:
-        yield Finding("layers", f"Warning: {one}")
+        if one.stored > one.made:
+            yield Finding("layers", f"Warning: {one}")
 
 
 def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:

@@ -57,7 +57,8 @@ def differences(module: nn.Module, names: Iterable[str]) -> list[Depth]:
     targets = [name for name in module_names(module, names) if not any(re.search(one, name) for one in unread)]
     found = []
     for path, layers in module.named_modules():
-        if not isinstance(layers, nn.ModuleList) or re.search(r"\.\d+\.", path) or not layers[:1].state_dict():
+        listed = type(layers) is nn.ModuleList and len(layers) > 0 and not re.search(r"\.\d+\.", path)
+        if not listed or not next(iter(layers.children())).state_dict():
             continue
         pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
         stored = max((int(one[1]) + 1 for one in map(pattern.search, targets) if one), default=0)
