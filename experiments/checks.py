@@ -206,6 +206,9 @@ def _models(sources: Sources) -> Iterator[Finding]:
     tensors, blocks = len(layout.tensors), len(layout.blocks)
     yield Finding("models", f"{', '.join(sources.names)}: same names, shapes and types")
     yield Finding("layout", f"{layout.size:,} parameters, {tensors} tensors, {blocks} blocks, {_kinds(layout)}")
+    copied = [name for name, info in layout.buffers.items() if info.dtype.is_complex]
+    if copied:
+        yield Finding("complex tensors", f"not merged but copied from {sources.origin.name}: {', '.join(copied)}")
     for path, name in {model.path: model.name for model in (sources.origin, *sources.experts)}.items():
         if text := unread(path):
             yield Finding(f"files of {name}", f"Warning: {text}")

@@ -67,6 +67,8 @@ class TestTypes:
             assert tensors["codes"].dtype == buffer.dtype
             assert torch.equal(tensors["codes"].view(torch.uint8), buffer.view(torch.uint8))
         assert set(sources.layout.buffers) == {"codes"}
+        told = {one.subject: one.text for one in _models(sources)}.get("complex tensors")
+        assert told == ("not merged but copied from a: codes" if buffer.is_complex() else None)
 
     def test_a_type_that_torch_has_not_is_named(self, tmp_path):
         header = json.dumps({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
