@@ -23,8 +23,8 @@ from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of
 from ecotone.merging import companions
 from ecotone.merging.inner_products import region_borders
-from ecotone.merging.models import architectures, configs, tokenizers, vocabulary
-from ecotone.merging.models.checkpoint import located
+from ecotone.merging.models import architectures, configs, depth, tokenizers, vocabulary
+from ecotone.merging.models.checkpoint import located, unread
 from ecotone.merging.models.layout import Layout, natural
 from ecotone.merging.models.matching import Renamed
 from ecotone.merging.models.names import names_of
@@ -214,6 +214,12 @@ def _models(sources: Sources) -> Iterator[Finding]:
     apart = [model for model in (sources.origin, *sources.experts) if isinstance(model, Renamed)]
     for model in {id(model): model for model in apart}.values():
         yield Finding("names", f"{model.name}: read as {model.change}")
+    copied = [name for name, info in layout.buffers.items() if info.dtype.is_complex]
+    if copied:
+        yield Finding("complex tensors", f"not merged but copied from {sources.origin.name}: {', '.join(copied)}")
+    for path, name in {model.path: model.name for model in (sources.origin, *sources.experts)}.items():
+        if text := unread(path):
+            yield Finding(f"files of {name}", f"Warning: {text}")
     if layout.aliases:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
 
@@ -221,13 +227,22 @@ def _models(sources: Sources) -> Iterator[Finding]:
 def _architecture(sources: Sources) -> Iterator[Finding]:
     """Fit the checkpoints into the module that their configuration names, without its weights."""
     module = architectures.outline(sources.configured)
-    names = names_of(module, sources.layout)
+    depths = depth.differences(module, (*sources.layout.parameters, *sources.layout.buffers))
+    try:
+        names = names_of(module, sources.layout)
+    except InputError as error:
+        if not depths:
+            raise
+        raise InputError(str(depths[0]), f"Correct it in {sources.origin.path}. ({error.message})") from error
     converted = sum(not place.whole for place in names.places.values()) + len(names.scattered)
     text = f"{type(module).__name__}: a place for {len(names.places) + len(names.scattered):,} tensors"
     yield Finding(
         "architecture", text + (f", {converted:,} of them converted as transformers does" if converted else "")
     )
     yield from _not_loaded(sources, names.unused)
+    for one in depths:
+        if one.stored > one.made:
+            yield Finding("layers", f"Warning: {one}")
 
 
 def _not_loaded(sources: Sources, unused: Sequence[str]) -> Iterator[Finding]:

@@ -67,9 +67,10 @@ def resolve(path: str, field: str = "call") -> Callable[..., Any]:
         function = reduce(getattr, attribute.split("."), module)
     except AttributeError as error:
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        origin = getattr(module, "__file__", None) or ", ".join(getattr(module, "__path__", ()))
         raise InputError(
             f"{field}: {'file' if is_file else 'module'} {place!r} has no {attribute!r} (of {path!r}).",
-            nearest(attribute, known),
+            nearest(attribute, known) if known else f"It was found at {origin}, and has no functions.",
         ) from error
     if not callable(function):
         raise InputError(f"{field}: expected a function at {path!r}, found {type(function).__name__}.")

@@ -711,7 +711,25 @@ def _loaded(options: LmEvalSettings, where: str) -> Any:
     if options.shots is not None or fixed is None:
         task.set_config(key="num_fewshot", value=options.shots or 0)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    _check_shots(task, options, where)
     return task
+
+
+def _check_shots(task: Any, options: LmEvalSettings, where: str) -> None:
+    """Refuse more solved examples than lm-eval can draw. A document is none of its own where both are of one split."""
+    documents = getattr(getattr(task, "sampler", None), "df", None)
+    count = task.get_config("num_fewshot") or 0
+    if not count or not documents:
+        return
+    own = task.fewshot_cfg.split == task.get_config("test_split")
+    most = len(documents) - own
+    if count > most:
+        besides = " besides the one that is asked" if own else ""
+        raise InputError(
+            f"{where}: shots: expected at most {most}, as {options.task!r} has {most} documents to draw from{besides}, "
+            f"found {count}.",
+            f"Give shots: {most}, or fewer.",
+        )
 
 
 def _entry(options: LmEvalSettings, where: str) -> tuple[Any, Any]:
@@ -787,7 +805,8 @@ def _not_loaded(error: Exception, config: Mapping[str, Any], name: str, where: s
     found = f"{type(error).__name__}: {' '.join(str(error).split())}"
     passed = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
     if "datasets" not in passed:
-        return f"{where}: task: {name!r} cannot be loaded ({found}).", ""
+        remedy = "Is a choice or a text of its first documents empty?" if isinstance(error, IndexError) else ""
+        return f"{where}: task: {name!r} cannot be loaded by lm-eval ({found}).", remedy
     arguments = ", ".join(repr(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key))
     message = f"{where}: task: the dataset ({arguments}) of {name!r} cannot be loaded ({found})."
     if "data_files" in (config.get("dataset_kwargs") or {}):

@@ -21,8 +21,10 @@ from ecotone.merging.companions import companions
 from ecotone.merging.kernel.lazy import formed
 from ecotone.merging.kernel.materialise import Mixture, mix
 from ecotone.merging.models.checkpoint import DTYPES, INDEX, SINGLE
-from ecotone.merging.models.layout import MERGEABLE, OUTPUT_EMBEDDINGS, Layout, tied_embedding, untied
+from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, tied_embedding, untied
 from ecotone.merging.models.model import Model, TensorInfo
+from ecotone.merging.models.refused import MERGEABLE
+from ecotone.merging.placement import apart
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.genome import Genome
@@ -237,8 +239,9 @@ def _renamed(target: Path, nbytes: int) -> Iterator[Path]:
         raise InputError(f"{target}: its directory {target.parent} does not exist.", "Create it first.")
     free = shutil.disk_usage(target.parent).free
     if nbytes > free:
+        wanted, found = apart(nbytes, free)
         raise InputError(
-            f"{target}: expected {nbytes / 1e9:.2f} GB of free disk, found {free / 1e9:.2f} GB.",
+            f"{target}: expected {wanted} of free disk, found {found}.",
             "Free some space or export to another disk.",
         )
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")

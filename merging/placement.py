@@ -125,9 +125,9 @@ def _check(field: str, what: str, needs: Needs, placement: Placement, free: Free
         (free.host, total.host, "in main memory"),
     ):
         if not _takes(available, taken):
+            wanted, found = apart(taken, available or 0)
             raise InputError(
-                f"{field}: expected {readable(taken)} {place} for each worker ({what}), "
-                f"found {readable(available or 0)} free.",
+                f"{field}: expected {wanted} {place} for each worker ({what}), found {found} free.",
                 remedy,
             )
 
@@ -136,14 +136,20 @@ def _takes(free: int | None, needed: int, share: float = 1.0) -> bool:
     return free is None or needed <= share * free
 
 
-def readable(count: float) -> str:
-    """A number of bytes in decimal units."""
+def readable(count: float, digits: int = 1) -> str:
+    """A number of bytes in decimal units, with as many digits after the point."""
     size = float(count)
     for unit in ("bytes", "KB", "MB", "GB"):
         if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.{digits}f} {unit}"
         size /= 1000
-    return f"{size:.1f} TB"
+    return f"{size:.{digits}f} TB"
+
+
+def apart(needed: float, found: float) -> tuple[str, str]:
+    """Two numbers of bytes that differ, in decimal units, with as many digits as it takes to see that they differ."""
+    texts = [(readable(needed, digits), readable(found, digits)) for digits in range(1, 13)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[0])
 
 
 # -- free main memory on Linux -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -662,7 +663,9 @@ Change: TypeAlias = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 def saved(family, folder, change: Change | None = None):
     """A random base and two experts in three folders; ``change`` gives the tensors that their files hold."""
-    kind = getattr(transformers, family.model)
+    kind = getattr(transformers, family.model, None)
+    if kind is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {family.model}")
     torch.manual_seed(0)
     model = kind(kind.config_class(**family.arguments)).eval()
     paths = [folder / name for name in ("base", "a", "b")]
@@ -689,9 +692,21 @@ def opened(name, folder, change: Change | None = None, saved_as: Callable[[str],
     return Case(sources, genome, family.inputs(config), saved_as)
 
 
+OLD_NAMES = {
+    "LayerNorm.weight": "LayerNorm.gamma",
+    "LayerNorm.bias": "LayerNorm.beta",
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
+
+
 def of_either(tensors, name, case):
-    """What transformers saved of the tensor ``name``, or of one that is tied to it."""
+    """What transformers saved of the tensor ``name``, or of one that is tied to it.
+
+    transformers 5.0 saves old names of what it has loaded under new ones.
+    """
     twins = [alias for alias, kept in case.sources.layout.aliases.items() if kept == name]
+    twins += [name.replace(new, old) for new, old in OLD_NAMES.items() if name.endswith(new)]
     return next(tensors[key] for key in map(case.saved_as, (name, *twins)) if key in tensors)
 
 
@@ -755,7 +770,7 @@ def check(case, folder):
 def check_names(found, case):
     """The module without its weights has the same places, and no tensor of the checkpoints is left out."""
     layout = case.sources.layout
-    assert list(_architecture(case.sources))
+    assert {"architecture"} <= {one.subject for one in _architecture(case.sources)} <= {"architecture", "not loaded"}
     outlined = names_of(architectures.outline(case.sources.origin), layout)
     assert (found.places, found.unused, found.missing) == (outlined.places, outlined.unused, outlined.missing)
     assert found.scattered.keys() == outlined.scattered.keys()

@@ -113,6 +113,7 @@ def test_a_files_name_clashes_with_nothing(tmp_path: Path) -> None:
         ("def score(): ...", "metric.py:score", ["no such file", "metric.py", "Did you mean 'metrics.py'?"]),
         ("def score(): ...", "metrics.py:scor", ["has no 'scor'", "Did you mean 'score'?"]),
         ("number = 3", "metrics.py:number", ["expected a function", "found int"]),
+        ("number = 3", "metrics.py:score", ["has no 'score'", "metrics.py, and has no functions"]),
         ("def score(): ...", "metrics.py:", ["expected 'package.module:function' or './file.py:function'"]),
         ("\n\nraise KeyError('a')", "metrics.py:score", ["metrics.py, line 3", "raised KeyError: 'a'"]),
         ("def f():\n  return 1/0\nf()", "metrics.py:score", ["metrics.py, line 2", "raised ZeroDivisionError"]),

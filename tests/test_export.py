@@ -190,7 +190,7 @@ def test_an_empty_directory_is_filled(tmp_path):
 
 def test_a_full_disk_is_refused_before_anything_is_written(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(export.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(InputError, match="GB of free disk"):
+    with pytest.raises(InputError, match="of free disk, found 10 bytes"):
         export_file(sources, genome_of(sources), tmp_path / "merged.safetensors", {})
 
 

@@ -508,7 +508,7 @@ def test_a_task_is_described_without_a_model(folder):
         ({"filter": "strict"}, "filter: expected one that 'colours' has .none., found 'strict'"),
         ({"folder": "no/such"}, "expected a folder of task files, found none at 'no/such'"),
         ({"part": "rest", "limit": 23}, "limit: expected fewer than the 23 documents"),
-        ({"shots": 9}, "the requests of 'colours' cannot be built .*ample"),
+        ({"shots": 9}, r"shots: expected at most \d+, as 'colours' has \d+ documents to draw from.*, found 9"),
         ({"max_length": 2}, "expected continuations of 1 to 2 tokens"),
         ({"task": "guessed", "max_length": 6}, "generates up to 6 tokens, and the model takes 6"),
     ],

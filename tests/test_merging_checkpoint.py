@@ -151,7 +151,7 @@ def test_missing_shard_is_named(tmp_path):
 def test_shard_without_the_tensor_the_index_promises(tmp_path):
     directory = sharded(tmp_path / "model", tiny())
     save_file({"other": torch.zeros(1)}, directory / "model-00001-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match="which is not in it"):
+    with pytest.raises(CheckpointError, match=r"no 'layers\.0\.bias' in its shards .the first of 2 such tensors"):
         Checkpoint.open(directory)
 
 
@@ -226,16 +226,6 @@ def test_sources_refuse_what_does_not_fit(tmp_path):
         Sources.open([path, path], names=["x", "x"])
     assert Sources.open([path, path, path]).names == ("a", "a-2", "a-3")
     assert Sources.open([path, path], names=["x", "y"]).names == ("x", "y")
-
-
-def test_quantised_checkpoints_are_refused(tmp_path):
-    save_file({"x": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match="unquantised"):
-        Sources.open([tmp_path / "a.safetensors"])
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"bits": 4}}))
-    save_file({"x": torch.zeros(4), "packed": torch.zeros(4, dtype=torch.uint8)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="quantised"):
-        Sources.open([tmp_path])
 
 
 def test_broken_config_is_named(tmp_path):

@@ -140,6 +140,7 @@ class TestStackedTensors:
         assert first.target == tenth.target == "model.layers.0.mlp.experts.down_proj"
         assert tenth.offset == 10 * first.offset
 
+    @pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="saves them one by one as it has them")
     def test_checkpoints_may_hold_them_stacked(self, tmp_path):
         def stacked(tensors):
             rest = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
@@ -181,7 +182,7 @@ class TestSplitTensors:
         targets = [f"model.layers.0.{part}" for part in parts]
         shapes = {name: shape for name, shape in shapes.items() if name not in targets}
         shapes["model.layers.0.self_attn.qkv.weight"] = (32, 96)
-        converter = WeightConverter("self_attn.qkv.weight", parts, [Transpose(0, 1), Chunk(dim=0)])
+        converter = WeightConverter("self_attn.qkv.weight", parts, operations=[Transpose(0, 1), Chunk(dim=0)])
         monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [converter])
 
         (one,) = fitted(module, shapes).scattered.values()
@@ -241,7 +242,7 @@ class TestRefusals:
                 return {name: 2 * (one[0] if isinstance(one, list) else one) for name, one in made.items()}
 
         shapes = stored("llama", tmp_path)
-        converter = WeightConverter("self_attn.o_proj.weight", "self_attn.o_proj.weight", [Doubled(0, 1)])
+        converter = WeightConverter("self_attn.o_proj.weight", "self_attn.o_proj.weight", operations=[Doubled(0, 1)])
         monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [converter])
         with pytest.raises(InputError, match="expected a conversion that moves the numbers"):
             fitted(outline("llama"), shapes)

@@ -11,11 +11,14 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ecotone.extras import how_to_install
+from ecotone.merging.models.checkpoint import check_index
 from ecotone.merging.models.configs import GENERATION
 from ecotone.merging.models.model import Model
-from ecotone.populations.errors import InputError, told
+from ecotone.populations.errors import InputError, sentence, told
 
-_REMEDY = "Give the architecture as a function (package.module:function) that returns the module."
+OLDEST = 5
+"""The first major version of transformers whose conversions of checkpoints are followed."""
+_REMEDY = "Give the architecture as a function that returns the module: architecture: {call: package.module:function}."
 
 _CHOICES = "Choose the config of 'base' or 'first' (models.config)."
 
@@ -26,7 +29,9 @@ def named(checkpoint: Model) -> str:
     Raises:
         InputError: It names none.
     """
-    names = (checkpoint.config or {}).get("architectures") or []
+    config = checkpoint.config or {}
+    nested = config.get("text_config")  # transformers 4 wrote there what class some vision-language models are of
+    names = config.get("architectures") or (nested.get("architectures") if isinstance(nested, dict) else None)
     if not names:
         raise InputError(
             f"architecture: 'auto' needs a config.json that names its architectures, found none in {checkpoint.path}.",
@@ -35,18 +40,40 @@ def named(checkpoint: Model) -> str:
     return str(names[0])
 
 
-def _class_of(checkpoint: Model) -> Any:
-    """Transformers' class of that name."""
-    name = named(checkpoint)
+def _transformers() -> Any:
+    """The package.
+
+    Raises:
+        InputError: It is not installed, or too old.
+    """
     try:
         import transformers
     except ImportError as error:
         raise InputError("architecture: 'auto' needs transformers.", f"`{how_to_install('hf')}`.") from error
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        version = transformers.__version__
+    if int(transformers.__version__.split(".")[0]) < OLDEST:
         raise InputError(
-            f"architecture: transformers {version} has no {name!r}, which {checkpoint.path} names.", _REMEDY
+            f"architecture: 'auto' needs transformers {OLDEST} or newer, found {transformers.__version__}, which loads "
+            "some checkpoints otherwise.",
+            f"`{how_to_install('hf')}`. Or {_REMEDY[0].lower()}{_REMEDY[1:]}",
+        )
+    return transformers
+
+
+def _class_of(checkpoint: Model) -> Any:
+    """Transformers' class of that name."""
+    name = named(checkpoint)
+    transformers = _transformers()
+    try:
+        kind = getattr(transformers, name, None)
+    except Exception as error:  # of the imports of any family
+        raise InputError(f"architecture: {name} of transformers cannot be imported: {told(error)}.") from error
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        config = checkpoint.config or {}
+        own = " Its own code (auto_map) is never run." if config.get("auto_map") else ""
+        raise InputError(
+            f"architecture: transformers {transformers.__version__} has no {name!r} (model_type "
+            f"{config.get('model_type')!r}), which {checkpoint.path} names.{own}",
+            f"Install a transformers that has it. Or {_REMEDY[0].lower()}{_REMEDY[1:]}",
         )
     return kind
 
@@ -55,15 +82,19 @@ def outline(checkpoint: Model) -> nn.Module:
     """The module that ``auto`` makes of a checkpoint, without memory for its weights.
 
     Raises:
-        InputError: There is no ``config.json``, or transformers is not installed, lacks the class, or cannot make it.
+        InputError: There is no ``config.json``, or transformers is not installed, is too old, lacks the class, or
+            cannot make it; or the index of the checkpoint's shards lacks what transformers reads.
     """
     kind = _class_of(checkpoint)
+    check_index(checkpoint.files)
     try:
         config = kind.config_class.from_pretrained(checkpoint.files, local_files_only=True)
         with torch.device("meta"):
             module = kind(config)
             if checkpoint.rows is not None:
                 module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
+        if hasattr(module, "tie_weights"):
+            module.tie_weights()  # transformers 5.0 does not where there is no memory
     except Exception as error:  # of the code of any family
         raise InputError(
             f"architecture: {kind.__name__} cannot be made of the config.json in {checkpoint.path}: {told(error)}.",
@@ -81,14 +112,21 @@ def loaded(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
         dtype: Floating-point type of its tensors; None for that of the configuration.
 
     Raises:
-        InputError: There is no ``config.json``, or transformers is not installed or lacks the class.
+        InputError: There is no ``config.json``, or transformers is not installed, is too old, lacks the class, or
+            cannot load the checkpoint.
     """
-    import transformers
-
     kind = _class_of(checkpoint)
-    option = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
-    with _no_progress_bars(transformers):
-        module = kind.from_pretrained(checkpoint.files, local_files_only=True, **{option: dtype or "auto"})
+    check_index(checkpoint.files)
+    with _no_progress_bars(_transformers()):
+        try:
+            module = kind.from_pretrained(checkpoint.files, local_files_only=True, dtype=dtype or "auto")
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of the code of any family
+            raise InputError(
+                f"architecture: {kind.__name__} of transformers cannot load {checkpoint.path}: {sentence(told(error))}",
+                _REMEDY,
+            ) from error
         if checkpoint.rows is not None:
             module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
     assert isinstance(module, nn.Module)
@@ -172,11 +210,6 @@ def _default_type(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _version(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ecotone.merging.models import hub
 from ecotone.merging.models.model import TensorInfo, mergekit_place
-from ecotone.populations.errors import CheckpointError
+from ecotone.populations.errors import CheckpointError, told
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -36,7 +37,17 @@ DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
+_OF_NEWER_TORCH = {
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+DTYPES |= {name: getattr(torch, kind) for name, kind in _OF_NEWER_TORCH.items() if hasattr(torch, kind)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -218,6 +229,11 @@ def read_header(path: Path) -> Shard:
                 raise _corrupt(path, f"the header should take {length} bytes and the file has {size}")
             text = file.read(length)
     except OSError as error:
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"{path}: expected a file, found a link that leads nowhere ({path.readlink()}).",
+                "Download or copy the model again.",
+            ) from error
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror or error}).", "Check the file and its permissions."
         ) from error
@@ -241,8 +257,9 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[TensorInfo,
     start, stop = (int(offset) for offset in entry["data_offsets"])
     if entry["dtype"] not in DTYPES:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has the type {entry['dtype']}; expected one of {', '.join(DTYPES)}.",
-            "Convert the checkpoint to bfloat16 or float32.",
+            f"{path}: tensor {name!r} has the type {entry['dtype']}, which torch {torch.__version__} cannot read; "
+            f"expected one of {', '.join(DTYPES)}.",
+            "Give the checkpoint in bfloat16 or float32; types of fewer than 8 bits are those of quantised weights.",
         )
     return TensorInfo(tuple(int(extent) for extent in entry["shape"]), DTYPES[entry["dtype"]]), start, stop
 
@@ -259,7 +276,7 @@ def located(path: str | Path) -> Path:
     Raises:
         CheckpointError: There is no such file (the nearest name is given), or the hub does not give the repository.
     """
-    place = Path(path).expanduser()
+    place = hub.snapshot(Path(path).expanduser())
     if place.exists():
         return place
     siblings = sorted(p.name for p in place.parent.iterdir()) if place.parent.is_dir() else []
@@ -353,25 +370,113 @@ def _directory_shards(path: Path) -> tuple[Shard, ...]:
 
 
 def _indexed_shards(path: Path) -> tuple[Shard, ...]:
+    weight_map = _weight_map(path)
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise CheckpointError(
+                f"{path / INDEX}: expected shards beside the index or in folders beside it, found {file!r}.",
+                "Move them there and write their names into the index.",
+            )
+    missing = [file for file in files if not (path / file).is_file()]
+    if missing:
+        raise _missing_shards(path, weight_map, missing)
+    shards = tuple(read_header(path / file) for file in files)
+    stored = {name for shard in shards for name in shard.tensors}
+    lacking = sorted(weight_map.keys() - stored)
+    if lacking:
+        raise CheckpointError(
+            f"{path}: expected the tensors that {INDEX} names, found no {lacking[0]!r} in its shards"
+            f"{_and_more(len(lacking), 'tensor')}. Is the index one of another save?",
+            "Download or export the model again.",
+        )
+    return shards
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """By the tensor, the file that the index of a directory names."""
     try:
         weight_map: dict[str, str] = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise TypeError("a file's name is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _corrupt(path / INDEX, f"its weight_map cannot be read ({type(error).__name__}: {error})") from error
-    for file in files:
-        if Path(file).name != file:
-            raise CheckpointError(f"{path / INDEX}: expected shards beside the index, found {file!r}.")
-        if not (path / file).is_file():
-            raise CheckpointError(
-                f"{path}: the shard {file!r}, named in {INDEX}, is missing.", "Download or export the model again."
-            )
-    shards = tuple(read_header(path / file) for file in files)
-    for shard in shards:
-        expected = {name for name, file in weight_map.items() if file == shard.path.name}
-        lacking = sorted(expected - set(shard.tensors))
-        if lacking:
-            raise _corrupt(shard.path, f"{INDEX} says it holds {lacking[0]!r}, which is not in it")
-    return shards
+        raise CheckpointError(
+            f"{path / INDEX}: expected a JSON object whose weight_map gives the file of each tensor ({told(error)}).",
+            "Download or export the model again.",
+        ) from error
+    return weight_map
+
+
+def _missing_shards(path: Path, weight_map: Mapping[str, str], missing: Sequence[str]) -> CheckpointError:
+    """Of shards that an index names: were they renamed, or never written?"""
+    message = f"{path}: the shard {missing[0]!r}, named in {INDEX}, is missing{_and_more(len(missing), 'shard')}"
+    held, renamed = {}, {}
+    for file in _unread(path):
+        with suppress(CheckpointError):  # it may be no model
+            held[file] = read_header(path / file).tensors.keys()
+    for shard in missing:
+        wanted = {name for name, place in weight_map.items() if place == shard}
+        found = [file for file, names in held.items() if wanted and wanted <= names]
+        if found:
+            renamed[shard] = found[0]
+    if not renamed:
+        return CheckpointError(f"{message}.", "Download or export the model again.")
+    shard, file = next(iter(renamed.items()))
+    rest = "" if len(renamed) == len(missing) else " Others were not found under any name: download the model again."
+    return CheckpointError(
+        f"{message}, and {file!r} beside it holds its tensors.", f"Rename {file} to {shard}, and so on.{rest}"
+    )
+
+
+def _and_more(count: int, noun: str) -> str:
+    return "" if count == 1 else f" (the first of {count} such {noun}s)"
+
+
+def _unread(path: Path) -> list[str]:
+    """Names of safetensors files of a directory that opening it does not read; none where it has one form alone."""
+    if (path / SINGLE).is_file():
+        read = {SINGLE}
+    elif (path / INDEX).is_file():
+        read = set(_weight_map(path).values())
+    else:
+        return []
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    return [file for file in files if file not in read and file != ADAPTER and not file.startswith("consolidated")]
+
+
+def unread(model: Path) -> str:
+    """Words on safetensors files of a model's directory that are not read; empty where there is none.
+
+    An index beside ``model.safetensors`` is not, as with transformers; nor is a shard that the index does not name.
+    """
+    files = _unread(model) if model.is_dir() else []
+    if not files:
+        return ""
+    few = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    return f"{SINGLE if (model / SINGLE).is_file() else INDEX} is read; not read: {few}"
+
+
+def check_index(path: Path) -> None:
+    """Refuse a directory whose index of shards has no ``metadata``, which transformers reads and we do not.
+
+    Raises:
+        CheckpointError: It has none. The message has a command that adds it.
+    """
+    index = path / INDEX
+    if not path.is_dir() or (path / SINGLE).is_file() or not index.is_file():
+        return
+    metadata = json.loads(index.read_text("utf-8")).get("metadata")
+    if not isinstance(metadata, dict):
+        found = "none" if metadata is None else f"a {type(metadata).__name__}"
+        code = (
+            f"import json, pathlib; p = pathlib.Path({str(index)!r}); "
+            "p.write_text(json.dumps(dict(json.loads(p.read_text()), metadata={})))"
+        )
+        raise CheckpointError(
+            f"{index}: metadata: expected an object, without which transformers does not load the shards, "
+            f"found {found}.",
+            f'Add an empty one: python -c "{code}"',
+        )
 
 
 def _config(directory: Path | None) -> dict[str, Any] | None:

@@ -97,7 +97,7 @@ def opened(path: str | Path, base: Model | None = None, field: str = "base") -> 
             say all that a model must.
         CheckpointError: It cannot be read, or it is of no format.
     """
-    place = str(path)
+    place = _in_cache(path)
     kind = format_of(place)
     if kind is None:
         return Checkpoint.open(place)  # says what it is and how it is converted
@@ -109,13 +109,20 @@ def opened(path: str | Path, base: Model | None = None, field: str = "base") -> 
 
 def opened_whole(path: str | Path) -> Model:
     """Open a model that needs no other model, such as a base. Raises the errors of ``opened``."""
-    kind = format_of(str(path))
+    kind = format_of(_in_cache(path))
     if kind is not None and kind.needs_base:
         raise CheckpointError(
             f"{path}: expected a full model, found a {kind.title}.",
             "Give it as an expert beside its base, or merge it into its base first and give the result.",
         )
     return opened(path)
+
+
+def _in_cache(path: str | Path) -> str:
+    """A path, or the snapshot where it is a repository's folder in the hub's cache."""
+    place = Path(path).expanduser()
+    found = hub.snapshot(place)
+    return str(path) if found is place else str(found)
 
 
 def format_of(path: str) -> Format | None:

@@ -82,6 +82,31 @@ def located(text: str) -> Path:
     return directory
 
 
+def snapshot(path: Path) -> Path:
+    """The snapshot that the folder of a repository in the hub's cache (``models--organisation--name``) means.
+
+    It is that of the branch ``main``, or the only one. Any other path is returned as it is.
+
+    Raises:
+        CheckpointError: There are several, and none is that of ``main``; or there is none.
+    """
+    folder = path / "snapshots"
+    if not path.name.startswith("models--") or not folder.is_dir():
+        return path
+    main = path / "refs" / "main"
+    if main.is_file() and (folder / main.read_text("utf-8").strip()).is_dir():
+        return folder / main.read_text("utf-8").strip()
+    found = sorted(one for one in folder.iterdir() if one.is_dir())
+    if len(found) == 1:
+        return found[0]
+    organisation, _, name = path.name.removeprefix("models--").partition("--")
+    few = ", ".join(str(one) for one in found[:3]) or "none"
+    raise CheckpointError(
+        f"{path}: expected one snapshot or that of the branch main in this folder of the hub's cache, found {few}.",
+        f"Give one of them, or the repository's name: {organisation}/{name}" if name else "Give one of them.",
+    )
+
+
 def name_of(path: Path) -> str:
     """The repository's name when a path is one of the cache's snapshots (or in one), or an empty string."""
     for place in (path, path.parent):

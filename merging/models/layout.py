@@ -3,7 +3,7 @@
 The order is part of the meaning of a genome, so it is fixed: floating-point tensors in the natural order of
 their names (runs of digits compare as numbers, so ``layers.2`` comes before ``layers.10``), each tensor flattened
 in row-major order. It does not depend on the order in a file or on how the model was sharded. Tied weights appear
-once; integer and bool tensors, and empty ones, are buffers: they are not merged but copied from the base (or from
+once; integer, bool, complex and empty tensors are buffers: they are not merged but copied from the base (or from
 the first expert). Floating-point buffers (running means of batch normalisation) are merged like parameters. A recipe
 may have others copied, too (``ecotone.merging.models.matching``).
 """
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from ecotone.merging.kernel.lazy import formed
+from ecotone.merging.models import refused
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.genome import Integers
 
-MERGEABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INPUT_EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
 _AT_ONCE = 2**24  # elements of tied tensors that are compared in one step
@@ -41,7 +41,8 @@ class Layout:
 
     Args:
         parameters: By name in flat order, the shape of each tensor and its type in the model that the layout is of.
-        buffers: By name, integer, bool and empty tensors, and those of ``kept``, which are copied and not merged.
+        buffers: By name, integer, bool, complex and empty tensors, and those of ``kept``, which are copied and not
+            merged.
         aliases: By name, the tensor that takes the place of a tied one.
         kept: Names of floating-point tensors that are copied, as the recipe or the module asks for it.
     """
@@ -66,9 +67,9 @@ class Layout:
             dropped: Names of tensors that are left out.
 
         Raises:
-            CheckpointError: The weights are quantised, or there is nothing to merge.
+            CheckpointError: The weights are quantised, or of one process of several, or there is nothing to merge.
         """
-        _refuse_quantised(checkpoint)
+        refused.check(checkpoint)
         aliases = _aliases(checkpoint)
         parameters: dict[str, TensorInfo] = {}
         buffers: dict[str, TensorInfo] = {}
@@ -177,15 +178,6 @@ def block_of(name: str) -> str:
         if component.isdigit():
             return ".".join(components[: index + 1])
     return ".".join(components[: max(1, min(2, len(components) - 1))])
-
-
-def _refuse_quantised(checkpoint: Model) -> None:
-    remedy = "Give the unquantised checkpoint (bfloat16, float16 or float32)."
-    if checkpoint.config and checkpoint.config.get("quantization_config"):
-        raise CheckpointError(f"{checkpoint.path}: its config.json says that the weights are quantised.", remedy)
-    for name, info in checkpoint.tensors.items():
-        if info.dtype.is_floating_point and info.dtype not in MERGEABLE:
-            raise CheckpointError(f"{checkpoint.path}: tensor {name!r} has the type {info.dtype}.", remedy)
 
 
 def _aliases(checkpoint: Model) -> dict[str, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -214,6 +214,12 @@ def names_of(module: nn.Module, layout: Layout) -> Names:
     return fitted(module, shapes, layout.aliases)
 
 
+def module_names(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """The module's names of tensors of a checkpoint, whether or not the module has them."""
+    registry = _Registry(module, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+    return [registry.target(name)[0] for name in names]
+
+
 def untie(module: nn.Module, names: Names, aliases: Mapping[str, str]) -> None:
     """Give each tensor of a checkpoint memory of its own in a module that has one tensor for two of them.
 
@@ -306,7 +312,7 @@ class _Registry:
         try:
             from transformers import PreTrainedModel, core_model_loading
             from transformers.conversion_mapping import get_model_conversion_mapping
-        except ImportError:  # no transformers, or one before 5: checkpoints have the names of modules
+        except ImportError:  # no transformers, or one before 5, whose checkpoints have the names of modules
             return
         if not isinstance(module, PreTrainedModel):
             return
@@ -388,6 +394,7 @@ def _run(module: nn.Module, target: str, group: _Group, tensors: Mapping[str, Te
         raise InputError(
             f"architecture: transformers cannot convert {', '.join(group.members)} of the checkpoints: {told(error)}."
         ) from error
+    made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 gives errors beside it
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 

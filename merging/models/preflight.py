@@ -6,10 +6,12 @@ model (the base) unless others are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from ecotone.merging.models import refused
 from ecotone.merging.models.layout import Layout, is_vocabulary, natural
 from ecotone.merging.models.matching import Apart
 from ecotone.merging.models.model import Model, TensorInfo
@@ -36,12 +38,35 @@ def check(checkpoints: Sequence[Model], apart: Apart = _NOTHING) -> Layout:
     layout = Layout.of(first, apart.kept, apart.dropped)
     expected = _compared(layout, apart)
     for other in checkpoints[1:]:
-        _compare(first, expected, other, _compared(Layout.of(other, {}, apart.dropped), apart))
+        with _explained(first, other):
+            _compare(first, expected, other, _compared(Layout.of(other, {}, apart.dropped), apart))
     return layout
 
 
 def _compared(layout: Layout, apart: Apart) -> dict[str, TensorInfo]:
     return {name: info for name, info in {**layout.parameters, **layout.buffers}.items() if name not in apart.kept}
+
+
+@contextmanager
+def _explained(first: Model, other: Model) -> Iterator[None]:
+    """Add to an error the fields of two configurations that explain why tensors differ, if there are any."""
+    try:
+        yield
+    except CheckpointError as error:
+        ours, theirs = first.config or {}, other.config or {}
+        families = ours.get("model_type"), theirs.get("model_type")
+        if None not in families and families[0] != families[1]:
+            raise CheckpointError(
+                f"The models are of other families: model_type is {families[0]!r} in {_label(first)} and "
+                f"{families[1]!r} in {_label(other)}.",
+                f"Models of one merge must be of one family. ({error.message})",
+            ) from error
+        if ours.get("num_hidden_layers") != theirs.get("num_hidden_layers"):
+            both = ((first, ours), (other, theirs))
+            counts = [f"{config.get('num_hidden_layers')} in {model.name!r}" for model, config in both]
+            text = f"{error.message} Their num_hidden_layers: {', '.join(counts)}."
+            raise CheckpointError(text, error.remedy) from error
+        raise
 
 
 def _compare(first: Model, expected: Mapping[str, TensorInfo], other: Model, found: Mapping[str, TensorInfo]) -> None:
@@ -62,6 +87,9 @@ def _compare(first: Model, expected: Mapping[str, TensorInfo], other: Model, fou
                 "Choose with the option vocabulary: 'base' cuts all to the base's rows, 'union' gives all as many as "
                 "the largest has.",
             )
+        if ours.shape != theirs.shape and (0,) in (ours.shape, theirs.shape):
+            label = _label(first if ours.shape == (0,) else other)
+            raise CheckpointError(f"{label}: {refused.ungathered(name, 1)}.", refused.GATHER)
         if ours.shape != theirs.shape:
             raise _differ(
                 f"tensor {name!r} has shape {ours.shape} in {_label(first)} and {theirs.shape} in {_label(other)}"
