@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 import transformers
+from every_class import CannotBeMadeError, classes, fit
 from families import FAMILIES, check, opened, run_through
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -51,13 +52,53 @@ def tried(name: str) -> str | None:
 
 def main() -> int:
     rows = {name: tried(name) for name in sorted(FAMILIES)}
-    PAGE.write_text(HEADER + "".join(f"{text}\n" for text in rows.values() if text) + CANNOT, "utf-8")
     failed = [name for name, text in rows.items() if text is None]
+    others, unmade = every_type()
+    page = [HEADER, *(f"{text}\n" for text in rows.values() if text), OTHERS.format(fitting=len(others))]
+    page += [f"| {key} | {reason} |\n" for key, reason in unmade.items()]
+    PAGE.write_text("".join([*page, CANNOT]), "utf-8")
     print(f"{len(rows) - len(failed)} families in {PAGE}; failed: {', '.join(failed) or 'none'}")
     return bool(failed)
 
 
+def every_type() -> tuple[list[str], dict[str, str]]:
+    """Model types whose names fit, and for those that cannot be made here the reason. Raises where names do not fit."""
+    fitting, unmade = [], {}
+    for key, name in classes().items():
+        reason = unmade_because(key, name)
+        if reason is None:
+            fitting.append(key)
+        else:
+            unmade[key] = reason
+    return fitting, unmade
+
+
+def unmade_because(key: str, name: str) -> str | None:
+    try:
+        names, saved = fit(name)
+    except CannotBeMadeError as error:
+        return str(error).replace("|", "/")
+    if names.unused or {*names.places, *names.scattered} != saved:
+        raise AssertionError(f"{key}: names do not fit")
+    return None
+
+
+OTHERS = """
+## Names of every model type
+
+Of {fitting} model types of transformers, one class each, at the sizes of their default configurations and without weights,
+each tensor that transformers saves has its place in the module. These types could not be made here:
+
+| model type | reason |
+| --- | --- |
+"""
 CANNOT = """
+## What cannot be merged by `architecture: auto`
+
+- Models whose code is in their own repository (`auto_map`): that code is never run. Give the architecture as a function.
+- Models of a type that the installed transformers does not know.
+- Quantised checkpoints. `validate` says the kind, and the command that undoes it.
+- Models of several parts that are saved in folders of their own, such as pipelines of diffusers. Merge each part.
 """
 
 if __name__ == "__main__":
