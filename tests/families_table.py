@@ -86,8 +86,8 @@ def unmade_because(key: str, name: str) -> str | None:
 OTHERS = """
 ## Names of every model type
 
-Of {fitting} model types of transformers, one class each, at the sizes of their default configurations and without weights,
-each tensor that transformers saves has its place in the module. These types could not be made here:
+Of {fitting} model types of transformers, one class each, at the sizes of their default configurations and without
+weights, each tensor that transformers saves has its place in the module. These types could not be made here:
 
 | model type | reason |
 | --- | --- |
@@ -95,7 +95,8 @@ each tensor that transformers saves has its place in the module. These types cou
 CANNOT = """
 ## What cannot be merged by `architecture: auto`
 
-- Models whose code is in their own repository (`auto_map`): that code is never run. Give the architecture as a function.
+- Models whose code is in their own repository (`auto_map`): that code is never run. Give the architecture as a
+  function.
 - Models of a type that the installed transformers does not know.
 - Quantised checkpoints. `validate` says the kind, and the command that undoes it.
 - Models of several parts that are saved in folders of their own, such as pipelines of diffusers. Merge each part.
