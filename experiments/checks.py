@@ -22,8 +22,9 @@ from ecotone.fitness.kinds import NamedCall
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of
 from ecotone.merging.inner_products import region_borders
-from ecotone.merging.models import architectures, tokenizers
+from ecotone.merging.models import architectures, lora_bases, tokenizers
 from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.lora import adapters_in
 from ecotone.merging.models.names import names_of
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
 from ecotone.merging.sources import Sources
@@ -99,6 +100,7 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
         return
     spec, sources = composition.spec, composition.sources
     yield from _models(sources)
+    yield from _adapters(sources)
     if spec.architecture == "auto":
         yield from _architecture(sources)
     yield from _language(spec, sources)
@@ -207,6 +209,12 @@ def _models(sources: Sources) -> Iterator[Finding]:
     yield Finding("layout", f"{layout.size:,} parameters, {tensors} tensors, {blocks} blocks, {_kinds(layout)}")
     if layout.aliases:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
+
+
+def _adapters(sources: Sources) -> Iterator[Finding]:
+    """The base of each adapter. Refuses one that was trained on other weights."""
+    for adapter in (one for expert in sources.experts for one in adapters_in(expert)):
+        yield Finding(f"adapter {adapter.name}", lora_bases.check(adapter).text)
 
 
 def _architecture(sources: Sources) -> Iterator[Finding]:

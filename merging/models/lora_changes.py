@@ -180,7 +180,7 @@ class Elements:
         there, here = positions(self.spot, self.target)
         _, rows, columns = self.update.shape(weights)
         expert, rest = there // (rows * columns), there % (rows * columns)
-        for one in expert.unique().tolist():
+        for one in sorted(set(expert.tolist())):
             chosen = torch.nonzero(expert == one).view(-1)
             row, column = rest[chosen] // columns, rest[chosen] % columns
             left, right = self.update.factors(weights, out.dtype, one)

@@ -209,7 +209,8 @@ class _Reader:
         """Note a tensor that takes the place of the base's. PEFT loads the plain name where it has written two."""
         plain = _plain(key)
         if ".modules_to_save." in key and any(
-            other != key and _plain(other) == plain and ".modules_to_save." not in other for other in self.stored.tensors
+            other != key and _plain(other) == plain and ".modules_to_save." not in other
+            for other in self.stored.tensors
         ):
             return
         target = self._known(plain, key)
@@ -314,7 +315,7 @@ class _Reader:
         found = self.stored.tensors[magnitude]
         if found.size != expected:
             raise CheckpointError(
-                f"{self.stored.path}: tensor {magnitude!r}: expected {expected} numbers, found the shape {found.shape}.",
+                f"{self.stored.path}: tensor {magnitude!r}: expected {expected} numbers, found shape {found.shape}.",
                 "Save or download the adapter again.",
             )
 
@@ -339,8 +340,8 @@ class _Reader:
         listed = isinstance(chosen, list) and all(isinstance(one, int) and 0 <= one < shape[0] for one in chosen)
         if not listed or name is None or found != (len(set(chosen or ())), *shape[1:]):
             raise CheckpointError(
-                f"{self.stored.path}: tensor {key!r} has shape {found}; expected a row of {target.name!r}, {shape}, for "
-                f"each number of trainable_token_indices in {ADAPTER_CONFIG}, found {chosen}.",
+                f"{self.stored.path}: tensor {key!r} has shape {found}; expected a row of {target.name!r}, {shape}, "
+                f"for each number of trainable_token_indices in {ADAPTER_CONFIG}, found {chosen}.",
                 "Do the two files belong together, and to this base?",
             )
         if name in self.changes:
@@ -357,12 +358,11 @@ class _Reader:
             group = [kept, *(name for name, place in self.aliases.items() if place == kept)]
             changed = [name for name in group if name in self.changes]
             stored = [name for name in group if name in self.kept]
-            if changed == [kept] and kept in self.rows and not stored:
-                continue
             if not changed and not stored:
                 continue
             alike = len(stored) > 1 and stored[0] == kept and all(self._same(kept, name) for name in stored)
-            if changed or not (alike or self.settings.get("ensure_weight_tying")):
+            tied = alike or bool(self.settings.get("ensure_weight_tying"))
+            if not (self._same_rows(kept, changed) if changed else tied) or (changed and stored and not tied):
                 names = " and ".join(repr(name) for name in changed or stored)
                 raise CheckpointError(
                     f"{self.place}: the adapter changes {names}, and the base {self.base.name!r} has {kept!r} tied to "
@@ -370,11 +370,22 @@ class _Reader:
                     "Merge the adapter into an untied copy of the base (tie_word_embeddings: false), and untie all "
                     "models of the merge.",
                 )
-            self.kept.setdefault(kept, self.kept[stored[0]])
+            if stored:
+                self.kept.setdefault(kept, self.kept[stored[0]])
 
-    def _same(self, alias: str, kept: str) -> bool:
-        one, other = self.stored.flat(self.kept[alias].key), self.stored.flat(self.kept[kept].key)
-        return one.dtype == other.dtype and torch.equal(one, other)
+    def _same(self, kept: str, alias: str) -> bool:
+        return self._equal(self.kept[kept].key, self.kept[alias].key)
+
+    def _same_rows(self, kept: str, changed: list[str]) -> bool:
+        """Whether all that is changed of tied tensors are the same rows of them, the first's at least."""
+        if kept not in changed or not all(name in self.rows for name in changed):
+            return False
+        tokens = [one.tokens for name in changed for one in self.changes[name] if isinstance(one, Rows)]
+        return len(set(tokens)) == 1 and all(self._equal(self.rows[kept], self.rows[name]) for name in changed)
+
+    def _equal(self, key: str, other: str) -> bool:
+        one, two = self.stored.flat(key), self.stored.flat(other)
+        return one.dtype == two.dtype and torch.equal(one, two)
 
     # -- names, ranks and scales ---------------------------------------------------------------------------
 
