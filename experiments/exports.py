@@ -17,8 +17,9 @@ from ecotone.experiments.storage import on_this_machine
 from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Batch, SerialPool
 from ecotone.fitness.worker import open_sources
-from ecotone.merging.export import RECORD, export_directory, export_file, export_plain_directory
-from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.adapters import MergedAdapter, merged_adapter
+from ecotone.merging.export import RECORD, export_adapter, export_directory, export_file, export_plain_directory
+from ecotone.merging.models.checkpoint import Checkpoint, is_adapter
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
 from ecotone.populations import facts
@@ -69,6 +70,40 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
         return export_directory(sources, trial.genome, target, card, record, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     return export_plain_directory(sources, trial.genome, target, card, record, dtype)
+
+
+def export_lora(run: Run, member: int | str, to: str | Path, rank: int | None = None) -> MergedAdapter:
+    """Write a member that is a merge of adapters as an adapter of their base.
+
+    Args:
+        run: The run.
+        member: A trial's number, or ``best``.
+        to: A new directory, for what PEFT loads, the model card and the record ``ecotone.json``.
+        rank: The highest rank of a module's update; None for as many as the merge has.
+
+    Returns:
+        The adapter, with its errors by module and notes on who takes it.
+
+    Raises:
+        EcotoneError: There is no such member, the models are gone, the target is in the way, or the merge is no
+            adapter.
+    """
+    target = on_this_machine(to, "to")
+    if target.suffix in (".safetensors", ".yaml", ".yml"):
+        raise InputError(f"{target}: expected a directory, as adapters are stored.")
+    trial = run.trial(member)
+    scored = run.scored(trial.number)
+    recipe = _recipe(run)
+    sources, _ = _opened(recipe)
+    merged = merged_adapter(sources, trial.genome, rank)
+    record = {
+        **_record(run, recipe, trial, scored),
+        "operator": operator_record(sources.tuned(trial.genome).operator),
+        "models": models_record(sources),
+        "adapter": merged.record(),
+    }
+    export_adapter(merged, target, sources.tokenizer, model_card(record, scored, sources), record)
+    return merged
 
 
 def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = False) -> MergekitMerge:
@@ -195,6 +230,9 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
     made = [f"| {name} | {share:.4f} |" for name, share in zip(columns, shares, strict=True)]
     base = [] if sources.base is None else [f"Base model: {sources.base.name}.", ""]
     library = ["library_name: transformers"] if sources.origin.is_hugging_face else []
+    adapter = record.get("adapter")
+    if adapter is not None:
+        library, base = ["library_name: peft"], [*base, *adapter["notes"], ""]
     dense = ["Its parameters evolved from scratch; coefficients do not describe it.", ""]
     return "\n".join(
         [
@@ -271,7 +309,7 @@ def verify(path: str | Path) -> list[Comparison]:
     spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
     alone: dict[str, Any] = {
         "experts": (str(target),),
-        "base": None,
+        "base": spec.base if is_adapter(target) else None,
         "operator": "linear",
         "settings": {},
         "names": ("export",),

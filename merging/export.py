@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import save_file
 
+from ecotone.merging.adapters import MergedAdapter
 from ecotone.merging.kernel.materialise import Mixture, mix
 from ecotone.merging.models import tokenizers
-from ecotone.merging.models.checkpoint import DTYPES, INDEX, SINGLE
+from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, DTYPES, INDEX, SINGLE
 from ecotone.merging.models.layout import MERGEABLE
 from ecotone.merging.models.model import TensorInfo
 from ecotone.merging.sources import Sources
@@ -137,6 +139,36 @@ def export_file(
     writer = _Writer(sources.tuned(genome), sources.mixture(genome), _dtype(dtype))
     with _renamed(target, writer.nbytes) as partial:
         writer.write(partial, list(writer.entries), {"ecotone": json.dumps(record), **sources.layout.aliases})
+    return target
+
+
+def export_adapter(
+    merged: MergedAdapter, directory: str | Path, tokenizer: Path, card: str, record: Mapping[str, Any]
+) -> Path:
+    """Write a merge of adapters as an adapter that PEFT loads, with its card and its record.
+
+    Args:
+        merged: The adapter.
+        directory: The folder to write to. It must not exist or be empty.
+        tokenizer: The folder of the merge's tokenizer, which is copied if there is one.
+        card: The model card.
+        record: The history of the model.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: The target is not empty, or the disk is too full.
+    """
+    target = _empty(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _renamed(target, sum(tensor.nbytes for tensor in merged.tensors.values())) as partial:
+        partial.mkdir()
+        if tokenizer.is_dir():
+            _copy_tokenizer(tokenizer, partial)
+        _write_json(partial / ADAPTER_CONFIG, merged.config)
+        save_file(dict(merged.tensors), partial / ADAPTER, {"format": "pt"})
+        _describe(partial, card, record)
     return target
 
 

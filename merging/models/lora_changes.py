@@ -59,19 +59,23 @@ class Update:
 
     Args:
         module: PEFT's name of the module.
+        target: The module's tensor.
         a: Name of the stored (E r, C) factor; a convolution's has more axes.
         b: Name of the stored (R, r E) factor.
         scale: The number that the product is multiplied by.
         transposed: Whether the product is the tensor's transpose.
         experts: E.
+        parameter: Whether the tensor was chosen as a parameter, and not as the weight of a module.
     """
 
     module: str
+    target: str
     a: str
     b: str
     scale: float
     transposed: bool = False
     experts: int = 1
+    parameter: bool = False
 
     def rank(self, weights: Checkpoint) -> int:
         """r, for one expert."""
@@ -161,12 +165,10 @@ class Elements:
 
     Args:
         update: The update of the module's tensor.
-        target: The module's tensor.
         spot: Where the checkpoint's tensor lies in it.
     """
 
     update: Update
-    target: str
     spot: Place | Scattered
     replaces = False
 
@@ -177,7 +179,7 @@ class Elements:
     def over(self, before: Source, weights: Checkpoint, large: bool) -> Source:
         """The sum."""
         out = formed(before).to(kind_of(before.dtype), copy=True)
-        there, here = positions(self.spot, self.target)
+        there, here = positions(self.spot, self.update.target)
         _, rows, columns = self.update.shape(weights)
         expert, rest = there // (rows * columns), there % (rows * columns)
         for one in sorted(set(expert.tolist())):
@@ -303,10 +305,12 @@ class Rows:
     Args:
         key: Name of the stored (n, D) rows.
         tokens: (n,) the rows' numbers.
+        target: The module's tensor.
     """
 
     key: str
     tokens: tuple[int, ...]
+    target: str = ""
     replaces = False
 
     def info(self, before: TensorInfo, weights: Checkpoint) -> TensorInfo:

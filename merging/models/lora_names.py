@@ -87,6 +87,15 @@ class Targets:
         chosen = [name for name in names if any(name == one or name.endswith(f".{one}") for one in wanted)]
         return chosen, bool(getattr(place, "is_transposed", False))
 
+    def beside(self, name: str) -> list[Target]:
+        """All tensors of the module that has the tensor called ``name``, itself included."""
+        module = name.rpartition(".")[0]
+        names = [one for one in self._base.tensors if one.rpartition(".")[0] == module]
+        if not names:
+            known = self._module()
+            names = [] if known is None else [one for one in known.spots if one.rpartition(".")[0] == module]
+        return [target for one in names if (target := self.named(one)) is not None]
+
     def _module(self) -> _Known | None:
         if not self._base.is_hugging_face or self.failure is not None:
             return None

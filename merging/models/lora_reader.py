@@ -246,7 +246,7 @@ class _Reader:
         transposed = embedding or (stack_is_transposed if experts > 1 else bool(self.settings.get("fan_in_fan_out")))
         rank = self._rank(pattern, parts[first], experts)
         scale = self._scale(pattern, rank)
-        update = Update(module, parts[first], parts[second], scale, transposed, experts)
+        update = Update(module, target.name, parts[first], parts[second], scale, transposed, experts, parameter)
         self._check_product(update, rank, target, shape)
         self._check_magnitude(update, parts.get("magnitude"), target)
         for name, spot in target.spots.items():
@@ -260,7 +260,7 @@ class _Reader:
         if spot is None:
             return Added(update, tuple(Part(expert) for expert in range(update.experts)))
         parts = parts_of(spot, update.shape(self.stored)) if isinstance(spot, Place) else None
-        return Elements(update, target.name, spot) if parts is None else Added(update, parts)
+        return Elements(update, spot) if parts is None else Added(update, parts)
 
     def _target(self, module: str, key: str) -> tuple[Target, bool, bool]:
         """The tensor that a module's factors change; whether it was chosen as a parameter; whether it is (E, in, out).
@@ -347,7 +347,7 @@ class _Reader:
         if name in self.changes:
             raise refused(self.place, f"it changes {name!r} twice, by factors and by trained tokens")
         self.rows[name] = key
-        self.changes[name] = [Rows(key, tuple(chosen or ()))]
+        self.changes[name] = [Rows(key, tuple(chosen or ()), target.name)]
 
     # -- ties ----------------------------------------------------------------------------------------------
 

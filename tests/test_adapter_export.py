@@ -1,0 +1,236 @@
+"""Merges of adapters as adapters: PEFT loads them, and they are the merges that were scored."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from safetensors.torch import load_file
+from test_adapters import STACKS, base_of, trained
+
+from ecotone.merging.adapters import merged_adapter
+from ecotone.merging.export import export_adapter, export_directory
+from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.models.lora import Adapter
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+from ecotone.populations.genome import Genome
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def family(name, folder, *options, operator="task_arithmetic", **more):
+    """A base and adapters of PEFT's, opened; and the class of the model."""
+    kind = base_of(name, folder / "base", **{"tie_word_embeddings": False, **more})
+    for number, each in enumerate(options):
+        trained(kind, folder / "base", folder / f"a{number}", number, **{"target_modules": ["q_proj"], **each})
+    paths = [folder / f"a{number}" for number in range(len(options))]
+    return kind, Sources.open(paths, folder / "base", operator)
+
+
+def by_tensor(sources, seed=0):
+    """A genome of random coefficients for each tensor."""
+    rng = np.random.default_rng(seed)
+    size = (len(sources.layout.tensors), len(sources.operator.columns(sources.names)))
+    return Genome(sources.layout.tensor_borders, rng.normal(size=size))
+
+
+def anywhere(sources, seed=0, count=60):
+    """A genome of random coefficients between borders anywhere."""
+    rng = np.random.default_rng(seed)
+    borders = np.unique([0, *rng.integers(1, sources.layout.size, count), sources.layout.size])
+    return Genome(borders, rng.normal(size=(len(borders) - 1, len(sources.experts))))
+
+
+def uniform(sources, *coefficients):
+    return Genome.uniform(sources.layout.size, coefficients)
+
+
+def weights(sources, genome):
+    out = {name: torch.empty(info.shape) for name, info in sources.layout.parameters.items()}
+    sources.materialise([genome], [out])
+    return out
+
+
+def written(sources, genome, folder, rank=None):
+    merged = merged_adapter(sources, genome, rank)
+    export_adapter(merged, folder, sources.tokenizer, "card", {"adapter": merged.record()})
+    return merged
+
+
+def read_back(sources, folder):
+    """The tensors of an exported adapter on the base, as we read them."""
+    expert = Adapter.open(folder, Checkpoint.open(sources.base.path))
+    return {name: expert.tensor(name) for name in sources.layout.tensors}
+
+
+def loaded(kind, sources, folder):
+    """The weights that PEFT makes of it, as transformers saves them."""
+    model = peft.PeftModel.from_pretrained(kind.from_pretrained(sources.base.path), folder)
+    merged = folder.with_name("of-peft")
+    model.merge_and_unload().save_pretrained(merged)
+    return load_file(merged / "model.safetensors")
+
+
+def close(found, expected, tolerance=2e-6):
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+CASES = {
+    "llama": ("llama", [{"target_modules": ["q_proj", "down_proj"]}, {"target_modules": ["q_proj", "v_proj"], "r": 3}]),
+    "patterns": (
+        "llama",
+        [{"rank_pattern": {r"layers\.1\..*": 5}, "use_rslora": True}, {"alpha_pattern": {"q_proj": 9}}],
+    ),
+    "embeddings": ("llama", [{"target_modules": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens"]}]),
+    "whole": ("llama", [{"modules_to_save": ["lm_head", "norm"]}, {}]),
+    "tokens": ("llama", [{"trainable_token_indices": [3, 5]}, {"trainable_token_indices": [5, 60, 0]}]),
+    "biases": ("qwen2", [{"target_modules": ["q_proj", "o_proj"], "bias": "all"}, {"lora_bias": True}]),
+    "transposed": ("gpt2", [{"target_modules": ["c_attn"], "fan_in_fan_out": True}] * 2),
+    "gpt_neox": ("gpt_neox", [{"target_modules": ["query_key_value"]}, {"target_modules": ["dense", "embed_in"]}]),
+    "experts": ("qwen3_moe", [{"target_parameters": STACKS}, {"target_parameters": STACKS[1:]}]),
+    "other experts": ("qwen3_moe", [{"target_parameters": STACKS[:1]}, {"target_parameters": STACKS[1:]}]),
+    "stacks": ("gpt_oss", [{"target_parameters": STACKS}, {}]),
+    "old names of experts": ("mixtral", [{"target_parameters": STACKS}] * 2),
+    "qwen2_5_vl": ("qwen2_5_vl", [{"target_modules": "all-linear"}, {}]),
+    "vit": ("vit", [{"target_modules": ["projection", "q_proj"], "modules_to_save": ["classifier"]}, {"r": 1}]),
+    "bert": ("bert", [{"target_modules": ["query"]}, {"target_modules": ["query", "dense"]}]),
+    "split in the module": ("nomic_bert", [{"target_modules": "all-linear"}, {"target_modules": ["q_proj"]}]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_makes_of_it_the_merge_that_was_scored(tmp_path, case):
+    name, options = CASES[case]
+    kind, sources = family(name, tmp_path, *options)
+    genome = by_tensor(sources)
+    if case in ("split in the module", "experts", "other experts", "old names of experts"):
+        genome = uniform(sources, 0.7, -0.4)  # tensors that one of the module's takes together
+    expected = weights(sources, genome)
+    merged = written(sources, genome, tmp_path / "merged")
+    assert merged.exact
+    close(read_back(sources, tmp_path / "merged"), expected)
+    of_peft = loaded(kind, sources, tmp_path / "merged")
+    close(of_peft, {name: tensor for name, tensor in expected.items() if name in of_peft})
+    assert any(not torch.equal(expected[name], sources.base.tensor(name)) for name in expected)
+    assert len(set(expected) & set(of_peft)) >= len(expected) - 1
+
+
+def test_logits_are_those_of_the_full_export(tmp_path):
+    kind, sources = family(
+        "llama", tmp_path, {"target_modules": ["q_proj", "down_proj"]}, {"target_modules": ["v_proj"]}
+    )
+    genome = by_tensor(sources)
+    written(sources, genome, tmp_path / "merged")
+    export_directory(sources, genome, tmp_path / "full", "card", {})
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        full = kind.from_pretrained(tmp_path / "full")(tokens).logits
+        served = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "merged")(
+            tokens
+        ).logits
+    torch.testing.assert_close(served, full, rtol=1e-5, atol=2e-6)
+    config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert (config["r"], config["lora_alpha"]) == (2, 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"target_modules": ["q_proj", "embed_tokens", "down_proj"]}),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+        ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": STACKS}),
+        ("qwen3_moe", {"target_parameters": STACKS[:1]}),
+    ],
+)
+def test_borders_may_lie_anywhere(tmp_path, name, options, seed):
+    _, sources = family(name, tmp_path, options, options)
+    genome = anywhere(sources, seed)
+    expected = weights(sources, genome)
+    merged = written(sources, genome, tmp_path / "merged")
+    assert merged.exact
+    close(read_back(sources, tmp_path / "merged"), expected, 5e-6)
+
+
+def test_the_rank_is_the_sum_and_each_border_within_a_row_adds_one(tmp_path):
+    _, sources = family("llama", tmp_path, {"r": 2}, {"r": 3})
+    start = int(sources.layout.tensor_borders[sources.layout.tensors.index("model.layers.0.self_attn.q_proj.weight")])
+    size = sources.layout.size
+    at_row = Genome([0, start + 64, size], [[1, 0.5], [0.5, 1]])
+    within = Genome([0, start + 70, start + 75, size], [[1, 0.5], [0.5, 1], [0, 1]])
+    assert merged_adapter(sources, at_row).rank == 5
+    assert merged_adapter(sources, within).rank == 7
+    assert merged_adapter(sources, uniform(sources, 0, 1)).rank == 3
+
+
+def test_a_cut_is_the_best_of_its_rank_and_says_its_error(tmp_path):
+    _, sources = family("llama", tmp_path, {"r": 4}, {"r": 4})
+    genome = uniform(sources, 0.7, 0.6)
+    expected = weights(sources, genome)
+    merged = written(sources, genome, tmp_path / "merged", rank=3)
+    assert merged.rank == 3
+    found = read_back(sources, tmp_path / "merged")
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
+        delta = (expected[name] - sources.base.tensor(name)).double()
+        values = torch.linalg.svdvals(delta)
+        best = float(values[3:].square().sum().sqrt() / values.square().sum().sqrt())
+        error = float((found[name].double() - expected[name].double()).norm() / delta.norm())
+        assert merged.errors[name] == pytest.approx(best, rel=1e-4)
+        assert error == pytest.approx(best, rel=1e-4)
+    assert "Cut to rank 3" in merged.notes[0]
+    assert merged_adapter(sources, genome, rank=8).exact
+
+
+def test_dora_is_cut_and_not_exact(tmp_path):
+    _, sources = family("llama", tmp_path, {"use_dora": True}, {})
+    genome = uniform(sources, 0.5, 0.5)
+    with pytest.raises(InputError, match=r"DoRA adapter, which is of full rank\. Cut it to a rank"):
+        merged_adapter(sources, genome)
+    merged = written(sources, genome, tmp_path / "cut", rank=32)
+    assert max(merged.errors.values()) == 0
+    close(read_back(sources, tmp_path / "cut"), weights(sources, genome))
+    assert 0 < max(merged_adapter(sources, genome, rank=4).errors.values()) < 1
+
+
+def test_linear_merges_whose_coefficients_sum_to_one(tmp_path):
+    _, sources = family("llama", tmp_path, {}, {}, operator="linear")
+    genome = uniform(sources, 0.25, 0.75)
+    written(sources, genome, tmp_path / "merged")
+    close(read_back(sources, tmp_path / "merged"), weights(sources, genome))
+    with pytest.raises(InputError, match=r"sum to one, found 0\.9: it scales the base"):
+        merged_adapter(sources, uniform(sources, 0.4, 0.5))
+
+
+@pytest.mark.parametrize("operator", ["ties", "dare", "dare_ties"])
+def test_operators_that_change_the_experts(tmp_path, operator):
+    _, sources = family("llama", tmp_path, {}, {}, operator=operator)
+    columns = len(sources.operator.columns(sources.names))
+    with pytest.raises(InputError, match=f"merge.operator: '{operator}' changes the experts"):
+        merged_adapter(sources, uniform(sources, *[0.5] * columns))
+
+
+def test_full_models_among_the_experts(tmp_path):
+    kind = base_of("llama", tmp_path / "base")
+    trained(kind, tmp_path / "base", tmp_path / "a", target_modules=["q_proj"])
+    kind.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "full")
+    sources = Sources.open([tmp_path / "a", tmp_path / "full"], tmp_path / "base", "task_arithmetic")
+    with pytest.raises(InputError, match=r"found a full model, 'full'"):
+        merged_adapter(sources, uniform(sources, 0.5, 0.5))
+
+
+def test_who_serves_it(tmp_path):
+    _, plain = family("llama", tmp_path, {"r": 6}, {"r": 6})
+    assert merged_adapter(plain, uniform(plain, 1, 1)).notes[-1] == "vLLM takes it with --max-lora-rank 16."
+    (tmp_path / "other").mkdir()
+    _, saved = family("llama", tmp_path / "other", {"modules_to_save": ["lm_head"]}, {"bias": "all"})
+    assert "modules_to_save" in merged_adapter(saved, uniform(saved, 1, 1)).notes[-1]
+
+
+def test_every_family_of_the_table_is_known():
+    assert {name for name, _ in CASES.values()} <= set(FAMILIES)
