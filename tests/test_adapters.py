@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_tokens_that_the_configuration_does_not_number(tmp_path):
 
 def test_pieces_of_dora_have_the_bits_of_the_whole(tmp_path, monkeypatch):
     kind = base_of("llama", tmp_path / "base", tie_word_embeddings=False)
-    options = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
+    options: ClassVar = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
     trained(kind, tmp_path / "base", tmp_path / "a", **options)
     base = Checkpoint.open(tmp_path / "base")
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"):
@@ -293,7 +294,8 @@ def test_files_of_other_programs_adapters(tmp_path, name, message):
 class OfPeft(ModelSuite):
     """The suite of every model, over an adapter of PEFT's."""
 
-    family, options = "llama", {}
+    family: ClassVar[str] = "llama"
+    options: ClassVar[dict[str, object]] = {}
 
     @pytest.fixture
     def folder(self, tmp_path):
@@ -311,23 +313,23 @@ class OfPeft(ModelSuite):
 
 
 class TestDora(OfPeft):
-    options = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
+    options: ClassVar = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
 
 
 class TestTrainedTokens(OfPeft):
-    options = {"target_modules": ["q_proj"], "trainable_token_indices": [0, 9, 8, 63]}
+    options: ClassVar = {"target_modules": ["q_proj"], "trainable_token_indices": [0, 9, 8, 63]}
 
 
 class TestExperts(OfPeft):
     family = "qwen3_moe"
-    options = {"target_modules": ["q_proj"], "target_parameters": STACKS}
+    options: ClassVar = {"target_modules": ["q_proj"], "target_parameters": STACKS}
 
 
 class TestStacks(OfPeft):
     family = "gpt_oss"
-    options = {"target_modules": ["q_proj"], "target_parameters": STACKS}
+    options: ClassVar = {"target_modules": ["q_proj"], "target_parameters": STACKS}
 
 
 class TestElements(OfPeft):
     family = "nomic_bert"
-    options = {"target_modules": "all-linear"}
+    options: ClassVar = {"target_modules": "all-linear"}
