@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -410,9 +410,11 @@ def _export_lora(run: Run, member: int, to: Path, rank: int | None, as_json: boo
     from ecotone.experiments import report
     from ecotone.experiments.exports import export_lora
 
-    merged = export_lora(run, member, to, rank)
+    with users_code():
+        found = export_lora(run, member, to, rank)
+    merged = found.adapter
     if as_json:
-        print_json({"member": member, "path": str(to), **merged.record()})
+        print_json({"member": member, "path": str(to), **found.record()})
         return
     typer.echo(f"Member {member} is in {to}, an adapter. Check it with: ecotone verify {shlex.quote(str(to))}")
     for note in merged.notes:
@@ -420,6 +422,14 @@ def _export_lora(run: Run, member: int, to: Path, rank: int | None, as_json: boo
     if not merged.exact:
         worst = sorted(merged.errors.items(), key=lambda item: -item[1])
         report.console().print(report.lines([(name, f"relative error {error:.3g}") for name, error in worst]))
+    if found.scores is not None:
+        typer.echo("The adapter is not the member itself. It scores:")
+        rows = [
+            (f"{subset} {name}", f"{score:.6f}")
+            for subset, each in found.scores.items()
+            for name, score in each.items()
+        ]
+        report.console().print(report.lines(rows))
 
 
 def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool) -> None:
@@ -438,10 +448,11 @@ def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool)
         typer.echo(note)
     if merge.snap is not None:
         typer.echo(f"The file is not the member itself: {merge.snap}. It scores:")
-        rows = [
-            (f"{subset} {name}", f"{score:.6f}") for subset, named in scores.items() for name, score in named.items()
-        ]
-        report.console().print(report.lines(rows))
+        report.console().print(report.lines(_score_rows(scores)))
+
+
+def _score_rows(scores: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
+    return [(f"{subset} {name}", f"{score:.6f}") for subset, each in scores.items() for name, score in each.items()]
 
 
 @app.command("import-mergekit")

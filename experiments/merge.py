@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, model_validator
+from pydantic import ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -59,11 +59,15 @@ class Merge(Part):
             AdaMerging++. ``slerp`` goes from one of two models to the other. ``ecotone plugins`` lists all operators.
         dtype: The type that merged weights are rounded to, scored in and exported in. None means the type in which the
             experts are stored (float32 when there is an architecture and the experts mix types).
+        rank: The rank that the update of each module is cut to, by its singular values, before a merge of LoRA adapters
+            is scored: what is scored is then what is served as an adapter of that rank. None scores merges as they
+            are.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
     operator: str = "linear"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    rank: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod

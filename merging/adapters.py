@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,14 +28,18 @@ from ecotone.merging.models.layout import Layout, tied_embedding
 from ecotone.merging.models.lora import Adapter
 from ecotone.merging.models.lora_changes import Added, Change, Elements, Kept, Normed, Part, Rows, Shifted, Update
 from ecotone.merging.models.lora_names import Target, Targets
-from ecotone.merging.sources import Sources
+from ecotone.merging.models.model import Model
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome
+
+if TYPE_CHECKING:
+    from ecotone.merging.sources import Sources
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
 
 _AS_CHECKPOINT = "Export a checkpoint instead: leave the format out."
+_ROUNDING = 1e-9  # relative errors below it are those of float64
 _SUM = 1e-6  # how far weights over base and experts may be from a sum of one
 
 
@@ -55,6 +60,10 @@ class MergedAdapter:
     rank: int
     errors: Mapping[str, float]
     notes: tuple[str, ...]
+
+    def on(self, base: Model) -> Adapter:
+        """The adapter, in memory, on its base."""
+        return Adapter.of(self.tensors, self.config, base)
 
     @property
     def exact(self) -> bool:
@@ -105,6 +114,23 @@ def check_mergeable(sources: Sources) -> tuple[Adapter, ...]:
     return tuple(expert for expert in sources.experts if isinstance(expert, Adapter))
 
 
+def check_rank(sources: Sources) -> None:
+    """Refuse models or an operator whose merges are not all adapters, for searches that score merges of a rank.
+
+    Raises:
+        InputError: They are; the message says why.
+    """
+    experts = len(check_mergeable(sources))
+    operator = sources.operator
+    some = np.vstack([np.zeros(experts), np.eye(experts)])
+    if operator.geometry is not None or not operator.affine or (operator.weights(some).sum(axis=1) != 1).any():
+        raise InputError(
+            f"merge.rank: expected an operator whose weights over base and experts always sum to one, found "
+            f"{operator.name!r}: its merges of adapters are no adapters.",
+            "Use task_arithmetic.",
+        )
+
+
 @dataclass(eq=False)
 class _Group:
     """The updates that adapters make to the same tensors.
@@ -147,6 +173,7 @@ class _Product:
         kept = values[:rank]
         lost, whole = values[rank:].square().sum(), values.square().sum()
         error = 0.0 if float(whole) == 0 else math.sqrt(float(lost / whole))
+        error = 0.0 if error < _ROUNDING else error
         root = kept.sqrt()
         return _Product((q_left @ u[:, :rank]) * root, root[:, None] * (q_right @ v[:rank].T).T, error)
 
@@ -210,7 +237,7 @@ class _Merging:
         """Without tensors that the adapter stores and that are the base's: PEFT stores those of a changed embedding."""
         for change in changes:
             if isinstance(change, Kept) and change.spot is None:
-                stored, own = adapter.weights.flat(change.key), self.base.flat(name)
+                stored, own = adapter.weights.tensor(change.key).reshape(-1), self.base.flat(name)
                 if isinstance(own, Tensor) and stored.dtype == own.dtype and torch.equal(stored, own):
                     continue
             yield change
@@ -363,12 +390,12 @@ class _Merging:
 
     def merged(self) -> MergedAdapter:
         """The adapter."""
-        limit = self.rank
         products, errors = [], {}
         for group in self.groups:
             _, rows, columns = self._shape(group)
-            most = min(rows, columns) if limit is None else min(rows, columns, limit)
-            cut = [product.cut(most) for product in self._products(group)]
+            most = min(rows, columns) if self.rank is None else min(rows, columns, self.rank)
+            with _one_thread():
+                cut = [product.cut(most) for product in self._products(group)]
             products.append(cut)
             errors[group.target] = math.sqrt(sum(one.error**2 for one in cut) / len(cut))
         rank = max((one.rank for cut in products for one in cut), default=1) or 1
@@ -485,6 +512,17 @@ class _Merging:
             yield f"vLLM does not take it: its ranks end at {SERVED_RANKS[-1]}. Cut it with --rank {SERVED_RANKS[-1]}."
         else:
             yield f"vLLM takes it with --max-lora-rank {least}."
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Decompositions have other bits with other numbers of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _of_whole_rows(part: Part, columns: int) -> bool:

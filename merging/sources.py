@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ecotone.merging import operators
+from ecotone.merging.adapters import check_rank, merged_adapter
 from ecotone.merging.held import CPU, Held, as_rows
 from ecotone.merging.inner_products import gram_table, vectors_of
+from ecotone.merging.kernel.lazy import fill
 from ecotone.merging.kernel.materialise import SMALL, Mixture, Stretch, Transform, mix
 from ecotone.merging.memory import TUNED, Memory
 from ecotone.merging.models import formats, preflight, tokenizers
@@ -46,6 +48,7 @@ class Sources:
         base: The base model, if there is one. Operators that need no base take from it only integer buffers and,
             on export, the configuration and tokenizer.
         placement: The place where they are kept; no bit of a merge depends on it.
+        rank: The rank that the modules' updates of every merge of adapters are cut to; None for merges as they are.
     """
 
     def __init__(
@@ -55,11 +58,15 @@ class Sources:
         experts: Sequence[Model],
         base: Model | None = None,
         placement: Wish = "auto",
+        rank: int | None = None,
     ) -> None:
         self.layout = layout
         self.operator = operator
         self.experts: tuple[Model, ...] = tuple(declared(expert) for expert in experts)
         self.base: Model | None = None if base is None else declared(base)
+        self.rank = rank
+        if rank is not None:
+            check_rank(self)
         columns = len(operator.columns(self.names))
         self.memory: Memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
         """The memory that merging takes."""
@@ -77,6 +84,7 @@ class Sources:
         settings: Mapping[str, Any] | None = None,
         vocabulary: Vocabulary = "same",
         placement: Wish = "auto",
+        rank: int | None = None,
     ) -> Sources:
         """Open the models of a merge and check from their headers that they fit together.
 
@@ -90,6 +98,7 @@ class Sources:
             vocabulary: What to do with models of other vocabulary sizes: refuse them (``same``), cut them to the
                 base's, or take the ``union`` (``ecotone.merging.models.vocabulary``).
             placement: The place where the models are kept (``ecotone.merging.placement``).
+            rank: The rank that the modules' updates of every merge of adapters are cut to.
 
         Raises:
             InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.
@@ -109,7 +118,7 @@ class Sources:
         named = [expert.named(label) for expert, label in zip(opened, labels, strict=True)]
         models = fitted(([root] if root else []) + named, root, vocabulary)
         layout = preflight.check(models)
-        return cls(layout, operation, models[-len(named) :], models[0] if root else None, placement)
+        return cls(layout, operation, models[-len(named) :], models[0] if root else None, placement, rank)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -244,6 +253,10 @@ class Sources:
         if len(out) != len(mixtures):
             raise InputError(f"out: expected one mapping for each of {len(mixtures)} genomes, found {len(out)}.")
         targets = [self.layout.found_in(tensors) for tensors in out]
+        if self.rank is not None:
+            for genome, tensors in zip(genomes, targets, strict=True):
+                self._fill_cut(self.cut(genome), tensors)
+            return
         for tuned, members in self._groups(genomes):
             tuned._fill([mixtures[i] for i in members], [targets[i] for i in members])
 
@@ -254,6 +267,21 @@ class Sources:
             groups.setdefault(operators.tuned(self.operator, genome.parameters), []).append(index)
         for members in groups.values():
             yield self.tuned(genomes[members[0]]), members
+
+    def cut(self, genome: Genome) -> Model:
+        """A merge whose updates are cut to ``rank``: the base and the adapter that an export of it is.
+
+        Raises:
+            InputError: The merge is no adapter.
+        """
+        assert self.base is not None
+        return merged_adapter(self, genome, self.rank).on(self.base)
+
+    def _fill_cut(self, model: Model, targets: Sequence[Tensor]) -> None:
+        """Write a model into tensors in the order of the layout."""
+        with torch.no_grad():
+            for name, target in zip(self.layout.tensors, targets, strict=True):
+                fill(target, model.flat(name))
 
     def _fill(self, mixtures: Sequence[Mixture], targets: Sequence[Sequence[Tensor]]) -> None:
         """Write merges into tensors in the order of the layout."""
@@ -288,7 +316,7 @@ class Sources:
         buffer = torch.empty(len(mixtures), self.layout.size, dtype=dtype or self.layout.dtype, device=here)
         for tuned, members in self._groups(genomes):
             rows = [buffer[i] for i in members]
-            if tuned._matrix is not None:
+            if tuned._matrix is not None and self.rank is None:
                 mix(tuned._matrix, 0, [mixtures[i] for i in members], rows, self.large)
             else:
                 self.materialise([genomes[i] for i in members], [self.layout.views(row) for row in rows])

@@ -9,8 +9,13 @@ from families import FAMILIES
 from safetensors.torch import load_file
 from test_adapters import STACKS, base_of, trained
 
+from ecotone import launch
+from ecotone.experiments.exports import export, export_lora, verify
+from ecotone.experiments.mergekit import mergekit_config
+from ecotone.experiments.recipe import Recipe, apply_settings
 from ecotone.merging.adapters import merged_adapter
 from ecotone.merging.export import export_adapter, export_directory
+from ecotone.merging.gradient import Slopes
 from ecotone.merging.models.checkpoint import Checkpoint
 from ecotone.merging.models.lora import Adapter
 from ecotone.merging.sources import Sources
@@ -234,3 +239,113 @@ def test_who_serves_it(tmp_path):
 
 def test_every_family_of_the_table_is_known():
     assert {name for name, _ in CASES.values()} <= set(FAMILIES)
+
+
+# -- searches that score what is served ----------------------------------------------------------------------------
+
+
+def ranked(sources, rank):
+    return Sources.open([one.path for one in sources.experts], sources.base.path, "task_arithmetic", rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["norm"]}),
+        ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        ("qwen3_moe", {"target_parameters": STACKS}),
+    ],
+)
+def test_merges_are_cut_before_they_are_scored(tmp_path, name, options):
+    _, plain = family(name, tmp_path, options, options)
+    sources, genome = ranked(plain, 2), uniform(plain, 0.6, 0.9)
+    scored = weights(sources, genome)
+    assert any(not torch.equal(scored[key], tensor) for key, tensor in weights(plain, genome).items())
+    written(sources, genome, tmp_path / "merged", rank=2)
+    served = read_back(sources, tmp_path / "merged")
+    assert all(torch.equal(served[key], tensor) for key, tensor in scored.items())
+    stacked = sources.stack([genome, genome])
+    assert all(torch.equal(stacked[key][1], tensor) for key, tensor in scored.items())
+    full = load_file(export_directory(sources, genome, tmp_path / "full", "card", {}) / "model.safetensors")
+    assert all(torch.equal(full[key], tensor) for key, tensor in scored.items())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert all(torch.equal(weights(sources, genome)[key], tensor) for key, tensor in scored.items())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_rank_that_suffices_changes_nothing_but_last_bits(tmp_path):
+    _, plain = family("llama", tmp_path, {}, {})
+    genome = anywhere(plain, count=8)
+    close(weights(ranked(plain, 16), genome), weights(plain, genome))
+
+
+def test_what_cannot_be_scored_at_a_rank(tmp_path):
+    kind, sources = family("llama", tmp_path, {}, {})
+    places = [one.path for one in sources.experts]
+    for operator, message in (("linear", "always sum to one, found 'linear'"), ("ties", "changes the experts")):
+        with pytest.raises(InputError, match=message):
+            Sources.open(places, sources.base.path, operator, rank=4)
+    kind.from_pretrained(sources.base.path).save_pretrained(tmp_path / "full")
+    with pytest.raises(InputError, match="found a full model"):
+        Sources.open([tmp_path / "full"], sources.base.path, "task_arithmetic", rank=4)
+    with pytest.raises(InputError, match="no gradients"):
+        Slopes(ranked(sources, 4), uniform(sources, 1, 1))
+    with pytest.raises(InputError, match="mergekit cannot express merges of adapters whose updates are cut"):
+        mergekit_config(uniform(sources, 1, 1), ranked(sources, 4))
+
+
+RECIPE = {
+    "name": "served",
+    "models": {"base": "base", "experts": ["a0", "a1"], "architecture": "auto"},
+    "merge": {"operator": "task_arithmetic", "rank": 3},
+    "objectives": {"search": [{"name": "closeness", "type": "call", "call": "./closeness.py:score"}]},
+    "search": {"algorithm": "cma_es", "granularity": "tensor"},
+    "budget": {"evaluations": 4},
+    "runtime": {"pool": "serial"},
+    "tracking": {"mlflow": False},
+}
+SCORE = """
+import torch
+
+def score(model):
+    with torch.no_grad():
+        return 1 / (1 + float(model(torch.arange(24).view(2, 12)).logits.square().mean()))
+"""
+
+
+@pytest.mark.parametrize("rank", [3, None])
+def test_a_run_s_member_is_served_and_verified(tmp_path, rank):
+    family("llama", tmp_path, {"target_modules": ["q_proj", "down_proj"]}, {"target_modules": ["q_proj", "v_proj"]})
+    (tmp_path / "closeness.py").write_text(SCORE)
+    recipe = Recipe.from_record(apply_settings(RECIPE, {"merge.rank": rank}), tmp_path)
+    run = launch(recipe, tmp_path / "run")
+    served = export_lora(run, "best", tmp_path / "served")
+    assert served.scores is None
+    assert served.adapter.rank == (rank or 4)
+    assert (max(served.adapter.errors.values()) > 0) == (rank is not None)
+    differences = [one.difference for one in verify(tmp_path / "served")]
+    assert max(differences) <= (0 if rank else 1e-6)
+    export(run, "best", tmp_path / "full")
+    assert max(one.difference for one in verify(tmp_path / "full")) == 0
+    cut = export_lora(run, "best", tmp_path / "cut", rank=1)
+    assert cut.scores is not None
+    assert max(one.difference for one in verify(tmp_path / "cut")) == 0
+    record = json.loads((tmp_path / "cut" / "ecotone.json").read_text())
+    assert record["adapter"]["member"]["search"] != record["scores"]["search"] == cut.scores["search"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merge.rank": 0}, "merge.rank"),
+        ({"models.vocabulary": "union"}, "merge.rank: expected models.vocabulary same"),
+        ({"search": {"algorithm": "adamerging"}}, "merge.rank: adamerging follows gradients"),
+    ],
+)
+def test_recipes_that_a_rank_does_not_fit(changes, message):
+    assert Recipe.from_record(RECIPE).merge.rank == 3
+    with pytest.raises(InputError, match=message):
+        Recipe.from_record(apply_settings(RECIPE, changes))

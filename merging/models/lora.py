@@ -22,7 +22,7 @@ from ecotone.merging.kernel.materialise import SMALL
 from ecotone.merging.models import lora_reader
 from ecotone.merging.models.checkpoint import Checkpoint, default_name, located
 from ecotone.merging.models.layout import INPUT_EMBEDDINGS, Layout
-from ecotone.merging.models.lora_changes import Changes
+from ecotone.merging.models.lora_changes import Changes, InMemory, Weights
 from ecotone.merging.models.model import Model, TensorInfo, Wrapper, mergekit_place
 
 
@@ -42,7 +42,7 @@ class Adapter:
     path: Path
     name: str
     base: Model
-    weights: Checkpoint
+    weights: Weights
     settings: Mapping[str, Any]
     changes: Changes
 
@@ -63,6 +63,22 @@ class Adapter:
         settings = lora_reader.settings_of(place)
         return cls(place, weights.name, base, weights, settings, lora_reader.read(place, base, weights, settings))
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], base: Model) -> Adapter:
+        """An adapter that is in memory, as PEFT would store it.
+
+        Args:
+            tensors: The tensors of its ``adapter_model.safetensors``.
+            settings: Its ``adapter_config.json``.
+            base: Its base.
+
+        Raises:
+            CheckpointError: It does not fit the base.
+        """
+        path = base.path / "adapter in memory"
+        weights = InMemory(path, tensors)
+        return cls(path, "adapter", base, weights, settings, lora_reader.read(path, base, weights, settings))
+
     @property
     def config(self) -> Mapping[str, Any] | None:
         """The base's ``config.json``."""
@@ -81,7 +97,7 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         """Bytes of the adapter's own tensors."""
-        return self.weights.nbytes
+        return sum(info.nbytes for info in self.weights.tensors.values())
 
     @property
     def stored(self) -> bool:

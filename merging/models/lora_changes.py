@@ -5,17 +5,58 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ecotone.merging.kernel.lazy import Source, formed
-from ecotone.merging.models.checkpoint import Checkpoint
 from ecotone.merging.models.low_rank import LowRank, Scaled, lengths
 from ecotone.merging.models.model import TensorInfo
 from ecotone.merging.models.names import Place, Scattered
 from ecotone.merging.models.vocabulary import Joined
+
+
+class Weights(Protocol):
+    """An adapter's own tensors, on disk or in memory."""
+
+    @property
+    def path(self) -> Path:
+        """Where they come from, for messages."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By name, their shapes and types."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Tensors in memory.
+
+    Args:
+        path: What they are called in messages.
+        held: By name, the tensors.
+    """
+
+    path: Path
+    held: Mapping[str, Tensor]
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """By name, their shapes and types."""
+        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self.held.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``."""
+        return self.held[name]
 
 
 class Change(Protocol):
@@ -26,11 +67,11 @@ class Change(Protocol):
         """Whether the tensor before the change does not matter."""
         ...
 
-    def info(self, before: TensorInfo, weights: Checkpoint) -> TensorInfo:
+    def info(self, before: TensorInfo, weights: Weights) -> TensorInfo:
         """Shape and type of the changed tensor."""
         ...
 
-    def over(self, before: Source, weights: Checkpoint, large: bool) -> Source:
+    def over(self, before: Source, weights: Weights, large: bool) -> Source:
         """The changed tensor, flat.
 
         Args:
@@ -40,7 +81,7 @@ class Change(Protocol):
         """
         ...
 
-    def working_bytes(self, after: TensorInfo, weights: Checkpoint) -> int:
+    def working_bytes(self, after: TensorInfo, weights: Weights) -> int:
         """Bytes of main memory that reading takes, those of the tensor before the change left out."""
         ...
 
@@ -77,17 +118,17 @@ class Update:
     experts: int = 1
     parameter: bool = False
 
-    def rank(self, weights: Checkpoint) -> int:
+    def rank(self, weights: Weights) -> int:
         """r, for one expert."""
         return weights.tensors[self.a].shape[0] // self.experts
 
-    def shape(self, weights: Checkpoint) -> tuple[int, int, int]:
+    def shape(self, weights: Weights) -> tuple[int, int, int]:
         """(E, R, C) of the module's tensor."""
         a, b = weights.tensors[self.a].shape, weights.tensors[self.b].shape
         product = (b[0], math.prod(a[1:]))
         return (self.experts, *(product[::-1] if self.transposed else product))
 
-    def factors(self, weights: Checkpoint, kind: torch.dtype, expert: int = 0) -> tuple[Tensor, Tensor]:
+    def factors(self, weights: Weights, kind: torch.dtype, expert: int = 0) -> tuple[Tensor, Tensor]:
         """(R, r) with the scale in it and (r, C), of one expert."""
         a, b = weights.tensor(self.a), weights.tensor(self.b)
         rank = self.rank(weights)
@@ -97,7 +138,7 @@ class Update:
             left, right = right.T, left.T
         return left * self.scale, right
 
-    def working_bytes(self, weights: Checkpoint, kind: torch.dtype) -> int:
+    def working_bytes(self, weights: Weights, kind: torch.dtype) -> int:
         """Bytes of the factors of all experts in the type in which they are multiplied."""
         return kind.itemsize * (weights.tensors[self.a].size + weights.tensors[self.b].size)
 
@@ -132,11 +173,11 @@ class Added:
     parts: tuple[Part, ...] = (Part(),)
     replaces = False
 
-    def info(self, before: TensorInfo, weights: Checkpoint) -> TensorInfo:
+    def info(self, before: TensorInfo, weights: Weights) -> TensorInfo:
         """The shape before, in the type in which it is formed."""
         return TensorInfo(before.shape, kind_of(before.dtype))
 
-    def over(self, before: Source, weights: Checkpoint, large: bool) -> Source:
+    def over(self, before: Source, weights: Weights, large: bool) -> Source:
         """The sum, formed a piece at a time."""
         pieces: list[Source] = []
         start = 0
@@ -147,11 +188,11 @@ class Added:
             start += size
         return pieces[0] if len(pieces) == 1 else Joined(tuple(pieces))
 
-    def working_bytes(self, after: TensorInfo, weights: Checkpoint) -> int:
+    def working_bytes(self, after: TensorInfo, weights: Weights) -> int:
         """The factors."""
         return self.update.working_bytes(weights, after.dtype)
 
-    def _factors(self, part: Part, weights: Checkpoint, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _factors(self, part: Part, weights: Weights, kind: torch.dtype) -> tuple[Tensor, Tensor]:
         left, right = self.update.factors(weights, kind, part.expert)
         left, right = left[part.rows], right[:, part.columns]
         if part.flipped:
@@ -172,11 +213,11 @@ class Elements:
     spot: Place | Scattered
     replaces = False
 
-    def info(self, before: TensorInfo, weights: Checkpoint) -> TensorInfo:
+    def info(self, before: TensorInfo, weights: Weights) -> TensorInfo:
         """The shape before, in the type in which it is formed."""
         return TensorInfo(before.shape, kind_of(before.dtype))
 
-    def over(self, before: Source, weights: Checkpoint, large: bool) -> Source:
+    def over(self, before: Source, weights: Weights, large: bool) -> Source:
         """The sum."""
         out = formed(before).to(kind_of(before.dtype), copy=True)
         there, here = positions(self.spot, self.update.target)
@@ -192,7 +233,7 @@ class Elements:
             out[here[chosen]] += total
         return out
 
-    def working_bytes(self, after: TensorInfo, weights: Checkpoint) -> int:
+    def working_bytes(self, after: TensorInfo, weights: Weights) -> int:
         """The tensor, positions and products of all of its elements, and the factors."""
         return 8 * 8 * after.size + self.update.working_bytes(weights, after.dtype)
 
@@ -216,11 +257,11 @@ class Normed:
     known: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False, repr=False)
     replaces = False
 
-    def info(self, before: TensorInfo, weights: Checkpoint) -> TensorInfo:
+    def info(self, before: TensorInfo, weights: Weights) -> TensorInfo:
         """The shape before, in the type in which it is formed."""
         return TensorInfo(before.shape, kind_of(before.dtype))
 
-    def over(self, before: Source, weights: Checkpoint, large: bool) -> Source:
+    def over(self, before: Source, weights: Weights, large: bool) -> Source:
         """The product of numbers and rows, formed a piece at a time."""
         kind = kind_of(before.dtype)
         left, right = (factor.contiguous() for factor in self.update.factors(weights, kind))
@@ -231,7 +272,7 @@ class Normed:
             self.known[kind] = wanted / lengths(summed, columns, by_row)
         return Scaled(summed, self.known[kind], columns, by_row)
 
-    def working_bytes(self, after: TensorInfo, weights: Checkpoint) -> int:
+    def working_bytes(self, after: TensorInfo, weights: Weights) -> int:
         """The factors, and the numbers that rows are multiplied by."""
         own = after.dtype.itemsize * weights.tensors[self.magnitudes].size
         return self.update.working_bytes(weights, after.dtype) + own
@@ -254,17 +295,17 @@ class Shifted:
     spot: Place | Scattered | None = None
     replaces = False
 
-    def info(self, before: TensorInfo, weights: Checkpoint) -> TensorInfo:
+    def info(self, before: TensorInfo, weights: Weights) -> TensorInfo:
         """The shape before, in the type in which it is formed."""
         return TensorInfo(before.shape, kind_of(before.dtype))
 
-    def over(self, before: Source, weights: Checkpoint, large: bool) -> Source:
+    def over(self, before: Source, weights: Weights, large: bool) -> Source:
         """The sum, formed a piece at a time."""
         kind = kind_of(before.dtype)
         vector = _cut(weights.tensor(self.key).reshape(-1), self.target, self.spot).to(kind)
         return LowRank(before, (vector.reshape(-1, 1) * self.scale).contiguous(), vector.new_ones(1, 1), large=large)
 
-    def working_bytes(self, after: TensorInfo, weights: Checkpoint) -> int:
+    def working_bytes(self, after: TensorInfo, weights: Weights) -> int:
         """The vector."""
         return after.dtype.itemsize * after.size
 
@@ -284,16 +325,16 @@ class Kept:
     spot: Place | Scattered | None = None
     replaces = True
 
-    def info(self, before: TensorInfo, weights: Checkpoint) -> TensorInfo:
+    def info(self, before: TensorInfo, weights: Weights) -> TensorInfo:
         """The shape before (or, of a vocabulary, the stored one), in the type in which it is stored."""
         stored = weights.tensors[self.key]
         return stored if self.spot is None else TensorInfo(before.shape, stored.dtype)
 
-    def over(self, before: Source, weights: Checkpoint, large: bool) -> Source:
+    def over(self, before: Source, weights: Weights, large: bool) -> Source:
         """The stored tensor, mapped where it is all of one."""
         return _cut(weights.tensor(self.key), self.target, self.spot).reshape(-1)
 
-    def working_bytes(self, after: TensorInfo, weights: Checkpoint) -> int:
+    def working_bytes(self, after: TensorInfo, weights: Weights) -> int:
         """None where it is mapped."""
         return 0 if self.spot is None else after.nbytes
 
@@ -313,12 +354,12 @@ class Rows:
     target: str = ""
     replaces = False
 
-    def info(self, before: TensorInfo, weights: Checkpoint) -> TensorInfo:
+    def info(self, before: TensorInfo, weights: Weights) -> TensorInfo:
         """The shape before, in the type of both, or in the one in which sums of them are taken."""
         stored = weights.tensors[self.key].dtype
         return before if stored == before.dtype else TensorInfo(before.shape, kind_of(before.dtype))
 
-    def over(self, before: Source, weights: Checkpoint, large: bool) -> Source:
+    def over(self, before: Source, weights: Weights, large: bool) -> Source:
         """The rows that stay and those that are replaced, one after the other."""
         stored = weights.tensor(self.key)
         stored = stored if stored.dtype == before.dtype else stored.to(kind_of(before.dtype))
@@ -334,7 +375,7 @@ class Rows:
             parts.append(before[end * width :])
         return Joined(tuple(parts))
 
-    def working_bytes(self, after: TensorInfo, weights: Checkpoint) -> int:
+    def working_bytes(self, after: TensorInfo, weights: Weights) -> int:
         """None: rows are mapped."""
         return 0
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint
+from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG
 from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, is_vocabulary, tied_embedding
 from ecotone.merging.models.lora_changes import (
     Added,
@@ -29,6 +29,7 @@ from ecotone.merging.models.lora_changes import (
     Rows,
     Shifted,
     Update,
+    Weights,
     parts_of,
 )
 from ecotone.merging.models.lora_names import Spot, Target, Targets
@@ -101,7 +102,7 @@ def settings_of(place: Path) -> dict[str, Any]:
     return config
 
 
-def read(place: Path, base: Model, stored: Checkpoint, settings: Mapping[str, Any]) -> Changes:
+def read(place: Path, base: Model, stored: Weights, settings: Mapping[str, Any]) -> Changes:
     """What an adapter does to its base, by tensor.
 
     Args:
@@ -152,7 +153,7 @@ def refuse_other_adapters(path: Path, names: Iterable[str]) -> None:
 class _Reader:
     """Reads an adapter's headers and configuration, and checks them against its base."""
 
-    def __init__(self, place: Path, base: Model, stored: Checkpoint, settings: Mapping[str, Any]) -> None:
+    def __init__(self, place: Path, base: Model, stored: Weights, settings: Mapping[str, Any]) -> None:
         self.place, self.base, self.stored, self.settings = place, base, stored, settings
         self.aliases = {**Layout.of(base).aliases, **self._outputs()}
         self.targets = Targets(base, self.aliases)
@@ -384,7 +385,7 @@ class _Reader:
         return len(set(tokens)) == 1 and all(self._equal(self.rows[kept], self.rows[name]) for name in changed)
 
     def _equal(self, key: str, other: str) -> bool:
-        one, two = self.stored.flat(key), self.stored.flat(other)
+        one, two = self.stored.tensor(key), self.stored.tensor(other)
         return one.dtype == two.dtype and torch.equal(one, two)
 
     # -- names, ranks and scales ---------------------------------------------------------------------------
