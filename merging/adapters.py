@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ecotone.merging.adapter_groups import AS_CHECKPOINT, Group
 from ecotone.merging.kernel.materialise import Mixture, mix
-from ecotone.merging.models.layout import Layout, tied_embedding
+from ecotone.merging.models.layout import tied_embedding
 from ecotone.merging.models.lora import Adapter
-from ecotone.merging.models.lora_changes import Added, Change, Elements, Kept, Normed, Part, Rows, Shifted, Update
-from ecotone.merging.models.lora_names import Target, Targets
+from ecotone.merging.models.lora_changes import Part, Update
+from ecotone.merging.models.lora_names import Target
 from ecotone.merging.models.model import Model
+from ecotone.merging.operators.base import Operator
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome
 
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for ``--max-lora-rank``."""
 
-_AS_CHECKPOINT = "Export a checkpoint instead: leave the format out."
 _ROUNDING = 1e-9  # relative errors below it are those of float64
 _SUM = 1e-6  # how far weights over base and experts may be from a sum of one
 
@@ -90,38 +91,27 @@ def merged_adapter(sources: Sources, genome: Genome, rank: int | None = None) ->
     return _Merging(sources.tuned(genome), genome, rank).merged()
 
 
-def check_mergeable(sources: Sources) -> tuple[Adapter, ...]:
-    """The experts as adapters.
+def check_operator(operator: Operator) -> None:
+    """Refuse an operator that changes adapters before they are mixed.
 
     Raises:
-        InputError: They are not all adapters, or the operator changes them before they are mixed.
+        InputError: It does.
     """
-    for expert in sources.experts:
-        if not isinstance(expert, Adapter):
-            change = getattr(expert, "change", None)
-            found = "a full model" if change is None else f"a model with {change}"
-            raise InputError(
-                f"models.experts: a merge is an adapter where all experts are LoRA adapters of one base, found "
-                f"{found}, {expert.name!r} ({expert.path}).",
-                _AS_CHECKPOINT,
-            )
-    if sources.operator.changes:
+    if operator.changes:
         raise InputError(
-            f"merge.operator: {sources.operator.name!r} changes the experts before they are mixed, element by element: "
-            "the merge of adapters is then of full rank.",
+            f"merge.operator: {operator.name!r} changes the experts before they are mixed, element by element: the "
+            "merge of adapters is then of full rank.",
             "Export a checkpoint instead, or merge with task_arithmetic or linear.",
         )
-    return tuple(expert for expert in sources.experts if isinstance(expert, Adapter))
 
 
-def check_rank(sources: Sources) -> None:
-    """Refuse models or an operator whose merges are not all adapters, for searches that score merges of a rank.
+def check_rank(operator: Operator, experts: int) -> None:
+    """Refuse an operator whose merges of adapters are not all adapters, for searches that score merges of a rank.
 
     Raises:
-        InputError: They are; the message says why.
+        InputError: They are not; the message says why.
     """
-    experts = len(check_mergeable(sources))
-    operator = sources.operator
+    check_operator(operator)
     some = np.vstack([np.zeros(experts), np.eye(experts)])
     if operator.geometry is not None or not operator.affine or (operator.weights(some).sum(axis=1) != 1).any():
         raise InputError(
@@ -129,26 +119,6 @@ def check_rank(sources: Sources) -> None:
             f"{operator.name!r}: its merges of adapters are no adapters.",
             "Use task_arithmetic.",
         )
-
-
-@dataclass(eq=False)
-class _Group:
-    """The updates that adapters make to the same tensors.
-
-    Args:
-        updates: By the number of the adapter, its update.
-        parts: By tensor of the base, the parts of the module's tensor that it is; None for no rectangles of it.
-        normed: Whether one of them gives rows lengths of its own.
-    """
-
-    updates: dict[int, Update] = field(default_factory=dict)
-    parts: dict[str, tuple[Part, ...] | None] = field(default_factory=dict)
-    normed: bool = False
-
-    @property
-    def target(self) -> str:
-        """The module's tensor."""
-        return next(iter(self.updates.values())).target
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,20 +152,15 @@ class _Merging:
     """Makes one adapter."""
 
     def __init__(self, sources: Sources, genome: Genome, rank: int | None) -> None:
-        self.sources, self.rank = sources, rank
-        self.adapters = check_mergeable(sources)
+        self.sources, self.rank, self.changed = sources, rank, sources.changed
+        self.adapters, self.base = self.changed.adapters, self.changed.base
+        check_operator(sources.operator)
         if genome.residual is not None:
             raise InputError(
-                "genome: expected coefficients of models, found whole weights that were evolved.", _AS_CHECKPOINT
+                "genome: expected coefficients of models, found whole weights that were evolved.", AS_CHECKPOINT
             )
-        self.base = self.adapters[0].base
         self.mixture: Mixture = sources.mixture(genome)
         self._check_base_weight()
-        self.targets = Targets(self.base, Layout.of(self.base).aliases)
-        self.whole: dict[str, str] = {}  # by tensor of the base that is merged whole, the module's tensor
-        self.rows: dict[str, tuple[str, set[int]]] = {}  # likewise of trained tokens, with their numbers
-        self.groups: list[_Group] = []
-        self._sort_out()
 
     def _check_base_weight(self) -> None:
         sums = self.mixture.weights.sum(axis=1)
@@ -207,76 +172,9 @@ class _Merging:
                 "Export a checkpoint instead, or merge with task_arithmetic, whose weights always do.",
             )
 
-    # -- what is changed, and how ------------------------------------------------------------------------------
-
-    def _sort_out(self) -> None:
-        """Find the updates that belong together, and the tensors that are stored whole."""
-        found: dict[tuple[str, str], _Group] = {}
-        for number, adapter in enumerate(self.adapters):
-            own: dict[Update, _Group] = {}
-            for name, changes in adapter.changes.items():
-                for change in self._lasting(adapter, name, changes):
-                    if isinstance(change, Added | Elements | Normed):
-                        group = own.setdefault(change.update, _Group({number: change.update}))
-                        group.parts[name] = _parts(change)
-                        group.normed |= isinstance(change, Normed)
-                    elif isinstance(change, Rows):
-                        self.rows.setdefault(name, (change.target, set()))[1].update(change.tokens)
-                    else:
-                        assert isinstance(change, Kept | Shifted)
-                        self._check_single(name, change)
-                        self.whole[name] = change.target
-            for group in own.values():
-                self._join(found, group)
-        for name in list(self.rows):
-            if name in self.whole or any(name in group.parts for group in found.values()):
-                self.whole[name] = self.rows.pop(name)[0]
-        self.groups = [group for group in dict.fromkeys(found.values()) if not self._stored_whole(group)]
-
-    def _lasting(self, adapter: Adapter, name: str, changes: Sequence[Change]) -> Iterator[Change]:
-        """Without tensors that the adapter stores and that are the base's: PEFT stores those of a changed embedding."""
-        for change in changes:
-            if isinstance(change, Kept) and change.spot is None:
-                stored, own = adapter.weights.tensor(change.key).reshape(-1), self.base.flat(name)
-                if isinstance(own, Tensor) and stored.dtype == own.dtype and torch.equal(stored, own):
-                    continue
-            yield change
-
-    def _check_single(self, name: str, change: Kept | Shifted) -> None:
-        if change.spot is not None:
-            raise InputError(
-                f"models.experts: {name!r} is merged whole, and is only a part of the module's {change.target!r}.",
-                _AS_CHECKPOINT,
-            )
-
-    def _join(self, found: dict[tuple[str, str], _Group], group: _Group) -> None:
-        """Put an adapter's group with those of others that change the same tensors."""
-        keys = [(name, group.target if parts is None else "") for name, parts in group.parts.items()]
-        known = {id(one): one for key in keys if (one := found.get(key)) is not None}
-        if not known:
-            found.update(dict.fromkeys(keys, group))
-            return
-        other = next(iter(known.values()))
-        update, first = next(iter(group.updates.items()))[1], next(iter(other.updates.values()))
-        alike = (update.experts, update.transposed) == (first.experts, first.transposed)
-        if len(known) > 1 or other.parts.keys() != group.parts.keys() or not alike:
-            raise InputError(
-                f"models.experts: adapters change {next(iter(group.parts))!r} as parts of different tensors, "
-                f"{first.target!r} and {update.target!r}.",
-                _AS_CHECKPOINT,
-            )
-        other.updates |= group.updates
-        other.normed |= group.normed
-
-    def _stored_whole(self, group: _Group) -> bool:
-        whole = [name for name in group.parts if name in self.whole]
-        if whole and len(group.parts) > 1:
-            raise InputError(f"models.experts: {whole[0]!r} is only a part of what an adapter changes.", _AS_CHECKPOINT)
-        return bool(whole)
-
     # -- low-rank updates --------------------------------------------------------------------------------------
 
-    def _products(self, group: _Group) -> list[_Product]:
+    def _products(self, group: Group) -> list[_Product]:
         """The merged update of each expert of a module's tensor."""
         experts, rows, columns = self._shape(group)
         if group.normed:
@@ -303,14 +201,14 @@ class _Merging:
             products.append(_Product(torch.cat([nothing[0], *lefts], 1), torch.cat([nothing[1], *rights])))
         return products
 
-    def _shape(self, group: _Group) -> tuple[int, int, int]:
+    def _shape(self, group: Group) -> tuple[int, int, int]:
         number, update = next(iter(group.updates.items()))
         return update.shape(self.adapters[number].weights)
 
     def _factors(self, number: int, update: Update, expert: int) -> tuple[Tensor, Tensor]:
         return update.factors(self.adapters[number].weights, torch.float64, expert)
 
-    def _dense(self, group: _Group, rows: int, columns: int) -> _Product:
+    def _dense(self, group: Group, rows: int, columns: int) -> _Product:
         """The merged update of a matrix that is no low-rank one: all of it, cut by the caller."""
         if self.rank is None:
             raise InputError(
@@ -325,7 +223,7 @@ class _Merging:
         return _Product(delta, torch.eye(columns, dtype=torch.float64))
 
     def _coefficients(
-        self, group: _Group, experts: int, rows: int
+        self, group: Group, experts: int, rows: int
     ) -> tuple[Floats, dict[int, list[tuple[int, int, Floats]]]]:
         """(E, R, K) coefficients of the rows of a module's tensor, and what changes within rows.
 
@@ -363,7 +261,7 @@ class _Merging:
         if not np.isnan(place).all() and not (place == row).all():
             raise InputError(
                 f"genome: {name!r} and the tensors beside it in one module's tensor have different coefficients.",
-                _AS_CHECKPOINT,
+                AS_CHECKPOINT,
             )
         table[part.expert, part.rows] = row
 
@@ -391,7 +289,7 @@ class _Merging:
     def merged(self) -> MergedAdapter:
         """The adapter."""
         products, errors = [], {}
-        for group in self.groups:
+        for group in self.changed.groups:
             _, rows, columns = self._shape(group)
             most = min(rows, columns) if self.rank is None else min(rows, columns, self.rank)
             with _one_thread():
@@ -400,17 +298,17 @@ class _Merging:
             errors[group.target] = math.sqrt(sum(one.error**2 for one in cut) / len(cut))
         rank = max((one.rank for cut in products for one in cut), default=1) or 1
         tensors: dict[str, Tensor] = {}
-        for group, cut in zip(self.groups, products, strict=True):
+        for group, cut in zip(self.changed.groups, products, strict=True):
             tensors |= self._stored(group, cut, rank)
         saved, biases = self._whole_tensors()
         tensors |= saved | biases
-        for name, (_, tokens) in self.rows.items():
+        for name, (_, tokens) in self.changed.rows.items():
             tensors[f"{self._module(name)}.token_adapter.trainable_tokens_delta"] = self._merged(name)[sorted(tokens)]
         config = self._config(rank, sorted({key.rpartition(".")[0] for key in saved}), bool(biases))
         ours = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in tensors.items()}
         return MergedAdapter(ours, config, rank, errors, tuple(self._notes(rank, config, errors)))
 
-    def _stored(self, group: _Group, cut: Sequence[_Product], rank: int) -> dict[str, Tensor]:
+    def _stored(self, group: Group, cut: Sequence[_Product], rank: int) -> dict[str, Tensor]:
         """The factors of one module, filled up to the rank of all."""
         number, update = next(iter(group.updates.items()))
         weights = self.adapters[number].weights
@@ -430,49 +328,49 @@ class _Merging:
             return {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b}
         return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
 
-    def _wrapped(self, group: _Group) -> str:
+    def _wrapped(self, group: Group) -> str:
         """PEFT's name of the module; it wraps one once for each parameter that is chosen, the first innermost."""
         update = next(iter(group.updates.values()))
-        if not _is_parameter(group):
+        if not group.parameter:
             return update.module.replace(".base_layer", "")
         module, _, _ = update.target.rpartition(".")
-        names, _ = self.targets.parameters(module, [one.target for one in self.groups if _is_parameter(one)])
+        names, _ = self.changed.targets.parameters(module, [one.target for one in self.changed.groups if one.parameter])
         return module + ".base_layer" * (len(names) - 1 - names.index(update.target))
 
     def _module(self, name: str) -> str:
-        target = self.whole.get(name) or self.rows[name][0]
+        target = self.changed.whole.get(name) or self.changed.rows[name][0]
         return target.rpartition(".")[0]
 
     def _whole_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Tensors of modules that are stored whole, and biases."""
         saved: dict[str, Tensor] = {}
         biases: dict[str, Tensor] = {}
-        wrapped = {self._wrapped(group) for group in self.groups}
+        wrapped = {self._wrapped(group) for group in self.changed.groups}
         tied = tied_embedding(self.base)
-        for name, target in self.whole.items():
+        for name, target in self.changed.whole.items():
             if name == tied:
                 raise InputError(
                     f"models.experts: {name!r} is merged whole, and is tied to the output: PEFT would untie them.",
-                    _AS_CHECKPOINT,
+                    AS_CHECKPOINT,
                 )
             module = self._module(name)
-            if target.endswith(".bias") and f"{module}.weight" not in self.whole.values():
+            if target.endswith(".bias") and f"{module}.weight" not in self.changed.whole.values():
                 biases[f"{module}.base_layer.bias" if module in wrapped else target] = self._merged(name)
             else:
-                for beside in self.targets.beside(target):
+                for beside in self.changed.targets.beside(target):
                     saved[beside.name] = self._merged(self._single(beside))
         return saved, biases
 
     def _single(self, target: Target) -> str:
         if target.whole is None:
-            raise InputError(f"models.experts: {target.name!r} is stored in several tensors.", _AS_CHECKPOINT)
+            raise InputError(f"models.experts: {target.name!r} is stored in several tensors.", AS_CHECKPOINT)
         return target.whole
 
     def _config(self, rank: int, saved: Sequence[str], biases: bool) -> dict[str, Any]:
         first = self.adapters[0].settings
-        parameters = [group.target for group in self.groups if _is_parameter(group)]
-        modules = [self._wrapped(group) for group in self.groups if not _is_parameter(group)]
-        tokens: Any = {self._module(name): sorted(numbers) for name, (_, numbers) in self.rows.items()}
+        parameters = [group.target for group in self.changed.groups if group.parameter]
+        modules = [self._wrapped(group) for group in self.changed.groups if not group.parameter]
+        tokens: Any = {self._module(name): sorted(numbers) for name, (_, numbers) in self.changed.rows.items()}
         if len(tokens) == 1 and tied_embedding(self.base):
             tokens = next(iter(tokens.values()))
         name, revision = _named(self.base.path)
@@ -528,16 +426,6 @@ def _one_thread() -> Iterator[None]:
 def _of_whole_rows(part: Part, columns: int) -> bool:
     """Whether a part is a run of rows of a matrix, as they are."""
     return not part.flipped and part.columns.indices(columns) == (0, columns, 1)
-
-
-def _is_parameter(group: _Group) -> bool:
-    return all(update.parameter for update in group.updates.values())
-
-
-def _parts(change: Added | Elements | Normed) -> tuple[Part, ...] | None:
-    if isinstance(change, Elements):
-        return None
-    return change.parts if isinstance(change, Added) else (Part(),)
 
 
 def _named(path: Path) -> tuple[str, str | None]:

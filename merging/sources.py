@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ecotone.merging import operators
+from ecotone.merging.adapter_groups import Changed
 from ecotone.merging.adapters import check_rank, merged_adapter
 from ecotone.merging.held import CPU, Held, as_rows
 from ecotone.merging.inner_products import gram_table, vectors_of
@@ -66,7 +67,7 @@ class Sources:
         self.base: Model | None = None if base is None else declared(base)
         self.rank = rank
         if rank is not None:
-            check_rank(self)
+            check_rank(operator, len(self.changed.adapters))
         columns = len(operator.columns(self.names))
         self.memory: Memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
         """The memory that merging takes."""
@@ -136,6 +137,15 @@ class Sources:
     def origin(self) -> Model:
         """The model that buffers and configuration come from: the base, or else the first expert."""
         return self.base or self.experts[0]
+
+    @cached_property
+    def changed(self) -> Changed:
+        """What the experts change, where all of them are adapters.
+
+        Raises:
+            InputError: They are not, or their changes do not go together.
+        """
+        return Changed(self.experts)
 
     @cached_property
     def tokenizer(self) -> Path:

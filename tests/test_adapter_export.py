@@ -163,6 +163,18 @@ def test_borders_may_lie_anywhere(tmp_path, name, options, seed):
     close(read_back(sources, tmp_path / "merged"), expected, 5e-6)
 
 
+def test_trained_tokens_of_a_tied_base_stay_tied(tmp_path):
+    tokens = [{"trainable_token_indices": [3]}, {"trainable_token_indices": [60, 0]}]
+    kind, sources = family("llama", tmp_path, *tokens, tie_word_embeddings=True)
+    genome = by_tensor(sources)
+    written(sources, genome, tmp_path / "merged")
+    expected = weights(sources, genome)
+    close(read_back(sources, tmp_path / "merged"), expected)
+    close(loaded(kind, sources, tmp_path / "merged"), expected)
+    config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == [0, 3, 60]
+
+
 def test_the_rank_is_the_sum_and_each_border_within_a_row_adds_one(tmp_path):
     _, sources = family("llama", tmp_path, {"r": 2}, {"r": 3})
     start = int(sources.layout.tensor_borders[sources.layout.tensors.index("model.layers.0.self_attn.q_proj.weight")])

@@ -136,6 +136,28 @@ def test_trained_tokens_keep_a_tie_and_two_tables_break_it(tmp_path):
         Adapter.open(tmp_path / "two", base)
 
 
+@pytest.mark.parametrize(("family", "bare"), [("llama", "LlamaModel"), ("bert", "BertModel"), ("vit", "ViTModel")])
+def test_adapters_of_the_model_without_its_head(tmp_path, family, bare):
+    base_of(family, tmp_path / "base")
+    target = "query" if family == "bert" else "q_proj"
+    kind = getattr(transformers, bare)
+    expected = trained(kind, tmp_path / "base", tmp_path / "a", target_modules=[target])
+    expert = Adapter.open(tmp_path / "a", Checkpoint.open(tmp_path / "base"))
+    prefix = {"llama": "model.", "bert": "bert.", "vit": "vit."}[family]
+    assert len(expert.changes) == 2
+    for name in expert.changes:
+        merged = expected.get(name.removeprefix(prefix), expected.get(name))
+        torch.testing.assert_close(expert.tensor(name), merged, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_that_the_base_has_not(tmp_path):
+    kind = base_of("llama", tmp_path / "base")
+    wrapped = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=2, lora_bias=True))
+    wrapped.save_pretrained(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"no 'model\.layers.*\.bias': PEFT cannot merge it, either"):
+        Adapter.open(tmp_path / "a", Checkpoint.open(tmp_path / "base"))
+
+
 def test_tokens_that_the_configuration_does_not_number(tmp_path):
     kind = base_of("llama", tmp_path / "base")
     trained(kind, tmp_path / "base", tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[3, 9])
@@ -263,6 +285,7 @@ def test_else_by_name(pair, settings, verdict, text, monkeypatch):
         (lambda: peft.VeraConfig(target_modules=["q_proj"]), "'VERA'.*merge_and_unload"),
         (lambda: peft.LoHaConfig(target_modules=["q_proj"]), "peft_type 'LOHA'.*merge_and_unload"),
         (lambda: peft.OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=4), "'OFT'.*merge_and_unload"),
+        (lambda: peft.IA3Config(task_type="SEQ_CLS"), "AutoPeftModelForSequenceClassification as M"),
         (lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "changes no weight"),
     ],
 )

@@ -205,7 +205,7 @@ def test_settings_with_the_names_of_keys_of_merge_are_refused(key):
         OPERATORS.register(
             "half", declared(Linear, name="half", __doc__=doc, __annotations__={key: float}, **{key: 1.0})
         )
-    assert f"other names than the keys of merge (operator, dtype), found {key}." in refused.value.message
+    assert f"other names than the keys of merge (operator, dtype, rank), found {key}." in refused.value.message
 
 
 def test_settings_of_a_class_are_found_once():

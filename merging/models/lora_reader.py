@@ -53,6 +53,13 @@ _CHANGED = (  # options with which an adapter is not base + scale * B @ A
     "monteclora_config",
 )
 _OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base
+_CLASSES = {  # of PEFT, by an adapter's task
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
 _WITHOUT_WEIGHTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT")
 
 
@@ -93,12 +100,12 @@ def settings_of(place: Path) -> dict[str, Any]:
             "Give models or LoRA adapters.",
         )
     if kind != "LORA":
-        raise refused(place, f"its {ADAPTER_CONFIG} says peft_type {kind!r}")
+        raise refused(place, f"its {ADAPTER_CONFIG} says peft_type {kind!r}", config)
     for option in _CHANGED:
         if config.get(option):
-            raise refused(place, f"its {ADAPTER_CONFIG} sets {option}")
+            raise refused(place, f"its {ADAPTER_CONFIG} sets {option}", config)
     if start.startswith(_OTHER_BASES):
-        raise refused(place, f"its {ADAPTER_CONFIG} says init_lora_weights {start!r}, which changes the base")
+        raise refused(place, f"its {ADAPTER_CONFIG} says init_lora_weights {start!r}, which changes the base", config)
     return config
 
 
@@ -117,11 +124,12 @@ def read(place: Path, base: Model, stored: Weights, settings: Mapping[str, Any])
     return _Reader(place, base, stored, settings).read()
 
 
-def refused(place: Path, reason: str) -> CheckpointError:
+def refused(place: Path, reason: str, settings: Mapping[str, Any]) -> CheckpointError:
     """The error of an adapter that PEFT can merge and that cannot be formed when it is read."""
+    kind = _CLASSES.get(str(settings.get("task_type")), "AutoPeftModelForCausalLM")
     return CheckpointError(
         f"{place}: expected a plain LoRA adapter (base + scale * B @ A), but {reason}.",
-        'Merge it into its base and give the result: python -c "from peft import AutoPeftModelForCausalLM as M; '
+        f'Merge it into its base and give the result: python -c "from peft import {kind} as M; '
         f"M.from_pretrained('{place}').merge_and_unload().save_pretrained('{place.name}-merged')\"",
     )
 
@@ -183,7 +191,7 @@ class _Reader:
             elif match := _FACTOR.fullmatch(key):
                 self._part(modules, match[1], match[2] + (".bias" if match[3] == "bias" else ""), key)
             elif _NO_LORA.search(key) or _OTHER_PROGRAMS.search(key):
-                raise refused(self.place, f"its tensor {key!r} belongs to no plain LoRA")
+                raise refused(self.place, f"its tensor {key!r} belongs to no plain LoRA", self.settings)
             else:
                 self._keep(key)
         for module, parts in modules.items():
@@ -201,7 +209,7 @@ class _Reader:
     def _part(self, modules: dict[str, dict[str, str]], module: str, part: str, key: str) -> None:
         parts = modules.setdefault(_without_prefix(module), {})
         if part in parts:
-            raise refused(self.place, f"it holds two adapters, {parts[part]!r} and {key!r}")
+            raise refused(self.place, f"it holds two adapters, {parts[part]!r} and {key!r}", self.settings)
         parts[part] = key
 
     # -- tensors that are stored whole ---------------------------------------------------------------------
@@ -226,7 +234,7 @@ class _Reader:
 
     def _check_single(self, spot: Spot, key: str) -> None:
         if isinstance(spot, Scattered) and len(spot.parts) > 1:
-            raise refused(self.place, f"its tensor {key!r} is only a part of the base's {spot.name!r}")
+            raise refused(self.place, f"its tensor {key!r} is only a part of the base's {spot.name!r}", self.settings)
 
     # -- low-rank updates ----------------------------------------------------------------------------------
 
@@ -308,9 +316,15 @@ class _Reader:
                 )
             return
         if not self.settings.get("use_dora"):
-            raise refused(self.place, f"its tensor {magnitude!r} belongs to no plain LoRA: use_dora is not set")
+            raise refused(
+                self.place, f"its tensor {magnitude!r} belongs to no plain LoRA: use_dora is not set", self.settings
+            )
         if target.whole is None:
-            raise refused(self.place, f"it sets use_dora on {target.name!r}, which the base stores in several tensors")
+            raise refused(
+                self.place,
+                f"it sets use_dora on {target.name!r}, which the base stores in several tensors",
+                self.settings,
+            )
         _, rows, columns = update.shape(self.stored)
         expected = columns if update.transposed else rows
         found = self.stored.tensors[magnitude]
@@ -321,7 +335,14 @@ class _Reader:
             )
 
     def _bias(self, module: str, key: str, scale: float) -> None:
-        target = self._known(f"{_plain(module)}.bias", key)
+        name = f"{_plain(module)}.bias"
+        target = self.targets.named(name)
+        if target is None:
+            raise CheckpointError(
+                f"{self.stored.path}: the adapter adds {key!r} to a bias, and the base {self.base.name!r} has no "
+                f"{name!r}: PEFT cannot merge it, either.",
+                "Train the adapter without lora_bias, or give models whose layers have biases.",
+            )
         found = self.stored.tensors[key].shape
         if found != target.shape:
             raise self._misshapen(key, found, target)
@@ -346,7 +367,7 @@ class _Reader:
                 "Do the two files belong together, and to this base?",
             )
         if name in self.changes:
-            raise refused(self.place, f"it changes {name!r} twice, by factors and by trained tokens")
+            raise refused(self.place, f"it changes {name!r} twice, by factors and by trained tokens", self.settings)
         self.rows[name] = key
         self.changes[name] = [Rows(key, tuple(chosen or ()), target.name)]
 
