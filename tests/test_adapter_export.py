@@ -349,6 +349,16 @@ def test_a_run_s_member_is_served_and_verified(tmp_path, rank):
     assert record["adapter"]["member"]["search"] != record["scores"]["search"] == cut.scores["search"]
 
 
+def test_experts_are_searched_served_and_verified(tmp_path):
+    family("qwen3_moe", tmp_path, {"target_parameters": STACKS}, {"target_parameters": STACKS, "r": 3})
+    (tmp_path / "closeness.py").write_text(SCORE)
+    changes = {"merge.rank": 2, "search": {"algorithm": "m2n2"}, "budget.evaluations": 6}
+    run = launch(Recipe.from_record(apply_settings(RECIPE, changes), tmp_path), tmp_path / "run")
+    served = export_lora(run, "best", tmp_path / "served")
+    assert served.adapter.rank == 2
+    assert [one.difference for one in verify(tmp_path / "served")] == [0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
