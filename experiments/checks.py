@@ -215,6 +215,8 @@ def _adapters(sources: Sources) -> Iterator[Finding]:
     """The base of each adapter. Refuses one that was trained on other weights."""
     for adapter in (one for expert in sources.experts for one in adapters_in(expert)):
         yield Finding(f"adapter {adapter.name}", lora_bases.check(adapter).text)
+    if sources.rank is not None:
+        yield Finding("merge.rank", f"updates are cut to rank {sources.rank}, module by module, before they are scored")
 
 
 def _architecture(sources: Sources) -> Iterator[Finding]:

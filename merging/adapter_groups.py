@@ -65,6 +65,11 @@ class Changed:
         """The low-rank updates."""
         self._sort_out()
 
+    def shape(self, group: Group) -> tuple[int, int, int]:
+        """(E, R, C) of a group's tensor: E matrices."""
+        number, update = next(iter(group.updates.items()))
+        return update.shape(self.adapters[number].weights)
+
     def _sort_out(self) -> None:
         """Find the updates that belong together, and the tensors that are stored whole."""
         found: dict[tuple[str, str], Group] = {}

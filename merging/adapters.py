@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ecotone.merging.adapter_groups import AS_CHECKPOINT, Group
+from ecotone.merging.adapter_groups import AS_CHECKPOINT, Changed, Group
 from ecotone.merging.kernel.materialise import Mixture, mix
 from ecotone.merging.models.layout import tied_embedding
 from ecotone.merging.models.lora import Adapter
@@ -105,13 +105,18 @@ def check_operator(operator: Operator) -> None:
         )
 
 
-def check_rank(operator: Operator, experts: int) -> None:
-    """Refuse an operator whose merges of adapters are not all adapters, for searches that score merges of a rank.
+def check_rank(operator: Operator, changed: Changed) -> None:
+    """Refuse what has merges that are no adapters, for searches that score merges cut to a rank.
+
+    Args:
+        operator: The operator.
+        changed: What the adapters change.
 
     Raises:
-        InputError: They are not; the message says why.
+        InputError: There are such merges; the message says why.
     """
     check_operator(operator)
+    experts = len(changed.adapters)
     some = np.vstack([np.zeros(experts), np.eye(experts)])
     if operator.geometry is not None or not operator.affine or (operator.weights(some).sum(axis=1) != 1).any():
         raise InputError(
@@ -119,6 +124,15 @@ def check_rank(operator: Operator, experts: int) -> None:
             f"{operator.name!r}: its merges of adapters are no adapters.",
             "Use task_arithmetic.",
         )
+    for group in changed.groups:
+        _, _, columns = changed.shape(group)
+        for name, parts in group.parts.items():
+            if parts is None or not all(_of_whole_rows(part, columns) for part in parts):
+                raise InputError(
+                    f"merge.rank: {name!r} is no run of rows of the module's {group.target!r}, which adapters change: "
+                    "merges with borders inside it are no adapters.",
+                    "Leave rank out, and cut the export of one merge (--rank).",
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,11 +141,17 @@ class _Product:
 
     left: Tensor
     right: Tensor
-    error: float = 0.0
+    lost: float = 0.0
+    """The squares of what was cut off, summed."""
 
     @property
     def rank(self) -> int:
         return int(self.left.shape[1])
+
+    @property
+    def squares(self) -> float:
+        """The squares of all elements, summed, and of what was cut off."""
+        return self.lost + float(((self.left.T @ self.left) * (self.right @ self.right.T)).sum())
 
     def cut(self, rank: int) -> _Product:
         """The nearest product of at most that rank."""
@@ -140,12 +160,8 @@ class _Product:
         q_left, r_left = torch.linalg.qr(self.left)
         q_right, r_right = torch.linalg.qr(self.right.T)
         u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-        kept = values[:rank]
-        lost, whole = values[rank:].square().sum(), values.square().sum()
-        error = 0.0 if float(whole) == 0 else math.sqrt(float(lost / whole))
-        error = 0.0 if error < _ROUNDING else error
-        root = kept.sqrt()
-        return _Product((q_left @ u[:, :rank]) * root, root[:, None] * (q_right @ v[:rank].T).T, error)
+        root, lost = values[:rank].sqrt(), float(values[rank:].square().sum())
+        return _Product((q_left @ u[:, :rank]) * root, root[:, None] * (q_right @ v[:rank].T).T, lost)
 
 
 class _Merging:
@@ -176,7 +192,7 @@ class _Merging:
 
     def _products(self, group: Group) -> list[_Product]:
         """The merged update of each expert of a module's tensor."""
-        experts, rows, columns = self._shape(group)
+        experts, rows, columns = self.changed.shape(group)
         if group.normed:
             return [self._dense(group, rows, columns)]
         coefficients, extra = self._coefficients(group, experts, rows)
@@ -200,10 +216,6 @@ class _Merging:
             nothing = [torch.zeros(rows, 0, dtype=torch.float64), torch.zeros(0, columns, dtype=torch.float64)]
             products.append(_Product(torch.cat([nothing[0], *lefts], 1), torch.cat([nothing[1], *rights])))
         return products
-
-    def _shape(self, group: Group) -> tuple[int, int, int]:
-        number, update = next(iter(group.updates.items()))
-        return update.shape(self.adapters[number].weights)
 
     def _factors(self, number: int, update: Update, expert: int) -> tuple[Tensor, Tensor]:
         return update.factors(self.adapters[number].weights, torch.float64, expert)
@@ -231,7 +243,7 @@ class _Merging:
         """
         table = np.full((experts, rows, len(self.adapters)), np.nan)
         extra: dict[int, list[tuple[int, int, Floats]]] = {}
-        columns = self._shape(group)[2]
+        columns = self.changed.shape(group)[2]
         for name, parts in group.parts.items():
             pieces = self._pieces(name)
             if len(pieces) == 1:
@@ -290,12 +302,12 @@ class _Merging:
         """The adapter."""
         products, errors = [], {}
         for group in self.changed.groups:
-            _, rows, columns = self._shape(group)
+            _, rows, columns = self.changed.shape(group)
             most = min(rows, columns) if self.rank is None else min(rows, columns, self.rank)
             with _one_thread():
                 cut = [product.cut(most) for product in self._products(group)]
             products.append(cut)
-            errors[group.target] = math.sqrt(sum(one.error**2 for one in cut) / len(cut))
+            errors[group.target] = _error(cut)
         rank = max((one.rank for cut in products for one in cut), default=1) or 1
         tensors: dict[str, Tensor] = {}
         for group, cut in zip(self.changed.groups, products, strict=True):
@@ -410,6 +422,13 @@ class _Merging:
             yield f"vLLM does not take it: its ranks end at {SERVED_RANKS[-1]}. Cut it with --rank {SERVED_RANKS[-1]}."
         else:
             yield f"vLLM takes it with --max-lora-rank {least}."
+
+
+def _error(cut: Sequence[_Product]) -> float:
+    """What was cut off, relative to all of it, in the Frobenius norm."""
+    lost = sum(one.lost for one in cut)
+    error = math.sqrt(lost / sum(one.squares for one in cut)) if lost else 0.0
+    return error if error > _ROUNDING else 0.0
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Sources:
         self.base: Model | None = None if base is None else declared(base)
         self.rank = rank
         if rank is not None:
-            check_rank(operator, len(self.changed.adapters))
+            check_rank(operator, self.changed)
         columns = len(operator.columns(self.names))
         self.memory: Memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
         """The memory that merging takes."""

@@ -8,8 +8,10 @@ import torch
 from families import FAMILIES
 from safetensors.torch import load_file
 from test_adapters import STACKS, base_of, trained
+from typer.testing import CliRunner
 
 from ecotone import launch
+from ecotone.experiments.cli import app
 from ecotone.experiments.exports import export, export_lora, verify
 from ecotone.experiments.mergekit import mergekit_config
 from ecotone.experiments.recipe import Recipe, apply_settings
@@ -294,7 +296,23 @@ def test_a_rank_that_suffices_changes_nothing_but_last_bits(tmp_path):
     close(weights(ranked(plain, 16), genome), weights(plain, genome))
 
 
+def test_the_error_of_a_stack_is_that_of_all_its_experts(tmp_path):
+    _, sources = family("qwen3_moe", tmp_path, {"target_parameters": STACKS[1:], "r": 4}, {})
+    genome = uniform(sources, 0.7, 0.0)
+    expected = weights(sources, genome)
+    merged = written(sources, genome, tmp_path / "merged", rank=2)
+    found = read_back(sources, tmp_path / "merged")
+    for layer in range(2):
+        names = [f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight" for expert in range(4)]
+        delta = torch.stack([expected[name] - sources.base.tensor(name) for name in names])
+        error = torch.stack([found[name] - expected[name] for name in names]).norm() / delta.norm()
+        assert merged.errors[f"model.layers.{layer}.mlp.experts.down_proj"] == pytest.approx(float(error), rel=1e-4)
+
+
 def test_what_cannot_be_scored_at_a_rank(tmp_path):
+    _, split = family("nomic_bert", tmp_path, {}, {})
+    with pytest.raises(InputError, match=r"merge\.rank: .* is no run of rows of the module's"):
+        ranked(split, 4)
     kind, sources = family("llama", tmp_path, {}, {})
     places = [one.path for one in sources.experts]
     for operator, message in (("linear", "always sum to one, found 'linear'"), ("ties", "changes the experts")):
@@ -328,6 +346,11 @@ def score(model):
 """
 
 
+def commanded(*words):
+    """What a command of ours prints and raises."""
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
 @pytest.mark.parametrize("rank", [3, None])
 def test_a_run_s_member_is_served_and_verified(tmp_path, rank):
     family("llama", tmp_path, {"target_modules": ["q_proj", "down_proj"]}, {"target_modules": ["q_proj", "v_proj"]})
@@ -345,6 +368,12 @@ def test_a_run_s_member_is_served_and_verified(tmp_path, rank):
     cut = export_lora(run, "best", tmp_path / "cut", rank=1)
     assert cut.scores is not None
     assert max(one.difference for one in verify(tmp_path / "cut")) == 0
+    found = commanded("export", run.directory, "--to", tmp_path / "again", "--format", "lora", "--rank", 1)
+    assert "relative error" in found.stdout
+    assert "The adapter is not the member itself. It scores:" in found.stdout
+    assert "The scores equal" in commanded("verify", tmp_path / "again").stdout
+    refusal = str(commanded("export", run.directory, "--to", tmp_path / "no", "--rank", 1).exception)
+    assert refusal == "--rank: expected --format lora with it, found --format checkpoint."
     record = json.loads((tmp_path / "cut" / "ecotone.json").read_text())
     assert record["adapter"]["member"]["search"] != record["scores"]["search"] == cut.scores["search"]
 
