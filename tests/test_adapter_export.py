@@ -110,7 +110,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+def mostly_slow(names, fast):
+    """All names; those that are not among the fast ones are slow tests."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("case", mostly_slow(CASES, ("llama", "whole", "tokens", "experts")))
 def test_peft_makes_of_it_the_merge_that_was_scored(tmp_path, case):
     name, options = CASES[case]
     kind, sources = family(name, tmp_path, *options)
@@ -146,7 +151,7 @@ def test_logits_are_those_of_the_full_export(tmp_path):
     assert (config["r"], config["lora_alpha"]) == (2, 2)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", mostly_slow(range(3), (0,)))
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -72,9 +72,10 @@ CASES = {
     "bert": ("bert", {"target_modules": ["query", "dense"]}),
     "split in the module": ("nomic_bert", {"target_modules": "all-linear"}),
 }
+FAST = ("dora", "experts", "tokens", "gpt_neox", "vit")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in CASES])
 def test_agrees_with_what_peft_merges(tmp_path, case):
     family, options = CASES[case]
     if "target_modules" not in options:
@@ -339,6 +340,7 @@ class TestDora(OfPeft):
     options: ClassVar = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
 
 
+@pytest.mark.slow
 class TestTrainedTokens(OfPeft):
     options: ClassVar = {"target_modules": ["q_proj"], "trainable_token_indices": [0, 9, 8, 63]}
 
@@ -348,11 +350,13 @@ class TestExperts(OfPeft):
     options: ClassVar = {"target_modules": ["q_proj"], "target_parameters": STACKS}
 
 
+@pytest.mark.slow
 class TestStacks(OfPeft):
     family = "gpt_oss"
     options: ClassVar = {"target_modules": ["q_proj"], "target_parameters": STACKS}
 
 
+@pytest.mark.slow
 class TestElements(OfPeft):
     family = "nomic_bert"
     options: ClassVar = {"target_modules": "all-linear"}
