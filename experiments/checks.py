@@ -23,9 +23,10 @@ from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of
 from ecotone.merging import companions
 from ecotone.merging.inner_products import region_borders
-from ecotone.merging.models import architectures, configs, depth, tokenizers, vocabulary
+from ecotone.merging.models import architectures, configs, depth, lora_bases, tokenizers, vocabulary
 from ecotone.merging.models.checkpoint import located, unread
 from ecotone.merging.models.layout import Layout, natural
+from ecotone.merging.models.lora import adapters_in
 from ecotone.merging.models.matching import Renamed
 from ecotone.merging.models.names import names_of
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
@@ -103,6 +104,7 @@ def findings(composition: compose.Composition) -> Iterator[Finding]:
     spec, sources = composition.spec, composition.sources
     yield from _models(sources)
     yield from _configs(spec, sources)
+    yield from _adapters(sources)
     if spec.architecture == "auto":
         yield from _architecture(sources)
     yield from _language(spec, sources)
@@ -222,6 +224,14 @@ def _models(sources: Sources) -> Iterator[Finding]:
             yield Finding(f"files of {name}", f"Warning: {text}")
     if layout.aliases:
         yield Finding("tied weights", ", ".join(f"{alias} = {kept}" for alias, kept in layout.aliases.items()))
+
+
+def _adapters(sources: Sources) -> Iterator[Finding]:
+    """The base of each adapter. Refuses one that was trained on other weights."""
+    for adapter in (one for expert in sources.experts for one in adapters_in(expert)):
+        yield Finding(f"adapter {adapter.name}", lora_bases.check(adapter).text)
+    if sources.rank is not None:
+        yield Finding("merge.rank", f"updates are cut to rank {sources.rank}, module by module, before they are scored")
 
 
 def _architecture(sources: Sources) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -88,6 +88,7 @@ class ExportFormat(str, Enum):
     """The formats that `export` writes."""
 
     checkpoint = "checkpoint"
+    lora = "lora"
     mergekit = "mergekit"
 
 
@@ -362,8 +363,16 @@ def export(
     ] = None,
     kind: Annotated[
         ExportFormat,
-        typer.Option("--format", help="checkpoint: the weights; mergekit: a YAML file from which mergekit makes them."),
+        typer.Option(
+            "--format",
+            help="checkpoint: the weights; lora: a merge of adapters as an adapter of their base; mergekit: a YAML "
+            "file from which mergekit makes the weights.",
+        ),
     ] = ExportFormat.checkpoint,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="With lora: cut the update of each module to this rank; the error is shown."),
+    ] = None,
     snap: Annotated[
         bool, typer.Option("--snap", help="With mergekit: move split points inside tensors to tensor borders.")
     ] = False,
@@ -372,13 +381,18 @@ def export(
     """Write a member's weights as a checkpoint, with a model card and the record for `verify`."""
     opened = _run(run)
     trial = opened.trial(_wanted_member(opened, member, preference))
-    if kind is ExportFormat.mergekit:
+    if rank is not None and kind is not ExportFormat.lora:
+        raise InputError(f"--rank: expected --format lora with it, found --format {kind.value}.")
+    if snap and kind is not ExportFormat.mergekit:
+        raise InputError(f"--snap: expected --format mergekit with it, found --format {kind.value}.")
+    if kind is not ExportFormat.checkpoint:
         if register or alias:
-            raise InputError("--register: expected --format checkpoint with it, found --format mergekit.")
-        _export_mergekit(opened, trial.number, to, snap, as_json)
+            raise InputError(f"--register: expected --format checkpoint with it, found --format {kind.value}.")
+        if kind is ExportFormat.lora:
+            _export_lora(opened, trial.number, to, rank, as_json)
+        else:
+            _export_mergekit(opened, trial.number, to, snap, as_json)
         return
-    if snap:
-        raise InputError("--snap: expected --format mergekit with it, found --format checkpoint.")
     registrar = _registrar(opened, register, alias)
     path = opened.export(trial.number, to)
     version = registrar.register(path) if registrar else None
@@ -390,6 +404,32 @@ def export(
     if version is not None:
         where = "" if version.uploaded else f" Its weights are too large to upload and stay in {path}."
         typer.echo(f"MLflow has it as {version.uri}, version {version.version} of {version.name}.{where}")
+
+
+def _export_lora(run: Run, member: int, to: Path, rank: int | None, as_json: bool) -> None:
+    from ecotone.experiments import report
+    from ecotone.experiments.exports import export_lora
+
+    with users_code():
+        found = export_lora(run, member, to, rank)
+    merged = found.adapter
+    if as_json:
+        print_json({"member": member, "path": str(to), **found.record()})
+        return
+    typer.echo(f"Member {member} is in {to}, an adapter. Check it with: ecotone verify {shlex.quote(str(to))}")
+    for note in merged.notes:
+        typer.echo(note)
+    if not merged.exact:
+        worst = sorted(merged.errors.items(), key=lambda item: -item[1])
+        report.console().print(report.lines([(name, f"relative error {error:.3g}") for name, error in worst]))
+    if found.scores is not None:
+        typer.echo("The adapter is not the member itself. It scores:")
+        rows = [
+            (f"{subset} {name}", f"{score:.6f}")
+            for subset, each in found.scores.items()
+            for name, score in each.items()
+        ]
+        report.console().print(report.lines(rows))
 
 
 def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool) -> None:
@@ -408,10 +448,11 @@ def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool)
         typer.echo(note)
     if merge.snap is not None:
         typer.echo(f"The file is not the member itself: {merge.snap}. It scores:")
-        rows = [
-            (f"{subset} {name}", f"{score:.6f}") for subset, named in scores.items() for name, score in named.items()
-        ]
-        report.console().print(report.lines(rows))
+        report.console().print(report.lines(_score_rows(scores)))
+
+
+def _score_rows(scores: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
+    return [(f"{subset} {name}", f"{score:.6f}") for subset, each in scores.items() for name, score in each.items()]
 
 
 @app.command("import-mergekit")

@@ -94,6 +94,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         backend=recipe.scoring,
         device=recipe.scoring.device,
         dtype=recipe.merge.dtype,
+        rank=recipe.merge.rank,
         threads=recipe.scoring.threads,
         dense=any(part.needs().vectors for part in recipe.searches),
         sys_path=tuple(sys_path),

@@ -17,8 +17,16 @@ from ecotone.experiments.storage import on_this_machine
 from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Batch, SerialPool
 from ecotone.fitness.worker import open_sources
-from ecotone.merging.export import RECORD, export_directory, export_file, export_plain_directory
-from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.adapters import MergedAdapter, merged_adapter
+from ecotone.merging.export import (
+    RECORD,
+    describe,
+    export_adapter,
+    export_directory,
+    export_file,
+    export_plain_directory,
+)
+from ecotone.merging.models.checkpoint import Checkpoint, is_adapter
 from ecotone.merging.models.matching import MERGED
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
@@ -70,6 +78,63 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
         return export_directory(sources, trial.genome, target, card, record, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     return export_plain_directory(sources, trial.genome, target, card, record, dtype)
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """A member as an adapter.
+
+    Args:
+        adapter: The adapter, with its errors by module and notes on who takes it.
+        scores: Its own scores by subset of the data, where it was cut and is not the member itself; else None.
+    """
+
+    adapter: MergedAdapter
+    scores: Mapping[str, Mapping[str, float]] | None
+
+    def record(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self.adapter.record(), **({} if self.scores is None else {"scores": self.scores})}
+
+
+def export_lora(run: Run, member: int | str, to: str | Path, rank: int | None = None) -> LoraExport:
+    """Write a member that is a merge of adapters as an adapter of their base.
+
+    Args:
+        run: The run.
+        member: A trial's number, or ``best``.
+        to: A new directory, for what PEFT loads, the model card and the record ``ecotone.json``.
+        rank: The highest rank of a module's update; None for that of the recipe, or else as many as the merge has.
+
+    Returns:
+        The adapter. One that was cut here, and not by the recipe, is scored again; its record has its own scores.
+
+    Raises:
+        EcotoneError: There is no such member, the models are gone, the target is in the way, or the merge is no
+            adapter.
+    """
+    target = on_this_machine(to, "to")
+    if target.suffix in (".safetensors", ".yaml", ".yml"):
+        raise InputError(f"{target}: expected a directory, as adapters are stored.")
+    trial = run.trial(member)
+    scored = run.scored(trial.number)
+    recipe = _recipe(run)
+    sources, _ = _opened(recipe)
+    merged = merged_adapter(sources, trial.genome, rank or sources.rank)
+    record = {
+        **_record(run, recipe, trial, scored),
+        "operator": operator_record(sources.tuned(trial.genome).operator),
+        "models": models_record(sources),
+        "adapter": merged.record(),
+    }
+    export_adapter(merged, target, sources.tokenizer, model_card(record, scored, sources), record)
+    if merged.exact or rank in (None, sources.rank):
+        return LoraExport(merged, None)
+    scores = _scored_alone(target, record)
+    record = {**record, "scores": scores, "adapter": {**record["adapter"], "member": record["scores"]}}
+    own = replace(scored, scores=scores["search"], held_out=scores["held_out"])
+    describe(target, model_card(record, own, sources), record)
+    return LoraExport(merged, {subset: found for subset, found in scores.items() if found})
 
 
 def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = False) -> MergekitMerge:
@@ -196,6 +261,9 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
     made = [f"| {name} | {share:.4f} |" for name, share in zip(columns, shares, strict=True)]
     base = [] if sources.base is None else [f"Base model: {sources.base.name}.", ""]
     library = ["library_name: transformers"] if sources.configured.is_hugging_face else []
+    adapter = record.get("adapter")
+    if adapter is not None:
+        library, base = ["library_name: peft"], [*base, *adapter["notes"], ""]
     dense = ["Its parameters evolved from scratch; coefficients do not describe it.", ""]
     return "\n".join(
         [
@@ -267,34 +335,36 @@ def verify(path: str | Path) -> list[Comparison]:
     """
     target = on_this_machine(path, "path")
     record = read_record(target)
+    return [
+        Comparison(subset, name, value, found[name])
+        for subset, found in _scored_alone(target, record).items()
+        if found
+        for name, value in record["scores"][subset].items()
+    ]
+
+
+def _scored_alone(target: Path, record: Mapping[str, Any]) -> dict[Subset, Mapping[str, float] | None]:
+    """The scores of an export, on the subsets of the data for which its record has some."""
     recipe = _read_back(record["recipe"], record.get("versions", {}).get("ecotone", ""))
     paths = compose.python_paths(tuple(record.get("sys_path", ())))
     spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
     alone: dict[str, Any] = {
         "experts": (str(target),),
-        "base": None,
+        "base": spec.base if is_adapter(target) else None,
         "operator": "linear",
         "settings": {},
         "names": ("export",),
         "vocabulary": "same",
         "treatment": MERGED,
         "config": "same",
+        "rank": None,
     }
     spec = replace(spec, **alone, dense=False, calibration=())
     with SerialPool(spec) as pool:
         space = pool.start()
         genome = Genome.uniform(space.size, [1.0])
-        return [
-            comparison
-            for subset in ("search", "held_out")
-            if record["scores"][subset]
-            for comparison in _compared(pool, genome, subset, record["scores"][subset])
-        ]
-
-
-def _compared(pool: SerialPool, genome: Genome, subset: Subset, recorded: Mapping[str, float]) -> list[Comparison]:
-    found = _measured(pool, genome, subset)
-    return [Comparison(subset, name, value, found[name]) for name, value in recorded.items()]
+        subsets: tuple[Subset, ...] = ("search", "held_out")
+        return {subset: _measured(pool, genome, subset) if record["scores"][subset] else None for subset in subsets}
 
 
 def _measured(pool: SerialPool, genome: Genome, subset: Subset) -> Mapping[str, float]:

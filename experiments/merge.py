@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, model_validator
+from pydantic import ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -62,6 +62,9 @@ class Merge(Part):
         freeze: Patterns of names of tensors that are not merged: merges have those of ``models.base``, or of the first
             expert. ``*`` stands for any text: ``*.mlp.gate.weight``.
         only: Patterns of names of the tensors that are merged; all others are frozen. Empty merges all.
+        rank: The rank that the update of each module is cut to, by its singular values, before a merge of LoRA adapters
+            is scored: what is scored is then what is served as an adapter of that rank. None scores merges as they
+            are.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
@@ -69,6 +72,7 @@ class Merge(Part):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     freeze: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    rank: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod

@@ -196,6 +196,10 @@ def _check_expressible(genome: Genome, sources: Sources) -> None:
             "its own before they are mixed (mergekit's methods of like names do it otherwise).",
             _AS_CHECKPOINT,
         )
+    if sources.rank is not None:
+        raise InputError(
+            "merge.rank: mergekit cannot express merges of adapters whose updates are cut to a rank.", _AS_CHECKPOINT
+        )
     if genome.residual is not None:
         raise InputError(
             "genome: expected coefficients of models, found whole weights that were evolved: mergekit cannot express "

@@ -197,6 +197,7 @@ class Recipe(Part):
         for part in self.searches:
             self._check_objectives(part)
             self._check_ranges(part)
+            self._check_rank(part)
         self._check_calibration(spare=bool((info.context or {}).get("spare_tasks")))
         self._check_shares()
         for field, value in self.model_dump(warnings=False).items():
@@ -242,6 +243,18 @@ class Recipe(Part):
                 f"merge.{next(iter(self.merge.ranges))}: {part.algorithm} searches coefficients alone, found bounds; "
                 "give one value, or use random, cma_es, map, bayesian_map, nsga2 or optuna"
             )
+
+    def _check_rank(self, part: SearchSettings) -> None:
+        if self.merge.rank is None:
+            return
+        if part.needs().gradients or part.needs().vectors:
+            how = "follows gradients" if part.needs().gradients else "changes weights one by one"
+            raise ValueError(
+                f"merge.rank: {part.algorithm} {how}, which merges that are cut to a rank do not allow; leave rank "
+                "out, or use a search over coefficients"
+            )
+        if self.models.vocabulary != "same":
+            raise ValueError("merge.rank: expected models.vocabulary same with it, as adapters of one base have")
 
     def _check_shares(self) -> None:
         chain, whole = self.chain, self.budget.evaluations

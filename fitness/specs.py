@@ -42,6 +42,7 @@ class WorkerSpec:
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
         dtype: Name of the resident model's dtype (``bfloat16``). None is the checkpoints' own, whatever type the
             architecture is made in (float32 when they mix types), so that what is scored is what can be exported.
+        rank: The rank that merges of adapters are cut to before they are scored; None for merges as they are.
         threads: CPU threads of one worker. Results may depend on it in the last bit, so it belongs to the recipe.
         try_out: Score the first expert before the space is given, so that an objective that cannot be computed is found
             before any of a budget is spent.
@@ -73,6 +74,7 @@ class WorkerSpec:
     backend: ScoringSettings = field(default_factory=ResidentSettings)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: str | None = None
+    rank: int | None = None
     threads: int = 1
     try_out: bool = False
     dense: bool = False

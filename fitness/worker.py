@@ -54,7 +54,7 @@ def open_sources(spec: WorkerSpec) -> Sources:
         EcotoneError: As for ``Sources.open``.
     """
     models = (spec.experts, spec.base, spec.operator, spec.names, spec.settings, spec.vocabulary)
-    return Sources.open(*models, spec.sources, spec.treatment, spec.config)
+    return Sources.open(*models, spec.sources, spec.treatment, spec.config, spec.rank)
 
 
 def needs_of(spec: WorkerSpec, sources: Sources, device: torch.device, *, settings: bool = False) -> Needs:

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import save_file
 
+from ecotone.merging.adapters import MergedAdapter
 from ecotone.merging.companions import companions
-from ecotone.merging.kernel.lazy import formed
+from ecotone.merging.kernel.lazy import fill, formed
 from ecotone.merging.kernel.materialise import Mixture, mix
-from ecotone.merging.models.checkpoint import DTYPES, INDEX, SINGLE
+from ecotone.merging.models import tokenizers
+from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, DTYPES, INDEX, SINGLE
 from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, tied_embedding, untied
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.merging.models.refused import MERGEABLE
@@ -74,14 +77,14 @@ def export_directory(
             "from, found plain weights.",
             "Export to a .safetensors file instead.",
         )
-    writer = _Writer(sources.tuned(genome), sources.mixture(genome), _dtype(dtype))
+    writer = _Writer.of(sources, genome, dtype)
     with _renamed(target, writer.nbytes) as partial:
         partial.mkdir()
         for companion in companions(sources, genome):
             companion.write(partial)
         _write_json(partial / "config.json", _config(_as_stored(configured, sources.layout), writer.dtype))
         writer.write_shards(partial, shard_bytes)
-        _describe(partial, card, record)
+        describe(partial, card, record)
     return target
 
 
@@ -98,12 +101,12 @@ def export_plain_directory(
     For models that are no Hugging Face directories; arguments, result and errors as for ``export_directory``.
     """
     target = _empty(directory)
-    writer = _Writer(sources.tuned(genome), sources.mixture(genome), _dtype(dtype))
+    writer = _Writer.of(sources, genome, dtype)
     with _renamed(target, writer.nbytes) as partial:
         partial.mkdir()
         metadata = {"ecotone": json.dumps({"record": RECORD}), **sources.layout.aliases}
         writer.write(partial / SINGLE, list(writer.entries), metadata)
-        _describe(partial, card, record)
+        describe(partial, card, record)
     return target
 
 
@@ -135,9 +138,40 @@ def export_file(
         raise InputError(f"{target}: expected a path that ends in .safetensors.")
     if target.exists():
         raise InputError(f"{target}: the file exists.", "Choose another name, or remove it.")
-    writer = _Writer(sources.tuned(genome), sources.mixture(genome), _dtype(dtype))
+    writer = _Writer.of(sources, genome, dtype)
     with _renamed(target, writer.nbytes) as partial:
         writer.write(partial, list(writer.entries), {"ecotone": json.dumps(record), **sources.layout.aliases})
+    return target
+
+
+def export_adapter(
+    merged: MergedAdapter, directory: str | Path, tokenizer: Path, card: str, record: Mapping[str, Any]
+) -> Path:
+    """Write a merge of adapters as an adapter that PEFT loads, with its card and its record.
+
+    Args:
+        merged: The adapter.
+        directory: The folder to write to. It must not exist or be empty.
+        tokenizer: The folder of the merge's tokenizer, which is copied if there is one.
+        card: The model card.
+        record: The history of the model.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: The target is not empty, or the disk is too full.
+    """
+    target = _empty(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _renamed(target, sum(tensor.nbytes for tensor in merged.tensors.values())) as partial:
+        partial.mkdir()
+        for file in sorted(tokenizer.iterdir()) if tokenizer.is_dir() else ():
+            if file.is_file() and tokenizers.is_file(file.name):
+                shutil.copyfile(file, partial / file.name)
+        _write_json(partial / ADAPTER_CONFIG, merged.config)
+        save_file(dict(merged.tensors), partial / ADAPTER, {"format": "pt"})
+        describe(partial, card, record)
     return target
 
 
@@ -149,11 +183,19 @@ class _Writer:
         sources: The models.
         mixture: The merge.
         dtype: Type of the merged tensors, None for their own.
+        cut: The merge as a model of its own, where the recipe cuts updates to a rank.
     """
 
     sources: Sources
     mixture: Mixture
     dtype: torch.dtype | None
+    cut: Model | None = None
+
+    @classmethod
+    def of(cls, sources: Sources, genome: Genome, dtype: torch.dtype | str | None) -> _Writer:
+        """The writer of a genome's merge."""
+        cut = None if sources.rank is None else sources.cut(genome)
+        return cls(sources.tuned(genome), sources.mixture(genome), _dtype(dtype), cut)
 
     @property
     def entries(self) -> dict[str, TensorInfo]:
@@ -211,12 +253,16 @@ class _Writer:
             return
         start = int(layout.tensor_borders[layout.tensors.index(name)])
         stretch = self.sources.stretch(name)
+        cut = None if self.cut is None else self.cut.flat(name)
         length = BUFFER_BYTES // info.dtype.itemsize
         buffer = torch.empty(min(length, info.size), dtype=info.dtype)
         for low in range(0, info.size, length):
             part = buffer[: min(length, info.size - low)]
-            piece = stretch[low : low + part.numel()]
-            mix(piece, start + low, [self.mixture], [part], self.sources.large)
+            piece = slice(low, low + part.numel())
+            if cut is not None:
+                fill(part, cut[piece])
+            else:
+                mix(stretch[piece], start + low, [self.mixture], [part], self.sources.large)
             file.write(part.view(torch.uint8).numpy().data)
 
 
@@ -266,7 +312,8 @@ def _empty(directory: str | Path) -> Path:
     return target
 
 
-def _describe(directory: Path, card: str, record: Mapping[str, Any]) -> None:
+def describe(directory: Path, card: str, record: Mapping[str, Any]) -> None:
+    """Write an export's model card and its record."""
     (directory / CARD).write_text(card, "utf-8")
     _write_json(directory / RECORD, record)
 

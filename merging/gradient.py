@@ -53,6 +53,8 @@ class Slopes:
 
     def __init__(self, sources: Sources, genome: Genome) -> None:
         sources.mixture(genome)
+        if sources.rank is not None:
+            raise InputError("merge.rank: expected no gradients of merges that are cut to a rank: they have none.")
         self._sources = sources = sources.tuned(genome)
         self._shape = genome.coefficients.shape
         self._borders: list[int] = genome.boundaries.tolist()

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from ecotone.merging import operators
+from ecotone.merging.adapter_groups import Changed
+from ecotone.merging.adapters import check_rank, merged_adapter
 from ecotone.merging.held import CPU, Held, as_rows
 from ecotone.merging.inner_products import gram_table, vectors_of
+from ecotone.merging.kernel.lazy import fill
 from ecotone.merging.kernel.materialise import SMALL, Mixture, Stretch, Transform, mix
 from ecotone.merging.memory import TUNED, Memory
 from ecotone.merging.models import configs, formats, matching, preflight, tokenizers
@@ -48,6 +51,7 @@ class Sources:
             on export, the configuration and tokenizer.
         placement: The place where they are kept; no bit of a merge depends on it.
         config: The model whose config a merge has (``ecotone.merging.models.configs``).
+        rank: The rank that the modules' updates of every merge of adapters are cut to; None for merges as they are.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Sources:
         base: Model | None = None,
         placement: Wish = "auto",
         config: configs.Choice = "same",
+        rank: int | None = None,
     ) -> None:
         self.layout = layout
         self.operator = operator
@@ -65,6 +70,9 @@ class Sources:
         self.base: Model | None = None if base is None else declared(base)
         self.config: configs.Choice = config
         """The choice of the config that merges have."""
+        self.rank = rank
+        if rank is not None:
+            check_rank(operator, self.changed)
         columns = len(operator.columns(self.names))
         self.memory: Memory = Memory(layout, self.checkpoints, columns, operator.changes, placement == "mapped")
         """The memory that merging takes."""
@@ -86,6 +94,7 @@ class Sources:
         placement: Wish = "auto",
         treatment: Treatment = MERGED,
         config: configs.Choice = "same",
+        rank: int | None = None,
     ) -> Sources:
         """Open the models of a merge and check from their headers that they fit together.
 
@@ -102,6 +111,7 @@ class Sources:
             treatment: The tensors that are not merged.
             config: What to do with models whose configs compute something else: refuse them (``same``), or take that
                 of the ``base``, of the ``first`` expert, or of ``each`` (``ecotone.merging.models.configs``).
+            rank: The rank that the modules' updates of every merge of adapters are cut to.
 
         Raises:
             InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.
@@ -124,7 +134,7 @@ class Sources:
         apart = matching.apart(models, treatment)
         layout = preflight.check(models, apart)
         configs.check(models, models[0] if root else None, config)
-        made = cls(layout, operation, models[-len(named) :], models[0] if root else None, placement, config)
+        made = cls(layout, operation, models[-len(named) :], models[0] if root else None, placement, config, rank)
         made.apart = apart
         return made
 
@@ -182,6 +192,15 @@ class Sources:
         one_hot = len(numbers) == 1 and bool((weights == (np.arange(weights.shape[1]) == numbers[0])).all())
         number = int(numbers[0]) - (weights.shape[1] - count) if one_hot else -1  # the base comes before the experts
         return number if number >= 0 else None
+
+    @cached_property
+    def changed(self) -> Changed:
+        """What the experts change, where all of them are adapters.
+
+        Raises:
+            InputError: They are not, or their changes do not go together.
+        """
+        return Changed(self.experts)
 
     @cached_property
     def tokenizer(self) -> Path:
@@ -304,6 +323,10 @@ class Sources:
         if len(out) != len(mixtures):
             raise InputError(f"out: expected one mapping for each of {len(mixtures)} genomes, found {len(out)}.")
         targets = [self.layout.found_in(tensors) for tensors in out]
+        if self.rank is not None:
+            for genome, tensors in zip(genomes, targets, strict=True):
+                self._fill_cut(self.cut(genome), tensors)
+            return
         for tuned, members in self._groups(genomes):
             tuned._fill([mixtures[i] for i in members], [targets[i] for i in members])
 
@@ -314,6 +337,21 @@ class Sources:
             groups.setdefault(operators.tuned(self.operator, genome.parameters), []).append(index)
         for members in groups.values():
             yield self.tuned(genomes[members[0]]), members
+
+    def cut(self, genome: Genome) -> Model:
+        """A merge whose updates are cut to ``rank``: the base and the adapter that an export of it is.
+
+        Raises:
+            InputError: The merge is no adapter.
+        """
+        assert self.base is not None
+        return merged_adapter(self, genome, self.rank).on(self.base)
+
+    def _fill_cut(self, model: Model, targets: Sequence[Tensor]) -> None:
+        """Write a model into tensors in the order of the layout."""
+        with torch.no_grad():
+            for name, target in zip(self.layout.tensors, targets, strict=True):
+                fill(target, model.flat(name))
 
     def _fill(self, mixtures: Sequence[Mixture], targets: Sequence[Sequence[Tensor]]) -> None:
         """Write merges into tensors in the order of the layout."""
@@ -348,7 +386,7 @@ class Sources:
         buffer = torch.empty(len(mixtures), self.layout.size, dtype=dtype or self.layout.dtype, device=here)
         for tuned, members in self._groups(genomes):
             rows = [buffer[i] for i in members]
-            if tuned._matrix is not None:
+            if tuned._matrix is not None and self.rank is None:
                 mix(tuned._matrix, 0, [mixtures[i] for i in members], rows, self.large)
             else:
                 self.materialise([genomes[i] for i in members], [self.layout.views(row) for row in rows])

@@ -1,5 +1,6 @@
 """Every model type of transformers, at the sizes of its default configuration, without weights."""
 
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -72,12 +73,13 @@ def _words(error: Exception) -> str:
 
 def shortened(config: Any, depth: int = 0) -> None:
     """Have few layers, in all parts of a configuration, as far as it allows for them."""
-    for name in _LAYERS:
-        if isinstance(getattr(config, name, None), int) and getattr(config, name) > FEW:
-            setattr(config, name, FEW)
-    for name in _OF_LAYERS:
-        if isinstance(getattr(config, name, None), list):
-            setattr(config, name, getattr(config, name)[:FEW])
+    for name in (*_LAYERS, *_OF_LAYERS):
+        value = getattr(config, name, None)
+        with suppress(AttributeError, NotImplementedError):  # one that follows from others
+            if isinstance(value, int) and value > FEW:
+                setattr(config, name, FEW)
+            elif isinstance(value, list):
+                setattr(config, name, value[:FEW])
     for part in list(vars(config).values()):
         if hasattr(part, "model_type") and depth < 3:
             shortened(part, depth + 1)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import ecotone.merging.kernel.materialise as kernel
 import ecotone.merging.memory
 import ecotone.merging.models.lora
+import ecotone.merging.models.low_rank
 import ecotone.merging.sources
 from ecotone.fitness.backends.resident import Resident
 from ecotone.merging import operators
@@ -16,7 +17,8 @@ from ecotone.merging.export import export_directory, export_file
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.kernel import compiled
 from ecotone.merging.models.checkpoint import Checkpoint
-from ecotone.merging.models.lora import Adapter, LowRank
+from ecotone.merging.models.lora import Adapter
+from ecotone.merging.models.low_rank import LowRank
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.genome import Genome
@@ -125,7 +127,7 @@ def test_the_bits_of_an_expert_do_not_depend_on_how_it_is_read(tmp_path, monkeyp
         assert torch.equal(LowRank(base, left.to(kind), right.to(kind), large=True).formed(), whole)
         torch.testing.assert_close(whole, base.to(kind) + (left.to(kind) @ right.to(kind)).view(-1))
         for span in (1, 7, 37, 100, 5000):
-            monkeypatch.setattr(ecotone.merging.models.lora, "CHUNK", span)
+            monkeypatch.setattr(ecotone.merging.models.low_rank, "CHUNK", span)
             for low, high in ((0, 1), (36, 38), (5, 600), (100, 53 * 37), (37, 111)):
                 assert torch.equal(source[low:high].formed(), whole[low:high])
                 assert torch.equal(source[3:][low - 3 : high - 3].formed(), whole[low:high]) or low < 3
@@ -216,7 +218,7 @@ def test_only_what_the_adapter_changes_is_formed(tmp_path):
 
 
 BROKEN = {
-    "dora": (factors(1), {"use_dora": True}, r"sets use_dora.*merge_and_unload"),
+    "dora": (factors(1), {"use_dora": True}, r"module 'layers\.0': expected lora_magnitude_vector, as use_dora"),
     "ia3": (factors(1), {"peft_type": "IA3"}, r"peft_type 'IA3'.*merge_and_unload"),
     "loha": ({"layers.0.hada_w1_a": torch.ones(2, 2)}, {"peft_type": "LOHA"}, r"'LOHA'.*merge_and_unload"),
     "pissa": (factors(1), {"init_lora_weights": "pissa_niter_4"}, "changes the base"),
@@ -366,9 +368,9 @@ def test_transposed_layers_agree_with_merge_and_unload(tmp_path):
     options = {"r": 2, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
     expected = trained(tmp_path / "base", tmp_path / "adapter", **options)
     expert = Adapter.open(tmp_path / "adapter", Checkpoint.open(tmp_path / "base"))
-    for name in expert.factors:
+    for name in expert.changes:
         torch.testing.assert_close(expert.tensor(name), expected[name], rtol=0, atol=2e-6)
-    assert len(expert.factors) == 3
+    assert len(expert.changes) == 3
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -148,7 +148,7 @@ def products(
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, start: int) -> bool:
-    """Add a stretch of the flattened matrix ``left @ right``, as ``ecotone.merging.models.lora`` does.
+    """Add a stretch of the flattened matrix ``left @ right``, as ``ecotone.merging.models.low_rank`` does.
 
     Args:
         out: (N,) float32 or float64 in main memory.

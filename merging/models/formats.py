@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ecotone.merging.models import hub
 from ecotone.merging.models.checkpoint import Checkpoint, is_adapter, is_safetensors, located
 from ecotone.merging.models.lora import Adapter
+from ecotone.merging.models.lora_reader import refuse_other_adapters
 from ecotone.merging.models.model import Model, declared
 from ecotone.populations.errors import CheckpointError, EcotoneError, InputError
 from ecotone.registry import Registry, blamed
@@ -172,7 +173,7 @@ class SafetensorsFile:
 
     def open(self, path: str, base: Model | None) -> Model:
         """The checkpoint."""
-        return Checkpoint.open(path)
+        return _no_adapter(Checkpoint.open(path))
 
 
 class HuggingFaceDirectory:
@@ -194,7 +195,12 @@ class HuggingFaceDirectory:
 
     def open(self, path: str, base: Model | None) -> Model:
         """The checkpoint."""
-        return Checkpoint.open(path)
+        return _no_adapter(Checkpoint.open(path))
+
+
+def _no_adapter(checkpoint: Checkpoint) -> Checkpoint:
+    refuse_other_adapters(checkpoint.path, checkpoint.tensors)
+    return checkpoint
 
 
 class LoraAdapter:
@@ -203,7 +209,8 @@ class LoraAdapter:
     title = "LoRA adapter"
     describe = "A low-rank adapter of PEFT's, formed with its base as it is read; no merged copy exists."
     limits: tuple[str, ...] = (
-        "DoRA, adapters of MoE parameters, trained tokens and initialisations that change the base are refused.",
+        "DoRA reads each changed tensor once more, for the lengths of its rows, before the first merge.",
+        "Other adapters (IA3, LoHa, ...) and initialisations that change the base are refused: merge them first.",
         "mergekit merges it into its base first: an export to mergekit differs in last bits.",
     )
     needs_base = True

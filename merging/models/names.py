@@ -119,7 +119,9 @@ class Scattered:
             for one in self.pieces
             if one.target == target
         ]
-        return torch.cat([there for there, _ in pairs]), torch.cat([here for _, here in pairs])
+        there, here = (torch.cat(each) for each in zip(*pairs, strict=True))
+        order = here.argsort()
+        return there[order], here[order]
 
     def put(self, values: Tensor, state: Mapping[str, Tensor]) -> None:
         """Write the values of the checkpoint's tensor into the module's tensors."""

@@ -22,7 +22,7 @@ from ecotone.settings import described
 SAYS = tuple(name for name in vars(Operator) if not name.startswith("_"))
 """The attributes and methods that every operator must have."""
 
-OF_MERGE = ("operator", "dtype", "freeze", "only")
+OF_MERGE = ("operator", "dtype", "freeze", "only", "rank")
 """The keys of a recipe's ``merge`` that lie beside the settings of the operator."""
 
 _KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}

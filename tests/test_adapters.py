@@ -1,0 +1,362 @@
+"""Adapters of every kind beside PEFT itself: what PEFT merges, transformers saves and we read must be one."""
+
+import json
+import shutil
+from typing import ClassVar
+
+import pytest
+import torch
+from families import FAMILIES
+from safetensors.torch import load_file, save_file
+
+import ecotone.merging.models.low_rank
+from ecotone.merging.models import lora_bases
+from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.models.formats import opened as opened_as
+from ecotone.merging.models.lora import Adapter
+from ecotone.merging.models.lora_changes import Elements, parts_of
+from ecotone.merging.models.names import Place
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import CheckpointError
+from ecotone.testing.models import ModelSuite
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def base_of(family, folder, **more):
+    """A random model of a family, saved; returns its class."""
+    kind = getattr(transformers, FAMILIES[family].model)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**{**FAMILIES[family].arguments, **more}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return kind
+
+
+def trained(kind, base, folder, seed=0, rows=None, **options):
+    """An adapter of PEFT's with random weights in ``folder``; its merged weights, as transformers saves them."""
+    model = kind.from_pretrained(base)
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **options}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    wrapped.save_pretrained(folder)
+    merged = folder.with_name(f"{folder.name}-merged")
+    wrapped.merge_and_unload().save_pretrained(merged)
+    return load_file(merged / "model.safetensors")
+
+
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+CASES = {
+    "dora": ("llama", {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "use_dora": True}),
+    "transposed dora": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
+    "convolutions dora": ("vit", {"target_modules": ["projection", "q_proj"], "use_dora": True}),
+    "a whole parameter": ("llama", {"target_modules": ["q_proj"], "target_parameters": ["mlp.down_proj.weight"]}),
+    "experts": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": STACKS}),
+    "some experts": ("qwen3_moe", {"target_parameters": STACKS[1:], "rank_pattern": {STACKS[1]: 3}}),
+    "experts (in, out)": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": STACKS}),
+    "old names of experts": ("mixtral", {"target_modules": ["v_proj"], "target_parameters": STACKS}),
+    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3, 4, 63, 0]}),
+    "tokens of both": ("llama", {"trainable_token_indices": {"lm_head": [2], "embed_tokens": [5, 1]}}),
+    "gpt_neox": ("gpt_neox", {"target_modules": ["query_key_value", "dense", "embed_in"], "bias": "all"}),
+    "qwen2_5_vl": ("qwen2_5_vl", {"target_modules": "all-linear"}),
+    "vit": ("vit", {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["classifier"], "bias": "lora_only"}),
+    "bert": ("bert", {"target_modules": ["query", "dense"]}),
+    "split in the module": ("nomic_bert", {"target_modules": "all-linear"}),
+}
+FAST = ("dora", "experts", "tokens", "gpt_neox", "vit")
+
+
+@pytest.mark.parametrize("case", [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in CASES])
+def test_agrees_with_what_peft_merges(tmp_path, case):
+    family, options = CASES[case]
+    if "target_modules" not in options:
+        options = {"target_modules": ["q_proj"], **options}
+    kind = base_of(family, tmp_path / "base", tie_word_embeddings=False)
+    expected = trained(kind, tmp_path / "base", tmp_path / "adapter", **options)
+    expert = Adapter.open(tmp_path / "adapter", Checkpoint.open(tmp_path / "base"))
+    assert set(expert.tensors) >= set(expected)
+    changed = {name for name, tensor in expected.items() if not torch.equal(tensor, expert.base.tensor(name))}
+    assert changed
+    assert changed <= set(expert.changes)
+    for name, tensor in expected.items():
+        assert expert.tensors[name].shape == tensor.shape
+        torch.testing.assert_close(expert.tensor(name), tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["lm_head", "embed_tokens"]}, {"trainable_token_indices": [65]}]
+)
+def test_a_vocabulary_that_was_resized(tmp_path, options, tied):
+    if tied and "modules_to_save" in options:
+        pytest.skip("PEFT trains two copies of what is tied")
+    kind = base_of("llama", tmp_path / "base", tie_word_embeddings=tied)
+    expected = trained(kind, tmp_path / "base", tmp_path / "a", rows=68, target_modules=["q_proj"], **options)
+    expert = Adapter.open(tmp_path / "a", Checkpoint.open(tmp_path / "base"))
+    assert expert.rows == 68
+    for name, tensor in expected.items():
+        torch.testing.assert_close(expert.tensor(name), tensor, rtol=1e-5, atol=1e-6, msg=name)
+    sources = Sources.open([tmp_path / "a"], tmp_path / "base", "task_arithmetic", vocabulary="union")
+    assert sources.layout.parameters["model.embed_tokens.weight"].shape == (68, 32)
+    assert torch.equal(
+        sources.experts[0].tensor("model.embed_tokens.weight"), expert.tensor("model.embed_tokens.weight")
+    )
+
+
+def test_what_is_saved_is_read_and_not_its_frozen_original(tmp_path):
+    kind = base_of("llama", tmp_path / "base", tie_word_embeddings=False)
+    trained(kind, tmp_path / "base", tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = tensors.pop("base_model.model.lm_head.weight")
+    saved = {"lm_head.modules_to_save.weight": head, "lm_head.original_module.weight": torch.zeros_like(head)}
+    save_file(tensors | {f"base_model.model.{name}": tensor for name, tensor in saved.items()}, file)
+    expert = Adapter.open(tmp_path / "a", Checkpoint.open(tmp_path / "base"))
+    assert torch.equal(expert.tensor("lm_head.weight"), head)
+
+
+def test_trained_tokens_keep_a_tie_and_two_tables_break_it(tmp_path):
+    kind = base_of("llama", tmp_path / "base", tie_word_embeddings=True)
+    base = Checkpoint.open(tmp_path / "base")
+    trained(kind, tmp_path / "base", tmp_path / "one", target_modules=["q_proj"], trainable_token_indices=[3, 9])
+    expert = Adapter.open(tmp_path / "one", base)
+    changed = (expert.tensor("model.embed_tokens.weight") != base.tensor("model.embed_tokens.weight")).any(dim=1)
+    assert changed.nonzero().view(-1).tolist() == [3, 9]
+    two = {"lm_head": [3], "embed_tokens": [9]}
+    trained(kind, tmp_path / "base", tmp_path / "two", target_modules=["q_proj"], trainable_token_indices=two)
+    with pytest.raises(CheckpointError, match="together they are no tied model"):
+        Adapter.open(tmp_path / "two", base)
+
+
+@pytest.mark.parametrize(("family", "bare"), [("llama", "LlamaModel"), ("bert", "BertModel"), ("vit", "ViTModel")])
+def test_adapters_of_the_model_without_its_head(tmp_path, family, bare):
+    base_of(family, tmp_path / "base")
+    target = "query" if family == "bert" else "q_proj"
+    kind = getattr(transformers, bare)
+    expected = trained(kind, tmp_path / "base", tmp_path / "a", target_modules=[target])
+    expert = Adapter.open(tmp_path / "a", Checkpoint.open(tmp_path / "base"))
+    prefix = {"llama": "model.", "bert": "bert.", "vit": "vit."}[family]
+    assert len(expert.changes) == 2
+    for name in expert.changes:
+        merged = expected.get(name.removeprefix(prefix), expected.get(name))
+        torch.testing.assert_close(expert.tensor(name), merged, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_that_the_base_has_not(tmp_path):
+    kind = base_of("llama", tmp_path / "base")
+    wrapped = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=2, lora_bias=True))
+    wrapped.save_pretrained(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"no 'model\.layers.*\.bias': PEFT cannot merge it, either"):
+        Adapter.open(tmp_path / "a", Checkpoint.open(tmp_path / "base"))
+
+
+def test_tokens_that_the_configuration_does_not_number(tmp_path):
+    kind = base_of("llama", tmp_path / "base")
+    trained(kind, tmp_path / "base", tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[3, 9])
+    change(tmp_path / "a", trainable_token_indices=[3])
+    with pytest.raises(CheckpointError, match=r"expected a row of 'model\.embed_tokens\.weight'.*found \[3\]"):
+        Adapter.open(tmp_path / "a", Checkpoint.open(tmp_path / "base"))
+
+
+def test_pieces_of_dora_have_the_bits_of_the_whole(tmp_path, monkeypatch):
+    kind = base_of("llama", tmp_path / "base", tie_word_embeddings=False)
+    options: ClassVar = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
+    trained(kind, tmp_path / "base", tmp_path / "a", **options)
+    base = Checkpoint.open(tmp_path / "base")
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"):
+        whole = Adapter.open(tmp_path / "a", base).flat(name).formed()
+        monkeypatch.setattr(ecotone.merging.models.low_rank, "CHUNK", 7)
+        flat = Adapter.open(tmp_path / "a", base).flat(name)
+        for low, high in ((0, 1), (31, 33), (5, 600), (100, 1024)):
+            assert torch.equal(flat[low:high].formed(), whole[low:high])
+            assert torch.equal(flat[3:].to(torch.device("cpu"))[low:high].formed(), whole[low + 3 : high + 3])
+
+
+def test_a_stack_that_is_no_rectangle_is_formed_by_its_elements(tmp_path):
+    kind = base_of("nomic_bert", tmp_path / "base")
+    trained(kind, tmp_path / "base", tmp_path / "a", target_modules="all-linear")
+    expert = Adapter.open(tmp_path / "a", Checkpoint.open(tmp_path / "base"))
+    kinds = {type(one) for changes in expert.changes.values() for one in changes}
+    assert Elements in kinds
+    (name,) = [n for n, changes in expert.changes.items() if isinstance(changes[0], Elements)][:1]
+    assert expert.working_bytes(name) >= expert.tensors[name].nbytes
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "offset"),
+    [
+        ((5, 7), (7, 1), 0),  # the first matrix
+        ((5, 7), (7, 1), 70),  # the third
+        ((2, 7), (7, 1), 35 + 14),  # some rows of the second
+        ((7, 5), (1, 7), 35),  # transposed
+        ((3, 2), (7, 1), 36),  # a corner
+        ((3, 7), (14, 1), 0),  # every second row
+        ((3, 5, 7), (35, 7, 1), 0),  # all
+        ((2, 7, 5), (35, 1, 7), 35),  # the last two, transposed
+    ],
+)
+def test_parts_of_stacks(shape, stride, offset):
+    stack = torch.arange(3 * 5 * 7).view(3, 5, 7)
+    place = Place("name", "target", shape, stride, offset)
+    parts = parts_of(place, (3, 5, 7))
+    found = [stack[one.expert][one.rows, one.columns] for one in parts]
+    found = [one.T if part.flipped else one for one, part in zip(found, parts, strict=True)]
+    assert torch.equal(torch.cat([one.reshape(-1) for one in found]), place.of(stack).reshape(-1))
+
+
+@pytest.mark.parametrize(("shape", "stride", "offset"), [((35,), (1,), 0), ((7, 5), (5, 1), 0), ((5, 3), (7, 35), 0)])
+def test_places_that_are_no_parts(shape, stride, offset):
+    assert parts_of(Place("name", "target", shape, stride, offset), (3, 5, 7)) is None
+
+
+# -- the base of an adapter ----------------------------------------------------------------------------------------
+
+
+def change(folder, **settings):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    kind = base_of("llama", tmp_path / "base")
+    trained(kind, tmp_path / "base", tmp_path / "a", target_modules=["q_proj"])
+    return tmp_path / "base", tmp_path / "a"
+
+
+def checked(base, adapter):
+    return lora_bases.check(Adapter.open(adapter, Checkpoint.open(base)))
+
+
+def test_the_named_base_is_compared_by_content(pair, tmp_path, monkeypatch):
+    base, adapter = pair
+    assert checked(base, adapter).verdict == "same"
+    copy = shutil.copytree(base, tmp_path / "copy")
+    assert checked(copy, adapter).verdict == "same"
+    half = {name: tensor.bfloat16() for name, tensor in load_file(copy / "model.safetensors").items()}
+    save_file(half, copy / "model.safetensors", {"format": "pt"})
+    assert checked(copy, adapter).verdict == "same"
+    half["model.layers.1.mlp.up_proj.weight"][3, 5] += 1
+    save_file(half, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"first in 'model\.layers\.1\.mlp\.up_proj\.weight'.*name '.*copy' as"):
+        checked(copy, adapter)
+    change(adapter, base_model_name_or_path=str(copy))
+    assert checked(copy, adapter).verdict == "same"
+    monkeypatch.setattr(lora_bases, "ALL_BYTES", 0)
+    assert "sample" in checked(shutil.copytree(copy, tmp_path / "again"), adapter).text
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdict", "text"),
+    [
+        ({"base_model_name_or_path": None}, "unknown", "names no base"),
+        ({"base_model_name_or_path": "some/base"}, "named", "the weights were not compared"),
+        ({"base_model_name_or_path": "some/other"}, "renamed", "Warning: it names the base 'some/other'"),
+        ({"base_model_name_or_path": "some/other", "revision": "v2"}, "renamed", "'some/other@v2'"),
+    ],
+)
+def test_else_by_name(pair, settings, verdict, text, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base, adapter = pair
+    change(adapter, **settings)
+    found = checked(base, adapter)
+    assert found.verdict == verdict
+    assert text in found.text
+
+
+# -- adapters that are refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+            "peft_type 'IA3'.*merge_and_unload",
+        ),
+        (lambda: peft.VeraConfig(target_modules=["q_proj"]), "'VERA'.*merge_and_unload"),
+        (lambda: peft.LoHaConfig(target_modules=["q_proj"]), "peft_type 'LOHA'.*merge_and_unload"),
+        (lambda: peft.OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=4), "'OFT'.*merge_and_unload"),
+        (lambda: peft.IA3Config(task_type="SEQ_CLS"), "AutoPeftModelForSequenceClassification as M"),
+        (lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "changes no weight"),
+    ],
+)
+def test_other_kinds_are_refused_with_the_way_out(pair, config, message):
+    base, adapter = pair
+    shutil.rmtree(adapter)
+    peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), config()).save_pretrained(adapter)
+    with pytest.raises(CheckpointError, match=message):
+        Adapter.open(adapter, Checkpoint.open(base))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lora_unet_down_blocks_0_attn1_to_q.lora_down.weight", "LyCORIS and Kohya"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a", "LyCORIS and Kohya"),
+        ("base_model.model.q_proj.lora_A.weight", "Give the directory that holds it and its adapter_config"),
+    ],
+)
+def test_files_of_other_programs_adapters(tmp_path, name, message):
+    save_file({name: torch.ones(2, 2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        opened_as(tmp_path / "lora.safetensors")
+
+
+# -- as models of a merge ------------------------------------------------------------------------------------------
+
+
+class OfPeft(ModelSuite):
+    """The suite of every model, over an adapter of PEFT's."""
+
+    family: ClassVar[str] = "llama"
+    options: ClassVar[dict[str, object]] = {}
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        kind = base_of(self.family, tmp_path / "base", tie_word_embeddings=False)
+        trained(kind, tmp_path / "base", tmp_path / "a", **self.options)
+        return tmp_path
+
+    @pytest.fixture
+    def base(self, folder):
+        return Checkpoint.open(folder / "base")
+
+    @pytest.fixture
+    def model(self, folder, base):
+        return Adapter.open(folder / "a", base)
+
+
+class TestDora(OfPeft):
+    options: ClassVar = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
+
+
+@pytest.mark.slow
+class TestTrainedTokens(OfPeft):
+    options: ClassVar = {"target_modules": ["q_proj"], "trainable_token_indices": [0, 9, 8, 63]}
+
+
+class TestExperts(OfPeft):
+    family = "qwen3_moe"
+    options: ClassVar = {"target_modules": ["q_proj"], "target_parameters": STACKS}
+
+
+@pytest.mark.slow
+class TestStacks(OfPeft):
+    family = "gpt_oss"
+    options: ClassVar = {"target_modules": ["q_proj"], "target_parameters": STACKS}
+
+
+@pytest.mark.slow
+class TestElements(OfPeft):
+    family = "nomic_bert"
+    options: ClassVar = {"target_modules": "all-linear"}
