@@ -825,7 +825,7 @@ def run_through(name, folder, changes=MappingProxyType(RANDOM)):
             "merge": {"operator": "task_arithmetic"},
             "objectives": {"search": [objective("outputs", name)]},
             "runtime": {"pool": "serial"},
-            "tracking": {},
+            "tracking": {"mlflow": False},
             **changes,
         }
     )
