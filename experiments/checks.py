@@ -31,8 +31,12 @@ from ecotone.merging.models.matching import Renamed
 from ecotone.merging.models.names import names_of
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
 from ecotone.merging.sources import Sources
+from ecotone.merging.values import refuse_nan, with_nan
 from ecotone.populations.errors import InputError
 from ecotone.settings import Call, split_call
+
+READ_BYTES = 8 * 10**9
+"""The most bytes of weights that ``validate`` reads."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,20 @@ def validate(recipe: Recipe, *, headers: bool = False) -> list[Finding]:
     composition = compose.Composition(recipe)
     found = list(findings(composition))
     if not headers and composition.prepared and _device(recipe)[1]:
+        found += _values(composition.sources)
         found += tried_out(composition)
     return found
+
+
+def _values(sources: Sources) -> Iterator[Finding]:
+    """Look for NaN among the weights, if reading them takes seconds."""
+    models = sources.checkpoints
+    size = sum(model.nbytes for model in models)
+    if size > READ_BYTES:
+        yield Finding("values", f"{readable(size)} are not read here: `run` reads them once, and refuses NaN")
+        return
+    refuse_nan(with_nan(sources.layout, models))
+    yield Finding("values", "no NaN among the weights")
 
 
 def tried_out(composition: compose.Composition) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Pool
 from ecotone.merging.operators.base import Operator
+from ecotone.merging.values import refuse_nan
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, sentence
 from ecotone.populations.genome import Genome
@@ -366,12 +367,7 @@ def _check_numbers(space: Space, notify: Notify) -> None:
     """Refuse weights that are NaN: every merge with them is NaN, and scores alone may not show it."""
     squares = np.diagonal(space.gram.prefix[-1])
     missing = [name for name, square in zip(space.sources, squares, strict=True) if np.isnan(square)]
-    if missing:
-        raise InputError(
-            f"models: expected numbers as weights, found NaN in {', '.join(missing)}"
-            f"{' or in the base' if len(missing) == len(squares) else ''}.",
-            "Download or export the checkpoint again.",
-        )
+    refuse_nan(missing, or_base=len(missing) == len(squares))
     infinite = [name for name, square in zip(space.sources, squares, strict=True) if np.isinf(square)]
     if infinite:
         notify(f"Warning: the weights of {', '.join(infinite)} hold infinity, or are too large to be squared.")

@@ -9,7 +9,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_language_checkpoints import llama
 
-from ecotone.experiments.checks import _architecture, _models
+from ecotone import Recipe, launch
+from ecotone.experiments import checks
+from ecotone.experiments.checks import _architecture, _models, validate
 from ecotone.fitness.backends.resident import Resident
 from ecotone.merging.export import export_file
 from ecotone.merging.models import architectures
@@ -343,3 +345,33 @@ class TestConfigurations:
 )
 def test_amounts_that_differ_are_told_apart(needed, found, texts):
     assert apart(needed, found) == texts
+
+
+class TestValues:
+    @pytest.fixture
+    def recipe(self, tmp_path):
+        """A merge of two models, the second one with a NaN that no score shows."""
+        plain(tmp_path / "a.safetensors")
+        plain(tmp_path / "b.safetensors", 1, unread=torch.tensor([1.0, torch.nan]))
+        plain(tmp_path / "a.safetensors", 0, unread=torch.ones(2))
+        (tmp_path / "scores.py").write_text("def size(model):\n    return float(model['fc.bias'].sum())\n")
+        record = {
+            "name": "nan",
+            "models": {"experts": ["a.safetensors", "b.safetensors"]},
+            "objectives": {"search": [{"name": "size", "type": "call", "call": f"{tmp_path}/scores.py:size"}]},
+            "search": {"algorithm": "random"},
+            "budget": {"evaluations": 2},
+            "runtime": {"pool": "serial"},
+            "tracking": {"mlflow": False},
+        }
+        return Recipe.from_record(record, tmp_path)
+
+    def test_validate_and_run_refuse_nan(self, recipe, tmp_path):
+        for refuses in (validate, lambda one: launch(one, tmp_path / "run")):
+            with pytest.raises(InputError, match=r"models: expected numbers as weights, found NaN in b\."):
+                refuses(recipe)
+
+    def test_what_takes_long_to_read_is_left_to_the_run(self, recipe, monkeypatch):
+        monkeypatch.setattr(checks, "READ_BYTES", 10)
+        found = {one.subject: one.text for one in validate(recipe)}
+        assert re.fullmatch(r"\d+ bytes are not read here: `run` reads them once, and refuses NaN", found["values"])

@@ -171,6 +171,25 @@ class TestNames:
         export = exported(sources, tmp_path)
         assert load_file(export / "model.safetensors").keys() == load_file(alike[0] / "model.safetensors").keys()
 
+    @pytest.mark.parametrize("longer", [0, 1])
+    @pytest.mark.parametrize("prefix", ["model.", "a.b."])
+    def test_plain_files_may_have_a_prefix(self, longer, prefix, tmp_path):
+        files = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+        for seed, file in enumerate(files):
+            torch.manual_seed(seed)
+            save_file(network().state_dict(), file)
+        wanted = weights(Sources.open(files))
+        save_file({prefix + name: tensor for name, tensor in load_file(files[longer]).items()}, files[longer])
+        found = weights(Sources.open(files))
+        assert found.keys() == {("" if longer else prefix) + name for name in wanted}
+        assert all(torch.equal(one, other) for one, other in zip(found.values(), wanted.values(), strict=True))
+
+    def test_names_that_only_begin_alike_do_not_fit(self, tmp_path):
+        save_file({"a.weight": torch.ones(2), "b.weight": torch.ones(2)}, tmp_path / "one.safetensors")
+        save_file({"m.a.weight": torch.ones(2), "n.b.weight": torch.ones(2)}, tmp_path / "two.safetensors")
+        with pytest.raises(CheckpointError, match="The models differ"):
+            Sources.open([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
+
     def test_models_of_other_families_do_not_fit(self, tmp_path):
         llama, bert = families("llama", tmp_path / "llama"), families("bert", tmp_path / "bert")
         with pytest.raises(CheckpointError, match="The models differ"):

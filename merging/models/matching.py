@@ -7,7 +7,7 @@ token prediction, a value head, a pooler. Nothing of it is dropped unless the re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -124,8 +124,11 @@ def renamed(models: Sequence[Model]) -> list[Model]:
     places: dict[Any, str] | None = None
     for other in others:
         theirs = set(other.tensors) - set(Layout.of(other).aliases)
-        if ours <= theirs or theirs <= ours or not (first.is_hugging_face and other.is_hugging_face):
+        if ours <= theirs or theirs <= ours:
             found.append(other)
+            continue
+        if not (first.is_hugging_face and other.is_hugging_face):
+            found.append(_with_prefix(other, ours, theirs))
             continue
         if places is None:
             places = _places(first, first)
@@ -134,6 +137,18 @@ def renamed(models: Sequence[Model]) -> list[Model]:
         rest = {own: own for own in other.tensors if own not in set(pairs.values()) and own not in pairs}
         found.append(Renamed(other, pairs | rest) if any(name != own for name, own in pairs.items()) else other)
     return found
+
+
+def _with_prefix(model: Model, ours: Set[str], theirs: Set[str]) -> Model:
+    """A model whose names are all wanted names after one prefix, or the other way round, with the wanted names."""
+    for longer, shorter in ((theirs, ours), (ours, theirs)):
+        parts = min(longer).split(".")
+        for count in range(1, len(parts)):
+            prefix = ".".join(parts[:count]) + "."
+            if longer == {prefix + name for name in shorter}:
+                pairs = {name: prefix + name for name in shorter}
+                return Renamed(model, pairs if longer is theirs else {own: name for name, own in pairs.items()})
+    return model
 
 
 def _places(model: Model, of: Model) -> dict[Any, str]:

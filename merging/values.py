@@ -1,0 +1,41 @@
+"""Whether the weights of a merge's models are numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ecotone.merging.kernel.lazy import SPAN, formed
+from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.model import Model
+from ecotone.populations.errors import InputError
+
+
+def with_nan(layout: Layout, models: Iterable[Model]) -> list[str]:
+    """Names of the models of which some merged weight is NaN. Reads all weights up to the first NaN of each."""
+    return [model.name for model in models if any(_has_nan(model, name) for name in layout.tensors)]
+
+
+def _has_nan(model: Model, name: str) -> bool:
+    source = model.flat(name)
+    pieces = (formed(source[at : at + SPAN]) for at in range(0, source.numel(), SPAN))
+    return any(bool(torch.isnan(piece).any()) for piece in pieces)
+
+
+def refuse_nan(names: Sequence[str], *, or_base: bool = False) -> None:
+    """Refuse weights that are NaN: every merge with them is NaN, and scores alone may not show it.
+
+    Args:
+        names: Names of the models that have NaN among their weights.
+        or_base: Whether the base may have them in the experts' place.
+
+    Raises:
+        InputError: There are such models.
+    """
+    if names:
+        raise InputError(
+            f"models: expected numbers as weights, found NaN in {', '.join(names)}"
+            f"{' or in the base' if or_base else ''}.",
+            "Download or export the checkpoint again.",
+        )
