@@ -1,6 +1,7 @@
 """Every model type of transformers, at the sizes of its default configuration, without weights."""
 
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -21,27 +22,45 @@ class CannotBeMadeError(Exception):
 
 
 @cache
-def classes() -> dict[str, str]:
-    """By model type, the name of its class that does the most: generates, or classifies, or is the bare model."""
-    found: dict[str, tuple[int, str]] = {}
+def classes() -> dict[str, tuple[str, ...]]:
+    """By model type, the names of its classes. Those that do most come first: they generate, or have another head."""
+    found: dict[str, set[str]] = {}
     for mapping in (getattr(modeling_auto, name) for name in dir(modeling_auto) if name.endswith("MAPPING_NAMES")):
         for key, names in mapping.items():
-            for name in (names,) if isinstance(names, str) else names:
-                if isinstance(name, str) and name:
-                    found[key] = max(found.get(key, (0, "")), (_rank(name), name))
-    return {key: name for key, (_, name) in sorted(found.items())}
+            found.setdefault(key, set()).update((names,) if isinstance(names, str) else names)
+    kinds = {
+        key: tuple(sorted((one for one in names if one and not one.endswith("Config")), key=_rank, reverse=True))
+        for key, names in found.items()
+    }
+    return {key: names for key, names in sorted(kinds.items()) if names}
 
 
-def _rank(name: str) -> int:
-    return 4 * ("ForConditionalGeneration" in name) + 3 * ("ForCausalLM" in name) + 2 * ("For" in name)
+def _rank(name: str) -> tuple[int, str]:
+    return 4 * ("ForConditionalGeneration" in name) + 3 * ("ForCausalLM" in name) + 2 * ("For" in name), name
 
 
-def module_of(name: str) -> Any:
-    """The module on the meta device, with a few layers.
+def module_of(names: Sequence[str]) -> Any:
+    """The module of the first class that can be made, on the meta device, with a few layers.
 
     Raises:
-        CannotBeMadeError: Its default configuration makes none, or it needs a package that is not installed.
+        CannotBeMadeError: Default configurations make none, or need a package that is not installed.
     """
+    reasons = []
+    for name in names:
+        with suppress_as(reasons):
+            return _one(name)
+    raise CannotBeMadeError(reasons[0])
+
+
+@contextmanager
+def suppress_as(reasons: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except CannotBeMadeError as error:
+        reasons.append(str(error))
+
+
+def _one(name: str) -> Any:
     try:
         kind = getattr(transformers, name)
         config = kind.config_class()
@@ -85,9 +104,9 @@ def shortened(config: Any, depth: int = 0) -> None:
             shortened(part, depth + 1)
 
 
-def fit(name: str) -> tuple[Names, set[str]]:
-    """The correspondence of a class's tensors with those that transformers saves, and the names of the saved ones."""
-    module = module_of(name)
+def fit(names: Sequence[str]) -> tuple[Names, set[str]]:
+    """The correspondence of tensors of one of these classes with those that transformers saves, and their names."""
+    module = module_of(names)
     tied = set(module.all_tied_weights_keys)
     saved = revert_weight_conversion(module, dict(module.state_dict()))
     shapes = {key: tuple(tensor.shape) for key, tensor in saved.items() if key not in tied}

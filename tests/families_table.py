@@ -3,6 +3,7 @@
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
@@ -64,8 +65,8 @@ def main() -> int:
 def every_type() -> tuple[list[str], dict[str, str]]:
     """Model types whose names fit, and for those that cannot be made here the reason. Raises where names do not fit."""
     fitting, unmade = [], {}
-    for key, name in classes().items():
-        reason = unmade_because(key, name)
+    for key, names in classes().items():
+        reason = unmade_because(key, names)
         if reason is None:
             fitting.append(key)
         else:
@@ -73,9 +74,9 @@ def every_type() -> tuple[list[str], dict[str, str]]:
     return fitting, unmade
 
 
-def unmade_because(key: str, name: str) -> str | None:
+def unmade_because(key: str, kinds: Sequence[str]) -> str | None:
     try:
-        names, saved = fit(name)
+        names, saved = fit(kinds)
     except CannotBeMadeError as error:
         return str(error).replace("|", "/")
     if names.unused or {*names.places, *names.scattered} != saved:
