@@ -6,11 +6,12 @@ The truth is transformers: what it computes with a model's own folder.
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from families import CPU, FAMILIES
+from families import CPU, FAMILIES, flat
 from families import saved as saved_family
 from tiny_language import WORDS, save_tokenizer
 
@@ -530,3 +531,71 @@ def test_modules_of_own_configs_in_all_families(tmp_path, name):
             return [value for value in model(**inputs).values() if isinstance(value, torch.Tensor)]
 
     assert all(map(torch.equal, outputs(module), outputs(own)))
+
+
+EXAMPLES = ("llama", "t5", "phimoe", "nllb_moe", "esm")
+UNSEEN = ("output_attentions", "output_hidden_states", "output_router_logits", "use_cache", "return_dict", "vocab_size")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EXAMPLES else pytest.mark.slow) for name in FAMILIES]
+)
+def test_fields_that_do_not_count_change_nothing_in_any_family(name):
+    """But for what outputs there are, sizes, and ties, which are compared where tensors are."""
+    family = FAMILIES[name]
+    kind = getattr(transformers, family.model)
+    config = kind.config_class(**family.arguments)
+    model = kind(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    torch.manual_seed(1)
+    inputs = family.inputs(config)
+    expected = numbers(model, inputs)
+    changed = 0
+    for path, value in fields(config.to_dict()):
+        other = another(value)
+        records = [{path: one, "is_encoder_decoder": config.is_encoder_decoder} for one in (value, other)]
+        skipped = path.rpartition(".")[2] in (*UNSEEN, *configs._TIES) and not config.is_encoder_decoder
+        if other is None or path.rpartition(".")[2] in UNSEEN or skipped or configs._matters(path, records):
+            continue
+        record = config.to_dict()
+        place = record
+        for step in path.split(".")[:-1]:
+            place = place[step]
+        place[path.rpartition(".")[2]] = other
+        try:
+            made = kind(kind.config_class.from_dict(record)).eval()
+        except ValueError:  # a value that the family does not take
+            continue
+        made.load_state_dict(model.state_dict(), strict=False)
+        found = numbers(made, inputs)
+        assert len(found) == len(expected), path
+        assert all(map(partial(torch.allclose, atol=1e-4, equal_nan=True), found, expected)), path
+        changed += 1
+    assert changed > 0
+
+
+def fields(record, prefix=""):
+    """The fields of a config and of the configs in it, by dotted name."""
+    for name, value in record.items():
+        if not isinstance(value, dict):
+            yield prefix + name, value
+        elif "model_type" in value:
+            yield from fields(value, f"{prefix}{name}.")
+
+
+def another(value):
+    """Another value of the kind; None for kinds that have none of themselves."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    return (value + 0.25 if value < 0.7 else value - 0.25) if isinstance(value, float) else None
+
+
+def numbers(model, inputs):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [one for one in flat(model(**inputs)) if one.is_floating_point()]

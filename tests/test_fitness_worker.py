@@ -455,7 +455,7 @@ def test_an_architecture_that_transformers_lacks_is_named(tmp_path):
     pytest.importorskip("transformers")
     save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architectures": ["MyOwnModel"], "model_type": "mine"}')
-    with pytest.raises(InputError, match=r"has no 'MyOwnModel'.*Give the architecture as a function"):
+    with pytest.raises(InputError, match=r"has no 'MyOwnModel'.*[Gg]ive the architecture as a function"):
         Resident(Sources.open([tmp_path]), "auto", torch.device("cpu"))
 
 

@@ -107,7 +107,7 @@ FLAWS: dict[str, tuple[type, str, Callable[..., Any]]] = {
 
 @pytest.mark.parametrize("flaw", FLAWS)
 def test_a_flaw_is_seen(flaw: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds = [seed for seed, kind in enumerate(TURNS * 2) if kind in ("m2n2", "nsga2")]
+    seeds = [seed for seed, kind in enumerate(TURNS * 6) if kind in ("m2n2", "nsga2")]
     for seed in seeds:
         simulation.undisturbed(Plan.of(seed))  # is known before
     monkeypatch.setattr(*FLAWS[flaw])

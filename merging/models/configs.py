@@ -52,9 +52,9 @@ _REASONS = {
         initializer_range init_std initializer_factor init_xavier_std problem_type router_aux_loss_coef
         router_z_loss_coef aux_loss_coef aux_loss_alpha seq_aux label_smoothing ctc_loss_reduction ctc_zero_infinity
         apply_spec_augment mask_time_prob mask_time_length mask_time_min_masks mask_feature_prob mask_feature_length
-        mask_feature_min_masks router_jitter_noise input_jitter_noise""",
-    "texts of classes; sizes and ties, which are compared where tensors are": """
-        id2label label2id num_labels vocab_size tie_word_embeddings tie_encoder_decoder""",
+        mask_feature_min_masks""",
+    "texts of classes; sizes, which are compared where tensors are": """
+        id2label label2id num_labels vocab_size""",
 }
 _NEUTRAL = frozenset(name for names in _REASONS.values() for name in names.split())
 _OF_DRAWING = """
@@ -63,7 +63,8 @@ _OF_DRAWING = """
 _DRAWING = frozenset(_OF_DRAWING.split())
 """Fields of generation that no objective uses: texts are greedy, and as long as objectives say."""
 _DROPOUT = re.compile(r"(dropout|_pdrop|dropout_p|dropout_prob|dropout_rate|layerdrop|drop_path|drop_path_rate|drop)$")
-_ACTIVE = ("token_dropout",)  # ESM scales embeddings by it in evaluation, too
+_ACTIVE = ("token_dropout", "moe_token_dropout")  # ESM and NLLB-MoE scale by them in evaluation, too
+_TIES = ("tie_word_embeddings", "tie_encoder_decoder")
 _STATELESS_ROPE = frozenset((None, "default", "linear", "llama3", "mrope"))
 """Kinds of rotary embeddings that are the same whatever the longest input is said to be."""
 
@@ -226,7 +227,9 @@ def _matters(field: str, records: Sequence[Fields]) -> bool:
     if any(part in _NEUTRAL for part in parts) or (_DROPOUT.search(last) and last not in _ACTIVE):
         return False
     if field in _DRAWING:
-        return False
+        return field == "temperature" and not all(map(_is_decoder, records))  # TAPAS divides by it
+    if last in _TIES:  # are compared where tensors are; T5 and its kin scale by them, too
+        return any(record.get("is_encoder_decoder") for record in records)
     beside = field.removesuffix(last)
     if last == "max_position_embeddings":
         return not all(_rope_ignores_length(record, beside) for record in records)
