@@ -66,6 +66,7 @@ THINNED = {
 # Variants of searches that take long: `make test` runs others of their algorithm, and others of their kind of variant.
 COSTLY = {
     *("bayesian_map-settings", "bayesian_map-bins", "map-settings", "optuna-tpe-settings"),
+    *("bayesian_map-components", "map-components", "optuna-components"),
     *(f"optuna-{sampler}" for sampler in ("cma_es", "nsga2", "nsga3", "random", "qmc")),
 }
 

@@ -88,7 +88,8 @@ OTHERS = """
 ## Names of every model type
 
 Of {fitting} model types of transformers, one class each, at the sizes of their default configurations and without
-weights, each tensor that transformers saves has its place in the module. These types could not be made here:
+weights, each tensor that transformers saves has its place in the module. Of these, the default makes no module
+here:
 
 | model type | reason |
 | --- | --- |

@@ -10,6 +10,8 @@ from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 import ecotone.merging.models.low_rank
+from ecotone.fitness.backends.resident import Resident
+from ecotone.merging.export import export_directory
 from ecotone.merging.models import lora_bases
 from ecotone.merging.models.checkpoint import Checkpoint
 from ecotone.merging.models.formats import opened as opened_as
@@ -18,6 +20,7 @@ from ecotone.merging.models.lora_changes import Elements, parts_of
 from ecotone.merging.models.names import Place
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import CheckpointError
+from ecotone.populations.genome import Genome
 from ecotone.testing.models import ModelSuite
 
 transformers = pytest.importorskip("transformers")
@@ -133,8 +136,10 @@ def test_trained_tokens_keep_a_tie_and_two_tables_break_it(tmp_path):
     assert changed.nonzero().view(-1).tolist() == [3, 9]
     two = {"lm_head": [3], "embed_tokens": [9]}
     trained(kind, tmp_path / "base", tmp_path / "two", target_modules=["q_proj"], trainable_token_indices=two)
-    with pytest.raises(CheckpointError, match="together they are no tied model"):
-        Adapter.open(tmp_path / "two", base)
+    expert = Adapter.open(tmp_path / "two", base)
+    before = base.tensor("model.embed_tokens.weight")
+    for name, row in (("lm_head.weight", 3), ("model.embed_tokens.weight", 9)):
+        assert (expert.tensor(name) != before).any(dim=1).nonzero().view(-1).tolist() == [row]
 
 
 @pytest.mark.parametrize(("family", "bare"), [("llama", "LlamaModel"), ("bert", "BertModel"), ("vit", "ViTModel")])
@@ -360,3 +365,44 @@ class TestStacks(OfPeft):
 class TestElements(OfPeft):
     family = "nomic_bert"
     options: ClassVar = {"target_modules": "all-linear"}
+
+
+L = ["q_proj", "v_proj"]
+TIED = {
+    "both saved": {"target_modules": L, "modules_to_save": ["lm_head", "embed_tokens"]},
+    "head saved": {"target_modules": L, "modules_to_save": ["lm_head"]},
+    "embeddings saved": {"target_modules": L, "modules_to_save": ["embed_tokens"]},
+    "embeddings changed": {"target_modules": [*L, "embed_tokens"]},
+    "head changed": {"target_modules": [*L, "lm_head"]},
+}
+
+
+class TestTiedBase:
+    @pytest.mark.parametrize("case", TIED)
+    def test_an_adapter_that_unties_computes_as_peft_does(self, case, tmp_path):
+        """PEFT computes with the adapter beside the base; merged in place, it would change a tied head, too."""
+        kind = base_of("llama", tmp_path / "base", tie_word_embeddings=True)
+        paths = [tmp_path / name for name in ("one", "two")]
+        for seed, path in enumerate(paths):
+            trained(kind, tmp_path / "base", path, seed, **(TIED[case] if seed else {"target_modules": L}))
+        sources = Sources.open(paths, tmp_path / "base", "task_arithmetic")
+        resident = Resident(sources, "auto", torch.device("cpu"), stack_bytes=0)
+        tokens = torch.arange(3, 12).reshape(1, -1)
+        for path in paths:
+            beside = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), path).eval()
+            with torch.no_grad():
+                expected, found = beside(tokens).logits, resident.expert(path.name)(tokens).logits
+            torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+        assert "lm_head.weight" in sources.layout.parameters
+        genome = Genome.uniform(sources.layout.size, [0.4, 0.7])
+        exported = export_directory(sources, genome, tmp_path / "export", "", {})
+        (shown,) = resident.show([genome])
+        with torch.no_grad():
+            assert torch.equal(kind.from_pretrained(exported).eval()(tokens).logits, shown(tokens).logits)
+
+    def test_changes_that_peft_ties_are_refused(self, tmp_path):
+        kind = base_of("llama", tmp_path / "base", tie_word_embeddings=True)
+        options = {"target_modules": [*L, "embed_tokens"], "ensure_weight_tying": True}
+        trained(kind, tmp_path / "base", tmp_path / "one", **options)
+        with pytest.raises(CheckpointError, match="together they are no tied model"):
+            Sources.open([tmp_path / "one"], tmp_path / "base", "task_arithmetic")

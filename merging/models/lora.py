@@ -23,6 +23,7 @@ from ecotone.merging.models import lora_reader
 from ecotone.merging.models.checkpoint import Checkpoint, default_name, located
 from ecotone.merging.models.layout import INPUT_EMBEDDINGS, Layout
 from ecotone.merging.models.lora_changes import Changes, InMemory, Weights
+from ecotone.merging.models.matching import with_own_outputs
 from ecotone.merging.models.model import Model, TensorInfo, Wrapper, mergekit_place
 
 
@@ -52,7 +53,8 @@ class Adapter:
 
         Args:
             path: A directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
-            base: The model it was trained on.
+            base: The model it was trained on. If the adapter changes an output or an embedding that are one tensor
+                there, it is read as an untied model, as PEFT computes it.
             name: The expert's name in reports; the directory's name by default.
 
         Raises:
@@ -61,7 +63,14 @@ class Adapter:
         place = located(path)
         weights = Checkpoint.open(lora_reader.weights_of(place), name or default_name(place))
         settings = lora_reader.settings_of(place)
-        return cls(place, weights.name, base, weights, settings, lora_reader.read(place, base, weights, settings))
+        try:
+            changes = lora_reader.read(place, base, weights, settings)
+        except lora_reader.TiedBaseError:
+            apart = with_own_outputs(base)
+            if apart is None or settings.get("ensure_weight_tying"):
+                raise
+            base, changes = apart, lora_reader.read(place, apart, weights, settings)
+        return cls(place, weights.name, base, weights, settings, changes)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], base: Model) -> Adapter:

@@ -63,6 +63,10 @@ _CLASSES = {  # of PEFT, by an adapter's task
 _WITHOUT_WEIGHTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT")
 
 
+class TiedBaseError(CheckpointError):
+    """An adapter changes an output or an embedding that its base has as one tensor."""
+
+
 def weights_of(place: Path) -> Path:
     """The file of an adapter's tensors.
 
@@ -386,7 +390,7 @@ class _Reader:
             tied = alike or bool(self.settings.get("ensure_weight_tying"))
             if not (self._same_rows(kept, changed) if changed else tied) or (changed and stored and not tied):
                 names = " and ".join(repr(name) for name in changed or stored)
-                raise CheckpointError(
+                raise TiedBaseError(
                     f"{self.place}: the adapter changes {names}, and the base {self.base.name!r} has {kept!r} tied to "
                     "its output: together they are no tied model.",
                     "Merge the adapter into an untied copy of the base (tie_word_embeddings: false), and untie all "

@@ -204,6 +204,20 @@ def split(models: Sequence[Model]) -> list[Model]:
     return found
 
 
+def with_own_outputs(model: Model) -> Model | None:
+    """A tied model with its output as a tensor of its own; None for encoders with decoders, and where none is known."""
+    embedding = tied_embedding(model)
+    if embedding is None or (model.config or {}).get("is_encoder_decoder"):
+        return None
+    apart = dict(Layout.of(model).aliases)
+    with suppress(EcotoneError):  # transformers does not know the class
+        tied = getattr(architectures.outline(model), "all_tied_weights_keys", None) or {}
+        apart |= {name: embedding for name in tied if name.endswith(OUTPUT_EMBEDDINGS) and name not in model.tensors}
+    if not apart:
+        return None
+    return Renamed(model, {name: name for name in model.tensors} | apart, splits=True)
+
+
 def _tied_without(model: Model, others: Iterable[Model]) -> dict[str, str]:
     """Outputs that others store and this model does not, and its embedding in their place.
 
