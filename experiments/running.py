@@ -226,10 +226,16 @@ def _judge(composition: compose.Composition, journal: Journal, pool: Pool, space
 def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tuple[str, Genome]]:
     """The models themselves (with task vectors also the base) and the average of the experts.
 
-    They are named after the operator when it mixes changed models. The base and the average have names that no expert
-    has.
+    Where they are not the models as their files have them, their names say so: after an operator that changes models,
+    with frozen tensors, cut to a rank. The base and the average have names that no expert has.
     """
-    changed = f" ({operator.name})" if operator.changes else ""
+    merge = recipe.merge
+    marks = [
+        *([operator.name] if operator.changes else []),
+        *(["frozen"] if merge.freeze or merge.only else []),
+        *([] if merge.rank is None else [f"rank {merge.rank}"]),
+    ]
+    changed = f" ({', '.join(marks)})" if marks else ""
     experts = [f"{name}{changed}" for name in space.seed_names]
 
     def named(name: str) -> str:

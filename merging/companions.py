@@ -86,12 +86,14 @@ def companions(sources: Sources, genome: Genome | None = None) -> list[Companion
 
 def told(sources: Sources) -> str:
     """The files that do not come from the base (or the first expert), in words; empty without one."""
-    owners: dict[str, list[str]] = {}
+    owners: dict[tuple[str, str], list[str]] = {}
     for one in companions(sources):
         if one.model is not None:
-            owners.setdefault(one.model, []).append(one.name)
-    texts = [f"{', '.join(names)} from {owner!r}" for owner, names in owners.items()]
-    return f"{'; '.join(texts)}, as {sources.origin.name!r} lacks them" if texts else ""
+            origin = sources.origin
+            there = (origin.files / one.name).is_file()
+            reason = "whose config merges have" if there else f"as {origin.name!r} lacks them"
+            owners.setdefault((one.model, reason), []).append(one.name)
+    return "; ".join(f"{', '.join(names)} from {owner!r}, {reason}" for (owner, reason), names in owners.items())
 
 
 def _of_origin(folder: Path) -> Iterator[Companion]:

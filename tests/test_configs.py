@@ -459,7 +459,7 @@ def test_files_travel_from_the_first_that_has_them(folder):
     for name in ("modeling_x.py", "README.md", "trainer_state.json", "model.gguf"):
         (folder / "base" / name).write_text("{}")
     assert told(recipe_of(folder), "files of exports") == [
-        "generation_config.json from 'b'; chat_template.jinja from 'a', as 'base' lacks them"
+        "generation_config.json from 'b', as 'base' lacks them; chat_template.jinja from 'a', as 'base' lacks them"
     ]
     sources = sources_of(folder)
     target = export_directory(sources, rows_of(sources)[0], folder / "merged", "card", {})

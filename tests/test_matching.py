@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import FAMILIES, saved
+from families import FAMILIES, RANDOM, run_through, saved
 from safetensors.torch import load_file, save_file
 from test_names import renamed
 from torch import nn
@@ -329,6 +329,11 @@ class TestFreezing:
             sources = Sources.open(models[1:], models[0], "task_arithmetic", treatment=Treatment(freeze=(pattern,)))
             assert sources.layout.kept == {"model.embed_tokens.weight"}
             assert torch.equal(logits(loaded(exported(sources, tmp_path / pattern[:3]))), scored(sources))
+
+    def test_a_run_names_experts_with_frozen_tensors_so(self, tmp_path):
+        merge = {"operator": "task_arithmetic", "freeze": ["*.mlp.gate.weight"]}
+        _, run = run_through("qwen3_moe", tmp_path, {**RANDOM, "merge": merge})
+        assert [one.id for one in run.references()] == ["base", "a (frozen)", "b (frozen)", "average (frozen)"]
 
     @pytest.mark.parametrize(
         ("treatment", "message"),
