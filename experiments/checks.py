@@ -74,6 +74,7 @@ def _values(sources: Sources) -> Iterator[Finding]:
         yield Finding("values", f"{readable(size)} are not read here: `run` reads them once, and refuses NaN")
         return
     refuse_nan(with_nan(sources.layout, models))
+    sources.check_kept()
     yield Finding("values", "no NaN among the weights")
 
 

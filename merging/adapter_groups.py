@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -48,12 +48,14 @@ class Changed:
 
     Args:
         experts: The experts of the merge.
+        frozen: Names of tensors of the base that are not merged.
 
     Raises:
-        InputError: They are not all adapters, or their changes do not go together.
+        InputError: They are not all adapters, their changes do not go together, or all of them are frozen.
     """
 
-    def __init__(self, experts: Sequence[Model]) -> None:
+    def __init__(self, experts: Sequence[Model], frozen: Set[str] = frozenset()) -> None:
+        self.frozen = frozen
         self.adapters: tuple[Adapter, ...] = _adapters(experts)
         self.base: Model = self.adapters[0].base
         self.targets: Targets = Targets(self.base, Layout.of(self.base).aliases)
@@ -81,6 +83,8 @@ class Changed:
                         group = own.setdefault(change.update, Group({number: change.update}))
                         group.parts[name] = _parts(change)
                         group.normed |= isinstance(change, Normed)
+                    elif name in self.frozen:
+                        continue
                     elif isinstance(change, Rows):
                         self.rows.setdefault(name, (change.target, set()))[1].update(change.tokens)
                     else:
@@ -92,7 +96,13 @@ class Changed:
         for name in list(self.rows):
             if name in self.whole or any(name in group.parts for group in found.values()):
                 self.whole[name] = self.rows.pop(name)[0]
-        self.groups = [group for group in dict.fromkeys(found.values()) if not self._stored_whole(group)]
+        merged = (group for group in dict.fromkeys(found.values()) if not group.parts.keys() <= self.frozen)
+        self.groups = [group for group in merged if not self._stored_whole(group)]
+        if not (self.groups or self.whole or self.rows):
+            raise InputError(
+                "merge: expected tensors to merge that adapters change, found all of them frozen.",
+                "Freeze fewer (merge.freeze, merge.only).",
+            )
 
     def _lasting(self, adapter: Adapter, name: str, changes: Sequence[Change]) -> Iterator[Change]:
         """Without tensors that the adapter stores and that are the base's: PEFT stores those of a changed embedding."""

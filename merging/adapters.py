@@ -280,6 +280,8 @@ class _Merging:
     def _pieces(self, name: str) -> list[tuple[int, Floats]]:
         """Where in a tensor coefficients (K,) begin to be others, and what they are then."""
         layout, experts = self.sources.layout, len(self.adapters)
+        if name in layout.kept:  # the base's in every merge
+            return [(0, np.zeros(experts))]
         index = layout.tensors.index(name)
         start, stop = layout.tensor_borders[index : index + 2].tolist()
         segments, borders = self.mixture.between(start, stop)

@@ -28,6 +28,7 @@ from ecotone.merging.models.model import Model, declared
 from ecotone.merging.models.vocabulary import Vocabulary, fitted
 from ecotone.merging.operators.base import Operator, directions, weights_of
 from ecotone.merging.placement import Wish
+from ecotone.merging.values import has_nan, refuse_nan
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
@@ -200,7 +201,7 @@ class Sources:
         Raises:
             InputError: They are not, or their changes do not go together.
         """
-        return Changed(self.experts)
+        return Changed(self.experts, self.layout.kept)
 
     @cached_property
     def tokenizer(self) -> Path:
@@ -239,6 +240,15 @@ class Sources:
         """The tensors that are not merged, by name: the base's, or those of the first expert that has them."""
         return {name: self.giver(name).tensor(name) for name in self.layout.buffers}
 
+    def check_kept(self) -> None:
+        """Refuse NaN among the floating-point tensors that are not merged.
+
+        Raises:
+            InputError: There is some.
+        """
+        kept = ((self.giver(name), name) for name in sorted(self.layout.kept))
+        refuse_nan(list(dict.fromkeys(model.name for model, name in kept if has_nan(model, name))))
+
     def giver(self, name: str) -> Model:
         """The model that a tensor which is not merged is taken from: the base, or the first expert that has it."""
         return next(model for model in (self.origin, *self.experts) if name in model.tensors)
@@ -249,6 +259,7 @@ class Sources:
         Args:
             dense: Also give the (K, n) sources themselves, for evolving small models from scratch.
         """
+        self.check_kept()
         columns = self.operator.columns(self.names)
         gram = gram_table(self.layout, self.stretch, directions(self.operator, len(columns)), torch.get_num_threads())
         return Space(

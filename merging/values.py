@@ -14,10 +14,11 @@ from ecotone.populations.errors import InputError
 
 def with_nan(layout: Layout, models: Iterable[Model]) -> list[str]:
     """Names of the models of which some merged weight is NaN. Reads all weights up to the first NaN of each."""
-    return [model.name for model in models if any(_has_nan(model, name) for name in layout.tensors)]
+    return [model.name for model in models if any(has_nan(model, name) for name in layout.tensors)]
 
 
-def _has_nan(model: Model, name: str) -> bool:
+def has_nan(model: Model, name: str) -> bool:
+    """Whether a tensor of a model holds NaN."""
     source = model.flat(name)
     pieces = (formed(source[at : at + SPAN]) for at in range(0, source.numel(), SPAN))
     return any(bool(torch.isnan(piece).any()) for piece in pieces)

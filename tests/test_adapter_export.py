@@ -383,6 +383,28 @@ def test_a_run_s_member_is_served_and_verified(tmp_path, rank):
     assert record["adapter"]["member"]["search"] != record["scores"]["search"] == cut.scores["search"]
 
 
+@pytest.mark.parametrize("rank", [3, None])
+@pytest.mark.parametrize("merge", [{"freeze": ["*.q_proj.weight"]}, {"only": ["*.layers.0.*"]}], ids=str)
+def test_frozen_tensors_are_the_bases_in_an_adapter(tmp_path, merge, rank):
+    family("llama", tmp_path, {"target_modules": ["q_proj", "down_proj"]}, {"target_modules": ["q_proj", "v_proj"]})
+    (tmp_path / "closeness.py").write_text(SCORE)
+    settings = {f"merge.{name}": value for name, value in {**merge, "rank": rank}.items()}
+    run = launch(Recipe.from_record(apply_settings(RECIPE, settings), tmp_path), tmp_path / "run")
+    assert run.status()["failures"] == 0
+    served = export_lora(run, "best", tmp_path / "served")
+    frozen = "q_proj" if "freeze" in merge else "layers.1."
+    assert not any(frozen in name for name in served.adapter.tensors)
+    assert max(one.difference for one in verify(tmp_path / "served")) <= (0 if rank else 1e-6)
+
+
+def test_an_adapter_needs_something_to_merge(tmp_path):
+    family("llama", tmp_path, {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]})
+    (tmp_path / "closeness.py").write_text(SCORE)
+    changes = {"merge.freeze": ["*.q_proj.weight"], "merge.rank": 2}
+    with pytest.raises(InputError, match="expected tensors to merge that adapters change, found all of them frozen"):
+        launch(Recipe.from_record(apply_settings(RECIPE, changes), tmp_path), tmp_path / "run")
+
+
 def test_experts_are_searched_served_and_verified(tmp_path):
     family("qwen3_moe", tmp_path, {"target_parameters": STACKS}, {"target_parameters": STACKS, "r": 3})
     (tmp_path / "closeness.py").write_text(SCORE)

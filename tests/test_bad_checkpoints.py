@@ -371,6 +371,14 @@ class TestValues:
             with pytest.raises(InputError, match=r"models: expected numbers as weights, found NaN in b\."):
                 refuses(recipe)
 
+    def test_frozen_tensors_are_read_too(self, recipe, tmp_path):
+        plain(tmp_path / "a.safetensors", 0, unread=torch.tensor([1.0, torch.nan]))
+        plain(tmp_path / "b.safetensors", 1, unread=torch.ones(2))
+        frozen = recipe.model_copy(update={"merge": recipe.merge.model_copy(update={"freeze": ("unread",)})})
+        for refuses in (validate, lambda one: launch(one, tmp_path / "run")):
+            with pytest.raises(InputError, match=r"models: expected numbers as weights, found NaN in a\."):
+                refuses(frozen)
+
     def test_what_takes_long_to_read_is_left_to_the_run(self, recipe, monkeypatch):
         monkeypatch.setattr(checks, "READ_BYTES", 10)
         found = {one.subject: one.text for one in validate(recipe)}
