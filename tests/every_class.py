@@ -83,7 +83,9 @@ def _in_full(kind: Any) -> Any:
 
 def _made(kind: Any, config: Any) -> Any:
     with torch.device("meta"):
-        return kind(config)
+        made = kind(config)
+    made.tie_weights()  # which a module of transformers 5.0 does only when it is loaded
+    return made
 
 
 def _words(error: Exception) -> str:

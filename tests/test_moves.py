@@ -31,6 +31,13 @@ def content(traced, begins):
     return found
 
 
+def kind_of(name):
+    """A family's class; skips where this version of transformers has none."""
+    if not hasattr(transformers, FAMILIES[name].model):
+        pytest.skip(f"transformers {transformers.__version__} has no {FAMILIES[name].model}")
+    return getattr(transformers, FAMILIES[name].model)
+
+
 def factors(number, count):
     """Ways of writing a number as so many factors."""
     if count == 1:
@@ -150,7 +157,7 @@ def test_other_operations_are_not_traced(change):
     [pytest.param(name, marks=() if name in ("qwen3_moe", "nomic_bert") else pytest.mark.slow) for name in FAMILIES],
 )
 def test_every_family_is_traced_to_the_places_that_counting_finds(name, monkeypatch):
-    kind = getattr(transformers, FAMILIES[name].model)
+    kind = kind_of(name)
     with torch.device("meta"):
         module = kind(kind.config_class(**FAMILIES[name].arguments))
     state = module.state_dict()
@@ -184,7 +191,7 @@ def untraced(*_):
 @pytest.mark.parametrize("name", ["qwen3_moe", "nomic_bert"])
 def test_inference_mode_changes_nothing(name, monkeypatch):
     monkeypatch.setattr(names, "COUNTED", 0)
-    kind = getattr(transformers, FAMILIES[name].model)
+    kind = kind_of(name)
     with torch.device("meta"):
         module = kind(kind.config_class(**FAMILIES[name].arguments))
     shapes = {key: tuple(one.shape) for key, one in revert_weight_conversion(module, module.state_dict()).items()}
@@ -209,6 +216,7 @@ def test_a_layer_of_256_large_experts():
     assert (down.target, down.stride, down.offset) == (f"{experts}.down_proj", (2048, 1), 255 * 7168 * 2048)
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="does not take this converter")
 def test_what_can_neither_be_traced_nor_counted_is_refused(monkeypatch):
     class Flipped(Transpose):
         def convert(self, tensors, *args, **kwargs):
