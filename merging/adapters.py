@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ecotone.merging.adapter_groups import AS_CHECKPOINT, Changed, Group
 from ecotone.merging.kernel.materialise import Mixture, mix
-from ecotone.merging.models.layout import tied_embedding
 from ecotone.merging.models.lora import Adapter
 from ecotone.merging.models.lora_changes import Part, Update
 from ecotone.merging.models.lora_names import Target
 from ecotone.merging.models.model import Model
+from ecotone.merging.models.ties import tied_embedding
 from ecotone.merging.operators.base import Operator
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome

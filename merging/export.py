@@ -24,9 +24,10 @@ from ecotone.merging.kernel.lazy import fill, formed
 from ecotone.merging.kernel.materialise import Mixture, mix
 from ecotone.merging.models import tokenizers
 from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, DTYPES, INDEX, SINGLE
-from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, tied_embedding, untied
+from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.merging.models.refused import MERGEABLE
+from ecotone.merging.models.ties import tied_matrices, untied
 from ecotone.merging.placement import apart
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError
@@ -324,8 +325,8 @@ def _as_stored(model: Model, layout: Layout) -> Mapping[str, Any]:
     Encoders with decoders keep what it says: they compute otherwise where it says that they are tied.
     """
     config = model.config or {}
-    own = any(name.endswith(OUTPUT_EMBEDDINGS) for name in layout.parameters)
-    return untied(config) if own and tied_embedding(model) and not config.get("is_encoder_decoder") else config
+    own = any(name in layout.parameters or name in layout.buffers for name in tied_matrices(model))
+    return untied(config) if own and not config.get("is_encoder_decoder") else config
 
 
 def _config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -132,7 +132,8 @@ class Sources:
         named = [expert.named(label) for expert, label in zip(opened, labels, strict=True)]
         models = matching.renamed(([root] if root else []) + named)
         models = matching.split(fitted(models, root, vocabulary))
-        apart = matching.apart(models, treatment)
+        whose = models[-len(named)] if config == "first" else models[0]
+        apart = matching.apart(models, treatment, whose)
         layout = preflight.check(models, apart)
         configs.check(models, models[0] if root else None, config)
         made = cls(layout, operation, models[-len(named) :], models[0] if root else None, placement, config, rank)

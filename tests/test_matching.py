@@ -352,11 +352,85 @@ class TestFreezing:
 def test_tied_bytes_are_compared_once(tmp_path, monkeypatch):
     base, *_ = families("llama", tmp_path, tie_word_embeddings=True)
     rewritten(base, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
-    from ecotone.merging.models import layout
+    from ecotone.merging.models import ties
     from ecotone.merging.models.checkpoint import Checkpoint
 
     compared = []
-    monkeypatch.setattr(layout.torch, "equal", lambda *pair: compared.append(pair) or True)
+    monkeypatch.setattr(ties.torch, "equal", lambda *pair: compared.append(pair) or True)
     model = Checkpoint.open(base)
     assert Layout.of(model).aliases == Layout.of(model).aliases == {"lm_head.weight": "model.embed_tokens.weight"}
     assert len(compared) == 1
+
+
+HEADS = {
+    "bert": ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    "roberta": ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+    "distilbert": ("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
+    "mamba": ("lm_head.weight", "backbone.embeddings.weight"),
+    "gpt2": ("lm_head.weight", "transformer.wte.weight"),
+}
+
+
+class TestTiesOfFamilies:
+    """Embeddings and outputs have the names that transformers' classes tie, whatever they are."""
+
+    @pytest.mark.parametrize("name", HEADS)
+    @pytest.mark.parametrize("stored", ["ttd", "dtt", "tdt", "ddd", "ted"])
+    def test_exports_load_to_what_was_scored(self, name, stored, tmp_path):
+        """Of three models the head is tied (t), stored twice with equal bytes (e), or another tensor (d)."""
+        head, embedding = HEADS[name]
+        config, paths = saved(FAMILIES[name], tmp_path)
+        generator = torch.Generator().manual_seed(1)
+        for path, kind in zip(paths, stored, strict=True):
+            tensors = load_file(path / "model.safetensors")
+            if embedding not in tensors:
+                pytest.skip("the tests' model of this family ties nothing")
+            own = tensors[embedding].clone()
+            noise = 0.3 * torch.randn(own.shape, generator=generator)
+            rewritten(path, lambda tensors, kind=kind, own=own, noise=noise: {
+                **{key: one for key, one in tensors.items() if key != head},
+                **({} if kind == "t" else {head: own if kind == "e" else own + noise}),
+            })  # fmt: skip
+            configured(path, tie_word_embeddings=True)
+        sources = Sources.open(paths[1:], paths[0], "task_arithmetic")
+        assert head in sources.layout.parameters
+        torch.manual_seed(1)
+        inputs = FAMILIES[name].inputs(config)
+        resident = Resident(sources, "auto", CPU, stack_bytes=0)
+        kind = type(resident.model)
+        for path, expert in zip(paths[1:], sources.names, strict=True):
+            plain = kind.from_pretrained(path).eval()
+            torch.testing.assert_close(resident.expert(expert)(**inputs).logits, plain(**inputs).logits)
+        (shown,) = resident.show([merge_of(sources)])
+        found = shown(**inputs).logits
+        model, told = kind.from_pretrained(exported(sources, tmp_path), output_loading_info=True)
+        assert not told["missing_keys"]
+        torch.testing.assert_close(model.eval()(**inputs).logits, found)
+
+    def test_a_file_that_was_rewritten_is_read_again(self, tmp_path):
+        base, one, _ = families("llama", tmp_path, tie_word_embeddings=True)
+        for path in (base, one):
+            rewritten(path, lambda tensors: {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+        assert "lm_head.weight" not in Sources.open([one], base).layout.parameters
+        rewritten(one, lambda tensors: {**tensors, "lm_head.weight": 2 * tensors["lm_head.weight"]})
+        assert "lm_head.weight" in Sources.open([one], base).layout.parameters
+
+
+class TestHeads:
+    @pytest.fixture
+    def models(self, tmp_path) -> list[Path]:
+        """A base without a head, and two experts with one."""
+        base, *experts = families("llama", tmp_path)
+        rewritten(base, lambda tensors: {key: one for key, one in tensors.items() if key != "lm_head.weight"})
+        configured(base, architectures=["LlamaModel"])
+        return [base, *experts]
+
+    def test_they_are_not_taken_from_one_expert_without_a_word(self, models):
+        for config in ("same", "first"):
+            with pytest.raises(CheckpointError, match=r"architectures|lm_head\.weight"):
+                Sources.open(models[1:], models[0], "task_arithmetic", treatment=Treatment(known=True), config=config)
+
+    def test_a_choice_computes_without_them(self, models):
+        sources = Sources.open(models[1:], models[0], "task_arithmetic", treatment=Treatment(known=True), config="base")
+        assert "lm_head.weight" in sources.layout.kept
+        assert type(Resident(sources, "auto", CPU).model).__name__ == "LlamaModel"

@@ -25,7 +25,7 @@ from ecotone.experiments.mergekit_filters import by_parts, filters
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch
 from ecotone.merging import operators
-from ecotone.merging.models import layout
+from ecotone.merging.models import ties
 from ecotone.merging.models.checkpoint import Checkpoint, Shard
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.matching import Apart
@@ -279,7 +279,7 @@ def test_the_file_says_what_it_is() -> None:
 
 
 def test_tied_embeddings_have_their_weights_by_both_names(monkeypatch) -> None:
-    monkeypatch.setattr(layout, "_equal", lambda *_: True)  # the models are headers alone
+    monkeypatch.setattr(ties, "equal", lambda *_: True)  # the models are headers alone
     models = sources(sizes=(5, 5, *(2,) * 37), config={"tie_word_embeddings": True})
     assert models.layout.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
     genome = genome_over(models.layout.tensor_borders, 2, 0)

@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -175,7 +175,14 @@ def compare(models: Sequence[Model]) -> list[Difference]:
     found = _of_configs(names, plain)
     if any(difference.matters for difference in found):
         found = _of_configs(names, _filled(plain))
+    if len({frozenset(model.tensors) for model in owners}) > 1:
+        found = [replace(one, matters=one.matters or _of_classes(one)) for one in found]
     return [*found, *_of_generation(owners), *_of_processors(owners)]
+
+
+def _of_classes(difference: Difference) -> bool:
+    """Whether models are of other classes: then one has a head that another lacks, if their tensors differ, too."""
+    return difference.field == "architectures" and all(difference.values.values())
 
 
 def described(differences: Sequence[Difference], choice: Choice, whose: str) -> str:

@@ -14,24 +14,19 @@ import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ecotone.merging.kernel.lazy import formed
-from ecotone.merging.models import refused
+from ecotone.merging.models import refused, ties
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.genome import Integers
 
-INPUT_EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
-_AT_ONCE = 2**24  # elements of tied tensors that are compared in one step
-_EQUAL: dict[tuple[Path, str, str], bool] = {}  # of tensors of files, found once in a process
+INPUT_EMBEDDINGS = ties.INPUT_EMBEDDINGS
+OUTPUT_EMBEDDINGS = ties.OUTPUT_EMBEDDINGS
 OUTPUT_BIASES = ("lm_head.bias", "embed_out.bias", "cls.predictions.bias", "cls.predictions.decoder.bias")
 
 
@@ -184,54 +179,11 @@ def _aliases(checkpoint: Model) -> dict[str, str]:
     """Tied tensors by the name left out: the output embedding, and names that ``safetensors.save_model`` drops."""
     stored = checkpoint.tensors
     dropped = {alias: kept for alias, kept in checkpoint.metadata.items() if alias not in stored and kept in stored}
-    kept = tied_embedding(checkpoint)
-    if kept is None:
-        return dropped
-    tied = _inputs(checkpoint)[1:] if kept.endswith("shared.weight") else []
-    tied += [name for name in stored if name.endswith(OUTPUT_EMBEDDINGS)]
-    return dropped | {name: kept for name in tied if stored[name] == stored[kept] and _equal(checkpoint, name, kept)}
-
-
-def _equal(checkpoint: Model, one: str, other: str) -> bool:
-    """Whether two tensors hold the same bytes: only such are tied, whatever the configuration says."""
-    key = (checkpoint.path, one, other)
-    if key not in _EQUAL or not checkpoint.stored:  # of what is formed, others may have the path, too
-        left, right = checkpoint.flat(one), checkpoint.flat(other)
-        pieces = (slice(at, at + _AT_ONCE) for at in range(0, left.numel(), _AT_ONCE))
-        _EQUAL[key] = all(torch.equal(formed(left[piece]), formed(right[piece])) for piece in pieces)
-    return _EQUAL[key]
-
-
-def tied_embedding(checkpoint: Model) -> str | None:
-    """The input embedding that is the output's, too, as the ``config.json`` says, or None."""
-    return input_embedding(checkpoint) if _says_tied(checkpoint.config or {}) else None
-
-
-def input_embedding(checkpoint: Model) -> str | None:
-    """The name of the input embedding, or None."""
-    inputs = _inputs(checkpoint)
-    return inputs[0] if inputs else None
-
-
-def _inputs(checkpoint: Model) -> list[str]:
-    return sorted((name for name in checkpoint.tensors if name.endswith(INPUT_EMBEDDINGS)), key=_rank)
-
-
-def _rank(name: str) -> tuple[int, int, str]:
-    ending = next(index for index, suffix in enumerate(INPUT_EMBEDDINGS) if name.endswith(suffix))
-    return ending, name.count("."), name
-
-
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``config.json`` that ties no output to the embeddings."""
-    parts = {key: untied(part) for key, part in config.items() if isinstance(part, Mapping) and _says_tied(part)}
-    return {**config, **parts, "tie_word_embeddings": False}
-
-
-def _says_tied(config: Mapping[str, Any]) -> bool:
-    text = config.get("text_config")
-    nested = text.get("tie_word_embeddings", False) if isinstance(text, dict) else False
-    return bool(config.get("tie_word_embeddings", nested))
+    return dropped | {
+        name: kept
+        for name, kept in ties.tied_matrices(checkpoint).items()
+        if name in stored and stored[name] == stored[kept] and ties.equal(checkpoint, name, kept)
+    }
 
 
 def is_vocabulary(name: str) -> bool:

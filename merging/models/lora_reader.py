@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG
-from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, is_vocabulary, tied_embedding
+from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, is_vocabulary
 from ecotone.merging.models.lora_changes import (
     Added,
     Change,
@@ -35,6 +35,7 @@ from ecotone.merging.models.lora_changes import (
 from ecotone.merging.models.lora_names import Spot, Target, Targets
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Place, Scattered
+from ecotone.merging.models.ties import tied, tied_embedding
 from ecotone.populations.errors import CheckpointError, nearest
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?")
@@ -179,7 +180,8 @@ class _Reader:
         if kept is None:
             return {}
         names = {_tensor_meant(key) for key in self.stored.tensors} - set(self.base.tensors)
-        return {name: kept for name in names if name.endswith(OUTPUT_EMBEDDINGS)}
+        pairs = tied(self.base)
+        return {name: pairs.get(name, kept) for name in names if name in pairs or name.endswith(OUTPUT_EMBEDDINGS)}
 
     def read(self) -> dict[str, tuple[Change, ...]]:
         """The adapter's changes by the name of the base's tensor."""

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ecotone.merging.kernel.lazy import Source
 from ecotone.merging.models import architectures
-from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, input_embedding, tied_embedding, untied
+from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model, TensorInfo, Wrapper
 from ecotone.merging.models.names import names_of
+from ecotone.merging.models.ties import tied, tied_matrices, untied
 from ecotone.populations.errors import CheckpointError, EcotoneError, InputError, closest
 
 Unused: TypeAlias = Literal["merge", "base", "drop"]
@@ -174,7 +175,7 @@ def _fingerprint(positions: Tensor) -> bytes:
 
 
 def split(models: Sequence[Model]) -> list[Model]:
-    """The models with the same tensors tied: one that ties what another stores twice has it twice, too.
+    """The models with the same tensors tied: where one has a tensor of its own that another ties, none ties any.
 
     Args:
         models: The base, if there is one, and the experts; their tensors have the same names.
@@ -183,53 +184,34 @@ def split(models: Sequence[Model]) -> list[Model]:
         CheckpointError: They are encoders with decoders: these compute otherwise where they are tied.
     """
     aliases = [Layout.of(model).aliases for model in models]
-    common = {alias for alias, kept in aliases[0].items() if all(other.get(alias) == kept for other in aliases)}
-    stored = {name for model, tied in zip(models, aliases, strict=True) for name in model.tensors if name not in tied}
-    found: list[Model] = []
-    for model, tied in zip(models, aliases, strict=True):
-        apart = {alias: kept for alias, kept in tied.items() if alias not in common and alias in stored}
-        apart |= {alias: kept for alias, kept in _tied_without(model, models).items() if alias in stored}
-        if apart and (model.config or {}).get("is_encoder_decoder"):
-            raise CheckpointError(
-                f"{model.path}: expected {', '.join(apart)} as a tensor of its own, as another model of the merge has "
-                f"it, found it tied to {next(iter(apart.values()))}. Encoders with decoders that are tied compute "
-                "otherwise.",
-                "Give models that are all tied, or all untied.",
-            )
-        if apart:
-            kept = {name: name for name in model.tensors if name not in common}
-            found.append(Renamed(model, kept | apart, splits=True))
-        else:
-            found.append(model)
-    return found
+    ties = [{**ours, **tied(model)} for model, ours in zip(models, aliases, strict=True)]
+    own = {name for model, ours in zip(models, aliases, strict=True) for name in model.tensors if name not in ours}
+    apart = {name for pairs in ties for name in pairs if name in own and not name.endswith("bias")}
+    if not apart:
+        return list(models)
+    return [_split(model, pairs, ours, apart) for model, pairs, ours in zip(models, ties, aliases, strict=True)]
+
+
+def _split(model: Model, pairs: Mapping[str, str], aliases: Mapping[str, str], apart: Set[str] = frozenset()) -> Model:
+    """A model with all that it ties as tensors of their own, because some (``apart``) are so in others."""
+    lacking = {name: kept for name, kept in pairs.items() if name not in model.tensors or name in aliases}
+    if not lacking:
+        return model
+    if (model.config or {}).get("is_encoder_decoder"):
+        raise CheckpointError(
+            f"{model.path}: expected {', '.join(sorted(apart))} as a tensor of its own, as another model of the merge "
+            f"has it, found it tied to {next(iter(lacking.values()))}. Encoders with decoders that are tied compute "
+            "otherwise.",
+            "Give models that are all tied, or all untied.",
+        )
+    return Renamed(model, {name: name for name in model.tensors} | lacking, splits=True)
 
 
 def with_own_outputs(model: Model) -> Model | None:
     """A tied model with its output as a tensor of its own; None for encoders with decoders, and where none is known."""
-    embedding = tied_embedding(model)
-    if embedding is None or (model.config or {}).get("is_encoder_decoder"):
+    if not tied_matrices(model) or (model.config or {}).get("is_encoder_decoder"):
         return None
-    apart = dict(Layout.of(model).aliases)
-    with suppress(EcotoneError):  # transformers does not know the class
-        tied = getattr(architectures.outline(model), "all_tied_weights_keys", None) or {}
-        apart |= {name: embedding for name in tied if name.endswith(OUTPUT_EMBEDDINGS) and name not in model.tensors}
-    if not apart:
-        return None
-    return Renamed(model, {name: name for name in model.tensors} | apart, splits=True)
-
-
-def _tied_without(model: Model, others: Iterable[Model]) -> dict[str, str]:
-    """Outputs that others store and this model does not, and its embedding in their place.
-
-    A model without an output of its own is tied if its configuration says so, or says nothing of it.
-    """
-    config = model.config or {}
-    embedding = tied_embedding(model) or (input_embedding(model) if "tie_word_embeddings" not in config else None)
-    if embedding is None:
-        return {}
-    alike = (one for one in others if (one.config or {}).get("architectures") == config.get("architectures"))
-    outputs = {name for one in alike for name in one.tensors if name.endswith(OUTPUT_EMBEDDINGS)}
-    return {name: embedding for name in outputs if name not in model.tensors}
+    return _split(model, tied(model), Layout.of(model).aliases)
 
 
 # -- tensors that are not merged ----------------------------------------------------------------------------------
@@ -252,12 +234,13 @@ class Apart:
     frozen: tuple[str, ...] = ()
 
 
-def apart(models: Sequence[Model], treatment: Treatment) -> Apart:
+def apart(models: Sequence[Model], treatment: Treatment, whose: Model | None = None) -> Apart:
     """The tensors of models that are not merged.
 
     Args:
         models: The base, if there is one, and the experts; names are those of the first, as far as it has them.
         treatment: What the recipe says of them.
+        whose: The model whose config merges have, and so whose module takes tensors; None for the first.
 
     Raises:
         InputError: A pattern fits no tensor, or it is not known what the module takes.
@@ -273,7 +256,7 @@ def apart(models: Sequence[Model], treatment: Treatment) -> Apart:
     frozen = _frozen(infos, Layout.of(models[0]).aliases, treatment)
     partial = {name for name in infos if not all(_same_shape(infos[name], model, name) for model in models)}
     asked = treatment.known and (bool(partial - frozen) or treatment.unused != "merge")
-    unused = _unused(models) if asked else frozenset[str]()
+    unused = _unused(models, whose or models[0]) if asked else frozenset[str]()
     kept = {name for name in unused if treatment.unused == "base" or name in partial} | frozen
     dropped = unused - frozen if treatment.unused == "drop" else frozenset[str]()
     return Apart(
@@ -288,12 +271,12 @@ def _same_shape(info: TensorInfo, model: Model, name: str) -> bool:
     return name in model.tensors and model.tensors[name].shape == info.shape
 
 
-def _unused(models: Sequence[Model]) -> frozenset[str]:
-    """Names of tensors, of any of the models, that the module of the first does not take."""
-    module = architectures.outline(models[0])
-    layout = Layout.of(models[0])
+def _unused(models: Sequence[Model], whose: Model) -> frozenset[str]:
+    """Names of tensors, of any of the models, that the module of one of them does not take."""
+    module = architectures.outline(whose)
+    layout = Layout.of(whose)
     found = set(names_of(module, layout).unused) - set(layout.aliases)
-    for model in models[1:]:
+    for model in models:
         layout = Layout.of(model)
         with suppress(EcotoneError):  # it lacks one that the module takes: the names tell it better
             found |= set(names_of(module, layout).unused) - set(layout.aliases)

@@ -210,6 +210,22 @@ def fitted(module: nn.Module, shapes: Shapes, aliases: Mapping[str, str] = Mappi
     return names
 
 
+def stored_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """By the module's name, the name in a checkpoint of each tensor that is loaded without a conversion.
+
+    Args:
+        module: The module; it may be on the device ``meta``.
+        names: The checkpoint's names.
+    """
+    registry = _Registry(module, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+    found: dict[str, str] = {}
+    for name in names:
+        target, pattern = registry.target(name)
+        if pattern is None:
+            found.setdefault(target, name)
+    return found
+
+
 def names_of(module: nn.Module, layout: Layout) -> Names:
     """The correspondence of the tensors of a layout and those of a module: see ``fitted``."""
     shapes = {name: info.shape for name, info in {**layout.parameters, **layout.buffers}.items()}
