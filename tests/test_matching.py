@@ -368,6 +368,7 @@ HEADS = {
     "distilbert": ("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
     "mamba": ("lm_head.weight", "backbone.embeddings.weight"),
     "gpt2": ("lm_head.weight", "transformer.wte.weight"),
+    "gpt_neox": ("embed_out.weight", "gpt_neox.embed_in.weight"),
 }
 
 
@@ -426,7 +427,7 @@ class TestHeads:
         return [base, *experts]
 
     def test_they_are_not_taken_from_one_expert_without_a_word(self, models):
-        for config in ("same", "first"):
+        for config in ("same", "first", "each"):
             with pytest.raises(CheckpointError, match=r"architectures|lm_head\.weight"):
                 Sources.open(models[1:], models[0], "task_arithmetic", treatment=Treatment(known=True), config=config)
 

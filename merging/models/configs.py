@@ -132,6 +132,8 @@ def check(models: Sequence[Model], base: Model | None, choice: Choice) -> None:
         raise InputError(
             "config: 'base' needs a base model, found none.", "Use 'first' or 'each', or give the base (models.config)."
         )
+    if choice == "each":
+        _check_heads(models)
     if choice != "same":
         return
     found = [difference for difference in compare(models) if difference.matters]
@@ -141,6 +143,16 @@ def check(models: Sequence[Model], base: Model | None, choice: Choice) -> None:
         raise CheckpointError(
             f"The configs of the models differ in what is computed: {few}{more}.", _remedy(models, base)
         )
+
+
+def _check_heads(models: Sequence[Model]) -> None:
+    """Refuse to compute experts with configs of their own where one has a head that the merges' class lacks."""
+    for difference in compare(models):
+        if difference.field == "architectures" and difference.matters:
+            raise CheckpointError(
+                f"config: 'each' computes models of one class, found others: {difference}.",
+                "Give models with the same head, or choose 'base' or 'first', whose class computes all (models.config).",
+            )
 
 
 def no_own(expert: Model) -> InputError:

@@ -184,7 +184,8 @@ def split(models: Sequence[Model]) -> list[Model]:
         CheckpointError: They are encoders with decoders: these compute otherwise where they are tied.
     """
     aliases = [Layout.of(model).aliases for model in models]
-    ties = [{**ours, **tied(model)} for model, ours in zip(models, aliases, strict=True)]
+    names = {name for model in models for name in model.tensors}
+    ties = [{**ours, **tied(model, names)} for model, ours in zip(models, aliases, strict=True)]
     own = {name for model, ours in zip(models, aliases, strict=True) for name in model.tensors if name not in ours}
     apart = {name for pairs in ties for name in pairs if name in own and not name.endswith("bias")}
     if not apart:

@@ -61,6 +61,10 @@ def _explained(first: Model, other: Model) -> Iterator[None]:
                 f"{families[1]!r} in {_label(other)}.",
                 f"Models of one merge must be of one family. ({error.message})",
             ) from error
+        classes = ours.get("architectures"), theirs.get("architectures")
+        if None not in classes and classes[0] != classes[1]:
+            text = f"{error.message} Their architectures: {classes[0]} and {classes[1]}."
+            raise CheckpointError(text, "Give models with the same head, or leave out the base.") from error
         if ours.get("num_hidden_layers") != theirs.get("num_hidden_layers"):
             both = ((first, ours), (other, theirs))
             counts = [f"{config.get('num_hidden_layers')} in {model.name!r}" for model, config in both]

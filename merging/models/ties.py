@@ -7,7 +7,7 @@ class, the usual names of embeddings and outputs say it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ _EQUAL: dict[Any, bool] = {}  # of tensors of files as they were, found once in 
 _OF_CLASSES: dict[tuple[Path, str, int], dict[str, str] | None] = {}  # found once in a process
 
 
-def tied(model: Model) -> dict[str, str]:
+def tied(model: Model, names: Iterable[str] = ()) -> dict[str, str]:
     """The tensors that a model's configuration ties to others.
 
     Args:
         model: A Hugging Face model; others tie nothing.
+        names: Names that other files have for tensors, which its own may lack.
 
     Returns:
         By the name of a tensor, which its files may lack, the name of the stored tensor that takes its place.
@@ -37,12 +38,12 @@ def tied(model: Model) -> dict[str, str]:
     config = model.config or {}
     if not config or _says(config) is False:
         return {}
-    of_class = _of_class(model)
+    of_class = _of_class(model, frozenset(names))
     if of_class is not None:
         return of_class
     inputs = _inputs(model) if _says(config) else []
     others = inputs[1:] if inputs and inputs[0].endswith("shared.weight") else []
-    outputs = [name for name in model.tensors if name.endswith(OUTPUT_EMBEDDINGS)]
+    outputs = [name for name in (*model.tensors, *names) if name.endswith(OUTPUT_EMBEDDINGS)]
     return dict.fromkeys([*others, *outputs], inputs[0]) if inputs else {}
 
 
@@ -54,7 +55,7 @@ def tied_matrices(model: Model) -> dict[str, str]:
 def tied_embedding(model: Model) -> str | None:
     """The input embedding that is the output's, too, as the ``config.json`` says, or None."""
     found = next(iter(tied_matrices(model).values()), None)
-    if found is None and _says(model.config or {}) and _of_class(model) is None:
+    if found is None and _says(model.config or {}) and _of_class(model, frozenset()) is None:
         return next(iter(_inputs(model)), None)
     return found
 
@@ -90,29 +91,34 @@ def _says(config: Mapping[str, Any]) -> bool | None:
     return None if said is None else bool(said)
 
 
-def _of_class(model: Model) -> dict[str, str] | None:
+def _of_class(model: Model, names: Set[str]) -> dict[str, str] | None:
     """What transformers' class ties; None where it is not known."""
-    key = (model.files, json.dumps(model.config, sort_keys=True, default=str), hash(frozenset(model.tensors)))
+    key = (
+        model.files,
+        json.dumps(model.config, sort_keys=True, default=str),
+        hash(frozenset([*model.tensors, "", *names])),
+    )
     if key not in _OF_CLASSES:
         try:
-            _OF_CLASSES[key] = _found(model)
+            _OF_CLASSES[key] = _found(model, names)
         except EcotoneError:
             _OF_CLASSES[key] = None
     return _OF_CLASSES[key]
 
 
-def _found(model: Model) -> dict[str, str]:
+def _found(model: Model, others: Set[str]) -> dict[str, str]:
     from ecotone.merging.models import architectures, names  # import configs and layouts, which import this
 
     module: Any = architectures.outline(model)
     pairs = getattr(module, "all_tied_weights_keys", None) or {}
     stored = names.stored_names(module, model.tensors) if pairs else {}
+    called = {**names.stored_names(module, others), **stored} if pairs and others else stored
     found: dict[str, str] = {}
     for name, kept in pairs.items():
         if kept in stored:
-            found[stored.get(name, name)] = stored[kept]
+            found[called.get(name, name)] = stored[kept]
         elif name in stored:  # transformers ties them the other way round
-            found[kept] = stored[name]
+            found[called.get(kept, kept)] = stored[name]
     return found
 
 
