@@ -151,7 +151,7 @@ def _check_heads(models: Sequence[Model]) -> None:
         if difference.field == "architectures" and difference.matters:
             raise CheckpointError(
                 f"config: 'each' computes models of one class, found others: {difference}.",
-                "Give models with the same head, or choose 'base' or 'first', whose class computes all (models.config).",
+                "Give models with one head, or choose 'base' or 'first' (models.config), whose class computes all.",
             )
 
 

@@ -96,7 +96,7 @@ def _of_class(model: Model, names: Set[str]) -> dict[str, str] | None:
     key = (
         model.files,
         json.dumps(model.config, sort_keys=True, default=str),
-        hash(frozenset([*model.tensors, "", *names])),
+        hash((frozenset(model.tensors), frozenset(names))),
     )
     if key not in _OF_CLASSES:
         try:
