@@ -28,6 +28,7 @@ from ecotone.merging.kernel.materialise import Mixture, mix
 from ecotone.merging.models.lora import Adapter
 from ecotone.merging.models.lora_changes import Part, Update
 from ecotone.merging.models.lora_names import Target
+from ecotone.merging.models.matching import Renamed
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.ties import tied_embedding
 from ecotone.merging.operators.base import Operator
@@ -415,6 +416,8 @@ class _Merging:
             yield f"Cut to rank {rank}: the largest relative error of an update is {errors[worst]:.3g}, of {worst}."
         else:
             yield f"It is the merge exactly, in rank {rank}."
+        if isinstance(self.base, Renamed):  # a tied one, as it is read beside adapters that untie it
+            yield "Serve it beside its base, which is tied: merged into it, the adapter would change both tied tensors."
         fields = ("modules_to_save", "trainable_token_indices", "target_parameters")
         refused = [name for name in fields if config[name]] + ["bias"] * (config["bias"] != "none")
         least = next((one for one in SERVED_RANKS if one >= rank), None)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import ecotone.merging.models.low_rank
 from ecotone.fitness.backends.resident import Resident
-from ecotone.merging.export import export_directory
+from ecotone.merging.adapters import merged_adapter
+from ecotone.merging.export import export_adapter, export_directory
 from ecotone.merging.models import lora_bases
 from ecotone.merging.models.checkpoint import Checkpoint
 from ecotone.merging.models.formats import opened as opened_as
@@ -406,3 +407,20 @@ class TestTiedBase:
         trained(kind, tmp_path / "base", tmp_path / "one", **options)
         with pytest.raises(CheckpointError, match="together they are no tied model"):
             Sources.open([tmp_path / "one"], tmp_path / "base", "task_arithmetic")
+
+    @pytest.mark.parametrize("case", ["head changed", "embeddings changed", "both saved"])
+    def test_a_merge_of_such_adapters_is_served_beside_the_base(self, case, tmp_path):
+        kind = base_of("llama", tmp_path / "base", tie_word_embeddings=True)
+        paths = [tmp_path / name for name in ("one", "two")]
+        for seed, path in enumerate(paths):
+            trained(kind, tmp_path / "base", path, seed, **TIED[case])
+        sources = Sources.open(paths, tmp_path / "base", "task_arithmetic")
+        genome = Genome.uniform(sources.layout.size, [0.4, 0.7])
+        merged = merged_adapter(sources, genome)
+        assert any("Serve it beside its base, which is tied" in note for note in merged.notes)
+        export_adapter(merged, tmp_path / "served", tmp_path / "none", "", {})
+        beside = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "served").eval()
+        (shown,) = Resident(sources, "auto", torch.device("cpu"), stack_bytes=0).show([genome])
+        tokens = torch.arange(3, 12).reshape(1, -1)
+        with torch.no_grad():
+            torch.testing.assert_close(shown(tokens).logits, beside(tokens).logits, atol=3e-6, rtol=1e-5)
