@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG
-from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, is_vocabulary, tied_embedding
+from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, has_token_rows, tied_embedding
 from ecotone.merging.models.lora_changes import (
     Added,
     Change,
@@ -229,7 +229,7 @@ class _Reader:
         target = self._known(plain, key)
         found = self.stored.tensors[key].shape
         name = target.whole
-        resized = name is not None and is_vocabulary(name) and found[1:] == target.shape[1:]
+        resized = name is not None and has_token_rows(self.base, name) and found[1:] == target.shape[1:]
         if found != target.shape and not resized:
             raise self._misshapen(key, found, target)
         for name, spot in target.spots.items():
