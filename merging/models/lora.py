@@ -62,7 +62,7 @@ class Adapter:
         """
         place = located(path)
         weights = Checkpoint.open(lora_reader.weights_of(place), name or default_name(place))
-        settings = lora_reader.settings_of(place)
+        settings = lora_reader.settings_of(place, weights.tensors)
         try:
             changes = lora_reader.read(place, base, weights, settings)
         except lora_reader.TiedBaseError:
