@@ -473,6 +473,51 @@ def test_files_travel_from_the_first_that_has_them(folder):
     assert text == "hello!"
 
 
+def written(place, text="{}"):
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text)
+
+
+def test_small_folders_travel(folder):
+    base = folder / "base"
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    written(
+        base / "modules.json", json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "3"}])
+    )
+    written(base / "1_Pooling" / "config.json", json.dumps(pooling))
+    written(base / "1_Pooling" / "README.md")
+    written(base / "additional_chat_templates" / "tool.jinja", "{{ messages }}")
+    written(base / "a" / "b" / "c.json")
+    stay = ("2_Dense/model.safetensors", "2_Dense/config.json", "onnx/model.onnx", "onnx/config.json", ".git/x.json")
+    stay += ("checkpoint-5/x.json", "runs/x.json", "logs/x.txt", "a/b/c/d.json", "3/code.py", "1_Pooling/.x.json")
+    for name in stay:
+        written(base / name)
+    for number in range(65):
+        written(base / "data" / f"{number}.json")
+    written(base / "a" / "large.json", " " * (8 * 2**20 + 1))
+    (text,) = told(recipe_of(folder), "files of exports")
+    assert "2_Dense, which modules.json names, does not travel whole: it holds weights of its own (model" in text
+    assert "3, which modules.json names, does not travel whole: its code.py is too large, or of no kind that" in text
+    assert text.count("modules.json") == 2
+    sources = sources_of(folder)
+    target = export_directory(sources, rows_of(sources)[0], folder / "merged", "", {})
+    found = {file.relative_to(target).as_posix() for file in target.rglob("*") if file.parent != target}
+    assert found == {"1_Pooling/config.json", "additional_chat_templates/tool.jinja", "a/b", "a/b/c.json"}
+    assert json.loads((target / "1_Pooling" / "config.json").read_text()) == pooling
+    assert transformers.AutoTokenizer.from_pretrained(target).chat_template["tool"] == "{{ messages }}"
+
+
+def test_more_chat_templates_are_the_tokenizer_s(folder):
+    """They come from the model whose tokenizer the merge has."""
+    for file in (folder / "base").glob("*token*"):
+        file.unlink()
+    for name in ("base", "a"):
+        written(folder / name / "additional_chat_templates" / f"of_{name}.jinja", name)
+    sources = sources_of(folder)
+    target = export_directory(sources, rows_of(sources)[0], folder / "merged", "", {})
+    assert [file.name for file in (target / "additional_chat_templates").iterdir()] == ["of_a.jinja"]
+
+
 def test_a_generation_config_that_ends_texts_otherwise_stays_behind(folder):
     for name in ("base", "a"):
         (folder / name / "generation_config.json").unlink()

@@ -162,8 +162,8 @@ def refused(place: Path, reason: str, settings: Mapping[str, Any], names: Iterab
         names: Those of its tensors. PEFT passes over all that do not begin as its own do.
     """
     if not isinstance(settings.get("peft_type"), str) or not all(name.startswith(_PREFIX) for name in names):
-        remedy = f"PEFT would not load it (the names of the tensors that it loads begin with {_PREFIX!r}). {_ITS_PROGRAM}"
-        return _not_plain(place, reason, remedy)
+        said = f"PEFT would not load it (the names of the tensors that it loads begin with {_PREFIX!r})."
+        return _not_plain(place, reason, f"{said} {_ITS_PROGRAM}")
     task, base = settings.get("task_type"), settings.get("base_model_name_or_path")
     kind = _CLASSES.get(str(task), "AutoPeftModelForCausalLM")
     if (task or settings.get("auto_mapping")) and base:

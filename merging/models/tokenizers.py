@@ -15,6 +15,8 @@ SETTINGS = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 OLD_TEMPLATE = "chat_template.json"
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates that are chosen by name."""
 FILES = (
     FAST,
     SETTINGS,
@@ -45,8 +47,15 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def is_file(name: str) -> bool:
-    """Whether a file of this name belongs to a tokenizer."""
-    return name in FILES or name in _MORE or name.endswith(SUFFIXES)
+    """Whether a file of this name (with its folder, where it is in one) belongs to a tokenizer."""
+    return name in FILES or name in _MORE or name.endswith(SUFFIXES) or name.startswith(f"{MORE_TEMPLATES}/")
+
+
+def files(directory: Path) -> list[str]:
+    """The names of a tokenizer's files in a directory, those of more chat templates with their folder; sorted."""
+    own = [file for file in directory.iterdir() if is_file(file.name)] if directory.is_dir() else []
+    more = directory.glob(f"{MORE_TEMPLATES}/*.jinja")
+    return sorted(file.relative_to(directory).as_posix() for file in (*own, *more) if file.is_file())
 
 
 def chat_template(directory: Path) -> str | None:
