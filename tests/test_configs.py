@@ -444,6 +444,25 @@ def test_signatures_of_older_recipes_stay(folder):
         recipe_of(folder, base=None, config="base")
 
 
+def test_clashes_of_tokenizers_are_told_where_no_objective_needs_one(folder):
+    record = recipe_of(folder).record()
+    (folder / "scores.py").write_text("def score(model):\n    return 0.5\n")
+    record["objectives"]["search"] = [{"name": "o", "type": "call", "call": "scores.py:score"}]
+    recipe = Recipe.from_record(record, folder)
+    assert told(recipe, "tokenizers") == []
+    for name, token in (("a", "<x>"), ("b", "<y>")):
+        vocabulary = json.loads((folder / name / "tokenizer.json").read_text())["model"]["vocab"]
+        old = next(text for text, number in vocabulary.items() if number == 300)
+        del vocabulary[old]
+        changed(folder / name, "tokenizer.json", model__vocab=vocabulary | {token: 300})
+    (text,) = told(recipe, "tokenizers")
+    assert text == (
+        f"In the tokenizers of 'base' and 'a' token 300 differs: {old!r} and '<x>'. "
+        f"In the tokenizers of 'base' and 'b' token 300 differs: {old!r} and '<y>'. "
+        "Rows of the embeddings are mixed by number."
+    )
+
+
 # -- what travels ----------------------------------------------------------------------------------------
 
 
