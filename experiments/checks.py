@@ -312,13 +312,18 @@ def _configs(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
 def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
     """For language models: whether tokenizers fit the embeddings and each other.
 
+    Where no objective reads texts by a tokenizer, only clashes of the models' own tokenizers are told.
+
     Raises:
         CheckpointError: They do not: texts would be read wrongly.
     """
     objectives = (*spec.search, *spec.held_out)
-    if spec.tokenizer is None or not any(one.needs_tokenizer for one in objectives):
-        return
     models = [sources.origin, *(expert for expert in sources.experts if expert is not sources.origin)]
+    if spec.tokenizer is None or not any(one.needs_tokenizer for one in objectives):
+        places = [(model.name, model.tokenizer) for model in models if model.is_hugging_face]
+        if told := tokenizers.clashes(places, vocabulary.input_rows(sources.configured)):
+            yield Finding("tokenizers", f"{' '.join(told)} Rows of the embeddings are mixed by number.")
+        return
     own = [model for model in models if tokenizers.has_tokenizer(model.path) or model.files == model.path]
     places = [(model.name, model.path) for model in own]  # an adapter without one has its base's
     folder = located(spec.tokenizer)

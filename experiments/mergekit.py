@@ -611,7 +611,8 @@ class _Importer:
         if plus and model != self.evolve.genome.base_model:
             raise InputError(
                 f"genome.models: expected an adapter of base_model ({self.evolve.genome.base_model}), found {name}.",
-                "Merge it into its base first: peft's merge_and_unload(), then save_pretrained().",
+                "Merge it into its base first with the program that made it (PEFT: merge_and_unload(), then "
+                "save_pretrained()).",
             )
         return self._place(adapter or model)
 

@@ -2,12 +2,14 @@
 
 The files are those of the model whose config the merge has, and of the base (or the first expert). What that model
 lacks is taken from the first expert that has it: the generation config, the processors of images and sound, the
-tokenizer and the chat template. Licences and other small files are the base's alone. Code, cards and weights in other
-formats never travel.
+tokenizer and the chat template. Licences and other small files are the base's alone, and small sub-folders such as the
+modules of sentence-transformers. Code, cards and weights in other formats never travel.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,16 @@ _LEFT_OUT = frozenset(
         "requirements.txt",
     )
 )
+_CARDS = _LEFT_OUT - {"config.json"}  # of a sub-folder
+_MODULES = "modules.json"
+"""Of sentence-transformers: the folders of its modules."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".h5", ".msgpack", ".npz", ".xml")
+_NO_FOLDERS = re.compile(
+    r"\..*|checkpoints?([-_].*)?|runs?|logs?|wandb|mlruns|eval(uation)?|__pycache__", re.IGNORECASE
+)
+_DEPTH = 2  # of folders in folders
+_SMALL = 8 * 2**20  # bytes of a file in a folder
+_MANY = 64  # files in a folder; more are data
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Companion:
     """A file of an export.
 
     Args:
-        name: Its name in the export.
+        name: Its name in the export, with its folder where it is in one.
         source: The file that it is a copy of, or that its text is taken from.
         model: The name of the expert that it comes from where the base lacks it; else None.
         text: Its content, where it is no copy.
@@ -54,6 +66,7 @@ class Companion:
     def write(self, directory: Path) -> None:
         """Write it into an export."""
         target = directory / self.name
+        target.parent.mkdir(parents=True, exist_ok=True)
         if self.text is None:
             shutil.copyfile(self.source, target)
         else:
@@ -85,7 +98,7 @@ def companions(sources: Sources, genome: Genome | None = None) -> list[Companion
 
 
 def told(sources: Sources) -> str:
-    """The files that do not come from the base (or the first expert), in words; empty without one."""
+    """The files that do not come from the base (or the first expert), and modules that stay behind; in words."""
     owners: dict[tuple[str, str], list[str]] = {}
     for one in companions(sources):
         if one.model is not None:
@@ -93,14 +106,61 @@ def told(sources: Sources) -> str:
             there = (origin.files / one.name).is_file()
             reason = "whose config merges have" if there else f"as {origin.name!r} lacks them"
             owners.setdefault((one.model, reason), []).append(one.name)
-    return "; ".join(f"{', '.join(names)} from {owner!r}, {reason}" for (owner, reason), names in owners.items())
+    taken = [f"{', '.join(names)} from {owner!r}, {reason}" for (owner, reason), names in owners.items()]
+    return "; ".join([*taken, *_left_behind(sources.origin.files)])
 
 
 def _of_origin(folder: Path) -> Iterator[Companion]:
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        wanted = file.suffix in _SUFFIXES or file.name.upper().startswith(_NAMES)
-        if file.is_file() and wanted and file.name not in _LEFT_OUT and not file.name.endswith(".index.json"):
+        if _travels(file) and file.name not in _LEFT_OUT and not file.name.endswith(".index.json"):
             yield Companion(file.name, file)
+        elif file.is_dir() and not _refusal(file):
+            inside = list(_inside(file))
+            if len(inside) <= _MANY:
+                yield from (Companion(inner.relative_to(folder).as_posix(), inner) for inner in inside)
+
+
+def _travels(file: Path) -> bool:
+    wanted = file.suffix in _SUFFIXES or file.name.upper().startswith(_NAMES)
+    return wanted and file.is_file() and not file.name.startswith(".")
+
+
+def _inside(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """The small files of a sub-folder that travel."""
+    for file in sorted(folder.iterdir()):
+        if _travels(file) and file.name not in _CARDS and file.stat().st_size <= _SMALL:
+            yield file
+        elif depth > 1 and file.is_dir() and not _refusal(file):
+            yield from _inside(file, depth - 1)
+
+
+def _refusal(folder: Path) -> str:
+    """Why a sub-folder stays behind as a whole; empty if it travels."""
+    if folder.is_symlink() or _NO_FOLDERS.fullmatch(folder.name):
+        return "it is hidden, a link, or one of a training's"
+    weights = next((file.name for file in sorted(folder.iterdir()) if file.suffix.lower() in _WEIGHTS), None)
+    return "" if weights is None else f"it holds weights of its own ({weights}), which are not merged"
+
+
+def _left_behind(folder: Path) -> list[str]:
+    """The modules of sentence-transformers that do not travel, or not whole, in words."""
+    try:
+        listed = json.loads((folder / _MODULES).read_text("utf-8"))
+        paths = [str(one.get("path") or "") for one in listed]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
+    found = {one.source for one in _of_origin(folder)}
+    sentences = []
+    for path in dict.fromkeys(paths):
+        place = folder / path
+        if not path or ".." in place.parts or Path(path).is_absolute() or not place.is_dir():
+            continue
+        files = (file for file in sorted(place.rglob("*")) if file.is_file() and file not in found)
+        lost = [file.name for file in files if not file.name.startswith(".") and file.name not in _CARDS]
+        if lost:
+            reason = _refusal(place) or f"its {lost[0]} is too large, or of no kind that travels"
+            sentences.append(f"{path}, which {_MODULES} names, does not travel whole: {reason}")
+    return sentences
 
 
 def _group(names: Sequence[str], models: Sequence[Model], sources: Sources) -> list[Companion]:
@@ -115,9 +175,8 @@ def _group(names: Sequence[str], models: Sequence[Model], sources: Sources) -> l
 def _of_tokenizer(sources: Sources) -> Iterator[Companion]:
     folder = sources.tokenizer
     model = next((one for one in (sources.origin, *sources.experts) if one.tokenizer == folder), sources.origin)
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.is_file() and tokenizers.is_file(file.name):
-            yield Companion(file.name, file, _owner(model, sources))
+    for name in tokenizers.files(folder):
+        yield Companion(name, folder / name, _owner(model, sources))
 
 
 def _template(models: Sequence[Model], sources: Sources) -> list[Companion]:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from ecotone.merging.adapters import MergedAdapter
-from ecotone.merging.companions import companions
+from ecotone.merging.companions import Companion, companions
 from ecotone.merging.kernel.lazy import fill, formed
 from ecotone.merging.kernel.materialise import Mixture, mix
 from ecotone.merging.models import tokenizers
@@ -167,9 +167,8 @@ def export_adapter(
     target.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(target, sum(tensor.nbytes for tensor in merged.tensors.values())) as partial:
         partial.mkdir()
-        for file in sorted(tokenizer.iterdir()) if tokenizer.is_dir() else ():
-            if file.is_file() and tokenizers.is_file(file.name):
-                shutil.copyfile(file, partial / file.name)
+        for name in tokenizers.files(tokenizer):
+            Companion(name, tokenizer / name).write(partial)
         _write_json(partial / ADAPTER_CONFIG, merged.config)
         save_file(dict(merged.tensors), partial / ADAPTER, {"format": "pt"})
         describe(partial, card, record)

@@ -309,6 +309,8 @@ def test_other_kinds_are_refused_with_the_way_out(pair, config, message):
     [
         ("lora_unet_down_blocks_0_attn1_to_q.lora_down.weight", "LyCORIS and Kohya"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a", "LyCORIS and Kohya"),
+        ("lycoris_layers_0_self_attn_q_proj.lokr_w1", "LyCORIS and Kohya"),
+        ("base_model.model.q_proj.hada_w1_a", "Give the directory that holds it and its adapter_config"),
         ("base_model.model.q_proj.lora_A.weight", "Give the directory that holds it and its adapter_config"),
     ],
 )
@@ -316,6 +318,73 @@ def test_files_of_other_programs_adapters(tmp_path, name, message):
     save_file({name: torch.ones(2, 2)}, tmp_path / "lora.safetensors")
     with pytest.raises(CheckpointError, match=message):
         opened_as(tmp_path / "lora.safetensors")
+
+
+def renamed(adapter, name_of, **settings):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name_of(name): tensor for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | settings))
+
+
+def as_kohya(name):
+    module, _, factor = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+    return f"lora_unet_{module.replace('.', '_')}.{ {'lora_A': 'lora_down', 'lora_B': 'lora_up'}[factor] }.weight"
+
+
+@pytest.mark.parametrize("kind", ["LORA", "LOHA"])
+def test_names_of_other_programs_beside_peft_s_config(pair, kind):
+    """PEFT loads no tensor of these names and gives back the base, so it is not advised."""
+    base, adapter = pair
+    renamed(adapter, as_kohya, peft_type=kind)
+    with pytest.raises(CheckpointError, match=r"Kohya's programs name.*with the program that made it") as caught:
+        Adapter.open(adapter, Checkpoint.open(base))
+    assert "merge_and_unload" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "IA3"}, "PEFT would not load it"),
+        ({"peft_type": None}, "PEFT would not load it"),
+        ({"alora_invocation_tokens": [1]}, "PEFT cannot merge it"),
+        ({"layer_replication": [[0, 1]]}, "PEFT cannot merge it"),
+        ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
+    ],
+)
+def test_peft_is_advised_only_where_it_merges_the_adapter(pair, settings, message):
+    base, adapter = pair
+    renamed(adapter, lambda name: name.removeprefix("base_model.model."), **settings)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Adapter.open(adapter, Checkpoint.open(base))
+    assert "merge_and_unload" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("known", ["task", "class", "nothing"])
+def test_the_advised_command_merges_the_adapter(pair, monkeypatch, known):
+    base, adapter = pair
+    shutil.rmtree(adapter)
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    config.task_type = "CAUSAL_LM" if known == "task" else None
+    wrapped = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, tensor in wrapped.named_parameters():
+            tensor.add_(torch.randn_like(tensor) if "ia3" in name else 0)
+    wrapped.save_pretrained(adapter)
+    if known == "nothing":
+        renamed(adapter, str, auto_mapping=None)
+    with pytest.raises(CheckpointError, match="python -c") as caught:
+        Adapter.open(adapter, Checkpoint.open(base))
+    monkeypatch.chdir(adapter.parent)
+    exec(str(caught.value).split('python -c "')[1].rpartition('"')[0])
+    found = load_file(adapter.parent / f"{adapter.name}-merged" / "model.safetensors")
+    expected = wrapped.merge_and_unload().state_dict()
+    plain = load_file(base / "model.safetensors")
+    assert any(not torch.equal(found[name], plain[name]) for name in found)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name])
 
 
 # -- as models of a merge ------------------------------------------------------------------------------------------

@@ -444,6 +444,25 @@ def test_signatures_of_older_recipes_stay(folder):
         recipe_of(folder, base=None, config="base")
 
 
+def test_clashes_of_tokenizers_are_told_where_no_objective_needs_one(folder):
+    record = recipe_of(folder).record()
+    (folder / "scores.py").write_text("def score(model):\n    return 0.5\n")
+    record["objectives"]["search"] = [{"name": "o", "type": "call", "call": "scores.py:score"}]
+    recipe = Recipe.from_record(record, folder)
+    assert told(recipe, "tokenizers") == []
+    for name, token in (("a", "<x>"), ("b", "<y>")):
+        vocabulary = json.loads((folder / name / "tokenizer.json").read_text())["model"]["vocab"]
+        old = next(text for text, number in vocabulary.items() if number == 300)
+        del vocabulary[old]
+        changed(folder / name, "tokenizer.json", model__vocab=vocabulary | {token: 300})
+    (text,) = told(recipe, "tokenizers")
+    assert text == (
+        f"In the tokenizers of 'base' and 'a' token 300 differs: {old!r} and '<x>'. "
+        f"In the tokenizers of 'base' and 'b' token 300 differs: {old!r} and '<y>'. "
+        "Rows of the embeddings are mixed by number."
+    )
+
+
 # -- what travels ----------------------------------------------------------------------------------------
 
 
@@ -471,6 +490,51 @@ def test_files_travel_from_the_first_that_has_them(folder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(target)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
     assert text == "hello!"
+
+
+def written(place, text="{}"):
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text)
+
+
+def test_small_folders_travel(folder):
+    base = folder / "base"
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    written(
+        base / "modules.json", json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "3"}])
+    )
+    written(base / "1_Pooling" / "config.json", json.dumps(pooling))
+    written(base / "1_Pooling" / "README.md")
+    written(base / "additional_chat_templates" / "tool.jinja", "{{ messages }}")
+    written(base / "a" / "b" / "c.json")
+    stay = ("2_Dense/model.safetensors", "2_Dense/config.json", "onnx/model.onnx", "onnx/config.json", ".git/x.json")
+    stay += ("checkpoint-5/x.json", "runs/x.json", "logs/x.txt", "a/b/c/d.json", "3/code.py", "1_Pooling/.x.json")
+    for name in stay:
+        written(base / name)
+    for number in range(65):
+        written(base / "data" / f"{number}.json")
+    written(base / "a" / "large.json", " " * (8 * 2**20 + 1))
+    (text,) = told(recipe_of(folder), "files of exports")
+    assert "2_Dense, which modules.json names, does not travel whole: it holds weights of its own (model" in text
+    assert "3, which modules.json names, does not travel whole: its code.py is too large, or of no kind that" in text
+    assert text.count("modules.json") == 2
+    sources = sources_of(folder)
+    target = export_directory(sources, rows_of(sources)[0], folder / "merged", "", {})
+    found = {file.relative_to(target).as_posix() for file in target.rglob("*") if file.parent != target}
+    assert found == {"1_Pooling/config.json", "additional_chat_templates/tool.jinja", "a/b", "a/b/c.json"}
+    assert json.loads((target / "1_Pooling" / "config.json").read_text()) == pooling
+    assert transformers.AutoTokenizer.from_pretrained(target).chat_template["tool"] == "{{ messages }}"
+
+
+def test_more_chat_templates_are_the_tokenizer_s(folder):
+    """They come from the model whose tokenizer the merge has."""
+    for file in (folder / "base").glob("*token*"):
+        file.unlink()
+    for name in ("base", "a"):
+        written(folder / name / "additional_chat_templates" / f"of_{name}.jinja", name)
+    sources = sources_of(folder)
+    target = export_directory(sources, rows_of(sources)[0], folder / "merged", "", {})
+    assert [file.name for file in (target / "additional_chat_templates").iterdir()] == ["of_a.jinja"]
 
 
 def test_a_generation_config_that_ends_texts_otherwise_stays_behind(folder):

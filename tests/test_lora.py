@@ -220,7 +220,11 @@ def test_only_what_the_adapter_changes_is_formed(tmp_path):
 BROKEN = {
     "dora": (factors(1), {"use_dora": True}, r"module 'layers\.0': expected lora_magnitude_vector, as use_dora"),
     "ia3": (factors(1), {"peft_type": "IA3"}, r"peft_type 'IA3'.*merge_and_unload"),
-    "loha": ({"layers.0.hada_w1_a": torch.ones(2, 2)}, {"peft_type": "LOHA"}, r"'LOHA'.*merge_and_unload"),
+    "loha": (
+        {"base_model.model.layers.0.hada_w1_a": torch.ones(2, 2)},
+        {"peft_type": "LOHA"},
+        r"'LOHA'.*merge_and_unload",
+    ),
     "pissa": (factors(1), {"init_lora_weights": "pissa_niter_4"}, "changes the base"),
     "magnitude": (
         factors(1) | {"layers.0.lora_magnitude_vector.weight": torch.ones(7)},

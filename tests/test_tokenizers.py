@@ -152,3 +152,27 @@ def test_another_vocabulary_is_refused_and_a_clash_of_added_tokens_told(tmp_path
         CheckpointError, match="2 numbers of those of 'base' and 'other' mean different tokens: token 0"
     ):
         checked(base, other, rows=4)
+
+
+def test_clashes_are_those_of_numbers_below_the_rows(tmp_path):
+    """Other differences (merge rules, templates, added tokens) are no clashes; folders without a tokenizer pass."""
+    base = model(tmp_path, "base", {"a": 0, "b": 1, "ab": 2}, added=[("<x>", 3)])
+    added = model(tmp_path, "added", added=[("<y>", 3), ("<z>", 4)], settings={"chat_template": "{{ messages }}"})
+    moved = model(tmp_path, "moved", {"a": 0, "b": 1}, added=[("ab", 5)])
+    (tmp_path / "empty").mkdir()
+    listed = [base, ("empty", tmp_path / "empty"), added, moved]
+    differs = "In the tokenizers of 'base' and 'added' token 3 differs: '<x>' and '<y>'."
+    twice = "In the tokenizers of 'base' and 'moved' the token 'ab' has the numbers 2 and 5."
+    assert tokenizers.clashes(listed, None) == [differs, twice]
+    assert tokenizers.clashes(listed, 4) == [differs]
+    assert tokenizers.clashes(listed, 3) == []
+    first = model(tmp_path, "first")  # has none of the numbers that clash
+    assert tokenizers.clashes([first, base, added], None) == [differs]
+    assert tokenizers.clashes(listed[1:2], 4) == tokenizers.clashes([], None) == []
+
+
+def test_unrelated_vocabularies_of_usual_size_are_compared_at_once(tmp_path):
+    left = model(tmp_path, "left", {f"l{number}": number for number in range(60_000)})
+    right = model(tmp_path, "right", {f"l{number + 1}": number for number in range(60_000)})
+    (sentence,) = tokenizers.clashes([left, right], None)
+    assert sentence.endswith("(the first of 60000 such).")

@@ -175,3 +175,85 @@ def test_a_resident_model_and_its_export_have_the_chosen_vocabulary(tmp_path, ti
     assert logits.shape == (1, 6, rows)
     assert again.config.vocab_size == rows
     assert len(json.loads((target / "tokenizer.json").read_text())["model"]["vocab"]) == rows
+
+
+# -- tensors with an entry a token that no list names ----------------------------------------------------
+
+OTHER_NAMES = {
+    "mamba": ("MambaForCausalLM", {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}),
+    "distilbert": ("DistilBertForMaskedLM", {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}),
+    "bart": (  # its bias has shape (1, tokens)
+        "BartForConditionalGeneration",
+        {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+        | {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "pad_token_id": 1}
+        | {"bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2},
+    ),
+}
+
+
+def grown(transformers, family: str, folder: Path) -> list[Path]:
+    """A base of 24 tokens and an expert of 27, all of whose weights are random."""
+    name, settings = OTHER_NAMES[family]
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    one = kind(kind.config_class(vocab_size=24, **settings))
+    for place, rows in (("base", 24), ("expert", 27)):
+        one.resize_token_embeddings(rows, mean_resizing=False)
+        with torch.no_grad():
+            for tensor in one.state_dict().values():
+                tensor.add_(0.2 * torch.randn_like(tensor) if tensor.is_floating_point() else 0)
+        one.save_pretrained(folder / place)
+    return [folder / "base", folder / "expert"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("vocabulary", ["base", "union"])
+@pytest.mark.parametrize("family", OTHER_NAMES)
+def test_all_tensors_with_an_entry_a_token_are_made_alike(tmp_path, family, vocabulary):
+    transformers = pytest.importorskip("transformers")
+    base, expert = grown(transformers, family, tmp_path)
+    with pytest.raises(CheckpointError, match=r"has 24 (rows|columns), one a token.*vocabulary: 'base'"):
+        Sources.open([expert], base, "task_arithmetic")
+    sources = Sources.open([expert], base, "task_arithmetic", vocabulary=vocabulary)
+    rows = 27 if vocabulary == "union" else 24
+    kind = getattr(transformers, OTHER_NAMES[family][0])
+    alone = kind.from_pretrained(expert).eval()
+    alone.resize_token_embeddings(rows)
+    tokens = torch.arange(rows - 6, rows).view(1, -1)
+    genome = Genome.uniform(sources.layout.size, [1.0])
+    with torch.no_grad():
+        shown = next(Resident(sources, "auto", torch.device("cpu")).show([genome]))(tokens).logits
+        target = export_directory(sources, genome, tmp_path / "merged", "card", {})
+        again = kind.from_pretrained(target).eval()
+        torch.testing.assert_close(shown, alone(tokens).logits, rtol=1e-4, atol=1e-5)
+        assert torch.equal(again(tokens).logits, shown)
+    assert shown.shape == (1, 6, rows)
+    assert again.config.vocab_size == rows
+
+
+@pytest.mark.parametrize("length", [4, 7])
+def test_rows_along_another_axis_are_read_in_pieces(tmp_path, length):
+    """A transposed output: (width, tokens)."""
+    paths = [model(tmp_path, f"m{rows}", rows, seed=rows) for rows in (4, 5, 7)]
+    for path in paths:
+        tensors = load_file(path / "model.safetensors")
+        turned = tensors.pop(HEAD).T.contiguous()
+        save_file(tensors | {"output.turned": turned}, path / "model.safetensors")
+    sources = Sources.open(paths[1:], paths[0], "ties", vocabulary="union" if length == 7 else "base")
+    four, five, seven = (load_file(path / "model.safetensors")["output.turned"] for path in paths)
+    mean = (five[:, 4:] + seven[:, 4:5]) / 2
+    own = torch.cat([four, mean, seven[:, 5:]], 1), torch.cat([five, seven[:, 5:]], 1), seven
+    for one, expected in zip((sources.base, *sources.experts), own, strict=True):
+        assert torch.equal(one.tensor("output.turned"), expected[:, :length])
+        flat = one.flat("output.turned")
+        for low, high in ((0, 3 * length), (2, 9), (length - 1, length + 1)):
+            assert torch.equal(formed(flat[low:high]), expected[:, :length].reshape(-1)[low:high])
+
+
+def test_a_length_that_is_no_vocabulary_s_is_refused_as_before(tmp_path):
+    paths = [model(tmp_path, name, rows) for name, rows in (("one", 4), ("two", 5))]
+    for path, extent in zip(paths, (6, 8), strict=True):
+        tensors = load_file(path / "model.safetensors")
+        save_file(tensors | {"positions.weight": torch.zeros(extent, 3)}, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'positions\.weight' has shape \(6, 3\) in 'one'"):
+        Sources.open(paths, vocabulary="union")

@@ -346,8 +346,8 @@ def _directory_shards(path: Path) -> tuple[Shard, ...]:
     if is_adapter(path):
         raise CheckpointError(
             f"{path}: expected a full model, found a LoRA adapter.",
-            "Give it as an expert beside its base, or merge it first: peft's merge_and_unload(), then "
-            "save_pretrained().",
+            "Give it as an expert beside its base, or merge it first with the program that made it (PEFT: "
+            "merge_and_unload(), then save_pretrained()).",
         )
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:

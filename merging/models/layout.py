@@ -11,7 +11,7 @@ may have others copied, too (``ecotone.merging.models.matching``).
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -189,3 +189,40 @@ def _aliases(checkpoint: Model) -> dict[str, str]:
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row for each token: the embeddings, and the output's weights and bias."""
     return name.endswith((*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, *OUTPUT_BIASES))
+
+
+def token_axis(name: str, models: Sequence[Model]) -> int | None:
+    """The axis in which a tensor of models differs since it has an entry for each token; None if it is not so.
+
+    It is the only axis that differs, and in each model as long as its vocabulary. Where no config says how long that
+    is, the axis is the first of the tensors that ``is_vocabulary`` knows by name.
+
+    Args:
+        name: The tensor's name.
+        models: Models that have it.
+    """
+    shapes = [model.tensors[name].shape for model in models]
+    if len({len(shape) for shape in shapes}) != 1:
+        return None
+    differing = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
+    if len(differing) != 1:
+        return None
+    (axis,) = differing
+    known = axis == 0 and is_vocabulary(name)
+    exact = all(shape[axis] == token_count(model) for shape, model in zip(shapes, models, strict=True))
+    return axis if known or exact else None
+
+
+def has_token_rows(model: Model, name: str) -> bool:
+    """Whether a tensor of a model has as many rows as the model has tokens, or is known by name to have them."""
+    return is_vocabulary(name) or model.tensors[name].shape[:1] == (token_count(model),)
+
+
+def token_count(model: Model) -> int | None:
+    """The length of a model's vocabulary: the rows that it is given, or the ``vocab_size`` of its config."""
+    if model.rows is not None:
+        return model.rows
+    config = model.config or {}
+    text = config.get("text_config")
+    size = (text if isinstance(text, Mapping) and "vocab_size" in text else config).get("vocab_size")
+    return size if isinstance(size, int) else None

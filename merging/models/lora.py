@@ -21,7 +21,7 @@ from ecotone.merging.kernel.lazy import Source, formed
 from ecotone.merging.kernel.materialise import SMALL
 from ecotone.merging.models import lora_reader
 from ecotone.merging.models.checkpoint import Checkpoint, default_name, located
-from ecotone.merging.models.layout import INPUT_EMBEDDINGS, Layout
+from ecotone.merging.models.layout import INPUT_EMBEDDINGS, Layout, has_token_rows
 from ecotone.merging.models.lora_changes import Changes, InMemory, Weights
 from ecotone.merging.models.matching import with_own_outputs
 from ecotone.merging.models.model import Model, TensorInfo, Wrapper, mergekit_place
@@ -62,7 +62,7 @@ class Adapter:
         """
         place = located(path)
         weights = Checkpoint.open(lora_reader.weights_of(place), name or default_name(place))
-        settings = lora_reader.settings_of(place)
+        settings = lora_reader.settings_of(place, weights.tensors)
         try:
             changes = lora_reader.read(place, base, weights, settings)
         except lora_reader.TiedBaseError:
@@ -116,7 +116,9 @@ class Adapter:
     @property
     def rows(self) -> int | None:
         """Rows of the input embedding, where the adapter stores it with another number than the base's files have."""
-        kept = [(name, self.tensors[name].shape[0]) for name in self.changes if name.endswith(INPUT_EMBEDDINGS)]
+        found = [name for name in self.changes if has_token_rows(self.base, name)]
+        found.sort(key=lambda name: not name.endswith(INPUT_EMBEDDINGS))
+        kept = [(name, self.tensors[name].shape[0]) for name in found]
         return next((rows for name, rows in kept if rows != self.base.tensors[name].shape[0]), self.base.rows)
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG
-from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, is_vocabulary
+from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, has_token_rows
 from ecotone.merging.models.lora_changes import (
     Added,
     Change,
@@ -43,7 +43,10 @@ _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.[^.]+)*")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _FROZEN = re.compile(r"\.original_module\.|\.trainable_tokens_original(\.|$)|\.token_indices(\.|$)")
 _NO_LORA = re.compile(r"\.lora_E$|\.lora_variant|\.hada_|\.ia3_|\.vera_")
-_OTHER_PROGRAMS = re.compile(r"^lora_(unet|te\d?|prior)_|\.lora_(down|up)\.|\.(hada|lokr)_w[12]|\.lora_mid\.")
+_OTHER_KINDS = re.compile(rf"{_NO_LORA.pattern}|\.lokr_")
+_OTHER_PROGRAMS = re.compile(
+    r"^(lora_(unet|te\d?|prior)|lycoris)_|\.lora_(down|up|mid)\.|^(?!base_model\.).*\.(hada|lokr)_w[12]"
+)
 _CHANGED = (  # options with which an adapter is not base + scale * B @ A
     "use_qalora",
     "use_bdlora",
@@ -53,7 +56,11 @@ _CHANGED = (  # options with which an adapter is not base + scale * B @ A
     "layer_replication",
     "monteclora_config",
 )
+_NOT_MERGED = ("use_qalora", "alora_invocation_tokens", "arrow_config", "layer_replication")  # by PEFT, either
 _OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change the base
+_NOT_FOUND_AGAIN = ("corda", "lora_ga", "pissa_niter")  # the changed base, by PEFT when it loads the adapter
+_ITS_PROGRAM = "Merge the adapter into its base with the program that made it, and give the result."
+_PREFIX = "base_model."  # of all tensors that PEFT loads
 _CLASSES = {  # of PEFT, by an adapter's task
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -84,8 +91,12 @@ def weights_of(place: Path) -> Path:
     )
 
 
-def settings_of(place: Path) -> dict[str, Any]:
+def settings_of(place: Path, names: Iterable[str] = ()) -> dict[str, Any]:
     """The ``adapter_config.json`` of a directory.
+
+    Args:
+        place: The directory.
+        names: Those of the adapter's tensors, by which an error tells whether PEFT can merge it.
 
     Raises:
         CheckpointError: It cannot be read, or is of an adapter that cannot be formed when it is read.
@@ -97,6 +108,8 @@ def settings_of(place: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected JSON ({error}).", "Download or save the adapter again.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found a {type(config).__name__}.")
+    names = list(names)
+    _refuse_other_programs(place, names)
     kind, start = config.get("peft_type"), str(config.get("init_lora_weights")).lower()
     if kind in _WITHOUT_WEIGHTS:
         raise CheckpointError(
@@ -105,12 +118,23 @@ def settings_of(place: Path) -> dict[str, Any]:
             "Give models or LoRA adapters.",
         )
     if kind != "LORA":
-        raise refused(place, f"its {ADAPTER_CONFIG} says peft_type {kind!r}", config)
+        raise refused(place, f"its {ADAPTER_CONFIG} says peft_type {kind!r}", config, names)
     for option in _CHANGED:
         if config.get(option):
-            raise refused(place, f"its {ADAPTER_CONFIG} sets {option}", config)
+            reason = f"its {ADAPTER_CONFIG} sets {option}"
+            if option in _NOT_MERGED:
+                raise _not_plain(place, reason, "PEFT cannot merge it, either. Give models or plain LoRA adapters.")
+            raise refused(place, reason, config, names)
     if start.startswith(_OTHER_BASES):
-        raise refused(place, f"its {ADAPTER_CONFIG} says init_lora_weights {start!r}, which changes the base", config)
+        reason = f"its {ADAPTER_CONFIG} says init_lora_weights {start!r}, which changes the base"
+        if start.startswith(_NOT_FOUND_AGAIN):
+            raise _not_plain(
+                place,
+                reason,
+                "PEFT does not find that base again when it loads the adapter. Save it as a plain one where it was "
+                "trained: save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+            )
+        raise refused(place, reason, config, names)
     return config
 
 
@@ -129,14 +153,46 @@ def read(place: Path, base: Model, stored: Weights, settings: Mapping[str, Any])
     return _Reader(place, base, stored, settings).read()
 
 
-def refused(place: Path, reason: str, settings: Mapping[str, Any]) -> CheckpointError:
-    """The error of an adapter that PEFT can merge and that cannot be formed when it is read."""
-    kind = _CLASSES.get(str(settings.get("task_type")), "AutoPeftModelForCausalLM")
-    return CheckpointError(
-        f"{place}: expected a plain LoRA adapter (base + scale * B @ A), but {reason}.",
-        f'Merge it into its base and give the result: python -c "from peft import {kind} as M; '
-        f"M.from_pretrained('{place}').merge_and_unload().save_pretrained('{place.name}-merged')\"",
-    )
+def refused(place: Path, reason: str, settings: Mapping[str, Any], names: Iterable[str]) -> CheckpointError:
+    """The error of an adapter that cannot be formed when it is read, with the command by which PEFT merges it.
+
+    Args:
+        place: Its directory.
+        reason: Why it cannot.
+        settings: Its ``adapter_config.json``.
+        names: Those of its tensors. PEFT passes over all that do not begin as its own do.
+    """
+    if not isinstance(settings.get("peft_type"), str) or not all(name.startswith(_PREFIX) for name in names):
+        said = f"PEFT would not load it (the names of the tensors that it loads begin with {_PREFIX!r})."
+        return _not_plain(place, reason, f"{said} {_ITS_PROGRAM}")
+    task, base = settings.get("task_type"), settings.get("base_model_name_or_path")
+    kind = _CLASSES.get(str(task), "AutoPeftModelForCausalLM")
+    if (task or settings.get("auto_mapping")) and base:
+        load = f"from peft import {kind} as M; m = M.from_pretrained('{place}')"
+    else:  # PEFT does not know the class of the base, or its place
+        whole = kind.replace("AutoPeft", "Auto")
+        whole = "AutoModel" if whole == "AutoModelForFeatureExtraction" else whole
+        load = (
+            f"from peft import PeftModel as P; from transformers import {whole} as M; "
+            f"m = P.from_pretrained(M.from_pretrained('{base or 'its base'}'), '{place}')"
+        )
+    command = f"{load}; m.merge_and_unload().save_pretrained('{place.name}-merged')"
+    return _not_plain(place, reason, f'Merge it into its base and give the result: python -c "{command}"')
+
+
+def _not_plain(place: Path, reason: str, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{place}: expected a plain LoRA adapter (base + scale * B @ A), but {reason}.", remedy)
+
+
+def _refuse_other_programs(path: Path, names: Iterable[str]) -> None:
+    """Refuse tensors that have the names of other programs: PEFT passes over them and gives back the base."""
+    for name in names:
+        if _OTHER_PROGRAMS.search(name):
+            raise CheckpointError(
+                f"{path}: expected a model or an adapter of PEFT's, found a tensor {name!r}, as LyCORIS and Kohya's "
+                "programs name those of their adapters.",
+                _ITS_PROGRAM,
+            )
 
 
 def refuse_other_adapters(path: Path, names: Iterable[str]) -> None:
@@ -149,16 +205,12 @@ def refuse_other_adapters(path: Path, names: Iterable[str]) -> None:
     Raises:
         CheckpointError: They are.
     """
+    names = list(names)
+    _refuse_other_programs(path, names)
     for name in names:
-        if _OTHER_PROGRAMS.search(name):
+        if _FACTOR.fullmatch(name) or (name.startswith(_PREFIX) and _OTHER_KINDS.search(name)):
             raise CheckpointError(
-                f"{path}: expected a model or an adapter of PEFT's, found a tensor {name!r}, as LyCORIS and Kohya's "
-                "programs name those of their adapters.",
-                "Merge the adapter into its base with the program that made it, and give the result.",
-            )
-        if _FACTOR.fullmatch(name):
-            raise CheckpointError(
-                f"{path}: expected a model, found a LoRA adapter's tensor {name!r}.",
+                f"{path}: expected a model, found an adapter's tensor {name!r}.",
                 f"Give the directory that holds it and its {ADAPTER_CONFIG}, as an expert beside its base.",
             )
 
@@ -196,8 +248,9 @@ class _Reader:
                 self._part(modules, match[1], "magnitude", key)
             elif match := _FACTOR.fullmatch(key):
                 self._part(modules, match[1], match[2] + (".bias" if match[3] == "bias" else ""), key)
-            elif _NO_LORA.search(key) or _OTHER_PROGRAMS.search(key):
-                raise refused(self.place, f"its tensor {key!r} belongs to no plain LoRA", self.settings)
+            elif _NO_LORA.search(key):
+                remedy = f"PEFT would pass over that tensor. {_ITS_PROGRAM}"
+                raise _not_plain(self.place, f"its tensor {key!r} belongs to no plain LoRA", remedy)
             else:
                 self._keep(key)
         for module, parts in modules.items():
@@ -212,10 +265,14 @@ class _Reader:
             if name not in self.aliases
         }
 
+    def _refused(self, reason: str) -> CheckpointError:
+        return refused(self.place, reason, self.settings, self.stored.tensors)
+
     def _part(self, modules: dict[str, dict[str, str]], module: str, part: str, key: str) -> None:
         parts = modules.setdefault(_without_prefix(module), {})
         if part in parts:
-            raise refused(self.place, f"it holds two adapters, {parts[part]!r} and {key!r}", self.settings)
+            reason = f"it holds two adapters, {parts[part]!r} and {key!r}"
+            raise _not_plain(self.place, reason, "PEFT would load one of them. Save each in a directory of its own.")
         parts[part] = key
 
     # -- tensors that are stored whole ---------------------------------------------------------------------
@@ -231,7 +288,7 @@ class _Reader:
         target = self._known(plain, key)
         found = self.stored.tensors[key].shape
         name = target.whole
-        resized = name is not None and is_vocabulary(name) and found[1:] == target.shape[1:]
+        resized = name is not None and has_token_rows(self.base, name) and found[1:] == target.shape[1:]
         if found != target.shape and not resized:
             raise self._misshapen(key, found, target)
         for name, spot in target.spots.items():
@@ -240,7 +297,7 @@ class _Reader:
 
     def _check_single(self, spot: Spot, key: str) -> None:
         if isinstance(spot, Scattered) and len(spot.targets) > 1:
-            raise refused(self.place, f"its tensor {key!r} is only a part of the base's {spot.name!r}", self.settings)
+            raise self._refused(f"its tensor {key!r} is only a part of the base's {spot.name!r}")
 
     # -- low-rank updates ----------------------------------------------------------------------------------
 
@@ -322,15 +379,13 @@ class _Reader:
                 )
             return
         if not self.settings.get("use_dora"):
-            raise refused(
-                self.place, f"its tensor {magnitude!r} belongs to no plain LoRA: use_dora is not set", self.settings
+            raise _not_plain(
+                self.place,
+                f"its tensor {magnitude!r} belongs to no plain LoRA: use_dora is not set",
+                f"PEFT would pass over it. If the adapter was trained with DoRA, set use_dora in {ADAPTER_CONFIG}.",
             )
         if target.whole is None:
-            raise refused(
-                self.place,
-                f"it sets use_dora on {target.name!r}, which the base stores in several tensors",
-                self.settings,
-            )
+            raise self._refused(f"it sets use_dora on {target.name!r}, which the base stores in several tensors")
         _, rows, columns = update.shape(self.stored)
         expected = columns if update.transposed else rows
         found = self.stored.tensors[magnitude]
@@ -373,7 +428,7 @@ class _Reader:
                 "Do the two files belong together, and to this base?",
             )
         if name in self.changes:
-            raise refused(self.place, f"it changes {name!r} twice, by factors and by trained tokens", self.settings)
+            raise self._refused(f"it changes {name!r} twice, by factors and by trained tokens")
         self.rows[name] = key
         self.changes[name] = [Rows(key, tuple(chosen or ()), target.name)]
 

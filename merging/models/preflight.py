@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from ecotone.merging.models import refused
-from ecotone.merging.models.layout import Layout, is_vocabulary, natural
+from ecotone.merging.models.layout import Layout, natural, token_axis
 from ecotone.merging.models.matching import Apart
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.populations.errors import CheckpointError
@@ -84,11 +84,12 @@ def _compare(first: Model, expected: Mapping[str, TensorInfo], other: Model, fou
                 f"tensor {name!r} is in {_label(other)} but not in {_label(first)}{_how_many(found, expected)}"
             )
         ours, theirs = expected[name], found[name]
-        if ours.shape[1:] == theirs.shape[1:] and ours.shape != theirs.shape and is_vocabulary(name):
+        axis = None if ours.shape == theirs.shape else token_axis(name, (first, other))
+        if axis is not None:
             raise _differ(
-                f"{name!r} has {ours.shape[0]} rows, one a token, in {_label(first)} and {theirs.shape[0]} in "
-                f"{_label(other)}",
-                "Choose with the option vocabulary: 'base' cuts all to the base's rows, 'union' gives all as many as "
+                f"{name!r} has {ours.shape[axis]} {'columns' if axis else 'rows'}, one a token, in {_label(first)} and "
+                f"{theirs.shape[axis]} in {_label(other)}",
+                "Choose with the option vocabulary: 'base' cuts all to the base's tokens, 'union' gives all as many as "
                 "the largest has.",
             )
         if ours.shape != theirs.shape and (0,) in (ours.shape, theirs.shape):

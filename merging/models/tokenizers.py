@@ -15,6 +15,8 @@ SETTINGS = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 OLD_TEMPLATE = "chat_template.json"
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates that are chosen by name."""
 FILES = (
     FAST,
     SETTINGS,
@@ -45,8 +47,15 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def is_file(name: str) -> bool:
-    """Whether a file of this name belongs to a tokenizer."""
-    return name in FILES or name in _MORE or name.endswith(SUFFIXES)
+    """Whether a file of this name (with its folder, where it is in one) belongs to a tokenizer."""
+    return name in FILES or name in _MORE or name.endswith(SUFFIXES) or name.startswith(f"{MORE_TEMPLATES}/")
+
+
+def files(directory: Path) -> list[str]:
+    """The names of a tokenizer's files in a directory, those of more chat templates with their folder; sorted."""
+    own = [file for file in directory.iterdir() if is_file(file.name)] if directory.is_dir() else []
+    more = directory.glob(f"{MORE_TEMPLATES}/*.jinja")
+    return sorted(file.relative_to(directory).as_posix() for file in (*own, *more) if file.is_file())
 
 
 def chat_template(directory: Path) -> str | None:
@@ -85,6 +94,29 @@ def compare(models: Sequence[tuple[str, Path]]) -> list[str]:
     templated = [(name, files.template) for name, files in compared if files.tokens is not None or files.template]
     for name, template in templated[1:]:
         sentences += _templates(templated[0][0], templated[0][1], name, template)
+    return sentences
+
+
+def clashes(models: Sequence[tuple[str, Path]], rows: int | None) -> list[str]:
+    """The numbers that do not mean one token in all tokenizers.
+
+    Args:
+        models: Names and folders of tokenizers. Those without one are passed over.
+        rows: Rows of the embeddings that are mixed: only numbers below it count; None where they are not known.
+
+    Returns:
+        Plain sentences on each tokenizer and the first before it that gives numbers to other tokens.
+    """
+    known = [
+        (name, {number: token for number, token in tokens.items() if rows is None or number < rows})
+        for name, tokens in ((name, vocabulary(place)) for name, place in models)
+        if tokens is not None
+    ]
+    sentences: list[str] = []
+    for index, (name, tokens) in enumerate(known):
+        pairs = ((f"the tokenizers of {first!r} and {name!r}", ours) for first, ours in known[:index])
+        each = (list(_clashes(both, ours, tokens)) for both, ours in pairs)
+        sentences += next(filter(None, each), [])
     return sentences
 
 
@@ -190,21 +222,7 @@ class _Files:
 def _differences(first: str, ours: _Files, other: str, theirs: _Files) -> Iterator[str]:
     left, right = ours.tokens or {}, theirs.tokens or {}
     both = f"the tokenizers of {first!r} and {other!r}"
-    clashes = [number for number in sorted(left.keys() & right.keys()) if left[number] != right[number]]
-    if clashes:
-        number = clashes[0]
-        more = f" (the first of {len(clashes)} such)" if len(clashes) > 1 else ""
-        yield f"In {both} token {number} differs: {left[number]!r} and {right[number]!r}{more}."
-    numbers = {token: number for number, token in right.items()}
-    moved = [
-        (token, number, numbers[token])
-        for number, token in sorted(left.items())
-        if numbers.get(token, number) != number and numbers[token] not in clashes and number not in clashes
-    ]
-    if moved:
-        token, here, there = moved[0]
-        more = f" (the first of {len(moved)} such)" if len(moved) > 1 else ""
-        yield f"In {both} the token {token!r} has the numbers {here} and {there}{more}."
+    yield from _clashes(both, left, right)
     for name, has, rest, lacks in ((first, left, right, other), (other, right, left, first)):
         known = set(rest.values())
         added = [number for number in sorted(has.keys() - rest.keys()) if has[number] not in known]
@@ -222,6 +240,26 @@ def _differences(first: str, ours: _Files, other: str, theirs: _Files) -> Iterat
     for key in _SPECIAL:
         if ours.special[key] != theirs.special[key]:
             yield f"In {both} {key} differs: {ours.special[key]!r} and {theirs.special[key]!r}."
+
+
+def _clashes(both: str, left: Mapping[int, str], right: Mapping[int, str]) -> Iterator[str]:
+    """Numbers that mean different tokens, and tokens of two numbers; the first of each, in words."""
+    clashes = [number for number in sorted(left.keys() & right.keys()) if left[number] != right[number]]
+    if clashes:
+        number = clashes[0]
+        more = f" (the first of {len(clashes)} such)" if len(clashes) > 1 else ""
+        yield f"In {both} token {number} differs: {left[number]!r} and {right[number]!r}{more}."
+    numbers = {token: number for number, token in right.items()}
+    told = set(clashes)
+    moved = [
+        (token, number, numbers[token])
+        for number, token in sorted(left.items())
+        if numbers.get(token, number) != number and numbers[token] not in told and number not in told
+    ]
+    if moved:
+        token, here, there = moved[0]
+        more = f" (the first of {len(moved)} such)" if len(moved) > 1 else ""
+        yield f"In {both} the token {token!r} has the numbers {here} and {there}{more}."
 
 
 def _templates(first: str, ours: str | None, other: str, theirs: str | None) -> Iterator[str]:

@@ -1,5 +1,8 @@
 """Models whose vocabularies differ in size, made alike: the rows that each has of its embeddings and outputs.
 
+The tensors are those that differ between the models exactly as their vocabularies do. Their rows are entries along the
+axis of tokens, which may be another than the first.
+
 Tokens are told apart by their numbers, so the models' tokenizers must agree on every number that two of them share.
 
     base    every expert has the base's rows: those it has added are left out
@@ -14,9 +17,10 @@ merge).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -26,7 +30,7 @@ from torch import Tensor
 from ecotone.merging.kernel.lazy import Source, formed
 from ecotone.merging.kernel.materialise import accumulator
 from ecotone.merging.models import tokenizers
-from ecotone.merging.models.layout import INPUT_EMBEDDINGS, is_vocabulary
+from ecotone.merging.models.layout import INPUT_EMBEDDINGS, is_vocabulary, token_axis, token_count
 from ecotone.merging.models.model import Model, TensorInfo, Wrapper
 from ecotone.populations.errors import CheckpointError, InputError
 
@@ -50,23 +54,24 @@ def fitted(models: Sequence[Model], base: Model | None, vocabulary: Vocabulary) 
         return list(models)
     if vocabulary == "base" and base is None:
         raise InputError("vocabulary: 'base' needs a base model, found none.", "Use 'union', or give the base.")
-    counts = _counts(models)
-    if not counts:
+    axes = _axes(models)
+    if not axes:
         return list(models)
-    check_numbers(models, None if base is None or vocabulary == "union" else max(_rows(base).values()))
+    check_numbers(models, None if base is None or vocabulary == "union" else _stop(base, axes))
     if vocabulary == "union" or base is None:
-        sizes = {name: max(rows) for name, rows in counts.items()}
+        lengths = [_lengths(model, axes) for model in models]
+        sizes = {name: max(each[name] for each in lengths if name in each) for name in axes}
         experts = tuple(model for model in models if model is not base)
-        return [Resized(model, sizes, base, experts) for model in models]
-    sizes = {name: rows for name, rows in _rows(base).items() if name in counts}
+        return [Resized(model, sizes, base, experts, axes) for model in models]
+    sizes = _lengths(base, axes)
     for model in models:
-        for name, rows in _rows(model).items():
+        for name, rows in _lengths(model, axes).items():
             if rows < sizes.get(name, 0):
                 raise CheckpointError(
                     f"{model.path}: {name!r} has {rows} rows and the base's has {sizes[name]}.",
                     "vocabulary: 'base' leaves rows out and adds none; use 'union'.",
                 )
-    return [model if model is base else Resized(model, sizes) for model in models]
+    return [model if model is base else Resized(model, sizes, axes=axes) for model in models]
 
 
 def input_rows(model: Model) -> int | None:
@@ -74,27 +79,24 @@ def input_rows(model: Model) -> int | None:
     rows = [info.shape[0] for name, info in model.tensors.items() if info.shape and name.endswith(INPUT_EMBEDDINGS)]
     if rows:
         return max(rows)
-    config = model.config or {}
-    text = config.get("text_config")
-    size = (text if isinstance(text, dict) else config).get("vocab_size")
-    return size if isinstance(size, int) else None
+    return token_count(model)
 
 
-def _rows(model: Model) -> dict[str, int]:
-    return {name: info.shape[0] for name, info in model.tensors.items() if info.shape and is_vocabulary(name)}
+def _axes(models: Sequence[Model]) -> dict[str, int]:
+    """By name, the axis of tokens of the tensors in which models differ, and differ in nothing else."""
+    names = dict.fromkeys(name for model in models for name in model.tensors)
+    axes = {name: token_axis(name, [model for model in models if name in model.tensors]) for name in names}
+    return {name: axis for name, axis in axes.items() if axis is not None}
 
 
-def _counts(models: Sequence[Model]) -> dict[str, list[int]]:
-    """By name, how many rows the models have of tensors in which they differ, and differ in nothing else."""
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    for model in models:
-        for name in _rows(model):
-            shapes.setdefault(name, []).append(model.tensors[name].shape)
-    return {
-        name: [shape[0] for shape in each]
-        for name, each in shapes.items()
-        if len(set(each)) > 1 and len({shape[1:] for shape in each}) == 1
-    }
+def _lengths(model: Model, axes: Mapping[str, int]) -> dict[str, int]:
+    return {name: model.tensors[name].shape[axis] for name, axis in axes.items() if name in model.tensors}
+
+
+def _stop(base: Model, axes: Mapping[str, int]) -> int | None:
+    """The number of tokens that are compared where all models are cut to the base's."""
+    named = [info.shape[0] for name, info in base.tensors.items() if info.shape and is_vocabulary(name)]
+    return max([*named, *_lengths(base, axes).values()], default=None)
 
 
 def check_numbers(models: Sequence[Model], stop: int | None = None) -> None:
@@ -140,11 +142,13 @@ class Resized(Wrapper):
         sizes: The number of rows that each tensor is to have, by name.
         base: The model whose rows replace missing rows.
         experts: The models whose mean replaces rows that the base lacks, too.
+        axes: By name, the axis along which the rows lie; the first where it is not named.
     """
 
     sizes: Mapping[str, int]
     base: Model | None = None
     experts: tuple[Model, ...] = ()
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def change(self) -> str:
@@ -155,7 +159,8 @@ class Resized(Wrapper):
     def rows(self) -> int | None:
         """Rows of its input embedding, if their number is another."""
         of_inputs = (rows for name, rows in self.sizes.items() if name.endswith(INPUT_EMBEDDINGS))
-        return next(of_inputs, self.model.rows)
+        by_shape = (rows for name, rows in self.sizes.items() if not is_vocabulary(name))
+        return next(of_inputs, next(by_shape, self.model.rows))
 
     @property
     def tokenizer(self) -> Path:
@@ -181,7 +186,8 @@ class Resized(Wrapper):
         infos = dict(self.model.tensors)
         for name, rows in self.sizes.items():
             if name in infos:
-                infos[name] = replace(infos[name], shape=(rows, *infos[name].shape[1:]))
+                shape, axis = infos[name].shape, self._axis(name)
+                infos[name] = replace(infos[name], shape=(*shape[:axis], rows, *shape[axis + 1 :]))
         return infos
 
     def tensor(self, name: str) -> Tensor:
@@ -195,16 +201,15 @@ class Resized(Wrapper):
         own = self.model.flat(name)
         if name not in self.sizes:
             return own
-        shape = self.model.tensors[name].shape
-        width = TensorInfo(shape[1:], own.dtype).size
-        rows = self.sizes[name]
-        if shape[0] >= rows:
-            return own[: rows * width]
-        others = [
-            other.tensors[name].shape[0] for other in (self.base, *self.experts) if other and name in other.tensors
-        ]
-        borders = sorted({shape[0], rows, *(count for count in others if shape[0] < count < rows)})
-        return Joined((own, *(self._lacking(name, low, high, width) for low, high in pairwise(borders))))
+        shape, axis = self.model.tensors[name].shape, self._axis(name)
+        width, rows, count = prod(shape[axis + 1 :]), self.sizes[name], shape[axis]
+        borders = self._borders(name, count, rows)
+        parts: list[Source] = []
+        for outer in range(prod(shape[:axis])):  # 1 where the rows lie along the first axis
+            start = outer * count * width
+            parts.append(own[start : start + min(count, rows) * width])
+            parts += [self._lacking(name, low, high, outer, width) for low, high in pairwise(borders)]
+        return parts[0] if len(parts) == 1 else Joined(tuple(parts))
 
     def holder(self, name: str) -> Model:
         """Itself where the tensor has other rows; else the model, or one in it."""
@@ -213,8 +218,8 @@ class Resized(Wrapper):
     def working_bytes(self, name: str) -> int:
         """Bytes that reading takes in the model, and in the models that lend it rows."""
         read = {id(self.model): self.model}
-        if name in self.sizes and self.model.tensors[name].shape[0] < self.sizes[name]:
-            read |= {id(other): other for other in (self.base, *self.experts) if other and name in other.tensors}
+        if name in self.sizes and self._count(self.model, name) < self.sizes[name]:
+            read |= {id(other): other for other in self._lenders(name)}
         return sum(model.working_bytes(name) for model in read.values())
 
     def mergekit_reference(self) -> str:
@@ -227,10 +232,30 @@ class Resized(Wrapper):
             f"{self.path}: mergekit has its own ways to make vocabularies alike, found one that was resized."
         )
 
-    def _lacking(self, name: str, low: int, high: int, width: int) -> Source:
+    def _axis(self, name: str) -> int:
+        return self.axes.get(name, 0)
+
+    def _count(self, model: Model, name: str) -> int:
+        return model.tensors[name].shape[self._axis(name)]
+
+    def _lenders(self, name: str) -> list[Model]:
+        return [other for other in (self.base, *self.experts) if other and name in other.tensors]
+
+    def _borders(self, name: str, count: int, rows: int) -> list[int]:
+        """The numbers of lacking rows at which other models begin to lend them; none where no row lacks."""
+        if count >= rows:
+            return []
+        others = [self._count(other, name) for other in self._lenders(name)]
+        return sorted({count, rows, *(other for other in others if count < other < rows)})
+
+    def _lacking(self, name: str, low: int, high: int, outer: int, width: int) -> Source:
         """Rows low to high, which this model has not, as others have them."""
-        having = [m for m in (self.base, *self.experts) if m and name in m.tensors and m.tensors[name].shape[0] >= high]
-        parts = tuple(model.flat(name)[low * width : high * width] for model in having)
+        having = [model for model in self._lenders(name) if self._count(model, name) >= high]
+        starts = [outer * self._count(model, name) for model in having]
+        parts = tuple(
+            model.flat(name)[(start + low) * width : (start + high) * width]
+            for model, start in zip(having, starts, strict=True)
+        )
         return parts[0] if len(parts) == 1 or having[0] is self.base else Mean(parts)
 
 
