@@ -116,6 +116,24 @@ def test_a_vocabulary_that_was_resized(tmp_path, options, tied):
     )
 
 
+def test_a_resized_vocabulary_that_no_list_names(tmp_path):
+    """Mamba's embeddings: 68 rows in the adapter where the base's config says 64."""
+    name = "backbone.embeddings.weight"
+    kind = base_of("mamba", tmp_path / "base", tie_word_embeddings=False)
+    save = ["embeddings", "lm_head"]
+    model = kind.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(68, mean_resizing=False)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["x_proj"], modules_to_save=save))
+    wrapped.save_pretrained(tmp_path / "a")
+    expected = wrapped.merge_and_unload().state_dict()
+    expert = Adapter.open(tmp_path / "a", Checkpoint.open(tmp_path / "base"))
+    assert expert.rows == 68
+    assert torch.equal(expert.tensor(name), expected[name])
+    sources = Sources.open([tmp_path / "a"], tmp_path / "base", "task_arithmetic", vocabulary="union")
+    assert sources.layout.parameters[name].shape == (68, 16)
+    assert sources.origin.config["vocab_size"] == 68
+
+
 def test_what_is_saved_is_read_and_not_its_frozen_original(tmp_path):
     kind = base_of("llama", tmp_path / "base", tie_word_embeddings=False)
     trained(kind, tmp_path / "base", tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
