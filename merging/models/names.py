@@ -18,14 +18,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.moves import Box, Traced, UntracedError, contiguous, covers, view_of
 from ecotone.populations.errors import InputError, nearest, told
+
+if TYPE_CHECKING:
+    from ecotone.merging.models.layout import Layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
