@@ -61,6 +61,8 @@ THINNED = {
     "test_the_digits_recipe": 3,
     "test_a_killed_mirror_is_made_good": 2,
     "test_architectures_that_cannot_are_computed_plainly": 2,
+    "test_large_models_get_the_bits_of_small_ones": 6,
+    "test_exports_load_to_what_was_scored": 3,
 }
 
 # Variants of searches that take long: `make test` runs others of their algorithm, and others of their kind of variant.

@@ -525,6 +525,7 @@ def test_missing_recipes_and_runs(ecotone: Ecotone, tmp_path: Path) -> None:
         in_words(ecotone(command, tmp_path / "broken"), "not a journal of Ecotone, or damaged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_mlflow_is_what_comes_next_only_where_it_is_on(ecotone: Ecotone, tmp_path: Path, on: bool) -> None:
     if on:

@@ -89,7 +89,7 @@ def step(tensors, draw):
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(SHAPES, st.integers(1, 3), st.data())
 def test_boxes_are_where_pytorch_moves_the_numbers(shape, count, data):
     size = math.prod(shape)
@@ -102,7 +102,7 @@ def test_boxes_are_where_pytorch_moves_the_numbers(shape, count, data):
         assert torch.equal(content(other, [number * size for number in range(count)]), one)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(SHAPES, st.integers(1, 3), st.data())
 def test_places_are_those_that_counting_finds(shape, count, data):
     """Of a stack that is transposed and reshaped: a view where there is one, or else the same lists of positions."""

@@ -53,6 +53,7 @@ def metadata(place: Path, package: str, points: str, **modules: str) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_an_installed_plug_in_is_listed_and_run(site: Path, tmp_path: Path) -> None:
     found = kinds(site)
     named = {

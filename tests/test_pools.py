@@ -328,6 +328,7 @@ def test_a_pool_is_started_once_used_then_and_closed_twice(folder, make_pool):
     assert pool.completed() == []
 
 
+@pytest.mark.slow
 def test_closing_does_not_wait_for_what_is_queued(tmp_path, folder, make_pool):
     """It would never end."""
     pool = make_pool(waits(tmp_path, folder))
@@ -382,6 +383,7 @@ def determined(folder):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_workers_and_this_process_say_the_same(folder, cluster, workers):
     spec = determined(folder)
@@ -490,6 +492,7 @@ def test_killed_workers_change_nothing(folder, cluster, caplog):
         assert [e.scores["f"] for e in found[number]] == [number, number + 0.5, number + 0.25]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempts", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_only_the_poison_candidate_fails(folder, cluster, attempts):
     pool = ray_pool(vectors(folder, "poison"), 2, attempts=attempts)
@@ -518,6 +521,7 @@ def test_a_pool_leaves_a_ray_alone_that_it_did_not_start(folder, cluster):
     wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
+@pytest.mark.slow
 def test_a_worker_that_has_no_place_is_told_of_and_refused_in_words(folder, cluster, caplog):
     hungry = {"resources": {"unicorn": 1.0}, "gpus_per_worker": 0.5, "start_timeout": 60}
     with pytest.raises(PoolError, match="no worker had a place within 60 s") as refused:

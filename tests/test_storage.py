@@ -687,6 +687,7 @@ def test_sigterm_drains_and_copies_the_rest(tmp_path: Path, machine: Callable[[s
     assert len(calls(tmp_path)) == EVALUATIONS + TRIED + 1
 
 
+@pytest.mark.slow
 def test_a_run_that_is_taken_over_stops_and_says_so(
     tmp_path: Path, machine: Callable[[str], None], undisturbed: str
 ) -> None:

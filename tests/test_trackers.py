@@ -227,6 +227,7 @@ def test_one_that_hangs_holds_up_nothing(runs: Path, started: Callable[[Path, st
     whole(directory, "mlflow")
 
 
+@pytest.mark.slow
 def test_a_search_is_tracked_by_both(tmp_path: Path, empty_store: Path, ecotone: Ecotone) -> None:
     """From the recipe to `status` and `sync`: one server is down, and the search neither waits for it nor fails."""
     (tmp_path / "tracked_toys.py").write_text("def left(model):\n    return -float(abs(model['w']).sum())\n")
@@ -270,6 +271,7 @@ def test_a_search_is_tracked_by_both(tmp_path: Path, empty_store: Path, ecotone:
     assert pages == {"wandb": known["wandb"]["page"]}
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
     monkeypatch.setattr(WandbSettings, "packages", ("no_such_package",))
     directory = a_run(runs, 5, 5, tracking=json.dumps(BOTH))

@@ -806,6 +806,7 @@ def test_waiting_ends_when_the_server_is_down(tmp_path: Path, started: Callable[
     assert tracking.status(directory)["error"]
 
 
+@pytest.mark.slow
 def test_patience_is_bounded_when_the_server_stays_down(tmp_path: Path) -> None:
     uri = f"http://127.0.0.1:{free_port(0)}"
     directory = a_run(tmp_path, 5, budget=5, tracking=json.dumps({"uri": uri, "experiment": "x"}))
