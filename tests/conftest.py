@@ -62,6 +62,8 @@ THINNED = {
     "test_a_killed_mirror_is_made_good": 2,
     "test_architectures_that_cannot_are_computed_plainly": 2,
     "test_large_models_get_the_bits_of_small_ones": 6,
+    "test_what_the_worker_refuses_is_raised_by_start": 2,
+    "test_results_and_space_outlive_the_pool": 2,
     "test_exports_load_to_what_was_scored": 3,
 }
 
