@@ -283,8 +283,7 @@ class _Merging:
         layout, experts = self.sources.layout, len(self.adapters)
         if name in layout.kept:  # the base's in every merge
             return [(0, np.zeros(experts))]
-        index = layout.tensors.index(name)
-        start, stop = layout.tensor_borders[index : index + 2].tolist()
+        start, stop = layout.span(name)
         segments, borders = self.mixture.between(start, stop)
         rows = self.mixture.weights[segments][:, -experts:]
         pieces = [(int(border), row) for border, row in zip(borders[:-1], rows, strict=True)]
@@ -295,7 +294,7 @@ class _Merging:
         info = self.sources.layout.parameters[name]
         kind = torch.float64 if info.dtype == torch.float64 else torch.float32
         flat = torch.empty(info.size, dtype=kind)
-        start = int(self.sources.layout.tensor_borders[self.sources.layout.tensors.index(name)])
+        start, _ = self.sources.layout.span(name)
         mix(self.sources.stretch(name), start, [self.mixture], [flat], self.sources.large)
         return flat.view(info.shape)
 

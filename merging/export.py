@@ -251,7 +251,7 @@ class _Writer:
                 part = formed(source[low : low + BUFFER_BYTES]).to(info.dtype).contiguous()
                 file.write(part.view(torch.uint8).numpy().data)
             return
-        start = int(layout.tensor_borders[layout.tensors.index(name)])
+        start, _ = layout.span(name)
         stretch = self.sources.stretch(name)
         cut = None if self.cut is None else self.cut.flat(name)
         length = BUFFER_BYTES // info.dtype.itemsize

@@ -217,21 +217,15 @@ class Sources:
 
     def stretch(self, name: str) -> Stretch:
         """The tensor ``name`` in every model that is mixed. The operator works on a piece when that piece is used."""
-        return Stretch(self.held.read(name), self._transform, self._span(name)[0])
+        return Stretch(self.held.read(name), self._transform, self.layout.span(name)[0])
 
     def near(self, name: str, device: torch.device) -> Stretch:
         """``stretch(name)`` from the place of the sources for merges on ``device``. Keeps the sources there."""
-        start, stop = self._span(name)
+        start, stop = self.layout.span(name)
         in_rows = device.type == "cpu" and self.memory.formed and self.held.placed(device) != "mapped"
         if in_rows and self._matrix is not None:
             return self._matrix[start:stop]
         return Stretch(self.held.near(name, device), self._transform, start)
-
-    def _span(self, name: str) -> tuple[int, int]:
-        """The begin and the end of a tensor in the flat vector."""
-        index = self.layout.tensors.index(name)
-        start, stop = self.layout.tensor_borders[index : index + 2].tolist()
-        return start, stop
 
     def read(self, name: str) -> list[Tensor]:
         """J flat tensors: ``name`` in every model that is mixed, memory-mapped where nothing is changed or formed."""

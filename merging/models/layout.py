@@ -14,6 +14,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
@@ -98,6 +99,14 @@ class Layout:
     def tensor_borders(self) -> Integers:
         """(T+1,) where each tensor begins, then n."""
         return np.cumsum([0] + [info.size for info in self.parameters.values()], dtype=np.int64)
+
+    @cached_property
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        return dict(zip(self.tensors, pairwise(self.tensor_borders.tolist()), strict=True))
+
+    def span(self, name: str) -> tuple[int, int]:
+        """The begin and the end of a tensor in the flat vector."""
+        return self._spans[name]
 
     @cached_property
     def _block_starts(self) -> tuple[tuple[str, int], ...]:
