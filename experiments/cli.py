@@ -424,12 +424,7 @@ def _export_lora(run: Run, member: int, to: Path, rank: int | None, as_json: boo
         report.console().print(report.lines([(name, f"relative error {error:.3g}") for name, error in worst]))
     if found.scores is not None:
         typer.echo("The adapter is not the member itself. It scores:")
-        rows = [
-            (f"{subset} {name}", f"{score:.6f}")
-            for subset, each in found.scores.items()
-            for name, score in each.items()
-        ]
-        report.console().print(report.lines(rows))
+        report.console().print(report.lines(_score_rows(found.scores)))
 
 
 def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool) -> None:

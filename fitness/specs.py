@@ -9,7 +9,9 @@ from typing import Any, Literal
 from ecotone.fitness.backends.base import ScoringSettings
 from ecotone.fitness.backends.resident import ResidentSettings
 from ecotone.fitness.kinds import CalibrationSettings, ObjectiveSettings
+from ecotone.merging.models import configs
 from ecotone.merging.models.matching import MERGED, Treatment
+from ecotone.merging.models.vocabulary import Vocabulary
 from ecotone.merging.placement import Wish
 from ecotone.settings import Call
 
@@ -59,9 +61,9 @@ class WorkerSpec:
     operator: str = "linear"
     settings: Mapping[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
-    vocabulary: Literal["same", "base", "union"] = "same"
+    vocabulary: Vocabulary = "same"
     treatment: Treatment = MERGED
-    config: Literal["same", "base", "first", "each"] = "same"
+    config: configs.Choice = "same"
     architecture: Call | Literal["auto"] | None = None
     search: tuple[ObjectiveSettings, ...] = ()
     held_out: tuple[ObjectiveSettings, ...] = ()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ecotone.merging.adapter_groups import AS_CHECKPOINT, Changed, Group
 from ecotone.merging.kernel.materialise import Mixture, mix
+from ecotone.merging.models import hub
 from ecotone.merging.models.lora import Adapter
 from ecotone.merging.models.lora_changes import Part, Update
 from ecotone.merging.models.lora_names import Target
@@ -453,7 +454,5 @@ def _of_whole_rows(part: Part, columns: int) -> bool:
 
 def _named(path: Path) -> tuple[str, str | None]:
     """The name and revision by which PEFT finds a base: of the hub's cache, or its path."""
-    repository = path.parent.parent.name
-    if path.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1), path.name
-    return str(path.absolute()), None
+    repository = hub.repository_of(path)
+    return (repository, path.name) if repository else (str(path.absolute()), None)

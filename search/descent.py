@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -20,7 +20,7 @@ from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats, Genome, Integers
 from ecotone.populations.population import quality
 from ecotone.populations.trial import Evaluation, Goal, Gradient, Outcome, Trial
-from ecotone.search.coefficients import Parts
+from ecotone.search.coefficients import Granularity, Parts
 from ecotone.search.kinds import Begins, Context, Needs, Segmented
 from ecotone.search.protocol import Search, trial_rng
 from ecotone.search.simplex import lattice
@@ -56,7 +56,7 @@ class GradientSettings(Segmented):
         spread: Standard deviation of the noise added to the start of every restart but the first.
     """
 
-    granularity: Literal["model", "groups", "components", "block", "tensor"] = "tensor"
+    granularity: Granularity = "tensor"
     steps: int = Field(default=500, ge=1)
     accumulate: int = Field(default=1, ge=1)
     together: int = Field(default=1, ge=1)

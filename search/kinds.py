@@ -23,7 +23,7 @@ from ecotone.populations.genome import Genome, Integers
 from ecotone.populations.population import Population
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
-from ecotone.search.coefficients import CoefficientBox, Parts, Setting, parts_of
+from ecotone.search.coefficients import CoefficientBox, Granularity, Parts, Setting, parts_of
 from ecotone.search.protocol import Search
 from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Kind, check_kind
 
@@ -228,7 +228,7 @@ class Segmented(SearchSettings):
             ``granularity: groups``, and for ``components``, which then have their own coefficients in each group.
     """
 
-    granularity: Literal["model", "groups", "components", "block", "tensor"] = "block"
+    granularity: Granularity = "block"
     groups: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
@@ -292,7 +292,7 @@ class FrontBox(Box):
             tensors, and so on), each ``block`` (the tensors of one layer), or each ``tensor``.
     """
 
-    granularity: Literal["model", "groups", "components", "block", "tensor"] = "model"
+    granularity: Granularity = "model"
 
 
 class ModelsFirstBox(FrontBox):

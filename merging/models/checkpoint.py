@@ -482,14 +482,26 @@ def check_index(path: Path) -> None:
 def _config(directory: Path | None) -> dict[str, Any] | None:
     if directory is None or not (directory / "config.json").is_file():
         return None
-    path = directory / "config.json"
+    return json_object(directory / "config.json", "Download or export the model again.")
+
+
+def json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: The file.
+        remedy: What to do about a file that is no JSON.
+
+    Raises:
+        CheckpointError: It is none, or another value than an object.
+    """
     try:
-        config = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON ({error}).", "Download or export the model again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(config).__name__}.")
-    return config
+        raise CheckpointError(f"{path}: expected JSON ({error}).", remedy) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found a {type(found).__name__}.")
+    return found
 
 
 def default_name(path: Path) -> str:

@@ -107,9 +107,15 @@ def snapshot(path: Path) -> Path:
     )
 
 
+def repository_of(path: Path) -> str:
+    """The repository, ``organisation/name``, when a path is one of the cache's snapshots; or an empty string."""
+    folder = path.parent.parent.name
+    if path.parent.name != "snapshots" or not folder.startswith("models--"):
+        return ""
+    return folder.removeprefix("models--").replace("--", "/", 1)
+
+
 def name_of(path: Path) -> str:
     """The repository's name when a path is one of the cache's snapshots (or in one), or an empty string."""
-    for place in (path, path.parent):
-        if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
-            return place.parent.parent.name.rpartition("--")[2]
-    return ""
+    place = next((place for place in (path, path.parent) if repository_of(place)), None)
+    return "" if place is None else place.parent.parent.name.rpartition("--")[2]

@@ -75,12 +75,10 @@ def compared(adapter: Adapter) -> BaseCheck:
 
 def _by_name(named: str, revision: str, base: Model) -> BaseCheck:
     at = f"{named}@{revision}" if revision else named
-    snapshot = base.path.parent.parent.name
-    known = {str(base.path), base.path.name, base.name}
-    if snapshot.startswith("models--"):
-        known.add(snapshot.removeprefix("models--").replace("--", "/", 1))
+    repository = hub.repository_of(base.path)
+    known = {str(base.path), base.path.name, base.name, *([repository] if repository else [])}
     if named in known or Path(named).name in known:
-        other = revision and snapshot.startswith("models--") and revision not in (base.path.name, "main")
+        other = revision and repository and revision not in (base.path.name, "main")
         if not other:
             return BaseCheck("named", f"its base is called {at!r}, as this one is; the weights were not compared")
     return BaseCheck(

@@ -220,7 +220,7 @@ class Elements:
     def over(self, before: Source, weights: Weights, large: bool) -> Source:
         """The sum."""
         out = formed(before).to(kind_of(before.dtype), copy=True)
-        there, here = positions(self.spot, self.update.target)
+        there, here = self.spot.positions(self.update.target)
         _, rows, columns = self.update.shape(weights)
         expert, rest = there // (rows * columns), there % (rows * columns)
         for one in sorted(set(expert.tolist())):
@@ -378,17 +378,6 @@ class Rows:
     def working_bytes(self, after: TensorInfo, weights: Weights) -> int:
         """None: rows are mapped."""
         return 0
-
-
-def positions(spot: Place | Scattered, target: str) -> tuple[Tensor, Tensor]:
-    """(n,) positions in a module's tensor, and (n,) those of the same elements in the checkpoint's."""
-    if isinstance(spot, Scattered):
-        return spot.positions(target)
-    assert spot.stride is not None
-    there = torch.tensor(spot.offset)
-    for length, step in zip(spot.shape, spot.stride, strict=True):
-        there = there.unsqueeze(-1) + torch.arange(length) * step
-    return there.reshape(-1), torch.arange(math.prod(spot.shape))
 
 
 def parts_of(spot: Place, matrices: tuple[int, int, int]) -> tuple[Part, ...] | None:

@@ -7,7 +7,6 @@ scales. What PEFT merges otherwise than ``base + scale * B @ A`` is either forme
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG
+from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, json_object
 from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, has_token_rows
 from ecotone.merging.models.lora_changes import (
     Added,
@@ -101,13 +100,7 @@ def settings_of(place: Path, names: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         CheckpointError: It cannot be read, or is of an adapter that cannot be formed when it is read.
     """
-    path = place / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON ({error}).", "Download or save the adapter again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(config).__name__}.")
+    config = json_object(place / ADAPTER_CONFIG, "Download or save the adapter again.")
     names = list(names)
     _refuse_other_programs(place, names)
     kind, start = config.get("peft_type"), str(config.get("init_lora_weights")).lower()

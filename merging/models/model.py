@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ecotone.merging.kernel.lazy import Source
+from ecotone.merging.models import hub
 from ecotone.populations.errors import InputError
 
 
@@ -298,9 +299,9 @@ def mergekit_place(path: Path) -> str:
         InputError: The path has a character that mergekit reads otherwise.
     """
     place = path.absolute()
-    repository = place.parent.parent.name
-    if place.parent.name == "snapshots" and repository.startswith("models--"):  # the cache of huggingface_hub
-        return f"{repository.removeprefix('models--').replace('--', '/', 1)}@{place.name}"
+    repository = hub.repository_of(place)
+    if repository:
+        return f"{repository}@{place.name}"
     if "@" in str(place) or "+" in str(place):
         raise InputError(
             f"{place}: mergekit reads @ as the beginning of a revision and + as that of an adapter, found in a path.",

@@ -66,6 +66,11 @@ class Place:
             return tensor
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
 
+    def positions(self, target: str) -> tuple[Tensor, Tensor]:
+        """(n,) positions in ``target``, the module's tensor, and (n,) the positions of the same elements here."""
+        stride = contiguous(self.shape) if self.stride is None else self.stride
+        return _positions(self.shape, (stride, self.offset)), torch.arange(math.prod(self.shape))
+
 
 @dataclass(frozen=True)
 class Piece:
