@@ -230,13 +230,13 @@ def _models(sources: Sources) -> Iterator[Finding]:
     yield Finding("layout", f"{layout.size:,} parameters, {tensors} tensors, {blocks} blocks, {_kinds(layout)}")
     if frozen := sources.apart.frozen:
         yield Finding("frozen", f"{_counted(frozen)} not merged: every merge has those of {sources.origin.name}")
-    apart = [model for model in (sources.origin, *sources.experts) if isinstance(model, Renamed)]
-    for model in {id(model): model for model in apart}.values():
-        yield Finding("names", f"{model.name}: read as {model.change}")
+    for model in sources.models:
+        if isinstance(model, Renamed):
+            yield Finding("names", f"{model.name}: read as {model.change}")
     copied = [name for name, info in layout.buffers.items() if info.dtype.is_complex]
     if copied:
         yield Finding("complex tensors", f"not merged but copied from {sources.origin.name}: {', '.join(copied)}")
-    for path, name in {model.path: model.name for model in (sources.origin, *sources.experts)}.items():
+    for path, name in {model.path: model.name for model in sources.models}.items():
         if text := unread(path):
             yield Finding(f"files of {name}", f"Warning: {text}")
     if layout.aliases:
@@ -302,8 +302,7 @@ def _configs(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
         return
     if sources.own_configs and spec.architecture != "auto":
         raise configs.no_own(next(iter(sources.own_configs.values())))
-    models = [sources.origin, *(expert for expert in sources.experts if expert is not sources.origin)]
-    text = configs.described(configs.compare(models), sources.config, sources.configured.name)
+    text = configs.described(configs.compare(sources.models), sources.config, sources.configured.name)
     yield Finding("configs", text)
     if files := companions.told(sources):
         yield Finding("files of exports", files)
@@ -318,7 +317,7 @@ def _language(spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:
         CheckpointError: They do not: texts would be read wrongly.
     """
     objectives = (*spec.search, *spec.held_out)
-    models = [sources.origin, *(expert for expert in sources.experts if expert is not sources.origin)]
+    models = sources.models
     if spec.tokenizer is None or not any(one.needs_tokenizer for one in objectives):
         places = [(model.name, model.tokenizer) for model in models if model.is_hugging_face]
         if told := tokenizers.clashes(places, vocabulary.input_rows(sources.configured)):

@@ -49,6 +49,10 @@ _HALVES = re.compile("[\ud800-\udfff]")  # of characters: no file can hold one
 USUAL = "m2n2"  # the algorithm of a recipe that names none
 
 
+def _usual_config(base: object) -> Literal["base", "first"]:
+    return "first" if base is None else "base"
+
+
 class Models(Part):
     """The models to merge.
 
@@ -87,7 +91,7 @@ class Models(Part):
     @property
     def usual_config(self) -> Literal["base", "first"]:
         """The choice of ``config`` that computes what ``same`` does wherever ``same`` refuses nothing."""
-        return "first" if self.base is None else "base"
+        return _usual_config(self.base)
 
     @model_validator(mode="after")
     def _is_known(self) -> Models:
@@ -369,7 +373,7 @@ class Recipe(Part):
         known = tracking if isinstance(tracking, Mapping) else {}
         models = record.get("models") if isinstance(record, Mapping) else None
         if isinstance(models, Mapping) and "config" not in models:  # written before configs were compared
-            record = {**record, "models": {**models, "config": "first" if models.get("base") is None else "base"}}
+            record = {**record, "models": {**models, "config": _usual_config(models.get("base"))}}
         return cls._of(apply_settings(record, settings), written_by, recorded=known)._in_place()
 
     @classmethod

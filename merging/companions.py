@@ -81,7 +81,7 @@ def companions(sources: Sources, genome: Genome | None = None) -> list[Companion
         genome: The merge; None is any that is no expert with a config of its own.
     """
     whose = sources.configured if genome is None else sources.configured_for(genome)
-    others = [model for model in (sources.origin, *sources.experts) if model is not whose]
+    others = [model for model in sources.models if model is not whose]
     found = {one.name: one for one in _of_origin(sources.origin.files)}
     alike = [whose, *(model for model in others if configs.generate_alike(whose, model))]
     for names, models in (((configs.GENERATION,), alike), (configs.PROCESSORS, [whose, *others])):
@@ -174,7 +174,7 @@ def _group(names: Sequence[str], models: Sequence[Model], sources: Sources) -> l
 
 def _of_tokenizer(sources: Sources) -> Iterator[Companion]:
     folder = sources.tokenizer
-    model = next((one for one in (sources.origin, *sources.experts) if one.tokenizer == folder), sources.origin)
+    model = next((one for one in sources.models if one.tokenizer == folder), sources.origin)
     for name in tokenizers.files(folder):
         yield Companion(name, folder / name, _owner(model, sources))
 

@@ -23,7 +23,7 @@ from ecotone.merging.kernel.materialise import SMALL, Mixture, Stretch, Transfor
 from ecotone.merging.memory import TUNED, Memory
 from ecotone.merging.models import configs, formats, matching, preflight, tokenizers
 from ecotone.merging.models.layout import Layout
-from ecotone.merging.models.matching import MERGED, Apart, Treatment
+from ecotone.merging.models.matching import MERGED, NONE_APART, Apart, Treatment
 from ecotone.merging.models.model import Model, declared
 from ecotone.merging.models.vocabulary import Vocabulary, fitted
 from ecotone.merging.operators.base import Operator, directions, weights_of
@@ -53,6 +53,7 @@ class Sources:
         placement: The place where they are kept; no bit of a merge depends on it.
         config: The model whose config a merge has (``ecotone.merging.models.configs``).
         rank: The rank that the modules' updates of every merge of adapters are cut to; None for merges as they are.
+        apart: The tensors that are not merged.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Sources:
         placement: Wish = "auto",
         config: configs.Choice = "same",
         rank: int | None = None,
+        apart: Apart = NONE_APART,
     ) -> None:
         self.layout = layout
         self.operator = operator
@@ -79,8 +81,7 @@ class Sources:
         """The memory that merging takes."""
         self.held: Held = Held(self.checkpoints, self.memory, placement)
         """The tensors that are kept in memory, and on which device."""
-        self.apart: Apart = Apart()
-        """The tensors that are not merged."""
+        self.apart = apart
         self._tuned: dict[Operator, Sources] = {}  # the latest comes last
 
     @classmethod
@@ -132,13 +133,11 @@ class Sources:
         named = [expert.named(label) for expert, label in zip(opened, labels, strict=True)]
         models = matching.renamed(([root] if root else []) + named)
         models = matching.split(fitted(models, root, vocabulary))
-        whose = models[-len(named)] if config == "first" else models[0]
-        apart = matching.apart(models, treatment, whose)
+        alike, origin = models[-len(named) :], models[0] if root else None
+        apart = matching.apart(models, treatment, alike[0] if config == "first" else models[0])
         layout = preflight.check(models, apart)
-        configs.check(models, models[0] if root else None, config)
-        made = cls(layout, operation, models[-len(named) :], models[0] if root else None, placement, config, rank)
-        made.apart = apart
-        return made
+        configs.check(models, origin, config)
+        return cls(layout, operation, alike, origin, placement, config, rank, apart)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -156,6 +155,11 @@ class Sources:
     def origin(self) -> Model:
         """The model that buffers come from: the base, or else the first expert."""
         return self.base or self.experts[0]
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """The base, if there is one, and the experts."""
+        return self.experts if self.base is None else (self.base, *self.experts)
 
     @property
     def configured(self) -> Model:
@@ -207,7 +211,7 @@ class Sources:
     @cached_property
     def tokenizer(self) -> Path:
         """The folder of every merge's tokenizer: the origin's, or that of the first model with a tokenizer."""
-        places = [model.tokenizer for model in (self.origin, *self.experts)]
+        places = [model.tokenizer for model in self.models]
         return next((place for place in places if tokenizers.has_tokenizer(place)), self.origin.files)
 
     @property
@@ -246,7 +250,7 @@ class Sources:
 
     def giver(self, name: str) -> Model:
         """The model that a tensor which is not merged is taken from: the base, or the first expert that has it."""
-        return next(model for model in (self.origin, *self.experts) if name in model.tensors)
+        return next(model for model in self.models if name in model.tensors)
 
     def space(self, dense: bool = False) -> Space:
         """The search's view of the models: layout and inner products. Streams the weights once for the Gram table.

@@ -13,8 +13,19 @@ from ecotone.populations.errors import InputError
 
 
 def with_nan(layout: Layout, models: Iterable[Model]) -> list[str]:
-    """Names of the models of which some merged weight is NaN. Reads all weights up to the first NaN of each."""
-    return [model.name for model in models if any(has_nan(model, name) for name in layout.tensors)]
+    """Names of the models of which some merged weight is NaN.
+
+    Reads all weights up to the first NaN of each model; those that models share, as adapters do their base's, once.
+    """
+    known: dict[tuple[int, str], bool] = {}
+
+    def holds(model: Model, name: str) -> bool:
+        key = (id(model.holder(name)), name)
+        if key not in known:
+            known[key] = has_nan(model, name)
+        return known[key]
+
+    return [model.name for model in models if any(holds(model, name) for name in layout.tensors)]
 
 
 def has_nan(model: Model, name: str) -> bool:

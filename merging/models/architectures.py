@@ -88,11 +88,8 @@ def outline(checkpoint: Model) -> nn.Module:
     kind = _class_of(checkpoint)
     check_index(checkpoint.files)
     try:
-        config = kind.config_class.from_pretrained(checkpoint.files, local_files_only=True)
         with torch.device("meta"):
-            module = kind(config)
-            if checkpoint.rows is not None:
-                module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
+            module = _configured(kind, checkpoint)
         if hasattr(module, "tie_weights"):
             module.tie_weights()  # transformers 5.0 does not where there is no memory
     except Exception as error:  # of the code of any family
@@ -127,10 +124,21 @@ def loaded(checkpoint: Model, dtype: torch.dtype | None) -> nn.Module:
                 f"architecture: {kind.__name__} of transformers cannot load {checkpoint.path}: {sentence(told(error))}",
                 _REMEDY,
             ) from error
-        if checkpoint.rows is not None:
-            module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
+        _resize(module, checkpoint)
     assert isinstance(module, nn.Module)
     return module
+
+
+def _configured(kind: Any, checkpoint: Model) -> Any:
+    """A module of a class with the configuration of a checkpoint, and as many token embeddings as it has."""
+    module = kind(kind.config_class.from_pretrained(checkpoint.files, local_files_only=True))
+    _resize(module, checkpoint)
+    return module
+
+
+def _resize(module: Any, checkpoint: Model) -> None:
+    if checkpoint.rows is not None:
+        module.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
 
 
 def sharing(checkpoint: Model, module: nn.Module) -> nn.Module:
@@ -152,11 +160,8 @@ def sharing(checkpoint: Model, module: nn.Module) -> nn.Module:
     state = module.state_dict(keep_vars=True)
     like = next(tensor for tensor in state.values() if tensor.is_floating_point())
     try:
-        config = kind.config_class.from_pretrained(checkpoint.files, local_files_only=True)
         with _without_parameters(), _default_type(like.dtype):
-            made = kind(config)
-            if checkpoint.rows is not None:
-                made.resize_token_embeddings(checkpoint.rows, mean_resizing=False)
+            made = _configured(kind, checkpoint)
     except Exception as error:  # of the code of any family
         raise InputError(
             f"config: {kind.__name__} cannot be made of the config.json in {checkpoint.path}: {told(error)}.", _CHOICES

@@ -26,8 +26,6 @@ from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.genome import Integers
 
-INPUT_EMBEDDINGS = ties.INPUT_EMBEDDINGS
-OUTPUT_EMBEDDINGS = ties.OUTPUT_EMBEDDINGS
 OUTPUT_BIASES = ("lm_head.bias", "embed_out.bias", "cls.predictions.bias", "cls.predictions.decoder.bias")
 
 
@@ -66,7 +64,7 @@ class Layout:
             CheckpointError: The weights are quantised, or of one process of several, or there is nothing to merge.
         """
         refused.check(checkpoint)
-        aliases = _aliases(checkpoint)
+        aliases = aliases_of(checkpoint)
         parameters: dict[str, TensorInfo] = {}
         buffers: dict[str, TensorInfo] = {}
         infos = {**checkpoint.tensors, **kept}
@@ -184,7 +182,7 @@ def block_of(name: str) -> str:
     return ".".join(components[: max(1, min(2, len(components) - 1))])
 
 
-def _aliases(checkpoint: Model) -> dict[str, str]:
+def aliases_of(checkpoint: Model) -> dict[str, str]:
     """Tied tensors by the name left out: the output embedding, and names that ``safetensors.save_model`` drops."""
     stored = checkpoint.tensors
     dropped = {alias: kept for alias, kept in checkpoint.metadata.items() if alias not in stored and kept in stored}
@@ -197,7 +195,7 @@ def _aliases(checkpoint: Model) -> dict[str, str]:
 
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row for each token: the embeddings, and the output's weights and bias."""
-    return name.endswith((*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, *OUTPUT_BIASES))
+    return name.endswith((*ties.INPUT_EMBEDDINGS, *ties.OUTPUT_EMBEDDINGS, *OUTPUT_BIASES))
 
 
 def token_axis(name: str, models: Sequence[Model]) -> int | None:

@@ -21,10 +21,11 @@ from ecotone.merging.kernel.lazy import Source, formed
 from ecotone.merging.kernel.materialise import SMALL
 from ecotone.merging.models import lora_reader
 from ecotone.merging.models.checkpoint import Checkpoint, default_name, located
-from ecotone.merging.models.layout import INPUT_EMBEDDINGS, Layout, has_token_rows
+from ecotone.merging.models.layout import aliases_of, has_token_rows
 from ecotone.merging.models.lora_changes import Changes, InMemory, Weights
 from ecotone.merging.models.matching import with_own_outputs
 from ecotone.merging.models.model import Model, TensorInfo, Wrapper, mergekit_place
+from ecotone.merging.models.ties import INPUT_EMBEDDINGS
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Adapter:
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """By name, the shape and type of the expert's tensors; the type is the one they are formed in."""
-        left_out = Layout.of(self.base).aliases
+        left_out = aliases_of(self.base)
         infos = {name: info for name, info in self.base.tensors.items() if name not in left_out}
         for name, changes in self.changes.items():
             for change in changes:

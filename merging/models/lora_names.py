@@ -16,7 +16,7 @@ from torch import nn
 from ecotone.merging.models import architectures
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model
-from ecotone.merging.models.names import Place, Scattered, names_of
+from ecotone.merging.models.names import Place, Scattered, names_of, shapes_of
 from ecotone.populations.errors import InputError
 
 Spot = Place | Scattered | None
@@ -145,7 +145,7 @@ class _Same:
 def _known(same: _Same) -> _Known:
     module = architectures.outline(same.base)
     names = names_of(module, Layout.of(same.base))
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = shapes_of(module)
     spots: dict[str, dict[str, Spot]] = {}
     for place in names.places.values():
         spots.setdefault(place.target, {})[place.name] = None if place.whole else place

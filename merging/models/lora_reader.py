@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, json_object
-from ecotone.merging.models.layout import OUTPUT_EMBEDDINGS, Layout, has_token_rows
+from ecotone.merging.models.layout import Layout, has_token_rows
 from ecotone.merging.models.lora_changes import (
     Added,
     Change,
@@ -34,7 +34,7 @@ from ecotone.merging.models.lora_changes import (
 from ecotone.merging.models.lora_names import Spot, Target, Targets
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Place, Scattered
-from ecotone.merging.models.ties import tied, tied_embedding
+from ecotone.merging.models.ties import OUTPUT_EMBEDDINGS, tied, tied_embedding
 from ecotone.populations.errors import CheckpointError, nearest
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?")

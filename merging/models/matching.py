@@ -15,11 +15,11 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecotone.merging.kernel.lazy import Source
 from ecotone.merging.models import architectures
-from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.layout import Layout, aliases_of
 from ecotone.merging.models.model import Model, TensorInfo, Wrapper
 from ecotone.merging.models.names import names_of
 from ecotone.merging.models.ties import tied, tied_matrices, untied
@@ -122,7 +122,8 @@ def renamed(models: Sequence[Model]) -> list[Model]:
     first, *others = models
     ours = set(first.tensors) - set(Layout.of(first).aliases)
     found: list[Model] = [first]
-    places: dict[Any, str] | None = None
+    module: nn.Module | None = None
+    names: dict[Any, str] | None = None
     for other in others:
         theirs = set(other.tensors) - set(Layout.of(other).aliases)
         if ours <= theirs or theirs <= ours:
@@ -131,11 +132,12 @@ def renamed(models: Sequence[Model]) -> list[Model]:
         if not (first.is_hugging_face and other.is_hugging_face):
             found.append(_with_prefix(other, ours, theirs))
             continue
-        if places is None:
-            places = _places(first, first)
-        names = {place: name for place, name in (places or {}).items() if name in ours}
-        pairs = {names[place]: own for place, own in _places(other, first).items() if place in names and own in theirs}
-        rest = {own: own for own in other.tensors if own not in set(pairs.values()) and own not in pairs}
+        if names is None:
+            module = _outlined(first)
+            names = {place: name for place, name in _places(module, first).items() if name in ours}
+        pairs = {names[place]: own for place, own in _places(module, other).items() if place in names and own in theirs}
+        matched = {*pairs, *pairs.values()}
+        rest = {own: own for own in other.tensors if own not in matched}
         found.append(Renamed(other, pairs | rest) if any(name != own for name, own in pairs.items()) else other)
     return found
 
@@ -152,11 +154,21 @@ def _with_prefix(model: Model, ours: Set[str], theirs: Set[str]) -> Model:
     return model
 
 
-def _places(model: Model, of: Model) -> dict[Any, str]:
-    """By its place in the module of ``of``, the name of each tensor of a model; nothing if it does not fit there."""
+def _outlined(model: Model) -> nn.Module | None:
+    """The module of a model; None if it cannot be made: the names that differ tell it better."""
     try:
-        names = names_of(architectures.outline(of), Layout.of(model))
-    except EcotoneError:  # it does not fit the module: the names that differ tell it better
+        return architectures.outline(model)
+    except EcotoneError:
+        return None
+
+
+def _places(module: nn.Module | None, model: Model) -> dict[Any, str]:
+    """By its place in a module, the name of each tensor of a model; nothing if it does not fit there."""
+    if module is None:
+        return {}
+    try:
+        names = names_of(module, Layout.of(model))
+    except EcotoneError:  # likewise
         return {}
     places: dict[Any, str] = {
         (place.target, place.shape, place.stride, place.offset): name for name, place in names.places.items()
@@ -183,7 +195,7 @@ def split(models: Sequence[Model]) -> list[Model]:
     Raises:
         CheckpointError: They are encoders with decoders: these compute otherwise where they are tied.
     """
-    aliases = [Layout.of(model).aliases for model in models]
+    aliases = [aliases_of(model) for model in models]
     names = {name for model in models for name in model.tensors}
     ties = [{**ours, **tied(model, names)} for model, ours in zip(models, aliases, strict=True)]
     own = {name for model, ours in zip(models, aliases, strict=True) for name in model.tensors if name not in ours}
@@ -212,7 +224,7 @@ def with_own_outputs(model: Model) -> Model | None:
     """A tied model with its output as a tensor of its own; None for encoders with decoders, and where none is known."""
     if not tied_matrices(model) or (model.config or {}).get("is_encoder_decoder"):
         return None
-    return _split(model, tied(model), Layout.of(model).aliases)
+    return _split(model, tied(model), aliases_of(model))
 
 
 # -- tensors that are not merged ----------------------------------------------------------------------------------
@@ -225,14 +237,16 @@ class Apart:
     Args:
         kept: By name, the shape and type of those that are taken from the base, or from the first model that has them.
         dropped: Names of those that are left out.
-        unused: Names of those that the module does not take, merged ones included, as far as it was asked.
         frozen: Names of those of ``kept`` that the recipe freezes.
     """
 
     kept: Mapping[str, TensorInfo] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
-    unused: frozenset[str] = frozenset()
     frozen: tuple[str, ...] = ()
+
+
+NONE_APART = Apart()
+"""All floating-point tensors are merged."""
 
 
 def apart(models: Sequence[Model], treatment: Treatment, whose: Model | None = None) -> Apart:
@@ -253,8 +267,9 @@ def apart(models: Sequence[Model], treatment: Treatment, whose: Model | None = N
         )
     infos: dict[str, TensorInfo] = {}
     for model in reversed(models):
-        infos |= {name: model.tensors[name] for name in set(model.tensors) - set(Layout.of(model).aliases)}
-    frozen = _frozen(infos, Layout.of(models[0]).aliases, treatment)
+        left_out = aliases_of(model)
+        infos |= {name: info for name, info in model.tensors.items() if name not in left_out}
+    frozen = _frozen(infos, aliases_of(models[0]), treatment)
     partial = {name for name in infos if not all(_same_shape(infos[name], model, name) for model in models)}
     asked = treatment.known and (bool(partial - frozen) or treatment.unused != "merge")
     unused = _unused(models, whose or models[0]) if asked else frozenset[str]()
@@ -262,8 +277,7 @@ def apart(models: Sequence[Model], treatment: Treatment, whose: Model | None = N
     dropped = unused - frozen if treatment.unused == "drop" else frozenset[str]()
     return Apart(
         {name: infos[name] for name in infos if name in kept and name not in dropped},
-        frozenset(dropped),
-        unused,
+        dropped,
         tuple(name for name in infos if name in frozen),
     )
 

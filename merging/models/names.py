@@ -190,7 +190,7 @@ def fitted(module: nn.Module, shapes: Shapes, aliases: Mapping[str, str] = Mappi
         InputError: A tensor has another shape than the module's, a conversion cannot be made, a tensor of the module
             stays empty, or a module that is not of transformers has no place for one of the checkpoint's.
     """
-    state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    state = shapes_of(module)
     shapes = {**shapes, **{alias: shapes[kept] for alias, kept in aliases.items() if kept in shapes}}
     groups, unused = _grouped(module, shapes, state)
     places: dict[str, Place] = {}
@@ -217,6 +217,11 @@ def fitted(module: nn.Module, shapes: Shapes, aliases: Mapping[str, str] = Mappi
     return names
 
 
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """By name, the shapes of a module's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
 def stored_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """By the module's name, the name in a checkpoint of each tensor that is loaded without a conversion.
 
@@ -224,7 +229,7 @@ def stored_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
         module: The module; it may be on the device ``meta``.
         names: The checkpoint's names.
     """
-    registry = _Registry(module, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+    registry = _Registry(module, shapes_of(module))
     found: dict[str, str] = {}
     for name in names:
         target, pattern = registry.target(name)
@@ -241,7 +246,7 @@ def names_of(module: nn.Module, layout: Layout) -> Names:
 
 def module_names(module: nn.Module, names: Iterable[str]) -> list[str]:
     """The module's names of tensors of a checkpoint, whether or not the module has them."""
-    registry = _Registry(module, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+    registry = _Registry(module, shapes_of(module))
     return [registry.target(name)[0] for name in names]
 
 

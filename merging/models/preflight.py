@@ -13,15 +13,14 @@ import torch
 
 from ecotone.merging.models import refused
 from ecotone.merging.models.layout import Layout, natural, token_axis
-from ecotone.merging.models.matching import Apart
+from ecotone.merging.models.matching import NONE_APART, Apart
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.populations.errors import CheckpointError
 
-_NOTHING = Apart()
 _REMEDY = "All models of a merge must be fine-tuned from one architecture and saved in the same way."
 
 
-def check(checkpoints: Sequence[Model], apart: Apart = _NOTHING) -> Layout:
+def check(checkpoints: Sequence[Model], apart: Apart = NONE_APART) -> Layout:
     """Refuse checkpoints that do not fit together before a weight is read.
 
     Args:

@@ -30,8 +30,9 @@ from torch import Tensor
 from ecotone.merging.kernel.lazy import Source, formed
 from ecotone.merging.kernel.materialise import accumulator
 from ecotone.merging.models import tokenizers
-from ecotone.merging.models.layout import INPUT_EMBEDDINGS, is_vocabulary, token_axis, token_count
+from ecotone.merging.models.layout import is_vocabulary, token_axis, token_count
 from ecotone.merging.models.model import Model, TensorInfo, Wrapper
+from ecotone.merging.models.ties import INPUT_EMBEDDINGS
 from ecotone.populations.errors import CheckpointError, InputError
 
 Vocabulary: TypeAlias = Literal["same", "base", "union"]
