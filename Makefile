@@ -10,7 +10,7 @@ JOBS ?= logical
 PARALLEL := -n $(JOBS) --dist worksteal
 test test-all: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all soak mergekit docs families lint install clean
+.PHONY: demo test test-all faults soak mergekit docs families lint install clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu" --timeout 1200 $(PARALLEL)
+
+faults: $(INSTALLED)
+	$(BIN)/python benchmarks/faults.py
 
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py
