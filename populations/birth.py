@@ -1,9 +1,9 @@
 """The birth of a journal: made whole beside its place, then linked into it, or not there at all.
 
-A new journal is written under a name of its own, ``journal.sqlite.RANDOM.new``, synced, and linked to its name, which
-fails if something has that name. So a killed process leaves a whole journal or none. Whoever makes a journal holds the
-run's lock. So drafts that lie there under the lock are of processes that are gone, and are deleted. A directory where a
-run was to begin, and has no whole journal, is *unborn*: the next `ecotone run` takes it over.
+A new journal is written under a name of its own, ``journal.sqlite.PID-RANDOM.new``, synced, and linked to its name,
+which fails if something has that name. So a killed process leaves a whole journal or none. Whoever makes a journal
+holds the run's lock. So drafts that lie there under the lock are of processes that are gone, and are deleted. A
+directory where a run was to begin, and has no whole journal, is *unborn*: the next `ecotone run` takes it over.
 """
 
 from __future__ import annotations
@@ -95,17 +95,28 @@ def bring_forth(file: Path, facts: Iterable[tuple[str, str]]) -> None:
         FileExistsError: Something has its name.
         sqlite3.Error, OSError: It cannot be written. Nothing of it is left.
     """
-    for left in _drafts(file):
-        left.unlink(missing_ok=True)
-    draft = file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}.new")
-    try:
+    with drafted(file) as draft:
         _write(draft, facts)
-        _sync(draft)
+        sync(draft)
         if not born(file):
             for suffix in (*_BESIDE, ""):  # the file last: without it, the others would be taken for the next one's
                 file.with_name(file.name + suffix).unlink(missing_ok=True)
         _place(draft, file)
-        _sync(file.parent)
+        sync(file.parent)
+
+
+@contextlib.contextmanager
+def drafted(file: Path) -> Iterator[Path]:
+    """A new name beside ``file``. At the end nothing is left there, nor of drafts of killed processes.
+
+    The caller holds the lock of ``file``, which all that make drafts hold.
+    """
+    for left in _drafts(file):
+        if f".{os.getpid()}-" not in left.name:
+            left.unlink(missing_ok=True)
+    draft = file.with_name(f"{file.name}.{os.getpid()}-{uuid.uuid4().hex[:12]}.new")
+    try:
+        yield draft
     finally:
         for suffix in ("", *_BESIDE):
             with contextlib.suppress(OSError):
@@ -134,7 +145,7 @@ def _place(draft: Path, file: Path) -> None:
         draft.replace(file)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk keep a file's bytes, or a folder's names."""
     handle = os.open(path, os.O_RDONLY)
     try:

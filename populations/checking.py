@@ -268,6 +268,12 @@ def known(connection: sqlite3.Connection, file: Path, *, growing: bool) -> Seals
     return seals
 
 
+def forget(file: Path) -> None:
+    """Have the next ``known`` read all of a file."""
+    about = file.stat()
+    _KNOWN.pop((about.st_dev, about.st_ino), None)
+
+
 def _grown(connection: sqlite3.Connection, after: Seal) -> Seals | None:
     """The seals, if new rows go on with the chain that was verified. Another file may have got this one's number."""
     try:

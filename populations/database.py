@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ecotone.populations.errors import JournalError
+from ecotone.populations.errors import DamagedJournalError, JournalError
 
 
 def connected(file: Path, write: bool) -> sqlite3.Connection:
@@ -108,7 +108,7 @@ def damaged(file: Path, place: str, text: str, whole: int | None = None) -> Jour
         whole: The number of evaluations before it that are whole; None where that is not known.
     """
     kept = "" if whole is None else f"{whole} evaluations before it are whole. "
-    return JournalError(
+    return DamagedJournalError(
         f"{file}: not a journal of Ecotone, or damaged: {place}: {text}.",
         f"{kept}`ecotone check {file.parent}` says what can be saved.",
     )
@@ -129,7 +129,7 @@ def _in_words(file: Path, error: sqlite3.Error) -> JournalError:
     if "full" in text or "disk I/O" in text:
         return JournalError(f"{file}: the journal cannot be written ({text}).", _when_full(file))
     if any(word in text for word in _DAMAGE):
-        return JournalError(
+        return DamagedJournalError(
             f"{file}: not a journal of Ecotone, or damaged ({text}).",
             f"`ecotone check {file.parent}` says what can be saved.",
         )

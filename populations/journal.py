@@ -74,6 +74,7 @@ from ecotone.populations.sums import (
     MEASUREMENTS,
     REFERENCES,
     RESIDUALS,
+    TABLES,
     TRIALS,
     Ledger,
     recorded_seals,
@@ -226,6 +227,12 @@ class Journal:
     def note(self, fact: Fact[Value], value: Value) -> None:
         """Set a fact."""
         self._keep(fact.note(value))
+
+    def complete(self, notes: Iterable[Note]) -> None:
+        """Set those facts that were never noted, or were lost with a damaged journal."""
+        with self.transaction():
+            for note in notes:
+                self._rows_of.put(self._connection, FACTS, _storable(note), replace=False)
 
     def _keep(self, note: Note) -> None:
         with self.transaction():
@@ -418,6 +425,11 @@ class Journal:
         found = next(iter(self._rows("SELECT " + ", ".join(f"(SELECT count(*) FROM {name})" for name in tables))))
         return tuple(found)
 
+    def sizes(self) -> dict[str, int]:
+        """The number of rows, by table."""
+        query = "SELECT " + ", ".join(f"(SELECT count(*) FROM {name})" for name in TABLES)
+        return dict(zip(TABLES, next(iter(self._rows(query))), strict=True))
+
     def snapshot(self, path: str | Path) -> None:
         """Copy the journal as it is now to ``path``, as one plain file, even while somebody writes it."""
         with explained(Path(path)), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
@@ -427,6 +439,10 @@ class Journal:
     def kept(self) -> set[int]:
         """Numbers of the trials whose residual is stored."""
         return {number for (number,) in self._rows("SELECT number FROM residuals")}
+
+    def dense(self) -> set[int]:
+        """Numbers of the trials that have a residual, whether it is stored or not."""
+        return {number for (number,) in self._rows("SELECT number FROM trials WHERE dense")}
 
     def digest(self) -> str:
         """A hash over the number, genome, scores and statistics of all evaluated trials, equal for equal searches."""

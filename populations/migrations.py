@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ecotone.populations.database import damaged
 from ecotone.populations.errors import JournalError
 from ecotone.populations.sums import (
     CHAINED,
@@ -185,7 +186,7 @@ def current(connection: sqlite3.Connection, file: Path, write: bool) -> sqlite3.
         "PRAGMA quick_check(1)"
     ).fetchone()  # it has no checksums: only its pages can be checked
     if text != "ok":
-        raise JournalError(f"{file}: not a journal of Ecotone, or damaged: pages: {' '.join(str(text).split())}.")
+        raise damaged(file, "pages", " ".join(str(text).split()))
     if write:
         _migrate(connection, version)
         return connection
@@ -201,7 +202,7 @@ def _checked(connection: sqlite3.Connection, file: Path) -> int:
     """The format, if it can be read."""
     row = connection.execute("SELECT value FROM facts WHERE key = 'format'").fetchone()
     if row is None or not str(row[0]).isdigit():
-        raise JournalError(f"{file}: not a journal of Ecotone, or damaged (it has no format).")
+        raise damaged(file, "facts", "it has no format")
     version = int(row[0])
     if version > FORMAT:
         raise JournalError(
