@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer
 
-from ecotone.experiments import jobs_cli, logs, statistics_cli
+from ecotone.experiments import check_cli, jobs_cli, logs, statistics_cli
 from ecotone.experiments.options import (
     JsonOption,
     RecipeArgument,
@@ -591,6 +591,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 jobs_cli.register(app)
 statistics_cli.register(app)
+check_cli.register(app)
 
 
 def main() -> None:

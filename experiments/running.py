@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ecotone.experiments import checks, compose, logs, preparation, storage, tracking
+from ecotone.experiments import beginnings, checks, compose, logs, preparation, storage, tracking
 from ecotone.experiments.recipe import Recipe, check_recipe, check_resumable
 from ecotone.experiments.runs import Run, check_search, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
@@ -69,14 +69,11 @@ def launch(
         KeyboardInterrupt: Stopped; the run can be resumed.
     """
     check_recipe(recipe)
-    with storage.opened(new_directory(recipe.name) if out is None else out, new=True, notify=notify) as place:
+    with (
+        storage.opened(new_directory(recipe.name) if out is None else out, new=True, notify=notify) as place,
+        beginnings.begun(place, notify) as beginning,
+    ):
         directory = place.directory
-        if (directory / JOURNAL).exists():
-            if not Run(directory).goals:
-                raise InputError(f"{directory}: expected no journal, found one of statistics.", "Choose another --out.")
-            raise InputError(
-                f"{directory}: a run is there already.", f"`ecotone resume {place.where}`, or another --out."
-            )
         own = () if recipe.folder is None else (str(recipe.folder),)
         paths = compose.python_paths((*folders, *own))
         composition = _checked(recipe, paths, notify)
@@ -86,8 +83,9 @@ def launch(
             space = pool.start()
             _check_numbers(space, notify)
             pair = composition.search(space)
+            beginning.make_room(recipe.text())
             _write_recipe(recipe, directory)
-            with Journal.create(directory / JOURNAL, _notes(recipe, space, paths)) as journal:
+            with Journal.create(directory / JOURNAL, _notes(recipe, space, paths), beginning.lock) as journal:
                 _carry_out(composition, pair, place, journal, pool, space, observe, notify)
     return Run(directory)
 
@@ -132,6 +130,7 @@ def resume(
             journal.note(facts.BUDGET, recipe.budget.model_dump(mode="json"))
             journal.note(facts.TRACKING, recipe.tracking.recorded(journal.fact(facts.TRACKING) or {}))
             journal.note(facts.SYS_PATH, folders)
+            journal.complete(_notes(recipe, space, folders))  # what a repaired journal has lost
             _carry_out(composition, composition.search(space), place, journal, pool, space, observe, notify)
     return Run(place.directory)
 
@@ -381,7 +380,10 @@ def _check_numbers(space: Space, notify: Notify) -> None:
 
 def same_models(journal: Journal, space: Space) -> None:
     """Refuse to go on with other weights than the run began with: their inner products tell."""
-    recorded = np.asarray(journal.fact(facts.GEOMETRY) or [])
+    known = journal.fact(facts.GEOMETRY)
+    if known is None:  # lost with a damaged journal, as `ecotone check --repair` has said
+        return
+    recorded = np.asarray(known)
     if recorded.shape != space.gram.prefix[-1].shape or not np.allclose(recorded, space.gram.prefix[-1], rtol=1e-6):
         raise InputError(
             "models: their weights are not those that the run began with (their inner products differ).",

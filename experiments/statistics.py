@@ -15,6 +15,7 @@ from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.statistics.cache import Cache
 from ecotone.fitness.statistics.kinds import chosen
 from ecotone.populations import facts
+from ecotone.populations.birth import born
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
@@ -129,7 +130,7 @@ def _genomes(recipe: Recipe, space: Space, models: Sequence[str]) -> Iterator[tu
 
 def _journal(file: Path, recipe: Recipe, space: Space, paths: tuple[str, ...]) -> Journal:
     """The journal, new or gone on with."""
-    if not file.exists():
+    if not born(file):
         return Journal.create(
             file,
             [

@@ -50,6 +50,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from ecotone.populations.birth import born
 from ecotone.populations.database import locked
 from ecotone.populations.errors import EcotoneError, InputError, JournalError
 from ecotone.populations.folders import cache_folder
@@ -879,12 +880,12 @@ def _drop_views(views: Path) -> None:
 def begun(where: str) -> bool:
     """True when a directory or URL holds a journal. If the store fails, the working directory here decides."""
     if not is_url(where):
-        return (Path(where) / JOURNAL).exists()
+        return born(Path(where) / JOURNAL)
     with contextlib.suppress(EcotoneError):
         try:
-            return (fetched(where) / JOURNAL).exists()
+            return born(fetched(where) / JOURNAL)
         except StorageError:
-            return (_folder(Store(where), "runs") / JOURNAL).exists()
+            return born(_folder(Store(where), "runs") / JOURNAL)
     return False
 
 

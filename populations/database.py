@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sqlite3
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ecotone.populations.errors import JournalError
+from ecotone.populations.errors import DamagedJournalError, JournalError
 
 
 def connected(file: Path, write: bool) -> sqlite3.Connection:
@@ -40,18 +41,30 @@ def locked(file: Path) -> IO[str]:
     Raises:
         JournalError: Another process has it.
     """
-    handle = lock_file(file).open("a+")
-    if not _taken(handle):
-        handle.seek(0)
-        owner = handle.read().strip() or "another process"
-        handle.close()
-        raise JournalError(
-            f"{file.parent}: the run is being written by {owner}.", "Wait for it, or stop it, then resume."
-        )
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()}")
-    handle.flush()
+    while True:
+        handle = lock_file(file).open("a+")
+        if not _taken(handle):
+            handle.seek(0)
+            owner = handle.read(200).strip() or "another process"
+            handle.close()
+            raise JournalError(
+                f"{file.parent}: the run is being written by {owner}.", "Wait for it, or stop it, then resume."
+            )
+        if _still_there(handle, lock_file(file)):
+            break
+        handle.close()  # who had it removed it: no run had begun
+    with contextlib.suppress(OSError):  # the lock holds without a name in it
+        os.ftruncate(handle.fileno(), 0)
+        os.write(handle.fileno(), f"process {os.getpid()}".encode())
     return handle
+
+
+def _still_there(handle: IO[str], file: Path) -> bool:
+    """True while the file has the name that it was opened by."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _taken(handle: IO[str], patience: float = 0.5) -> bool:
@@ -73,20 +86,62 @@ def explained(file: Path) -> Iterator[None]:
     """Turn SQLite's and the file system's errors into words."""
     try:
         yield
-    except sqlite3.DatabaseError as error:
-        text = str(error)
-        if "full" in text or "disk I/O" in text:
-            raise JournalError(
-                f"{file}: the journal cannot be written ({text}).",
-                f"Free some space, then `ecotone resume {file.parent}`: earlier records are safe.",
-            ) from error
-        if "not a database" in text or "malformed" in text or "no such table" in text:
-            raise JournalError(f"{file}: not a journal of Ecotone, or damaged ({text}).") from error
-        raise JournalError(f"{file}: {text}.", "Check that the directory is writable and the file is whole.") from error
+    except sqlite3.Error as error:
+        raise _in_words(file, error) from error
+    except OverflowError as error:  # a number that no row can have
+        raise JournalError(f"{file}: {error}.", "Give a smaller number.") from error
+    except UnicodeDecodeError as error:
+        raise damaged(file, "a text", "it is not UTF-8") from error
     except OSError as error:
-        raise JournalError(
-            f"{file}: {error.strerror or error}.", "Check the path, the permissions and the space."
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = _when_full(file) if full else "Check the path, the permissions and the space."
+        raise JournalError(f"{file}: {error.strerror or error}.", remedy) from error
+
+
+def damaged(file: Path, place: str, text: str, whole: int | None = None) -> JournalError:
+    """The error that tells the user of damage, and what to do.
+
+    Args:
+        file: The journal.
+        place: The table and the row, or another part of the file.
+        text: What is wrong there.
+        whole: The number of evaluations before it that are whole; None where that is not known.
+    """
+    kept = "" if whole is None else f"{whole} evaluations before it are whole. "
+    return DamagedJournalError(
+        f"{file}: not a journal of Ecotone, or damaged: {place}: {text}.",
+        f"{kept}`ecotone check {file.parent}` says what can be saved.",
+    )
+
+
+_DAMAGE = ("not a database", "malformed", "no such table", "no such column", "decode", "corrupt", "encrypted")
+_BLOCKED = ("readonly", "locked", "busy", "unable to open", "disk I/O", "full", "interrupted", "closed")
+
+
+def of_content(error: sqlite3.Error) -> bool:
+    """True for an error that tells of the file's bytes; False for one of another sort, as of a lock or a full disk."""
+    text = str(error)
+    return any(word in text for word in _DAMAGE) or not any(word in text for word in _BLOCKED)
+
+
+def _in_words(file: Path, error: sqlite3.Error) -> JournalError:
+    text = " ".join(str(error).split())
+    if "full" in text or "disk I/O" in text:
+        return JournalError(f"{file}: the journal cannot be written ({text}).", _when_full(file))
+    if any(word in text for word in _DAMAGE):
+        return DamagedJournalError(
+            f"{file}: not a journal of Ecotone, or damaged ({text}).",
+            f"`ecotone check {file.parent}` says what can be saved.",
+        )
+    return JournalError(f"{file}: {text}.", "Check that the directory is writable and the file is whole.")
+
+
+def _when_full(file: Path) -> str:
+    """What to do about a full disk. A run without a journal cannot be resumed."""
+    with contextlib.suppress(OSError):
+        if file.stat().st_size:
+            return f"Free some space, then `ecotone resume {file.parent}`: earlier records are safe."
+    return "Free some space, then run it again."
 
 
 def is_locked(file: Path) -> bool:

@@ -35,6 +35,10 @@ class JournalError(EcotoneError):
     """The run directory's journal cannot be read or written."""
 
 
+class DamagedJournalError(JournalError):
+    """Something in the journal is not as it was written."""
+
+
 class PoolError(EcotoneError):
     """Workers cannot be started or placed."""
 

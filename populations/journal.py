@@ -14,6 +14,14 @@ a pickle. Tables:
 - ``measurements``: results outside the search (held-out data, reference merges, statistics), by genome digest and
   wish.
 - ``reference_merges``: the seed models and their average.
+- ``seals``: the number of rows and the last checksum, by which a row that is missing shows.
+
+Every row has a checksum. Events, trials, evaluations and gradients are never changed: each row's checksum depends on
+the row written before it, so that they form one chain. Other rows are replaced or dropped, and have checksums of their
+own (``ecotone.populations.sums`` explains both). ``Journal.open`` checks them all (``ecotone.populations.checking``),
+and a genome that is read is compared with its digest. `ecotone check` says what of a damaged journal is whole, and
+`ecotone check --repair` keeps the chain before the damage (``ecotone.populations.salvage``). The write-ahead log has
+checksums of SQLite's own: a log that is damaged ends there, and what came after is evaluated again.
 
 Commits use SQLite's write-ahead log with ``synchronous=NORMAL``: a killed process loses nothing that was committed. A
 power cut may lose the last moments, never consistency. One process writes, which holds a lock file; any number may read
@@ -24,36 +32,56 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import sqlite3
 import struct
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ecotone.populations.database import connected, explained, is_locked, locked
-from ecotone.populations.errors import JournalError
-from ecotone.populations.facts import CREATED, FORMAT_OF, Fact, Note, Value
+from ecotone.populations.birth import born, bring_forth, claimed, missing
+from ecotone.populations.checking import known
+from ecotone.populations.database import connected, damaged, explained, is_locked, locked
+from ecotone.populations.errors import EcotoneError, JournalError
+from ecotone.populations.facts import CREATED, Fact, Note, Value
 from ecotone.populations.genome import Genome
-from ecotone.populations.migrations import FORMAT, create, current
+from ecotone.populations.migrations import current
 from ecotone.populations.rows import (
     COLUMNS,
+    UNDECODABLE,
     evaluation_of,
     evaluation_row,
     failure_of,
+    gradient_of,
+    parents_of,
     scores_of,
+    sizes_of,
+    statistics_of,
     trial_row,
     wish_of,
     wish_text,
 )
+from ecotone.populations.sums import (
+    EVALUATIONS,
+    FACTS,
+    GRADIENTS,
+    MEASUREMENTS,
+    REFERENCES,
+    RESIDUALS,
+    TABLES,
+    TRIALS,
+    Ledger,
+    recorded_seals,
+)
 from ecotone.populations.trial import Evaluation, Failure, Gradient, Scores, Subset, Trial, Wish
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -108,54 +136,56 @@ class Journal:
         self._connection = connection
         self._lock = lock
         self._depth = 0
+        self._ledger: Ledger | None = None  # read from the file when it is needed
 
     @classmethod
-    def create(cls, path: str | Path, notes: Iterable[Note] = ()) -> Journal:
-        """A new journal with the facts ``notes``. The file must not exist."""
+    def create(cls, path: str | Path, notes: Iterable[Note] = (), lock: IO[str] | None = None) -> Journal:
+        """A new journal with the facts ``notes``. The file must not exist. It appears whole, or not at all.
+
+        Args:
+            path: Its file.
+            notes: The facts.
+            lock: The lock of ``ecotone.populations.birth.claimed``, if the caller has taken it. The journal closes it.
+        """
         file = Path(path)
-        if file.exists():
-            raise JournalError(
-                f"{file}: a run is there already.", f"Use `ecotone resume {file.parent}`, or another --out."
-            )
-        with explained(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = locked(file)
-            try:
+        with contextlib.ExitStack() as stack:
+            lock = stack.enter_context(claimed(file)) if lock is None else lock
+            with explained(file):
+                if born(file):
+                    raise _there(file)
+                try:
+                    bring_forth(file, map(_storable, (CREATED.note(time.time()), *notes)))
+                except FileExistsError as error:
+                    raise _there(file) from error
                 journal = cls(file, connected(file, write=True), lock)
-                journal._begin(notes)
-                journal._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # synced: a power cut leaves a journal
-            except BaseException:  # leave no half journal behind: another attempt would be refused
-                for suffix in ("", "-wal", "-shm"):
-                    file.with_name(file.name + suffix).unlink(missing_ok=True)
-                lock.close()
-                raise
+            stack.pop_all()  # it is born, and keeps the lock
         return journal
 
     @classmethod
     def open(cls, path: str | Path, write: bool = False) -> Journal:
-        """An existing journal, for reading or as its one writer.
+        """An existing journal, for reading or as its one writer. Its rows are checked.
 
         Opening for writing migrates a journal of an older format. Opening for reading does not change it: it migrates
         and reads a private copy, which shows the journal at the time of opening.
         """
         file = Path(path)
-        if not file.is_file():
-            raise JournalError(f"{file}: no journal there.", "Give a run directory made by `ecotone run`.")
         with explained(file):
+            if not file.is_file() or (not file.stat().st_size and not born(file)):
+                raise missing(file)
             lock = locked(file) if write else None
+            connection = None
             try:
-                journal = cls(file, current(connected(file, write), file, write), lock)
+                connection = connected(file, write)
+                shown = current(connection, file, write)
+                if shown is connection:
+                    known(connection, file, growing=not write and is_locked(file))
+                return cls(file, shown, lock)
             except BaseException:  # who holds the error holds no lock
+                if connection is not None:
+                    connection.close()
                 if lock is not None:
                     lock.close()
                 raise
-        return journal
-
-    def _begin(self, notes: Iterable[Note]) -> None:
-        with self.transaction():
-            create(self._connection)
-            for note in (FORMAT_OF.note(FORMAT), CREATED.note(time.time()), *notes):
-                self._keep(note)
 
     def close(self) -> None:
         """Close the file and let the next writer in."""
@@ -183,8 +213,11 @@ class Journal:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                if self._ledger is not None:
+                    self._ledger.seal(self._connection)
                 self._connection.execute("COMMIT")
             except BaseException:
+                self._ledger = None  # the file knows where it stands
                 with contextlib.suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
                 raise
@@ -195,77 +228,77 @@ class Journal:
         """Set a fact."""
         self._keep(fact.note(value))
 
+    def complete(self, notes: Iterable[Note]) -> None:
+        """Set those facts that were never noted, or were lost with a damaged journal."""
+        with self.transaction():
+            for note in notes:
+                self._rows_of.put(self._connection, FACTS, _storable(note), replace=False)
+
     def _keep(self, note: Note) -> None:
-        with explained(self.path):
-            self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", note)
+        with self.transaction():
+            self._rows_of.put(self._connection, FACTS, _storable(note))
+
+    @property
+    def _rows_of(self) -> Ledger:
+        """The writer of rows, inside a transaction."""
+        if self._ledger is None:
+            self._ledger = Ledger(recorded_seals(self._connection))
+        return self._ledger
 
     def asked(self, batch: int, requested: int, trials: Sequence[Trial]) -> None:
         """Record that ``ask(requested)`` proposed ``trials``, which make up batch number ``batch``."""
         with self.transaction():
-            self._connection.execute("INSERT INTO events VALUES (NULL, 'ask', ?, ?)", (batch, requested))
-            self._connection.executemany(
-                "INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [trial_row(trial, batch) for trial in trials],
-            )
+            self._rows_of.event(self._connection, "ask", batch, requested)
+            self._rows_of.append(self._connection, TRIALS, [trial_row(trial, batch) for trial in trials])
 
     def arrived(self, results: Iterable[tuple[Trial, Evaluation]]) -> None:
         """Record the results of trials, in the order of arrival."""
-        now, found = time.time(), list(results)
+        now = time.time()
         with self.transaction():
-            self._connection.executemany(
-                "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [(trial.number, *evaluation_row(evaluation, now)) for trial, evaluation in found],
-            )
-            self._connection.executemany(
-                "INSERT INTO gradients VALUES (?, ?, ?)",
-                [
-                    (trial.number, len(one.gradient), np.asarray(one.gradient, "<f8").tobytes())
-                    for trial, one in found
-                    if one.gradient is not None
-                ],
-            )
+            rows: list[tuple[Any, ...]] = []
+            for trial, one in results:
+                if one.gradient is not None:  # it comes before its evaluation: that one is never without it
+                    self._rows_of.append(self._connection, EVALUATIONS, rows)
+                    rows.clear()
+                    blob = np.asarray(one.gradient, "<f8").tobytes()
+                    self._rows_of.append(self._connection, GRADIENTS, [(trial.number, len(one.gradient), blob)])
+                rows.append((trial.number, *evaluation_row(one, now)))
+            self._rows_of.append(self._connection, EVALUATIONS, rows)
 
     def told(self, batch: int) -> None:
         """Record that the search was told batch ``batch``."""
         with self.transaction():
-            self._connection.execute("INSERT INTO events VALUES (NULL, 'tell', ?, NULL)", (batch,))
+            self._rows_of.event(self._connection, "tell", batch, None)
 
     def keep(self, trials: Iterable[Trial], dropped: Iterable[int]) -> None:
         """Store the residuals of ``trials`` that have one, and drop the residuals of the numbers ``dropped``."""
         with self.transaction():
-            self._connection.executemany("DELETE FROM residuals WHERE number = ?", [(n,) for n in dropped])
-            self._connection.executemany(
-                "INSERT OR IGNORE INTO residuals VALUES (?, ?)",
-                [
-                    (t.number, t.genome.residual.astype("<f4").tobytes())
-                    for t in trials
-                    if t.genome.residual is not None
-                ],
-            )
+            for number in dropped:
+                self._rows_of.drop(self._connection, RESIDUALS, (number,))
+            for trial in trials:
+                if (residual := trial.genome.residual) is not None:
+                    row = (trial.number, residual.astype("<f4").tobytes())
+                    self._rows_of.put(self._connection, RESIDUALS, row, replace=False)
 
     def measured(self, genome: Genome, wants: Wish, evaluation: Evaluation) -> None:
         """Record a result of a genome outside the search."""
+        row = (genome.digest, wish_text(wants), *evaluation_row(evaluation, time.time()))
         with self.transaction():
-            self._connection.execute(
-                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (genome.digest, wish_text(wants), *evaluation_row(evaluation, time.time())),
-            )
+            self._rows_of.put(self._connection, MEASUREMENTS, row)
 
     def refer(self, name: str, genome: Genome) -> None:
         """Record a merge to compare with: a seed model, the average."""
         with self.transaction():
             (position,) = self._connection.execute("SELECT count(*) FROM reference_merges").fetchone()
-            self._connection.execute(
-                "INSERT OR IGNORE INTO reference_merges VALUES (?, ?, ?, ?)",
-                (name, position, genome.to_json(), genome.digest),
-            )
+            row = (name, position, genome.to_json(), genome.digest)
+            self._rows_of.put(self._connection, REFERENCES, row, replace=False)
 
     # -- reading -----------------------------------------------------------------------------------------
 
     def fact(self, fact: Fact[Value]) -> Value | None:
         """The value of a fact, or None where it was never noted."""
-        row = next(iter(self._rows("SELECT value FROM facts WHERE key = ?", (fact.name,))), None)
-        return None if row is None else fact.read(str(row[0]))
+        rows = self._rows("SELECT key, value FROM facts WHERE key = ?", (fact.name,))
+        return next(self._decoded("facts", rows, lambda text: fact.read(str(text))), None)
 
     def events(self) -> list[Event]:
         """All events, in order."""
@@ -286,94 +319,100 @@ class Journal:
             unscored: Include trials that wanted gradients (their scores are losses by task) or statistics, and trials
                 that were scored on some of the examples only.
         """
-        for number, digest, parents, wants, whole, scores, failure, seconds, when, statistics in self._rows(
-            "SELECT number, digest, parents, wants, scored, scores, failure, seconds, time, statistics "
+        rows = self._rows(
+            "SELECT number, number, digest, parents, wants, scored, scores, failure, seconds, time, statistics "
             "FROM trials JOIN evaluations USING (number) WHERE number > ? AND (? OR scored) ORDER BY number",
             (after, unscored),
-        ):
-            yield Row(
-                number,
-                digest,
-                tuple(json.loads(parents)),
-                scores_of(scores),
-                failure_of(failure),
-                float(seconds),
-                when,
-                None if statistics is None else json.loads(statistics)["digest"],
-                wish_of(wants),
-                bool(whole),
-            )
+        )
+        yield from self._decoded("evaluations", rows, _row)
 
     def trial(self, number: int) -> Trial:
         """The trial with its genome, residual included, but without its sample.
 
         Raises:
-            JournalError: There is no such trial, or its dense weights were not kept.
+            JournalError: There is no such trial, its dense weights were not kept, or its genome is another's.
         """
-        query = "SELECT genome, parents, dense, wants FROM trials WHERE number = ?"
-        row = next(iter(self._rows(query, (number,))), None)
-        if row is None:
+        query = "SELECT number, genome, digest, parents, dense, wants FROM trials WHERE number = ?"
+
+        def made(text: str, digest: str, parents: str, dense: int, wants: str) -> Trial:
+            genome = Genome.from_json(text)
+            if dense:
+                genome = Genome(genome.boundaries, genome.coefficients, genome.parameters, self._residual(number))
+            return Trial(number, _same(genome, digest), parents_of(parents), wish_of(wants))
+
+        found = next(self._decoded("trials", self._rows(query, (number,)), made), None)
+        if found is None:
             (count,) = next(iter(self._rows("SELECT count(*) FROM trials")))
             raise JournalError(f"trial {number}: not in {self.path} (it has 0 to {count - 1}).", "See `ecotone front`.")
-        genome = Genome.from_json(row[0])
-        if row[2]:
-            genome = Genome(genome.boundaries, genome.coefficients, genome.parameters, self._residual(number))
-        return Trial(number, genome, tuple(json.loads(row[1])), wish_of(row[3]))
+        return found
 
     def evaluation(self, number: int) -> Evaluation | None:
         """The result of a trial; None before it comes."""
-        return next(
-            (
-                evaluation_of(row)
-                for row in self._rows(f"SELECT {COLUMNS} FROM evaluations WHERE number = ?", (number,))
-            ),
-            None,
-        )
+        return self._evaluation("FROM evaluations WHERE number = ?", (number,))
 
     def evaluations(self) -> Generator[tuple[int, Evaluation]]:
         """All trial numbers with their results, gradients included, in order of number."""
-        for number, *row, segments, blob in self._rows(
-            f"SELECT number, {COLUMNS}, segments, gradient FROM evaluations LEFT JOIN gradients USING (number) "
+
+        def made(number: int, *row: Any) -> tuple[int, Evaluation]:
+            *values, segments, blob = row
+            found = evaluation_of(values)
+            return number, found if blob is None else replace(found, gradient=gradient_of(segments, blob))
+
+        rows = self._rows(
+            f"SELECT number, number, {COLUMNS}, segments, gradient FROM evaluations LEFT JOIN gradients USING (number) "
             "ORDER BY number"
-        ):
-            found = evaluation_of(row)
-            if blob is not None:
-                found = replace(found, gradient=np.frombuffer(blob, "<f8").astype(np.float64).reshape(segments, -1))
-            yield number, found
+        )
+        yield from self._decoded("evaluations", rows, made)
 
     def evaluation_of(self, digest: str) -> Evaluation | None:
         """The result of the first scored trial with that genome, or None."""
-        query = (
-            f"SELECT {COLUMNS} FROM evaluations JOIN trials USING (number) WHERE digest = ? AND scored "
-            "ORDER BY number LIMIT 1"
-        )
-        return next((evaluation_of(row) for row in self._rows(query, (digest,))), None)
+        query = "FROM evaluations JOIN trials USING (number) WHERE digest = ? AND scored ORDER BY number LIMIT 1"
+        return self._evaluation(query, (digest,))
+
+    def _evaluation(self, query: str, values: Sequence[Any]) -> Evaluation | None:
+        rows = self._rows(f"SELECT number, {COLUMNS} {query}", values)
+        return next(self._decoded("evaluations", rows, lambda *row: evaluation_of(row)), None)
 
     def measurement(self, digest: str, wants: Wish) -> Evaluation | None:
         """The result of a genome outside the search, or None."""
-        query = f"SELECT {COLUMNS} FROM measurements WHERE digest = ? AND wants = ?"
-        return next((evaluation_of(row) for row in self._rows(query, (digest, wish_text(wants)))), None)
+        rows = self._rows(
+            f"SELECT digest, {COLUMNS} FROM measurements WHERE digest = ? AND wants = ?", (digest, wish_text(wants))
+        )
+        return next(self._decoded("measurements", rows, lambda *row: evaluation_of(row)), None)
 
     def statistics(self) -> list[tuple[str, Wish, Evaluation]]:
         """Statistics gathered outside the search: the genome's digest, the wish, and the result."""
-        rows = self._rows(f"SELECT digest, wants, {COLUMNS} FROM measurements WHERE statistics IS NOT NULL")
-        return [(digest, wish_of(wants), evaluation_of(row)) for digest, wants, *row in rows]
+        rows = self._rows(f"SELECT digest, digest, wants, {COLUMNS} FROM measurements WHERE statistics IS NOT NULL")
+        return list(
+            self._decoded(
+                "measurements", rows, lambda digest, wants, *row: (digest, wish_of(wants), evaluation_of(row))
+            )
+        )
 
     def examples(self, subset: Subset) -> dict[str, int]:
         """The number of examples behind the scores, by objective. Objectives without scores by example are left out."""
-        query = "SELECT shapes FROM measurements WHERE wants = ? AND shapes IS NOT NULL LIMIT 1"
-        row = next(iter(self._rows(query, (wish_text(Scores(subset)),))), None)
-        if row is None and subset == "search":
+        query = "SELECT digest, shapes FROM measurements WHERE wants = ? AND shapes IS NOT NULL LIMIT 1"
+        found = next(self._decoded("measurements", self._rows(query, (wish_text(Scores(subset)),)), sizes_of), None)
+        if found is None and subset == "search":
             query = (
-                "SELECT shapes FROM evaluations JOIN trials USING (number) WHERE scored AND shapes IS NOT NULL LIMIT 1"
+                "SELECT number, shapes FROM evaluations JOIN trials USING (number) "
+                "WHERE scored AND shapes IS NOT NULL LIMIT 1"
             )
-            row = next(iter(self._rows(query)), None)
-        return {} if row is None else {name: size for name, _, size, _ in json.loads(row[0])}
+            found = next(self._decoded("evaluations", self._rows(query), sizes_of), None)
+        return found or {}
 
     def references(self) -> list[tuple[str, Genome]]:
-        """Names and genomes of the merges to compare with, in the order they were recorded."""
-        rows = self._rows("SELECT name, genome FROM reference_merges ORDER BY position")
-        return [(name, Genome.from_json(text)) for name, text in rows]
+        """Names and genomes of the merges to compare with, in the order they were recorded.
+
+        Raises:
+            JournalError: A genome is another's.
+        """
+        rows = self._rows("SELECT name, name, genome, digest FROM reference_merges ORDER BY position")
+        return list(
+            self._decoded(
+                "reference_merges", rows, lambda name, text, digest: (name, _same(Genome.from_json(text), digest))
+            )
+        )
 
     @property
     def version(self) -> int:
@@ -386,6 +425,11 @@ class Journal:
         found = next(iter(self._rows("SELECT " + ", ".join(f"(SELECT count(*) FROM {name})" for name in tables))))
         return tuple(found)
 
+    def sizes(self) -> dict[str, int]:
+        """The number of rows, by table."""
+        query = "SELECT " + ", ".join(f"(SELECT count(*) FROM {name})" for name in TABLES)
+        return dict(zip(TABLES, next(iter(self._rows(query))), strict=True))
+
     def snapshot(self, path: str | Path) -> None:
         """Copy the journal as it is now to ``path``, as one plain file, even while somebody writes it."""
         with explained(Path(path)), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
@@ -395,6 +439,10 @@ class Journal:
     def kept(self) -> set[int]:
         """Numbers of the trials whose residual is stored."""
         return {number for (number,) in self._rows("SELECT number FROM residuals")}
+
+    def dense(self) -> set[int]:
+        """Numbers of the trials that have a residual, whether it is stored or not."""
+        return {number for (number,) in self._rows("SELECT number FROM trials WHERE dense")}
 
     def digest(self) -> str:
         """A hash over the number, genome, scores and statistics of all evaluated trials, equal for equal searches."""
@@ -418,6 +466,20 @@ class Journal:
         with explained(self.path):
             yield from self._connection.execute(query, values)
 
+    def _decoded(self, table: str, rows: Iterable[Any], made: Callable[..., Made]) -> Iterator[Made]:
+        """What ``made`` makes of the values of each row after the first, which is its key.
+
+        Raises:
+            JournalError: A value is damaged.
+        """
+        for key, *values in rows:
+            try:
+                found = made(*values)
+            except UNDECODABLE as error:
+                place = f"{table}, trial {key}" if isinstance(key, int) else f"{table}, {key}"
+                raise damaged(self.path, place, f"a value cannot be read ({_in_short(error)})") from error
+            yield found
+
     def _residual(self, number: int) -> NDArray[np.float32]:
         row = next(iter(self._rows("SELECT residual FROM residuals WHERE number = ?", (number,))), None)
         if row is None:
@@ -426,3 +488,55 @@ class Journal:
                 "Choose a member that `ecotone front` lists.",
             )
         return np.frombuffer(row[0], "<f4").astype(np.float32)
+
+
+def _storable(note: Note) -> tuple[str, str]:
+    """A fact's name and text. Half a character of UTF-16, which no file can hold, is a question mark in it."""
+    return note.name, note.text.encode("utf-8", "replace").decode()
+
+
+def _there(file: Path) -> JournalError:
+    return JournalError(f"{file}: a run is there already.", f"Use `ecotone resume {file.parent}`, or another --out.")
+
+
+def _row(
+    number: int,
+    digest: str,
+    parents: str,
+    wants: str,
+    whole: int,
+    scores: str | None,
+    failure: str | None,
+    seconds: float,
+    when: float,
+    statistics: str | None,
+) -> Row:
+    gathered = statistics_of(statistics)
+    return Row(
+        number,
+        digest,
+        parents_of(parents),
+        scores_of(scores),
+        failure_of(failure),
+        float(seconds),
+        when,
+        None if gathered is None else gathered.digest,
+        wish_of(wants),
+        bool(whole),
+    )
+
+
+def _same(genome: Genome, digest: str) -> Genome:
+    """The genome, if its digest is the recorded one.
+
+    Raises:
+        ValueError: It is another's.
+    """
+    if genome.digest != digest:
+        raise ValueError(f"its genome has the digest {genome.digest}, and {digest} is recorded")
+    return genome
+
+
+def _in_short(error: BaseException) -> str:
+    text = error.message if isinstance(error, EcotoneError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:200].rstrip(".")

@@ -10,28 +10,46 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from ecotone.populations.database import damaged
 from ecotone.populations.errors import JournalError
+from ecotone.populations.sums import (
+    CHAINED,
+    EVALUATIONS,
+    EVENTS,
+    FACTS,
+    GRADIENTS,
+    REPLACED,
+    TRIALS,
+    Ledger,
+    Table,
+    recorded_seals,
+)
 
-FORMAT = 5
+FORMAT = 6
 
 SCHEMA = """
-CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER);
-CREATE TABLE trials (number INTEGER PRIMARY KEY, batch INTEGER NOT NULL, genome TEXT NOT NULL,
-    digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, wants TEXT NOT NULL,
+CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL, sum INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE seals (name TEXT PRIMARY KEY, rows INTEGER NOT NULL, sum INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE events (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, batch INTEGER NOT NULL, requested INTEGER,
+    sum INTEGER NOT NULL);
+CREATE TABLE trials (number INTEGER PRIMARY KEY, link INTEGER NOT NULL, sum INTEGER NOT NULL, batch INTEGER NOT NULL,
+    genome TEXT NOT NULL, digest TEXT NOT NULL, parents TEXT NOT NULL, dense INTEGER NOT NULL, wants TEXT NOT NULL,
     scored INTEGER NOT NULL);
-CREATE TABLE evaluations (number INTEGER PRIMARY KEY, scores TEXT, shapes TEXT, per_example BLOB, failure TEXT,
-    seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL, statistics TEXT);
-CREATE TABLE gradients (number INTEGER PRIMARY KEY, segments INTEGER NOT NULL, gradient BLOB NOT NULL);
-CREATE TABLE residuals (number INTEGER PRIMARY KEY, residual BLOB NOT NULL);
-CREATE TABLE measurements (digest TEXT NOT NULL, wants TEXT NOT NULL, scores TEXT, shapes TEXT, per_example BLOB,
-    failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT, time REAL NOT NULL,
-    statistics TEXT, PRIMARY KEY (digest, wants)) WITHOUT ROWID;
+CREATE TABLE evaluations (number INTEGER PRIMARY KEY, link INTEGER NOT NULL, sum INTEGER NOT NULL, scores TEXT,
+    shapes TEXT, per_example BLOB, failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT,
+    errors TEXT, time REAL NOT NULL, statistics TEXT);
+CREATE TABLE gradients (number INTEGER PRIMARY KEY, link INTEGER NOT NULL, sum INTEGER NOT NULL,
+    segments INTEGER NOT NULL, gradient BLOB NOT NULL);
+CREATE TABLE residuals (number INTEGER PRIMARY KEY, sum INTEGER NOT NULL, residual BLOB NOT NULL);
+CREATE TABLE measurements (digest TEXT NOT NULL, wants TEXT NOT NULL, sum INTEGER NOT NULL, scores TEXT, shapes TEXT,
+    per_example BLOB, failure TEXT, seconds REAL NOT NULL, items INTEGER NOT NULL, details TEXT, errors TEXT,
+    time REAL NOT NULL, statistics TEXT, PRIMARY KEY (digest, wants)) WITHOUT ROWID;
 CREATE TABLE reference_merges (name TEXT PRIMARY KEY, position INTEGER NOT NULL, genome TEXT NOT NULL,
-    digest TEXT NOT NULL) WITHOUT ROWID;
+    digest TEXT NOT NULL, sum INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 _TRIALS_4 = """
@@ -95,7 +113,41 @@ def _wishes(connection: sqlite3.Connection) -> None:
     connection.execute("DROP TABLE older")
 
 
-STEPS: Mapping[int, Callable[[sqlite3.Connection], None]] = {3: _several_tasks, 4: _wishes}
+def _sums(connection: sqlite3.Connection) -> None:
+    """5 to 6: every row has a checksum. The chain is in the order in which a manager writes."""
+    tables = (*CHAINED, *REPLACED)
+    for table in tables:
+        connection.execute(f"ALTER TABLE {table.name} RENAME TO older_{table.name}")
+    create(connection)
+    ledger = Ledger()
+
+    def rows(table: Table, condition: str, *values: int) -> list[tuple[Any, ...]]:
+        query = f"SELECT {', '.join(table.columns)} FROM older_{table.name} {condition}"
+        return connection.execute(query, values).fetchall()
+
+    def came(condition: str, *values: int) -> None:
+        for result in rows(EVALUATIONS, condition, *values):
+            ledger.append(connection, GRADIENTS, rows(GRADIENTS, "WHERE number = ?", result[0]))
+            ledger.append(connection, EVALUATIONS, [result])
+
+    connection.execute("CREATE INDEX trials_of_batch ON older_trials (batch)")
+    for _, kind, batch, requested in rows(EVENTS, "ORDER BY seq"):
+        if kind == "tell":
+            came("WHERE number IN (SELECT number FROM older_trials WHERE batch = ?) ORDER BY time, number", batch)
+        ledger.event(connection, kind, batch, requested)
+        if kind == "ask":
+            ledger.append(connection, TRIALS, rows(TRIALS, "WHERE batch = ? ORDER BY number", batch))
+    ledger.append(connection, TRIALS, rows(TRIALS, "WHERE number NOT IN (SELECT number FROM trials) ORDER BY number"))
+    came("WHERE number NOT IN (SELECT number FROM evaluations) ORDER BY time, number")
+    for table in REPLACED:
+        for row in connection.execute(f"SELECT {', '.join(table.columns)} FROM older_{table.name}"):
+            ledger.put(connection, table, row)
+    ledger.seal(connection)
+    for table in tables:
+        connection.execute(f"DROP TABLE older_{table.name}")
+
+
+STEPS: Mapping[int, Callable[[sqlite3.Connection], None]] = {3: _several_tasks, 4: _wishes, 5: _sums}
 """The steps to the next format, by the format that they begin with."""
 
 OLDEST = min(STEPS)
@@ -105,6 +157,15 @@ def create(connection: sqlite3.Connection) -> None:
     """Make the tables of today's format, inside a transaction."""
     for statement in SCHEMA.split(";")[:-1]:
         connection.execute(statement)
+
+
+def begin(connection: sqlite3.Connection, facts: Iterable[tuple[str, str]]) -> None:
+    """Make the tables of today's format with the texts of ``facts`` by name, inside a transaction."""
+    create(connection)
+    ledger = Ledger()
+    for name, text in (("format", str(FORMAT)), *facts):
+        ledger.put(connection, FACTS, (name, text))
+    ledger.seal(connection)
 
 
 def current(connection: sqlite3.Connection, file: Path, write: bool) -> sqlite3.Connection:
@@ -121,6 +182,11 @@ def current(connection: sqlite3.Connection, file: Path, write: bool) -> sqlite3.
     version = _checked(connection, file)
     if version == FORMAT:
         return connection
+    (text,) = connection.execute(
+        "PRAGMA quick_check(1)"
+    ).fetchone()  # it has no checksums: only its pages can be checked
+    if text != "ok":
+        raise damaged(file, "pages", " ".join(str(text).split()))
     if write:
         _migrate(connection, version)
         return connection
@@ -136,7 +202,7 @@ def _checked(connection: sqlite3.Connection, file: Path) -> int:
     """The format, if it can be read."""
     row = connection.execute("SELECT value FROM facts WHERE key = 'format'").fetchone()
     if row is None or not str(row[0]).isdigit():
-        raise JournalError(f"{file}: not a journal of Ecotone, or damaged (it has no format).")
+        raise damaged(file, "facts", "it has no format")
     version = int(row[0])
     if version > FORMAT:
         raise JournalError(
@@ -155,7 +221,9 @@ def _migrate(connection: sqlite3.Connection, version: int) -> None:
     try:
         for older in range(version, FORMAT):
             STEPS[older](connection)
-        connection.execute("UPDATE facts SET value = ? WHERE key = 'format'", (str(FORMAT),))
+        ledger = Ledger(recorded_seals(connection))
+        ledger.put(connection, FACTS, ("format", str(FORMAT)))
+        ledger.seal(connection)
         connection.execute("COMMIT")
     except BaseException:
         with contextlib.suppress(sqlite3.Error):

@@ -12,10 +12,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.trial import WISHES, Evaluation, Failure, Gathered, Trial, Wish
 
 COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors, statistics"
+UNDECODABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    zlib.error,
+    InputError,
+)
+"""All that reading a damaged value may raise."""
 
 
 @lru_cache(maxsize=8)
@@ -57,7 +70,7 @@ def evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
         _shapes_text(tuple(shapes)) if shapes else None,
         b"".join(blobs) if blobs else None,
         None if failure is None else json.dumps([failure.kind, failure.message, failure.details]),
-        float(evaluation.seconds),
+        float(evaluation.seconds) + 0.0,  # SQLite stores -0.0 as 0.0
         int(evaluation.items),
         json.dumps(dict(evaluation.details)) if evaluation.details else None,
         json.dumps(dict(evaluation.errors)) if evaluation.errors else None,
@@ -73,25 +86,40 @@ def _shapes_text(shapes: tuple[tuple[str, str, int, int], ...]) -> str:
 
 @lru_cache(maxsize=64)
 def _shapes(text: str) -> list[tuple[str, str, int, int]]:
-    return [(name, kind, size, length) for name, kind, size, length in json.loads(text)]
+    found = [(name, kind, size, length) for name, kind, size, length in _list(text)]
+    for name, kind, size, length in found:
+        _expect(type(name) is str and type(kind) is str, "names of objectives and types", text)
+        _expect(type(size) is int and type(length) is int and min(size, length) >= 0, "sizes", text)
+    return found
+
+
+def sizes_of(shapes: str) -> dict[str, int]:
+    """The number of examples by objective, of the column ``shapes``."""
+    return {name: size for name, _, size, _ in _shapes(shapes)}
 
 
 def evaluation_of(row: Sequence[Any]) -> Evaluation:
-    """The evaluation in a row of ``COLUMNS``, without its gradient."""
+    """The evaluation in a row of ``COLUMNS``, without its gradient.
+
+    Raises:
+        One of ``UNDECODABLE``: A value is damaged.
+    """
     scores, shapes, blob, failure, seconds, items, details, errors, statistics = row
     per_example, start = {}, 0
     for name, kind, size, length in _shapes(shapes) if shapes else ():
         per_example[name] = _unpacked(kind, size, blob[start : start + length])
         start += length
+    _expect(start == len(blob or b""), f"{start} bytes of scores by example", len(blob or b""))
+    _expect(type(seconds) is float and type(items) is int, "seconds and items", (seconds, items))
     return Evaluation(
         scores_of(scores) or {},
         per_example,
         failure_of(failure),
         seconds,
         items,
-        json.loads(details) if details else {},
-        errors=json.loads(errors) if errors else {},
-        statistics=None if statistics is None else Gathered(**json.loads(statistics)),
+        _object(details) if details else {},
+        errors=scores_of(errors) or {},
+        statistics=statistics_of(statistics),
     )
 
 
@@ -104,15 +132,73 @@ def _packed(values: NDArray[Any]) -> tuple[str, bytes]:
 
 def _unpacked(kind: str, size: int, blob: bytes) -> NDArray[Any]:
     if kind == "bit":
+        _expect(len(blob) == (size + 7) // 8, f"{size} bits", f"{len(blob)} bytes")
         return np.unpackbits(np.frombuffer(blob, np.uint8), count=size).astype(np.bool_)
-    return np.frombuffer(zlib.decompress(blob), kind)
+    form = np.dtype(kind)
+    _expect(form.kind in "fiu", "a type of numbers", kind)
+    most = size * form.itemsize
+    unpacker = zlib.decompressobj()
+    values = unpacker.decompress(blob, most + 1)  # no more than is expected, whatever the bytes are
+    _expect(
+        len(values) == most and unpacker.eof and not unpacker.unused_data, f"{most} bytes", f"{len(values)} or more"
+    )
+    return np.frombuffer(values, form)
+
+
+def gradient_of(segments: int, blob: bytes) -> NDArray[np.float64]:
+    """The (S, K) gradient in a row of ``gradients``."""
+    return np.frombuffer(blob, "<f8").astype(np.float64).reshape(segments, -1)
 
 
 def scores_of(scores: str | None) -> dict[str, float] | None:
     """Scores by objective."""
-    return None if scores is None else json.loads(scores)
+    if scores is None:
+        return None
+    found = _object(scores)
+    for value in found.values():
+        _expect(type(value) is float or type(value) is int, "scores that are numbers", value)
+    return found
 
 
 def failure_of(text: str | None) -> Failure | None:
     """The failure, if there is one."""
-    return None if text is None else Failure(*json.loads(text))
+    if text is None:
+        return None
+    kind, message, details = _list(text)
+    _expect(all(type(one) is str for one in (kind, message, details)), "three texts of a failure", text)
+    return Failure(kind, message, details)
+
+
+@lru_cache(maxsize=256)
+def parents_of(text: str) -> tuple[int, ...]:
+    """The numbers of a trial's parents."""
+    found = tuple(_list(text))
+    _expect(all(type(one) is int for one in found), "numbers of parents", text)
+    return found
+
+
+def statistics_of(text: str | None) -> Gathered | None:
+    """The place of statistics, if they were wanted."""
+    return None if text is None else Gathered(**_object(text))
+
+
+def _object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    _expect(type(found) is dict, "a JSON object", text)
+    return dict(found)
+
+
+def _list(text: str) -> list[Any]:
+    found = json.loads(text)
+    _expect(type(found) is list, "a JSON list", text)
+    return list(found)
+
+
+def _expect(true: bool, what: str, found: object) -> None:
+    """Refuse a damaged value.
+
+    Raises:
+        ValueError: It is not ``true`` that it is ``what``.
+    """
+    if not true:
+        raise ValueError(f"expected {what}, found {str(found)[:60]!r}")

@@ -841,7 +841,7 @@ def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
         carried_out("cma_es", path, Simulated())
 
 
-@pytest.mark.parametrize("damage", ["DELETE FROM evaluations WHERE number = 4", "DELETE FROM events WHERE seq = 1"])
+@pytest.mark.parametrize("damage", ["DELETE FROM evaluations WHERE number = 4", "DELETE FROM events WHERE seq = 4"])
 def test_a_damaged_journal_is_refused(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
     carried_out("random", path, Simulated(), Schedule(evaluations=9, batch=3, in_flight=9))

@@ -1,7 +1,8 @@
 """Journals that older Ecotones made: they are read as they are, migrated on resume, and what is unknown is refused.
 
 ``tests/journals`` holds real ones, made by the code that had format 3 and format 4: of AdaMerging (gradient trials) and
-of a race (samples), each whole and killed midway. Where paths were, they say FOLDER.
+of a race (samples), each whole and killed midway. Where paths were, they say FOLDER. Those of format 5 are of format 4,
+migrated by the code that had format 5.
 """
 
 from __future__ import annotations
