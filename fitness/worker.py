@@ -100,6 +100,7 @@ class Worker:
         tokenizer = None if spec.tokenizer is None else located(spec.tokenizer)
         self.files: Files = self._sources.files(tokenizer)
         """The models' files. They are looked at before and after each batch."""
+        self.files.hash()
         context = ObjectiveContext(self._device, self._backend.dtype, None if tokenizer is None else str(tokenizer))
         self._objectives: dict[str, list[Objective]] = {
             "search": [objective.build(context) for objective in spec.search],
@@ -136,7 +137,6 @@ class Worker:
             InputError: As for ``try_out`` and ``check_varied``, where the spec asks for the try-out.
             ModelChangedError: A model's file has changed since it was opened.
         """
-        contents = self.files.contents
         first = self.try_out() if self._spec.try_out else {}
         space = self._sources.space(self._spec.dense)
         words = "objectives.search.%s: %g for the first and for the last expert: does it depend on the model?"
@@ -147,7 +147,7 @@ class Worker:
         for name, value in same.items():
             _log.warning(words, name, value)
         self.files.look()
-        return replace(space, contents=contents)
+        return replace(space, contents=self.files.contents)
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
         """One evaluation a trial, in order, of what the trial wants.

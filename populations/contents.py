@@ -159,6 +159,12 @@ def entry(found: Content) -> dict[str, Any]:
     return {"xxh3_128": found.digest, "bytes": found.stamp.size}
 
 
+def digest_of(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """One hash of the entries of several files: that of the file where there is one."""
+    hashes = [f"{name} {one['xxh3_128']}" for name, one in sorted(files.items())]
+    return hashes[0].rpartition(" ")[2] if len(hashes) == 1 else xxh3_128("\n".join(hashes).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Change:
     """A file that is not as it was recorded.

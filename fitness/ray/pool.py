@@ -131,14 +131,15 @@ class RayPool:
         Raises:
             ModelChangedError: A file has changed.
         """
-        errors = self._cluster.ray.exceptions
-        for member in self._crew.ready[:1]:
-            try:
-                self._cluster.ray.get(member.actor.check_models.remote())
-            except errors.RayTaskError as error:
-                raise cause(error) from error
-            except errors.RayError as error:  # it has died, and another would have to read all of the files again
-                self._results.models.check_after_death(error)
+        errors, member = self._cluster.ray.exceptions, next(iter(self._crew.ready), None)
+        if member is None:
+            return
+        try:
+            self._cluster.ray.get(member.actor.check_models.remote())
+        except errors.RayTaskError as error:
+            raise cause(error) from error
+        except errors.RayError as error:  # it has died, and another would have to read all of the files again
+            self._results.models.check_after_death(error)
 
     def pids(self) -> list[int]:
         """Process ids of the workers that are ready."""

@@ -99,6 +99,14 @@ class Shard:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
+    def map(self) -> None:
+        """Map the file now, so that another file put in its place later is not read with this header.
+
+        Raises:
+            CheckpointError: There is another one in its place already.
+        """
+        assert self._bytes is not None
+
     def tensor(self, name: str) -> Tensor:
         """The tensor ``name``, mapped."""
         info, start = self.tensors[name], self.places[name]

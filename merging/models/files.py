@@ -47,8 +47,8 @@ class Files:
         if tokenizer is not None and tokenizer.is_dir():
             own = {name: tokenizer / name for name in _small(tokenizer) if tokenizer / name not in known}
             self.places |= {"models.tokenizer": own} if own else {}
-        shards = [shard for model in models.values() for shard in _shards(model)]
-        self._stamps: dict[Path, Stamp] = {shard.path: shard.stamp for shard in shards}
+        self._shards = [shard for model in models.values() for shard in _shards(model)]
+        self._stamps: dict[Path, Stamp] = {shard.path: shard.stamp for shard in self._shards}
         self._hashes: dict[Path, Content] = {}
 
     @property
@@ -56,14 +56,25 @@ class Files:
         """The files of weights, with what ``contents`` found in them."""
         return {path: self._hashes[path] for path in self._stamps}
 
-    @cached_property
-    def contents(self) -> Record:
-        """The hash and size of each file. Reads the files once, or takes the hashes that are remembered.
+    def hash(self) -> None:
+        """Find ``contents`` now, so that a file that is only touched later can be told from one that changes.
 
         Raises:
-            ModelChangedError: A file of weights has changed since it was opened.
+            ModelChangedError: As for ``contents``.
+            InputError: As for ``contents``.
+        """
+        assert self.contents is not None
+
+    @cached_property
+    def contents(self) -> Record:
+        """The hash and size of each file. Reads the files once, or takes the hashes that are remembered; maps weights.
+
+        Raises:
+            CheckpointError: A file of weights has changed since it was opened.
             InputError: A file cannot be read.
         """
+        for shard in self._shards:
+            shard.map()
         self._hashes = contents(path for places in self.places.values() for path in places.values())
         for path, opened in self._stamps.items():
             found = self._hashes[path].stamp
@@ -146,16 +157,18 @@ def after_death(mapped: Mapping[Path, Content]) -> str:
     Args:
         mapped: The content of each file as it was.
     """
-    for path, was in mapped.items():
-        try:
-            now = Stamp.of(path)
-            if now.size != was.stamp.size:
-                return f"{path} had {was.stamp.size:,} bytes and has {now.size:,}"
-            if now != was.stamp and content(path).digest != was.digest:
-                return f"{path} has other bytes than before"
-        except (OSError, InputError):
-            return f"{path} is gone"
-    return ""
+    return next(filter(None, (_other(path, was) for path, was in mapped.items())), "")
+
+
+def _other(path: Path, was: Content) -> str:
+    try:
+        now = Stamp.of(path)
+        if now.size != was.stamp.size:
+            return f"{path} had {was.stamp.size:,} bytes and has {now.size:,}"
+        same = now == was.stamp or content(path).digest == was.digest
+        return "" if same else f"{path} has other bytes than before"
+    except (OSError, InputError):
+        return f"{path} is gone"
 
 
 def _changed(path: Path, was: Stamp, now: Stamp | None, *digests: str) -> ModelChangedError:
