@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ecotone.experiments import compose, examples
+from ecotone.experiments.fingerprints import fingerprints
 from ecotone.experiments.recipe import Recipe, check_recipe
 from ecotone.extras import how_to_install
 from ecotone.fitness.callables import resolve
@@ -32,6 +34,7 @@ from ecotone.merging.models.names import names_of
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
 from ecotone.merging.sources import Sources
 from ecotone.merging.values import refuse_nan, with_nan
+from ecotone.populations.contents import SHOWN, digest_of
 from ecotone.populations.errors import InputError
 from ecotone.settings import Call, split_call
 
@@ -62,6 +65,7 @@ def validate(recipe: Recipe, *, headers: bool = False) -> list[Finding]:
     found = list(findings(composition))
     if not headers and composition.prepared and _device(recipe)[1]:
         found += _values(composition.sources)
+        found += _contents(composition)
         found += tried_out(composition)
     return found
 
@@ -76,6 +80,22 @@ def _values(sources: Sources) -> Iterator[Finding]:
     refuse_nan(with_nan(sources.layout, models))
     sources.check_kept()
     yield Finding("values", "no NaN among the weights")
+
+
+def _contents(composition: compose.Composition) -> Iterator[Finding]:
+    """The hashes of the models' files, and of the code and data that scores depend on."""
+    spec, began = composition.spec, time.perf_counter()
+    files = composition.sources.files(None if spec.tokenizer is None else located(spec.tokenizer))
+    for where, entries in files.contents.items():
+        size = sum(one["bytes"] for one in entries.values())
+        count = f"{len(entries)} file{'s' if len(entries) > 1 else ''}"
+        yield Finding(f"contents of {where}", f"{count}, {readable(size)}, xxh3_128 {digest_of(entries)}")
+    (size, cached), seconds = files.cached, time.perf_counter() - began
+    yield Finding(
+        "contents", f"{readable(size)} hashed in {seconds:.2g} s; of these {readable(cached)} were remembered"
+    )
+    for where, entries in fingerprints(composition.recipe, spec).items():
+        yield Finding(f"files of {where}", ", ".join(f"{n} {one['xxh3_128'][:SHOWN]}" for n, one in entries.items()))
 
 
 def tried_out(composition: compose.Composition) -> Iterator[Finding]:

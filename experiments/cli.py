@@ -64,6 +64,13 @@ ReferenceOption = Annotated[
 WorkersOption = Annotated[
     int | None, typer.Option(min=0, help="Number of Ray workers; 0 scores in this process. Overrides runtime.workers.")
 ]
+AcceptOption = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes",
+        help="Go on although models, code or data have changed since the run began. The run and its exports say so.",
+    ),
+]
 AddressOption = Annotated[
     str | None, typer.Option(help="Address of a Ray cluster to run on. Overrides runtime.address.")
 ]
@@ -136,6 +143,7 @@ def resume(
     ] = None,
     folder: jobs_cli.FolderOption = None,
     environment: jobs_cli.EnvironmentOption = None,
+    accept_changes: AcceptOption = False,
     log: LogOption = LogFormat.text,
     as_json: JsonOption = False,
 ) -> None:
@@ -146,7 +154,7 @@ def resume(
     """
     if address is not None and jobs_cli.is_server(address):
         changed = [*(settings or []), *([] if workers is None else [f"runtime.workers={workers}"])]
-        jobs_cli.resume(run, changed, folder, environment, address, as_json)
+        jobs_cli.resume(run, changed, folder, environment, address, as_json, accept_changes)
         return
     if folder is not None or environment:
         raise InputError("--folder, --env: expected with the http:// address of a cluster's dashboard, found without.")
@@ -168,7 +176,7 @@ def resume(
     chosen = Recipe.read_back(recorded, written_by, changes)
 
     def work(watcher: Watcher) -> Run:
-        return resume_run(found, changes, observe=watcher, notify=watcher.say)
+        return resume_run(found, changes, accept_changes=accept_changes, observe=watcher, notify=watcher.say)
 
     _drive(chosen, found.where, work, log, as_json)
 
@@ -301,7 +309,7 @@ def front(
     out.print(report.front_table(opened, members, None if choice is None else choice.member.id))
     for part in report.search_report(opened.report() or {}, opened.goals):
         out.print(part)
-    for text in report.front_lines(opened, volume, choice):
+    for text in (*report.front_lines(opened, volume, choice), *report.accepted_lines(opened)):
         out.print(text, soft_wrap=True)
 
 
@@ -376,6 +384,7 @@ def export(
     snap: Annotated[
         bool, typer.Option("--snap", help="With mergekit: move split points inside tensors to tensor borders.")
     ] = False,
+    accept_changes: AcceptOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a member's weights as a checkpoint, with a model card and the record for `verify`."""
@@ -389,12 +398,13 @@ def export(
         if register or alias:
             raise InputError(f"--register: expected --format checkpoint with it, found --format {kind.value}.")
         if kind is ExportFormat.lora:
-            _export_lora(opened, trial.number, to, rank, as_json)
+            _export_lora(opened, trial.number, to, rank, as_json, accept_changes)
         else:
-            _export_mergekit(opened, trial.number, to, snap, as_json)
+            _export_mergekit(opened, trial.number, to, snap, as_json, accept_changes)
         return
     registrar = _registrar(opened, register, alias)
-    path = opened.export(trial.number, to)
+    with users_code():
+        path = opened.export(trial.number, to, accept_changes=accept_changes)
     version = registrar.register(path) if registrar else None
     if as_json:
         registered = {} if version is None else {"registered": vars(version)}
@@ -406,12 +416,12 @@ def export(
         typer.echo(f"MLflow has it as {version.uri}, version {version.version} of {version.name}.{where}")
 
 
-def _export_lora(run: Run, member: int, to: Path, rank: int | None, as_json: bool) -> None:
+def _export_lora(run: Run, member: int, to: Path, rank: int | None, as_json: bool, accept: bool) -> None:
     from ecotone.experiments import report
     from ecotone.experiments.exports import export_lora
 
     with users_code():
-        found = export_lora(run, member, to, rank)
+        found = export_lora(run, member, to, rank, accept_changes=accept)
     merged = found.adapter
     if as_json:
         print_json({"member": member, "path": str(to), **found.record()})
@@ -427,12 +437,12 @@ def _export_lora(run: Run, member: int, to: Path, rank: int | None, as_json: boo
         report.console().print(report.lines(_score_rows(found.scores)))
 
 
-def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool) -> None:
+def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool, accept: bool) -> None:
     from ecotone.experiments import report
     from ecotone.experiments.exports import export_mergekit, rescored
 
-    merge = export_mergekit(run, member, to, snap)
     with users_code():
+        merge = export_mergekit(run, member, to, snap, accept_changes=accept)
         scores = rescored(run, merge.genome) if merge.snap else {}
     if as_json:
         moved = {} if merge.snap is None else {"snap": str(merge.snap), "scores": scores}
@@ -642,7 +652,7 @@ def _drive(recipe: Recipe, place: str, work: Callable[[Watcher], Run], log: LogF
         return
     out = report.console()
     out.print(report.closing_table(finished))
-    for text in report.search_warnings(finished.report() or {}):
+    for text in (*report.search_warnings(finished.report() or {}), *report.accepted_lines(finished)):
         out.print(text, soft_wrap=True)
     out.print(f"\nThe run is in {finished.where}. What next:", soft_wrap=True)
     for command, text in (

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecotone.experiments import compose, preparation
+from ecotone.experiments.accepted import in_words
+from ecotone.experiments.changes import ForExport, check_record
 from ecotone.experiments.mergekit import MergekitMerge, mergekit_config
 from ecotone.experiments.recipe import Recipe, algorithm_of
 from ecotone.experiments.storage import on_this_machine
@@ -43,7 +45,7 @@ ANCESTORS = 200
 _log = logging.getLogger("ecotone")
 
 
-def export(run: Run, member: int | str, to: str | Path) -> Path:
+def export(run: Run, member: int | str, to: str | Path, *, accept_changes: bool = False) -> Path:
     """Write a member's weights, exactly as they were scored.
 
     Args:
@@ -52,32 +54,35 @@ def export(run: Run, member: int | str, to: str | Path) -> Path:
         to: A path that ends in ``.safetensors`` for one plain file; otherwise a new directory with the weights, a
             model card (``README.md``) and the record ``ecotone.json``. From Hugging Face models it gets their
             configuration and tokenizer and loads with ``from_pretrained``.
+        accept_changes: Export although models, code or data have changed since the run began; it is recorded.
 
     Returns:
         ``to`` as a path.
 
     Raises:
-        EcotoneError: There is no such member, the models are gone, or the target is in the way.
+        EcotoneError: There is no such member, the models are gone or have changed, or the target is in the way.
     """
     target = on_this_machine(to, "to")
     trial = run.trial(member)
     scored = run.scored(trial.number)
+    if target.suffix in (".yaml", ".yml"):
+        raise InputError(f"{target}: expected a directory or a .safetensors file.", "For a .yaml: --format mergekit.")
     recipe = _recipe(run)
-    sources, dtype = _opened(recipe)
+    sources, dtype, unchanged = _opened(run, recipe, accept_changes)
     record = {
         **_record(run, recipe, trial, scored),
         "operator": operator_record(sources.tuned(trial.genome).operator),
         "models": models_record(sources),
+        **unchanged.record,
     }
-    if target.suffix in (".yaml", ".yml"):
-        raise InputError(f"{target}: expected a directory or a .safetensors file.", "For a .yaml: --format mergekit.")
-    if target.suffix == ".safetensors":
-        return export_file(sources, trial.genome, target, record, dtype)
     card = model_card(record, scored, sources)
-    if sources.configured.is_hugging_face:
-        return export_directory(sources, trial.genome, target, card, record, dtype)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return export_plain_directory(sources, trial.genome, target, card, record, dtype)
+    with unchanged.watched(target):
+        if target.suffix == ".safetensors":
+            return export_file(sources, trial.genome, target, record, dtype)
+        if sources.configured.is_hugging_face:
+            return export_directory(sources, trial.genome, target, card, record, dtype)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return export_plain_directory(sources, trial.genome, target, card, record, dtype)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,9 @@ class LoraExport:
         return {**self.adapter.record(), **({} if self.scores is None else {"scores": self.scores})}
 
 
-def export_lora(run: Run, member: int | str, to: str | Path, rank: int | None = None) -> LoraExport:
+def export_lora(
+    run: Run, member: int | str, to: str | Path, rank: int | None = None, *, accept_changes: bool = False
+) -> LoraExport:
     """Write a member that is a merge of adapters as an adapter of their base.
 
     Args:
@@ -105,6 +112,7 @@ def export_lora(run: Run, member: int | str, to: str | Path, rank: int | None = 
         member: A trial's number, or ``best``.
         to: A new directory, for what PEFT loads, the model card and the record ``ecotone.json``.
         rank: The highest rank of a module's update; None for that of the recipe, or else as many as the merge has.
+        accept_changes: As for ``export``.
 
     Returns:
         The adapter. One that was cut here, and not by the recipe, is scored again; its record has its own scores.
@@ -119,15 +127,17 @@ def export_lora(run: Run, member: int | str, to: str | Path, rank: int | None = 
     trial = run.trial(member)
     scored = run.scored(trial.number)
     recipe = _recipe(run)
-    sources, _ = _opened(recipe)
+    sources, _, unchanged = _opened(run, recipe, accept_changes)
     merged = merged_adapter(sources, trial.genome, rank or sources.rank)
     record = {
         **_record(run, recipe, trial, scored),
         "operator": operator_record(sources.tuned(trial.genome).operator),
         "models": models_record(sources),
         "adapter": merged.record(),
+        **unchanged.record,
     }
-    export_adapter(merged, target, sources.tokenizer, model_card(record, scored, sources), record)
+    with unchanged.watched(target):
+        export_adapter(merged, target, sources.tokenizer, model_card(record, scored, sources), record)
     if merged.exact or rank in (None, sources.rank):
         return LoraExport(merged, None)
     scores = _scored_alone(target, record)
@@ -137,7 +147,9 @@ def export_lora(run: Run, member: int | str, to: str | Path, rank: int | None = 
     return LoraExport(merged, {subset: found for subset, found in scores.items() if found})
 
 
-def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = False) -> MergekitMerge:
+def export_mergekit(
+    run: Run, member: int | str, to: str | Path, snap: bool = False, *, accept_changes: bool = False
+) -> MergekitMerge:
     """Write a member as the file from which mergekit makes the weights that were scored.
 
     Args:
@@ -145,6 +157,7 @@ def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = Fa
         member: A trial's number, or ``best``.
         to: A new file that ends in ``.yaml`` or ``.yml``.
         snap: Move split points inside tensors to tensor borders. The result says how much that changed.
+        accept_changes: As for ``export``.
 
     Returns:
         The file's content and its genome. After a snap, ``rescored`` measures that genome.
@@ -160,15 +173,16 @@ def export_mergekit(run: Run, member: int | str, to: str | Path, snap: bool = Fa
         raise InputError(f"{target}: the file exists.", "Choose another name, or remove it.")
     trial = run.trial(member)
     run.scored(trial.number)
-    sources, dtype = _opened(_recipe(run))
+    sources, dtype, unchanged = _opened(run, _recipe(run), accept_changes)
     merge = mergekit_config(trial.genome, sources, dtype, snap)
     made_by = merge.command(Path(target.name))
     title = f"{run.name}, member {trial.number}, found by Ecotone. Make it: {made_by}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(merge.text(title), "utf-8")
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror or error}).") from error
+    with unchanged.watched(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(merge.text(title), "utf-8")
+        except OSError as error:
+            raise InputError(f"{target}: cannot be written ({error.strerror or error}).") from error
     return merge
 
 
@@ -186,12 +200,16 @@ def rescored(run: Run, genome: Genome) -> dict[str, dict[str, float]]:
         return {subset: dict(_measured(pool, genome, subset)) for subset in subsets}
 
 
-def _opened(recipe: Recipe) -> tuple[Sources, str | None]:
-    """A recipe's models, and the type that its merges are scored in; None where each tensor keeps its own."""
+def _opened(run: Run, recipe: Recipe, accept: bool) -> tuple[Sources, str | None, ForExport]:
+    """A run's models, the type that its merges are scored in (None where each tensor keeps its own), and their files.
+
+    Raises:
+        InputError: Models, code or data have changed since the run began, and that is not accepted.
+    """
     spec = compose.worker_spec(recipe, preparation.prepare(recipe))
     sources = open_sources(spec)
     own = None if spec.architecture is None else str(sources.layout.dtype).split(".")[-1]
-    return sources, recipe.merge.dtype or own
+    return sources, recipe.merge.dtype or own, ForExport(run, recipe, spec, sources, accept)
 
 
 def operator_record(operator: Operator) -> dict[str, Any]:
@@ -280,10 +298,17 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
             *base,
             *(dense if record["dense"] else ["| source | mean coefficient |", "| --- | --- |", *made, ""]),
             *_score_lines(scored),
+            *_changes(record),
             "`ecotone.json` holds the genome, the lineage and the recipe. Check it with `ecotone verify DIR`.",
             "",
         ]
     )
+
+
+def _changes(record: Mapping[str, Any]) -> list[str]:
+    accepted = record.get("accepted_changes") or ()
+    lines = ["Scores from before and after these changes are compared with each other:", ""] if accepted else []
+    return [*lines, *(f"- {in_words(one)}" for one in accepted), *([""] if accepted else [])]
 
 
 def _in_words(operator: Mapping[str, Any]) -> str:
@@ -348,6 +373,7 @@ def _scored_alone(target: Path, record: Mapping[str, Any]) -> dict[Subset, Mappi
     recipe = _read_back(record["recipe"], record.get("versions", {}).get("ecotone", ""))
     paths = compose.python_paths(tuple(record.get("sys_path", ())))
     spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
+    check_record(record, recipe, spec)
     alone: dict[str, Any] = {
         "experts": (str(target),),
         "base": spec.base if is_adapter(target) else None,

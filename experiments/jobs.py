@@ -89,12 +89,14 @@ class Parcel:
             working directory, or that directory.
         environment: Variables of the job and of its workers. Everybody who can read the cluster's jobs can read them.
         grace: Seconds that a stopped run waits for candidates in flight; None for as many as before, or 30.
+        accept_changes: Whether a resumed run goes on although models, code or data have changed since it began.
     """
 
     settings: Sequence[str] = ()
     folder: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     grace: float | None = None
+    accept_changes: bool = False
 
 
 class JobServer:
@@ -201,7 +203,8 @@ class JobServer:
         names = (last.run if number == 1 else f"{last.run}-{number}" for number in range(1, len(taken) + 2))
         free = next(name for name in names if name not in taken)
         job = Job(free, last.run, "pending", last.out, str(_checked_folder(folder)), last.grace)
-        return self._start(job, ["resume", _checked(last.out)], parcel)
+        accepting = ["--accept-changes"] if parcel.accept_changes else []
+        return self._start(job, ["resume", _checked(last.out), *accepting], parcel)
 
     def logs(self, job: Job) -> str:
         """The log of a job so far."""

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from ecotone.experiments.accepted import accepted_texts
 from ecotone.experiments.runs import Run, Scored, points_of
 from ecotone.populations.fronts import hypervolume
 from ecotone.populations.trial import Goal, oriented
@@ -117,6 +118,12 @@ def closing_table(run: Run) -> Table:
     for member in spread(front, SHOWN):
         table.add_row(*score_row(f"front (member {member.id})", member, run.goals, run.held_out_goals))
     return table
+
+
+def accepted_lines(run: Run) -> list[str]:
+    """The changes of models, code and data that were accepted: scores before and after are of different things."""
+    with run.journal() as journal:
+        return [f"Warning: {text}." for text in accepted_texts(journal)]
 
 
 def front_table(run: Run, members: Sequence[Scored], chosen: int | str | None = None) -> Table:
@@ -362,6 +369,8 @@ def status_table(status: Mapping[str, object]) -> Table:
 def _in_words(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_in_words(one)}" for key, one in value.items() if one not in (None, "", {}, []))
+    if isinstance(value, list):
+        return "\n".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -16,12 +16,23 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ecotone.experiments import beginnings, checks, compose, logs, preparation, storage, tracking
+from ecotone.experiments import (
+    beginnings,
+    bus_errors,
+    changes,
+    checks,
+    compose,
+    logs,
+    preparation,
+    storage,
+    tracking,
+)
+from ecotone.experiments.fingerprints import fingerprints
 from ecotone.experiments.recipe import Recipe, check_recipe, check_resumable
 from ecotone.experiments.runs import Run, check_search, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.experiments.words import wrote
-from ecotone.fitness.pools import Pool
+from ecotone.fitness.pools import Pool, ReadsModels
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.values import refuse_nan
 from ecotone.populations import facts
@@ -79,13 +90,16 @@ def launch(
         composition = _checked(recipe, paths, notify)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
-        with compose.make_pool(recipe, replace(composition.spec, try_out=True)) as pool:
+        before = fingerprints(recipe, composition.spec)
+        pool = compose.make_pool(recipe, replace(composition.spec, try_out=True))
+        with _deaths_told(recipe, place), pool:
             space = pool.start()
             _check_numbers(space, notify)
             pair = composition.search(space)
             beginning.make_room(recipe.text())
             _write_recipe(recipe, directory)
-            with Journal.create(directory / JOURNAL, _notes(recipe, space, paths), beginning.lock) as journal:
+            notes = [*_notes(recipe, space, paths), *changes.opening(recipe, composition.spec, space, before)]
+            with Journal.create(directory / JOURNAL, notes, beginning.lock) as journal:
                 _carry_out(composition, pair, place, journal, pool, space, observe, notify)
     return Run(directory)
 
@@ -94,6 +108,7 @@ def resume(
     run: str | Path | Run,
     settings: Mapping[str, Any] | None = None,
     *,
+    accept_changes: bool = False,
     observe: Observer = lambda progress: None,
     notify: Notify = lambda text: None,
 ) -> Run:
@@ -102,6 +117,7 @@ def resume(
     Args:
         run: The run, or its directory or URL.
         settings: Fields of ``runtime``, ``tracking`` and ``budget`` to replace, by dotted name.
+        accept_changes: Go on although files of models, code or data have changed since the run began; it is recorded.
         observe: As for ``launch``.
         notify: As for ``launch``.
 
@@ -122,10 +138,14 @@ def resume(
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
         composition = compose.Composition(recipe, paths)
-        with compose.make_pool(recipe, composition.spec) as pool:
+        compared = changes.Comparison(journal, recipe, composition.spec, accept_changes, "resume", notify)
+        compared.check_code()
+        with _deaths_told(recipe, place), compose.make_pool(recipe, composition.spec) as pool:
             space = pool.start()
             _check_numbers(space, notify)
-            same_models(journal, space)
+            compared.check_models(space.contents)
+            compared.check_geometry(space)
+            compared.record(space)
             journal.note(facts.RECIPE, recipe.record())
             journal.note(facts.BUDGET, recipe.budget.model_dump(mode="json"))
             journal.note(facts.TRACKING, recipe.tracking.recorded(journal.fact(facts.TRACKING) or {}))
@@ -204,6 +224,9 @@ def _carry_out(
             journal.note(facts.REPORT, search.report())
         notify("Scoring the front on held-out data ...")
         _judge(composition, journal, pool, space)
+        if isinstance(pool, ReadsModels):
+            pool.check_models()
+        deque(map(notify, changes.late(journal, recipe, composition.spec)), maxlen=0)
         journal.note(facts.STATE, "finished")
 
 
@@ -245,6 +268,13 @@ def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tup
     for name, row in zip(experts, space.seeds, strict=True):
         yield name, Genome.uniform(space.size, row)
     yield named(f"average{changed}"), Genome.uniform(space.size, space.seeds.mean(axis=0))
+
+
+def _deaths_told(recipe: Recipe, place: Place) -> contextlib.AbstractContextManager[None]:
+    """Words on a death of this process, where it scores itself."""
+    if recipe.runtime.pool != "serial":
+        return contextlib.nullcontext()
+    return bus_errors.told(f"`ecotone resume {place.where}` names the file.")
 
 
 @contextlib.contextmanager
@@ -331,7 +361,6 @@ def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.N
         facts.HELD_OUT_GOALS.note(compose.goals_of(objectives.held_out)),
         facts.BUDGET.note(recipe.budget.model_dump(mode="json")),
         facts.TRACKING.note(recipe.tracking.recorded()),
-        facts.VERSIONS.note(compose.versions()),
         facts.MODELS.note(space.seed_names),
         facts.SYS_PATH.note(paths),
         facts.GEOMETRY.note(space.gram.prefix[-1].tolist()),
@@ -376,19 +405,6 @@ def _check_numbers(space: Space, notify: Notify) -> None:
     infinite = [name for name, square in zip(space.sources, squares, strict=True) if np.isinf(square)]
     if infinite:
         notify(f"Warning: the weights of {', '.join(infinite)} hold infinity, or are too large to be squared.")
-
-
-def same_models(journal: Journal, space: Space) -> None:
-    """Refuse to go on with other weights than the run began with: their inner products tell."""
-    known = journal.fact(facts.GEOMETRY)
-    if known is None:  # lost with a damaged journal, as `ecotone check --repair` has said
-        return
-    recorded = np.asarray(known)
-    if recorded.shape != space.gram.prefix[-1].shape or not np.allclose(recorded, space.gram.prefix[-1], rtol=1e-6):
-        raise InputError(
-            "models: their weights are not those that the run began with (their inner products differ).",
-            "Restore the files, or start a new run.",
-        )
 
 
 def _tell_unused(recipe: Recipe, notify: Notify) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ecotone.experiments import storage
+from ecotone.experiments.accepted import accepted_texts
 from ecotone.experiments.storage import JOURNAL as JOURNAL
 from ecotone.populations import facts
 from ecotone.populations.errors import InputError
@@ -125,6 +126,7 @@ class Run:
                 "best": None if best is None else {"id": best.number, "scores": best.scores},
                 "front_size": len(front),
                 **self._hypervolume(rows, front, {}),
+                "accepted_changes": accepted_texts(journal),
                 "stop_reason": journal.fact(facts.STOP_REASON),
                 "error": journal.fact(facts.ERROR),
                 "versions": journal.fact(facts.VERSIONS) or {},
@@ -247,11 +249,11 @@ class Run:
                 raise InputError(f"member {number}: {why}.", f"`ecotone front {self.where}` lists members with scores.")
             return _scored(journal, row)
 
-    def export(self, member: int | str, to: str | Path) -> Path:
+    def export(self, member: int | str, to: str | Path, *, accept_changes: bool = False) -> Path:
         """Write a member's weights: see ``ecotone.experiments.exports.export``."""
         from ecotone.experiments.exports import export
 
-        return export(self, member, to)
+        return export(self, member, to, accept_changes=accept_changes)
 
 
 def check_search(journal: Journal, where: str) -> None:

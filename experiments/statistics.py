@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ecotone.experiments import compose, preparation
+from ecotone.experiments.changes import same_contents, same_models
 from ecotone.experiments.recipe import Recipe, check_recipe
-from ecotone.experiments.running import Notify, references, same_models
+from ecotone.experiments.running import Notify, references
 from ecotone.experiments.storage import JOURNAL, on_this_machine
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.statistics.cache import Cache
@@ -139,6 +140,7 @@ def _journal(file: Path, recipe: Recipe, space: Space, paths: tuple[str, ...]) -
                 facts.SIGNATURE.note(recipe.signature),
                 facts.MODELS.note(space.seed_names),
                 facts.GEOMETRY.note(space.gram.prefix[-1].tolist()),
+                facts.CONTENTS.note(space.contents),
                 facts.VERSIONS.note(compose.versions()),
                 facts.SYS_PATH.note(paths),
                 facts.STATE.note("finished"),  # there is no search to be gone on with
@@ -148,6 +150,7 @@ def _journal(file: Path, recipe: Recipe, space: Space, paths: tuple[str, ...]) -
     try:
         if journal.fact(facts.SIGNATURE) != recipe.signature:
             raise InputError(f"{file.parent}: another recipe's journal is there.", "Choose another --out.")
+        same_contents(journal, space)
         same_models(journal, space)
     except BaseException:
         journal.close()

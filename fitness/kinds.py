@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -73,6 +74,10 @@ _CALLS: tuple[Callable[[Any], bool], str] = (
     lambda answer: isinstance(answer, Sequence) and all(isinstance(one, NamedCall) for one in answer),
     "a sequence of NamedCall",
 )
+_PATHS: tuple[Callable[[Any], bool], str] = (
+    lambda answer: isinstance(answer, Sequence) and all(isinstance(one, Path) for one in answer),
+    "a sequence of paths",
+)
 
 
 class ObjectiveSettings(Kind):
@@ -105,6 +110,7 @@ class ObjectiveSettings(Kind):
         "calls": _CALLS,
         "describe": TEXT,
         "examine": (lambda answer: isinstance(answer, Iterator), "an iterator of facts"),
+        "reads": _PATHS,
         "with_paths": ANYTHING,
     }
 
@@ -150,6 +156,14 @@ class ObjectiveSettings(Kind):
         """
         return iter(())
 
+    def reads(self) -> Sequence[Path]:
+        """The files and folders that scores depend on, beside those of its functions and their arguments.
+
+        Their bytes are recorded when a run begins. A run does not go on with others without the user's word.
+        """
+        named = [getattr(self, field) for field in self.paths]
+        return [Path(name).expanduser() for one in named for name in ([one] if isinstance(one, str) else one or ())]
+
     def with_paths(self, resolve: Located) -> Self:
         """The same settings with the paths of their files put through ``resolve``."""
         changed = {name: expanded(getattr(self, name), resolve) for name in self.paths}
@@ -185,6 +199,7 @@ class CalibrationSettings(Kind):
         "build": (lambda answer: hasattr(answer, "loss"), "a calibration task"),
         "calls": _CALLS,
         "describe": TEXT,
+        "reads": _PATHS,
     }
 
     @property
@@ -216,6 +231,10 @@ class CalibrationSettings(Kind):
     def calls(self) -> Sequence[NamedCall]:
         """The Python functions that it names."""
         return _calls(self)
+
+    def reads(self) -> Sequence[Path]:
+        """The files and folders that gradients depend on, beside those of its functions and their arguments."""
+        return ()
 
     def describe(self) -> str:
         """The task in words, as ``ecotone validate`` tells it."""

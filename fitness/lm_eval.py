@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -127,6 +128,10 @@ class LmEvalSettings(ObjectiveSettings):
             )
         documents = f"{task.documents} of {task.available} documents"
         yield f"lm_eval {self.task}", f"{task.metric} on {documents}, {task.kind}"
+
+    def reads(self) -> Sequence[Path]:
+        """The task's file in ``folder``, all that it includes, its Python files, and data that lie on this machine."""
+        return [] if self.folder is None else _files_of(Path(self.folder), self.task)
 
     def build(self, context: ObjectiveContext) -> LanguageTask:
         """The objective, everything tokenised.
@@ -873,6 +878,34 @@ def _with_includes(path: Path) -> Iterator[tuple[Path, dict[str, Any], list[str]
         yield here, config, functions
         included = config.get("include") or []
         waiting += [(here.parent / each).resolve() for each in ([included] if isinstance(included, str) else included)]
+
+
+def _files_of(folder: Path, task: str) -> list[Path]:
+    """The files that a task in a folder is made of; all of the folder's where its own file is not found."""
+    found: list[Path] = []
+    for path in sorted(folder.glob("**/*.yaml")):
+        try:
+            parts = list(_with_includes(path))
+        except (yaml.YAMLError, OSError):
+            continue
+        if any(config.get("task") == task for _, config, _ in parts):
+            for part, config, functions in parts:
+                found += [part, *(part.parent / f"{name.rpartition('.')[0]}.py" for name in functions)]
+                found += _data_of(config)
+    return list(dict.fromkeys(found)) or [folder]
+
+
+def _data_of(config: Mapping[str, Any]) -> Iterator[Path]:
+    """The files and folders of data that a task's file names, as far as they lie on this machine."""
+    waiting: list[Any] = [config.get("dataset_path"), (config.get("dataset_kwargs") or {})]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and (os.sep in value or Path(value).suffix) and Path(value).exists():
+            yield Path(value)
 
 
 def _parsed(path: Path) -> tuple[dict[str, Any], list[str]]:

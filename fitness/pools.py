@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -79,6 +79,18 @@ class Pool(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsModels(Protocol):
+    """A pool that can tell whether the models' files are as they were when its workers opened them."""
+
+    def check_models(self) -> None:
+        """Compare the hashes of all files with the first ones.
+
+        Raises:
+            ModelChangedError: A file has changed.
+        """
+
+
 QUICK = 0.02
 """Seconds for which the serial pool may keep results back to score several batches in one go."""
 
@@ -138,6 +150,15 @@ class SerialPool:
         evaluations = iter(self._worker.measure([trial for batch in batches for trial in batch.trials]))
         self._pace = (time.perf_counter() - began) / max(1, sum(len(batch.trials) for batch in batches))
         return [(batch, list(islice(evaluations, len(batch.trials)))) for batch in batches]
+
+    def check_models(self) -> None:
+        """Compare the hashes of the models' files with those that were found first.
+
+        Raises:
+            ModelChangedError: A file has changed.
+        """
+        if self._worker is not None:
+            self._worker.files.check()
 
     def close(self) -> None:
         """Drop the batches in flight and restore torch's number of threads."""

@@ -27,6 +27,7 @@ from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.statistics.gather import Gatherer, NotFiniteError
 from ecotone.fitness.statistics.kinds import Data
 from ecotone.merging.models.checkpoint import located
+from ecotone.merging.models.files import Files
 from ecotone.merging.placement import Free, Needs, settled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest, told
@@ -96,8 +97,11 @@ class Worker:
         self._place()
         kind = _kind(spec, self._sources)
         self._backend = spec.backend.make(BackendContext(self._sources, spec.architecture, self._device, kind))
-        tokenizer = None if spec.tokenizer is None else str(located(spec.tokenizer))
-        context = ObjectiveContext(self._device, self._backend.dtype, tokenizer)
+        tokenizer = None if spec.tokenizer is None else located(spec.tokenizer)
+        self.files: Files = self._sources.files(tokenizer)
+        """The models' files. They are looked at before and after each batch."""
+        self.files.hash()
+        context = ObjectiveContext(self._device, self._backend.dtype, None if tokenizer is None else str(tokenizer))
         self._objectives: dict[str, list[Objective]] = {
             "search": [objective.build(context) for objective in spec.search],
             "held_out": [objective.build(context) for objective in spec.held_out],
@@ -127,10 +131,11 @@ class Worker:
         self._sources.held.place(device, settled(spec.sources, needs, free, share, device))
 
     def space(self) -> Space:
-        """The search's view of the models: layout and inner products. Streams the sources once.
+        """The search's view of the models: layout, inner products, hashes of files. Streams the sources once.
 
         Raises:
             InputError: As for ``try_out`` and ``check_varied``, where the spec asks for the try-out.
+            ModelChangedError: A model's file has changed since it was opened.
         """
         first = self.try_out() if self._spec.try_out else {}
         space = self._sources.space(self._spec.dense)
@@ -141,19 +146,26 @@ class Worker:
         self.check_varied(same)
         for name, value in same.items():
             _log.warning(words, name, value)
-        return space
+        self.files.look()
+        return replace(space, contents=self.files.contents)
 
     def measure(self, trials: Sequence[Trial]) -> list[Evaluation]:
         """One evaluation a trial, in order, of what the trial wants.
 
-        A trial that cannot be measured has a failure; the others are unaffected.
+        A trial that cannot be measured has a failure; the others are unaffected. While a model's file is touched, its
+        bytes may be others for a moment, so the trials are then measured again.
 
         Raises:
+            ModelChangedError: A model's file has changed since it was opened; nothing that was measured now counts.
             WorkerBrokenError: One has broken the GPU's context, as an assertion in a kernel does. Make another worker
                 in another process.
         """
-        runs = groupby(trials, lambda trial: type(trial.wants))
-        return [evaluation for wish, run in runs for evaluation in self._measures[wish](list(run))]
+        self.files.look()
+        while True:
+            runs = groupby(trials, lambda trial: type(trial.wants))
+            found = [evaluation for wish, run in runs for evaluation in self._measures[wish](list(run))]
+            if not self.files.look():
+                return found
 
     def _scored(self, trials: Sequence[Trial]) -> list[Evaluation]:
         group = self._backend.group

@@ -22,6 +22,7 @@ from ecotone.merging.kernel.lazy import fill
 from ecotone.merging.kernel.materialise import SMALL, Mixture, Stretch, Transform, mix
 from ecotone.merging.memory import TUNED, Memory
 from ecotone.merging.models import configs, formats, matching, preflight, tokenizers
+from ecotone.merging.models.files import Files
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.matching import MERGED, NONE_APART, Apart, Treatment
 from ecotone.merging.models.model import Model, declared
@@ -160,6 +161,16 @@ class Sources:
     def models(self) -> tuple[Model, ...]:
         """The base, if there is one, and the experts."""
         return self.experts if self.base is None else (self.base, *self.experts)
+
+    def files(self, tokenizer: Path | None = None) -> Files:
+        """The files that they are read from.
+
+        Args:
+            tokenizer: The folder of the tokenizer that objectives read; None where they read none.
+        """
+        base = {} if self.base is None else {"models.base": self.base}
+        experts = {f"models.experts[{number}]": expert for number, expert in enumerate(self.experts)}
+        return Files({**base, **experts}, tokenizer)
 
     @property
     def configured(self) -> Model:

@@ -91,6 +91,18 @@ COMPONENTS = _object(
 )
 BUDGET = _object("budget", "Evaluations and seconds after which the search ends; null for no limit.")
 TRACKING = _object("tracking", "The trackers that the run is mirrored to, by name, each with its settings.")
+CONTENTS = _object(
+    "contents", "The hashes of the models' files (xxh3_128), by the field that names the model and by the file."
+)
+FINGERPRINTS = _object(
+    "fingerprints", "The hashes of the code and data that scores depend on, by the field that reads them and by file."
+)
+ACCEPTED: Fact[list[dict[str, Any]]] = Fact(
+    "accepted_changes",
+    "Changes of files that the user has accepted since the run began: what, when, and after how many evaluations.",
+    json.loads,
+    _json,
+)
 VERSIONS = _object("versions", "Versions of the packages that results depend on.")
 SYS_PATH: Fact[tuple[str, ...]] = Fact(
     "sys_path", "Folders of the user's own modules; the last is the working directory.", _strings, _json
@@ -103,6 +115,7 @@ REPORT = _object("report", "The search's own report at its end.")
 
 FACTS: tuple[Fact[Any], ...] = (
     *(FORMAT_OF, CREATED, NAME, RECIPE, SIGNATURE, ALGORITHM, SEED, GOALS, HELD_OUT_GOALS, MODELS, GEOMETRY),
+    *(CONTENTS, FINGERPRINTS, ACCEPTED),
     *(COMPONENTS, BUDGET, TRACKING, VERSIONS, SYS_PATH, STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
 )
 """All facts, in the order of reports."""

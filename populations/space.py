@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ecotone.populations.components import Component, components
+from ecotone.populations.contents import Record
 from ecotone.populations.genome import Floats, Integers
 from ecotone.populations.gram import GramTable
 
@@ -28,6 +29,7 @@ class Space:
         seed_names: J names of those models.
         vectors: (K, n) float32 sources themselves, only when evolving from scratch; None otherwise.
         others: Names of the models' tensors that are not merged. A tensor's neighbours tell what it is.
+        contents: The hashes of the models' files, as the worker that gives the space has found them.
     """
 
     sources: tuple[str, ...]
@@ -40,6 +42,7 @@ class Space:
     seed_names: tuple[str, ...]
     vectors: NDArray[np.float32] | None = None
     others: tuple[str, ...] = ()
+    contents: Record = field(default_factory=dict)
 
     @property
     def size(self) -> int:

@@ -231,10 +231,10 @@ def test_the_key_has_all_that_statistics_depend_on(tmp_path: Path) -> None:
     another(asked(worker, genome, replace(WANTS, settings={"batch": 8})))
     another(asked(worker_of(tmp_path / "one", merge={"operator": "ties", "density": 0.5}), genome))
     another(asked(worker_of(tmp_path / "one", merge={"operator": "task_arithmetic", "dtype": "bfloat16"}), genome))
-    shutil.copy(tmp_path / "one" / "left.safetensors", tmp_path / "one" / "right.safetensors")
-    another(asked(Worker(compose.worker_spec(Recipe.from_yaml(tmp_path / "one" / "toy.yaml"), None)), genome))
     same = asked(worker, genome, replace(WANTS, settings={"batch": 32, "examples": None}))  # the defaults
     assert same.statistics == first
+    shutil.copy(tmp_path / "one" / "left.safetensors", tmp_path / "one" / "right.safetensors")
+    another(asked(Worker(compose.worker_spec(Recipe.from_yaml(tmp_path / "one" / "toy.yaml"), None)), genome))
     assert asked(worker_of(tmp_path / "two"), genome).statistics == first  # the same files elsewhere
 
 

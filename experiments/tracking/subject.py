@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ecotone.experiments.accepted import accepted_texts
 from ecotone.experiments.storage import url_of
 from ecotone.experiments.tracking.names import algorithm_name, flattened
 from ecotone.populations import facts
@@ -72,6 +73,7 @@ class Subject:
             stride=None if budget is None else max(1, int(budget) // STEPS),
             parameters=flattened(journal.fact(facts.RECIPE) or {}),
             tags={
+                **({"ecotone.accepted_changes": "\n".join(accepted)} if (accepted := accepted_texts(journal)) else {}),
                 "algorithm": algorithm,
                 "models": ", ".join(models),
                 "objectives": ", ".join(goal.name for goal in goals),

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
+from ecotone.fitness.ray.models import Opened
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.populations.errors import CheckpointError
@@ -40,8 +41,8 @@ class RemoteWorker:
     def here(self) -> None:
         """Answers once the process runs."""
 
-    def open(self, spec: WorkerSpec, paths: Sequence[str] = ()) -> tuple[int, str]:
-        """Make the worker; returns the ids of its process and of its node.
+    def open(self, spec: WorkerSpec, paths: Sequence[str] = ()) -> Opened:
+        """Make the worker; returns the ids of its process and of its node, and the hashes of its models' files.
 
         Args:
             spec: The models and objectives to open.
@@ -55,11 +56,20 @@ class RemoteWorker:
 
         _check_paths(paths)
         self._worker = Worker(replace(spec, sys_path=(*spec.sys_path, *_checkout())))
-        return os.getpid(), ray.get_runtime_context().get_node_id()
+        files, node = self._worker.files, ray.get_runtime_context().get_node_id()
+        return Opened(os.getpid(), node, platform.node(), files.contents, files.mapped)
 
     def space(self) -> bytes:
         """The pickled ``Space``: arrays that lived in Ray's shared memory would not outlive the cluster."""
         return pickle.dumps(self._worker.space(), protocol=5)
+
+    def check_models(self) -> None:
+        """Compare the hashes of the models' files with those that were found first.
+
+        Raises:
+            ModelChangedError: A file has changed.
+        """
+        self._worker.files.check()
 
     def measure(self, *parts: bytes | Sequence[Trial]) -> bytes | None:
         """The pickled evaluations of the trials that ``packed`` made ``parts`` of; None once told to stop."""

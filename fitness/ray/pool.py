@@ -125,6 +125,22 @@ class RayPool:
         finally:
             self._cluster.shut_down()
 
+    def check_models(self) -> None:
+        """Have a worker compare the hashes of the models' files with those that were found first.
+
+        Raises:
+            ModelChangedError: A file has changed.
+        """
+        errors, member = self._cluster.ray.exceptions, next(iter(self._crew.ready), None)
+        if member is None:
+            return
+        try:
+            self._cluster.ray.get(member.actor.check_models.remote())
+        except errors.RayTaskError as error:
+            raise cause(error) from error
+        except errors.RayError as error:  # it has died, and another would have to read all of the files again
+            self._results.models.check_after_death(error)
+
     def pids(self) -> list[int]:
         """Process ids of the workers that are ready."""
         return [member.pid for member in self._crew.members if member.pid is not None]
@@ -147,6 +163,7 @@ class RayPool:
             except errors.RayTaskError as error:
                 raise cause(error) from error
             except errors.RayError as error:
+                self._results.models.check_after_death(error)
                 deaths += 1
                 if deaths >= self._attempts:
                     raise PoolError(

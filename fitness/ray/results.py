@@ -11,7 +11,9 @@ from ecotone.fitness.ray.crew import Crew
 from ecotone.fitness.ray.events import cause, reason
 from ecotone.fitness.ray.jobs import Jobs
 from ecotone.fitness.ray.members import Member
+from ecotone.fitness.ray.models import SameModels
 from ecotone.fitness.worker import WorkerBrokenError
+from ecotone.merging.models.files import ModelChangedError
 from ecotone.populations.errors import EcotoneError, PoolError
 
 
@@ -33,6 +35,7 @@ class Results:
         self._attempts = attempts
         self._clock = clock
         self._failed_starts = 0
+        self.models: SameModels = SameModels()
 
     def wait(self, seconds: float) -> set[Any]:
         """The calls that are answered; returns at the first answer or after ``seconds``."""
@@ -69,8 +72,11 @@ class Results:
         ray = self._cluster.ray
         try:
             if not member.ready and member.opened in answered:
-                pid, node = ray.get(member.opened)
-                self._crew.opened(member, pid, node, self._clock())
+                opened = ray.get(member.opened)
+                if refused := self.models.refusal(opened):
+                    self._not_opened(member, refused)
+                    return
+                self._crew.opened(member, opened.pid, opened.node, self._clock())
                 self._failed_starts = 0
             while member.queue and member.queue[0][0] in answered:
                 call, job = member.queue[0]
@@ -86,18 +92,29 @@ class Results:
     def _raised(self, member: Member, error: Exception, answered: Collection[Any]) -> None:
         """A worker raised while it opened the models or scored a job."""
         raised = cause(error)
-        if not member.ready and not self._crew.ready:
+        if isinstance(raised, ModelChangedError) and member.ready:
             raise raised from error
         if not member.ready:
-            self._crew.put_off(member, raised)
+            self._not_opened(member, raised)
         elif isinstance(raised, WorkerBrokenError):
             self._crew.replace(member, raised)
         else:
             self._jobs.raised(member.drop_oldest(self._clock()), error)
             self._take_from(member, answered)
 
+    def _not_opened(self, member: Member, error: EcotoneError) -> None:
+        """Go on without a worker that cannot be used, if there are others.
+
+        Raises:
+            EcotoneError: There are none.
+        """
+        if not self._crew.ready:
+            raise error
+        self._crew.put_off(member, error)
+
     def _died(self, member: Member, error: Exception) -> None:
         self._cluster.check_home()
+        self.models.check_after_death(error)
         if getattr(error, "preempted", False):
             self._crew.leave(member, "its node was preempted")
         elif not member.ready and self._crew.ready:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ecotone.merging.models import hub
 from ecotone.merging.models.model import TensorInfo, mergekit_place
+from ecotone.populations.contents import Stamp
 from ecotone.populations.errors import CheckpointError, told
 
 DTYPES: dict[str, torch.dtype] = {
@@ -65,16 +66,31 @@ class Shard:
         tensors: By name, what each tensor is.
         places: By name, the first byte of the tensor in the file.
         metadata: The header's free text.
+
+    Attributes:
+        stamp: The file's status when its header was read.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     places: Mapping[str, int]
     metadata: Mapping[str, str]
+    stamp: Stamp = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "stamp", Stamp.of(self.path))
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
 
     @cached_property
     def _bytes(self) -> Tensor:
         with self.path.open("rb") as file:
+            if Stamp.of(file.fileno())[:3] != self.stamp[:3]:
+                raise CheckpointError(
+                    f"{self.path}: expected the file whose header was read, found another one in its place.",
+                    "Leave models alone while they are read, and start again.",
+                )
             if hasattr(mmap, "MAP_PRIVATE"):
                 # Copy-on-write, and no memory reserved for copies that are never made.
                 flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
@@ -82,6 +98,14 @@ class Shard:
             else:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return torch.frombuffer(mapped, dtype=torch.uint8)
+
+    def map(self) -> None:
+        """Map the file now, so that another file put in its place later is not read with this header.
+
+        Raises:
+            CheckpointError: There is another one in its place already.
+        """
+        assert self._bytes is not None
 
     def tensor(self, name: str) -> Tensor:
         """The tensor ``name``, mapped."""
