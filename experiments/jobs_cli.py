@@ -66,12 +66,18 @@ def submit(
 
 
 def resume(
-    run: str, settings: list[str], folder: Path | None, environment: list[str] | None, address: str, as_json: bool
+    run: str,
+    settings: list[str],
+    folder: Path | None,
+    environment: list[str] | None,
+    address: str,
+    trust: bool,
+    as_json: bool,
 ) -> None:
     """Go on with a run as another job of a cluster."""
     from ecotone.experiments.jobs import JobServer, Parcel, environment_of
 
-    parcel = Parcel(settings, folder, environment_of(environment or ()), _grace(settings))
+    parcel = Parcel(settings, folder, environment_of(environment or ()), _grace(settings), trust)
     server = JobServer(address)
     _told(server.resume(run, parcel), server, as_json)
 
