@@ -71,9 +71,14 @@ def admit(
         return "harmless"
     if not trust:
         raise UntrustedError(
-            f"{where}: it was made elsewhere, as it bears no mark of yours, and it names\n"
-            + "\n".join(f"  {line}" for line in listed),
-            f"If you trust all of this, add --trust (in Python trust=True). {remedy}".rstrip(),
+            "\n".join(
+                [
+                    f"{where}: it was made elsewhere, as it bears no mark of yours, and it names:",
+                    *(f"  {line}" for line in listed),
+                    "Nothing of this was run, read or asked.",
+                ]
+            ),
+            f"If you trust all of it, add --trust (in Python trust=True). {remedy}".rstrip(),
         )
     for line in listed:
         notify(f"Trusted: {line}")
