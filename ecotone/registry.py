@@ -108,6 +108,10 @@ class Registry(Generic[Kind]):
         """Remove a kind that ``register`` added."""
         self._given.pop(name, None)
 
+    def owns(self, name: object) -> bool:
+        """Whether a name is that of one of Ecotone's own kinds, which then is the one that it means."""
+        return name in self._ours
+
     def names(self) -> tuple[str, ...]:
         """The names that may be used: Ecotone's first, then those of other packages."""
         return (*self._ours, *sorted({*self._given, *self._others} - self._ours.keys()))

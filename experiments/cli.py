@@ -27,10 +27,14 @@ from ecotone.experiments.options import (
     RecipeArgument,
     RunArgument,
     SetOption,
+    TrustOption,
+    WhereOption,
+    Word,
     changes_of,
     local,
     print_json,
     recipe_of,
+    say,
     users_code,
 )
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, sentence
@@ -86,6 +90,15 @@ class LogFormat(str, Enum):
     json = "json"
 
 
+ResumedFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--folder",
+        metavar="DIR",
+        parser=local("--folder"),
+        help="Folder of Python modules that the recipe names. With the address of a dashboard: the folder to send.",
+    ),
+]
 LogOption = Annotated[
     LogFormat, typer.Option("--log", help="text: a line of progress; json: one event per line on stdout, and no table.")
 ]
@@ -141,9 +154,10 @@ def resume(
             help="Address of a Ray cluster to run on, or of its dashboard (http://...) to go on there, as a job."
         ),
     ] = None,
-    folder: jobs_cli.FolderOption = None,
+    folder: ResumedFolderOption = None,
     environment: jobs_cli.EnvironmentOption = None,
     accept_changes: AcceptOption = False,
+    trust: TrustOption = False,
     log: LogOption = LogFormat.text,
     as_json: JsonOption = False,
 ) -> None:
@@ -154,10 +168,11 @@ def resume(
     """
     if address is not None and jobs_cli.is_server(address):
         changed = [*(settings or []), *([] if workers is None else [f"runtime.workers={workers}"])]
-        jobs_cli.resume(run, changed, folder, environment, address, as_json, accept_changes)
+        jobs_cli.resume(run, changed, folder, environment, address, trust, as_json, accept_changes)
         return
-    if folder is not None or environment:
-        raise InputError("--folder, --env: expected with the http:// address of a cluster's dashboard, found without.")
+    if environment:
+        raise InputError("--env: expected with the http:// address of a cluster's dashboard, found without.")
+    from ecotone.experiments.gate import check_claim, resumable
     from ecotone.experiments.recipe import Recipe
     from ecotone.experiments.running import resume as resume_run
     from ecotone.experiments.words import wrote
@@ -171,12 +186,23 @@ def resume(
         cluster = f"A run on a cluster: `ecotone resume {shlex.quote(run)} --address http://HEAD:8265`."
         raise JournalError(error.message, f"{error.remedy} {cluster}") from error
     changes = changes_of(settings, workers, address)
+    check_claim(found.where, trust)
     with found.journal() as journal:
+        resumable(journal, found.where, changes, trust)  # what is trusted is told when the run goes on
         recorded, written_by = journal.fact(facts.RECIPE) or {}, wrote(journal)
     chosen = Recipe.read_back(recorded, written_by, changes)
+    added = () if folder is None else (str(folder.resolve()),)
 
     def work(watcher: Watcher) -> Run:
-        return resume_run(found, changes, accept_changes=accept_changes, observe=watcher, notify=watcher.say)
+        return resume_run(
+            found,
+            changes,
+            accept_changes=accept_changes,
+            observe=watcher,
+            notify=watcher.say,
+            trust=trust,
+            folders=added,
+        )
 
     _drive(chosen, found.where, work, log, as_json)
 
@@ -385,26 +411,31 @@ def export(
         bool, typer.Option("--snap", help="With mergekit: move split points inside tensors to tensor borders.")
     ] = False,
     accept_changes: AcceptOption = False,
+    folder: WhereOption = None,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a member's weights as a checkpoint, with a model card and the record for `verify`."""
+    from ecotone.experiments.exports import export as export_member
+
     opened = _run(run)
     trial = opened.trial(_wanted_member(opened, member, preference))
     if rank is not None and kind is not ExportFormat.lora:
         raise InputError(f"--rank: expected --format lora with it, found --format {kind.value}.")
     if snap and kind is not ExportFormat.mergekit:
         raise InputError(f"--snap: expected --format mergekit with it, found --format {kind.value}.")
+    word = Word(trust, tuple(str(one.resolve()) for one in folder or ()), accept_changes)
     if kind is not ExportFormat.checkpoint:
         if register or alias:
             raise InputError(f"--register: expected --format checkpoint with it, found --format {kind.value}.")
         if kind is ExportFormat.lora:
-            _export_lora(opened, trial.number, to, rank, as_json, accept_changes)
+            _export_lora(opened, trial.number, to, rank, word, as_json)
         else:
-            _export_mergekit(opened, trial.number, to, snap, as_json, accept_changes)
+            _export_mergekit(opened, trial.number, to, snap, word, as_json)
         return
-    registrar = _registrar(opened, register, alias)
+    registrar = _registrar(opened, register, alias, trust)
     with users_code():
-        path = opened.export(trial.number, to, accept_changes=accept_changes)
+        path = export_member(opened, trial.number, to, **word.options())
     version = registrar.register(path) if registrar else None
     if as_json:
         registered = {} if version is None else {"registered": vars(version)}
@@ -416,12 +447,12 @@ def export(
         typer.echo(f"MLflow has it as {version.uri}, version {version.version} of {version.name}.{where}")
 
 
-def _export_lora(run: Run, member: int, to: Path, rank: int | None, as_json: bool, accept: bool) -> None:
+def _export_lora(run: Run, member: int, to: Path, rank: int | None, word: Word, as_json: bool) -> None:
     from ecotone.experiments import report
     from ecotone.experiments.exports import export_lora
 
     with users_code():
-        found = export_lora(run, member, to, rank, accept_changes=accept)
+        found = export_lora(run, member, to, rank, **word.options())
     merged = found.adapter
     if as_json:
         print_json({"member": member, "path": str(to), **found.record()})
@@ -437,13 +468,13 @@ def _export_lora(run: Run, member: int, to: Path, rank: int | None, as_json: boo
         report.console().print(report.lines(_score_rows(found.scores)))
 
 
-def _export_mergekit(run: Run, member: int, to: Path, snap: bool, as_json: bool, accept: bool) -> None:
+def _export_mergekit(run: Run, member: int, to: Path, snap: bool, word: Word, as_json: bool) -> None:
     from ecotone.experiments import report
     from ecotone.experiments.exports import export_mergekit, rescored
 
     with users_code():
-        merge = export_mergekit(run, member, to, snap, accept_changes=accept)
-        scores = rescored(run, merge.genome) if merge.snap else {}
+        merge = export_mergekit(run, member, to, snap, **word.options())
+        scores = rescored(run, merge.genome, trust=word.trust, folders=word.folders) if merge.snap else {}
     if as_json:
         moved = {} if merge.snap is None else {"snap": str(merge.snap), "scores": scores}
         print_json({"member": member, "path": str(to), "notes": merge.notes, **moved})
@@ -509,14 +540,20 @@ def verify(
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference that passes; raise it on another kind of device.")
     ] = 1e-6,
+    folder: WhereOption = None,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score an exported checkpoint again, and compare with the recorded scores."""
+    """Score an exported checkpoint again, and compare with the recorded scores.
+
+    Of an export that was made elsewhere it lists the functions, files and plug-ins that the record names, and uses them
+    with --trust only.
+    """
     from ecotone.experiments import report
     from ecotone.experiments.exports import verify as check
 
     with users_code():
-        compared = check(path)
+        compared = check(path, trust=trust, folders=tuple(str(one.resolve()) for one in folder or ()), notify=say)
     equal = all(score.difference <= tolerance for score in compared)
     if as_json:
         print_json({"equal": equal, "scores": [vars(score) for score in compared]})
@@ -537,6 +574,7 @@ def ui(
     run: RunArgument,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port for an embedded store; 0 takes a free one.")] = 5000,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the fronts in a browser.")] = False,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the fronts of an experiment's searches in MLflow, this run's among them, and where other trackers show it.
@@ -557,7 +595,7 @@ def ui(
     for name, page in elsewhere.items():
         typer.echo(f"{titles.get(name, name)}: {page}")
     if "mlflow" in known or not elsewhere:
-        tracking.serve(found.directory, port, open_browser, typer.echo)
+        tracking.serve(found.directory, port, open_browser, typer.echo, trust=trust)
 
 
 @app.command()
@@ -567,12 +605,13 @@ def sync(
         list[str] | None,
         typer.Option("--tracker", metavar="NAME", help="Only this one, as mlflow or wandb. Repeatable."),
     ] = None,
+    trust: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Send the run's trackers everything in its journal that they lack, for example after a server was down."""
     from ecotone.experiments import tracking
 
-    reports = tracking.mirror_all(_run(run).directory, trackers or ())
+    reports = tracking.mirror_all(_run(run).directory, trackers or (), trust=trust, notify=say)
     if as_json:
         print_json({name: vars(report) for name, report in reports.items()})
     failed = {name: report for name, report in reports.items() if report.error is not None}
@@ -690,7 +729,7 @@ def _wanted_member(run: Run, member: str | None, preference: str | None) -> int 
     return choose_member(run, preference).member.id
 
 
-def _registrar(run: Run, name: str | None, alias: str | None) -> Registrar | None:
+def _registrar(run: Run, name: str | None, alias: str | None, trust: bool) -> Registrar | None:
     """The registrar of an export, if the user wants one. It has checked that MLflow is there."""
     if name is None and alias is None:
         return None
@@ -698,7 +737,7 @@ def _registrar(run: Run, name: str | None, alias: str | None) -> Registrar | Non
         raise InputError("--alias: it names a version of a registered model.", "Give --register NAME too.")
     from ecotone.experiments.tracking.mlflow.model_registry import Registrar
 
-    return Registrar(run.directory, name, alias)
+    return Registrar(run.directory, name, alias, trust=trust, notify=say)
 
 
 def _run(named: str) -> Run:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ecotone.experiments import compose, preparation
+from ecotone.experiments import compose, gate, marks, preparation
 from ecotone.experiments.accepted import in_words
 from ecotone.experiments.changes import ForExport, check_record
 from ecotone.experiments.mergekit import MergekitMerge, mergekit_config
@@ -40,12 +40,23 @@ from ecotone.populations.trial import Scores, Subset, Trial
 if TYPE_CHECKING:
     from ecotone.experiments.runs import Run, Scored
 
+Notify: TypeAlias = Callable[[str], None]
+
 ANCESTORS = 200
 
 _log = logging.getLogger("ecotone")
 
 
-def export(run: Run, member: int | str, to: str | Path, *, accept_changes: bool = False) -> Path:
+def export(
+    run: Run,
+    member: int | str,
+    to: str | Path,
+    *,
+    accept_changes: bool = False,
+    trust: bool = False,
+    folders: Sequence[str] = (),
+    notify: Notify = lambda text: None,
+) -> Path:
     """Write a member's weights, exactly as they were scored.
 
     Args:
@@ -55,11 +66,15 @@ def export(run: Run, member: int | str, to: str | Path, *, accept_changes: bool 
             model card (``README.md``) and the record ``ecotone.json``. From Hugging Face models it gets their
             configuration and tokenizer and loads with ``from_pretrained``.
         accept_changes: Export although models, code or data have changed since the run began; it is recorded.
+        trust: Trust what the run names, although it bears no mark of this user's (``ecotone.experiments.trust``).
+        folders: Folders to find the recipe's own Python functions in, besides those that the run began with.
+        notify: Called with a sentence for each thing that is trusted.
 
     Returns:
         ``to`` as a path.
 
     Raises:
+        UntrustedError: The run was made elsewhere, and names functions or paths that are not trusted.
         EcotoneError: There is no such member, the models are gone or have changed, or the target is in the way.
     """
     target = on_this_machine(to, "to")
@@ -67,7 +82,7 @@ def export(run: Run, member: int | str, to: str | Path, *, accept_changes: bool 
     scored = run.scored(trial.number)
     if target.suffix in (".yaml", ".yml"):
         raise InputError(f"{target}: expected a directory or a .safetensors file.", "For a .yaml: --format mergekit.")
-    recipe = _recipe(run)
+    recipe = _recipe(run, trust, folders, notify)
     sources, dtype, unchanged = _opened(run, recipe, accept_changes)
     record = {
         **_record(run, recipe, trial, scored),
@@ -103,7 +118,15 @@ class LoraExport:
 
 
 def export_lora(
-    run: Run, member: int | str, to: str | Path, rank: int | None = None, *, accept_changes: bool = False
+    run: Run,
+    member: int | str,
+    to: str | Path,
+    rank: int | None = None,
+    *,
+    accept_changes: bool = False,
+    trust: bool = False,
+    folders: Sequence[str] = (),
+    notify: Notify = lambda text: None,
 ) -> LoraExport:
     """Write a member that is a merge of adapters as an adapter of their base.
 
@@ -113,6 +136,9 @@ def export_lora(
         to: A new directory, for what PEFT loads, the model card and the record ``ecotone.json``.
         rank: The highest rank of a module's update; None for that of the recipe, or else as many as the merge has.
         accept_changes: As for ``export``.
+        trust: As for ``export``.
+        folders: As for ``export``.
+        notify: As for ``export``.
 
     Returns:
         The adapter. One that was cut here, and not by the recipe, is scored again; its record has its own scores.
@@ -126,7 +152,7 @@ def export_lora(
         raise InputError(f"{target}: expected a directory, as adapters are stored.")
     trial = run.trial(member)
     scored = run.scored(trial.number)
-    recipe = _recipe(run)
+    recipe = _recipe(run, trust, folders, notify)
     sources, _, unchanged = _opened(run, recipe, accept_changes)
     merged = merged_adapter(sources, trial.genome, rank or sources.rank)
     record = {
@@ -148,7 +174,15 @@ def export_lora(
 
 
 def export_mergekit(
-    run: Run, member: int | str, to: str | Path, snap: bool = False, *, accept_changes: bool = False
+    run: Run,
+    member: int | str,
+    to: str | Path,
+    snap: bool = False,
+    *,
+    accept_changes: bool = False,
+    trust: bool = False,
+    folders: Sequence[str] = (),
+    notify: Notify = lambda text: None,
 ) -> MergekitMerge:
     """Write a member as the file from which mergekit makes the weights that were scored.
 
@@ -158,6 +192,9 @@ def export_mergekit(
         to: A new file that ends in ``.yaml`` or ``.yml``.
         snap: Move split points inside tensors to tensor borders. The result says how much that changed.
         accept_changes: As for ``export``.
+        trust: As for ``export``.
+        folders: As for ``export``.
+        notify: As for ``export``.
 
     Returns:
         The file's content and its genome. After a snap, ``rescored`` measures that genome.
@@ -173,7 +210,7 @@ def export_mergekit(
         raise InputError(f"{target}: the file exists.", "Choose another name, or remove it.")
     trial = run.trial(member)
     run.scored(trial.number)
-    sources, dtype, unchanged = _opened(run, _recipe(run), accept_changes)
+    sources, dtype, unchanged = _opened(run, _recipe(run, trust, folders, notify), accept_changes)
     merge = mergekit_config(trial.genome, sources, dtype, snap)
     made_by = merge.command(Path(target.name))
     title = f"{run.name}, member {trial.number}, found by Ecotone. Make it: {made_by}"
@@ -186,13 +223,22 @@ def export_mergekit(
     return merge
 
 
-def rescored(run: Run, genome: Genome) -> dict[str, dict[str, float]]:
+def rescored(
+    run: Run, genome: Genome, *, trust: bool = False, folders: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
     """Score another merge of a run's models now; returns its scores by subset of the data.
 
+    Args:
+        run: The run.
+        genome: The merge.
+        trust: As for ``export``.
+        folders: As for ``export``.
+
     Raises:
+        UntrustedError: As for ``export``.
         SearchError: It cannot be scored.
     """
-    recipe = _recipe(run)
+    recipe = _recipe(run, trust, folders)
     spec = replace(compose.worker_spec(recipe, preparation.prepare(recipe)), dense=False, calibration=())
     subsets: tuple[Subset, ...] = ("search", "held_out") if recipe.objectives.held_out else ("search",)
     with SerialPool(spec) as pool:
@@ -223,11 +269,12 @@ def models_record(sources: Sources) -> dict[str, Any]:
     return {"base": base, "experts": [expert.record() for expert in sources.experts]}
 
 
-def _recipe(run: Run) -> Recipe:
+def _recipe(run: Run, trust: bool, folders: Sequence[str], notify: Notify = lambda text: None) -> Recipe:
     """The run's recipe. Its own Python modules can then be imported: its preparation step may be in one."""
     with run.journal() as journal:
-        folders = journal.fact(facts.SYS_PATH)
-        compose.python_paths(folders or ())
+        standing = gate.exportable(journal, run.where, trust, notify)
+        recorded = journal.fact(facts.SYS_PATH)
+        gate.python_paths(standing, folders, recorded or ())
         return _read_back(journal.fact(facts.RECIPE) or {}, wrote(journal))
 
 
@@ -241,7 +288,8 @@ def _read_back(record: Mapping[str, Any], written_by: str) -> Recipe:
 def _record(run: Run, recipe: Recipe, trial: Trial, scored: Scored) -> dict[str, Any]:
     with run.journal() as journal:
         parents = {row.number: row.parents for row in journal.rows()}
-        sys_path = journal.fact(facts.SYS_PATH)
+    found = recipe.record()
+    mark = marks.mark_of("export", found)
     return {
         "format": 1,
         "run": run.name,
@@ -252,8 +300,8 @@ def _record(run: Run, recipe: Recipe, trial: Trial, scored: Scored) -> dict[str,
         "scores": {"search": scored.scores, "held_out": scored.held_out},
         "lineage": _lineage(trial.number, parents),
         "signature": recipe.signature,
-        "recipe": recipe.record(),
-        "sys_path": list(sys_path or ()),
+        "recipe": found,
+        **({} if mark is None else {"mark": mark}),
         "versions": compose.versions(),
     }
 
@@ -299,7 +347,8 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
             *(dense if record["dense"] else ["| source | mean coefficient |", "| --- | --- |", *made, ""]),
             *_score_lines(scored),
             *_changes(record),
-            "`ecotone.json` holds the genome, the lineage and the recipe. Check it with `ecotone verify DIR`.",
+            "`ecotone.json` holds the genome, the lineage and the recipe. Check it with `ecotone verify DIR`: it lists "
+            "the functions and files that the record names, and runs and reads them with `--trust`.",
             "",
         ]
     )
@@ -348,30 +397,45 @@ class Comparison:
         return abs(self.recorded - self.found)
 
 
-def verify(path: str | Path) -> list[Comparison]:
+def verify(
+    path: str | Path,
+    *,
+    trust: bool = False,
+    folders: Sequence[str] = (),
+    notify: Notify = lambda text: None,
+) -> list[Comparison]:
     """Load an exported checkpoint and score it again on every objective that was recorded.
 
     Args:
         path: A directory or a ``.safetensors`` file that ``export`` wrote.
+        trust: Trust what its record names, although it bears no mark of this user's (``ecotone.experiments.trust``).
+        folders: Folders to find the recipe's own Python functions in, besides the working directory.
+        notify: Called with a sentence for each thing that is trusted.
 
     Raises:
+        UntrustedError: The export was made elsewhere, and names functions or paths that are not trusted.
         CheckpointError: It was not written by Ecotone, or its weights cannot be read.
         SearchError: It cannot be scored.
     """
     target = on_this_machine(path, "path")
     record = read_record(target)
+    paths = gate.python_paths(gate.verifiable(target, record, trust, notify), folders)
     return [
         Comparison(subset, name, value, found[name])
-        for subset, found in _scored_alone(target, record).items()
+        for subset, found in _scored_alone(target, record, paths).items()
         if found
         for name, value in record["scores"][subset].items()
     ]
 
 
-def _scored_alone(target: Path, record: Mapping[str, Any]) -> dict[Subset, Mapping[str, float] | None]:
-    """The scores of an export, on the subsets of the data for which its record has some."""
+def _scored_alone(
+    target: Path, record: Mapping[str, Any], paths: Sequence[str] = ()
+) -> dict[Subset, Mapping[str, float] | None]:
+    """The scores of an export, on the subsets of the data for which its record has some.
+
+    Its functions are found in the folders ``paths``, or where this process finds modules already.
+    """
     recipe = _read_back(record["recipe"], record.get("versions", {}).get("ecotone", ""))
-    paths = compose.python_paths(tuple(record.get("sys_path", ())))
     spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
     check_record(record, recipe, spec)
     alone: dict[str, Any] = {

@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import ecotone
+from ecotone.experiments import marks
+from ecotone.experiments.trust import admit
 from ecotone.extras import how_to_install
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
 
@@ -55,6 +57,7 @@ class Job:
         started: When, in seconds of the epoch; None while it is pending.
         ended: When, or None.
         message: Ray's message about its end.
+        own: Whether this user submitted it, with the key that this machine has.
     """
 
     id: str
@@ -66,6 +69,7 @@ class Job:
     started: float | None = None
     ended: float | None = None
     message: str = ""
+    own: bool = True
 
     @property
     def live(self) -> bool:
@@ -90,6 +94,7 @@ class Parcel:
         environment: Variables of the job and of its workers. Everybody who can read the cluster's jobs can read them.
         grace: Seconds that a stopped run waits for candidates in flight; None for as many as before, or 30.
         accept_changes: Whether a resumed run goes on although models, code or data have changed since it began.
+        trust: Of a run that is resumed: trust what it names, and the folder that its last job names.
     """
 
     settings: Sequence[str] = ()
@@ -97,6 +102,7 @@ class Parcel:
     environment: Mapping[str, str] = field(default_factory=dict)
     grace: float | None = None
     accept_changes: bool = False
+    trust: bool = False
 
 
 class JobServer:
@@ -197,14 +203,13 @@ class JobServer:
         if live:
             raise InputError(f"{live[-1].run}: it is {live[-1].state}, as job {live[-1].id}.", "Nothing to do.")
         last = before[-1] if before else Job("", _name_of(named), "pending", named, "")
-        former = Path(last.folder) if before else None
-        folder = parcel.folder or (former if former and former.is_dir() else travelling(Path.cwd()))
+        folder = parcel.folder or _former(last, parcel.trust) or travelling(Path.cwd())
         taken = {job.id for job in jobs}
         names = (last.run if number == 1 else f"{last.run}-{number}" for number in range(1, len(taken) + 2))
         free = next(name for name in names if name not in taken)
         job = Job(free, last.run, "pending", last.out, str(_checked_folder(folder)), last.grace)
-        accepting = ["--accept-changes"] if parcel.accept_changes else []
-        return self._start(job, ["resume", _checked(last.out), *accepting], parcel)
+        flags = {"--accept-changes": parcel.accept_changes, "--trust": parcel.trust}
+        return self._start(job, ["resume", _checked(last.out), *(flag for flag, on in flags.items() if on)], parcel)
 
     def logs(self, job: Job) -> str:
         """The log of a job so far."""
@@ -257,7 +262,7 @@ class JobServer:
         }
         environment: dict[str, Any] = {
             "working_dir": job.folder,
-            "excludes": LEFT_BEHIND,
+            "excludes": [*LEFT_BEHIND, *marks.within(Path(job.folder))],
             "env_vars": {**parcel.environment, **variables},
         }
         if not is_checkout(Path(job.folder)):
@@ -267,7 +272,7 @@ class JobServer:
                 entrypoint=" ".join(words),
                 submission_id=job.id,
                 runtime_env=environment,
-                metadata={_OURS: job.run, "out": job.out, "folder": job.folder, "grace": str(grace)},
+                metadata=_metadata(job, grace),
                 entrypoint_num_cpus=0,
             )
         return job
@@ -346,7 +351,31 @@ def _job(details: Any) -> Job:
     started, ended = (None if at is None else at / 1000 for at in (details.start_time, details.end_time))
     state: Any = str(details.status).lower()
     out, folder, grace = known.get("out", ""), known.get("folder", ""), float(known.get("grace", 30.0))
-    return Job(details.submission_id, known[_OURS], state, out, folder, grace, started, ended, details.message or "")
+    own = marks.is_marked("job", [known[_OURS], folder], known.get("mark"))
+    message = details.message or ""
+    return Job(details.submission_id, known[_OURS], state, out, folder, grace, started, ended, message, own)
+
+
+def _metadata(job: Job, grace: float) -> dict[str, str]:
+    """What the cluster keeps about a job, for later commands."""
+    mark = marks.mark_of("job", [job.run, job.folder])
+    known = {_OURS: job.run, "out": job.out, "folder": job.folder, "grace": str(grace)}
+    return known if mark is None else {**known, "mark": mark}
+
+
+def _former(job: Job, trust: bool) -> Path | None:
+    """The folder that a run's last job was sent from, if this machine has it.
+
+    Raises:
+        UntrustedError: Somebody else, or this user on another machine, named it; so it may be any folder of this one.
+    """
+    folder = Path(job.folder)
+    if not job.folder or not folder.is_dir():
+        return None
+    if not job.own and folder.resolve() != travelling(Path.cwd()).resolve():
+        named = [f"folder is sent to the cluster: {folder}"]
+        admit(f"the cluster's job {job.id}", named, trust, remedy="Or name the folder to send: --folder DIR.")
+    return folder
 
 
 def _in_words(error: Exception, address: str) -> EcotoneError:

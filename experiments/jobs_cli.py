@@ -71,13 +71,14 @@ def resume(
     folder: Path | None,
     environment: list[str] | None,
     address: str,
+    trust: bool,
     as_json: bool,
     accept_changes: bool = False,
 ) -> None:
     """Go on with a run as another job of a cluster."""
     from ecotone.experiments.jobs import JobServer, Parcel, environment_of
 
-    parcel = Parcel(settings, folder, environment_of(environment or ()), _grace(settings), accept_changes)
+    parcel = Parcel(settings, folder, environment_of(environment or ()), _grace(settings), accept_changes, trust)
     server = JobServer(address)
     _told(server.resume(run, parcel), server, as_json)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,43 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a field, e.g. seed=3 or search.alpha=0. Repeatable."),
 ]
+
+
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Use the functions, files and servers that the record names, although it was made elsewhere. Lists them.",
+    ),
+]
+WhereOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--folder",
+        metavar="DIR",
+        parser=local("--folder"),
+        help="Folder of Python modules that the recipe names. Repeatable.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Word:
+    """The user's word on a record: whether it is trusted, and where its modules are.
+
+    Args:
+        trust: Whether what it names may be used.
+        folders: Folders of its Python modules.
+        accept_changes: Whether files that have changed since the run began may be used.
+    """
+
+    trust: bool
+    folders: tuple[str, ...]
+    accept_changes: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of what acts on a record."""
+        return {**vars(self), "notify": say}
 
 
 def recipe_of(
@@ -77,6 +115,11 @@ def users_code() -> Iterator[None]:
 
     with contextlib.redirect_stdout(sys.stderr), logs.said(lambda text: typer.echo(text, err=True)):
         yield
+
+
+def say(text: str) -> None:
+    """Print a sentence on stderr."""
+    typer.echo(text, err=True)
 
 
 def print_json(value: Any) -> None:

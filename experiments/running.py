@@ -22,7 +22,9 @@ from ecotone.experiments import (
     changes,
     checks,
     compose,
+    gate,
     logs,
+    marks,
     preparation,
     storage,
     tracking,
@@ -99,7 +101,7 @@ def launch(
             beginning.make_room(recipe.text())
             _write_recipe(recipe, directory)
             notes = [*_notes(recipe, space, paths), *changes.opening(recipe, composition.spec, space, before)]
-            with Journal.create(directory / JOURNAL, notes, beginning.lock) as journal:
+            with Journal.create(directory / JOURNAL, marks.with_mark(notes), beginning.lock) as journal:
                 _carry_out(composition, pair, place, journal, pool, space, observe, notify)
     return Run(directory)
 
@@ -111,8 +113,12 @@ def resume(
     accept_changes: bool = False,
     observe: Observer = lambda progress: None,
     notify: Notify = lambda text: None,
+    trust: bool = False,
+    folders: tuple[str, ...] = (),
 ) -> Run:
     """Go on with a run that was stopped or killed, or whose budget is raised. Completes a finished run's scores.
+
+    A run that was made elsewhere, or by an Ecotone that left no marks, is marked as this user's own from then on.
 
     Args:
         run: The run, or its directory or URL.
@@ -120,21 +126,26 @@ def resume(
         accept_changes: Go on although files of models, code or data have changed since the run began; it is recorded.
         observe: As for ``launch``.
         notify: As for ``launch``.
+        trust: Trust what the run names, although it bears no mark of this user's (``ecotone.experiments.trust``).
+        folders: Folders to find the recipe's own Python functions in, besides those that the run began with.
 
     Raises:
+        UntrustedError: The run was made elsewhere, and names functions, paths or servers that are not trusted.
         EcotoneError: The run cannot go on; what was recorded is safe.
         KeyboardInterrupt: Stopped again.
     """
-    where = run.where if isinstance(run, Run) else run
+    where, given = run.where if isinstance(run, Run) else run, settings or {}
+    gate.check_claim(where, trust)
     with (
-        storage.opened(where, new=False, notify=notify) as place,
+        storage.opened(where, new=False, notify=notify, trust=trust) as place,
         Journal.open(place.directory / JOURNAL, write=True) as journal,
     ):
         check_search(journal, place.where)
-        record, folders = _recorded_paths(journal)
-        recipe = _resumed_recipe(record, settings or {}, wrote(journal))
+        standing = gate.resumable(journal, place.where, given, trust, notify)
+        record, known = _recorded_paths(journal)
+        recipe = _resumed_recipe(record, given, wrote(journal))
         deque(map(notify, recipe.tracking.warnings()), maxlen=0)
-        paths = compose.python_paths(folders)
+        paths = gate.python_paths(standing, folders, known)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
         composition = compose.Composition(recipe, paths)
@@ -146,11 +157,16 @@ def resume(
             compared.check_models(space.contents)
             compared.check_geometry(space)
             compared.record(space)
-            journal.note(facts.RECIPE, recipe.record())
-            journal.note(facts.BUDGET, recipe.budget.model_dump(mode="json"))
-            journal.note(facts.TRACKING, recipe.tracking.recorded(journal.fact(facts.TRACKING) or {}))
-            journal.note(facts.SYS_PATH, folders)
-            journal.complete(_notes(recipe, space, folders))  # what a repaired journal has lost
+            present = (*folders, *known) if standing == "own" else (*folders, str(Path.cwd()))
+            with journal.transaction():
+                journal.note(facts.RECIPE, recipe.record())
+                journal.note(facts.BUDGET, recipe.budget.model_dump(mode="json"))
+                journal.note(facts.TRACKING, recipe.tracking.recorded(journal.fact(facts.TRACKING) or {}))
+                journal.note(facts.SYS_PATH, present)
+                journal.complete(_notes(recipe, space, present))  # what a repaired journal has lost
+                marks.mark_journal(journal)
+            if standing != "own" and marks.has_mark(journal):
+                notify("The run is marked as yours from now on.")
             _carry_out(composition, composition.search(space), place, journal, pool, space, observe, notify)
     return Run(place.directory)
 
@@ -376,7 +392,7 @@ def _recorded_paths(journal: Journal) -> tuple[Mapping[str, Any], tuple[str, ...
     the run began in to the present one.
     """
     record, folders = journal.fact(facts.RECIPE) or {}, journal.fact(facts.SYS_PATH) or ()
-    if "ECOTONE_JOB" not in os.environ:
+    if "ECOTONE_JOB" not in os.environ or not folders:
         return record, folders
     here = str(Path.cwd())
     return _moved(record, folders[-1], here), tuple(_moved(list(folders), folders[-1], here))

@@ -64,7 +64,7 @@ class Run:
     def __init__(self, directory: str | Path) -> None:
         distant = storage.is_url(str(directory))
         self.directory: Path = storage.fetched(str(directory)) if distant else Path(directory)
-        self._url = storage.url_of(self.directory)
+        self._url = storage.named(str(directory)) if distant else storage.url_of(self.directory)
         self.where: str = self._url or str(self.directory)
         with self.journal() as journal:
             self.name: str = journal.fact(facts.NAME) or self.directory.name
@@ -94,7 +94,7 @@ class Run:
 
         For a run at a URL, ``storage`` names its manager and the time of its newest copy.
         """
-        standing = None if self._url is None else storage.standing(self._url)
+        standing = storage.not_asked(self.directory) if self._url is None else storage.standing(self._url)
         with self.journal() as journal:
             everything = list(journal.rows(unscored=True))
             rows = [row for row in everything if row.scored]
@@ -249,11 +249,19 @@ class Run:
                 raise InputError(f"member {number}: {why}.", f"`ecotone front {self.where}` lists members with scores.")
             return _scored(journal, row)
 
-    def export(self, member: int | str, to: str | Path, *, accept_changes: bool = False) -> Path:
+    def export(
+        self,
+        member: int | str,
+        to: str | Path,
+        *,
+        accept_changes: bool = False,
+        trust: bool = False,
+        folders: tuple[str, ...] = (),
+    ) -> Path:
         """Write a member's weights: see ``ecotone.experiments.exports.export``."""
         from ecotone.experiments.exports import export
 
-        return export(self, member, to, accept_changes=accept_changes)
+        return export(self, member, to, accept_changes=accept_changes, trust=trust, folders=folders)
 
 
 def check_search(journal: Journal, where: str) -> None:

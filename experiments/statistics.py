@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ecotone.experiments import compose, preparation
+from ecotone.experiments import compose, marks, preparation
 from ecotone.experiments.changes import same_contents, same_models
 from ecotone.experiments.recipe import Recipe, check_recipe
 from ecotone.experiments.running import Notify, references
@@ -132,20 +132,18 @@ def _genomes(recipe: Recipe, space: Space, models: Sequence[str]) -> Iterator[tu
 def _journal(file: Path, recipe: Recipe, space: Space, paths: tuple[str, ...]) -> Journal:
     """The journal, new or gone on with."""
     if not born(file):
-        return Journal.create(
-            file,
-            [
-                facts.NAME.note(recipe.name),
-                facts.RECIPE.note(recipe.record()),
-                facts.SIGNATURE.note(recipe.signature),
-                facts.MODELS.note(space.seed_names),
-                facts.GEOMETRY.note(space.gram.prefix[-1].tolist()),
-                facts.CONTENTS.note(space.contents),
-                facts.VERSIONS.note(compose.versions()),
-                facts.SYS_PATH.note(paths),
-                facts.STATE.note("finished"),  # there is no search to be gone on with
-            ],
-        )
+        notes = [
+            facts.NAME.note(recipe.name),
+            facts.RECIPE.note(recipe.record()),
+            facts.SIGNATURE.note(recipe.signature),
+            facts.MODELS.note(space.seed_names),
+            facts.GEOMETRY.note(space.gram.prefix[-1].tolist()),
+            facts.CONTENTS.note(space.contents),
+            facts.VERSIONS.note(compose.versions()),
+            facts.SYS_PATH.note(paths),
+            facts.STATE.note("finished"),  # there is no search to be gone on with
+        ]
+        return Journal.create(file, marks.with_mark(notes))
     journal = Journal.open(file, write=True)
     try:
         if journal.fact(facts.SIGNATURE) != recipe.signature:

@@ -50,6 +50,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from ecotone.experiments import marks
 from ecotone.populations.birth import born
 from ecotone.populations.database import locked
 from ecotone.populations.errors import EcotoneError, InputError, JournalError
@@ -120,9 +121,34 @@ def on_this_machine(path: str | Path, where: str) -> Path:
 
 
 def url_of(directory: str | Path) -> str | None:
-    """The URL whose working directory, or fetched copy, ``directory`` is; None for any other."""
-    found = _home(Path(directory)).get("url")
-    return None if found is None else str(found)
+    """The URL whose working directory, or fetched copy, ``directory`` is; None for any other.
+
+    A file that this user's Ecotone did not write names none: ``claimed_url`` tells what it says.
+    """
+    found = _home(Path(directory))
+    url = found.get("url")
+    return str(url) if url is not None and marks.is_marked("storage", url, found.get("mark")) else None
+
+
+def claimed_url(directory: str | Path) -> str | None:
+    """The URL that a directory's ``storage.json`` names without a mark of this user's; None for any other."""
+    url = _home(Path(directory)).get("url")
+    return None if url is None or url_of(directory) is not None else str(url)
+
+
+def named(url: str) -> str:
+    """The name of a run directory at a URL that the user gave, as messages and records have it.
+
+    Raises:
+        StorageError: The protocol is not known, or its package is not installed.
+    """
+    return Store(url).url
+
+
+def _homes_record(url: str, **more: str) -> bytes:
+    """The content of ``storage.json``, with this user's mark."""
+    mark = marks.mark_of("storage", url)
+    return _json(url=url, **more, **({} if mark is None else {"mark": mark}))
 
 
 # -- the objects at a URL ------------------------------------------------------------------------------------
@@ -650,19 +676,20 @@ class _DistantPlace(Place):
 
 
 @contextlib.contextmanager
-def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None) -> Iterator[Place]:
+def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None, trust: bool = False) -> Iterator[Place]:
     """A place to write a run in. Nobody else can write it meanwhile.
 
     Args:
         where: The run directory: a path, or a URL. A path that is the working directory of a URL stands for it.
         new: Whether the run begins. A run that goes on is fetched, unless its working directory here is as new.
         notify: Called with a sentence when something takes a while.
+        trust: Whether a path stands for the URL that its ``storage.json`` names even without this user's mark.
 
     Raises:
         StorageError: The URL cannot be read or written, another manager has the run, or there is (not) a run there.
         JournalError: Another process of this machine has the run.
     """
-    url = str(where) if is_url(str(where)) else url_of(where)
+    url = str(where) if is_url(str(where)) else url_of(where) or (claimed_url(where) if trust else None)
     if url is None:
         yield Place(Path(where), str(where))
         return
@@ -782,7 +809,9 @@ def _fetch(store: Store, manifest: Manifest, folder: Path) -> None:
 
 
 def _get(store: Store, wanted: Mapping[str, Any], file: Path) -> None:
-    """Get one file of a copy. The manifest's entry of it is ``wanted``."""
+    """Get one file of a copy. The manifest's entry of it is ``wanted``: the name of an object at the URL, no path."""
+    if not _NAME.fullmatch(str(wanted.get("object"))):
+        raise DamagedCopyError(f"{store.url}: its manifest names no object of a copy, so it is damaged.")
     try:
         store.get(wanted["object"], file)
     except StorageError as error:
@@ -850,7 +879,7 @@ def fetched(url: str) -> Path:
 
 def _view(store: Store, manifest: Manifest) -> Path:
     """A directory with a copy's files: the files fetched before, if they are still here."""
-    views, content = _folder(store, "views"), manifest["files"].get(JOURNAL, {}).get("hash", "")[:8]
+    views, content = _folder(store, "views"), manifest["files"].get(JOURNAL, {}).get("hash", "")[:8].replace("/", "_")
     view = views / f"{manifest['epoch']:06d}-{manifest['serial']:06d}-{content}"
     with _writable(views):
         if not view.is_dir():
@@ -858,12 +887,14 @@ def _view(store: Store, manifest: Manifest) -> Path:
             draft = Path(tempfile.mkdtemp(dir=views, prefix="fetching-"))
             try:
                 _fetch(store, manifest, draft)
-                (draft / HOME).write_bytes(_json(url=store.url))
+                (draft / HOME).write_bytes(_homes_record(store.url))
                 with contextlib.suppress(OSError):  # another process was as quick
                     draft.rename(view)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         with contextlib.suppress(OSError):  # on a disk that is only read
+            if url_of(view) is None:  # an older Ecotone fetched it, or this user had another key
+                (view / HOME).write_bytes(_homes_record(store.url))
             os.utime(view)
             _drop_views(views)
     return view
@@ -915,6 +946,13 @@ def standing(url: str) -> dict[str, Any]:
     }
 
 
+def not_asked(directory: Path) -> dict[str, Any] | None:
+    """The standing of a run whose ``storage.json`` names a URL without this user's mark: nobody is asked there."""
+    url = claimed_url(directory)
+    why = f"not asked: {HOME} bears no mark of yours. `ecotone status URL` asks, if you trust that place"
+    return None if url is None else {"url": url, "error": why, "managed": False}
+
+
 def moment(seconds: float | None) -> str | None:
     """Seconds since 1970 as a date and time in UTC."""
     return None if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
@@ -940,10 +978,11 @@ def _machine() -> str:
 
 def _named(directory: Path, store: Store) -> str:
     """A working directory's own name, which no copy of it elsewhere shares; it is locked."""
-    if "home" not in _home(directory):
+    found = _home(directory)
+    if "home" not in found or url_of(directory) is None:
         with _writable(directory):
             draft = directory / f"{HOME}.new"
-            draft.write_bytes(_json(url=store.url, home=uuid.uuid4().hex))
+            draft.write_bytes(_homes_record(store.url, home=str(found.get("home") or uuid.uuid4().hex)))
             draft.replace(directory / HOME)
     return str(_home(directory)["home"])
 

@@ -110,7 +110,8 @@ def _imported(name: str, path: str, field: str) -> ModuleType:
             return _imported(present, path, field)
         raise InputError(
             f"{field}: no module named {error.name!r} (of {path!r}).",
-            "Check the spelling, and that every worker can import it: install it, or put its folder on the path.",
+            "Check the spelling, and that every worker can import it: install it, or put its folder on the path "
+            "(--folder DIR of resume, export and verify).",
         ) from error
     except Exception as error:
         raise InputError(

@@ -107,6 +107,7 @@ VERSIONS = _object("versions", "Versions of the packages that results depend on.
 SYS_PATH: Fact[tuple[str, ...]] = Fact(
     "sys_path", "Folders of the user's own modules; the last is the working directory.", _strings, _json
 )
+MARK = _text("mark", "The mark of the user who made the run, over recipe, trackers and folders.")
 STATE = _text("state", "running, finished, interrupted or failed. A killed run stays at running.")
 ERROR = _text("error", "Why the run failed; empty when it did not.")
 STOP_REASON = _text("stop_reason", "Why the search ended: evaluations, seconds or converged.")
@@ -116,6 +117,6 @@ REPORT = _object("report", "The search's own report at its end.")
 FACTS: tuple[Fact[Any], ...] = (
     *(FORMAT_OF, CREATED, NAME, RECIPE, SIGNATURE, ALGORITHM, SEED, GOALS, HELD_OUT_GOALS, MODELS, GEOMETRY),
     *(CONTENTS, FINGERPRINTS, ACCEPTED),
-    *(COMPONENTS, BUDGET, TRACKING, VERSIONS, SYS_PATH, STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
+    *(COMPONENTS, BUDGET, TRACKING, VERSIONS, SYS_PATH, MARK, STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
 )
 """All facts, in the order of reports."""

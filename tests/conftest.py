@@ -29,6 +29,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Preparation steps are shared by the tests of one session and leave nothing behind.
 _cache = tempfile.TemporaryDirectory(prefix="ecotone-tests-")
 os.environ["ECOTONE_CACHE"] = _cache.name
+# So is the key that marks records as this user's own.
+os.environ["ECOTONE_KEY_FILE"] = str(Path(_cache.name) / "config" / "key")
 
 
 # Of these large grids of cases `make test` runs one in so many, spread evenly; `make test-all` runs all.

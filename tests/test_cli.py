@@ -775,7 +775,7 @@ def test_the_recipes_own_module_is_found_from_anywhere(
     commands: list[list[object]] = [
         ["run", recipe, "--out", tmp_path / "run"],
         ["export", tmp_path / "run", "--to", tmp_path / "merged"],
-        ["verify", tmp_path / "merged"],
+        ["verify", tmp_path / "merged", "--folder", recipe.parent],
         ["resume", tmp_path / "run", "--set", "budget.evaluations=16"],
     ]
     for command in commands:

@@ -333,7 +333,7 @@ def test_names_places_and_folders_are_checked_before_anything_is_sent(
         (["resume", "first", "--address", ADDRESS, "--set", "runtime.wrokers=3"], "Did you mean 'workers'?"),
         (["resume", "first", "--address", ADDRESS, "--set", "runtime.grace=long"], "runtime.grace"),
         (["resume", "first", "--address", ADDRESS, "--set", "seed=3"], "a resumed run keeps"),
-        (["resume", "runs/x", "--folder", tmp_path], "--folder, --env: expected with the http:// address"),
+        (["resume", "runs/x", "--env", "PATH"], "--env: expected with the http:// address"),
         (["run", RECIPE, "--address", ADDRESS], "ecotone submit"),
     ):
         said = ecotone(*arguments)

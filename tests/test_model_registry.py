@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from ecotone.experiments import running, tracking
 from ecotone.experiments.recipe import Recipe
+from ecotone.experiments.tracking import MirrorReport, notes
 from ecotone.experiments.tracking.mlflow.model_registry import Registrar
 from ecotone.experiments.tracking.mlflow.server import await_answer, free_port, serving
 from ecotone.experiments.tracking.mlflow.server import stop as stop_server
@@ -160,8 +161,8 @@ def test_a_server_that_is_down(ecotone: Ecotone, runs: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    known = json.loads((runs / "run" / "tracking.json").read_text())
-    (runs / "run" / "tracking.json").write_text(json.dumps({"mlflow": {**known["mlflow"], "uri": uri}}))
+    known = tracking.status(runs / "run")
+    notes.note(runs / "run", "mlflow", MirrorReport(uri, known["experiment_id"], known["run_id"]), {})
     error = ecotone("export", runs / "run", "--to", runs / "merged", "--register", "a").err
     assert "the tracking server at 127.0.0.1 does not answer" in error
     assert not (runs / "merged").exists()

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from ecotone.experiments import tracking
+from ecotone.experiments import marks, tracking
 from ecotone.populations import facts
 from ecotone.populations.facts import Note
 from ecotone.populations.genome import Genome
@@ -126,7 +126,7 @@ def noted(budget: int | None, **others: str) -> list[Note]:
         "versions": json.dumps({"numpy": "2.0"}),
         **others,
     }
-    return [Note(name, text) for name, text in told.items()]
+    return marks.with_mark([Note(name, text) for name, text in told.items()])  # a run of this user's own
 
 
 def tell(journal: Journal, begin: int, end: int, batch: int = 5) -> None:

@@ -23,11 +23,13 @@ from typing import Any
 from pydantic import ValidationError
 
 import ecotone
+from ecotone.experiments.gate import sendable
 from ecotone.experiments.tracking.mirroring import Mirror
-from ecotone.experiments.tracking.notes import MirrorReport, note, noted, say, sole_mirror, status
+from ecotone.experiments.tracking.notes import MirrorReport, note, noted, own_notes, say, sole_mirror, status
 from ecotone.experiments.tracking.protocol import SILENCE, Memory, TrackerSettings
 from ecotone.experiments.tracking.registry import TRACKERS
 from ecotone.experiments.tracking.subject import DEFAULT, Subject, state_of, trackers_of
+from ecotone.experiments.trust import UntrustedError
 from ecotone.experiments.words import explained
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, first_line
@@ -45,6 +47,8 @@ def mirror(
     tracker: str = DEFAULT,
     changes: Mapping[str, Any] | None = None,
     patience: float = 5.0,
+    *,
+    trust: bool = False,
 ) -> MirrorReport:
     """Log everything in the journal of ``run_dir`` that a tracker does not have yet.
 
@@ -53,15 +57,18 @@ def mirror(
         tracker: The tracker's name.
         changes: Settings of the tracker that replace the journal's.
         patience: Seconds to wait for another mirror of this run to end.
+        trust: Trust the places that the run names, although it bears no mark of this user's.
 
     Returns:
         What was done. A tracker that is down is an ``error`` in it, not an exception.
 
     Raises:
+        UntrustedError: The run was made elsewhere, and names servers or folders that are not trusted.
         JournalError: There is no journal in ``run_dir``, or it cannot be read.
         InputError: There is no such tracker, or the settings are not its own.
     """
     directory = Path(run_dir).resolve()
+    sendable(directory, str(run_dir), trust, given=[f"tracking.{name}" for name in changes or ()])
     settings = settings_of(directory, tracker, changes)
     with sole_mirror(directory, tracker, patience) as alone:
         if not alone:
@@ -71,25 +78,41 @@ def mirror(
             return attempts.once(live=False)
 
 
-def mirror_all(run_dir: str | Path, trackers: Sequence[str] = ()) -> dict[str, MirrorReport]:
+def mirror_all(
+    run_dir: str | Path,
+    trackers: Sequence[str] = (),
+    *,
+    trust: bool = False,
+    notify: Callable[[str], None] = lambda text: None,
+) -> dict[str, MirrorReport]:
     """Mirror a run to each of the ``trackers``; reports by name. By default to the run's trackers, or else to MLflow.
 
     What goes wrong with one is in its report, and keeps nothing from the others.
 
+    Args:
+        run_dir: The run directory.
+        trackers: Names of trackers.
+        trust: As for ``mirror``.
+        notify: Called with a sentence for each place that is trusted.
+
     Raises:
+        UntrustedError: As for ``mirror``.
         InputError: One of ``trackers`` is neither a tracker nor one of the run's.
     """
     directory = Path(run_dir).resolve()
+    sendable(directory, str(run_dir), trust, notify)
     on = chosen(directory)
     for name in trackers:
         if name not in on:
             TRACKERS.get(name, "tracker")
-    return {name: _mirrored(directory, name) for name in trackers or on or (DEFAULT,)}
+    return {name: _mirrored(directory, name, trust) for name in trackers or on or (DEFAULT,)}
 
 
-def _mirrored(directory: Path, tracker: str) -> MirrorReport:
+def _mirrored(directory: Path, tracker: str, trust: bool) -> MirrorReport:
     try:
-        return mirror(directory, tracker)
+        return mirror(directory, tracker, trust=trust)
+    except UntrustedError:
+        raise
     except InputError as error:
         return MirrorReport("", error=error.message, remedy=error.remedy)
 
@@ -133,7 +156,7 @@ def _kind(tracker: str) -> type[TrackerSettings]:
 def start(run_dir: str | Path, pid: int, tracker: str = DEFAULT) -> subprocess.Popen[bytes]:
     """Start mirroring the run that process ``pid`` writes, in a process that a Ctrl-C in the terminal does not reach.
 
-    Its output goes to ``RUN_DIR/tracking.log``.
+    Its output goes to ``RUN_DIR/tracking.log``. Whoever starts it has made sure that the run may be mirrored.
 
     Raises:
         TrackingError: The tracker is not installed.
@@ -147,7 +170,7 @@ def start(run_dir: str | Path, pid: int, tracker: str = DEFAULT) -> subprocess.P
     root = str(Path(str(ecotone.__file__)).resolve().parents[1])
     with (directory / "tracking.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", launch, root, str(directory), "--tracker", tracker, "--follow", str(pid)],
+            [sys.executable, "-c", launch, root, str(directory), "--tracker", tracker, "--follow", str(pid), "--trust"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -221,7 +244,7 @@ class Attempts:
     def _opened(self, journal: Journal) -> Mirror:
         settings = self._settings = self._settings or settings_of(self.directory, self.tracker)
         subject = Subject.of(journal, self.directory)
-        known = noted(self.directory, self.tracker)
+        known = own_notes(self.directory, self.tracker)
         memory: Memory = {"run_id": known.get("run_id"), **(known.get("memory") or {})}
         here = known.get("uri") == settings.place(self.directory)
         return Mirror(subject, settings.open(subject, self.directory, memory if here else {}))
@@ -352,6 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--follow", type=int, metavar="PID", help="go on until the search of this process has ended")
     parser.add_argument("--poll", type=float, default=1.0, help="seconds between two looks at the journal")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds to keep trying after the search's end")
+    parser.add_argument("--trust", action="store_true", help="trust the places that a run made elsewhere names")
     options = parser.parse_args(arguments)
     with contextlib.suppress(OSError):
         os.nice(10)
@@ -360,8 +384,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         if options.follow is None:
-            report: MirrorReport | None = mirror(options.run_dir, options.tracker)
+            report: MirrorReport | None = mirror(options.run_dir, options.tracker, trust=options.trust)
         else:
+            if not options.trust:
+                sendable(options.run_dir, str(options.run_dir), trust=False)
             report = follow(options.run_dir, options.follow, options.poll, options.patience, stop, options.tracker)
     except EcotoneError as error:
         say(str(error))

@@ -7,11 +7,12 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ecotone.experiments import marks
 from ecotone.experiments.tracking.protocol import Memory, TrackingError
 from ecotone.experiments.tracking.subject import DEFAULT, trackers_of
 from ecotone.populations.errors import JournalError
@@ -57,6 +58,7 @@ def status(run_dir: str | Path, tracker: str = DEFAULT) -> dict[str, Any]:
     directory = Path(run_dir).resolve()
     known = noted(directory, tracker)
     known.pop("memory", None)
+    known.pop("mark", None)
     empty = dict.fromkeys(("uri", "experiment", "experiment_id", "run_id", "page", "error"))
     at_work = _being_mirrored(directory, tracker)
     return {**empty, "mirrored": 0, "complete": False, **known, "mirroring": at_work}
@@ -117,6 +119,19 @@ def noted(directory: Path, tracker: str) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
+def own_notes(directory: Path, tracker: str) -> dict[str, Any]:
+    """The notes on a tracker that this user's mirrors wrote, for going on where they stood; else none.
+
+    Others' notes would lead into runs and stores of another's choice.
+    """
+    known = noted(directory, tracker)
+    return known if marks.is_marked("tracking", _marked_part(tracker, known), known.get("mark")) else {}
+
+
+def _marked_part(tracker: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    return {"tracker": tracker, **{key: known.get(key) for key in ("uri", "experiment_id", "run_id", "memory")}}
+
+
 def _all_notes(directory: Path) -> dict[str, Any]:
     """The notes of each tracker, by name."""
     try:
@@ -148,6 +163,8 @@ def note(directory: Path, tracker: str, report: MirrorReport, more: Memory) -> N
         "error": report.error,
         **more,
     }
+    mark = marks.mark_of("tracking", _marked_part(tracker, known))
+    known |= {} if mark is None else {"mark": mark}
     if known == noted(directory, tracker):
         return
     draft = directory / f"{_NOTES}.new"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ecotone.experiments import marks
 from ecotone.experiments.accepted import accepted_texts
 from ecotone.experiments.storage import url_of
 from ecotone.experiments.tracking.names import algorithm_name, flattened
@@ -61,6 +62,8 @@ class Subject:
         budget = (journal.fact(facts.BUDGET) or {}).get("evaluations")
         goals = journal.fact(facts.GOALS) or ()
         models = journal.fact(facts.MODELS) or ()
+        place = url_of(directory) or str(directory)
+        mark = marks.mark_of("mlflow", place)
         return cls(
             name=f"{algorithm_name(journal)} seed {seed or 0}, {name}",
             recipe=name,
@@ -77,7 +80,8 @@ class Subject:
                 "algorithm": algorithm,
                 "models": ", ".join(models),
                 "objectives": ", ".join(goal.name for goal in goals),
-                "ecotone.run_dir": url_of(directory) or str(directory),
+                "ecotone.run_dir": place,
+                **({} if mark is None else {"ecotone.mark": mark}),
                 "ecotone.signature": signature,
                 "ecotone.versions": json.dumps(journal.fact(facts.VERSIONS) or {}),
             },

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ecotone.experiments.recipe import algorithm_of
 from ecotone.experiments.tracking.mlflow import MlflowSettings
-from ecotone.experiments.tracking.mlflow.server import store_of
+from ecotone.experiments.tracking.mlflow.server import check_store, store_of
 from ecotone.experiments.tracking.mlflow.store import ENVIRONMENT, client_of, in_words
 from ecotone.experiments.tracking.notes import status
 from ecotone.experiments.tracking.protocol import TrackingError
@@ -52,8 +52,11 @@ class Registrar:
         name: The registered model, which is made if it is not there.
         alias: Points to the new version from now on.
         limit: Exports of more bytes are not uploaded: the version then has the small files and a path to the weights.
+        trust: Trust the MLflow server and run that the run directory names, although it bears no mark of this user's.
+        notify: Called with a sentence for each thing that is trusted.
 
     Raises:
+        UntrustedError: The run was made elsewhere, and names a server or an MLflow run that is not trusted.
         TrackingError: MLflow is not installed or does not answer, it does not have the run, or the name is refused.
     """
 
@@ -61,7 +64,16 @@ class Registrar:
     alias: str | None
     limit: int
 
-    def __init__(self, run_dir: str | Path, name: str, alias: str | None = None, limit: int = UPLOAD_LIMIT) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        name: str,
+        alias: str | None = None,
+        limit: int = UPLOAD_LIMIT,
+        *,
+        trust: bool = False,
+        notify: Callable[[str], object] = lambda text: None,
+    ) -> None:
         MlflowSettings.require()
         _check_names(name, alias)
         self.name, self.alias, self.limit = name, alias, limit
@@ -71,6 +83,7 @@ class Registrar:
             raise TrackingError(
                 f"--register: MLflow does not have the run {directory}.", "Send it with `ecotone sync`, then try again."
             )
+        check_store(directory, trust, notify, noted_run=True)
         self._run_id = str(known["run_id"])
         self._uri = store_of(directory)
         self._ask(self._check)

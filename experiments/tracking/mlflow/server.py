@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ecotone.experiments import gate
 from ecotone.experiments.tracking.following import settings_of, wait
 from ecotone.experiments.tracking.mlflow import MlflowSettings
 from ecotone.experiments.tracking.mlflow.store import ENVIRONMENT, sqlite_file
@@ -53,7 +54,12 @@ def ui_pages(run_dir: str | Path) -> Pages | None:
 
 
 def serve(
-    run_dir: str | Path, port: int = 5000, open_browser: bool = False, say: Callable[[str], object] = print
+    run_dir: str | Path,
+    port: int = 5000,
+    open_browser: bool = False,
+    say: Callable[[str], object] = print,
+    *,
+    trust: bool = False,
 ) -> None:
     """Say where MLflow shows the run; for an embedded store, serve it on the loopback interface until Ctrl-C.
 
@@ -62,14 +68,17 @@ def serve(
         port: The port of the server for an embedded store; 0 takes a free port.
         open_browser: Also open the view of the experiment's fronts.
         say: Takes each line for the user.
+        trust: Trust the servers and stores that the run names, although it bears no mark of this user's.
 
     Raises:
+        UntrustedError: The run was made elsewhere, and names a server or store that is not trusted.
         TrackingError: Nothing was mirrored yet, the port is in use, or MLflow does not start.
     """
     directory = Path(run_dir).resolve()
     known = status(directory, "mlflow")
     if known["uri"] is None:
         raise TrackingError(f"{directory}: nothing of it is in MLflow yet.", "Start the run, or `ecotone sync` it.")
+    check_store(directory, trust, say)
     pages = ui_pages(directory)
     if pages is not None:
         _show(pages, open_browser, say)
@@ -148,6 +157,27 @@ def store_of(directory: Path) -> str:
     settings = settings_of(directory, "mlflow")
     assert isinstance(settings, MlflowSettings)
     return settings.store(directory) if settings.place(directory) == known else known
+
+
+def check_store(directory: Path, trust: bool, say: Callable[[str], object], noted_run: bool = False) -> None:
+    """Make sure that the store of a run is one that this user chose, or trusts.
+
+    Args:
+        directory: The run directory.
+        trust: Whether the user trusts whatever the run names.
+        say: Takes each line about what is trusted.
+        noted_run: Whether also the MLflow run, and not the store alone, must be one that this user's mirror noted.
+
+    Raises:
+        UntrustedError: It is not.
+    """
+
+    def notify(text: str) -> None:
+        say(text)
+
+    gate.sendable(directory, str(directory), trust, notify)
+    settings = settings_of(directory, "mlflow")
+    gate.check_notes(directory, str(directory), "" if noted_run else settings.place(directory), trust, notify)
 
 
 @contextlib.contextmanager

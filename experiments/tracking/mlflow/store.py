@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ecotone.experiments import marks
 from ecotone.experiments.storage import is_url
 from ecotone.experiments.tracking.protocol import SILENCE, TrackingError
 from ecotone.extras import how_to_install
@@ -120,9 +121,11 @@ def in_words(error: BaseException, uri: str) -> str:
 def find_run_dir(run_id: str, uri: str) -> str | Path:
     """The run directory of an MLflow run, a path or a URL, by its tag ``ecotone.run_dir``.
 
+    A URL is taken only with this user's mark: whoever can write to the MLflow server chooses it.
+
     Raises:
-        TrackingError: MLflow does not answer or has no such run, or it is not one of Ecotone's, or its directory
-            is gone.
+        TrackingError: MLflow does not answer or has no such run, or it is not one of Ecotone's, its directory is gone,
+            or it is a URL without this user's mark.
     """
     store = absolute_uri(uri)
     try:
@@ -135,7 +138,13 @@ def find_run_dir(run_id: str, uri: str) -> str | Path:
     if "ecotone.run_dir" not in tags:
         raise TrackingError(f"MLflow run {run_id} was not made by Ecotone (no tag ecotone.run_dir).")
     if is_url(tags["ecotone.run_dir"]):
-        return str(tags["ecotone.run_dir"])
+        url = str(tags["ecotone.run_dir"])
+        if not marks.is_marked("mlflow", url, tags.get("ecotone.mark")):
+            raise TrackingError(
+                f"MLflow run {run_id}: it names the URL {url!r} without a mark of yours, so nothing is fetched there.",
+                "If you trust that place, give the URL itself.",
+            )
+        return url
     directory = Path(tags["ecotone.run_dir"])
     if not (directory / "journal.sqlite").is_file():
         raise TrackingError(
