@@ -91,6 +91,9 @@ COMPONENTS = _object(
 )
 BUDGET = _object("budget", "Evaluations and seconds after which the search ends; null for no limit.")
 TRACKING = _object("tracking", "The trackers that the run is mirrored to, by name, each with its settings.")
+CREDENTIALS: Fact[tuple[str, ...]] = Fact(
+    "credentials", "URLs that need credentials, without them; this user's own file has those.", _strings, _json
+)
 VERSIONS = _object("versions", "Versions of the packages that results depend on.")
 SYS_PATH: Fact[tuple[str, ...]] = Fact(
     "sys_path", "Folders of the user's own modules; the last is the working directory.", _strings, _json
@@ -103,6 +106,6 @@ REPORT = _object("report", "The search's own report at its end.")
 
 FACTS: tuple[Fact[Any], ...] = (
     *(FORMAT_OF, CREATED, NAME, RECIPE, SIGNATURE, ALGORITHM, SEED, GOALS, HELD_OUT_GOALS, MODELS, GEOMETRY),
-    *(COMPONENTS, BUDGET, TRACKING, VERSIONS, SYS_PATH, STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
+    *(COMPONENTS, BUDGET, TRACKING, CREDENTIALS, VERSIONS, SYS_PATH, STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
 )
 """All facts, in the order of reports."""

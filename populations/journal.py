@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from ecotone.populations.database import connected, explained, is_locked, locked
 from ecotone.populations.errors import JournalError
 from ecotone.populations.facts import CREATED, FORMAT_OF, Fact, Note, Value
+from ecotone.populations.folders import private, private_folder
 from ecotone.populations.genome import Genome
 from ecotone.populations.migrations import FORMAT, create, current
 from ecotone.populations.rows import (
@@ -118,7 +119,7 @@ class Journal:
                 f"{file}: a run is there already.", f"Use `ecotone resume {file.parent}`, or another --out."
             )
         with explained(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            private_folder(file.parent)
             lock = locked(file)
             try:
                 journal = cls(file, connected(file, write=True), lock)
@@ -388,7 +389,7 @@ class Journal:
 
     def snapshot(self, path: str | Path) -> None:
         """Copy the journal as it is now to ``path``, as one plain file, even while somebody writes it."""
-        with explained(Path(path)), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
+        with explained(Path(path)), contextlib.closing(sqlite3.connect(private(path), isolation_level=None)) as copy:
             self._connection.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
 
