@@ -33,7 +33,7 @@ from ecotone.experiments.options import (
     recipe_of,
     users_code,
 )
-from ecotone.populations import arguments, secrets
+from ecotone.populations import arguments, sealed, secrets
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, sentence
 
 if TYPE_CHECKING:
@@ -600,6 +600,7 @@ def main() -> None:
     arguments.hide()
     secrets.hook()
     try:
+        sealed.check()
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except EcotoneError as error:

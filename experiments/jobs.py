@@ -29,6 +29,7 @@ from ecotone.experiments.recipe import parse_settings
 from ecotone.extras import how_to_install
 from ecotone.populations import credentials
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
+from ecotone.populations.sealed import sealed
 from ecotone.populations.secrets import clean, take, take_all
 
 State: TypeAlias = Literal["pending", "running", "stopped", "succeeded", "failed"]
@@ -92,8 +93,8 @@ class Parcel:
         folder: The folder that travels. None is the checkout that holds the recipe, or the recipe's folder. For a
             resumed run it is the folder of the last job if this machine has it, else the checkout that holds the
             working directory, or that directory.
-        environment: Variables of the job and of its workers. Everybody who can read the cluster's jobs can read them.
-            The same holds for credentials of URLs in the run directory's name and in the settings.
+        environment: Variables of the job and of its workers. Those that may be secret are sealed with the cluster's
+            token, and so are credentials in the URLs of the run directory and of the settings.
         grace: Seconds that a stopped run waits for candidates in flight; None for as many as before, or 30.
     """
 
@@ -267,7 +268,7 @@ class JobServer:
         environment: dict[str, Any] = {
             "working_dir": job.folder,
             "excludes": LEFT_BEHIND,
-            "env_vars": {**parcel.environment, **credentials.passed([job.out, *urls]), **variables},
+            "env_vars": {**sealed({**parcel.environment, **credentials.passed([job.out, *urls])}), **variables},
         }
         if not is_checkout(Path(job.folder)):
             environment["py_modules"] = [str(Path(str(ecotone.__file__)).parent)]

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def variables(url: str) -> str:
     return _VARIABLES.get(scheme, f"FSSPEC_{scheme.upper()}_USERNAME and FSSPEC_{scheme.upper()}_PASSWORD")
 
 
-def _stored() -> Mapping[str, str]:
+def _stored() -> dict[str, str]:
     """The entries of the user's file. A file of another user counts as none; one that others may read is closed off."""
     try:
         with file().open("rb") as handle:

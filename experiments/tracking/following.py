@@ -355,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--patience", type=float, default=30.0, help="seconds to keep trying after the search's end")
     options = parser.parse_args(arguments)
     hook()
-    sys.stdout, sys.stderr = Sieve(sys.stdout), Sieve(sys.stderr)  # type: ignore[assignment]  # of other packages too
+    sys.stdout, sys.stderr = Sieve(sys.stdout), Sieve(sys.stderr)  # other packages write to them too
     with contextlib.suppress(OSError):
         os.nice(10)
     stop = threading.Event()
