@@ -13,8 +13,14 @@ In Python::
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if "ECOTONE_SEALED" in os.environ:  # in the processes of a cluster's job
+    from ecotone.populations.sealed import unseal
+
+    unseal()
 
 if TYPE_CHECKING:
     from ecotone.experiments.compare import compare

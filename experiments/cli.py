@@ -37,6 +37,7 @@ from ecotone.experiments.options import (
     say,
     users_code,
 )
+from ecotone.populations import arguments, sealed, secrets
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, sentence
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def run(
             f"--address: expected that of a Ray cluster, found a dashboard's, {address}.", "ecotone submit"
         )
     chosen = recipe_of(recipe, settings, workers, address)
-    target = out or str(new_directory(chosen.name))
+    target = str(new_directory(chosen.name)) if out is None else secrets.take(out) if "://" in out else out
 
     def work(watcher: Watcher) -> Run:
         return launch(chosen, target, observe=watcher, notify=watcher.say)
@@ -646,7 +647,10 @@ check_cli.register(app)
 def main() -> None:
     """The console script. It prints an error as one clear message, and after a stop the command that goes on."""
     signal.signal(signal.SIGTERM, _as_interrupt)
+    arguments.hide()
+    secrets.hook()
     try:
+        sealed.check()
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except EcotoneError as error:
@@ -656,6 +660,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "show"):  # only the parser's own errors about the command line have it
             raise
+        error.message = secrets.stripped(str(getattr(error, "message", "")))  # type: ignore[attr-defined]
         error.show()
         sys.exit(getattr(error, "exit_code", 2))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
@@ -24,9 +25,14 @@ from urllib.request import urlopen
 
 import ecotone
 from ecotone.experiments import marks
+from ecotone.experiments.keeping import texts_in
+from ecotone.experiments.recipe import parse_settings
 from ecotone.experiments.trust import admit
 from ecotone.extras import how_to_install
+from ecotone.populations import credentials
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
+from ecotone.populations.sealed import sealed
+from ecotone.populations.secrets import clean, take, take_all
 
 State: TypeAlias = Literal["pending", "running", "stopped", "succeeded", "failed"]
 
@@ -91,7 +97,8 @@ class Parcel:
         folder: The folder that travels. None is the checkout that holds the recipe, or the recipe's folder. For a
             resumed run it is the folder of the last job if this machine has it, else the checkout that holds the
             working directory, or that directory.
-        environment: Variables of the job and of its workers. Everybody who can read the cluster's jobs can read them.
+        environment: Variables of the job and of its workers. Those that may be secret are sealed with the cluster's
+            token, and so are credentials in the URLs of the run directory and of the settings.
         grace: Seconds that a stopped run waits for candidates in flight; None for as many as before, or 30.
         accept_changes: Whether a resumed run goes on although models, code or data have changed since it began.
         trust: Of a run that is resumed: trust what it names, and the folder that its last job names.
@@ -111,6 +118,9 @@ class JobServer:
     Args:
         address: The address of the head's dashboard, ``http://HOST:PORT``.
 
+    Attributes:
+        address: The same, without credentials.
+
     Raises:
         InputError: The address is no such URL.
         PoolError: Nobody answers there, Ray's client is not installed, or the token is missing or wrong.
@@ -120,9 +130,9 @@ class JobServer:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"--address: expected http://HOST:PORT of a Ray dashboard, found {address!r}.", _tunnel())
-        self.address: str = address.rstrip("/")
+        self.address: str = take(address.rstrip("/"))
         with self._explained():
-            self._client = _client(self.address)
+            self._client = _client(credentials.whole(self.address))
 
     def unguarded(self) -> bool:
         """True when the server takes jobs from anybody who reaches it, even without a token."""
@@ -179,7 +189,7 @@ class JobServer:
         folder = _checked_folder(parcel.folder or travelling(recipe.resolve().parent))
         if not recipe.resolve().is_relative_to(folder):
             raise InputError(f"--folder: expected one that holds {recipe}, found {folder}.")
-        target = out or f"{HOME_RUNS}/{name}"
+        target = take(out) if out else f"{HOME_RUNS}/{name}"
         command = ["run", str(recipe.resolve().relative_to(folder)), "--out", _checked(target)]
         return self._start(Job(name, name, "pending", target, str(folder)), command, parcel)
 
@@ -194,6 +204,7 @@ class JobServer:
             InputError: The run is not known, or has not ended.
             PoolError: The cluster does not take the job.
         """
+        named = take(named)
         jobs = self.jobs()
         runs = [job.run for job in jobs if named in (job.run, job.id, job.out)]
         if not runs and not _is_place(named):
@@ -249,7 +260,9 @@ class JobServer:
     def _start(self, job: Job, command: Sequence[str], parcel: Parcel) -> Job:
         grace = job.grace if parcel.grace is None else parcel.grace
         # The job is given its cluster; what the user sets comes after it, and wins.
-        changes = [f"--set={text}" for text in ("runtime.pool=ray", "runtime.address=auto", *parcel.settings)]
+        settings, urls = _plain_settings(parcel.settings)
+        changes = [f"--set={text}" for text in ("runtime.pool=ray", "runtime.address=auto", *settings)]
+        credentials.load()
         words = [
             "exec python -m ecotone.experiments.cli",
             *map(_quoted, command),
@@ -263,7 +276,7 @@ class JobServer:
         environment: dict[str, Any] = {
             "working_dir": job.folder,
             "excludes": [*LEFT_BEHIND, *marks.within(Path(job.folder))],
-            "env_vars": {**parcel.environment, **variables},
+            "env_vars": {**sealed({**parcel.environment, **credentials.passed([job.out, *urls])}), **variables},
         }
         if not is_checkout(Path(job.folder)):
             environment["py_modules"] = [str(Path(str(ecotone.__file__)).parent)]
@@ -299,7 +312,7 @@ class JobServer:
         except ImportError as error:
             raise PoolError(f"Ray's job client is not installed ({error}).", f"`{how_to_install('ray')}`.") from error
         except Exception as error:
-            raise _in_words(error, self.address) from error
+            raise _in_words(error, self.address) from clean(error)
 
 
 def travelling(folder: Path) -> Path:
@@ -322,6 +335,27 @@ def environment_of(names: Iterable[str]) -> dict[str, str]:
     if missing:
         raise InputError(f"--env: {missing[0]} is not set here.", "Export it first, or leave it out.")
     return {name: os.environ[name] for name in names}
+
+
+def _plain_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Settings as the job's command has them, without secrets, and the texts in them."""
+    plain: list[str] = []
+    urls: list[str] = []
+    for text in settings:
+        ((key, value),) = parse_settings([text]).items()
+        shown = _taken(value) if key.partition(".")[0] in ("tracking", "runtime") else take_all(value)
+        plain.append(text if shown == value else f"{key}={json.dumps(shown)}")
+        urls += texts_in(shown)
+    return plain, urls
+
+
+def _taken(value: Any) -> Any:
+    """A nested value whose URLs are those of places."""
+    if isinstance(value, Mapping):
+        return {key: _taken(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_taken(one) for one in value]
+    return take(value) if isinstance(value, str) else value
 
 
 def _client(address: str) -> Any:

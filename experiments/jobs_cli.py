@@ -11,6 +11,7 @@ import typer
 
 from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, changes_of, local, print_json, recipe_of
 from ecotone.populations.errors import InputError
+from ecotone.populations.secrets import place
 
 if TYPE_CHECKING:
     from ecotone.experiments.jobs import Job, JobServer
@@ -92,7 +93,7 @@ def jobs(address: ServerOption = ADDRESS, as_json: JsonOption = False) -> None:
     if as_json:
         print_json([job.record() for job in found])
     elif not found:
-        typer.echo(f"{address} knows no runs: none was submitted since its head was started.")
+        typer.echo(f"{place(address)} knows no runs: none was submitted since its head was started.")
     else:
         report.console().print(report.jobs_table([job.record() for job in found]))
 
@@ -148,7 +149,7 @@ def stop(
         print_json(job.record())
         return
     typer.echo(f"{job.run} is stopping." if job.live else f"{job.run} has {_ended(job)}.")
-    typer.echo(f"Go on with: ecotone resume {shlex.quote(job.run)} --address {address}")
+    typer.echo(f"Go on with: ecotone resume {shlex.quote(job.run)} --address {server.address}")
 
 
 def is_server(address: str | None) -> bool:
@@ -208,4 +209,4 @@ def _ended(job: Job) -> str:
 
 
 def _option(address: str) -> str:
-    return "" if address == ADDRESS else f" --address {address}"
+    return "" if address == ADDRESS else f" --address {place(address)}"

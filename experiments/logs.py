@@ -17,11 +17,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from ecotone.populations.folders import opened
+from ecotone.populations.secrets import LogFilter, stripped, without
+
 if TYPE_CHECKING:
     from ecotone.search.manager import Progress
 
 LOG = "log.jsonl"  # in the run directory
 _log = logging.getLogger("ecotone")
+_log.addFilter(LogFilter())  # whoever handles its records, they have no secrets
 _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "event"}
 
 
@@ -41,14 +45,17 @@ class JsonLine(logging.Formatter):
         }  # Ray adds some of its own
         fields = {key: value for key, value in named.items() if key not in _STANDARD}
         if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
-        return json.dumps({**head, **_plain(fields), **head})
+            fields["traceback"] = stripped(self.formatException(record.exc_info))
+        return json.dumps({**head, **_plain(without(fields)), **head})
 
 
 class _Lines(logging.FileHandler):
-    """A file that may fail: a full disk costs lines, not the run, and is reported once."""
+    """A file that may fail: a full disk costs lines, not the run, and is reported once. Only the user may read it."""
 
     _failed = False
+
+    def _open(self) -> Any:
+        return opened(self.baseFilename, self.mode, encoding=self.encoding)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append the record's line."""

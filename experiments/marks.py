@@ -4,7 +4,7 @@ A record is a journal, an export's ``ecotone.json``, or a small file beside a jo
 mark is an HMAC-SHA256 by the key over what Ecotone would act on: the recipe, the trackers, the folders, a URL. When one
 of them is changed, the record bears no mark any more. Rows and scores are not covered.
 
-The key is 32 random bytes in ``$ECOTONE_KEY_FILE``, else in ``ecotone/key`` of the user's configuration folder. It is
+The key is 32 random bytes in ``$ECOTONE_KEY_FILE``, else in ``key`` of ``settings_folder()``. It is
 made when the first record is. It never leaves the machine: no record, log, message or job holds it.
 """
 
@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 from ecotone.populations import facts
 from ecotone.populations.facts import Fact, Note
+from ecotone.populations.folders import settings_folder
 from ecotone.populations.journal import Journal
 
 Sort: TypeAlias = Literal["journal", "export", "storage", "tracking", "mlflow", "job"]
@@ -36,7 +37,7 @@ _log = logging.getLogger("ecotone")
 
 
 def key_file() -> Path:
-    """The file of the key: ``$ECOTONE_KEY_FILE``, or ``ecotone/key`` in the user's configuration folder.
+    """The file of the key: ``$ECOTONE_KEY_FILE``, or ``key`` in the user's configuration folder.
 
     Raises:
         RuntimeError: This user has no home folder.
@@ -44,7 +45,7 @@ def key_file() -> Path:
     named = os.environ.get("ECOTONE_KEY_FILE")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "ecotone" / "key"
+    return settings_folder() / "key"
 
 
 def mark_of(sort: Sort, value: Any) -> str | None:

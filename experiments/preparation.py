@@ -17,6 +17,7 @@ from ecotone.experiments.recipe import Recipe
 from ecotone.fitness.callables import resolve
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.folders import cache_folder
+from ecotone.populations.secrets import plain
 from ecotone.settings import split_call
 
 
@@ -38,7 +39,7 @@ def _preparation_key(recipe: Recipe) -> str:
     assert recipe.prepare is not None
     place, function, is_file = split_call(recipe.prepare.call)
     name = f"{Path(place).name}:{function}" if is_file else recipe.prepare.call  # a job's folder is another each time
-    text = json.dumps([name, _preparation_arguments(recipe), _module_source(recipe)], sort_keys=True)
+    text = json.dumps([name, plain(_preparation_arguments(recipe)), _module_source(recipe)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

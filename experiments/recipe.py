@@ -36,6 +36,7 @@ from ecotone.fitness.backends.registry import BACKENDS, AnyScoring
 from ecotone.fitness.registry import AnyCalibration, AnyObjective
 from ecotone.fitness.runtime import Runtime
 from ecotone.merging.models.hub import is_repository
+from ecotone.populations import credentials, secrets
 from ecotone.populations.errors import InputError, first_line
 from ecotone.search.chain import ChainSettings
 from ecotone.search.kinds import SearchSettings
@@ -369,6 +370,7 @@ class Recipe(Part):
         Raises:
             InputError: A key is unknown, or a value does not fit.
         """
+        record = credentials.restored(record)
         tracking = record.get("tracking") if isinstance(record, Mapping) else None
         known = tracking if isinstance(tracking, Mapping) else {}
         models = record.get("models") if isinstance(record, Mapping) else None
@@ -387,7 +389,7 @@ class Recipe(Part):
                 where it is read back.
         """
         try:
-            return cls.model_validate(record, context=context)
+            return cls.model_validate(credentials.restored(record), context=context)
         except ValidationError as error:
             raise InputError(explained(error, cls), newer(written_by)) from error
 
@@ -395,8 +397,9 @@ class Recipe(Part):
         return with_files(self, lambda path: str(at_home(path).absolute()))
 
     def record(self) -> dict[str, Any]:
-        """The whole recipe as nested plain values; ``from_record`` takes it back."""
-        return self.model_dump(mode="json")
+        """The whole recipe as nested plain values, without the secrets of URLs; ``from_record`` takes it back."""
+        found: dict[str, Any] = secrets.take_all(self.model_dump(mode="json"))
+        return found
 
     def text(self) -> str:
         """The whole recipe as a YAML file, which says the version of Ecotone; ``from_yaml`` takes it back."""
@@ -409,8 +412,8 @@ class Recipe(Part):
 
     @property
     def signature(self) -> str:
-        """16 hexadecimal digits of all that changes results: not name, budget, runtime and tracking."""
-        kept = self.model_dump(mode="json", exclude={"name", "budget", "runtime", "tracking"})
+        """16 hexadecimal digits of all that changes results: not name, budget, runtime, tracking and credentials."""
+        kept = secrets.plain(self.model_dump(mode="json", exclude={"name", "budget", "runtime", "tracking"}))
         if self.models.config in ("same", self.models.usual_config):  # they give one result, or none
             del kept["models"]["config"]
         return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -503,7 +506,7 @@ def parse_settings(pairs: list[str], option: str = "--set", example: str = "seed
         try:
             settings[key] = load(value)
         except yaml.YAMLError as error:
-            shown = repr(value) if len(value) < 100 else f"{value[:100]!r} ..."
+            shown = repr(secrets.stripped(value)) if len(value) < 100 else f"{secrets.stripped(value)[:100]!r} ..."
             raise InputError(f"{option} {key}: cannot be read as a YAML value: {shown}.", first_line(error)) from error
         check_plain(settings[key], f"{option} {key}")
     return settings
@@ -528,7 +531,7 @@ def _entered(place: Any, step: str, key: str) -> Any:
         place[step] = {}
     found = place[_index(place, step, key)] if isinstance(place, list) else place[step]
     if not isinstance(found, dict | list):
-        raise InputError(f"--set {key}: {step!r} is {found!r}, it has no fields.")
+        raise InputError(f"--set {key}: {step!r} is {secrets.without(found)!r}, it has no fields.")
     return found
 
 

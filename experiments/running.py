@@ -23,6 +23,7 @@ from ecotone.experiments import (
     checks,
     compose,
     gate,
+    keeping,
     logs,
     marks,
     preparation,
@@ -39,8 +40,10 @@ from ecotone.merging.operators.base import Operator
 from ecotone.merging.values import refuse_nan
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, sentence
+from ecotone.populations.folders import private_folder, write_private
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
+from ecotone.populations.secrets import cleaning, stripped
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Scores
 from ecotone.search.kinds import Pair
@@ -60,6 +63,7 @@ class Reporting(Protocol):
         """Plain values and arrays."""
 
 
+@cleaning()
 def launch(
     recipe: Recipe,
     out: str | Path | None = None,
@@ -99,13 +103,18 @@ def launch(
             _check_numbers(space, notify)
             pair = composition.search(space)
             beginning.make_room(recipe.text())
-            _write_recipe(recipe, directory)
-            notes = [*_notes(recipe, space, paths), *changes.opening(recipe, composition.spec, space, before)]
+            _write_recipe(recipe, directory, new=True)
+            notes = [
+                *_notes(recipe, space, paths),
+                *changes.opening(recipe, composition.spec, space, before),
+                *_credentials(recipe, place, notify),
+            ]
             with Journal.create(directory / JOURNAL, marks.with_mark(notes), beginning.lock) as journal:
                 _carry_out(composition, pair, place, journal, pool, space, observe, notify)
     return Run(directory)
 
 
+@cleaning()
 def resume(
     run: str | Path | Run,
     settings: Mapping[str, Any] | None = None,
@@ -145,6 +154,8 @@ def resume(
         record, known = _recorded_paths(journal)
         recipe = _resumed_recipe(record, given, wrote(journal))
         deque(map(notify, recipe.tracking.warnings()), maxlen=0)
+        secret = journal.fact(facts.CREDENTIALS) or ()
+        deque(map(notify, keeping.missing(secret, recipe.tracking.recorded())), maxlen=0)
         paths = gate.python_paths(standing, folders, known)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
@@ -163,10 +174,13 @@ def resume(
                 journal.note(facts.BUDGET, recipe.budget.model_dump(mode="json"))
                 journal.note(facts.TRACKING, recipe.tracking.recorded(journal.fact(facts.TRACKING) or {}))
                 journal.note(facts.SYS_PATH, present)
+                for note in _credentials(recipe, place, notify, secret):
+                    journal.note(facts.CREDENTIALS, facts.CREDENTIALS.read(note.text))
                 journal.complete(_notes(recipe, space, present))  # what a repaired journal has lost
                 marks.mark_journal(journal)
             if standing != "own" and marks.has_mark(journal):
                 notify("The run is marked as yours from now on.")
+            _write_recipe(recipe, place.directory)
             _carry_out(composition, composition.search(space), place, journal, pool, space, observe, notify)
     return Run(place.directory)
 
@@ -190,14 +204,20 @@ def _checked(recipe: Recipe, paths: Sequence[str], notify: Notify) -> compose.Co
     return composition
 
 
-def _write_recipe(recipe: Recipe, directory: Path) -> None:
-    """The resolved recipe, for people; the journal has it too."""
+def _credentials(recipe: Recipe, place: Place, notify: Notify, known: Sequence[str] = ()) -> list[facts.Note]:
+    """The fact of which URLs have credentials, if any have, beside those ``known`` before; these are kept elsewhere."""
+    urls = keeping.kept(notify, recipe.record(), recipe.tracking.recorded(), place.where)
+    return [facts.CREDENTIALS.note(tuple(dict.fromkeys([*known, *urls])))] if urls else []
+
+
+def _write_recipe(recipe: Recipe, directory: Path, *, new: bool = False) -> None:
+    """The resolved recipe as it now is, for people; the journal has it too."""
     file, text = directory / "recipe.yaml", recipe.text()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if file.exists() and file.read_text() != text:
+        private_folder(directory)
+        if new and file.exists() and file.read_text() != text:
             raise InputError(f"{file}: a file is there that the run would overwrite.", "Choose another --out.")
-        file.write_text(text)
+        write_private(file, text.encode())
     except OSError as error:
         raise InputError(
             f"{directory}: cannot be written ({error.strerror or error}).",
@@ -330,7 +350,7 @@ def _recorded(journal: Journal, place: Place) -> Iterator[None]:
     except BaseException as error:
         with contextlib.suppress(EcotoneError):  # the journal itself may be what failed
             journal.note(facts.STATE, "failed")
-            journal.note(facts.ERROR, str(error))
+            journal.note(facts.ERROR, stripped(str(error)))
         raise
     finally:
         with contextlib.suppress(EcotoneError):

@@ -26,6 +26,9 @@ Whoever creates ``lease-EPOCH.json`` first has the epoch: local files, S3, GCS a
 exists. In another store two managers that ask in the same moment may both succeed. So both read the lease back
 ``SETTLE`` seconds later, and again before each copy. The one that finds the other's lease gives up. (fsspec itself
 looks whether a local file exists and then writes it, so local files are created here.)
+
+Only the user may read the files on this machine. What is recorded and shown of a URL has neither user info nor query;
+``ecotone.populations.credentials`` has the whole URL.
 """
 
 from __future__ import annotations
@@ -51,17 +54,21 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ecotone.experiments import marks
+from ecotone.populations import credentials
 from ecotone.populations.birth import born
 from ecotone.populations.database import locked
 from ecotone.populations.errors import EcotoneError, InputError, JournalError
-from ecotone.populations.folders import cache_folder
+from ecotone.populations.folders import cache_folder, private, private_folder, tighten, write_private
+from ecotone.populations.folders import opened as private_file
 from ecotone.populations.journal import Journal
+from ecotone.populations.secrets import clean, place, stripped, take
 
 JOURNAL = "journal.sqlite"
 FILES = (JOURNAL, "recipe.yaml", "tracking.json", "log.jsonl")
 """The files of a run directory that are copied."""
 HOME = "storage.json"
 """The file that names the URL of a directory, and a working directory's own name."""
+_OWN_FILES = (*FILES, HOME, "tracking.log", "ui.log", "wandb")
 
 LASTS = 60.0
 """Seconds that a lease lasts without renewal, until the recipe is known, which may change them. Its owner renews it six
@@ -127,13 +134,13 @@ def url_of(directory: str | Path) -> str | None:
     """
     found = _home(Path(directory))
     url = found.get("url")
-    return str(url) if url is not None and marks.is_marked("storage", url, found.get("mark")) else None
+    return take(str(url)) if url is not None and marks.is_marked("storage", url, found.get("mark")) else None
 
 
 def claimed_url(directory: str | Path) -> str | None:
     """The URL that a directory's ``storage.json`` names without a mark of this user's; None for any other."""
     url = _home(Path(directory)).get("url")
-    return None if url is None or url_of(directory) is not None else str(url)
+    return None if url is None or url_of(directory) is not None else take(str(url))
 
 
 def named(url: str) -> str:
@@ -158,7 +165,10 @@ class Store:
     """The objects of one run.
 
     Args:
-        url: The run directory.
+        url: The run directory, with credentials, or without those that are kept for it.
+
+    Attributes:
+        url: The URL without user info and query.
 
     Raises:
         StorageError: The protocol is not known, or its package is not installed.
@@ -167,7 +177,9 @@ class Store:
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs
 
-        protocol, shown = url.partition("://")[0], _without_password(url)
+        known = credentials.whole(url.rstrip("/"))
+        url = url if known == url.rstrip("/") else known
+        protocol, shown = url.partition("://")[0], take(url.rstrip("/"))
         if "::" in url:
             raise StorageError(f"{shown}: expected one protocol, found several ({protocol}).", "Give the plain URL.")
         try:
@@ -179,12 +191,16 @@ class Store:
         except Exception as error:
             raise StorageError(
                 f"{shown}: {_in_words(error)}.", "Check the URL, as in s3://bucket/runs/name."
-            ) from error
+            ) from clean(error)
         self._local = protocol in ("file", "local")
         here = self._local or protocol == "memory"
         # Elsewhere it is what was given: fsspec's own form lacks the host, or the account, of some protocols.
-        self.url: str = str(self._fs.unstrip_protocol(self._root)) if here else shown.rstrip("/")
+        self.url: str = str(self._fs.unstrip_protocol(self._root)) if here else shown
         self.name: str = self.url.rsplit("/", 1)[-1]
+        self.user: str = _user_of(url)
+        self._remedy = "Check the URL, the credentials, the permissions and the network."
+        if not here and shown == url:
+            self._remedy += f" Credentials are looked for in {credentials.variables(url)}."
         self.settle: float = 0.0 if here else SETTLE
         self._folders = protocol not in OBJECT_STORES
 
@@ -212,7 +228,7 @@ class Store:
                 self._fs.makedirs(self._root, exist_ok=True)
             try:
                 if self._local:
-                    with Path(self._path(name)).open("xb") as file:
+                    with private_file(self._path(name), "xb") as file:
                         file.write(data)
                 else:
                     with _CREATING:
@@ -224,16 +240,19 @@ class Store:
     def write(self, name: str, data: bytes) -> None:
         """Write an object, new or not."""
         with self._explained():
+            self._made_private(name)
             self._fs.pipe_file(self._path(name), data)
 
     def put(self, file: Path, name: str) -> None:
         """Copy a file of this machine."""
         with self._explained():
+            self._made_private(name)
             self._fs.put_file(str(file), self._path(name))
 
     def get(self, name: str, file: Path) -> None:
         """Copy an object to a file of this machine."""
         with self._explained():
+            private(file)
             self._fs.get_file(self._path(name), str(file))
 
     def drop(self, name: str) -> None:
@@ -242,6 +261,11 @@ class Store:
             self._fs.rm_file(self._path(name))
         except Exception as error:
             _log.debug("%s: %s cannot be deleted: %s.", self.url, name, _in_words(error))
+
+    def _made_private(self, name: str) -> None:
+        """An object of this machine is its owner's alone from its birth."""
+        if self._local:
+            private(self._path(name))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -252,9 +276,7 @@ class Store:
         try:
             yield
         except (Exception, asyncio.CancelledError) as error:
-            raise StorageError(
-                f"{self.url}: {_in_words(error)}.", "Check the URL, the credentials, the permissions and the network."
-            ) from error
+            raise StorageError(f"{self.url}: {_in_words(error)}.", self._remedy) from clean(error)
 
 
 _SUFFIXES = {"lease": ".json", "mirror": ".json", **{Path(name).stem: Path(name).suffix for name in FILES}}
@@ -567,7 +589,7 @@ class Copier:
             if name == JOURNAL:
                 self._journal.snapshot(snapshot)
             else:
-                shutil.copyfile(file, snapshot)  # it may grow meanwhile
+                shutil.copyfile(file, private(snapshot))  # it may grow meanwhile
             measured = _measured(snapshot)
             before = self._files.get(name, {})
             if measured.items() <= before.items():
@@ -691,6 +713,7 @@ def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None, 
     """
     url = str(where) if is_url(str(where)) else url_of(where) or (claimed_url(where) if trust else None)
     if url is None:
+        _close_off(Path(where))
         yield Place(Path(where), str(where))
         return
     store = Store(url)
@@ -698,11 +721,12 @@ def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None, 
         _refuse_present(store)
     directory = _folder(store, "runs")
     with _writable(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        private_folder(directory)
         lock = locked(directory / HOME)
     with contextlib.closing(lock):
         for left in (*directory.glob("snapshot-*"), *directory.glob("fetched-*")):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
+        _close_off(directory)
         lease = take_lease(store, _named(directory, store), notify)
         place = _DistantPlace(directory, store, lease)
         try:
@@ -716,6 +740,11 @@ def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None, 
         finally:
             with contextlib.suppress(StorageError):
                 lease.release()
+
+
+def _close_off(directory: Path) -> None:
+    """Let nobody else read the files of a run that an older version wrote for all to read."""
+    tighten([*directory.glob("*.sqlite*"), *directory.glob("*.lock"), *(directory / name for name in _OWN_FILES)])
 
 
 def _refuse_present(store: Store) -> None:
@@ -756,9 +785,9 @@ def _put_aside(store: Store, directory: Path, manifest: Manifest, notify: Notify
     if beyond and directory / JOURNAL in files:
         others = (directory / f"superseded-{number}" for number in itertools.count(1))
         aside = next(folder for folder in others if not folder.exists())
-        aside.mkdir()
+        aside.mkdir(mode=0o700)
         for file in files:
-            shutil.copyfile(file, aside / file.name)
+            shutil.copyfile(file, private(aside / file.name))
         what = "a journal that cannot be read" if counts is None else f"a journal of {counts[1]} evaluations"
         notify(
             f"Warning: the copy at {store.url} lacks results that this machine has. They are kept in {aside}: {what}."
@@ -883,11 +912,11 @@ def _view(store: Store, manifest: Manifest) -> Path:
     view = views / f"{manifest['epoch']:06d}-{manifest['serial']:06d}-{content}"
     with _writable(views):
         if not view.is_dir():
-            views.mkdir(parents=True, exist_ok=True)
+            private_folder(views)
             draft = Path(tempfile.mkdtemp(dir=views, prefix="fetching-"))
             try:
                 _fetch(store, manifest, draft)
-                (draft / HOME).write_bytes(_homes_record(store.url))
+                write_private(draft / HOME, _homes_record(store.url))
                 with contextlib.suppress(OSError):  # another process was as quick
                     draft.rename(view)
             finally:
@@ -931,7 +960,7 @@ def standing(url: str) -> dict[str, Any]:
         name = next((name for _, name in _numbered(store.names(), ("lease",))), None)
         lease = _parsed(None if name is None else store.read(name))
     except StorageError as error:
-        return {"url": url, "error": error.message, "managed": False}
+        return {"url": place(url), "error": error.message, "managed": False}
     late = time.time() - lease.get("renewed", 0.0) > 2 * lease.get("lasts", LASTS)
     return {
         "url": store.url,
@@ -963,7 +992,8 @@ def moment(seconds: float | None) -> str | None:
 
 def _folder(store: Store, kind: Literal["runs", "views"]) -> Path:
     """This machine's folder for a run. Its name holds the machine's: machines may share the cache's disk."""
-    of = (store.url, socket.gethostname()) if kind == "runs" else (store.url,)
+    url = store.url.replace("://", f"://{store.user}@", 1) if store.user else store.url  # users may have other files
+    of = (url, socket.gethostname()) if kind == "runs" else (url,)
     key = hashlib.blake2b("\n".join(of).encode(), digest_size=8).hexdigest()
     return cache_folder() / kind / f"{store.name}-{key}"
 
@@ -981,9 +1011,8 @@ def _named(directory: Path, store: Store) -> str:
     found = _home(directory)
     if "home" not in found or url_of(directory) is None:
         with _writable(directory):
-            draft = directory / f"{HOME}.new"
-            draft.write_bytes(_homes_record(store.url, home=str(found.get("home") or uuid.uuid4().hex)))
-            draft.replace(directory / HOME)
+            home = str(found.get("home") or uuid.uuid4().hex)
+            write_private(directory / HOME, _homes_record(store.url, home=home))
     return str(_home(directory)["home"])
 
 
@@ -1029,9 +1058,10 @@ def _parsed(data: bytes | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _without_password(url: str) -> str:
-    """The URL as it may be shown and written down."""
-    return re.sub(r"^([^/]*://[^/:@]*):[^/@]*@", r"\1@", url)
+def _user_of(url: str) -> str:
+    """The user's name in a URL; empty where there is none, or where the place's own URL has it."""
+    user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
+    return user.partition(":")[0] if at and place(url) != url.partition("?")[0] else ""
 
 
 def _package(protocol: str) -> str:
@@ -1042,4 +1072,4 @@ def _package(protocol: str) -> str:
 
 def _in_words(error: BaseException) -> str:
     """One line."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return stripped(" ".join(str(error).split())).rstrip(".") or type(error).__name__

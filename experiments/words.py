@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, get_args
 
 from pydantic import ValidationError
 
-from ecotone.populations import facts
+from ecotone.populations import facts, secrets
 from ecotone.populations.errors import nearest, sentence
 from ecotone.populations.journal import Journal
 from ecotone.search.chain import ChainSettings, StageSettings
@@ -18,6 +18,7 @@ from ecotone.settings import UNKNOWN_KIND, Part, chosen_of
 Steps: TypeAlias = tuple[int | str, ...]
 
 MOST = 5  # errors that are told
+_SHORT = 12  # characters of a text that is no token
 UNWRITTEN = ((ChainSettings, "stages"), (StageSettings, "search"))  # fields that a user does not write
 MEMBERS: dict[int | str, type[Part]] = {"stages": ChainSettings}  # of unions, by tag
 
@@ -73,12 +74,30 @@ def _line(entry: Mapping[str, Any], root: type[Part]) -> str:
         least, given = entry["ctx"]["min_length"], entry["ctx"]["actual_length"]
         return f"{field}: expected a list of {least} or more, found {given}."
     if kind in ("tuple_type", "list_type"):
-        return f"{field}: expected a list, found {entry['input']!r}."
+        return f"{field}: expected a list, found {_shown(entry['input'], field)}."
     if kind in ("model_type", "dict_type"):
-        return f"{field}: expected a mapping, found {entry['input']!r}."
+        return f"{field}: expected a mapping, found {_shown(entry['input'], field)}."
     if kind == "value_error":
         return sentence(message if field == "recipe" else f"{field}: {message}")
-    return f"{field}: {message[0].lower()}{message[1:]}, found {entry['input']!r}."
+    return f"{field}: {message[0].lower()}{message[1:]}, found {_shown(entry['input'], field)}."
+
+
+def _shown(value: Any, field: str) -> str:
+    """A value that does not fit, for a message. Where a secret may stand, a text is only described."""
+    if field.partition(".")[0] == "tracking" or field == "runtime.address":
+        value = _described(value)
+    return repr(secrets.without(value))
+
+
+def _described(value: Any) -> Any:
+    """A value of a place with credentials: long texts that are no URLs, as a token may be, say only their length."""
+    if isinstance(value, Mapping):
+        return {key: _described(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_described(one) for one in value]
+    if not isinstance(value, str) or len(value) <= _SHORT or "://" in value:
+        return secrets.place(value) if isinstance(value, str) else value
+    return f"a text of {len(value)} characters"
 
 
 def _place(steps: Steps, root: type[Part]) -> tuple[list[int | str], type[Part]]:

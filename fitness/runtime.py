@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from ecotone.populations.secrets import take
 from ecotone.settings import Part
 
 
@@ -61,6 +62,12 @@ class Runtime(Part):
     mirror_every: float = Field(default=30.0, gt=0)
     lease: float = Field(default=60.0, gt=0)
     log: Literal["info", "debug"] = "info"
+
+    @field_validator("address")
+    @classmethod
+    def _without_credentials(cls, value: str | None) -> str | None:
+        """This process keeps them; the recipe does not."""
+        return None if value is None else take(value)
 
     @model_validator(mode="after")
     def _can_be_limited(self) -> Runtime:

@@ -19,6 +19,7 @@ from typing import IO
 
 from ecotone.populations.database import connected, explained, lock_file, locked
 from ecotone.populations.errors import JournalError
+from ecotone.populations.folders import OWN_FILE, private, private_folder
 from ecotone.populations.migrations import begin
 
 _BESIDE = ("-wal", "-shm", "-journal")  # files that SQLite makes beside a database
@@ -74,7 +75,7 @@ def claimed(file: Path) -> Iterator[IO[str]]:
             if folder.exists():
                 break
             made.append(folder)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(file.parent)
         lock = locked(file)
     try:
         yield lock
@@ -125,7 +126,7 @@ def drafted(file: Path) -> Iterator[Path]:
 
 def _write(draft: Path, facts: Iterable[tuple[str, str]]) -> None:
     """One plain file, in the mode of SQLite that journals are opened in."""
-    with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as connection:
+    with contextlib.closing(sqlite3.connect(private(draft), isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode=MEMORY")
         connection.execute("PRAGMA synchronous=OFF")  # it is synced as a whole
         connection.execute("BEGIN IMMEDIATE")
@@ -141,7 +142,7 @@ def _place(draft: Path, file: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
-        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # unborn, if it ends here
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, OWN_FILE))  # unborn, if it ends here
         draft.replace(file)
 
 

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import IO
 
 from ecotone.populations.errors import DamagedJournalError, JournalError
+from ecotone.populations.folders import opened, private, tighten
 
 
 def connected(file: Path, write: bool) -> sqlite3.Connection:
     """A connection to ``file``. Several threads may use it, and it begins no transaction by itself."""
     if write:
+        private(file)  # and so are the files that SQLite puts beside it
+        tighten(file.with_name(f"{file.name}{end}") for end in ("-wal", "-shm"))
         connection = sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
@@ -42,7 +45,7 @@ def locked(file: Path) -> IO[str]:
         JournalError: Another process has it.
     """
     while True:
-        handle = lock_file(file).open("a+")
+        handle = opened(lock_file(file), "a+")
         if not _taken(handle):
             handle.seek(0)
             owner = handle.read(200).strip() or "another process"

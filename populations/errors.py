@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from ecotone.populations.secrets import stripped
+
 
 class EcotoneError(Exception):
-    """Any failure that Ecotone explains in words instead of a traceback.
+    """Any failure that Ecotone explains in words instead of a traceback. Its words are stripped of secrets.
 
     Args:
         message: A sentence about the error, naming the field or file, what was expected and what was found.
@@ -15,9 +17,9 @@ class EcotoneError(Exception):
     """
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        self.message = message
-        self.remedy = remedy
-        super().__init__(f"{message} {remedy}".strip())
+        self.message: str = stripped(message)
+        self.remedy: str = stripped(remedy)
+        super().__init__(f"{self.message} {self.remedy}".strip())
 
     def __reduce__(self) -> tuple[type[EcotoneError], tuple[str, str]]:
         return type(self), (self.message, self.remedy)
@@ -48,8 +50,8 @@ class SearchError(EcotoneError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; empty when it has none."""
-    return (str(error).strip().splitlines() or [""])[0]
+    """The first line of an exception's message, without secrets; empty when it has none."""
+    return stripped((str(error).strip().splitlines() or [""])[0])
 
 
 def told(error: BaseException) -> str:

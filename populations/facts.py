@@ -103,6 +103,9 @@ ACCEPTED: Fact[list[dict[str, Any]]] = Fact(
     json.loads,
     _json,
 )
+CREDENTIALS: Fact[tuple[str, ...]] = Fact(
+    "credentials", "URLs that need credentials, without them; this user's own file has those.", _strings, _json
+)
 VERSIONS = _object("versions", "Versions of the packages that results depend on.")
 SYS_PATH: Fact[tuple[str, ...]] = Fact(
     "sys_path", "Folders of the user's own modules; the last is the working directory.", _strings, _json
@@ -117,6 +120,7 @@ REPORT = _object("report", "The search's own report at its end.")
 FACTS: tuple[Fact[Any], ...] = (
     *(FORMAT_OF, CREATED, NAME, RECIPE, SIGNATURE, ALGORITHM, SEED, GOALS, HELD_OUT_GOALS, MODELS, GEOMETRY),
     *(CONTENTS, FINGERPRINTS, ACCEPTED),
-    *(COMPONENTS, BUDGET, TRACKING, VERSIONS, SYS_PATH, MARK, STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
+    *(COMPONENTS, BUDGET, TRACKING, CREDENTIALS, VERSIONS, SYS_PATH, MARK),
+    *(STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
 )
 """All facts, in the order of reports."""

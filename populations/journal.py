@@ -50,6 +50,7 @@ from ecotone.populations.checking import known
 from ecotone.populations.database import connected, damaged, explained, is_locked, locked
 from ecotone.populations.errors import EcotoneError, JournalError
 from ecotone.populations.facts import CREATED, Fact, Note, Value
+from ecotone.populations.folders import private
 from ecotone.populations.genome import Genome
 from ecotone.populations.migrations import current
 from ecotone.populations.rows import (
@@ -432,7 +433,7 @@ class Journal:
 
     def snapshot(self, path: str | Path) -> None:
         """Copy the journal as it is now to ``path``, as one plain file, even while somebody writes it."""
-        with explained(Path(path)), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
+        with explained(Path(path)), contextlib.closing(sqlite3.connect(private(path), isolation_level=None)) as copy:
             self._connection.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.samples import Sample
+from ecotone.populations.secrets import stripped
 
 Direction: TypeAlias = Literal["maximize", "minimize"]
 Subset: TypeAlias = Literal["search", "held_out"]
@@ -242,6 +243,11 @@ class Failure:
     kind: str
     message: str
     details: str = ""
+
+    def __post_init__(self) -> None:
+        """Take secrets out of what other packages said: it is recorded, sent to trackers and printed."""
+        for name in ("message", "details"):
+            object.__setattr__(self, name, stripped(getattr(self, name)))
 
     @property
     def text(self) -> str:

@@ -29,8 +29,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Preparation steps are shared by the tests of one session and leave nothing behind.
 _cache = tempfile.TemporaryDirectory(prefix="ecotone-tests-")
 os.environ["ECOTONE_CACHE"] = _cache.name
-# So is the key that marks records as this user's own.
-os.environ["ECOTONE_KEY_FILE"] = str(Path(_cache.name) / "config" / "key")
+# So are credentials that runs of tests keep, and the key that marks records as this user's own.
+os.environ["ECOTONE_CONFIG"] = f"{_cache.name}/config"
 
 
 # Of these large grids of cases `make test` runs one in so many, spread evenly; `make test-all` runs all.
@@ -97,6 +97,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))
+
+
+@pytest.fixture(autouse=True)
+def _no_secrets_of_other_tests() -> Iterator[None]:
+    """A test knows no credentials of the tests before it."""
+    from ecotone.populations import credentials, secrets
+
+    yield
+    if secrets.remembered():
+        secrets.forget()
+        credentials.file().unlink(missing_ok=True)
 
 
 @pytest.fixture

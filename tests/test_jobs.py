@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 from zipfile import ZipFile
 
 import numpy as np
@@ -41,6 +41,7 @@ from ecotone.experiments.runs import Run
 from ecotone.extras import how_to_install
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, PoolError
+from ecotone.populations.sealed import unseal
 
 ADDRESS = "http://127.0.0.1:8265"
 RECIPE = ROOT / "experiments" / "recipes" / "digits-specialists.yaml"
@@ -156,13 +157,42 @@ def test_a_folder_and_variables_may_be_named(
     client: Remembering, ecotone: Ecotone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hidden")
+    monkeypatch.setenv("HF_HOME", "/models")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "the cluster's")
     recipe = recipe_in(tmp_path / "mine" / "deep")
-    said = ecotone("submit", recipe, "--folder", tmp_path / "mine", "--env", "HF_TOKEN")
+    options = ("--set", "tracking.uri=http://me:hidden@host", "--out", "s3://me:hidden@bucket/run")
+    said = ecotone("submit", recipe, "--folder", tmp_path / "mine", "--env", "HF_TOKEN", "--env", "HF_HOME", *options)
     assert said.code == 0, said.err
     (job,) = client.sent
     assert " run deep/toy.yaml " in job["entrypoint"]
-    assert job["runtime_env"]["env_vars"]["HF_TOKEN"] == "hidden"
-    assert "hidden" not in said.out
+    assert " --out s3://bucket/run " in job["entrypoint"]
+    assert "tracking.uri=" in job["entrypoint"]
+    assert "hidden" not in f"{said}{client.sent}"
+    given = job["runtime_env"]["env_vars"]
+    assert given["HF_HOME"] == "/models"
+    for name in ("HF_TOKEN", "ECOTONE_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ECOTONE_SEALED", given["ECOTONE_SEALED"])
+    unseal()
+    assert os.environ["HF_TOKEN"] == "hidden"
+    known = {"http://host": "http://me:hidden@host", "s3://bucket/run": "s3://me:hidden@bucket/run"}
+    assert json.loads(os.environ["ECOTONE_CREDENTIALS"]) == known
+    monkeypatch.delenv("ECOTONE_CREDENTIALS")
+    assert "ECOTONE_SEALED" not in os.environ
+    changed = f"A{given['ECOTONE_SEALED'][1:]}" if given["ECOTONE_SEALED"][0] != "A" else "B"
+    for text, token in ((given["ECOTONE_SEALED"], "another"), (changed, "the cluster's"), ("?", "the cluster's")):
+        monkeypatch.setenv("ECOTONE_SEALED", text)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        unseal()
+        said = ecotone("jobs")
+        assert said.code == 1
+        assert "sealed with another token" in said.err
+    monkeypatch.delenv("ECOTONE_SEALED")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # then nothing can be sealed, and anybody may run anything there
+    command = ("submit", recipe, "--folder", tmp_path / "mine", "--name", "second", "--env", "HF_TOKEN")
+    assert ecotone(*command).code == 0
+    assert client.sent[-1]["runtime_env"]["env_vars"]["HF_TOKEN"] == "hidden"
 
 
 def test_a_resumed_run_keeps_its_name_directory_and_folder(
@@ -479,7 +509,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def head(start: str, shell: Shell, port: int) -> Iterator[None]:
+def head(start: str, shell: Shell, port: int) -> Iterator[Path]:
     """The cluster that the line ``start`` starts, on ports and in a folder of its own; killed by its ids at the end."""
     temporary = tempfile.mkdtemp(prefix="ecotone-", dir="/tmp")  # short: sockets have paths of 107 bytes
     gcs, agent, client = free_ports(3)
@@ -492,7 +522,7 @@ def head(start: str, shell: Shell, port: int) -> Iterator[None]:
         env=shell.environment, cwd=ROOT,
     )  # fmt: skip
     try:
-        yield
+        yield Path(temporary)
     finally:
         top = psutil.Process(program.pid)
         family = [*top.children(recursive=True), top]
@@ -593,10 +623,64 @@ def test_a_new_head_goes_on_from_the_url_alone(tmp_path: Path) -> None:
     assert finished["digest"] == undisturbed.status()["digest"]
 
 
+@pytest.mark.slow
+def test_secrets_of_a_job_reach_its_workers_and_nobody_else(tmp_path: Path) -> None:
+    """A variable and the password in the tracker's URL, of which Ray's tables, logs and processes have nothing."""
+    pytest.importorskip("ray.dashboard.modules.job.job_head", reason="a head takes jobs only with ray[default]")
+    recipe = toys(tmp_path / "mine", runtime={"workers": 1}, scoring={"batch": 4, "in_flight": 8})
+    code = "\nimport os\nassert os.environ['PLANTED_TOKEN'] == 'planted-81', 'no token'\n"
+    (recipe.parent / "job_toys.py").write_text(code + (recipe.parent / "job_toys.py").read_text())
+    start = next(line for line in section("On a Ray cluster") if line.startswith("ray start --head"))
+    (port,) = free_ports(1)
+    shell, out, seen = a_shell(tmp_path / "home", port), tmp_path / "out", set()
+    tracking = "--set tracking.mlflow=true --set tracking.uri=http://me:planted-82@127.0.0.1:9/"
+    with head(start, shell, port) as session:
+        until(lambda: shell_works(shell))
+        command = f"ecotone submit {recipe} --name toy --out {out} --env PLANTED_TOKEN {tracking}"
+        said = shell(command, PLANTED_TOKEN="planted-81")
+
+        def ended() -> bool:
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    seen.add((process.pid, " ".join(process.cmdline())))
+            return not any(job.live for job in jobs_of(shell))
+
+        until(ended)
+        said += shell("ecotone logs toy") + shell("ecotone jobs --json")
+        listed = urlopen(
+            Request(f"http://127.0.0.1:{port}/api/jobs/", headers={"Authorization": f"Bearer {token_of(shell)}"})
+        ).read()
+        files = [file for file in session.rglob("*") if file.is_file() and not file.is_symlink()]
+        leaks = [str(file) for file in files if b"planted-8" in file.read_bytes()]
+    assert (Run(out).status()["state"], Run(out).status()["failures"]) == ("finished", 0), said
+    assert "PLANTED_TOKEN" not in listed.decode()
+    assert b"ECOTONE_SEALED" in listed
+    assert b"planted-8" not in listed
+    assert "planted-8" not in said
+    assert leaks == []
+    ours = {line for _, line in seen if str(tmp_path) in line or "ray" in line}
+    assert any("setup_worker" in line and "ECOTONE_SEALED" in line for line in ours)  # which show what they are given
+    assert [line for line in ours if "planted-8" in line] == []
+    kept = tmp_path / "home" / ".config" / "ecotone" / "credentials.json"  # of the head, for `resume`
+    assert "planted-82" in kept.read_text()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+
+
+def jobs_of(shell: Shell) -> list[SimpleNamespace]:
+    """The jobs that `ecotone jobs` lists."""
+    found = json.loads(shell("ecotone jobs --json"))
+    return [SimpleNamespace(live=job["state"] in ("pending", "running")) for job in found]
+
+
+def token_of(shell: Shell) -> str:
+    return (Path(shell.environment["HOME"]) / ".ray" / "auth_token").read_text().strip()
+
+
 def a_shell(home: Path, port: int) -> Shell:
     """In the checkout, with a home of its own and the job server at ``port``."""
     home.mkdir(exist_ok=True)
-    keep = {key: os.environ[key] for key in ("LANG", "RAY_USAGE_STATS_ENABLED", "OMP_NUM_THREADS") if key in os.environ}
+    kept = ("LANG", "RAY_USAGE_STATS_ENABLED", "OMP_NUM_THREADS", "PYTHONPATH")
+    keep = {key: os.environ[key] for key in kept if key in os.environ}
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     keep |= same_arithmetic()
     shell = Shell({**keep, "HOME": str(home), "PATH": path, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"})

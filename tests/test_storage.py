@@ -863,13 +863,18 @@ def test_protocols_that_cannot_be_used(where: str, said: str, remedy: str, ecoto
         assert "Traceback" not in answer.err
 
 
-def test_a_url_keeps_its_host_and_loses_its_password(tmp_path: Path, ecotone: Ecotone) -> None:
+def test_a_url_keeps_its_host_and_loses_its_credentials(tmp_path: Path, ecotone: Ecotone) -> None:
     pytest.importorskip("requests")
     alpha, beta = (Store(f"webhdfs://user:secret@{host}:50070/runs/digits/") for host in ("alpha", "beta"))
-    assert alpha.url == "webhdfs://user@alpha:50070/runs/digits"
+    assert alpha.url == "webhdfs://alpha:50070/runs/digits"
     assert storage._folder(alpha, "runs") != storage._folder(beta, "runs")
     assert storage._folder(alpha, "views") != storage._folder(beta, "views")
     assert Store(alpha.url).url == alpha.url
+    again = Store(alpha.url)  # whose credentials this process knows
+    assert again._fs.user == "user"
+    assert storage._folder(again, "runs") == storage._folder(alpha, "runs")
+    other = Store("webhdfs://another:secret@alpha:50070/runs/digits")  # may have other files there
+    assert storage._folder(other, "runs") != storage._folder(alpha, "runs")
     answer = ecotone("status", "bogus://user:secret@host/run")
     assert answer.code == 1
     assert "secret" not in answer.err

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +30,11 @@ from ecotone.experiments.tracking.registry import TRACKERS
 from ecotone.experiments.tracking.subject import DEFAULT, Subject, state_of, trackers_of
 from ecotone.experiments.trust import UntrustedError
 from ecotone.experiments.words import explained
-from ecotone.populations import facts
+from ecotone.populations import credentials, facts
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, first_line
+from ecotone.populations.folders import opened
 from ecotone.populations.journal import Journal
+from ecotone.populations.secrets import Sieve, hook, remembered, stripped, traceback_of
 
 _WAIT = "Wait until it has ended; `ecotone status` shows what it has sent."
 _BACK = "Nothing is lost: try again when it is back."
@@ -131,7 +132,7 @@ def settings_of(directory: Path, tracker: str, changes: Mapping[str, Any] | None
     beside = recipe.get("tracking", {}) if tracker == DEFAULT else {}
     given = on.get(tracker, {key: value for key, value in beside.items() if key in kind.model_fields})
     try:
-        settings = kind.model_validate({**given, **(changes or {})})
+        settings = kind.model_validate(credentials.restored({**given, **(changes or {})}))
     except ValidationError as error:
         place = "tracking" if tracker == DEFAULT else f"tracking.{tracker}"
         line = f"{place}.{explained(error, kind).splitlines()[0]}"
@@ -168,14 +169,14 @@ def start(run_dir: str | Path, pid: int, tracker: str = DEFAULT) -> subprocess.P
         "import sys; sys.path[0] = sys.argv.pop(1); from ecotone.experiments.tracking import main; sys.exit(main())"
     )
     root = str(Path(str(ecotone.__file__)).resolve().parents[1])
-    with (directory / "tracking.log").open("ab") as log:
+    with opened(directory / "tracking.log", "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-c", launch, root, str(directory), "--tracker", tracker, "--follow", str(pid), "--trust"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, **credentials.passed(remembered()), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
 
 
@@ -222,10 +223,10 @@ class Attempts:
                 complete = mirror.advance(journal, state_of(journal, live))
         except Exception as error:  # whatever it is, the journal has it all and the next attempt starts afresh
             mirror = self._mirror
-            failure = self._settings.in_words(error) if self._settings else first_line(error)
+            failure = stripped(self._settings.in_words(error)) if self._settings else first_line(error)
             if not (isinstance(error, EcotoneError) and error.remedy):  # which its words have
                 remedy = _BACK if failure.endswith(SILENCE) else _MEND
-            self.trace = "" if failure.endswith(SILENCE) else traceback.format_exc()
+            self.trace = "" if failure.endswith(SILENCE) else traceback_of(error)
         report, more = self._report(mirror, complete, failure)
         if failure is not None:
             self.close()
@@ -377,6 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--patience", type=float, default=30.0, help="seconds to keep trying after the search's end")
     parser.add_argument("--trust", action="store_true", help="trust the places that a run made elsewhere names")
     options = parser.parse_args(arguments)
+    hook()
+    sys.stdout, sys.stderr = Sieve(sys.stdout), Sieve(sys.stderr)  # other packages write to them too
     with contextlib.suppress(OSError):
         os.nice(10)
     stop = threading.Event()

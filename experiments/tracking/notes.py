@@ -16,7 +16,9 @@ from ecotone.experiments import marks
 from ecotone.experiments.tracking.protocol import Memory, TrackingError
 from ecotone.experiments.tracking.subject import DEFAULT, trackers_of
 from ecotone.populations.errors import JournalError
+from ecotone.populations.folders import opened, write_private
 from ecotone.populations.journal import Journal
+from ecotone.populations.secrets import stripped, without
 
 _NOTES = "tracking.json"
 _OLD = "run_id"  # a key of the notes as they were when there was one tracker
@@ -75,14 +77,14 @@ def statuses(run_dir: str | Path) -> dict[str, dict[str, Any]]:
 
 def say(text: str) -> None:
     """A line for ``tracking.log``. Not ``logging``: MLflow's migrations reconfigure that for the whole process."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {text}", flush=True)
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {stripped(text)}", flush=True)
 
 
 @contextlib.contextmanager
 def sole_mirror(directory: Path, tracker: str, patience: float) -> Iterator[bool]:
     """True inside when no other process mirrors this run to the tracker; waits up to ``patience`` seconds for one."""
     try:
-        lock = _lock_file(directory, tracker).open("a")
+        lock = opened(_lock_file(directory, tracker), "a")
     except OSError as error:
         raise TrackingError(f"{directory}: cannot be written ({error.strerror}).") from error
     with lock:
@@ -154,7 +156,7 @@ def note(directory: Path, tracker: str, report: MirrorReport, more: Memory) -> N
         report: The result of its mirror.
         more: ``experiment``, ``page`` and ``memory``.
     """
-    known = {
+    known: dict[str, Any] = {
         "uri": report.uri or None,
         "experiment_id": report.experiment_id,
         "run_id": report.run_id,
@@ -163,15 +165,14 @@ def note(directory: Path, tracker: str, report: MirrorReport, more: Memory) -> N
         "error": report.error,
         **more,
     }
+    known = without(known)
     mark = marks.mark_of("tracking", _marked_part(tracker, known))
     known |= {} if mark is None else {"mark": mark}
     if known == noted(directory, tracker):
         return
-    draft = directory / f"{_NOTES}.new"
     try:
-        with (directory / "tracking.lock").open("a") as lock:  # mirrors of several trackers share the file
+        with opened(directory / "tracking.lock", "a") as lock:  # mirrors of several trackers share the file
             fcntl.flock(lock, fcntl.LOCK_EX)
-            draft.write_text(json.dumps(_all_notes(directory) | {tracker: known}, indent=1), encoding="utf-8")
-            draft.replace(directory / _NOTES)
+            write_private(directory / _NOTES, json.dumps(_all_notes(directory) | {tracker: known}, indent=1).encode())
     except OSError as error:
         say(f"{_NOTES} cannot be written: {error}")

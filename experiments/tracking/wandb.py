@@ -28,6 +28,8 @@ from ecotone.experiments.tracking.protocol import SILENCE, End, Line, Memory, Tr
 from ecotone.experiments.tracking.subject import Subject
 from ecotone.extras import how_to_install
 from ecotone.populations.errors import InputError
+from ecotone.populations.folders import private_folder
+from ecotone.populations.secrets import place
 
 COLOUR = "#1f77b4"  # of fronts in pictures; W&B gives runs colours of its own
 TABLE = "front_table"
@@ -114,7 +116,7 @@ class WandbSettings(TrackerSettings):
         if self._mode() == "offline":
             return str(self.folder(directory) / "wandb")
         server = os.environ.get("WANDB_BASE_URL", _SERVER).rstrip("/")
-        return "/".join([server, *([self.entity] if self.entity else []), self.project])
+        return "/".join([place(server), *([self.entity] if self.entity else []), self.project])
 
     def folder(self, directory: Path) -> Path:
         """The folder in which W&B keeps its files of the run in ``directory``."""
@@ -130,7 +132,7 @@ class WandbSettings(TrackerSettings):
         text = super().in_words(error)
         if any(sign in text.lower() for sign in _SILENT):
             server = os.environ.get("WANDB_BASE_URL", _SERVER)
-            return f"the W&B server at {urlsplit(server).hostname or server} {SILENCE}"
+            return f"the W&B server at {urlsplit(server).hostname or place(server)} {SILENCE}"
         return text
 
     def _mode(self) -> str:
@@ -318,7 +320,8 @@ class WandbRecord:
     def _begun(self) -> Any:
         import wandb
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
+        private_folder(self.folder / "wandb")  # W&B's own folder in it
         self._defined = {CURSOR}
         try:
             return wandb.init(

@@ -15,7 +15,10 @@ from typing import Any, TypeAlias
 
 from ecotone.extras import how_to_install
 from ecotone.fitness.ray.events import event, log, reason
+from ecotone.fitness.ray.token import own_token
+from ecotone.populations import credentials
 from ecotone.populations.errors import PoolError
+from ecotone.populations.secrets import clean
 
 Clock: TypeAlias = Callable[[], float]
 """Seconds from any beginning, as ``time.monotonic``."""
@@ -72,17 +75,24 @@ class Cluster:
 
     def _initialise(self) -> None:
         options: dict[str, Any] = {
-            **{"address": self._address, "log_to_driver": False, "logging_level": logging.ERROR},
+            **{
+                "address": self._address and credentials.whole(self._address),
+                "log_to_driver": False,
+                "logging_level": logging.ERROR,
+            },
             "job_config": _with_own_path(self.ray),
         }
         if self._address is None:
             options |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+            own_token()
         stop = signal.getsignal(signal.SIGTERM)
         try:
             self.ray.init(**options)
         except Exception as error:  # Ray raises no narrower one when its processes take too long to start
             where = "a local Ray cluster cannot be started" if self._address is None else f"no cluster: {self._address}"
-            raise PoolError(f"pool: {where} ({error}).", "Check the address and RAY_AUTH_MODE (token).") from error
+            raise PoolError(f"pool: {where} ({error}).", "Check the address and RAY_AUTH_MODE (token).") from clean(
+                error
+            )
         if stop is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stop)  # Ray's handler would exit at once
 

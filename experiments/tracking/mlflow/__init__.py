@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import ValidationInfo, field_validator
 
@@ -17,6 +16,7 @@ from ecotone.experiments.tracking.mlflow import store
 from ecotone.experiments.tracking.protocol import Memory, TrackerSettings, on_record
 from ecotone.experiments.tracking.subject import Subject
 from ecotone.extras import how_to_install
+from ecotone.populations import secrets
 from ecotone.populations.errors import InputError
 from ecotone.settings import Part
 
@@ -32,7 +32,7 @@ class MlflowPlace(Part):
 
     Attributes:
         uri: The URI of an MLflow server or store. None means $MLFLOW_TRACKING_URI, or else an SQLite file beside the
-            runs.
+            runs. User name, password and query are never recorded: a run keeps them in a file that only you can read.
         experiment: The MLflow experiment that holds the run.
     """
 
@@ -44,10 +44,11 @@ class MlflowPlace(Part):
     def _accepted(cls, value: str | None, info: ValidationInfo) -> str | None:
         """Refuse what MLflow refuses, before anything runs."""
         if value is None or on_record(value, info):
-            return value
+            return value if value is None or info.field_name != "uri" else secrets.take(value)
         if info.field_name == "uri":
             store.check_uri(value)
-        elif not 0 < len(value) <= _LONGEST:
+            return secrets.take(value)
+        if not 0 < len(value) <= _LONGEST:
             raise ValueError(f"expected a name of 1 to {_LONGEST} characters, found {value!r}")
         return value
 
@@ -74,20 +75,20 @@ class MlflowSettings(MlflowPlace, TrackerSettings):
                 raise InputError(
                     f"$MLFLOW_TRACKING_URI: {error}.", "Set tracking.uri, or tracking.mlflow=false."
                 ) from error
-        return self.model_copy(update={"uri": None if uri is None else store.absolute_uri(uri)})
+        return self.model_copy(update={"uri": None if uri is None else secrets.take(store.absolute_uri(uri))})
 
     def describe(self) -> str:
         """The store and the experiment."""
-        place = "the embedded store beside the runs" if self.uri is None else _shown(self.uri)
+        place = "the embedded store beside the runs" if self.uri is None else secrets.place(self.uri)
         return f"experiment {self.experiment!r} of {place}"
 
     def store(self, directory: Path) -> str:
-        """The tracking URI for the run in ``directory``."""
+        """The tracking URI for the run in ``directory``; ``store.client_of`` knows the credentials."""
         return store.absolute_uri(self.uri or store.default_uri(directory.parent))
 
     def place(self, directory: Path) -> str:
-        """The tracking URI without user name and password."""
-        return _shown(self.store(directory))
+        """The tracking URI without user name, password and query."""
+        return secrets.place(self.store(directory))
 
     def open(self, subject: Subject, directory: Path, memory: Memory) -> MlflowRecord:
         """The MLflow run, found by its id or by its tag, or made."""
@@ -98,11 +99,3 @@ class MlflowSettings(MlflowPlace, TrackerSettings):
     def in_words(self, error: BaseException) -> str:
         """One line about an error. For a server that does not answer, it says only that."""
         return store.in_words(error, self.uri or "")
-
-
-def _shown(uri: str) -> str:
-    """``uri`` without user name and password."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -19,6 +19,7 @@ from ecotone.experiments.tracking.mlflow.store import ENVIRONMENT, client_of, in
 from ecotone.experiments.tracking.notes import status
 from ecotone.experiments.tracking.protocol import TrackingError
 from ecotone.populations.errors import sentence
+from ecotone.populations.secrets import clean
 
 _T = TypeVar("_T")
 
@@ -105,7 +106,7 @@ class Registrar:
         except Exception as error:
             raise TrackingError(
                 f"--register: MLflow: {sentence(in_words(error, self._uri))}", "Check the tracking server and the name."
-            ) from error
+            ) from clean(error)
 
     def _check(self, client: Any) -> None:
         """Refuse early every model that would fail after the weights are written."""

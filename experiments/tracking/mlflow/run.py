@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ecotone.experiments.tracking.mlflow import colours
-from ecotone.experiments.tracking.mlflow.store import in_words, known_run, opened, sqlite_file
+from ecotone.experiments.tracking.mlflow.store import artifacts_of, in_words, known_run, opened, sqlite_file
 from ecotone.experiments.tracking.mlflow.view import RUNS, VIEW_TAG, view_key, view_tag, view_value
 from ecotone.experiments.tracking.names import CURSOR, PICTURE, acceptable
 from ecotone.experiments.tracking.notes import say
@@ -270,7 +270,7 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         path = sqlite_file(uri)
-        place = None if path is None else str(path.parent / "mlartifacts" / acceptable(name))
+        place = None if path is None else str(artifacts_of(path) / acceptable(name))
         try:
             return str(client.create_experiment(name, artifact_location=place, tags=_KIND))
         except MlflowException as error:

@@ -21,11 +21,13 @@ from typing import Any
 from ecotone.experiments import gate
 from ecotone.experiments.tracking.following import settings_of, wait
 from ecotone.experiments.tracking.mlflow import MlflowSettings
-from ecotone.experiments.tracking.mlflow.store import ENVIRONMENT, sqlite_file
+from ecotone.experiments.tracking.mlflow.store import ENVIRONMENT, artifacts_of, sqlite_file
 from ecotone.experiments.tracking.mlflow.view import view_address, view_key
 from ecotone.experiments.tracking.notes import status
 from ecotone.experiments.tracking.protocol import TrackingError
 from ecotone.experiments.tracking.subject import Subject
+from ecotone.populations import credentials
+from ecotone.populations.folders import opened, private_folder
 from ecotone.populations.journal import Journal
 
 _LAST_WORDS = "Its output is in ui.log of the run directory."
@@ -136,10 +138,11 @@ def free_port(port: int) -> int:
 def serving(uri: str, directory: Path, port: int) -> subprocess.Popen[bytes]:
     """Start MLflow's server for the store ``uri``; its output goes to ``RUN_DIR/ui.log``."""
     file = sqlite_file(uri)
-    artifacts = (directory.parent if file is None else file.parent) / "mlartifacts"
+    artifacts = private_folder(artifacts_of(directory if file is None else file))
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--artifacts-destination", str(artifacts)]
-    with (directory / "ui.log").open("wb") as log:
+    command += ["--artifacts-destination", str(artifacts)]
+    store = {"MLFLOW_BACKEND_STORE_URI": credentials.whole(uri)}  # others may read arguments, not the environment
+    with opened(directory / "ui.log", "wb") as log:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -147,12 +150,12 @@ def serving(uri: str, directory: Path, port: int) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             cwd=directory,
             start_new_session=True,
-            env={**os.environ, **ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            env={**os.environ, **ENVIRONMENT, **store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         )
 
 
 def store_of(directory: Path) -> str:
-    """The URI of the store that a run was mirrored to, credentials included if the journal has them."""
+    """The URI of the store that a run was mirrored to."""
     known = str(status(directory, "mlflow")["uri"])
     settings = settings_of(directory, "mlflow")
     assert isinstance(settings, MlflowSettings)

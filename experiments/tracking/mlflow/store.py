@@ -13,7 +13,11 @@ from ecotone.experiments import marks
 from ecotone.experiments.storage import is_url
 from ecotone.experiments.tracking.protocol import SILENCE, TrackingError
 from ecotone.extras import how_to_install
+from ecotone.populations import credentials
 from ecotone.populations.errors import sentence
+from ecotone.populations.folders import opened as private_file
+from ecotone.populations.folders import private, private_folder, tighten
+from ecotone.populations.secrets import clean, place, stripped
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -31,9 +35,18 @@ _SCHEMES = (
 )
 
 
+EMBEDDED = "mlflow.db"
+"""The name of the embedded store beside runs."""
+
+
 def default_uri(runs_dir: str | Path) -> str:
     """The embedded store of a directory of runs: ``RUNS/mlflow.db``, with artifacts in ``RUNS/mlartifacts``."""
-    return f"sqlite:///{Path(runs_dir).resolve() / 'mlflow.db'}"
+    return f"sqlite:///{Path(runs_dir).resolve() / EMBEDDED}"
+
+
+def artifacts_of(file: Path) -> Path:
+    """The folder of the artifacts of an embedded store."""
+    return file.parent / "mlartifacts"
 
 
 def check_uri(uri: str) -> None:
@@ -45,7 +58,9 @@ def check_uri(uri: str) -> None:
     scheme = urlsplit(uri).scheme
     packages = {one.name for one in entry_points(group="mlflow.tracking_store")}
     if len(scheme) > 1 and scheme not in packages and scheme.split("+", 1)[0] not in _SCHEMES:
-        raise ValueError(f"expected a path, or a URI of {', '.join([*_SCHEMES, *sorted(packages)])}, found {uri!r}")
+        raise ValueError(
+            f"expected a path, or a URI of {', '.join([*_SCHEMES, *sorted(packages)])}, found {place(uri)!r}"
+        )
 
 
 def absolute_uri(uri: str) -> str:
@@ -58,7 +73,7 @@ def absolute_uri(uri: str) -> str:
 
 
 def client_of(uri: str) -> Any:
-    """A client of exactly this store, which must exist if it is a file."""
+    """A client of exactly this store, which must exist if it is a file, with the credentials that are kept for it."""
     path = sqlite_file(uri)
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
@@ -66,7 +81,7 @@ def client_of(uri: str) -> Any:
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=credentials.whole(uri))
 
 
 def opened(uri: str) -> Any:
@@ -75,12 +90,15 @@ def opened(uri: str) -> Any:
     if path is None:
         return client_of(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("a") as lock:
+    with private_file(path.with_name(path.name + ".lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.name == EMBEDDED:  # one that the user named may be shared
+            tighten([path, artifacts_of(path)])
         if not path.is_file():
             draft = path.with_name(path.name + ".new")
             draft.unlink(missing_ok=True)
-            draft.touch()
+            private(draft)
+            private_folder(artifacts_of(path))
             client_of(f"sqlite:///{draft}").search_experiments(max_results=1)
             draft.replace(path)
         client = client_of(uri)
@@ -110,11 +128,11 @@ def sqlite_file(uri: str) -> Path | None:
 
 def in_words(error: BaseException, uri: str) -> str:
     """One line about an error, for the user."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = stripped(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ImportError):
         return f"MLflow cannot be imported ({text}): `{how_to_install('mlflow')}`"
     if any(sign in text for sign in ("Max retries exceeded", "Connection refused", "timed out", "Connection aborted")):
-        return f"the tracking server at {urlsplit(uri).hostname or uri} {SILENCE}"
+        return f"the tracking server at {urlsplit(uri).hostname or place(uri)} {SILENCE}"
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
@@ -134,7 +152,7 @@ def find_run_dir(run_id: str, uri: str) -> str | Path:
         raise TrackingError(
             f"MLflow run {run_id}: {sentence(in_words(error, store))}",
             "Check the id and the tracking URI, or give the run directory.",
-        ) from error
+        ) from clean(error)
     if "ecotone.run_dir" not in tags:
         raise TrackingError(f"MLflow run {run_id} was not made by Ecotone (no tag ecotone.run_dir).")
     if is_url(tags["ecotone.run_dir"]):
