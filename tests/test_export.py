@@ -312,7 +312,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(sources, tmp_path, mon
     synchronise = os.fsync
 
     def noted(handle):
-        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        events.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
         events.append(target.exists())
         synchronise(handle)
 
