@@ -48,7 +48,7 @@ mergekit: $(MERGEKIT)
 
 # Every field of a recipe on one page, from the declarations themselves.
 docs: $(INSTALLED)
-	$(BIN)/python -m ecotone.experiments.fields > docs/fields.md
+	$(BIN)/python -m ecotone.experiments.fields docs/fields.md
 
 # The families of transformers, each tried with tiny models: half an hour.
 families: $(INSTALLED)

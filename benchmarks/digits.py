@@ -27,6 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ecotone.populations.files import written_whole
+
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -107,7 +109,8 @@ def main() -> None:
         rows.append({"case": name, **found, "scoring alone": alone, "outside scoring": 1 - found["rate"] / alone})
     report(rows)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine(), "scoring": scoring.model_dump(), "rows": rows}, indent=1))
+    record = {"machine": machine(), "scoring": scoring.model_dump(), "rows": rows}
+    written_whole(options.out, json.dumps(record, indent=1))
 
 
 def report(rows: list[dict[str, Any]]) -> None:

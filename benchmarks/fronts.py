@@ -28,6 +28,7 @@ are tuned first, once, in some minutes. Writes ``benchmarks/results/fronts.json`
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import time
@@ -46,6 +47,7 @@ import numpy as np
 from problems import HIGH, LOW, PROBLEMS, SIDES, TITLES, Scorer, box, scorers, sources
 from seeds import numbers
 
+from ecotone.populations.files import written_whole
 from ecotone.populations.fronts import hypervolume, non_dominated
 from ecotone.populations.genome import Floats
 from ecotone.populations.trial import Evaluation, Goal, Outcome
@@ -129,7 +131,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {"whole": whole, "seeds": options.seeds, "batch": BATCH}
     record = {"settings": settings, "summary": summary(rows), "rows": rows}
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    written_whole(options.out, json.dumps(record, indent=1) + "\n")
     picture(rows, options.out.with_suffix(".svg"))
 
 
@@ -217,7 +219,9 @@ def measured(
     found = {"floor": floor, "points": points, "scores": scores, "elsewhere": elsewhere, "seconds": np.array(seconds)}
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(kept, **found)
+        stored = io.BytesIO()
+        np.savez(stored, **found)
+        written_whole(kept, stored.getvalue())
     print(f"{problem} {seed} {name}: {seconds:.0f} s", flush=True)
     return Measured(problem, seed, name, **found)
 
@@ -329,7 +333,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(path, metadata={"Date": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."), metadata={"Date": None})
+    written_whole(path, drawn.getvalue())
 
 
 def names_of(known: Collection[str]) -> Callable[[str], list[str]]:

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ecotone.merging.kernel import compiled
 from ecotone.merging.sources import Sources
+from ecotone.populations.files import written_whole
 from ecotone.populations.genome import Genome
 
 RESULTS = Path(__file__).parent / "results"
@@ -167,7 +168,7 @@ def save(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -
     record = {"machine": machine(), "arguments": vars(arguments), "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{name}.json"
-    target.write_text(json.dumps(record, indent=2, default=str) + "\n", "utf-8")
+    written_whole(target, json.dumps(record, indent=2, default=str) + "\n")
     print(f"written: benchmarks/results/{target.name}")
 
 

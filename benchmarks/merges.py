@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from ecotone import Recipe, Run, launch, resume
 from ecotone.experiments import compose, preparation
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, open_sources
+from ecotone.populations.files import written_whole
 from ecotone.populations.genome import Genome
 from ecotone.populations.trial import Evaluation, Scores, Subset, Trial
 
@@ -37,9 +37,7 @@ def kept(file: Path, make: Callable[[], Found]) -> Found:
     if not file.exists():
         text = json.dumps(make())
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(text)
-        part.replace(file)
+        written_whole(file, text)
     found: Found = json.loads(file.read_text())
     return found
 
@@ -128,8 +126,8 @@ def plain(value: Any) -> Any:
 def written(out: Path, record: Mapping[str, Any], text: str) -> None:
     """Write a record as JSON, and tables beside it as ``.md``."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(plain(record), indent=1) + "\n")
-    out.with_suffix(".md").write_text(text + "\n")
+    written_whole(out, json.dumps(plain(record), indent=1) + "\n")
+    written_whole(out.with_suffix(".md"), text + "\n")
 
 
 def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

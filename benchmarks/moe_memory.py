@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from ecotone.populations.files import written_whole
+
 RESULT = Path(__file__).parent / "results" / "moe_memory.json"
 CONTENDERS = ("from_pretrained", "backward", "candidates", "gradient")
 
@@ -151,7 +153,7 @@ def main() -> None:
 
     record = {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}, **found}
     if not options.quick:
-        RESULT.write_text(json.dumps(record, indent=1) + "\n")
+        written_whole(RESULT, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ecotone.populations.files import written_whole
+
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -47,7 +49,7 @@ def main() -> None:
     out = options.out or HERE / "results" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {"recipe": options.recipe.name, "settings": options.settings, "summary": summary, "runs": rows}
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    written_whole(out, json.dumps(record, indent=1) + "\n")
 
 
 def run(recipe_file: Path, settings: list[str], seed: int) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from ecotone.experiments.options import (
 )
 from ecotone.populations import arguments, sealed, secrets
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, sentence
+from ecotone.populations.files import written_whole
 
 if TYPE_CHECKING:
     from ecotone.experiments.logs import Watcher
@@ -522,7 +523,9 @@ def import_mergekit(
         if to.exists():
             raise InputError(f"{to}: the file exists.", "Choose another name, or remove it.")
         try:
-            to.write_text(text, "utf-8")
+            written_whole(to, text, exclusive=True)
+        except FileExistsError as error:
+            raise InputError(f"{to}: the file exists.", "Choose another name, or remove it.") from error
         except OSError as error:
             raise InputError(f"{to}: cannot be written ({error.strerror or error}).") from error
     if as_json:

@@ -22,7 +22,6 @@ from ecotone.fitness.worker import open_sources
 from ecotone.merging.adapters import MergedAdapter, merged_adapter
 from ecotone.merging.export import (
     RECORD,
-    describe,
     export_adapter,
     export_directory,
     export_file,
@@ -32,7 +31,7 @@ from ecotone.merging.models.checkpoint import Checkpoint, is_adapter
 from ecotone.merging.models.matching import MERGED
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.sources import Sources
-from ecotone.populations import facts
+from ecotone.populations import facts, files
 from ecotone.populations.errors import CheckpointError, InputError, SearchError
 from ecotone.populations.genome import Genome
 from ecotone.populations.trial import Scores, Subset, Trial
@@ -162,15 +161,20 @@ def export_lora(
         "adapter": merged.record(),
         **unchanged.record,
     }
+    scores: dict[Subset, Mapping[str, float] | None] = {}
+
+    def measured(draft: Path) -> tuple[str, Mapping[str, Any]]:
+        """The card and the record with the adapter's own scores."""
+        scores.update(_scored_alone(draft, record))
+        told = {**record, "scores": scores, "adapter": {**record["adapter"], "member": record["scores"]}}
+        own = replace(scored, scores=scores["search"], held_out=scores["held_out"])
+        return model_card(told, own, sources), told
+
+    same = merged.exact or rank in (None, sources.rank)
+    card = model_card(record, scored, sources)
     with unchanged.watched(target):
-        export_adapter(merged, target, sources.tokenizer, model_card(record, scored, sources), record)
-    if merged.exact or rank in (None, sources.rank):
-        return LoraExport(merged, None)
-    scores = _scored_alone(target, record)
-    record = {**record, "scores": scores, "adapter": {**record["adapter"], "member": record["scores"]}}
-    own = replace(scored, scores=scores["search"], held_out=scores["held_out"])
-    describe(target, model_card(record, own, sources), record)
-    return LoraExport(merged, {subset: found for subset, found in scores.items() if found})
+        export_adapter(merged, target, sources.tokenizer, card, record, None if same else measured)
+    return LoraExport(merged, None if same else {subset: found for subset, found in scores.items() if found})
 
 
 def export_mergekit(
@@ -217,7 +221,9 @@ def export_mergekit(
     with unchanged.watched(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(merge.text(title), "utf-8")
+            files.written_whole(target, merge.text(title), exclusive=True)
+        except FileExistsError as error:
+            raise InputError(f"{target}: the file exists.", "Choose another name, or remove it.") from error
         except OSError as error:
             raise InputError(f"{target}: cannot be written ({error.strerror or error}).") from error
     return merge

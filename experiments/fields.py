@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from ecotone.experiments.merge import Range
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.words import UNWRITTEN, parts_in
 from ecotone.populations.errors import InputError, closest
+from ecotone.populations.files import written_whole
 from ecotone.search.chain import ChainSettings, StageSettings
 from ecotone.settings import Part, chosen_of
 
@@ -273,4 +275,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(page())
+    written_whole(sys.argv[1], page() + "\n")

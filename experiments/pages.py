@@ -19,6 +19,7 @@ from ecotone.experiments.compare import Comparison, Group, Line
 from ecotone.experiments.report import comparison_lines, export_command, search_report_text
 from ecotone.experiments.runs import Scored, points_of
 from ecotone.populations.errors import InputError
+from ecotone.populations.files import written_whole
 from ecotone.populations.fronts import non_dominated
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.trial import Goal
@@ -63,7 +64,7 @@ def write(comparison: Comparison, path: str | Path) -> Path:
     """
     file = Path(path)
     try:
-        file.write_text(page(comparison), encoding="utf-8")
+        written_whole(file, page(comparison))
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror or error}).", "Give another --html.") from error
     return file

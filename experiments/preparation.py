@@ -16,6 +16,7 @@ from typing import Any
 from ecotone.experiments.recipe import Recipe
 from ecotone.fitness.callables import resolve
 from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.files import all_synchronised, synchronised
 from ecotone.populations.folders import cache_folder
 from ecotone.populations.secrets import plain
 from ecotone.settings import split_call
@@ -70,7 +71,9 @@ def prepare(recipe: Recipe) -> Path | None:
         work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
             function(str(work), **_preparation_arguments(recipe))
+            all_synchronised(work)
             work.rename(folder)
+            synchronised(folder.parent)
         except EcotoneError as error:
             raise type(error)(f"prepare: {error.message}", error.remedy) from error
         except Exception as error:

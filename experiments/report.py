@@ -21,6 +21,7 @@ from rich.tree import Tree
 from ecotone.experiments.accepted import accepted_texts
 from ecotone.experiments.runs import Run, Scored, points_of
 from ecotone.populations.fronts import hypervolume
+from ecotone.populations.ranking import Scale
 from ecotone.populations.trial import Goal, oriented
 from ecotone.registry import Origin
 
@@ -108,15 +109,16 @@ def closing_table(run: Run) -> Table:
     """Seed models, their average and the best merges, on search and held-out data."""
     best = run.best()
     front = [m for m in run.front() if best is None or m.id != best.id]
-    table = score_table(f"{run.name}", run)
+    scales = run.scales()
+    table = score_table(f"{run.name}", run, scales)
     for reference in run.references():
-        table.add_row(*score_row(str(reference.id), reference, run.goals, run.held_out_goals))
+        table.add_row(*score_row(str(reference.id), reference, scales))
     table.add_section()
     if best is not None:
         label = f"best (member {best.id})"
-        table.add_row(*score_row(label, best, run.goals, run.held_out_goals), style="bold")
+        table.add_row(*score_row(label, best, scales), style="bold")
     for member in spread(front, SHOWN):
-        table.add_row(*score_row(f"front (member {member.id})", member, run.goals, run.held_out_goals))
+        table.add_row(*score_row(f"front (member {member.id})", member, scales))
     return table
 
 
@@ -128,10 +130,11 @@ def accepted_lines(run: Run) -> list[str]:
 
 def front_table(run: Run, members: Sequence[Scored], chosen: int | str | None = None) -> Table:
     """All members of the front; the ``chosen`` one is marked."""
-    table = score_table(f"{run.name}: front of {len(members)}", run, first="member")
+    scales = run.scales()
+    table = score_table(f"{run.name}: front of {len(members)}", run, scales, first="member")
     for member in members:
         mark, style = ("> ", "bold") if member.id == chosen else ("", None)
-        table.add_row(*score_row(f"{mark}{member.id}", member, run.goals, run.held_out_goals), style=style)
+        table.add_row(*score_row(f"{mark}{member.id}", member, scales), style=style)
     return table
 
 
@@ -209,7 +212,7 @@ def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[T
     for root in found.get("tree") or ():
         yield _tree(root)
     if found.get("lines"):
-        yield _descent_table(found["lines"])
+        yield _descent_table(found["lines"], goals)
     yield from map(Text, search_warnings(found))
 
 
@@ -269,10 +272,12 @@ def _predicted_table(members: Sequence[Mapping[str, Any]], goals: Sequence[Goal]
     return table
 
 
-def _descent_table(descents: Sequence[Mapping[str, Any]]) -> Table:
+def _descent_table(descents: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) -> Table:
     """First, best and last check of each line of gradient descent."""
     tasks = list(descents[0]["weights"])
-    columns = ["line", "steps", "ended", "mean score:\nfirst", "best", "last", *(f"loss of\n{task}" for task in tasks)]
+    # A line climbs the plain mean, in whatever units the scores are.
+    score = "mean score" if len({goal.direction for goal in goals}) < 2 else "maximised less\nminimised scores"
+    columns = ["line", "steps", "ended", f"{score}:\nfirst", "best", "last", *(f"loss of\n{task}" for task in tasks)]
     table = _plain_table("Lines of gradient descent", columns, left=3)
     for index, line in enumerate(descents):
         checks = line["checks"]
@@ -334,25 +339,30 @@ def spread(members: Sequence[Scored], count: int) -> list[Scored]:
     return [members[round(i * (len(members) - 1) / (count - 1))] for i in range(count)]
 
 
-def score_table(title: str, run: Run, first: str = "merge") -> Table:
-    """An empty table with a column a score, which says on how many examples it stands."""
-    table = Table(title=title, title_justify="left")
+def score_table(title: str, run: Run, scales: tuple[Scale, Scale], first: str = "merge") -> Table:
+    """An empty table with a column a score, which says on how many examples it stands, and one for the mean."""
+    words = "\n".join(dict.fromkeys(scale.words for scale in scales if scale.words and scale.known))
+    table = Table(title=title, title_justify="left", caption=words or None, caption_justify="left")
     table.add_column(first)
     examples = run.examples()
-    for group, subset, names in (("search", "search", run.goals), ("held out", "held_out", run.held_out_goals)):
-        for goal in names:
+    for group, subset, scale in zip(("search", "held out"), ("search", "held_out"), scales, strict=True):
+        for goal in scale.goals:
             arrow = "" if goal.direction == "maximize" else " (min)"
             count = examples[subset].get(goal.name)
             stands = "" if count is None else f"\nof {count:,}"
             table.add_column(f"{group}\n{goal.name}{arrow}{stands}", justify="right")
-        if len(names) > 1:
-            table.add_column(f"{group}\nmean", justify="right")
+        if _has_mean(scale):
+            table.add_column(f"{group}\n{scale.title}", justify="right")
     return table
 
 
-def score_row(label: str, scored: Scored, goals: Sequence[Goal], held_out: Sequence[Goal]) -> list[str]:
-    """The cells of one merge."""
-    return [label, *_cells(scored.scores, goals), *_cells(scored.held_out, held_out)]
+def score_row(label: str, scored: Scored, scales: tuple[Scale, Scale]) -> list[str]:
+    """The cells of one merge, for the scales on search data and on held-out data."""
+    return [label, *_cells(scored.scores, scales[0]), *_cells(scored.held_out, scales[1])]
+
+
+def _has_mean(scale: Scale) -> bool:
+    return len(scale.goals) > 1 and scale.known
 
 
 def status_table(status: Mapping[str, object]) -> Table:
@@ -397,13 +407,11 @@ def plugins_table(origins: Sequence[Origin]) -> Table:
     return table
 
 
-def _cells(scores: Mapping[str, float] | None, goals: Sequence[Goal]) -> list[str]:
-    values = [None if scores is None else scores.get(goal.name) for goal in goals]
-    cells = ["-" if value is None else f"{value:.4f}" for value in values]
-    if len(goals) > 1:
-        known = [value for value in values if value is not None]
-        cells.append(f"{sum(known) / len(known):.4f}" if len(known) == len(goals) else "-")
-    return cells
+def _cells(scores: Mapping[str, float] | None, scale: Scale) -> list[str]:
+    values = [None if scores is None else scores.get(goal.name) for goal in scale.goals]
+    if _has_mean(scale):
+        values.append(scale.mean(scores))
+    return [_number(value, ".4f") for value in values]
 
 
 def _duration(seconds: float) -> str:

@@ -18,10 +18,10 @@ from ecotone.experiments.storage import JOURNAL as JOURNAL
 from ecotone.populations import facts
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import hypervolume
-from ecotone.populations.genome import Floats
+from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.journal import Journal, Row
 from ecotone.populations.pareto import ParetoFront
-from ecotone.populations.population import mean_score
+from ecotone.populations.ranking import Scale
 from ecotone.populations.trial import Evaluation, Failure, Goal, Scores, Trial, oriented
 
 
@@ -98,8 +98,8 @@ class Run:
         with self.journal() as journal:
             everything = list(journal.rows(unscored=True))
             rows = [row for row in everything if row.scored]
-            best = best_row(rows, self.goals)
             front = front_rows(rows, self.goals)
+            best = best_row(front, self._scale(journal, rows))
             failed = [row for row in everything if row.failure is not None]
             elapsed = journal.fact(facts.ELAPSED) or 0.0
             state = journal.fact(facts.STATE) or "starting"
@@ -134,16 +134,17 @@ class Run:
             }
 
     def front(self) -> list[Scored]:
-        """The Pareto front of everything scored, best mean first, with held-out scores where measured.
+        """The Pareto front of everything scored, the best first, with held-out scores where measured.
 
         Raises:
             InputError: As for ``check_search``.
         """
         self.check_search()
         with self.journal() as journal:
-            rows = front_rows(list(journal.rows()), self.goals)
-            members = [_scored(journal, row) for row in rows]
-        return sorted(members, key=lambda m: -_mean(m.scores, self.goals))
+            rows = list(journal.rows())
+            scale, members = self._scale(journal, rows), [_scored(journal, row) for row in front_rows(rows, self.goals)]
+        means = scale.means(points_of((member.scores for member in members), self.goals))
+        return [members[i] for i in np.argsort(-means, kind="stable")]
 
     def hypervolume(self, given: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
         """``hypervolume`` of the front and the ``reference_point`` it is measured from, in score units.
@@ -188,15 +189,31 @@ class Run:
             return journal.fact(facts.REPORT)
 
     def best(self) -> Scored | None:
-        """The candidate of highest mean score on the search's objectives, or None.
+        """The best candidate on the search's objectives (``ecotone.populations.ranking``), or None.
 
         Raises:
             InputError: As for ``check_search``.
         """
         self.check_search()
         with self.journal() as journal:
-            row = best_row(list(journal.rows()), self.goals)
+            rows = list(journal.rows())
+            row = best_row(front_rows(rows, self.goals), self._scale(journal, rows))
             return None if row is None else _scored(journal, row)
+
+    def scales(self) -> tuple[Scale, Scale]:
+        """The scales of the means of scores on search data, and of those on held-out data."""
+        with self.journal() as journal:
+            rows = list(journal.rows())
+            searched = self._scale(journal, rows)
+            measured = [_scored(journal, row).held_out for row in front_rows(rows, self.goals)]
+        references = points_of((one.held_out for one in self.references()), self.held_out_goals)
+        return searched, Scale.of(self.held_out_goals, points_of(measured, self.held_out_goals), references)
+
+    def _scale(self, journal: Journal, rows: Sequence[Row]) -> Scale:
+        """The scale of scores on search data."""
+        references = (scores for _, _, scores in reference_scores(journal))
+        candidates = points_of((row.scores for row in rows if row.failure is None), self.goals)
+        return Scale.of(self.goals, candidates, points_of(references, self.goals))
 
     def examples(self) -> dict[str, dict[str, int]]:
         """The number of examples behind each score: by ``search`` and ``held_out``, and by objective."""
@@ -281,10 +298,24 @@ def check_search(journal: Journal, where: str) -> None:
         )
 
 
-def best_row(rows: Sequence[Row], wanted: Sequence[Goal]) -> Row | None:
-    """The first row of highest mean oriented score, or None."""
-    scored = [row for row in rows if wanted and row.scores and row.failure is None]
-    return max(scored, key=lambda row: _mean(row.scores, wanted), default=None)
+def best_row(front: Sequence[Row], scale: Scale) -> Row | None:
+    """The best row of a front, or None of an empty one."""
+    points = points_of((row.scores for row in front), scale.goals)
+    return front[scale.best([row.number for row in front], points)] if front else None
+
+
+def reference_scores(journal: Journal) -> list[tuple[str, Genome, Mapping[str, float]]]:
+    """Names, genomes and search scores (empty where there are none) of the merges to compare with.
+
+    A trial of the same genome counts, until they are measured themselves.
+    """
+    references = journal.references()
+    scores = {genome.digest: _scores(journal.measurement(genome.digest, Scores())) for _, genome in references}
+    if any(found is None for found in scores.values()):
+        for row in journal.rows():
+            if row.failure is None and row.digest in scores and not scores[row.digest]:
+                scores[row.digest] = row.scores
+    return [(name, genome, scores[genome.digest] or {}) for name, genome in references]
 
 
 def front_rows(rows: Sequence[Row], wanted: Sequence[Goal]) -> list[Row]:
@@ -330,10 +361,6 @@ def reference_point(
 def in_score_units(point: Floats, wanted: Sequence[Goal]) -> dict[str, float]:
     """The oriented ``point`` (M,) as the objectives report it."""
     return {goal.name: float(goal.sign * value) + 0.0 for goal, value in zip(wanted, point, strict=True)}
-
-
-def _mean(scores: Mapping[str, float] | None, wanted: Sequence[Goal]) -> float:
-    return -math.inf if not scores else mean_score(scores, wanted)
 
 
 def _scored(journal: Journal, row: Row) -> Scored:

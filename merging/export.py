@@ -1,21 +1,24 @@
 """Checkpoints out: any genome as a Hugging Face directory or a plain safetensors file.
 
 The merged weights are computed and written a few megabytes at a time, so a model of any size can be exported in
-little memory. Everything is written under a temporary name and renamed when complete.
+little memory. Everything is written under a temporary name, synchronised with the disk, and renamed when complete. What
+a killed export left is removed by the next one to the same folder.
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import os
+import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ecotone.merging.adapters import MergedAdapter
@@ -30,6 +33,7 @@ from ecotone.merging.models.refused import MERGEABLE
 from ecotone.merging.models.ties import tied_matrices, untied
 from ecotone.merging.placement import apart
 from ecotone.merging.sources import Sources
+from ecotone.populations import files
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.genome import Genome
 
@@ -37,6 +41,7 @@ BUFFER_BYTES = 8 * 2**20
 CARD = "README.md"
 RECORD = "ecotone.json"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_log = logging.getLogger("ecotone")
 
 
 def export_directory(
@@ -80,7 +85,6 @@ def export_directory(
         )
     writer = _Writer.of(sources, genome, dtype)
     with _renamed(target, writer.nbytes) as partial:
-        partial.mkdir()
         for companion in companions(sources, genome):
             companion.write(partial)
         _write_json(partial / "config.json", _config(_as_stored(configured, sources.layout), writer.dtype))
@@ -104,7 +108,6 @@ def export_plain_directory(
     target = _empty(directory)
     writer = _Writer.of(sources, genome, dtype)
     with _renamed(target, writer.nbytes) as partial:
-        partial.mkdir()
         metadata = {"ecotone": json.dumps({"record": RECORD}), **sources.layout.aliases}
         writer.write(partial / SINGLE, list(writer.entries), metadata)
         describe(partial, card, record)
@@ -140,13 +143,18 @@ def export_file(
     if target.exists():
         raise InputError(f"{target}: the file exists.", "Choose another name, or remove it.")
     writer = _Writer.of(sources, genome, dtype)
-    with _renamed(target, writer.nbytes) as partial:
+    with _renamed(target, writer.nbytes, folder=False) as partial:
         writer.write(partial, list(writer.entries), {"ecotone": json.dumps(record), **sources.layout.aliases})
     return target
 
 
 def export_adapter(
-    merged: MergedAdapter, directory: str | Path, tokenizer: Path, card: str, record: Mapping[str, Any]
+    merged: MergedAdapter,
+    directory: str | Path,
+    tokenizer: Path,
+    card: str,
+    record: Mapping[str, Any],
+    measured: Callable[[Path], tuple[str, Mapping[str, Any]]] | None = None,
 ) -> Path:
     """Write a merge of adapters as an adapter that PEFT loads, with its card and its record.
 
@@ -156,6 +164,7 @@ def export_adapter(
         tokenizer: The folder of the merge's tokenizer, which is copied if there is one.
         card: The model card.
         record: The history of the model.
+        measured: Given the folder of the finished adapter, before it has its name, gives another card and record.
 
     Returns:
         The directory.
@@ -166,12 +175,13 @@ def export_adapter(
     target = _empty(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(target, sum(tensor.nbytes for tensor in merged.tensors.values())) as partial:
-        partial.mkdir()
         for name in tokenizers.files(tokenizer):
             Companion(name, tokenizer / name).write(partial)
         _write_json(partial / ADAPTER_CONFIG, merged.config)
         save_file(dict(merged.tensors), partial / ADAPTER, {"format": "pt"})
         describe(partial, card, record)
+        if measured is not None:
+            describe(partial, *measured(partial))
     return target
 
 
@@ -279,10 +289,16 @@ def _shards(entries: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[st
 
 
 @contextmanager
-def _renamed(target: Path, nbytes: int) -> Iterator[Path]:
-    """A temporary path beside ``target``, renamed to it on success and removed otherwise."""
+def _renamed(target: Path, nbytes: int, folder: bool = True) -> Iterator[Path]:
+    """A draft beside ``target``, renamed to it on success and removed otherwise.
+
+    On success everything is on the disk before it has its name, and the name is before the export returns.
+    """
     if not target.parent.is_dir():
         raise InputError(f"{target}: its directory {target.parent} does not exist.", "Create it first.")
+    for left in files.abandoned(target.parent):
+        _log.warning("%s: removed what an export that was killed had left behind.", left)
+        files.remove(left)
     free = shutil.disk_usage(target.parent).free
     if nbytes > free:
         wanted, found = apart(nbytes, free)
@@ -290,19 +306,21 @@ def _renamed(target: Path, nbytes: int) -> Iterator[Path]:
             f"{target}: expected {wanted} of free disk, found {found}.",
             "Free some space or export to another disk.",
         )
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        partial.replace(target)
-    except OSError as error:
+        with files.drafted(target, folder) as partial:
+            yield partial
+            files.all_synchronised(partial)
+            files.moved(partial, target, exclusive=True)
+            files.synchronised(target.parent)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, FileExistsError) or getattr(error, "errno", None) == errno.ENOTEMPTY:
+            raise InputError(
+                f"{target}: something else was written there meanwhile, which is kept.", "Export to another path."
+            ) from error
         raise EcotoneError(
-            f"{target}: the export could not be written ({error}).", "Nothing was left behind."
+            f"{target}: the export could not be written ({error}).",
+            "Nothing was left behind. Free some space, or export to another disk.",
         ) from error
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
 
 
 def _empty(directory: str | Path) -> Path:
@@ -314,7 +332,7 @@ def _empty(directory: str | Path) -> Path:
 
 def describe(directory: Path, card: str, record: Mapping[str, Any]) -> None:
     """Write an export's model card and its record."""
-    (directory / CARD).write_text(card, "utf-8")
+    files.written_whole(directory / CARD, card)
     _write_json(directory / RECORD, record)
 
 
@@ -338,7 +356,7 @@ def _config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, A
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    files.written_whole(path, json.dumps(record, indent=2) + "\n")
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

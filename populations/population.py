@@ -37,17 +37,27 @@ class Population(Protocol):
 
 
 def mean_score(scores: Mapping[str, float], goals: Sequence[Goal]) -> float:
-    """The mean of the oriented scores, which ranks merges (larger is better)."""
+    """The plain mean of the oriented scores, in whatever units they are: the one number that scalar searches climb.
+
+    The best merge for people is another thing where units differ: see ``ecotone.populations.ranking``.
+    """
     return sum(goal.sign * scores[goal.name] for goal in goals) / len(goals)
 
 
 def quality(evaluation: Evaluation, goals: Sequence[Goal]) -> float:
-    """The mean score of an evaluation that is ok."""
+    """The plain mean of an evaluation that is ok."""
     return mean_score(evaluation.scores, goals)
 
 
+def climbed(goals: Sequence[Goal]) -> str:
+    """A clause that says what a scalar search adds where directions differ; empty where they do not."""
+    if len({goal.direction for goal in goals}) < 2:
+        return ""
+    return "; it climbs the plain mean of the scores, minimised ones negative, whatever their units"
+
+
 class ElitistArchive:
-    """Keeps the ``capacity`` candidates of highest mean score; the older of two equals stays.
+    """Keeps the ``capacity`` candidates of highest plain mean; the older of two equals stays.
 
     Args:
         goals: The objectives, for their directions.

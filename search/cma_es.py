@@ -14,10 +14,11 @@ from cmaes import CMA, SepCMA
 from numpy.typing import ArrayLike
 from pydantic import Field, model_validator
 
-from ecotone.populations.population import ElitistArchive, quality
+from ecotone.populations.population import ElitistArchive, climbed, quality
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.kinds import Begins, Box, Context, Needs, Pair
+from ecotone.search.protocol import Search
 from ecotone.search.racing import RaceSettings, raced
 
 
@@ -54,6 +55,10 @@ class CmaEsSettings(Box):
     def begins(self) -> Begins:
         """It can begin with the best merge, which is its first mean."""
         return Begins(most=1, fixed=True, placed=self.start is not None)
+
+    def describe(self, search: Search | None, context: Context) -> str:
+        """The bounds, and what it climbs where directions differ."""
+        return f"{super().describe(search, context)}{climbed(context.goals)}"
 
     def make(self, context: Context) -> Pair:
         """The search, and an archive of the best."""

@@ -31,7 +31,8 @@ from ecotone.populations.facts import ELAPSED
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Event, Journal
 from ecotone.populations.pareto import ParetoFront
-from ecotone.populations.population import Population, quality
+from ecotone.populations.population import Population
+from ecotone.populations.ranking import Leader
 from ecotone.populations.trial import Evaluation, Failure, Goal, Outcome, Scores, Trial, Wish, oriented
 from ecotone.search.protocol import SLACK, Search, numbered
 
@@ -79,7 +80,8 @@ class Progress:
 
     ``evaluations`` counts told trials that were scored on all examples, ``samples`` those scored on some, ``gradients``
     and ``statistics`` those that wanted these, ``failures`` all kinds; ``spent`` is what they took of the budget of
-    evaluations; ``best`` is the number of the best one so far, by mean oriented score ``quality``.
+    evaluations; ``best`` is the number of the best one so far, and ``quality`` the mean of its scores
+    (``ecotone.populations.ranking``).
     """
 
     evaluations: int = 0
@@ -144,6 +146,7 @@ class Manager:
         self.schedule = schedule
         self.front: ParetoFront = ParetoFront(goals)
         self.progress: Progress = Progress()
+        self._leader = Leader(goals)
         self._observe = observe
         self._clock = clock
         self._asked = 0  # trials
@@ -340,12 +343,14 @@ class Manager:
             progress.last_failure = evaluation.failure
         if not (evaluation.ok and trial.scored):
             return False
-        value = quality(evaluation, self.goals)
-        older = progress.best is not None and trial.number < progress.best
-        if value > progress.quality or (value == progress.quality and older):
-            progress.best, progress.quality = trial.number, value
-            progress.best_scores = dict(evaluation.scores)
-        on_front = self.front.add(trial.number, oriented(evaluation.scores, self.goals))
+        point = oriented(evaluation.scores, self.goals)
+        on_front = self.front.add(trial.number, point)
+        leader = self._leader
+        if leader.take(trial.number, point, self.front):
+            progress.best = leader.number
+            pairs = zip(self.goals, leader.point.tolist(), strict=True)
+            progress.best_scores = {goal.name: goal.sign * value for goal, value in pairs}
+        progress.quality = leader.mean
         progress.front_size = len(self.front.numbers)
         return on_front
 

@@ -22,11 +22,12 @@ from ecotone.extras import how_to_install
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import ranks
 from ecotone.populations.genome import Floats
-from ecotone.populations.population import ElitistArchive, quality
+from ecotone.populations.population import ElitistArchive, climbed, quality
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.kinds import Begins, Context, ModelsFirstBox, Needs, Pair
 from ecotone.search.nsga import seed_points
+from ecotone.search.protocol import Search
 
 Sampler: TypeAlias = Literal["tpe", "gp", "nsga2", "nsga3", "cma_es", "random", "qmc"]
 
@@ -98,6 +99,10 @@ class OptunaSettings(ModelsFirstBox):
     def begins(self) -> Begins:
         """With merges that are scored in place of the models."""
         return Begins()
+
+    def describe(self, search: Search | None, context: Context) -> str:
+        """The bounds, and what CMA-ES climbs where directions differ."""
+        return f"{super().describe(search, context)}{climbed(context.goals) if self.sampler == 'cma_es' else ''}"
 
     def make(self, context: Context) -> Pair:
         """The search, and an archive of the best."""

@@ -10,6 +10,8 @@ import transformers
 from every_class import CannotBeMadeError, classes, fit
 from families import FAMILIES, check, opened, run_through
 
+from ecotone.populations.files import written_whole
+
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 HEADER = f"""# Families of models
 
@@ -57,7 +59,7 @@ def main() -> int:
     others, unmade = every_type()
     page = [HEADER, *(f"{text}\n" for text in rows.values() if text), OTHERS.format(fitting=len(others))]
     page += [f"| {key} | {reason} |\n" for key, reason in unmade.items()]
-    PAGE.write_text("".join([*page, CANNOT]), "utf-8")
+    written_whole(PAGE, "".join([*page, CANNOT]))
     print(f"{len(rows) - len(failed)} families in {PAGE}; failed: {', '.join(failed) or 'none'}")
     return bool(failed)
 

@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -270,3 +273,86 @@ def test_export_needs_a_few_chunks_of_memory(tmp_path, nbytes, limit, growth, op
     assert peak < limit
     assert peak - start < growth
     assert (tmp_path / "merged.safetensors").stat().st_size > nbytes * 0.99
+
+
+# -- disks that fail, and exports that are killed ------------------------------------------------------------
+
+
+def written(sources, target: Path) -> Path:
+    if target.suffix:
+        return export_file(sources, genome_of(sources), target, RECORD)
+    return export.export_plain_directory(sources, genome_of(sources), target, "# Card", RECORD)
+
+
+@pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("call", ["write", "fsync", "replace", "link"])
+def test_a_disk_that_fails_leaves_nothing_at_the_target(sources, tmp_path, monkeypatch, name, number, call):
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    place = {"write": export._Writer, "fsync": os, "replace": Path, "link": os}[call]
+    monkeypatch.setattr(place, "_write_tensor" if call == "write" else call, fail)
+    target = tmp_path / "out" / name
+    target.parent.mkdir()
+    if (call, name) in (("link", "merged"), ("replace", "merged.safetensors")):
+        written(sources, target)  # a folder is renamed, a file linked
+        return
+    with pytest.raises(EcotoneError, match=rf"{name}: the export could not be written .*{os.strerror(number)}"):
+        written(sources, target)
+    assert list(target.parent.iterdir()) == []
+    monkeypatch.undo()
+    assert written(sources, target) == target
+
+
+@pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
+def test_everything_is_on_the_disk_before_it_has_its_name(sources, tmp_path, monkeypatch, name):
+    target, events = tmp_path / "out" / name, []
+    target.parent.mkdir()
+    synchronise = os.fsync
+
+    def noted(handle):
+        events.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        events.append(target.exists())
+        synchronise(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    written(sources, target)
+    before = {Path(path).name for path, there in zip(events[::2], events[1::2], strict=True) if not there}
+    files = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    assert files <= before
+    assert any(one.endswith(".partial") for one in before)
+    assert events[-2:] == [str(target.parent), True]
+
+
+@pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
+def test_of_two_exports_to_one_target_one_wins(sources, tmp_path, monkeypatch, name):
+    target = tmp_path / name
+    synchronise = export.files.all_synchronised
+
+    def slow(draft):
+        monkeypatch.setattr(export.files, "all_synchronised", synchronise)
+        written(sources, target)
+        (target / "mark" if target.is_dir() else tmp_path / "mark").write_text("of the first")
+        synchronise(draft)
+
+    monkeypatch.setattr(export.files, "all_synchronised", slow)
+    with pytest.raises(InputError, match="something else was written there meanwhile, which is kept"):
+        written(sources, target)
+    assert next(tmp_path.rglob("mark")).read_text() == "of the first"
+    assert [path for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
+def test_what_a_killed_export_left_is_removed_by_the_next_one(sources, tmp_path, caplog, name):
+    pid = os.fork()
+    if not pid:  # the child is killed in the middle of its export
+        export._Writer._write_tensor = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        written(sources, tmp_path / name)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    (left,) = (path for path in tmp_path.iterdir() if "partial" in path.name)
+    with caplog.at_level("WARNING", "ecotone"):
+        written(sources, tmp_path / "other.safetensors")
+    assert not left.exists()
+    assert f"{left}: removed what an export that was killed had left behind." in caplog.text

@@ -415,7 +415,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ecotone.fitness.statistics.cache.os.fsync", full)
+    monkeypatch.setattr("ecotone.populations.files.os.fsync", full)
     with pytest.raises(InputError, match="No space left"):
         Cache(tmp_path / "kept").write("key", {"a": torch.ones(3)}, {})
     assert list((tmp_path / "kept").iterdir()) == []

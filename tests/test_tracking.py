@@ -79,7 +79,7 @@ def history_of(uri: str, run_id: str) -> History:
 
 def without_times(history: History) -> dict[str, list[tuple[int, float]]]:
     return {
-        key: [(step, round(value, 12) if key == "hypervolume" else value) for step, value, _ in rows]
+        key: [(step, round(value, 12) if key in ("hypervolume", "best/mean") else value) for step, value, _ in rows]
         for key, rows in history.items()
         if key != "evaluations_per_second"
     }

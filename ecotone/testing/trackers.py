@@ -162,9 +162,19 @@ def a_run(runs: Path, count: int, budget: int | None, name: str = "one", **other
 
 
 def best(count: int) -> int:
-    """The trial of best mean of oriented scores, the first of equals."""
-    means = {n: (s["acc"] - s["loss"]) / 2 for n in range(count) if (s := scores(n))}
+    """The trial of best mean, in ranges over the models; the first of equals."""
+    means = {n: mean(s) for n in range(count) if (s := scores(n))}
     return max(means, key=lambda n: (means[n], -n))
+
+
+def mean(found: Mapping[str, float]) -> float:
+    """The mean of shares of the range from the worse to the better model."""
+    a, b = scores(0) or {}, {"acc": 0.25, "loss": 2.5}
+    assert b["acc"] < a["acc"]
+    assert b["loss"] > a["loss"]
+    return (
+        (found["acc"] - b["acc"]) / (a["acc"] - b["acc"]) + (b["loss"] - found["loss"]) / (b["loss"] - a["loss"])
+    ) / 2
 
 
 def front(count: int) -> list[int]:
@@ -202,7 +212,6 @@ def expected(count: int, borders: Sequence[int]) -> dict[str, list[tuple[int, fl
             "front_size": len(front(step)),
             "best/acc": max(s["acc"] for s in ok),
             "best/loss": min(s["loss"] for s in ok),
-            "best/mean": max((s["acc"] - s["loss"]) / 2 for s in ok),
         }
         if window:
             values["acc"] = math.fsum(s["acc"] for s in window) / len(window)
@@ -211,6 +220,7 @@ def expected(count: int, borders: Sequence[int]) -> dict[str, list[tuple[int, fl
             history.setdefault(key, []).append((step, value))
     history.update({key: [(count, value)] for key, value in expected_end(count).items()})
     history["hypervolume"] = [(step, volume(step)) for step in borders]
+    history["best/mean"] = [(step, round(mean(scores(best(step)) or {}), 12)) for step in borders]
     for name in ("acc", "loss"):
         history[f"front/{name}"] = [(k, scores(n)[name]) for k, n in enumerate(front(count))]  # type: ignore[index]
     return history
@@ -231,7 +241,7 @@ def expected_end(count: int) -> dict[str, float]:
 
 def without_rates(history: History) -> dict[str, list[tuple[int, float]]]:
     """The metrics that follow from the scores alone, to be compared with ``expected``."""
-    digits = {"hypervolume": 12}
+    digits = {"hypervolume": 12, "best/mean": 12}
     return {
         key: [(step, round(value, digits.get(key, 17))) for step, value in rows]
         for key, rows in history.items()

@@ -12,13 +12,13 @@ journal alone, so a mirror that was killed and started again leaves the history 
 Metrics, each with the number of evaluations as its step:
 
 - ``<objective>``: mean over the candidates since the previous step; absent when all of them failed.
-- ``best/<objective>``: the best so far in that objective; ``best/mean``: the best mean of the oriented scores
-  (those of minimised objectives count negatively).
+- ``best/<objective>``: the best so far in that objective; ``best/mean``: the best mean so far, as
+  ``ecotone.populations.ranking`` has it. Where it is a mean of ranges, it is logged at the end, when they are known.
 - ``loss/<task>`` of a gradient search: the mean over the steps since the previous evaluations.
 - ``front_size``, ``failures``, ``evaluations``, ``evaluations_per_second`` (over at least the last 100 and 1 s).
 - ``hypervolume`` of the front, while the search goes on when its reference point is known to be 0 and at the end
   otherwise.
-- At the end ``held_out/<objective>`` of the candidate of best mean, and ``references/<name>/...`` of the merges to
+- At the end ``held_out/<objective>`` of the best candidate, and ``references/<name>/...`` of the merges to
   compare with.
 
 Metrics whose steps are the members of the front, logged once, at the end: ``front/<objective>``, sorted by the first

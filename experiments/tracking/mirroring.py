@@ -114,7 +114,7 @@ class Mirror:
     def _end(self, journal: Journal, state: str, mark: str, summary: Summary) -> End:
         now, finished = round(self.board.time * 1000), state == "finished"
         lines = front_lines(summary, self.subject.goals, self.subject.held_out, now)
-        lines += self.board.volumes.late(summary.references)
+        lines += self.board.late(summary.references)
         return End(
             mark=mark,
             state=state,

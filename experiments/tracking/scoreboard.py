@@ -9,15 +9,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ecotone.experiments.runs import points_of, reference_point
+from ecotone.experiments.runs import best_row, points_of, reference_point
 from ecotone.experiments.tracking.names import CURSOR, HYPERVOLUME, acceptable, metric_names
 from ecotone.experiments.tracking.protocol import Line
 from ecotone.populations.fronts import hypervolume, hypervolume_over
 from ecotone.populations.genome import Floats
 from ecotone.populations.journal import Row
 from ecotone.populations.pareto import ParetoFront
-from ecotone.populations.population import mean_score
+from ecotone.populations.ranking import Leader, Scale
 from ecotone.populations.trial import Goal, oriented
+
+BEST_MEAN = "best/mean"
 
 
 class Volumes:
@@ -60,15 +62,23 @@ class Volumes:
         if self._points:
             self._steps.append((count, time))
 
-    def late(self, references: Sequence[Mapping[str, float]]) -> list[Line]:
-        """The whole history when it was not live, given the scores of reference merges."""
+    def late(self, references: Sequence[Mapping[str, float]], means: bool) -> list[Line]:
+        """The whole history when it was not live, given the scores of reference merges.
+
+        Args:
+            references: Their scores.
+            means: Also the best mean, which was not live.
+        """
         if not self._points:
             return []
-        points = np.array(self._points).reshape(-1, len(self._goals))
-        volumes = hypervolume_over(points, reference_point(points, points_of(references, self._goals), self._goals))
+        points, compared = np.array(self._points).reshape(-1, len(self._goals)), points_of(references, self._goals)
+        series = {HYPERVOLUME: hypervolume_over(points, reference_point(points, compared, self._goals))}
+        scale = Scale.of(self._goals, points, compared)
+        if means and scale.known:
+            series[BEST_MEAN] = np.maximum.accumulate(scale.means(points))
         indices = np.searchsorted(np.array(self._counts), [count for count, _ in self._steps], side="right") - 1
         return [
-            Line(count, time, {HYPERVOLUME: float(volumes[index])})
+            Line(count, time, {name: float(values[index]) for name, values in series.items()})
             for index, (count, time) in zip(indices, self._steps, strict=True)
         ]
 
@@ -98,12 +108,12 @@ class Scoreboard:
         self.count = 0
         self.failures = 0
         self.time = created
-        self.best: Row | None = None
         self.front: ParetoFront = ParetoFront(goals)
         self.volumes: Volumes = Volumes(goals)
         self.recent: deque[list[float]] = deque(maxlen=2000)
         self.members: dict[int, Row] = {}
-        self._best_mean = -math.inf
+        self._leader = Leader(goals)
+        self._shown_mean = False
         self._stepped = 0
         self._records: dict[str, float] = {}
         self._window: list[Mapping[str, float]] = []
@@ -154,8 +164,8 @@ class Scoreboard:
                 values[f"best/{name}"] = self._records[goal.name]
         for task, losses in self._losses.items():
             values[f"loss/{acceptable(task)}"] = math.fsum(losses) / len(losses)
-        if self.best is not None:
-            values["best/mean"] = self._best_mean
+        if self._leader.number is not None and self._leader.scale.unit != "ranges":  # those are known at the end
+            values[BEST_MEAN], self._shown_mean = self._leader.mean, True
         values["front_size"] = len(self.front.numbers)
         if self.count > self.known:
             values.update(self.volumes.live(self.front))
@@ -181,11 +191,18 @@ class Scoreboard:
                 self._records[goal.name] = scores[goal.name]
         point = oriented(scores, self.goals)
         self.volumes.add(self.count, point)
-        mean = mean_score(scores, self.goals)
-        if mean > self._best_mean:
-            self._best_mean, self.best = mean, row
         if self.front.add(row.number, point):
             self.members = {n: row if n == row.number else self.members[n] for n in self.front.numbers}
+        self._leader.take(row.number, point, self.front)
+
+    def best(self, references: Sequence[Mapping[str, float]]) -> Row | None:
+        """The best candidate, given the search scores of the reference merges; None while none has scores."""
+        scale = Scale.of(self.goals, self._leader.extremes, points_of(references, self.goals))
+        return best_row([self.members[number] for number in sorted(self.members)], scale)
+
+    def late(self, references: Sequence[Mapping[str, float]]) -> list[Line]:
+        """The metrics that are known only at the end, given the search scores of the reference merges."""
+        return self.volumes.late(references, not self._shown_mean)
 
     def _rate(self) -> float | None:
         """Evaluations a second since 100 evaluations and 1 s ago, or since the run began."""

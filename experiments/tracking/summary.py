@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ecotone.experiments.runs import reference_scores
 from ecotone.experiments.tracking.names import acceptable, distinct, metric_names
 from ecotone.experiments.tracking.scoreboard import Scoreboard
 from ecotone.experiments.tracking.subject import Subject
@@ -50,10 +51,11 @@ def summary_of(journal: Journal, board: Scoreboard, subject: Subject) -> Summary
     """The results at the end of the journal, held-out and reference scores included."""
     names = metric_names([goal.name for goal in (*subject.goals, *subject.held_out)])
     metrics: dict[str, float] = {}
-    if board.best is not None:
-        held_out = _measured(journal.measurement(board.best.digest, Scores("held_out")))
-        metrics |= {f"held_out/{names[goal.name]}": held_out[goal.name] for goal in _of(subject.held_out, held_out)}
     references = _references(journal)
+    best = board.best([scores for _, _, scores in references if scores])
+    if best is not None:
+        held_out = _measured(journal.measurement(best.digest, Scores("held_out")))
+        metrics |= {f"held_out/{names[goal.name]}": held_out[goal.name] for goal in _of(subject.held_out, held_out)}
     for reference, digest, searched in references:
         held_out = _measured(journal.measurement(digest, Scores("held_out")))
         for goal in _of(subject.goals, searched):
@@ -82,14 +84,9 @@ def _measured(evaluation: Evaluation | None) -> Mapping[str, float]:
 
 def _references(journal: Journal) -> list[tuple[str, str, Mapping[str, float]]]:
     """Metric name, digest and search scores of each merge to compare with; a trial of the same genome counts."""
-    references = journal.references()
-    names = distinct({name: acceptable(name) for name, _ in references})
-    scores = {g.digest: _measured(journal.measurement(g.digest, Scores())) for _, g in references}
-    if any(not found for found in scores.values()):
-        for row in journal.rows():
-            if row.failure is None and row.digest in scores and not scores[row.digest]:
-                scores[row.digest] = row.scores or {}
-    return [(names[name], genome.digest, scores[genome.digest]) for name, genome in references]
+    references = reference_scores(journal)
+    names = distinct({name: acceptable(name) for name, _, _ in references})
+    return [(names[name], genome.digest, scores) for name, genome, scores in references]
 
 
 def _front_table(front: Sequence[Row], measured: Mapping[int, Mapping[str, float]], subject: Subject) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from ecotone.populations.errors import InputError
+from ecotone.populations.files import synchronised
 from ecotone.populations.folders import cache_folder
 from ecotone.populations.trial import Gathered
 
@@ -99,9 +99,9 @@ class Cache:
                     "digest": record.digest,
                 },
             )
-            _synced(draft)
+            synchronised(draft)
             draft.replace(file)
-            _synced(self.folder)
+            synchronised(self.folder)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
@@ -126,12 +126,3 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
-
-
-def _synced(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
