@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ecotone.populations.errors import shortened
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.samples import Sample
 
@@ -235,13 +236,17 @@ class Failure:
 
     Args:
         kind: ``exception``, ``not finite``, ``out of memory``, ``worker died`` or ``timed out``.
-        message: One line for the user.
-        details: The traceback or log, possibly empty.
+        message: One line for the user. Of a long one the beginning and the end are kept.
+        details: The traceback or log, possibly empty. Of a long one the beginning and the end are kept.
     """
 
     kind: str
     message: str
     details: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", shortened(self.message, 4_000))
+        object.__setattr__(self, "details", shortened(self.details))
 
     @property
     def text(self) -> str:

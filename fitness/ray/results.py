@@ -6,12 +6,12 @@ import time
 from collections.abc import Collection
 from typing import Any
 
+from ecotone.fitness.failures import WorkerBrokenError
 from ecotone.fitness.ray.cluster import LOOK_EVERY, Clock, Cluster
 from ecotone.fitness.ray.crew import Crew
 from ecotone.fitness.ray.events import cause, reason
 from ecotone.fitness.ray.jobs import Jobs
 from ecotone.fitness.ray.members import Member
-from ecotone.fitness.worker import WorkerBrokenError
 from ecotone.populations.errors import EcotoneError, PoolError
 
 
