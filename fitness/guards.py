@@ -11,13 +11,14 @@ What is certain, whatever the call did through torch's functions and Python's at
 - hooks of all kinds, instance attributes (a patched ``forward`` among them), modes, and configurations of Hugging Face
   modules are the same, and so are the classes' ``forward`` and ``__call__``;
 - no tensor was written into by an operation that torch counts (``_version``), asks for gradients, or has one;
-- torch's process-wide settings are the same (``STATES``).
+- torch's process-wide settings (``STATES``) and the functions of ``torch.nn.functional`` are the same.
 
 What is likely: writes that torch does not count, as those through ``.data`` or numpy. Tensors that no merge rewrites
 are compared bit by bit after each call of user code (large ones on 32 elements). Merged weights are compared bit by bit
 after the first call of each objective that another one follows, and on 32 elements of each tensor after every later
-call. The functions of torch and the other methods of the model's classes are compared after calls 1, 2, 4, 8 and so on
-of an objective, and after calls that take longer than ``SLOW`` seconds.
+call. The functions of ``torch`` itself, the methods of tensors and the other methods of the model's classes are
+compared after calls 1, 2, 4, 8 and so on of an objective, after calls that take longer than ``SLOW`` seconds, and after
+each call of an objective that has changed some.
 
 Weights that were written into are merged again before the next objective. What cannot be put back makes this candidate
 and all later ones of the worker fail.
@@ -137,22 +138,25 @@ class Process:
 
     def __init__(self) -> None:
         self._before = [get() for get in _GETS]
-        self._functions = {
-            owner.__name__: (owner, _functions(owner)) for owner in (nn.functional, torch, torch.Tensor, nn.init)
-        }
+        self._functions = {owner.__name__: (owner, _functions(owner)) for owner in (nn.functional, torch, torch.Tensor)}
 
     def begin(self) -> None:
         """Settings that differ now are the caller's own: another thread has other modes."""
         self._before = [get() for get in _GETS]
 
-    def mend(self, deep: bool) -> list[Change]:
+    def mend(self, foreign: bool, deep: bool) -> list[Change]:
         """Put back what differs; return it.
+
+        Args:
+            foreign: Look at the functions of ``torch.nn.functional``, too.
+            deep: Look at torch's functions, and the methods of tensors.
 
         Raises:
             SpoiledError: Something cannot be put back.
         """
         changes = [] if [get() for get in _GETS] == self._before else self._put_back()
-        for name, (owner, functions) in self._functions.items() if deep else ():
+        watched = list(self._functions.items())
+        for name, (owner, functions) in watched if deep else watched[:1] if foreign else ():
             for key in _patched(owner, functions):
                 setattr(owner, key, functions[key])
                 changes.append(Change("torch's functions", f"{name}.{key}"))
@@ -356,6 +360,9 @@ class _Guarded:
         return self.structure.same() and self.weights.same()
 
 
+_DEEP = frozenset({"torch's functions", "classes"})  # who changes these once is looked at closely each time
+
+
 class Guards:
     """Compares the model, heads and the process with their states before, after each call of user code.
 
@@ -424,9 +431,10 @@ class Guards:
             SpoiledError: Something cannot be put back. Every later ``shown`` raises it as well.
         """
         user.calls += 1
-        deep = user.foreign and (user.calls & (user.calls - 1) == 0 or seconds > SLOW)
+        known = not _DEEP.isdisjoint(user.warned)
+        deep = user.foreign and (user.calls & (user.calls - 1) == 0 or seconds > SLOW or known)
         try:
-            changes = self._process.mend(deep)
+            changes = self._process.mend(user.foreign, deep)
             again = False
             for guarded in self._all():
                 found, written = self._mended(guarded, user, deep, merged and guarded is self._shown)
