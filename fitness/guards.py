@@ -363,6 +363,26 @@ class _Guarded:
 _DEEP = frozenset({"torch's functions", "classes"})  # who changes these once is looked at closely each time
 
 
+class Inside:
+    """Guards one call in the middle of a gradient, where flags and methods differ from those of a model at rest.
+
+    Args:
+        model: The module.
+        shown: What is known of its tensors.
+    """
+
+    def __init__(self, model: nn.Module, shown: _Guarded | None) -> None:
+        self._structure = Structure(model)
+        self._process = Process()
+        self._shown = shown
+
+    def mend(self) -> list[Change]:
+        """Put back what differs, in tensors that are not merged, too; return it."""
+        changes = [*self._process.mend(foreign=True, deep=False), *self._structure.mend(deep=False)]
+        fixed = [] if self._shown is None else self._shown.weights.spoilt()[0]
+        return [*changes, *(Change("buffers", name) for name in fixed)]
+
+
 class Guards:
     """Compares the model, heads and the process with their states before, after each call of user code.
 
@@ -411,6 +431,10 @@ class Guards:
         """User code is about to be called, and other code uses the same weights afterwards."""
         if self._shown is not None:
             self._shown.weights.watch(whole=user.calls == 0)
+
+    def inside(self, model: nn.Module) -> Inside:
+        """A guard of ``model`` as it is now, for a call in the middle of a gradient: parameters ask for gradients."""
+        return Inside(model, self._shown)
 
     def written(self) -> list[str]:
         """Names of the shown model's tensors that were written into since ``shown``."""

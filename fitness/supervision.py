@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ecotone.fitness.backends.base import Backend
-from ecotone.fitness.guards import Change, Guards, Structure, User, tell
+from ecotone.fitness.guards import Change, Guards, User, tell
 from ecotone.fitness.objectives import CallableObjective
 from ecotone.fitness.surroundings import Signals, Surroundings
 from ecotone.populations.errors import InputError
@@ -123,10 +123,10 @@ class Supervisor:
             InputError: It wrote into the weights: neither its gradient nor the next one's would be that of the merge.
         """
         self._guards.shown(model)
-        structure = Structure(model) if user.foreign else None
+        inside = self._guards.inside(model) if user.foreign else None
         returned = self.call(user, function, follows=True)
-        if structure is not None:
-            tell(user, structure.mend(deep=False))
+        if inside is not None:
+            tell(user, inside.mend())
         if written := self._guards.written():
             self.distrust()
             raise InputError(
