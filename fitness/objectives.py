@@ -30,6 +30,7 @@ from ecotone.fitness.data import Batches, Examples, Inputs, check, load
 from ecotone.fitness.heads import Head, logits
 from ecotone.fitness.kinds import NamedCall, ObjectiveContext, ObjectiveSettings
 from ecotone.fitness.protocol import Score, pooled_mean
+from ecotone.fitness.scores import by_example, no_number
 from ecotone.marked import direction_of
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Integers
@@ -335,31 +336,14 @@ class CallableObjective:
 
 def _score_of(returned: Any) -> Score:
     value, per_example = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
-    try:
-        if isinstance(value, str | bytes):
-            raise TypeError("text is no number, even where it looks like one")
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"expected the function to return a number or (number, scores by example), found {type(value).__name__}."
-        ) from error
+    if (found := no_number(value)) is not None:
+        raise InputError(f"expected the function to return a number or (number, scores by example), found {found}.")
+    number = float(value)
     if per_example is None:
         return Score(number)
-    scores = _examples(per_example)
+    scores = by_example(per_example)
     finite = scores.dtype.kind != "f" or bool(np.isfinite(scores).all())
     return Score(number if finite else float("nan"), scores, scores.size)
-
-
-def _examples(values: Any) -> NDArray[Any]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = (values.float() if values.is_floating_point() else values).numpy()
-    scores = np.asarray(values)
-    if scores.ndim != 1 or scores.dtype.kind not in "biuf":
-        raise InputError(
-            f"expected scores by example of shape (N,), numbers or bools, found {scores.shape} of {scores.dtype}."
-        )
-    return scores
 
 
 @contextmanager

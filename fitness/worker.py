@@ -6,11 +6,11 @@ import contextlib
 import logging
 import math
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
-from typing import Any, SupportsFloat
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,29 +19,29 @@ from torch import Tensor, nn
 
 from ecotone.fitness.backends.base import BackendContext
 from ecotone.fitness.callables import put_last
+from ecotone.fitness.failures import failed
+from ecotone.fitness.guards import User
 from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.language.generation import same_model
 from ecotone.fitness.objectives import Model, same_draws
 from ecotone.fitness.protocol import CalibrationTask, Divisible, Objective, Score
+from ecotone.fitness.scores import ANYTHING, Expected, NotFiniteScoreError, checked, facts, no_number, number, shown
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.statistics.gather import Gatherer, NotFiniteError
-from ecotone.fitness.statistics.kinds import Data
+from ecotone.fitness.statistics.kinds import Data, chosen
+from ecotone.fitness.supervision import Supervisor, is_foreign
 from ecotone.merging.models.checkpoint import located
 from ecotone.merging.models.files import Files
 from ecotone.merging.placement import Free, Needs, settled
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import EcotoneError, InputError, PoolError, first_line, nearest, told
+from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
 from ecotone.populations.samples import Sample
 from ecotone.populations.space import Space
-from ecotone.populations.trial import Evaluation, Gradient, Scores, Statistics, Trial, Wish
+from ecotone.populations.trial import Evaluation, Gradient, Scores, Statistics, Subset, Trial, Wish
 from ecotone.registry import TELL, whose
 
 _log = logging.getLogger("ecotone")
-
-
-class WorkerBrokenError(PoolError):
-    """A candidate has left this process's GPU in a state in which it computes nothing any more."""
 
 
 class NotScoredError(InputError):
@@ -106,15 +106,30 @@ class Worker:
             "search": [objective.build(context) for objective in spec.search],
             "held_out": [objective.build(context) for objective in spec.held_out],
         }
+        self._expected = {
+            (group, one.name): Expected(one.limits)
+            for group, objectives in (("search", spec.search), ("held_out", spec.held_out))
+            for one in objectives
+        }
+        self._again = False  # an objective of the last candidate wrote into the weights
         self._parts: dict[tuple[int, int, float, float], Objective] = {}  # by objective and part of a sample
         if spec.divided and (whole := [one for one in self._objectives["search"] if not isinstance(one, Divisible)]):
             raise _indivisible(whole[0])
         if spec.calibration and not isinstance(self._backend.model, nn.Module):
             raise InputError("calibration: expected a torch module to differentiate.", "Name an architecture.")
         self._tasks = {task.name: task.build(context, spec.seed) for task in spec.calibration}
-        for task in self._tasks.values():
-            task.fits(self._backend.model, self._sources.names)
-
+        every = [*self._tasks.values(), *(one for group in self._objectives.values() for one in group)]
+        heads = [head.function for one in every if (head := getattr(one, "head", None)) is not None]
+        self._supervisor = Supervisor(self._backend, [head for head in heads if isinstance(head, nn.Module)])
+        for group, objectives in self._objectives.items():
+            for one in objectives:
+                self._objective_user(group, one)
+        with self._supervisor.signals:
+            self._supervisor.begin()
+            for name, task in self._tasks.items():
+                began = time.perf_counter()
+                task.fits(self._backend.model, self._sources.names)
+                self._supervisor.restore(self._task_user(name), began, merged=False)
         self._gatherer = Gatherer(self._sources, self._backend, spec.architecture, self._data)
         self._measures: dict[type[Wish], Callable[[Sequence[Trial]], list[Evaluation]]] = {
             Scores: self._scored,
@@ -163,7 +178,9 @@ class Worker:
         self.files.look()
         while True:
             runs = groupby(trials, lambda trial: type(trial.wants))
-            found = [evaluation for wish, run in runs for evaluation in self._measures[wish](list(run))]
+            with self._supervisor.signals:
+                self._supervisor.begin()
+                found = [evaluation for wish, run in runs for evaluation in self._measures[wish](list(run))]
             if not self.files.look():
                 return found
 
@@ -182,14 +199,19 @@ class Worker:
         try:
             models = self._backend.show([trial.genome for trial in trials])
             shared = (time.perf_counter() - began) / len(trials)
-            for trial in trials:
+            for place, trial in enumerate(trials, 1):
                 began = time.perf_counter() - shared
                 model = next(models)
+                self._supervisor.shown(model)
                 merging = {"merge_seconds": round(time.perf_counter() - began, 6)}
+                self._again = False
                 evaluations.append(replace(self._evaluate(trial, model, began), details=merging))
-        except Exception as error:
+                if self._again:
+                    models = self._backend.show([left.genome for left in trials[place:]]) if trials[place:] else models
+        except BaseException as error:
+            self._supervisor.signals.pass_on(error)
             if len(trials) == 1:
-                return [_failed("merging", error, began)]
+                return [failed("merging", error, began)]
             return [self._measure_group([trial])[0] for trial in trials]
         return evaluations
 
@@ -215,7 +237,10 @@ class Worker:
         whole: dict[str, float] = {}
         for group, objectives in self._objectives.items():
             few = [one.subset(np.zeros(1, np.int64)) if isinstance(one, Divisible) else one for one in objectives]
-            scores = self._scores(few, next(self._backend.show([merge])), time.perf_counter())
+            with self._supervisor.signals:
+                self._supervisor.begin()
+                model = self._shown(merge)
+                scores = self._scores(group, few, merge, model, time.perf_counter())
             if isinstance(scores, Evaluation):
                 assert scores.failure is not None
                 raise NotScoredError(
@@ -281,8 +306,10 @@ class Worker:
 
     def _evaluate(self, trial: Trial, model: Model, began: float) -> Evaluation:
         assert isinstance(trial.wants, Scores)
-        whole, sample = self._objectives[trial.wants.subset], trial.wants.sample
-        scores = self._scores([self._part(objective, sample) for objective in whole], model, began)
+        group, sample = trial.wants.subset, trial.wants.sample
+        whole = self._objectives[group]
+        parts = [self._part(objective, sample) for objective in whole]
+        scores = self._scores(group, parts, trial.genome, model, began)
         if isinstance(scores, Evaluation):
             return scores
         if sample is not None:
@@ -294,20 +321,72 @@ class Worker:
             items=sum(score.items for score in scores.values()),
         )
 
-    def _scores(self, objectives: Sequence[Objective], model: Model, began: float) -> dict[str, Score] | Evaluation:
-        """The scores of ``model``, by objective; or the failure of the first objective that fails."""
+    def _scores(
+        self, group: Subset, objectives: Sequence[Objective], genome: Genome, model: Model, began: float
+    ) -> dict[str, Score] | Evaluation:
+        """The scores of ``model``, by objective; or the failure of the first objective that fails.
+
+        Args:
+            group: The objectives' group.
+            objectives: Its objectives, whole or in part.
+            genome: The merge that ``model`` shows: it is merged again if an objective writes into the weights.
+            model: It has just been shown.
+            began: When the work on the candidate began.
+        """
         scores: dict[str, Score] = {}
         with same_model(objectives):
-            for objective in objectives:
-                name = objective.goal.name
+            for left, objective in zip(reversed(range(len(objectives))), objectives, strict=True):
+                name, user = objective.goal.name, self._objective_user(group, objective)
+                score, again = None, False
                 try:
-                    score = _checked(objective, objective.score(model))
-                except (Exception, SystemExit) as error:
-                    return _failed(f"objective {name!r}", error, began)
-                if not math.isfinite(score.value):
-                    return self._not_finite(f"objective {name!r}: expected a finite score, found {score.value}", began)
+                    called = time.perf_counter()
+                    try:
+                        score = self._scored_by(user, objective, model, group, follows=left > 0)
+                    finally:
+                        if user.foreign or not left or score is None:
+                            again = self._supervisor.restore(user, called)
+                    if again and left:
+                        model = self._shown(genome)
+                except BaseException as error:
+                    self._supervisor.signals.pass_on(error)
+                    self._again |= again
+                    return self._failed_score(user, genome, error, again, began)
+                self._again |= again
                 scores[name] = score
         return scores
+
+    def _scored_by(self, user: User, objective: Objective, model: Model, group: Subset, *, follows: bool) -> Score:
+        """The score of ``model``, which is one."""
+        score = self._supervisor.call(user, lambda: objective.score(model), follows=follows)
+        if not isinstance(score, Score) or no_number(score.value) is not None:
+            subject = whose("the objective", type(objective))
+            found = shown(score)
+            raise InputError(f"{subject}: score(): expected a Score whose value is a number, found {found}.", TELL)
+        expected = self._expected.get((group, objective.goal.name), ANYTHING)
+        if isinstance(objective, Divisible):
+            expected = replace(expected, count=objective.count)
+        return checked(score, user.subject, expected)
+
+    def _failed_score(self, user: User, genome: Genome, error: BaseException, again: bool, began: float) -> Evaluation:
+        if isinstance(error, NotFiniteScoreError):
+            if again:  # what is said of the weights must be true of the merge
+                self._shown(genome)
+            return self._not_finite(error.message, began)
+        return failed(user.subject, error, began)
+
+    def _shown(self, genome: Genome) -> Model:
+        """The model with the weights of a genome."""
+        model: Model = next(self._backend.show([genome]))
+        self._supervisor.shown(model)
+        return model
+
+    def _objective_user(self, group: Subset, objective: Objective) -> User:
+        foreign = is_foreign(type(objective), getattr(objective, "head", None))
+        return self._supervisor.user(f"objective {group}", objective.goal.name, foreign)
+
+    def _task_user(self, name: str) -> User:
+        task = self._task(name)
+        return self._supervisor.user("calibration", name, is_foreign(type(task), task.head))
 
     def _part(self, objective: Objective, sample: Sample | None) -> Objective:
         """The objective on the examples of a sample that are to be scored now, made once."""
@@ -331,7 +410,8 @@ class Worker:
         for objective in objectives:
             assert isinstance(objective, Divisible)
             name, numbers, now = objective.goal.name, sample.then(objective.count), found[objective.goal.name]
-            assert now.per_example is not None
+            if now.per_example is None:
+                raise InputError(f"objective {name!r}: expected scores by example of a sample, found none.")
             pooled = np.concatenate([sample.seen[name], now.per_example]) if sample.start else now.per_example
             if not sample.partial:
                 pooled, numbers = pooled[np.argsort(numbers)], np.arange(objective.count)
@@ -347,18 +427,24 @@ class Worker:
         def losses(model: nn.Module) -> Iterator[Tensor]:
             nonlocal name, items
             for name in batch.tasks:
-                with same_draws(batch.step):  # a model or head may draw: dropout that is never off
-                    value, numbers, count = self._task(name).loss(model, batch.step)
-                details.update({Evaluation.detail_of(name, key): number for key, number in numbers.items()})
-                items += count
+                value, numbers, count = self._loss(name, model, batch.step)
+                subject = f"calibration {name!r}"
+                for key, fact in facts(numbers, subject).items():
+                    details[Evaluation.detail_of(name, key)] = fact
+                items += int(number(count, f"{subject}: examples"))
                 yield value
 
         try:
-            for name in batch.tasks:
-                self._task(name).prepare(batch.step, self._backend.expert)
-            values, gradient = self._backend.gradient(trial.genome, losses, batch.weights)
-        except (Exception, SystemExit) as error:
-            return _failed(f"calibration {name!r}", error, began)
+            try:
+                for name in batch.tasks:
+                    self._prepare(name, batch.step)
+                values, gradient = self._backend.gradient(trial.genome, losses, batch.weights)
+            finally:
+                if name in self._tasks:
+                    self._supervisor.restore(self._task_user(name), began, merged=False)
+        except BaseException as error:
+            self._supervisor.signals.pass_on(error)
+            return failed(f"calibration {name!r}", error, began)
         scores = dict(zip(batch.tasks, values, strict=True))
         for name, value in scores.items():
             if not math.isfinite(value):
@@ -370,17 +456,43 @@ class Worker:
         seconds = time.perf_counter() - began
         return Evaluation(scores, seconds=seconds, items=items, details=details, gradient=gradient)
 
+    def _prepare(self, name: str, step: int) -> None:
+        """Have a task made ready; what it does to the weights is undone when the merge is shown."""
+        task, began = self._task(name), time.perf_counter()
+        user = self._task_user(name)
+        self._supervisor.call(user, lambda: task.prepare(step, self._backend.expert), follows=False)
+        if user.foreign:
+            self._supervisor.restore(user, began, merged=False)
+            self._supervisor.distrust()
+
+    def _loss(self, name: str, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float], int]:
+        """A task's loss; a model or head may draw in it: dropout that is never off."""
+
+        def loss() -> tuple[Tensor, dict[str, float], int]:
+            with same_draws(step):
+                return self._task(name).loss(model, step)
+
+        return self._supervisor.call_loss(self._task_user(name), model, loss)
+
     def _gathered(self, trials: Sequence[Trial]) -> list[Evaluation]:
         return [self._gather(trial, trial.wants) for trial in trials if isinstance(trial.wants, Statistics)]
 
     def _gather(self, trial: Trial, wants: Statistics) -> Evaluation:
         began, subject = time.perf_counter(), f"statistics {wants.kind}"
         try:
-            evaluation = self._gatherer.evaluate(trial.genome, wants)
+            kind, _ = chosen(wants)
+            heads = [self._tasks[name].head for name in wants.tasks if name in self._tasks]
+            user = self._supervisor.user("statistics", wants.kind, is_foreign(kind, *heads))
+            gather = partial(self._gatherer.evaluate, trial.genome, wants)
+            try:
+                evaluation = self._supervisor.call(user, gather, follows=False)
+            finally:
+                self._supervisor.restore(user, began, merged=False)
         except NotFiniteError as error:
             return self._not_finite(f"{subject}: {error}", began)
-        except (Exception, SystemExit) as error:
-            return _failed(subject, error, began)
+        except BaseException as error:
+            self._supervisor.signals.pass_on(error)
+            return failed(subject, error, began)
         return replace(evaluation, seconds=time.perf_counter() - began)
 
     def _data(self, name: str) -> Data:
@@ -399,58 +511,11 @@ class Worker:
         return Evaluation.failed("not finite", f"{found}; {cause}.", seconds=time.perf_counter() - began)
 
 
-def _checked(objective: Objective, score: Any) -> Score:
-    """The answer of ``Objective.score``.
-
-    Raises:
-        InputError: It is no ``Score``, or its value is no number.
-    """
-    if isinstance(score, Score) and isinstance(score.value, SupportsFloat):
-        return score
-    subject = whose("the objective", type(objective))
-    raise InputError(f"{subject}: score(): expected a Score whose value is a number, found {repr(score)[:100]}.", TELL)
-
-
 def _indivisible(objective: Objective) -> InputError:
     return InputError(
         f"search.race: objective {objective.goal.name!r} cannot be asked of some of its examples.",
         "Leave race out, or use an objective that scores each of its examples.",
     )
-
-
-def _failed(where: str, error: BaseException, began: float) -> Evaluation:
-    """A failed evaluation that names the place and the exception.
-
-    Raises:
-        WorkerBrokenError: Nothing will be computed here any more.
-    """
-    if isinstance(error, WorkerBrokenError):
-        raise error
-    kind = "out of memory" if _out_of_memory(error) else "exception"
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        _check_context(where, error)
-        if kind == "out of memory":
-            torch.cuda.empty_cache()
-    message = first_line(error) if isinstance(error, EcotoneError) else told(error)
-    details = "".join(traceback.format_exception(error))
-    return Evaluation.failed(kind, f"{where}: {message}", details, time.perf_counter() - began)
-
-
-def _check_context(where: str, error: BaseException) -> None:
-    """Refuse to go on when an error of a kernel has broken the context: every later call would fail as well."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as broken:
-        raise WorkerBrokenError(
-            f"{where}: the GPU cannot be used any more in this process ({told(error)}).",
-            "Where workers are processes (runtime.pool: ray) they are replaced; look at this candidate's inputs.",
-        ) from broken
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _device(name: str) -> torch.device:

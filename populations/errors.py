@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 from ecotone.populations.secrets import stripped
+
+LONGEST = 20_000
+"""Characters of an error's message and of a traceback that are kept, of the beginning and the end together."""
+
+
+def shortened(text: str, most: int = LONGEST) -> str:
+    """``text``, or its beginning and its end with a word between them that it was cut.
+
+    Args:
+        text: Any text: an exception's may be megabytes long.
+        most: The most characters of it that stay.
+    """
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail]} [... cut: {len(text) - most:,} of {len(text):,} characters ...] {text[-tail:]}"
 
 
 class EcotoneError(Exception):
@@ -17,7 +34,7 @@ class EcotoneError(Exception):
     """
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        self.message: str = stripped(message)
+        self.message: str = shortened(stripped(message))
         self.remedy: str = stripped(remedy)
         super().__init__(f"{self.message} {self.remedy}".strip())
 
@@ -49,9 +66,28 @@ class SearchError(EcotoneError):
     """The search cannot go on."""
 
 
+_LINE = 2_000  # characters of a message's first line that are kept
+
+
+def text_of(error: BaseException) -> str:
+    """An exception's message, cut if it is long; of one whose ``__str__`` raises, a phrase that says so."""
+    try:
+        return shortened(str(error))
+    except BaseException as second:  # any code of the user's may stand there
+        return f"(no text: its __str__ raised {type(second).__name__})"
+
+
+def trace_of(error: BaseException) -> str:
+    """An exception's traceback with those of its causes, cut if it is long."""
+    try:
+        return shortened("".join(traceback.format_exception(error)))
+    except BaseException as second:  # too deep a chain, no memory, texts that raise
+        return f"{type(error).__name__}: no traceback can be made of it ({type(second).__name__})"
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, without secrets; empty when it has none."""
-    return stripped((str(error).strip().splitlines() or [""])[0])
+    """The first line of an exception's message, without secrets, cut if it is long; empty when it has none."""
+    return shortened(stripped((text_of(error).strip().splitlines() or [""])[0]), _LINE)
 
 
 def told(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ecotone.populations.errors import shortened
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.samples import Sample
 from ecotone.populations.secrets import stripped
@@ -236,8 +237,8 @@ class Failure:
 
     Args:
         kind: ``exception``, ``not finite``, ``out of memory``, ``worker died`` or ``timed out``.
-        message: One line for the user.
-        details: The traceback or log, possibly empty.
+        message: One line for the user. Of a long one the beginning and the end are kept.
+        details: The traceback or log, possibly empty. Of a long one the beginning and the end are kept.
     """
 
     kind: str
@@ -245,9 +246,9 @@ class Failure:
     details: str = ""
 
     def __post_init__(self) -> None:
-        """Take secrets out of what other packages said: it is recorded, sent to trackers and printed."""
-        for name in ("message", "details"):
-            object.__setattr__(self, name, stripped(getattr(self, name)))
+        """Take secrets out of what other packages said: it is recorded, sent to trackers and printed. Bound its length."""
+        object.__setattr__(self, "message", shortened(stripped(self.message), 4_000))
+        object.__setattr__(self, "details", shortened(stripped(self.details)))
 
     @property
     def text(self) -> str:

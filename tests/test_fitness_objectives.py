@@ -256,7 +256,7 @@ def scored(function, **arguments):
     return CallableObjective(Goal("f", "minimize"), function, arguments).score({"w": torch.ones(2)})
 
 
-@pytest.mark.parametrize("returned", [1.5, np.float32(1.5), torch.tensor(1.5), torch.tensor([1.5])])
+@pytest.mark.parametrize("returned", [1.5, np.float32(1.5), torch.tensor(1.5), np.array(1.5)])
 def test_a_function_may_return_any_number(returned):
     score = scored(lambda model: returned)
     assert (score.value, score.per_example, score.items) == (1.5, None, 0)
@@ -277,7 +277,14 @@ def test_a_function_gets_its_arguments_and_the_model():
     ("returned", "words"),
     [
         (None, "found NoneType"),
-        ("high", "found str"),
+        ("high", "found the text 'high'"),
+        (True, "found the bool True"),
+        (np.array([True]), r"found an array of shape \(1,\)"),
+        (np.array(True), "found an array of bool"),
+        (torch.tensor(True), "found a tensor of torch.bool"),
+        (torch.tensor([1.5]), r"found a tensor of shape \(1,\)"),
+        (1 + 2j, "found complex"),
+        (torch.tensor(1j), "found a tensor of torch.complex64"),
         ({"acc": 1.0}, "found dict"),
         ((1.0, 2.0, 3.0), "found tuple"),
         ((1.0, [[1.0], [2.0]]), "found \\(2, 1\\)"),

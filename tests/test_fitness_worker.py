@@ -227,17 +227,30 @@ def test_it_is_the_first_expert_that_is_tried_out(folder, monkeypatch):
     assert seen == [[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
 
 
+NUMBER = "expected the function to return a number or (number, scores by example), found"
+
+
 @pytest.mark.parametrize("group", ["search", "held_out"])
 @pytest.mark.parametrize(
     ("body", "words"),
     [
         ("return None", "expected the function to return a number or (number, scores by example), found NoneType."),
-        ("return '0.5'", "expected the function to return a number or (number, scores by example), found str."),
-        ("return model['w']", "expected the function to return a number or (number, scores by example), found Tensor."),
+        (
+            "return '0.5'",
+            "expected the function to return a number or (number, scores by example), found the text '0.5'.",
+        ),
+        (
+            "return model['w']",
+            "expected the function to return a number or (number, scores by example), found a tensor of shape (6,).",
+        ),
         ("return [0.5]", "expected the function to return a number or (number, scores by example), found list."),
         ("return 1.0, [[1.0]]", "expected scores by example of shape (N,), numbers or bools, found (1, 1) of float64."),
         ("return float('nan')", "expected a finite score, found nan; the merged weights are finite."),
-        ("return 1.0, [float('inf')]", "expected a finite score, found nan; the merged weights are finite."),
+        (
+            "return 1.0, [0.5, float('inf')]",
+            "expected finite scores by example, found inf at example 1 (1 of 2 are not finite); the merged weights "
+            "are finite.",
+        ),
         ("import surely_not_installed", "ModuleNotFoundError: No module named 'surely_not_installed'"),
         ("return model.w", "AttributeError: 'dict' object has no attribute 'w'"),
         ("raise SystemExit(3)", "SystemExit: 3"),
@@ -461,12 +474,12 @@ def test_an_architecture_that_transformers_lacks_is_named(tmp_path):
 
 def test_a_gpu_that_an_error_has_broken_ends_the_worker(monkeypatch):
     """A kernel's failed assertion: the next call that waits for the GPU raises it again."""
-    from ecotone.fitness.worker import WorkerBrokenError, _failed
+    from ecotone.fitness.failures import WorkerBrokenError, failed
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert (
-        _failed("objective 'f'", ValueError("a mistake"), 0.0).failure.message == "objective 'f': ValueError: a mistake"
+        failed("objective 'f'", ValueError("a mistake"), 0.0).failure.message == "objective 'f': ValueError: a mistake"
     )
 
     def broken():
@@ -476,7 +489,7 @@ def test_a_gpu_that_an_error_has_broken_ends_the_worker(monkeypatch):
     with pytest.raises(
         WorkerBrokenError, match="objective 'f': the GPU cannot be used any more in this process"
     ) as error:
-        _failed("objective 'f'", IndexError("out of range"), 0.0)
+        failed("objective 'f'", IndexError("out of range"), 0.0)
     assert "IndexError: out of range" in error.value.message
 
 

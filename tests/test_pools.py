@@ -86,7 +86,7 @@ def swallows(model, marks):
     try: return waits(model, marks)
     except BaseException: return 0.0
 def breaks(model):
-    from ecotone.fitness.worker import WorkerBrokenError
+    from ecotone.fitness.failures import WorkerBrokenError
     if float(model["w"][0]) == 13: raise WorkerBrokenError("the GPU cannot be used any more")
     return float(model["w"][0])
 def opened(folder, good, dies):

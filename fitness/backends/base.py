@@ -31,6 +31,11 @@ class Backend(Protocol):
 
     A worker calls ``show`` with at most ``group`` genomes and has every objective score each model before it asks for
     the next. A backend without gradients raises ``InputError`` in ``gradient`` and ``expert``, and its settings say so.
+
+    If an objective writes into the weights, the worker calls ``show`` again for the same genome, and then for those
+    that were left. Two attributes are optional. ``rewritten`` has the ids of the tensors that ``show`` writes whole
+    (without it: the parameters). ``distrust()`` is called when objectives have written into tensors: the next ``show``
+    then writes also those that it usually leaves as they are.
     """
 
     group: int

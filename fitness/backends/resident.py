@@ -134,12 +134,21 @@ class Resident:
             names = Names({})
             self._state: Mapping[str, Tensor] = self.model
             state = self.model
+            written = {name for name in state if name not in layout.kept}
         else:
             self.model = make(architecture, sources, dtype).to(device).eval().requires_grad_(False)
             names = names_of(self.model, layout)
             untie(self.model, names, layout.aliases)
             self._state = self.model.state_dict(keep_vars=True)
             state = self._placed(names)
+            written = {place.target for name, place in names.places.items() if name not in layout.kept}
+            written |= self._apart.keys()
+        parameters = () if isinstance(self.model, dict) else self.model.parameters()
+        kept = {place.target for name, place in names.places.items() if name in layout.kept}
+        fixed = {id(self._state[name]) for name in kept - written}
+        own_tensors = {id(tensor) for tensor in (*parameters, *(self._state[name] for name in written))}
+        self.rewritten: frozenset[int] = frozenset(own_tensors - fixed)
+        """Ids of the module's tensors that ``show`` writes whole; the others stay as they are."""
         self._own = self._with_own_configs(architecture)
         self._tensors = [state[name] for name in layout.tensors]
         own = {id(tensor) for tensor in self._state.values()}
@@ -410,6 +419,11 @@ class Resident:
         """Have tied weights share memory even where the architecture does not."""
         for alias, kept in self._tied:
             alias.data = kept.data
+
+    def distrust(self) -> None:
+        """User code has written into tensors: the next ``show`` writes all of them again, whatever is in them."""
+        self._shown = None
+        self._lent = True
 
     def not_finite(self) -> str:
         """Name of the first tensor that holds NaN or infinity now, or an empty string."""

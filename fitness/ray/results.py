@@ -6,13 +6,13 @@ import time
 from collections.abc import Collection
 from typing import Any
 
+from ecotone.fitness.failures import WorkerBrokenError
 from ecotone.fitness.ray.cluster import LOOK_EVERY, Clock, Cluster
 from ecotone.fitness.ray.crew import Crew
 from ecotone.fitness.ray.events import cause, reason
 from ecotone.fitness.ray.jobs import Jobs
 from ecotone.fitness.ray.members import Member
 from ecotone.fitness.ray.models import SameModels
-from ecotone.fitness.worker import WorkerBrokenError
 from ecotone.merging.models.files import ModelChangedError
 from ecotone.populations.errors import EcotoneError, PoolError
 

@@ -1,0 +1,150 @@
+"""Calls of user code: objectives, losses, heads and statistics, with all that may go wrong around them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ecotone.fitness.backends.base import Backend
+from ecotone.fitness.guards import Change, Guards, User, tell
+from ecotone.fitness.objectives import CallableObjective
+from ecotone.fitness.surroundings import Signals, Surroundings
+from ecotone.populations.errors import InputError
+from ecotone.registry import is_ours
+
+Returned = TypeVar("Returned")
+
+
+def is_foreign(kind: type, *heads: Any) -> bool:
+    """Whether it is user code: a Python function, a kind of another package, or one with a head of the user's.
+
+    Args:
+        kind: The class of an objective, a task or a statistic.
+        heads: Its heads, if it has any.
+    """
+    return issubclass(kind, CallableObjective) or not is_ours(kind) or any(head is not None for head in heads)
+
+
+class Supervisor:
+    """Calls user code, and keeps the model and the process as they were.
+
+    Args:
+        backend: Shows candidates.
+        heads: Modules that are not merged.
+    """
+
+    def __init__(self, backend: Backend, heads: Iterable[nn.Module] = ()) -> None:
+        self._backend = backend
+        self._users: dict[Hashable, User] = {}
+        self.signals = Signals()
+        self._surroundings = Surroundings(self.signals)
+        self._guards = Guards(backend.model, getattr(backend, "rewritten", None), heads)
+
+    def begin(self) -> None:
+        """The process is as it should be: a batch is about to be measured."""
+        self._guards.begin()
+        if any(user.foreign for user in self._users.values()):
+            self._surroundings.begin()
+
+    def user(self, sort: str, name: str, foreign: bool) -> User:
+        """What is known of the code of that name.
+
+        Args:
+            sort: ``objective``, ``calibration`` or ``statistics``.
+            name: Its name.
+            foreign: Whether it is the user's own code.
+        """
+        key = sort, name
+        if key not in self._users:
+            self._users[key] = User(f"{sort.split(' ')[0]} {name!r}", foreign)
+        return self._users[key]
+
+    def shown(self, model: Any) -> None:
+        """The backend has put a candidate's weights into ``model``.
+
+        Raises:
+            SpoiledError: An earlier call has changed what cannot be put back.
+        """
+        self._guards.shown(model)
+
+    def call(self, user: User, function: Callable[[], Returned], *, follows: bool) -> Returned:
+        """What ``function`` returns. An exception of any kind goes on, as a signal's handler raised it if it did.
+
+        Args:
+            user: Whose code it is.
+            function: Calls the code.
+            follows: Whether other code uses the same weights afterwards.
+        """
+        if (user.foreign and follows) or self._surroundings.strays:
+            self._guards.watch(user)
+        try:
+            returned = function()
+        except BaseException as error:
+            self._surroundings.end_fork()
+            self.signals.pass_on(error)
+            raise
+        else:
+            self._surroundings.end_fork()
+            self.signals.pass_on()
+            return returned
+        finally:
+            if user.foreign:
+                self._surroundings.after(user)
+
+    def restore(self, user: User, began: float, *, merged: bool = True) -> bool:
+        """Put back what the code has changed in the model and in torch.
+
+        Args:
+            user: Whose code it is.
+            began: The value of ``time.perf_counter`` when it was called.
+            merged: Whether ``shown`` was called before it.
+
+        Returns:
+            Whether the weights must be merged again before other code uses them.
+
+        Raises:
+            SpoiledError: Something cannot be put back.
+            InputError: Threads that it left behind may have changed the model while others were scored.
+        """
+        changes, again = self._guards.after(user, time.perf_counter() - began, merged=merged)
+        if again:
+            self.distrust()
+        if changes and self._surroundings.strays:
+            raise _by_threads(user, changes)
+        return again
+
+    def call_loss(self, user: User, model: nn.Module, function: Callable[[], Returned]) -> Returned:
+        """What ``function`` returns, a loss of ``model``; other losses and the backward pass use the same weights.
+
+        Raises:
+            InputError: It wrote into the weights: neither its gradient nor the next one's would be that of the merge.
+        """
+        self._guards.shown(model)
+        inside = self._guards.inside(model) if user.foreign else None
+        returned = self.call(user, function, follows=True)
+        if inside is not None:
+            tell(user, inside.mend())
+        if written := self._guards.written():
+            self.distrust()
+            raise InputError(
+                f"{user.subject} wrote into the model's weights ({written[0]}) while its gradient was taken.",
+                "Have it work on a copy: copy.deepcopy(model).",
+            )
+        return returned
+
+    def distrust(self) -> None:
+        """The next ``show`` writes all tensors again."""
+        if distrust := getattr(self._backend, "distrust", None):
+            distrust()
+
+
+def _by_threads(user: User, changes: list[Change]) -> InputError:
+    places = ", ".join(filter(None, (change.place for change in changes[:3])))
+    return InputError(
+        f"{user.subject}: the model was changed ({changes[0].kind}: {places}) while threads live that an objective has "
+        "left behind.",
+        "Have it end its threads.",
+    )
