@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ecotone.experiments.mergekit_filters import TYPICAL, are_components, shortest
 from ecotone.experiments.mergekit_merges import Chosen, evolution_of, frozen_parts
-from ecotone.experiments.reading import at_home, load
+from ecotone.experiments.reading import at_home, yaml_file
 from ecotone.merging.models import configs
 from ecotone.merging.models.formats import opened_whole
 from ecotone.merging.models.layout import Layout
@@ -343,12 +343,9 @@ class EvolveFile(Part):
         Raises:
             InputError: It is missing, not YAML or another kind of file, or a field is unknown or does not fit.
         """
-        try:
-            record = load(file.read_text("utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"{file}: no such file.") from error
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"{file}: cannot be read as YAML: {error}") from error
+        if not file.exists():
+            raise InputError(f"{file}: no such file.")
+        record = yaml_file(file)[1].value
         if not isinstance(record, dict):
             raise InputError(f"{file}: expected a mapping with genome and tasks, found {type(record).__name__}.")
         chosen = Chosen()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
+
+LONGEST = 100_000
+"""The most characters of a message; a longer one is cut in its middle."""
 
 
 class EcotoneError(Exception):
@@ -12,12 +16,14 @@ class EcotoneError(Exception):
     Args:
         message: A sentence about the error, naming the field or file, what was expected and what was found.
         remedy: One sentence on what the user can do about it, or an empty string.
+
+    Both may quote names and texts of strangers, so both are ``shown``.
     """
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        self.message = message
-        self.remedy = remedy
-        super().__init__(f"{message} {remedy}".strip())
+        self.message = shown(message, LONGEST, lines=True)
+        self.remedy = shown(remedy, LONGEST, lines=True)
+        super().__init__(f"{self.message} {self.remedy}".strip())
 
     def __reduce__(self) -> tuple[type[EcotoneError], tuple[str, str]]:
         return type(self), (self.message, self.remedy)
@@ -43,9 +49,37 @@ class SearchError(EcotoneError):
     """The search cannot go on."""
 
 
+def shown(text: str, most: int = 1000, *, lines: bool = False) -> str:
+    """A text of a stranger's as it may be printed: in errors, tables, logs, pages and trackers.
+
+    Names of tensors, models and files, and messages of exceptions, may hold terminal escapes (colours, links, the
+    window's title), marks that turn the direction of writing, or characters that cannot be seen. Each is written as its
+    escape, ``\\x1b`` for instance, as ``repr`` writes it. All other characters stay.
+
+    Args:
+        text: The text.
+        most: The most characters; of a longer text the middle is left out.
+        lines: Keep line breaks and tabs.
+    """
+    if len(text) > most:
+        text = f"{text[: most * 2 // 3]} ... ({len(text) - most} characters) ... {text[len(text) - most // 3 :]}"
+    if text.isprintable():  # nearly always
+        return text
+    kept = "\n\t" if lines else ""
+    return "".join(one if one in kept or _is_seen(one) else _escaped(one) for one in text)
+
+
+def _is_seen(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; empty when it has none."""
-    return (str(error).strip().splitlines() or [""])[0]
+    """The first line of an exception's message, as it may be printed; empty when it has none."""
+    return shown((str(error).strip().splitlines() or [""])[0])
 
 
 def told(error: BaseException) -> str:
