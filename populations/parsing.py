@@ -37,7 +37,7 @@ _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Malformed(ValueError):
-    """What was read is not what it should be.
+    """What was read is not what it should be. Both texts may quote a stranger's, so both are ``shown``.
 
     Args:
         expected: What should have been there, as ``a JSON object``.
@@ -45,9 +45,9 @@ class Malformed(ValueError):
     """
 
     def __init__(self, expected: str, found: str) -> None:
-        self.expected = expected
-        self.found = found
-        super().__init__(f"expected {expected}, found {found}")
+        self.expected = shown(expected)
+        self.found = shown(found)
+        super().__init__(f"expected {self.expected}, found {self.found}")
 
     def __reduce__(self) -> tuple[type[Malformed], tuple[str, str]]:
         return type(self), (self.expected, self.found)
@@ -136,7 +136,7 @@ def json_value(text: str | bytes, *, record: bool = True, depth: int | None = DE
     plain = text_of(text) if isinstance(text, bytes) else text
     value = _decoded((_RECORD if record else _FOREIGN).decode, plain)
     if depth is not None:
-        _check_depth(value, depth)
+        check_depth(value, depth)
     if _HALF_PAIR.search(plain):
         _check_texts(value)
     return value
@@ -213,8 +213,12 @@ _RECORD = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_not_finite, 
 _FOREIGN = json.JSONDecoder()
 
 
-def _check_depth(value: Any, most: int) -> None:
-    """Refuse more than ``most`` containers in each other, level by level: no recursion."""
+def check_depth(value: Any, most: int) -> None:
+    """Refuse more than ``most`` objects and lists of JSON in each other, level by level: no recursion.
+
+    Raises:
+        Malformed: There are more.
+    """
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(most):
         if not level:
