@@ -32,7 +32,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 from typing_extensions import Self
 
-from ecotone.populations.errors import InputError, told
+from ecotone.populations.errors import InputError, shown, told
 from ecotone.registry import TELL, Registry, blamed, is_ours, whose
 
 _SECTION = re.compile(r"^(Attributes|Args):\s*$")
@@ -252,6 +252,19 @@ def _with_text_keys(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 Arguments: TypeAlias = Annotated[dict[str, Any], AfterValidator(_with_text_keys)]
+
+
+def _printable(name: str) -> str:
+    if not name or shown(name, LONGEST_NAME) != name:
+        raise ValueError(f"expected 1 to {LONGEST_NAME} characters that can be printed, found {name!r}")
+    return name
+
+
+LONGEST_NAME = 200
+"""The most characters of a name that a recipe gives."""
+
+Name: TypeAlias = Annotated[str, AfterValidator(_printable)]
+"""A name that stands in tables, pages and trackers."""
 
 
 class Call(Part):

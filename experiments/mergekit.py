@@ -8,7 +8,6 @@ a tensor's name gives the value. So it can express every merge that weighs each 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -32,6 +31,7 @@ from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, nearest
 from ecotone.populations.genome import Genome
+from ecotone.populations.parsing import foreign_or_none
 from ecotone.settings import Part
 
 IN_ORDER = 4  # models whose weighted sum torch takes from the first to the last
@@ -625,6 +625,7 @@ class _Importer:
         config = Path(self._place(self.evolve.genome.models[0].partition("+")[0])) / "config.json"
         if not config.is_file():
             return None
-        record = json.loads(config.read_text("utf-8"))
-        found = record.get("num_hidden_layers", (record.get("text_config") or {}).get("num_hidden_layers"))
+        record = foreign_or_none(config)
+        text = record.get("text_config")
+        found = record.get("num_hidden_layers", (text if isinstance(text, dict) else {}).get("num_hidden_layers"))
         return found if isinstance(found, int) else None

@@ -10,7 +10,7 @@ from typing import Any
 from ecotone.experiments.words import written
 from ecotone.populations.errors import InputError
 from ecotone.populations.parsing import DEEPEST, file_bytes, text_of
-from ecotone.populations.yaml_texts import LARGEST_TEXT, Document, NotYaml, document
+from ecotone.populations.yaml_texts import LARGEST_TEXT, Document, YamlError, document
 
 
 def yaml_file(file: Path) -> tuple[str, Document]:
@@ -24,7 +24,7 @@ def yaml_file(file: Path) -> tuple[str, Document]:
         found = document(data)
     except OSError as error:
         raise InputError(f"{file}: cannot be read as YAML: {error.strerror or error}.") from error
-    except (NotYaml, ValueError) as error:
+    except (YamlError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as YAML: {error}.") from error
     return text_of(data), found
 

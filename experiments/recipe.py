@@ -38,7 +38,7 @@ from ecotone.fitness.runtime import Runtime
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations.errors import InputError, first_line
 from ecotone.populations.parsing import DEEPEST
-from ecotone.populations.yaml_texts import NotYaml, Steps, Written, load
+from ecotone.populations.yaml_texts import Steps, Written, YamlError, load
 from ecotone.search.chain import ChainSettings
 from ecotone.search.kinds import SearchSettings
 from ecotone.search.registry import SEARCHES, AnySearch
@@ -499,7 +499,9 @@ def apply_settings(record: Mapping[str, Any], settings: Mapping[str, Any]) -> di
 
 def _kept(scalars: Mapping[Steps, Written], settings: Mapping[str, Any]) -> dict[Steps, Written]:
     """The scalars of a file that no setting replaced."""
-    changed = [tuple(int(step) if step.isdecimal() and len(step) < 10 else step for step in key.split(".")) for key in settings]
+    changed = [
+        tuple(int(step) if step.isdecimal() and len(step) < 10 else step for step in key.split(".")) for key in settings
+    ]
     return {steps: one for steps, one in scalars.items() if not any(steps[: len(key)] == key for key in changed)}
 
 
@@ -521,7 +523,7 @@ def parse_settings(pairs: list[str], option: str = "--set", example: str = "seed
             raise InputError(f"{option}: expected key=value, found {pair!r}.", f"For example: {option} {example}")
         try:
             settings[key] = load(value)
-        except NotYaml as error:
+        except YamlError as error:
             shown = repr(value) if len(value) < 100 else f"{value[:100]!r} ..."
             raise InputError(f"{option} {key}: cannot be read as a YAML value: {shown}.", first_line(error)) from error
         check_plain(settings[key], f"{option} {key}")

@@ -50,9 +50,7 @@ def _minor(text: str) -> tuple[int, ...]:
     return () if found is None else tuple(int(part or 0) for part in found.groups())
 
 
-def explained(
-    error: ValidationError, root: type[Part], scalars: Mapping[Steps, Written] = MappingProxyType({})
-) -> str:
+def explained(error: ValidationError, root: type[Part], scalars: Mapping[Steps, Written] = MappingProxyType({})) -> str:
     """The first errors of a record that ``root`` refuses, a line each.
 
     Args:

@@ -50,11 +50,11 @@ class SearchError(EcotoneError):
 
 
 def shown(text: str, most: int = 1000, *, lines: bool = False) -> str:
-    """A text of a stranger's as it may be printed: in errors, tables, logs, pages and trackers.
+    r"""A text of a stranger's as it may be printed: in errors, tables, logs, pages and trackers.
 
     Names of tensors, models and files, and messages of exceptions, may hold terminal escapes (colours, links, the
     window's title), marks that turn the direction of writing, or characters that cannot be seen. Each is written as its
-    escape, ``\\x1b`` for instance, as ``repr`` writes it. All other characters stay.
+    escape, ``\x1b`` for instance, as ``repr`` writes it. All other characters stay.
 
     Args:
         text: The text.

@@ -38,7 +38,7 @@ _OCTAL = re.compile(r"[-+]?0o[0-7_]+")
 Steps: TypeAlias = tuple[int | str, ...]
 
 
-class NotYaml(yaml.YAMLError):
+class YamlError(yaml.YAMLError):
     """A text that is not read as YAML.
 
     Args:
@@ -53,7 +53,7 @@ class NotYaml(yaml.YAMLError):
         self.column = column
         super().__init__(f"line {line}, column {column}: {self.reason}" if line else self.reason)
 
-    def __reduce__(self) -> tuple[type[NotYaml], tuple[str, int, int]]:
+    def __reduce__(self) -> tuple[type[YamlError], tuple[str, int, int]]:
         return type(self), (self.reason, self.line, self.column)
 
 
@@ -91,7 +91,7 @@ def load(text: str | bytes) -> Any:
     """The value of a YAML text, as ``yaml.safe_load`` gives it.
 
     Raises:
-        NotYaml: As for ``document``.
+        YamlError: As for ``document``.
     """
     return document(text).value
 
@@ -103,8 +103,9 @@ def document(text: str | bytes) -> Document:
         text: The text, or its bytes in UTF-8.
 
     Raises:
-        NotYaml: It is not YAML, is no text, is too large, or is nested too deep; it holds several documents, a mapping
-            with a key twice, a tag, a date, an anchor that contains itself, or aliases that would make it too large.
+        YamlError: It is not YAML, is no text, is too large, or is nested too deep; it holds several documents, a
+            mapping with a key twice, a tag, a date, a number in base 8 or 60 that looks like another, an anchor that
+            contains itself, or aliases that would make it too large.
     """
     node = compose(text)
     if node is None:
@@ -122,20 +123,24 @@ def document(text: str | bytes) -> Document:
     return Document(construct(node), scalars)
 
 
-def compose(text: str | bytes) -> yaml.Node | None:
+def compose(text: str | bytes, *, once: bool = True) -> yaml.Node | None:
     """The nodes of the one document of a YAML text; None where there is none.
 
     Tags, dates and keys of other types than text are left to the caller.
 
+    Args:
+        text: The text, or its bytes in UTF-8.
+        once: Refuse a key that a mapping has twice. Otherwise its last value counts.
+
     Raises:
-        NotYaml: As for ``document``, but for tags and dates.
+        YamlError: As for ``document``, but for tags and dates.
     """
     events = _Events(_bounded(_text(text)))
     try:
         node = events.get_single_node()
     except yaml.YAMLError as error:
         raise _in_words(error) from error
-    for _, one in _nodes(node) if node is not None else ():
+    for _, one in _nodes(node) if node is not None and once else ():
         if isinstance(one, yaml.MappingNode):
             _check_keys(one)
     return node
@@ -149,14 +154,16 @@ def construct(node: yaml.Node, constructor: type[SafeConstructor] = SafeConstruc
         constructor: The class that knows more tags.
 
     Raises:
-        NotYaml: A value does not fit its tag, or a key cannot be one.
+        YamlError: A value does not fit its tag, or a key cannot be one.
     """
     try:
-        return constructor().construct_document(node)  # type: ignore[no-untyped-call]
+        return constructor().construct_document(node)
     except yaml.YAMLError as error:
         raise _in_words(error) from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
-        found = f"found {shown(str(node.value), 40)}" if isinstance(node, yaml.ScalarNode) else f"found another ({error})"
+        found = (
+            f"found {shown(str(node.value), 40)}" if isinstance(node, yaml.ScalarNode) else f"found another ({error})"
+        )
         raise _at(node, f"expected a value that fits its tag, {found}") from error
 
 
@@ -201,8 +208,8 @@ class _Events(Composer, Resolver):
     """PyYAML's composer and resolver over events that were read before."""
 
     def __init__(self, events: Iterator[yaml.Event]) -> None:
-        Composer.__init__(self)  # type: ignore[no-untyped-call]
-        Resolver.__init__(self)  # type: ignore[no-untyped-call]
+        Composer.__init__(self)
+        Resolver.__init__(self)
         self._events = events
         self._next: yaml.Event | None = None
 
@@ -242,10 +249,10 @@ def _bounded(text: str) -> Iterator[yaml.Event]:
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
-                raise NotYaml("expected one document, found a second one", *_place(event.start_mark))
+                raise YamlError("expected one document, found a second one", *_place(event.start_mark))
         elif isinstance(event, yaml.AliasEvent):
             if any(one.anchor == anchor for one in opened[1:]):
-                raise NotYaml(f"the anchor {anchor!r} contains itself", *_place(event.start_mark))
+                raise YamlError(f"the anchor {anchor!r} contains itself", *_place(event.start_mark))
             _grow(opened, event, *sizes.get(anchor or "", (1, 1)))
         elif isinstance(event, yaml.ScalarEvent):
             _grow(opened, event, 1, 1 + len(event.value))
@@ -256,7 +263,7 @@ def _bounded(text: str) -> Iterator[yaml.Event]:
             opened.append(_Opened(anchor, 1, 1))
             if len(opened) > DEEPEST + 1:
                 reason = f"expected at most {DEEPEST} mappings and lists in each other, found more"
-                raise NotYaml(reason, *_place(event.start_mark))
+                raise YamlError(reason, *_place(event.start_mark))
         elif isinstance(event, yaml.CollectionEndEvent):
             closed = opened.pop()
             opened[-1].nodes += closed.nodes - 1
@@ -272,10 +279,10 @@ def _grow(opened: Sequence[_Opened], event: yaml.Event, nodes: int, size: int) -
     opened[-1].size += size
     what = "with its aliases written out" if isinstance(event, yaml.AliasEvent) else "in all"
     if sum(one.nodes for one in opened) > MOST_NODES:
-        raise NotYaml(f"expected at most {MOST_NODES} values, found more {what}", *_place(event.start_mark))
+        raise YamlError(f"expected at most {MOST_NODES} values, found more {what}", *_place(event.start_mark))
     if sum(one.size for one in opened) > LARGEST_TEXT:
         reason = f"expected at most {LARGEST_TEXT >> 20} Mi characters, found more {what}"
-        raise NotYaml(reason, *_place(event.start_mark))
+        raise YamlError(reason, *_place(event.start_mark))
 
 
 def _events(text: str) -> Iterator[yaml.Event]:
@@ -284,26 +291,26 @@ def _events(text: str) -> Iterator[yaml.Event]:
     except yaml.YAMLError as error:
         raise _in_words(error) from error
     except RecursionError as error:
-        raise NotYaml(f"expected at most {DEEPEST} mappings and lists in each other, found more") from error
+        raise YamlError(f"expected at most {DEEPEST} mappings and lists in each other, found more") from error
     except (ValueError, OverflowError, IndexError) as error:
-        raise NotYaml(f"it cannot be read ({error})") from error
+        raise YamlError(f"it cannot be read ({error})") from error
 
 
 def _text(text: str | bytes) -> str:
     if len(text) > LARGEST_TEXT:
-        raise NotYaml(f"expected at most {LARGEST_TEXT >> 20} MiB, found more")
+        raise YamlError(f"expected at most {LARGEST_TEXT >> 20} MiB, found more")
     try:
         plain = text_of(text) if isinstance(text, bytes) else text
         plain.encode()
     except UnicodeEncodeError as error:
-        raise NotYaml("expected text, found half a pair of surrogates") from error
+        raise YamlError("expected text, found half a pair of surrogates") from error
     except ValueError as error:
-        raise NotYaml(str(error)) from error
+        raise YamlError(str(error)) from error
     control = yaml.reader.Reader.NON_PRINTABLE.search(plain)
     if control is not None:
         start = control.start()
         place = plain.count("\n", 0, start) + 1, start - plain.rfind("\n", 0, start)
-        raise NotYaml(f"expected text, found the character U+{ord(control[0]):04X}; is it a binary file?", *place)
+        raise YamlError(f"expected text, found the character U+{ord(control[0]):04X}; is it a binary file?", *place)
     return plain
 
 
@@ -349,10 +356,19 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
         raise _at(node, f"expected a number of at most {LONGEST_NUMBER} characters, found {len(node.value)}")
     if name in ("int", "float", "bool"):
         construct(node)  # a tag may have been written before another text
+    if name in ("int", "float") and not node.style and _reads_otherwise(node.value, construct(node)):
+        read = f"YAML reads {short} as the number {construct(node)}"
+        raise _at(node, f"{read}; put it in quotes, or write the number in decimals")
     if name == "timestamp":
         raise _at(node, f"expected text, numbers, lists and mappings only, found the date {short}; put it in quotes")
     if name == "value":
         raise _at(node, f"{short} has a meaning of its own in YAML; put it in quotes")
+
+
+def _reads_otherwise(text: str, value: Any) -> bool:
+    """Whether YAML 1.1 reads a number in base 60 (``1:30``), or in base 8 without saying so (``010``)."""
+    plain = text.replace("_", "")
+    return ":" in text or (plain.lstrip("+-").isdecimal() and int(plain) != value)
 
 
 def _written_tag(tag: str) -> str:
@@ -364,13 +380,13 @@ def _place(mark: Any) -> tuple[int, int]:
     return (0, 0) if mark is None else (mark.line + 1, mark.column + 1)
 
 
-def _at(node: yaml.Node, reason: str) -> NotYaml:
-    return NotYaml(reason, *_place(node.start_mark))
+def _at(node: yaml.Node, reason: str) -> YamlError:
+    return YamlError(reason, *_place(node.start_mark))
 
 
-def _in_words(error: yaml.YAMLError) -> NotYaml:
+def _in_words(error: yaml.YAMLError) -> YamlError:
     """PyYAML's own error in one line, with the place of the problem and that of its context."""
-    if isinstance(error, NotYaml):
+    if isinstance(error, YamlError):
         return error
     if isinstance(error, yaml.MarkedYAMLError):
         problem = error.problem or error.context or "it is not YAML"
@@ -381,5 +397,5 @@ def _in_words(error: yaml.YAMLError) -> NotYaml:
             line, column = _place(error.context_mark)
             since = f", which begins in line {line}, column {column}" if line and error.context_mark != mark else ""
             problem = f"{problem} {about}{since}"
-        return NotYaml(problem, *_place(mark))
-    return NotYaml(" ".join(str(error).split()))
+        return YamlError(problem, *_place(mark))
+    return YamlError(" ".join(str(error).split()))

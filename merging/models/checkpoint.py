@@ -7,7 +7,6 @@ tensor, then the tensors' bytes (https://github.com/huggingface/safetensors#form
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from ecotone.merging.models import headers, hub
 from ecotone.merging.models.model import TensorInfo, mergekit_place
-from ecotone.populations.errors import CheckpointError, told
+from ecotone.populations.errors import CheckpointError, shown, told
+from ecotone.populations.parsing import LARGEST, MalformedError, foreign_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
@@ -320,7 +320,7 @@ def _indexed_shards(path: Path) -> tuple[Shard, ...]:
                 f"{path / INDEX}: expected shards beside the index or in folders beside it, found {file!r}.",
                 "Move them there and write their names into the index.",
             )
-    missing = [file for file in files if not (path / file).is_file()]
+    missing = [file for file in files if not _is_file(path / file)]
     if missing:
         raise _missing_shards(path, weight_map, missing)
     shards = tuple(read_header(path / file) for file in files)
@@ -335,13 +335,21 @@ def _indexed_shards(path: Path) -> tuple[Shard, ...]:
     return shards
 
 
+def _is_file(path: Path) -> bool:
+    """Whether a path that a stranger wrote is a file's; it may be none that a disk can hold."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _weight_map(path: Path) -> dict[str, str]:
     """By the tensor, the file that the index of a directory names."""
     try:
-        weight_map: dict[str, str] = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+        weight_map: dict[str, str] = foreign_object(path / INDEX, headers.HEADER_LIMIT)["weight_map"]
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError("a file's name is no text")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
             f"{path / INDEX}: expected a JSON object whose weight_map gives the file of each tensor ({told(error)}).",
             "Download or export the model again.",
@@ -407,7 +415,7 @@ def check_index(path: Path) -> None:
     index = path / INDEX
     if not path.is_dir() or (path / SINGLE).is_file() or not index.is_file():
         return
-    metadata = json.loads(index.read_text("utf-8")).get("metadata")
+    metadata = json_object(index, "Download or export the model again.", headers.HEADER_LIMIT).get("metadata")
     if not isinstance(metadata, dict):
         found = "none" if metadata is None else f"a {type(metadata).__name__}"
         code = (
@@ -427,31 +435,31 @@ def _config(directory: Path | None) -> dict[str, Any] | None:
     return json_object(directory / "config.json", "Download or export the model again.")
 
 
-def json_object(path: Path, remedy: str) -> dict[str, Any]:
+def json_object(path: Path, remedy: str, limit: int = LARGEST) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
         path: The file.
         remedy: What to do about a file that is no JSON.
+        limit: The most bytes of it.
 
     Raises:
-        CheckpointError: It is none, or another value than an object.
+        CheckpointError: It cannot be read, is no JSON, or holds another value than an object.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON ({error}).", remedy) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(found).__name__}.")
-    return found
+        return foreign_object(path, limit)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).", remedy) from error
+    except MalformedError as error:
+        raise CheckpointError(f"{path}: {error}.", remedy) from error
 
 
 def default_name(path: Path) -> str:
     """The name of a model in reports: that of its repository, its directory or its file."""
     of_hub = hub.name_of(path)
     if of_hub:
-        return of_hub
+        return shown(of_hub)
     resolved = path.resolve()
     if resolved.is_dir():
-        return resolved.name
-    return resolved.parent.name if resolved.stem == "model" else resolved.stem
+        return shown(resolved.name)
+    return shown(resolved.parent.name if resolved.stem == "model" else resolved.stem)

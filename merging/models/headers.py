@@ -1,10 +1,10 @@
 """Headers of safetensors files, by the format's own rules (https://github.com/huggingface/safetensors#format).
 
 A file is eight bytes (the header's length, little-endian), a header of JSON with the type, shape and place of every
-tensor, then the tensors' bytes without a gap. What the library ``safetensors`` refuses is refused here, too: places that
-overlap, leave holes, do not begin at 0 or do not reach the end of the file; numbers that are no whole ones; a shape
-whose size overflows; a header above 100 MB; text that is not UTF-8; metadata other than text by text. Entries may lie in
-any order, and JSON's white space may follow the header, as writers pad it.
+tensor, then the tensors' bytes without a gap. What the library ``safetensors`` refuses is refused here, too: places
+that overlap, leave holes, do not begin at 0 or do not reach the end of the file; numbers that are no whole ones; a
+shape whose size overflows; a header above 100 MB; text that is not UTF-8; metadata other than text by text. Entries may
+lie in any order, and JSON's white space may follow the header, as writers pad it.
 
 Six rules are stricter than the library's:
 
@@ -33,7 +33,7 @@ import torch
 
 from ecotone.merging.models.model import TensorInfo
 from ecotone.populations.errors import CheckpointError, shown
-from ecotone.populations.parsing import Malformed, check_depth, json_object
+from ecotone.populations.parsing import MalformedError, check_depth, json_object, kind_of
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -108,14 +108,14 @@ def read(path: Path) -> Header:
     try:
         with _uncollected():
             return parsed(text, size - 8 - length)
-    except _Unknown as error:
+    except _UnknownTypeError as error:
         raise CheckpointError(
             f"{path}: {error}, which torch {torch.__version__} cannot read; expected one of {', '.join(DTYPES)}.",
             "Give the checkpoint in bfloat16 or float32; types of fewer than 8 bits are those of quantised weights.",
         ) from error
-    except Malformed as error:
+    except MalformedError as error:
         raise corrupt(path, f"its header cannot be read ({error})") from error
-    except _Misfit as error:
+    except _MisfitError as error:
         raise corrupt(path, str(error)) from error
 
 
@@ -138,11 +138,11 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-class _Unknown(ValueError):
+class _UnknownTypeError(ValueError):
     """A type that torch lacks."""
 
 
-class _Misfit(ValueError):
+class _MisfitError(ValueError):
     """Places that do not fit the shapes, each other or the file."""
 
 
@@ -162,7 +162,7 @@ def parsed(text: bytes, data: int) -> Header:
         info, start, stop = _entry(name, entry)
         if stop > data:
             reason = f"tensor {shown(name)!r} ends at byte {before + stop} and the file has {before + data} bytes"
-            raise _Misfit(reason)
+            raise _MisfitError(reason)
         tensors[name], places[name] = info, before + start
         spans.append((start, stop, name))
     _check_cover(spans, data)
@@ -172,7 +172,7 @@ def parsed(text: bytes, data: int) -> Header:
 def _record(text: bytes) -> dict[str, Any]:
     """The JSON of a header."""
     if text[:1] != b"{":
-        raise Malformed("a header that begins with {", repr(text[:8])[1:] if text else "an empty one")
+        raise MalformedError("a header that begins with {", repr(text[:8])[1:] if text else "an empty one")
     record = json_object(text, depth=None)
     if b"-0" in text and _MINUS_ZERO.search(text):
         json.JSONDecoder(parse_int=_not_minus_zero).decode(text.decode())  # Python alone takes -0 for 0
@@ -181,7 +181,7 @@ def _record(text: bytes) -> dict[str, Any]:
 
 def _not_minus_zero(number: str) -> int:
     if number == "-0":
-        raise Malformed("whole numbers from 0", number)
+        raise MalformedError("whole numbers from 0", number)
     return int(number)
 
 
@@ -189,33 +189,33 @@ def _metadata(found: Any) -> dict[str, str]:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise Malformed("an object of text as __metadata__", f"a {type(found).__name__}")
+        raise MalformedError("an object of text as __metadata__", kind_of(found))
     for key, value in found.items():
         if not isinstance(value, str):
-            raise Malformed(f"text as {shown(key, 80)!r} of __metadata__", f"a {type(value).__name__}")
+            raise MalformedError(f"text as {shown(key, 80)!r} of __metadata__", kind_of(value))
     return found
 
 
 def _entry(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     """What a tensor is, and its first byte and the one after its last."""
-    if not name.isprintable() and shown(name) != name or not 0 < len(name) <= LONGEST_NAME:
-        raise Malformed(f"names of 1 to {LONGEST_NAME} characters that can be printed", repr(shown(name, 80)))
+    if (not name.isprintable() and shown(name) != name) or not 0 < len(name) <= LONGEST_NAME:
+        raise MalformedError(f"names of 1 to {LONGEST_NAME} characters that can be printed", repr(shown(name, 80)))
     if type(entry) is not dict:
-        raise Malformed(f"an object for tensor {name!r}", f"a {type(entry).__name__}")
+        raise MalformedError(f"an object for tensor {name!r}", kind_of(entry))
     kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if type(kind) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
-        raise Malformed(f"dtype, shape and two data_offsets for tensor {name!r}", shown(repr(entry), 200))
+        raise MalformedError(f"dtype, shape and two data_offsets for tensor {name!r}", shown(repr(entry), 200))
     if len(entry) > 3:
         check_depth(entry, _DEEPEST)
     if kind not in _KINDS:
-        raise _Unknown(f"tensor {name!r} has the type {shown(kind, 40)}")
+        raise _UnknownTypeError(f"tensor {name!r} has the type {shown(kind, 40)}")
     size = _size(name, shape)
     start, stop = offsets
     if type(start) is not int or type(stop) is not int or not 0 <= start <= stop:
-        raise Malformed(f"whole data_offsets that rise from 0 for tensor {name!r}", shown(repr(offsets), 100))
+        raise MalformedError(f"whole data_offsets that rise from 0 for tensor {name!r}", shown(repr(offsets), 100))
     dtype, item = _KINDS[kind]
     if stop - start != size * item:
-        raise _Misfit(f"tensor {name!r} should take {size * item} bytes, its header gives {stop - start}")
+        raise _MisfitError(f"tensor {name!r} should take {size * item} bytes, its header gives {stop - start}")
     return TensorInfo(tuple(shape), dtype), start, stop
 
 
@@ -224,11 +224,11 @@ def _size(name: str, shape: list[Any]) -> int:
     size = largest = 1
     for extent in shape:
         if type(extent) is not int or extent < 0:
-            raise Malformed(f"whole numbers from 0 as the shape of tensor {name!r}", shown(repr(shape), 100))
+            raise MalformedError(f"whole numbers from 0 as the shape of tensor {name!r}", shown(repr(shape), 100))
         size *= extent
         largest *= extent or 1
         if largest > _LARGEST_SIZE:
-            raise Malformed(f"a shape of fewer than 2**63 elements for tensor {name!r}", shown(repr(shape), 100))
+            raise MalformedError(f"a shape of fewer than 2**63 elements for tensor {name!r}", shown(repr(shape), 100))
     return size
 
 
@@ -238,9 +238,9 @@ def _check_cover(spans: list[tuple[int, int, str]], data: int) -> None:
     end, before = 0, ""
     for start, stop, name in spans:
         if start < end:
-            raise _Misfit(f"tensors {before!r} and {name!r} overlap (byte {start} of the data is in both)")
+            raise _MisfitError(f"tensors {before!r} and {name!r} overlap (byte {start} of the data is in both)")
         if start > end:
-            raise _Misfit(f"bytes {end} to {start} of the data, before tensor {name!r}, are no tensor's")
+            raise _MisfitError(f"bytes {end} to {start} of the data, before tensor {name!r}, are no tensor's")
         end, before = stop, name
     if end < data:
-        raise _Misfit(f"{data - end} bytes follow the last tensor")
+        raise _MisfitError(f"{data - end} bytes follow the last tensor")

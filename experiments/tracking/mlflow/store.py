@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from ecotone.experiments.storage import is_url
 from ecotone.experiments.tracking.protocol import SILENCE, TrackingError
 from ecotone.extras import how_to_install
-from ecotone.populations.errors import sentence
+from ecotone.populations.errors import sentence, shown
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -109,7 +109,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 def in_words(error: BaseException, uri: str) -> str:
     """One line about an error, for the user."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = shown(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ImportError):
         return f"MLflow cannot be imported ({text}): `{how_to_install('mlflow')}`"
     if any(sign in text for sign in ("Max retries exceeded", "Connection refused", "timed out", "Connection aborted")):
