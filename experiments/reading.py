@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ecotone.experiments.words import written
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import InputError, sentence
 from ecotone.populations.parsing import DEEPEST, file_bytes, text_of
 from ecotone.populations.yaml_texts import LARGEST_TEXT, Document, YamlError, document
 
@@ -25,7 +25,7 @@ def yaml_file(file: Path) -> tuple[str, Document]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read as YAML: {error.strerror or error}.") from error
     except (YamlError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as YAML: {error}.") from error
+        raise InputError(sentence(f"{file}: cannot be read as YAML: {error}")) from error
     return text_of(data), found
 
 

@@ -9,7 +9,7 @@ value. YAML is version 1.1, as PyYAML reads it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -116,6 +116,8 @@ def document(text: str | bytes) -> Document:
             _check_scalar(one)
             if steps is not None and not one.style and one.tag != f"{_TAG}str":
                 scalars[steps] = Written(one.value, *_place(one.start_mark))
+        if isinstance(one, yaml.MappingNode):
+            _check_texts_as_keys(one)
         if one.tag == _MERGE and steps is not None:
             raise _at(one, "<< merges mappings only as a key; put it in quotes if it is text")
         if one.tag not in _PLAIN:
@@ -230,59 +232,62 @@ class _Events(Composer, Resolver):
         return event is not None and (not kinds or isinstance(event, kinds))
 
 
-@dataclass
-class _Opened:
-    """A list or mapping whose end has not come: its anchor, and what it holds so far."""
+class _Bounds:
+    """Counts the values and characters of a text, with its aliases written out, and refuses what would be too large."""
 
-    anchor: str | None
-    nodes: int = 0
-    size: int = 0
+    def __init__(self) -> None:
+        self.nodes = 0
+        self.size = 0
+        self.documents = 0
+        self._anchors: dict[str, tuple[int, int]] = {}  # nodes and size of what they name
+        self._opened: list[tuple[str | None, int, int]] = []  # lists and mappings: anchor, counts before them
+
+    def check(self, event: yaml.Event) -> None:
+        """Count an event.
+
+        Raises:
+            YamlError: A bound is passed.
+        """
+        if isinstance(event, yaml.ScalarEvent):
+            self._named(event.anchor, 1, 1 + len(event.value))
+            self._grow(event, 1, 1 + len(event.value))
+        elif isinstance(event, yaml.CollectionStartEvent):
+            self._opened.append((event.anchor, self.nodes, self.size))
+            self._grow(event, 1, 1)
+            if len(self._opened) > DEEPEST:
+                reason = f"expected at most {DEEPEST} mappings and lists in each other, found more"
+                raise YamlError(reason, *_place(event.start_mark))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, nodes, size = self._opened.pop()
+            self._named(anchor, self.nodes - nodes, self.size - size)
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _, _ in self._opened):
+                raise YamlError(f"the anchor {event.anchor!r} contains itself", *_place(event.start_mark))
+            self._grow(event, *self._anchors.get(event.anchor, (1, 1)))
+        elif isinstance(event, yaml.DocumentStartEvent):
+            self.documents += 1
+            if self.documents > 1:
+                raise YamlError("expected one document, found a second one", *_place(event.start_mark))
+
+    def _named(self, anchor: str | None, nodes: int, size: int) -> None:
+        if anchor is not None:
+            self._anchors[anchor] = nodes, size
+
+    def _grow(self, event: yaml.Event, nodes: int, size: int) -> None:
+        self.nodes += nodes
+        self.size += size
+        if self.nodes > MOST_NODES or self.size > LARGEST_TEXT:
+            most = f"{MOST_NODES} values" if self.nodes > MOST_NODES else f"{LARGEST_TEXT >> 20} Mi characters"
+            what = "with its aliases written out" if isinstance(event, yaml.AliasEvent) else "in all"
+            raise YamlError(f"expected at most {most}, found more {what}", *_place(event.start_mark))
 
 
 def _bounded(text: str) -> Iterator[yaml.Event]:
     """The events of a text, as long as they stay within the bounds."""
-    sizes: dict[str, tuple[int, int]] = {}
-    opened = [_Opened(None)]
-    documents = 0
+    bounds = _Bounds()
     for event in _events(text):
-        anchor = getattr(event, "anchor", None)
-        if isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                raise YamlError("expected one document, found a second one", *_place(event.start_mark))
-        elif isinstance(event, yaml.AliasEvent):
-            if any(one.anchor == anchor for one in opened[1:]):
-                raise YamlError(f"the anchor {anchor!r} contains itself", *_place(event.start_mark))
-            _grow(opened, event, *sizes.get(anchor or "", (1, 1)))
-        elif isinstance(event, yaml.ScalarEvent):
-            _grow(opened, event, 1, 1 + len(event.value))
-            if anchor:
-                sizes[anchor] = 1, 1 + len(event.value)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            _grow(opened, event, 1, 1)
-            opened.append(_Opened(anchor, 1, 1))
-            if len(opened) > DEEPEST + 1:
-                reason = f"expected at most {DEEPEST} mappings and lists in each other, found more"
-                raise YamlError(reason, *_place(event.start_mark))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            closed = opened.pop()
-            opened[-1].nodes += closed.nodes - 1
-            opened[-1].size += closed.size - 1
-            if closed.anchor:
-                sizes[closed.anchor] = closed.nodes, closed.size
+        bounds.check(event)
         yield event
-
-
-def _grow(opened: Sequence[_Opened], event: yaml.Event, nodes: int, size: int) -> None:
-    """Count what an event adds to the innermost list or mapping; refuse what would be too large."""
-    opened[-1].nodes += nodes
-    opened[-1].size += size
-    what = "with its aliases written out" if isinstance(event, yaml.AliasEvent) else "in all"
-    if sum(one.nodes for one in opened) > MOST_NODES:
-        raise YamlError(f"expected at most {MOST_NODES} values, found more {what}", *_place(event.start_mark))
-    if sum(one.size for one in opened) > LARGEST_TEXT:
-        reason = f"expected at most {LARGEST_TEXT >> 20} Mi characters, found more {what}"
-        raise YamlError(reason, *_place(event.start_mark))
 
 
 def _events(text: str) -> Iterator[yaml.Event]:
@@ -341,12 +346,20 @@ def _check_keys(mapping: yaml.MappingNode) -> None:
     for key, _ in mapping.value:
         if not isinstance(key, yaml.ScalarNode):
             continue
-        before = first.setdefault((key.tag, key.value), key)
-        if before is not key:
-            line, column = _place(before.start_mark)
+        if (key.tag, key.value) in first:  # the same node, where the second is an alias of the first
+            line, column = _place(first[key.tag, key.value].start_mark)
             keep = "merge both in one list" if key.tag == _MERGE else "keep one of them"
             name = shown(key.value, 80)
             raise _at(key, f"{name!r} is given twice, first in line {line}, column {column}; {keep}")
+        first[key.tag, key.value] = key
+
+
+def _check_texts_as_keys(mapping: yaml.MappingNode) -> None:
+    """Refuse keys that JSON would turn into text, and keep one of 1 and true."""
+    for key, _ in mapping.value:
+        if key.tag not in (f"{_TAG}str", _MERGE):
+            found = shown(key.value, 40) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+            raise _at(key, f"expected text as keys of mappings, found {found}; put it in quotes")
 
 
 def _check_scalar(node: yaml.ScalarNode) -> None:
