@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -24,13 +24,15 @@ from pydantic import (
     GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
+    field_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 from typing_extensions import Self
 
-from ecotone.populations.errors import InputError, told
+from ecotone.populations.errors import InputError, shown, told
 from ecotone.registry import TELL, Registry, blamed, is_ours, whose
 
 _SECTION = re.compile(r"^(Attributes|Args):\s*$")
@@ -45,6 +47,14 @@ class Part(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where numbers are expected: Python counts them as 1 and 0, and YAML reads ``on`` so."""
+        if _holds_truth(value) and _is_of_numbers(cls, info.field_name or ""):
+            raise PydanticCustomError(NO_NUMBER, "expected a number")
+        return value
 
     @classmethod
     def part_at(cls, _key: str) -> type[Part] | None:
@@ -91,6 +101,39 @@ class Part(BaseModel):
             if text and name in shape.get("properties", {}):
                 shape["properties"][name]["description"] = text
         return shape
+
+
+NO_NUMBER = "no_number"
+"""The type of the error of true or false where a number is expected."""
+
+
+def _holds_truth(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_truth, value))
+    if isinstance(value, Mapping):
+        return any(map(_holds_truth, value.values()))
+    return isinstance(value, bool)
+
+
+@cache
+def _is_of_numbers(cls: type[Part], name: str) -> bool:
+    """Whether a field holds numbers, or lists of them, and nothing that true or false may be."""
+    leaves = set(_leaves(cls.model_fields[name].annotation))
+    return bool(leaves & {int, float}) and leaves <= {int, float, str, type(None), type(...)}
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The types in an annotation that hold no others; of literals the values' types."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        yield from map(type, inner)
+    elif get_origin(annotation) is Annotated:
+        yield from _leaves(inner[0])
+    elif inner:
+        for one in inner:
+            yield from _leaves(one)
+    else:
+        yield type(...) if annotation is ... else annotation
 
 
 Answers: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
@@ -209,6 +252,19 @@ def _with_text_keys(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 Arguments: TypeAlias = Annotated[dict[str, Any], AfterValidator(_with_text_keys)]
+
+
+def _printable(name: str) -> str:
+    if not name or shown(name, LONGEST_NAME) != name:
+        raise ValueError(f"expected 1 to {LONGEST_NAME} characters that can be printed, found {name!r}")
+    return name
+
+
+LONGEST_NAME = 200
+"""The most characters of a name that a recipe gives."""
+
+Name: TypeAlias = Annotated[str, AfterValidator(_printable)]
+"""A name that stands in tables, pages and trackers."""
 
 
 class Call(Part):

@@ -37,6 +37,7 @@ from ecotone.experiments.options import (
     say,
     users_code,
 )
+from ecotone.experiments.printing import echo
 from ecotone.populations import arguments, sealed, secrets
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, sentence
 from ecotone.populations.files import written_whole
@@ -259,7 +260,7 @@ def recipe_fields(
         print_json([vars(text) for text in texts])
         return
     for text in texts:
-        typer.echo(str(text))
+        echo(str(text))
 
 
 @app.command()
@@ -443,10 +444,10 @@ def export(
         registered = {} if version is None else {"registered": vars(version)}
         print_json({"member": trial.number, "path": str(path), **registered})
         return
-    typer.echo(f"Member {trial.number} is in {path}. Check it with: ecotone verify {shlex.quote(str(path))}")
+    echo(f"Member {trial.number} is in {path}. Check it with: ecotone verify {shlex.quote(str(path))}")
     if version is not None:
         where = "" if version.uploaded else f" Its weights are too large to upload and stay in {path}."
-        typer.echo(f"MLflow has it as {version.uri}, version {version.version} of {version.name}.{where}")
+        echo(f"MLflow has it as {version.uri}, version {version.version} of {version.name}.{where}")
 
 
 def _export_lora(run: Run, member: int, to: Path, rank: int | None, word: Word, as_json: bool) -> None:
@@ -459,14 +460,14 @@ def _export_lora(run: Run, member: int, to: Path, rank: int | None, word: Word, 
     if as_json:
         print_json({"member": member, "path": str(to), **found.record()})
         return
-    typer.echo(f"Member {member} is in {to}, an adapter. Check it with: ecotone verify {shlex.quote(str(to))}")
+    echo(f"Member {member} is in {to}, an adapter. Check it with: ecotone verify {shlex.quote(str(to))}")
     for note in merged.notes:
-        typer.echo(note)
+        echo(note)
     if not merged.exact:
         worst = sorted(merged.errors.items(), key=lambda item: -item[1])
         report.console().print(report.lines([(name, f"relative error {error:.3g}") for name, error in worst]))
     if found.scores is not None:
-        typer.echo("The adapter is not the member itself. It scores:")
+        echo("The adapter is not the member itself. It scores:")
         report.console().print(report.lines(_score_rows(found.scores)))
 
 
@@ -481,11 +482,11 @@ def _export_mergekit(run: Run, member: int, to: Path, snap: bool, word: Word, as
         moved = {} if merge.snap is None else {"snap": str(merge.snap), "scores": scores}
         print_json({"member": member, "path": str(to), "notes": merge.notes, **moved})
         return
-    typer.echo(f"Member {member} is in {to}. Make it with: {merge.command(to)}")
+    echo(f"Member {member} is in {to}. Make it with: {merge.command(to)}")
     for note in merge.notes:
-        typer.echo(note)
+        echo(note)
     if merge.snap is not None:
-        typer.echo(f"The file is not the member itself: {merge.snap}. It scores:")
+        echo(f"The file is not the member itself: {merge.snap}. It scores:")
         report.console().print(report.lines(_score_rows(scores)))
 
 
@@ -531,9 +532,9 @@ def import_mergekit(
     if as_json:
         print_json({"recipe": text} if to is None else {"path": str(to)})
     elif to is None:
-        typer.echo(text, nl=False)
+        echo(text, nl=False)
     else:
-        typer.echo(f"The recipe is {to}. Read its comments, then: ecotone validate {to}")
+        echo(f"The recipe is {to}. Read its comments, then: ecotone validate {to}")
 
 
 @app.command()
@@ -597,9 +598,9 @@ def ui(
         return
     titles = {name: kind.title for name, kind in tracking.TRACKERS.usable().items()}
     for name, page in elsewhere.items():
-        typer.echo(f"{titles.get(name, name)}: {page}")
+        echo(f"{titles.get(name, name)}: {page}")
     if "mlflow" in known or not elsewhere:
-        tracking.serve(found.directory, port, open_browser, typer.echo, trust=trust)
+        tracking.serve(found.directory, port, open_browser, echo, trust=trust)
 
 
 @app.command()
@@ -621,7 +622,7 @@ def sync(
     failed = {name: report for name, report in reports.items() if report.error is not None}
     for name, report in reports.items():
         if name not in failed and not as_json:
-            typer.echo(f"{name} has {report.evaluations} evaluations (run {report.run_id} in {report.uri}).")
+            echo(f"{name} has {report.evaluations} evaluations (run {report.run_id} in {report.uri}).")
     if failed:
         raise EcotoneError("\n".join(_failure(name, report) for name, report in failed.items()))
 
@@ -638,7 +639,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         from importlib.metadata import version as installed
 
-        typer.echo(f"ecotone {installed('ecotone')}")
+        echo(f"ecotone {installed('ecotone')}")
         raise typer.Exit
 
 
@@ -673,9 +674,9 @@ def _as_interrupt(_number: int, _frame: object) -> None:
 
 
 def _fail(message: str, remedy: str, code: int) -> NoReturn:
-    typer.echo(message, err=True)
+    echo(message, err=True)
     if remedy:
-        typer.echo(remedy, err=True)
+        echo(remedy, err=True)
     sys.exit(code)
 
 

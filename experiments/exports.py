@@ -14,6 +14,7 @@ from ecotone.experiments import compose, gate, marks, preparation
 from ecotone.experiments.accepted import in_words
 from ecotone.experiments.changes import ForExport, check_record
 from ecotone.experiments.mergekit import MergekitMerge, mergekit_config
+from ecotone.experiments.printing import markdown
 from ecotone.experiments.recipe import Recipe, algorithm_of
 from ecotone.experiments.storage import on_this_machine
 from ecotone.experiments.words import wrote
@@ -34,6 +35,7 @@ from ecotone.merging.sources import Sources
 from ecotone.populations import facts, files
 from ecotone.populations.errors import CheckpointError, InputError, SearchError
 from ecotone.populations.genome import Genome
+from ecotone.populations.parsing import explained, file_bytes, json_object
 from ecotone.populations.trial import Scores, Subset, Trial
 
 if TYPE_CHECKING:
@@ -330,8 +332,8 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
     widths = (genome.boundaries[1:] - genome.boundaries[:-1]) / genome.size
     shares = widths @ genome.coefficients
     columns = sources.operator.columns(sources.names)
-    made = [f"| {name} | {share:.4f} |" for name, share in zip(columns, shares, strict=True)]
-    base = [] if sources.base is None else [f"Base model: {sources.base.name}.", ""]
+    made = [f"| {markdown(name)} | {share:.4f} |" for name, share in zip(columns, shares, strict=True)]
+    base = [] if sources.base is None else [f"Base model: {markdown(sources.base.name)}.", ""]
     library = ["library_name: transformers"] if sources.configured.is_hugging_face else []
     adapter = record.get("adapter")
     if adapter is not None:
@@ -377,7 +379,7 @@ def _score_lines(scored: Scored) -> list[str]:
     held_out = scored.held_out or {}
     for name in dict.fromkeys([*(scored.scores or {}), *held_out]):
         cells = [_cell((scored.scores or {}).get(name)), _cell(held_out.get(name))]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {markdown(name)} | {cells[0]} | {cells[1]} |")
     return [*lines, ""]
 
 
@@ -477,18 +479,16 @@ def read_record(target: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: There is none.
     """
-    text: str | None = None
-    if target.is_dir() and (target / RECORD).is_file():
-        text = (target / RECORD).read_text("utf-8")
-    elif target.is_file():
-        text = Checkpoint.open(target).metadata.get("ecotone")
-    try:
-        record = json.loads(text) if text else None
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or "recipe" not in record:
+    text: str | bytes | None = None
+    remedy = "Give the directory or .safetensors file that `ecotone export` wrote."
+    with explained(f"{target}: the record of the export", remedy, CheckpointError):
+        if target.is_dir() and (target / RECORD).is_file():
+            text = file_bytes(target / RECORD)
+        elif target.is_file():
+            text = Checkpoint.open(target).metadata.get("ecotone")
+        record = json_object(text, finite=False) if text else {}
+    if "recipe" not in record:
         raise CheckpointError(
-            f"{target}: expected a checkpoint written by `ecotone export`, found no record of one.",
-            "Give the directory or .safetensors file that `ecotone export` wrote.",
+            f"{target}: expected a checkpoint written by `ecotone export`, found no record of one.", remedy
         )
     return record

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ecotone.experiments.options import JsonOption, RecipeArgument, SetOption, changes_of, local, print_json, recipe_of
+from ecotone.experiments.printing import echo
 from ecotone.populations.errors import InputError
 from ecotone.populations.secrets import place
 
@@ -93,7 +94,7 @@ def jobs(address: ServerOption = ADDRESS, as_json: JsonOption = False) -> None:
     if as_json:
         print_json([job.record() for job in found])
     elif not found:
-        typer.echo(f"{place(address)} knows no runs: none was submitted since its head was started.")
+        echo(f"{place(address)} knows no runs: none was submitted since its head was started.")
     else:
         report.console().print(report.jobs_table([job.record() for job in found]))
 
@@ -114,7 +115,7 @@ def logs(
     job = server.job(run)
 
     def write(line: str) -> None:
-        typer.echo(line if as_json else in_words(line))
+        echo(line if as_json else in_words(line))
 
     if not follow:
         for line in server.logs(job).splitlines():
@@ -123,9 +124,9 @@ def logs(
     try:
         server.follow(job, write)
     except KeyboardInterrupt:
-        typer.echo(f"{job.run} goes on. `ecotone stop {job.run}{_option(address)}` stops it.", err=True)
+        echo(f"{job.run} goes on. `ecotone stop {job.run}{_option(address)}` stops it.", err=True)
         raise typer.Exit from None
-    typer.echo(f"{job.run}: {server.ended(job, 10.0).state}.", err=True)
+    echo(f"{job.run}: {server.ended(job, 10.0).state}.", err=True)
 
 
 def stop(
@@ -143,13 +144,13 @@ def stop(
         raise InputError(f"{run}: it is not running; it has {_ended(job)}.", "`ecotone jobs` lists what is.")
     server.stop(job)
     if wait:
-        typer.echo(f"Waiting for {job.run} to journal the candidates in flight ...", err=True)
+        echo(f"Waiting for {job.run} to journal the candidates in flight ...", err=True)
         job = server.ended(job, 2 * STOPPING)
     if as_json:
         print_json(job.record())
         return
-    typer.echo(f"{job.run} is stopping." if job.live else f"{job.run} has {_ended(job)}.")
-    typer.echo(f"Go on with: ecotone resume {shlex.quote(job.run)} --address {server.address}")
+    echo(f"{job.run} is stopping." if job.live else f"{job.run} has {_ended(job)}.")
+    echo(f"Go on with: ecotone resume {shlex.quote(job.run)} --address {server.address}")
 
 
 def is_server(address: str | None) -> bool:
@@ -179,7 +180,7 @@ def _told(job: Job, server: JobServer, as_json: bool) -> None:
 
     address = server.address
     if server.unguarded():
-        typer.echo(
+        echo(
             f"Warning: {address} takes jobs from anybody who reaches it. Start clusters with RAY_AUTH_MODE=token.",
             err=True,
         )
@@ -187,7 +188,7 @@ def _told(job: Job, server: JobServer, as_json: bool) -> None:
         print_json({**job.record(), "address": address, "tunnel": tunnel(address)})
         return
     run, option = shlex.quote(job.run), _option(address)
-    typer.echo(f"{job.run} is job {job.id} of the cluster; this machine may disconnect. Its directory is {job.out}.")
+    echo(f"{job.run} is job {job.id} of the cluster; this machine may disconnect. Its directory is {job.out}.")
     for command, text in (
         (f"logs {run} --follow{option}", "print its log"),
         (f"jobs{option}", "show its state"),
@@ -195,8 +196,8 @@ def _told(job: Job, server: JobServer, as_json: bool) -> None:
         (f"resume {run} --address {address}", "go on"),
         (f"front {shlex.quote(job.out) if '://' in job.out else job.out}", _where(job)),
     ):
-        typer.echo(f"  ecotone {command}   # {text}")
-    typer.echo(f"The dashboard is at {address}. From another machine: {tunnel(address)}")
+        echo(f"  ecotone {command}   # {text}")
+    echo(f"The dashboard is at {address}. From another machine: {tunnel(address)}")
 
 
 def _where(job: Job) -> str:

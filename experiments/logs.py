@@ -17,7 +17,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from ecotone.populations.errors import LONGEST, shown
 from ecotone.populations.folders import opened
+from ecotone.populations.parsing import json_object
 from ecotone.populations.secrets import LogFilter, stripped, without
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ class _Saying(logging.Handler):
         self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._say(f"Warning: {record.getMessage()}")
+        self._say(f"Warning: {shown(record.getMessage(), LONGEST, lines=True)}")
 
 
 class Watcher(Protocol):
@@ -161,10 +163,10 @@ class Heartbeat:
 def in_words(line: str) -> str:
     """A line of such a log in words; any other line unchanged."""
     try:
-        event = json.loads(line)
-        return f"{event['time'][:19].replace('T', ' ')} {event['level']}: {event['message']}"
-    except (ValueError, TypeError, KeyError):
-        return line
+        event = json_object(line, finite=False)
+        return shown(f"{event['time'][:19].replace('T', ' ')} {event['level']}: {event['message']}", LONGEST)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return shown(line, LONGEST)
 
 
 def _events(handler: logging.Handler) -> logging.Handler:

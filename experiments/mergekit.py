@@ -8,7 +8,6 @@ a tensor's name gives the value. So it can express every merge that weighs each 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +23,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ecotone.experiments.mergekit_filters import TYPICAL, are_components, shortest
 from ecotone.experiments.mergekit_merges import Chosen, evolution_of, frozen_parts
-from ecotone.experiments.reading import at_home, load
+from ecotone.experiments.reading import at_home, yaml_file
 from ecotone.merging.models import configs
 from ecotone.merging.models.formats import opened_whole
 from ecotone.merging.models.layout import Layout
@@ -32,6 +31,7 @@ from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, nearest
 from ecotone.populations.genome import Genome
+from ecotone.populations.parsing import foreign_or_none
 from ecotone.settings import Part
 
 IN_ORDER = 4  # models whose weighted sum torch takes from the first to the last
@@ -343,12 +343,9 @@ class EvolveFile(Part):
         Raises:
             InputError: It is missing, not YAML or another kind of file, or a field is unknown or does not fit.
         """
-        try:
-            record = load(file.read_text("utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"{file}: no such file.") from error
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"{file}: cannot be read as YAML: {error}") from error
+        if not file.exists():
+            raise InputError(f"{file}: no such file.")
+        record = yaml_file(file)[1].value
         if not isinstance(record, dict):
             raise InputError(f"{file}: expected a mapping with genome and tasks, found {type(record).__name__}.")
         chosen = Chosen()
@@ -628,6 +625,7 @@ class _Importer:
         config = Path(self._place(self.evolve.genome.models[0].partition("+")[0])) / "config.json"
         if not config.is_file():
             return None
-        record = json.loads(config.read_text("utf-8"))
-        found = record.get("num_hidden_layers", (record.get("text_config") or {}).get("num_hidden_layers"))
+        record = foreign_or_none(config)
+        text = record.get("text_config")
+        found = record.get("num_hidden_layers", (text if isinstance(text, dict) else {}).get("num_hidden_layers"))
         return found if isinstance(found, int) else None

@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 from ecotone.experiments.compare import Comparison, Group, Line
 from ecotone.experiments.report import comparison_lines, export_command, search_report_text
 from ecotone.experiments.runs import Scored, points_of
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import LONGEST, InputError, shown
 from ecotone.populations.files import written_whole
 from ecotone.populations.fronts import non_dominated
 from ecotone.populations.genome import Floats, Genome
@@ -187,7 +187,7 @@ def _hover(line: Line, member: Scored, genome: Genome | None) -> str:
 
 def _safe(text: str) -> str:
     """Text for the page and for its charts, which do not understand entities of quotes."""
-    return escape(text, quote=False)
+    return escape(shown(text, LONGEST, lines=True), quote=False)
 
 
 def _measured(member: Scored) -> Iterator[tuple[str, Mapping[str, float]]]:

@@ -7,39 +7,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ecotone.experiments.words import written
-from ecotone.populations.errors import InputError
-
-DEEPEST = 100  # mappings and lists in each other
-
-
-class _Once(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice. What ``<<`` merges may still be given anew."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in seen:
-                    line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"line {line}: {key.value!r} is given twice; keep one of them")
-                seen.add((key.tag, key.value))
-        return node
+from ecotone.populations.errors import InputError, sentence
+from ecotone.populations.parsing import DEEPEST, file_bytes, text_of
+from ecotone.populations.yaml_texts import LARGEST_TEXT, Document, YamlError, document
 
 
-def load(text: str) -> Any:
-    """The value of a YAML text, as ``yaml.safe_load`` gives it.
+def yaml_file(file: Path) -> tuple[str, Document]:
+    """The text of a YAML file, and what it says.
 
     Raises:
-        yaml.YAMLError: It is not YAML, a mapping has a key twice, or it is nested too deep.
+        InputError: It cannot be read, is no text, or is not YAML as ``ecotone.populations.yaml_texts`` reads it.
     """
     try:
-        return yaml.load(text, _Once)  # noqa: S506 - a safe loader
-    except RecursionError as error:
-        raise yaml.YAMLError(f"expected at most {DEEPEST} mappings and lists in each other, found more") from error
+        data = file_bytes(file, LARGEST_TEXT)
+        found = document(data)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read as YAML: {error.strerror or error}.") from error
+    except (YamlError, ValueError) as error:
+        raise InputError(sentence(f"{file}: cannot be read as YAML: {error}")) from error
+    return text_of(data), found
 
 
 def at_home(path: str, where: str = "path") -> Path:

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from ecotone.experiments.merge import Merge
-from ecotone.experiments.reading import at_home, check_plain, load
+from ecotone.experiments.reading import at_home, check_plain, yaml_file
 from ecotone.experiments.ready import recipe_file
 from ecotone.experiments.tracking.settings import TrackingSettings
 from ecotone.experiments.words import explained, newer
@@ -38,6 +38,8 @@ from ecotone.fitness.runtime import Runtime
 from ecotone.merging.models.hub import is_repository
 from ecotone.populations import credentials, secrets
 from ecotone.populations.errors import InputError, first_line
+from ecotone.populations.parsing import DEEPEST
+from ecotone.populations.yaml_texts import Steps, Written, YamlError, load
 from ecotone.search.chain import ChainSettings
 from ecotone.search.kinds import SearchSettings
 from ecotone.search.registry import SEARCHES, AnySearch
@@ -317,17 +319,17 @@ class Recipe(Part):
             InputError: The file is missing or not YAML, a key is unknown, or a value does not fit.
         """
         file = recipe_file(path)
-        try:
-            text = file.read_text()
-            record = load(text)
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"{file}: cannot be read as YAML: {error}") from error
+        text, found = yaml_file(file)
+        record = found.value
         if not isinstance(record, dict):
-            raise InputError(f"{file}: expected a mapping of recipe fields, found {type(record).__name__}.")
+            kind = "nothing: the file is empty" if found.empty else type(record).__name__
+            raise InputError(f"{file}: expected a mapping of recipe fields, found {kind}.")
         check_plain(record, str(file))
-        folder, writer = file.parent.resolve(), _WRITER.match(text)
+        writer = _WRITER.match(text)
         written_by = "" if writer is None else writer[1]
-        return cls.from_record(apply_settings(record, settings or {}), folder, written_by, spare_tasks=spare_tasks)
+        changed = apply_settings(record, settings or {})
+        recipe = cls._of(changed, written_by, _kept(found.scalars, settings or {}), spare_tasks=spare_tasks)
+        return recipe._beside(file.parent.resolve())
 
     @classmethod
     def from_record(
@@ -350,11 +352,7 @@ class Recipe(Part):
             InputError: A key is unknown, or a value does not fit.
         """
         recipe = cls._of(record, written_by, spare_tasks=spare_tasks)
-        if folder is None:
-            return recipe._in_place()
-        found = recipe._absolute(folder)
-        found._folder = folder
-        return found
+        return recipe._in_place() if folder is None else recipe._beside(folder)
 
     @classmethod
     def read_back(
@@ -379,19 +377,32 @@ class Recipe(Part):
         return cls._of(apply_settings(record, settings), written_by, recorded=known)._in_place()
 
     @classmethod
-    def _of(cls, record: Mapping[str, Any], written_by: str = "", **context: Any) -> Recipe:
+    def _of(
+        cls,
+        record: Mapping[str, Any],
+        written_by: str = "",
+        scalars: Mapping[Steps, Written] = MappingProxyType({}),
+        **context: Any,
+    ) -> Recipe:
         """A record, checked.
 
         Args:
             record: The recipe.
             written_by: The version of Ecotone that wrote it; empty when it is not known.
+            scalars: How numbers and the like were written, by the steps that lead to them.
             context: Of validators: ``spare_tasks``, and in ``recorded`` what the run's own recipe says of trackers,
                 where it is read back.
         """
         try:
             return cls.model_validate(credentials.restored(record), context=context)
         except ValidationError as error:
-            raise InputError(explained(error, cls), newer(written_by)) from error
+            raise InputError(explained(error, cls, scalars), newer(written_by)) from error
+
+    def _beside(self, folder: Path) -> Recipe:
+        """The recipe of a file in a folder, which relative paths begin at."""
+        found = self._absolute(folder)
+        found._folder = folder
+        return found
 
     def _in_place(self) -> Recipe:
         return with_files(self, lambda path: str(at_home(path).absolute()))
@@ -477,6 +488,8 @@ def apply_settings(record: Mapping[str, Any], settings: Mapping[str, Any]) -> di
     copy: dict[str, Any] = json.loads(json.dumps(record))
     for key, value in settings.items():
         steps = key.split(".")
+        if len(steps) > DEEPEST:
+            raise InputError(f"--set {key[:40]}...: expected at most {DEEPEST} steps, found {len(steps)}.")
         place: Any = copy
         for step in steps[:-1]:
             place = _entered(place, step, key)
@@ -485,6 +498,14 @@ def apply_settings(record: Mapping[str, Any], settings: Mapping[str, Any]) -> di
         else:
             place[steps[-1]] = value
     return copy
+
+
+def _kept(scalars: Mapping[Steps, Written], settings: Mapping[str, Any]) -> dict[Steps, Written]:
+    """The scalars of a file that no setting replaced."""
+    changed = [
+        tuple(int(step) if step.isdecimal() and len(step) < 10 else step for step in key.split(".")) for key in settings
+    ]
+    return {steps: one for steps, one in scalars.items() if not any(steps[: len(key)] == key for key in changed)}
 
 
 def parse_settings(pairs: list[str], option: str = "--set", example: str = "seed=3") -> dict[str, Any]:
@@ -505,8 +526,9 @@ def parse_settings(pairs: list[str], option: str = "--set", example: str = "seed
             raise InputError(f"{option}: expected key=value, found {pair!r}.", f"For example: {option} {example}")
         try:
             settings[key] = load(value)
-        except yaml.YAMLError as error:
-            shown = repr(secrets.stripped(value)) if len(value) < 100 else f"{secrets.stripped(value)[:100]!r} ..."
+        except YamlError as error:
+            told = secrets.stripped(value)
+            shown = repr(told) if len(value) < 100 else f"{told[:100]!r} ..."
             raise InputError(f"{option} {key}: cannot be read as a YAML value: {shown}.", first_line(error)) from error
         check_plain(settings[key], f"{option} {key}")
     return settings
@@ -536,6 +558,6 @@ def _entered(place: Any, step: str, key: str) -> Any:
 
 
 def _index(place: list[Any], step: str, key: str) -> int:
-    if not step.isdecimal() or int(step) >= len(place):
+    if not step.isdecimal() or len(step) > 9 or int(step) >= len(place):
         raise InputError(f"--set {key}: expected a position from 0 to {len(place) - 1}, found {step!r}.")
     return int(step)

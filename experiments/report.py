@@ -19,6 +19,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from ecotone.experiments.accepted import accepted_texts
+from ecotone.experiments.printing import PlainConsole
 from ecotone.experiments.runs import Run, Scored, points_of
 from ecotone.populations.fronts import hypervolume
 from ecotone.populations.ranking import Scale
@@ -183,7 +184,7 @@ def predicted_hypervolumes(
 
 def search_report_text(found: Mapping[str, Any], goals: Sequence[Goal]) -> str:
     """``search_report`` as plain text, without the members of the front one by one."""
-    plain = Console(width=140, file=io.StringIO(), highlight=False, markup=False)
+    plain = PlainConsole(width=140, file=io.StringIO(), highlight=False, markup=False)
     with plain.capture() as captured:
         for part in search_report({key: value for key, value in found.items() if key != "members"}, goals):
             plain.print(part)
@@ -423,7 +424,7 @@ def _duration(seconds: float) -> str:
 def console(*, to_stderr: bool = False) -> Console:
     """A console that does not wrap tables when its output is not a terminal."""
     stream = sys.stderr if to_stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False)
+    return PlainConsole(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False)
 
 
 def lines(findings: Iterable[tuple[str, str]]) -> Table:

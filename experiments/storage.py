@@ -54,14 +54,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ecotone.experiments import marks
+from ecotone.experiments.stored import fitting, is_count, is_moment, is_text
 from ecotone.populations import credentials
 from ecotone.populations.birth import born
 from ecotone.populations.database import locked
-from ecotone.populations.errors import EcotoneError, InputError, JournalError
+from ecotone.populations.errors import EcotoneError, InputError, JournalError, shown
 from ecotone.populations.folders import cache_folder, private, private_folder, tighten, write_private
 from ecotone.populations.folders import opened as private_file
 from ecotone.populations.journal import Journal
-from ecotone.populations.secrets import clean, place, stripped, take
+from ecotone.populations.parsing import json_object
+from ecotone.populations.secrets import clean, place, take
 
 JOURNAL = "journal.sqlite"
 FILES = (JOURNAL, "recipe.yaml", "tracking.json", "log.jsonl")
@@ -88,6 +90,16 @@ OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl
 
 Notify: TypeAlias = Callable[[str], None]
 Manifest: TypeAlias = Mapping[str, Any]
+_FIELDS = {
+    **dict.fromkeys(("url", "home", "machine", "token", "owner"), is_text),
+    **dict.fromkeys(("since", "renewed", "time"), is_moment),
+    **dict.fromkeys(("epoch", "serial", "renewals", "bytes"), is_count),
+    "lasts": lambda value: is_moment(value) and 0 < value <= 1e7,
+    "released": lambda value: isinstance(value, bool),
+    "counts": lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_count, value)),
+    "files": lambda value: isinstance(value, dict) and all(map(_is_entry, value.values())),
+}
+"""What the fields of a lease, a manifest and ``storage.json`` may hold."""
 
 _log = logging.getLogger("ecotone")
 _CREATING = threading.Lock()  # memory://, which is within one process, looks first and writes then
@@ -294,7 +306,7 @@ def copies(store: Store) -> Iterator[Manifest]:
     """The copies whose manifests are whole, the newest first."""
     for _, name in _numbered(store.names(), ("mirror",)):
         manifest = _parsed(store.read(name))
-        if "files" in manifest:
+        if {"files", "counts", "home"} <= manifest.keys():
             yield manifest
 
 
@@ -1050,12 +1062,17 @@ def _json(**values: Any) -> bytes:
 
 
 def _parsed(data: bytes | None) -> dict[str, Any]:
-    """The JSON of an object; nothing when it is missing, torn or of another kind."""
+    """The JSON of an object without fields that do not fit; nothing when it is missing, torn or of another kind."""
     try:
-        found = json.loads(data or b"{}")
+        return fitting(json_object(data or b"{}"), _FIELDS)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether a value is a manifest's entry of a file: an object beside the manifest, its size and its hash."""
+    texts = isinstance(value, dict) and is_text(value.get("object")) and is_text(value.get("hash"))
+    return texts and re.fullmatch(r"\w[\w.-]*", value["object"]) is not None and is_count(value.get("bytes"))
 
 
 def _user_of(url: str) -> str:
@@ -1072,4 +1089,4 @@ def _package(protocol: str) -> str:
 
 def _in_words(error: BaseException) -> str:
     """One line."""
-    return stripped(" ".join(str(error).split())).rstrip(".") or type(error).__name__
+    return shown(" ".join(str(error).split())).rstrip(".") or type(error).__name__

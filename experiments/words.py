@@ -5,20 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
-from typing import Any, TypeAlias, get_args
+from types import MappingProxyType
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from ecotone.populations import facts, secrets
 from ecotone.populations.errors import nearest, sentence
 from ecotone.populations.journal import Journal
+from ecotone.populations.yaml_texts import Steps, Written, hint
 from ecotone.search.chain import ChainSettings, StageSettings
-from ecotone.settings import UNKNOWN_KIND, Part, chosen_of
-
-Steps: TypeAlias = tuple[int | str, ...]
+from ecotone.settings import NO_NUMBER, UNKNOWN_KIND, Part, chosen_of
 
 MOST = 5  # errors that are told
 _SHORT = 12  # characters of a text that is no token
+_WANTED: Mapping[str, type] = {
+    **dict.fromkeys(("string_type", "literal_error", "enum", "string_pattern_mismatch"), str),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "float_type", "float_parsing", NO_NUMBER), float),
+}
+"""Errors of pydantic after which a hint helps, and whether text or a number was expected."""
 UNWRITTEN = ((ChainSettings, "stages"), (StageSettings, "search"))  # fields that a user does not write
 MEMBERS: dict[int | str, type[Part]] = {"stages": ChainSettings}  # of unions, by tag
 
@@ -46,15 +51,30 @@ def _minor(text: str) -> tuple[int, ...]:
     return () if found is None else tuple(int(part or 0) for part in found.groups())
 
 
-def explained(error: ValidationError, root: type[Part]) -> str:
-    """The first errors of a record that ``root`` refuses, a line each."""
+def explained(error: ValidationError, root: type[Part], scalars: Mapping[Steps, Written] = MappingProxyType({})) -> str:
+    """The first errors of a record that ``root`` refuses, a line each.
+
+    Args:
+        error: The errors.
+        root: The part that refuses the record.
+        scalars: How numbers and the like were written in a YAML file, by the steps that lead to them.
+    """
     entries: list[dict[str, Any]] = [dict(entry) for entry in error.errors()]
     # Of a list whose items are wrong pydantic also says that it is too short without them.
     deeper = {entry["loc"][:end] for entry in entries for end in range(len(entry["loc"]))}
     told = [entry for entry in entries if not (entry["type"] == "too_short" and entry["loc"] in deeper)]
-    lines = [_line(entry, root) for entry in told[:MOST]]
+    lines = [_hinted(entry, root, scalars) for entry in told[:MOST]]
     more = len(told) - len(lines)
     return "\n".join(lines + ([f"... and {more} more."] if more > 0 else []))
+
+
+def _hinted(entry: Mapping[str, Any], root: type[Part], scalars: Mapping[Steps, Written]) -> str:
+    """The line of an error, with how to write in YAML what was meant."""
+    wanted = _WANTED.get(entry["type"])
+    if wanted is None:
+        return _line(entry, root)
+    advice = hint(entry["input"], wanted, scalars.get(tuple(_place(entry["loc"], root)[0])))
+    return f"{_line(entry, root)} {advice}".rstrip()
 
 
 def _line(entry: Mapping[str, Any], root: type[Part]) -> str:

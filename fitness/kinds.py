@@ -19,7 +19,7 @@ from typing_extensions import Self
 from ecotone.fitness.protocol import Objective
 from ecotone.populations.errors import InputError
 from ecotone.populations.trial import Goal
-from ecotone.settings import ANYTHING, TEXT, Answers, Call, Kind, Located, Part, check_kind, expanded
+from ecotone.settings import ANYTHING, TEXT, Answers, Call, Kind, Located, Name, Part, check_kind, expanded
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ class ObjectiveSettings(Kind):
         direction: Whether a higher score is better (``maximize``) or a lower score (``minimize``).
     """
 
-    name: str
+    name: Name
     type: str
     direction: Literal["maximize", "minimize"]
 
@@ -183,7 +183,7 @@ class CalibrationSettings(Kind):
         batch: Examples in one batch of the task.
     """
 
-    name: str
+    name: Name
     data: Call
     loss: str
     head: Call | None = None

@@ -32,13 +32,16 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
+from yaml.constructor import SafeConstructor
 
 from ecotone.extras import how_to_install
 from ecotone.fitness.kinds import ObjectiveContext, ObjectiveSettings
 from ecotone.fitness.protocol import Score, pooled_mean
-from ecotone.populations.errors import InputError, nearest
+from ecotone.populations.errors import InputError, first_line, nearest
 from ecotone.populations.genome import Integers
+from ecotone.populations.parsing import MalformedError, file_bytes
 from ecotone.populations.trial import Goal
+from ecotone.populations.yaml_texts import LARGEST_TEXT, YamlError, compose, construct
 
 BATCH = 64
 """Rows in a forward pass that are tried first where none are given: as many as lm-eval's own ``auto`` tries."""
@@ -836,7 +839,13 @@ def _refuse_code(entry: Any, where: str) -> None:
     """Raise ``InputError`` if the task's file, or one that it includes, would run code. Nothing is run to see."""
     from lm_eval.api.registry import metric_registry
 
-    for path, config, functions in _with_includes(entry.yaml_path):
+    try:
+        files = [*_with_includes(entry.yaml_path)]
+    except (yaml.YAMLError, OSError) as error:
+        raise InputError(
+            f"{where}: task: {entry.yaml_path} or a file that it includes: {first_line(error)}."
+        ) from error
+    for path, config, functions in files:
         if functions:
             shown = ", ".join(functions)
             raise InputError(f"{where}: task: {path} runs code of its own (!function {shown}).", _ALLOW)
@@ -877,7 +886,10 @@ def _with_includes(path: Path) -> Iterator[tuple[Path, dict[str, Any], list[str]
         config, functions = _parsed(here)
         yield here, config, functions
         included = config.get("include") or []
-        waiting += [(here.parent / each).resolve() for each in ([included] if isinstance(included, str) else included)]
+        named = [included] if isinstance(included, str) else included
+        if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+            raise YamlError(f"include: expected the name of a file, found {included!r}")
+        waiting += [(here.parent / each).resolve() for each in named]
 
 
 def _files_of(folder: Path, task: str) -> list[Path]:
@@ -912,17 +924,22 @@ def _parsed(path: Path) -> tuple[dict[str, Any], list[str]]:
     """A YAML file's contents, with functions replaced by their names, and the list of these names."""
     functions: list[str] = []
 
-    class Loader(yaml.SafeLoader):
+    class Constructor(SafeConstructor):
         pass
 
-    def named(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
-        functions.append(str(loader.construct_scalar(node)))
+    def named(constructor: Constructor, node: yaml.ScalarNode) -> str:
+        functions.append(str(constructor.construct_scalar(node)))
         return functions[-1]
 
-    Loader.add_constructor("!function", named)
-    found = yaml.load(path.read_bytes(), Loader=Loader)  # noqa: S506 (a SafeLoader)
+    Constructor.add_constructor("!function", named)
+    try:
+        data = file_bytes(path, LARGEST_TEXT)
+    except MalformedError as error:
+        raise YamlError(str(error)) from error
+    node = compose(data, once=False)  # lm-eval takes the last of a key that stands twice
+    found = None if node is None else construct(node, Constructor)
     if not isinstance(found, dict):
-        raise yaml.YAMLError(f"expected a mapping, found {type(found).__name__}")
+        raise YamlError(f"expected a mapping, found {type(found).__name__}")
     return found, functions
 
 

@@ -8,7 +8,6 @@ modules of sentence-transformers. Code, cards and weights in other formats never
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from ecotone.merging.models import configs, tokenizers
 from ecotone.merging.models.model import Model
 from ecotone.merging.sources import Sources
 from ecotone.populations.genome import Genome
+from ecotone.populations.parsing import file_bytes, json_value
 
 _SUFFIXES = (".json", ".jinja", ".txt", *tokenizers.SUFFIXES)
 _NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -145,7 +145,7 @@ def _refusal(folder: Path) -> str:
 def _left_behind(folder: Path) -> list[str]:
     """The modules of sentence-transformers that do not travel, or not whole, in words."""
     try:
-        listed = json.loads((folder / _MODULES).read_text("utf-8"))
+        listed = json_value(file_bytes(folder / _MODULES), once=False, finite=False)
         paths = [str(one.get("path") or "") for one in listed]
     except (OSError, ValueError, TypeError, AttributeError):
         return []

@@ -26,7 +26,8 @@ from ecotone.merging.companions import Companion, companions
 from ecotone.merging.kernel.lazy import fill, formed
 from ecotone.merging.kernel.materialise import Mixture, mix
 from ecotone.merging.models import tokenizers
-from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, DTYPES, INDEX, SINGLE
+from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE
+from ecotone.merging.models.headers import DTYPES
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.merging.models.refused import MERGEABLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -31,11 +32,13 @@ class EcotoneError(Exception):
     Args:
         message: A sentence about the error, naming the field or file, what was expected and what was found.
         remedy: One sentence on what the user can do about it, or an empty string.
+
+    Both may quote names and texts of strangers, so both are ``shown``.
     """
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        self.message: str = shortened(stripped(message))
-        self.remedy: str = stripped(remedy)
+        self.message = shown(message, LONGEST, lines=True)
+        self.remedy = shown(remedy, LONGEST, lines=True)
         super().__init__(f"{self.message} {self.remedy}".strip())
 
     def __reduce__(self) -> tuple[type[EcotoneError], tuple[str, str]]:
@@ -70,24 +73,51 @@ _LINE = 2_000  # characters of a message's first line that are kept
 
 
 def text_of(error: BaseException) -> str:
-    """An exception's message, cut if it is long; of one whose ``__str__`` raises, a phrase that says so."""
+    """An exception's message without secrets, cut if it is long; of one whose ``__str__`` raises, a phrase that says so."""
     try:
-        return shortened(str(error))
+        return shortened(stripped(str(error)))
     except BaseException as second:  # any code of the user's may stand there
         return f"(no text: its __str__ raised {type(second).__name__})"
 
 
 def trace_of(error: BaseException) -> str:
-    """An exception's traceback with those of its causes, cut if it is long."""
+    """An exception's traceback with those of its causes, without secrets, cut if it is long."""
     try:
-        return shortened("".join(traceback.format_exception(error)))
+        return shortened(stripped("".join(traceback.format_exception(error))))
     except BaseException as second:  # too deep a chain, no memory, texts that raise
         return f"{type(error).__name__}: no traceback can be made of it ({type(second).__name__})"
 
 
+def shown(text: str, most: int = 1000, *, lines: bool = False) -> str:
+    r"""A text of a stranger's as it may be printed: in errors, tables, logs, pages and trackers.
+
+    Names of tensors, models and files, and messages of exceptions, may hold terminal escapes (colours, links, the
+    window's title), marks that turn the direction of writing, or characters that cannot be seen. Each is written as its
+    escape, ``\x1b`` for instance, as ``repr`` writes it. All other characters stay, but secrets (``stripped``).
+
+    Args:
+        text: The text.
+        most: The most characters; of a longer text the middle is left out.
+        lines: Keep line breaks and tabs.
+    """
+    text = shortened(stripped(text), most)
+    if text.isprintable():  # nearly always
+        return text
+    kept = "\n\t" if lines else ""
+    return "".join(one if one in kept or _is_seen(one) else _escaped(one) for one in text)
+
+
+def _is_seen(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, without secrets, cut if it is long; empty when it has none."""
-    return shortened(stripped((text_of(error).strip().splitlines() or [""])[0]), _LINE)
+    """The first line of an exception's message, as it may be printed; empty when it has none."""
+    return shown((text_of(error).strip().splitlines() or [""])[0], _LINE)
 
 
 def told(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from ecotone.populations.parsing import json_object, json_value
 from ecotone.populations.trial import Goal
 
 Value = TypeVar("Value")
@@ -51,7 +52,11 @@ def _number(name: str, about: str) -> Fact[float]:
 
 
 def _object(name: str, about: str) -> Fact[Mapping[str, Any]]:
-    return Fact(name, about, json.loads, _json)
+    return Fact(name, about, _read_object, _json)
+
+
+def _read_object(text: str) -> Mapping[str, Any]:
+    return json_object(text, finite=False)  # a user's own numbers may be others
 
 
 def _json(value: Any) -> str:
@@ -59,11 +64,11 @@ def _json(value: Any) -> str:
 
 
 def _strings(text: str) -> tuple[str, ...]:
-    return tuple(map(str, json.loads(text)))
+    return tuple(map(str, json_value(text)))
 
 
 def _goals(text: str) -> tuple[Goal, ...]:
-    return tuple(Goal(name, direction) for name, direction in json.loads(text))
+    return tuple(Goal(name, direction) for name, direction in json_value(text))
 
 
 def _goals_text(goals: Iterable[Goal]) -> str:
@@ -83,7 +88,7 @@ HELD_OUT_GOALS: Fact[tuple[Goal, ...]] = Fact(
 )
 MODELS: Fact[tuple[str, ...]] = Fact("models", "The names of the seed models, in order.", _strings, _json)
 GEOMETRY: Fact[list[list[float]]] = Fact(
-    "geometry", "(J, J) inner products of the sources, which identify the weights.", json.loads, _json
+    "geometry", "(J, J) inner products of the sources, which identify the weights.", json_value, _json
 )
 COMPONENTS = _object(
     "components",

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from xxhash import xxh3_128
 
 from ecotone.populations.errors import InputError
+from ecotone.populations.parsing import MalformedError, json_object, packed_numbers
 
 if TYPE_CHECKING:
     from ecotone.populations.space import Space
@@ -178,18 +179,34 @@ class Genome:
             InputError: The text is not a genome.
         """
         try:
-            record = json.loads(text)
+            record = json_object(text, depth=None)
+            boundaries = _read_numbers(record["boundaries"], "i", np.int64)
+            coefficients = _read_numbers(record["coefficients"], "if", np.float64)
             packed = record.get("residual")
             residual = None
             if packed is not None:
-                residual = np.frombuffer(zlib.decompress(base64.b64decode(packed)), "<f4")
-            boundaries = np.asarray(record["boundaries"], np.int64)
-            coefficients = np.asarray(record["coefficients"], np.float64)
-            return cls(boundaries, coefficients, record["parameters"], residual)
-        except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+                size = int(boundaries[-1]) if boundaries.size else 0
+                residual = packed_numbers(base64.b64decode(packed), "<f4", size)
+            return cls(boundaries, coefficients, _read_parameters(record["parameters"]), residual)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(
                 f"genome: expected JSON written by Genome.to_json, found {text[:80]!r} ({error})."
             ) from error
+
+
+def _read_numbers(values: Any, kinds: str, dtype: Any) -> NDArray[Any]:
+    """The array of a list of numbers. Text, truths alone, and numbers with a fraction for whole ones are refused."""
+    found = np.asarray(values)
+    if found.dtype.kind not in kinds:
+        raise MalformedError("numbers", f"values of type {found.dtype}")
+    return found.astype(dtype, copy=False)
+
+
+def _read_parameters(found: Any) -> dict[str, Scalar]:
+    """The operator's settings: single values by name."""
+    if not isinstance(found, dict) or not all(isinstance(value, bool | int | float | str) for value in found.values()):
+        raise MalformedError("parameters, single values by name", repr(found)[:80])
+    return found
 
 
 def combine(

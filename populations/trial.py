@@ -10,10 +10,9 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ecotone.populations.errors import shortened
+from ecotone.populations.errors import LONGEST, shown
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.samples import Sample
-from ecotone.populations.secrets import stripped
 
 Direction: TypeAlias = Literal["maximize", "minimize"]
 Subset: TypeAlias = Literal["search", "held_out"]
@@ -246,9 +245,9 @@ class Failure:
     details: str = ""
 
     def __post_init__(self) -> None:
-        """Take secrets out of what other packages said: it is recorded, sent to trackers and printed. Bound its length."""
-        object.__setattr__(self, "message", shortened(stripped(self.message), 4_000))
-        object.__setattr__(self, "details", shortened(stripped(self.details)))
+        """Make what other packages said fit to be recorded, sent to trackers and printed: no secrets, no megabytes."""
+        object.__setattr__(self, "message", shown(self.message, 4_000, lines=True))
+        object.__setattr__(self, "details", shown(self.details, LONGEST, lines=True))
 
     @property
     def text(self) -> str:

@@ -268,7 +268,7 @@ def test_a_binary_file(tmp_path: Path) -> None:
         Recipe.from_yaml(path)
 
 
-@pytest.mark.parametrize(("text", "found"), [("", "NoneType"), ("[1, 2]", "list"), ("hello", "str")])
+@pytest.mark.parametrize(("text", "found"), [("", "nothing: the file is empty"), ("[1, 2]", "list"), ("hello", "str")])
 def test_a_file_of_something_else(tmp_path: Path, text: str, found: str) -> None:
     with pytest.raises(InputError, match=f"expected a mapping of recipe fields, found {found}"):
         Recipe.from_yaml(written(tmp_path, text))
@@ -288,7 +288,8 @@ def test_keys_that_are_no_text_are_refused_wherever_they_stand(tmp_path: Path, k
     objective = f"{{name: a, type: call, call: 'm:f', arguments: {{d: {{{key}: a, x: b}}}}}}"
     with pytest.raises(InputError) as caught:
         Recipe.from_yaml(written(tmp_path, f"{record}\nobjectives: {{search: [{objective}]}}"))
-    assert str(caught.value) == f"{tmp_path}/recipe.yaml: objectives.search[0].arguments.d: {said}."
+    assert str(caught.value).startswith(f"{tmp_path}/recipe.yaml: cannot be read as YAML: line ")
+    assert str(caught.value).endswith(f": {said}.")
     with pytest.raises(InputError, match=said):
         parse_settings([f"objectives.search.0.arguments={{d: {{{key}: a}}}}"])
     with pytest.raises(InputError, match=said):
@@ -296,7 +297,8 @@ def test_keys_that_are_no_text_are_refused_wherever_they_stand(tmp_path: Path, k
 
 
 def test_a_key_that_is_given_twice(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"recipe\.yaml: .* line 3: 'name' is given twice"):
+    both = r"recipe\.yaml: .* line 3, column 1: 'name' is given twice, first in line 1, column 1"
+    with pytest.raises(InputError, match=both):
         Recipe.from_yaml(written(tmp_path, "name: a\nseed: 1\nname: b\n"))
     with pytest.raises(InputError, match=r"--set search: .* 'low' is given twice"):
         parse_settings(["search={low: 0, low: 1}"])
@@ -324,8 +326,10 @@ def test_a_user_without_a_home(tmp_path: Path) -> None:
 
 def test_text_that_no_file_can_hold() -> None:
     assert refusal(changed(objectives__search__0__name="a\ud800")) == (
-        "objectives: expected text that UTF-8 can hold, found 'a\\ud800'."
+        "objectives.search[0].name: expected 1 to 200 characters that can be printed, found 'a\\ud800'."
     )
+    said = "objectives: expected text that UTF-8 can hold, found 'm:\\ud800'."
+    assert said in refusal(changed(objectives__search__0__call="m:\ud800"))
     assert "found '\\udcff'" in refusal(changed(merge__dtype=None, objectives__search__0__arguments={"\udcff": 1}))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,14 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from ecotone.experiments import marks
+from ecotone.experiments.stored import fitting, is_count, is_text
 from ecotone.experiments.tracking.protocol import Memory, TrackingError
 from ecotone.experiments.tracking.subject import DEFAULT, trackers_of
-from ecotone.populations.errors import JournalError
+from ecotone.populations.errors import JournalError, shown
 from ecotone.populations.folders import opened, write_private
 from ecotone.populations.journal import Journal
-from ecotone.populations.secrets import stripped, without
+from ecotone.populations.parsing import file_bytes, json_object
+from ecotone.populations.secrets import without
 
 _NOTES = "tracking.json"
+_TRACKER = re.compile(r"\w[\w.-]*")
+_FIELDS = {
+    **dict.fromkeys(
+        ("uri", "experiment", "experiment_id", "run_id", "page", "error"), lambda value: value is None or is_text(value)
+    ),
+    "mirrored": is_count,
+    "complete": lambda value: isinstance(value, bool),
+    "memory": lambda value: value is None or isinstance(value, dict),
+}
+"""What the notes on a tracker may hold."""
 _OLD = "run_id"  # a key of the notes as they were when there was one tracker
 
 
@@ -77,7 +90,7 @@ def statuses(run_dir: str | Path) -> dict[str, dict[str, Any]]:
 
 def say(text: str) -> None:
     """A line for ``tracking.log``. Not ``logging``: MLflow's migrations reconfigure that for the whole process."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {stripped(text)}", flush=True)
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {shown(text)}", flush=True)
 
 
 @contextlib.contextmanager
@@ -118,7 +131,7 @@ def _being_mirrored(directory: Path, tracker: str) -> bool:
 def noted(directory: Path, tracker: str) -> dict[str, Any]:
     """The notes on a tracker in ``tracking.json``; empty when that file is missing or damaged."""
     known = _all_notes(directory).get(tracker)
-    return known if isinstance(known, dict) else {}
+    return fitting(known, _FIELDS) if isinstance(known, dict) else {}
 
 
 def own_notes(directory: Path, tracker: str) -> dict[str, Any]:
@@ -137,12 +150,12 @@ def _marked_part(tracker: str, known: Mapping[str, Any]) -> dict[str, Any]:
 def _all_notes(directory: Path) -> dict[str, Any]:
     """The notes of each tracker, by name."""
     try:
-        known = json.loads((directory / _NOTES).read_text(encoding="utf-8"))
+        known = json_object(file_bytes(directory / _NOTES))
     except (OSError, ValueError):
         return {}
-    if not isinstance(known, dict):
-        return {}
-    return {DEFAULT: known} if _OLD in known else known
+    if _OLD in known:
+        return {DEFAULT: known}
+    return {name: one for name, one in known.items() if _TRACKER.fullmatch(name)}
 
 
 def note(directory: Path, tracker: str, report: MirrorReport, more: Memory) -> None:

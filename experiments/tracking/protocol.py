@@ -23,7 +23,7 @@ from pydantic import ValidationInfo
 
 from ecotone.experiments.tracking.names import CURSOR
 from ecotone.experiments.tracking.subject import Subject
-from ecotone.populations.errors import EcotoneError, InputError, first_line
+from ecotone.populations.errors import EcotoneError, InputError, first_line, shown
 from ecotone.settings import Part, check_fields
 
 Memory: TypeAlias = Mapping[str, Any]
@@ -220,7 +220,7 @@ class TrackerSettings(Part):
         """One line about an error, for the user."""
         if isinstance(error, ImportError):
             return f"{self.title} cannot be imported ({first_line(error)}): `{self.install()}`"
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = shown(" ".join(str(error).split())) or type(error).__name__
         return text if len(text) <= 300 else f"{text[:297]}..."
 
     @classmethod

@@ -7,7 +7,6 @@ parts without a record in common, and a smaller limit takes a subset of what a l
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -22,6 +21,7 @@ from pydantic import Field, field_validator
 from ecotone.extras import how_to_install
 from ecotone.fitness.kinds import ObjectiveSettings
 from ecotone.populations.errors import InputError, first_line, nearest
+from ecotone.populations.parsing import MalformedError, foreign_or_none, json_value
 
 Record: TypeAlias = dict[str, Any]
 
@@ -142,13 +142,13 @@ def filled(template: str, record: Record, where: str) -> str:
 
 
 def _lines(file: Path, where: str) -> Iterator[tuple[str, Record]]:
-    for number, line in enumerate(_read(file, where).split("\n"), 1):
+    for number, line in enumerate(_read(file, where).removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: {file}:{number}: expected a JSON object ({error.msg}).") from error
+            record = json_value(line, once=False, finite=False)
+        except MalformedError as error:
+            raise InputError(f"{where}: {file}:{number}: expected a JSON object ({error}).") from error
         if not isinstance(record, dict):
             raise InputError(f"{where}: {file}:{number}: expected a JSON object, found {type(record).__name__}.")
         yield f"{file}:{number}", record
@@ -214,9 +214,9 @@ def begins_with_bos(tokenizer: Any) -> bool:
 
 def context_of(folder: str, tokenizer: Any) -> int | None:
     """Tokens the model of a folder can take at once, by its ``config.json``, or else its tokenizer; None: unknown."""
-    file = Path(folder) / "config.json"
-    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    config = {**config, **(config.get("text_config") or {})}
+    config = foreign_or_none(Path(folder) / "config.json")
+    text = config.get("text_config")
+    config = {**config, **(text if isinstance(text, dict) else {})}
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
         if isinstance(config.get(name), int) and config[name] > 0:
             return int(config[name])

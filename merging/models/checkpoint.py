@@ -7,7 +7,6 @@ tensor, then the tensors' bytes (https://github.com/huggingface/safetensors#form
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,41 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ecotone.merging.models import hub
+from ecotone.merging.models import headers, hub
 from ecotone.merging.models.model import TensorInfo, mergekit_place
 from ecotone.populations.contents import Stamp
-from ecotone.populations.errors import CheckpointError, told
+from ecotone.populations.errors import CheckpointError, shown, told
+from ecotone.populations.parsing import LARGEST, MalformedError, foreign_object
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-_OF_NEWER_TORCH = {
-    "U16": "uint16",
-    "U32": "uint32",
-    "U64": "uint64",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-}
-DTYPES |= {name: getattr(torch, kind) for name, kind in _OF_NEWER_TORCH.items() if hasattr(torch, kind)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
-_HEADER_LIMIT = 100_000_000  # the limit of the safetensors format
 
 
 @dataclass(frozen=True)
@@ -246,12 +221,7 @@ def read_header(path: Path) -> Shard:
     """
     try:
         _refuse_other_formats(path)
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-                raise _corrupt(path, f"the header should take {length} bytes and the file has {size}")
-            text = file.read(length)
+        header = headers.read(path)
     except OSError as error:
         if path.is_symlink() and not path.exists():
             raise CheckpointError(
@@ -261,37 +231,7 @@ def read_header(path: Path) -> Shard:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror or error}).", "Check the file and its permissions."
         ) from error
-    try:
-        header = json.loads(text)
-        metadata = dict(header.pop("__metadata__", None) or {})
-        entries = {name: _entry(path, name, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _corrupt(path, f"its header cannot be read ({type(error).__name__}: {error})") from error
-    data = 8 + length
-    for name, (info, start, stop) in entries.items():
-        if stop - start != info.nbytes or start < 0:
-            raise _corrupt(path, f"tensor {name!r} should take {info.nbytes} bytes, its header gives {stop - start}")
-        if data + stop > size:
-            raise _corrupt(path, f"tensor {name!r} ends at byte {data + stop} and the file has {size} bytes")
-    tensors = {name: info for name, (info, _, _) in entries.items()}
-    return Shard(path, tensors, {name: data + start for name, (_, start, _) in entries.items()}, metadata)
-
-
-def _entry(path: Path, name: str, entry: Mapping[str, Any]) -> tuple[TensorInfo, int, int]:
-    start, stop = (int(offset) for offset in entry["data_offsets"])
-    if entry["dtype"] not in DTYPES:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} has the type {entry['dtype']}, which torch {torch.__version__} cannot read; "
-            f"expected one of {', '.join(DTYPES)}.",
-            "Give the checkpoint in bfloat16 or float32; types of fewer than 8 bits are those of quantised weights.",
-        )
-    return TensorInfo(tuple(int(extent) for extent in entry["shape"]), DTYPES[entry["dtype"]]), start, stop
-
-
-def _corrupt(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: expected a complete safetensors file, but {reason}.", "Download or export the file again."
-    )
+    return Shard(path, header.tensors, header.places, header.metadata)
 
 
 def located(path: str | Path) -> Path:
@@ -328,7 +268,7 @@ def is_safetensors(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             length, start = int.from_bytes(file.read(8), "little"), file.read(1)
-        return start == b"{" and length <= min(path.stat().st_size - 8, _HEADER_LIMIT)
+        return start == b"{" and length <= min(path.stat().st_size - 8, headers.HEADER_LIMIT)
     except OSError:
         return False
 
@@ -336,6 +276,8 @@ def is_safetensors(path: Path) -> bool:
 def _refuse_other_formats(path: Path) -> None:
     if path.suffix.lower() == ".gguf":
         raise _gguf(path)
+    if not path.is_file():
+        return  # reading a pipe might never end
     with path.open("rb") as file:
         start = file.read(2)
     zipped_or_pickled = start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"))
@@ -402,7 +344,7 @@ def _indexed_shards(path: Path) -> tuple[Shard, ...]:
                 f"{path / INDEX}: expected shards beside the index or in folders beside it, found {file!r}.",
                 "Move them there and write their names into the index.",
             )
-    missing = [file for file in files if not (path / file).is_file()]
+    missing = [file for file in files if not _is_file(path / file)]
     if missing:
         raise _missing_shards(path, weight_map, missing)
     shards = tuple(read_header(path / file) for file in files)
@@ -417,13 +359,21 @@ def _indexed_shards(path: Path) -> tuple[Shard, ...]:
     return shards
 
 
+def _is_file(path: Path) -> bool:
+    """Whether a path that a stranger wrote is a file's; it may be none that a disk can hold."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _weight_map(path: Path) -> dict[str, str]:
     """By the tensor, the file that the index of a directory names."""
     try:
-        weight_map: dict[str, str] = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+        weight_map: dict[str, str] = foreign_object(path / INDEX, headers.HEADER_LIMIT)["weight_map"]
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise TypeError("a file's name is no text")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
             f"{path / INDEX}: expected a JSON object whose weight_map gives the file of each tensor ({told(error)}).",
             "Download or export the model again.",
@@ -489,7 +439,7 @@ def check_index(path: Path) -> None:
     index = path / INDEX
     if not path.is_dir() or (path / SINGLE).is_file() or not index.is_file():
         return
-    metadata = json.loads(index.read_text("utf-8")).get("metadata")
+    metadata = json_object(index, "Download or export the model again.", headers.HEADER_LIMIT).get("metadata")
     if not isinstance(metadata, dict):
         found = "none" if metadata is None else f"a {type(metadata).__name__}"
         code = (
@@ -509,31 +459,31 @@ def _config(directory: Path | None) -> dict[str, Any] | None:
     return json_object(directory / "config.json", "Download or export the model again.")
 
 
-def json_object(path: Path, remedy: str) -> dict[str, Any]:
+def json_object(path: Path, remedy: str, limit: int = LARGEST) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
         path: The file.
         remedy: What to do about a file that is no JSON.
+        limit: The most bytes of it.
 
     Raises:
-        CheckpointError: It is none, or another value than an object.
+        CheckpointError: It cannot be read, is no JSON, or holds another value than an object.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON ({error}).", remedy) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(found).__name__}.")
-    return found
+        return foreign_object(path, limit)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).", remedy) from error
+    except MalformedError as error:
+        raise CheckpointError(f"{path}: {error}.", remedy) from error
 
 
 def default_name(path: Path) -> str:
     """The name of a model in reports: that of its repository, its directory or its file."""
     of_hub = hub.name_of(path)
     if of_hub:
-        return of_hub
+        return shown(of_hub)
     resolved = path.resolve()
     if resolved.is_dir():
-        return resolved.name
-    return resolved.parent.name if resolved.stem == "model" else resolved.stem
+        return shown(resolved.name)
+    return shown(resolved.parent.name if resolved.stem == "model" else resolved.stem)

@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeAlias
 
 from ecotone.merging.models.model import Model
 from ecotone.populations.errors import CheckpointError, InputError
+from ecotone.populations.parsing import foreign_or_none
 
 Choice: TypeAlias = Literal["same", "base", "first", "each"]
 Fields: TypeAlias = dict[str, Any]
@@ -399,7 +400,6 @@ def _flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is none that can be read: its loader refuses it."""
     try:
-        record = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except (ValueError, OSError):
+        return foreign_or_none(path)
+    except OSError:
         return {}
-    return record if isinstance(record, dict) else {}

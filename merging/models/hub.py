@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ecotone.extras import how_to_install
 from ecotone.populations.errors import CheckpointError
+from ecotone.populations.parsing import MalformedError, file_bytes, text_of
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab", "LICEN?E*", "NOTICE*")
 LEFT_OUT = ("*/*", "consolidated*")  # other formats of the same weights
@@ -93,9 +94,9 @@ def snapshot(path: Path) -> Path:
     folder = path / "snapshots"
     if not path.name.startswith("models--") or not folder.is_dir():
         return path
-    main = path / "refs" / "main"
-    if main.is_file() and (folder / main.read_text("utf-8").strip()).is_dir():
-        return folder / main.read_text("utf-8").strip()
+    main = _commit(path / "refs" / "main")
+    if main and (folder / main).is_dir():
+        return folder / main
     found = sorted(one for one in folder.iterdir() if one.is_dir())
     if len(found) == 1:
         return found[0]
@@ -105,6 +106,15 @@ def snapshot(path: Path) -> Path:
         f"{path}: expected one snapshot or that of the branch main in this folder of the hub's cache, found {few}.",
         f"Give one of them, or the repository's name: {organisation}/{name}" if name else "Give one of them.",
     )
+
+
+def _commit(branch: Path) -> str:
+    """The commit that a branch's file names; empty where there is none: a name with a slash would lead elsewhere."""
+    try:
+        name = text_of(file_bytes(branch, 1000)).strip() if branch.is_file() else ""
+    except (OSError, MalformedError):
+        return ""
+    return name if re.fullmatch(r"\w[\w.-]*", name) else ""
 
 
 def repository_of(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ecotone.populations.errors import CheckpointError
+from ecotone.populations.parsing import LARGEST_TOKENIZER, explained, file_bytes, foreign_or_none
 
 FAST = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -199,6 +200,11 @@ class _Files:
     """
 
     def __init__(self, directory: Path) -> None:
+        subject = f"{directory}: the tokenizer's files"
+        with explained(subject, "Download or save the tokenizer again.", CheckpointError, "those of a tokenizer"):
+            self._read(directory)
+
+    def _read(self, directory: Path) -> None:
         fast, settings, special = (_json(directory / name) for name in (FAST, SETTINGS, SPECIAL))
         model = fast.get("model")
         model = model if isinstance(model, dict) else {}
@@ -300,7 +306,7 @@ def _added(directory: Path, fast: Mapping[str, Any]) -> set[int]:
 def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template, or all of several, as one text."""
     if (directory / TEMPLATE).is_file():
-        return (directory / TEMPLATE).read_text("utf-8", errors="replace").rstrip("\n")
+        return file_bytes(directory / TEMPLATE).decode("utf-8", "replace").rstrip("\n")
     template = settings.get("chat_template") or _json(directory / OLD_TEMPLATE).get("chat_template")
     if template is None or isinstance(template, str):
         return template.rstrip("\n") if template else None
@@ -316,8 +322,4 @@ def _content(token: object) -> str | None:
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, empty if there is none."""
-    try:
-        record = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+    return foreign_or_none(path, LARGEST_TOKENIZER)

@@ -12,6 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ecotone.experiments.printing import markdown
 from ecotone.experiments.recipe import algorithm_of
 from ecotone.experiments.tracking.mlflow import MlflowSettings
 from ecotone.experiments.tracking.mlflow.server import check_store, store_of
@@ -209,5 +210,5 @@ def _words(record: dict[str, Any]) -> str:
     lines = [f"Member {record['member']} of the search {record['run']} ({algorithm_of(record['recipe'])})."]
     for subset, found in (("Search data", record["scores"]["search"]), ("Held-out data", record["scores"]["held_out"])):
         if found:
-            lines.append(f"{subset}: {', '.join(f'{name} {value:.4f}' for name, value in found.items())}.")
+            lines.append(f"{subset}: {', '.join(f'{markdown(name)} {value:.4f}' for name, value in found.items())}.")
     return " ".join(lines)

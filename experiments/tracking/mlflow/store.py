@@ -14,10 +14,10 @@ from ecotone.experiments.storage import is_url
 from ecotone.experiments.tracking.protocol import SILENCE, TrackingError
 from ecotone.extras import how_to_install
 from ecotone.populations import credentials
-from ecotone.populations.errors import sentence
+from ecotone.populations.errors import sentence, shown
 from ecotone.populations.folders import opened as private_file
 from ecotone.populations.folders import private, private_folder, tighten
-from ecotone.populations.secrets import clean, place, stripped
+from ecotone.populations.secrets import clean, place
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -128,7 +128,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 def in_words(error: BaseException, uri: str) -> str:
     """One line about an error, for the user."""
-    text = stripped(" ".join(str(error).split())) or type(error).__name__
+    text = shown(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ImportError):
         return f"MLflow cannot be imported ({text}): `{how_to_install('mlflow')}`"
     if any(sign in text for sign in ("Max retries exceeded", "Connection refused", "timed out", "Connection aborted")):

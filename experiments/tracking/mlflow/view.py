@@ -26,6 +26,7 @@ from ecotone.experiments.tracking.names import (
     pair_metrics,
     pairs_of,
 )
+from ecotone.populations.parsing import json_object
 from ecotone.populations.trial import Goal
 
 VIEW_TAG = "ecotone.view"  # a run's: which view shows it
@@ -94,7 +95,7 @@ def _value(goals: Sequence[Goal], held_out: Sequence[Names], pairs: int, now: in
 def _groups(present: str | None) -> list[list[str]] | None:
     """The held-out objectives that a view of this edition has charts for; None when there is none."""
     try:
-        ours = json.loads(present or "{}")["ecotone"]
+        ours = json_object(present or "{}", once=False, finite=False)["ecotone"]
         return list(ours["held_out"]) if ours["edition"] == EDITION else None
     except (ValueError, KeyError, TypeError):
         return None
