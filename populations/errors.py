@@ -73,7 +73,7 @@ _LINE = 2_000  # characters of a message's first line that are kept
 
 
 def text_of(error: BaseException) -> str:
-    """An exception's message without secrets, cut if it is long; of one whose ``__str__`` raises, a phrase that says so."""
+    """An exception's message without secrets, cut if it is long; a phrase where its ``__str__`` raises."""
     try:
         return shortened(stripped(str(error)))
     except BaseException as second:  # any code of the user's may stand there
