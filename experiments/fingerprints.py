@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import importlib.util
 import os
 import sys
@@ -265,9 +266,22 @@ def _may_be_users(top: str) -> bool:
 def _tree(file: Path) -> ast.AST | None:
     """The syntax tree of a file; None where it is none, as of compiled modules."""
     try:
-        return ast.parse(file.read_bytes())
+        with _uncollected():
+            return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError):
         return None
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection: Python before 3.13 raises SystemError when that runs code while a tree is made."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _imports(file: Path) -> Iterator[str]:

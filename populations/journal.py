@@ -465,7 +465,8 @@ class Journal:
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[Any]:
         with explained(self.path):
-            yield from self._connection.execute(query, values)
+            for row in self._connection.execute(query, values):  # `yield from` would close a cursor of a closed journal
+                yield row
 
     def _decoded(self, table: str, rows: Iterable[Any], made: Callable[..., Made]) -> Iterator[Made]:
         """What ``made`` makes of the values of each row after the first, which is its key.
