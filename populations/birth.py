@@ -39,7 +39,7 @@ def born(file: Path) -> bool:
     try:
         with contextlib.closing(connected(file, write=False)) as connection:
             return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
-    except sqlite3.Error:
+    except (sqlite3.Error, ValueError):  # of its bytes: they are damaged
         return True
 
 

@@ -53,7 +53,7 @@ class DamageError(Exception):
 
     def __init__(self, place: str, text: str, whole: int | None = None) -> None:
         self.place = place
-        self.text = text
+        self.text = text.split(" with text ")[0]  # SQLite's messages quote the bytes that they cannot read
         self.whole = whole
         super().__init__(f"{place}: {text}")
 
@@ -155,7 +155,7 @@ class _Links:
                 self.sums.append(unsigned(row[-1]))
                 self.prints.append(fingerprint(table, row[:at]))
                 self.tables.append(position)
-        except (TypeError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DamageError(table.place((key,)), f"a value is damaged ({error})") from error
         except sqlite3.Error as error:
             if not of_content(error):

@@ -128,7 +128,7 @@ def of_content(error: sqlite3.Error) -> bool:
 
 
 def _in_words(file: Path, error: sqlite3.Error) -> JournalError:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split(" with text ")[0].split())  # which quotes the bytes that cannot be read
     if "full" in text or "disk I/O" in text:
         return JournalError(f"{file}: the journal cannot be written ({text}).", _when_full(file))
     if any(word in text for word in _DAMAGE):

@@ -48,6 +48,7 @@ from ecotone.populations.sums import (
 
 Row = tuple[Any, ...]
 """The values of ``Table.columns``."""
+_UNREADABLE = (sqlite3.Error, TypeError, ValueError, OverflowError)  # what SQLite and its text may raise
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def saved(file: Path) -> Saved:
         OSError: The file cannot be read.
     """
     pile, seals = _Pile(), dict[str, Seal]()
-    with contextlib.suppress(sqlite3.Error, TypeError), contextlib.closing(connected(file, write=False)) as connection:
+    with contextlib.suppress(*_UNREADABLE), contextlib.closing(connected(file, write=False)) as connection:
         connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
         for table in (*CHAINED, *REPLACED):
             for stored in itertools.chain(_read(connection, table, "ASC"), _read(connection, table, "DESC")):
@@ -135,7 +136,7 @@ def saved(file: Path) -> Saved:
 def _read(connection: sqlite3.Connection, table: Table, direction: str) -> Iterator[Row]:
     """The rows of a table from one of its ends, as far as SQLite reads them."""
     order = ", ".join(f"{name} {direction}" for name in table.key)
-    with contextlib.suppress(sqlite3.Error, OverflowError):
+    with contextlib.suppress(*_UNREADABLE):
         yield from connection.execute(f"SELECT {', '.join(table.stored)} FROM {table.name} ORDER BY {order}")
 
 
