@@ -29,6 +29,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, TypeAlias
@@ -138,7 +139,7 @@ class Process:
 
     def __init__(self) -> None:
         self._before = [get() for get in _GETS]
-        self._functions = {owner.__name__: (owner, _functions(owner)) for owner in (nn.functional, torch, torch.Tensor)}
+        self._functions = _of_torch()
 
     def begin(self) -> None:
         """Settings that differ now are the caller's own: another thread has other modes."""
@@ -172,6 +173,12 @@ class Process:
             if state.get() != before:
                 raise SpoiledError(f"it left {state.name} at {state.get()!r} (it was {before!r})", _UNDO)
         return changes
+
+
+@cache
+def _of_torch() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Torch's functions and the methods of tensors as they were when the first worker was made, by their owner."""
+    return {owner.__name__: (owner, _functions(owner)) for owner in (nn.functional, torch, torch.Tensor)}
 
 
 def _functions(owner: Any) -> dict[str, Any]:

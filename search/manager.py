@@ -34,6 +34,7 @@ from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import Population
 from ecotone.populations.ranking import Leader
 from ecotone.populations.trial import Evaluation, Failure, Goal, Outcome, Scores, Trial, Wish, oriented
+from ecotone.search.fitting import Fitting
 from ecotone.search.protocol import SLACK, Search, numbered
 
 StopReason: TypeAlias = Literal["evaluations", "seconds", "converged", "drained"]
@@ -147,6 +148,7 @@ class Manager:
         self.front: ParetoFront = ParetoFront(goals)
         self.progress: Progress = Progress()
         self._leader = Leader(goals)
+        self._fitting = Fitting(goals)
         self._observe = observe
         self._clock = clock
         self._asked = 0  # trials
@@ -270,8 +272,9 @@ class Manager:
                 f"pool: batch {batch.number}: expected {len(own.trials)} evaluations, found {len(evaluations)}."
             )
         del self._out[batch.number]
+        evaluations = [self._fitting.fitted(*pair) for pair in zip(own.trials, evaluations, strict=True)]
         self.journal.arrived(zip(own.trials, evaluations, strict=True))
-        self._arrived[batch.number] = list(evaluations)
+        self._arrived[batch.number] = evaluations
         for trial, evaluation in zip(own.trials, evaluations, strict=True):
             if (failure := evaluation.failure) is not None:
                 fields = {"event": "trial_failed", "trial": trial.number, "kind": failure.kind}
@@ -423,9 +426,15 @@ class Manager:
         for batch in self._flying.values():
             if all(trial.number in ahead for trial in batch.trials):
                 self._arrived[batch.number] = [ahead[trial.number] for trial in batch.trials]
+                self._learn(batch)
             else:
                 self._unsubmitted.append(batch)
         self.progress.replayed = self.progress.told + sum(map(len, self._arrived.values()))
+
+    def _learn(self, batch: Batch) -> None:
+        """Know what recorded evaluations say of those to come."""
+        for trial, evaluation in zip(batch.trials, self._arrived[batch.number], strict=True):
+            self._fitting.learn(trial, evaluation)
 
     def _replay_ask(self, event: Event, recorded: list[tuple[int, str]]) -> None:
         batch = self._ask(event.requested)
@@ -451,6 +460,7 @@ class Manager:
                 "The journal is damaged: go on from a copy of it.",
             )
         self._arrived[batch.number] = [ahead.pop(number) for number in numbers]
+        self._learn(batch)
         self._tell(batch)
 
 
@@ -506,7 +516,7 @@ def measure(
         done |= _scored_already(journal, [genome for digest, genome in wanted.items() if digest not in done])
     missing = [Trial(i, wanted[digest], wants=wants) for i, digest in enumerate(d for d in wanted if d not in done)]
     chunks = [tuple(missing[i : i + batch]) for i in range(0, len(missing), batch)]
-    out = {number: Batch(number, trials) for number, trials in enumerate(chunks)}
+    out, fitting = {number: Batch(number, trials) for number, trials in enumerate(chunks)}, Fitting()
     for chunk in out.values():
         pool.submit(chunk)
     while out:
@@ -516,7 +526,8 @@ def measure(
                 continue  # it came before, or is of the search
             del out[own.number]
             with journal.transaction():
-                for trial, evaluation in zip(own.trials, evaluations, strict=True):
+                for trial, returned in zip(own.trials, evaluations, strict=True):
+                    evaluation = fitting.fitted(trial, returned)
                     journal.measured(trial.genome, wants, evaluation)
                     done[trial.genome.digest] = evaluation
     return done
