@@ -686,11 +686,11 @@ def test_a_resumed_run_keeps_what_its_trials_depend_on(ecotone: Ecotone, finishe
 def test_a_resumed_run_refuses_other_weights(ecotone: Ecotone, tmp_path: Path) -> None:
     ecotone("run", toy_recipe(tmp_path), "--out", tmp_path / "run")
     shutil.copy(tmp_path / "left.safetensors", tmp_path / "right.safetensors")
-    in_words(
-        ecotone("resume", tmp_path / "run", "--set", "budget.evaluations=90"),
-        "their weights are not those that the run began with",
-    )
+    resume = ("resume", tmp_path / "run", "--set", "budget.evaluations=90")
+    told = "models.experts[1]: right.safetensors has changed since the run began"
+    in_words(ecotone(*resume), told)
     assert ecotone("status", tmp_path / "run", "--json").json["evaluations"] == 60
+    in_words(ecotone("export", tmp_path / "run", "--to", tmp_path / "best"), told)
 
 
 # -- export and verify ---------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class Results:
             self._jobs.raised(member.drop_oldest(self._clock()), error)
             self._take_from(member, answered)
 
-    def _not_opened(self, member: Member, error: EcotoneError) -> None:
+    def _not_opened(self, member: Member, error: Exception) -> None:
         """Go on without a worker that cannot be used, if there are others.
 
         Raises:
