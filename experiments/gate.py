@@ -18,6 +18,7 @@ from ecotone.experiments.trust import (
     Standing,
     admit,
     inner,
+    links,
     not_given,
     of_recipe,
     of_trackers,
@@ -67,6 +68,7 @@ def resumable(
     named = [
         *of_recipe(record, folder, runtime="runtime.address" not in settings),
         *of_trackers(not_given({**recorded_trackers(record), **trackers_of(journal)}, settings), folder),
+        *links(folder),
     ]
     return admit(where, named, trust, notify, _older(where))
 
@@ -118,7 +120,11 @@ def sendable(
     recorded = recorded_trackers({**record, "tracking": {**inner(record, "tracking"), "mlflow": True}})
     return admit(
         where,
-        [*of_trackers(not_given(recorded, given), directory), *of_trackers(not_given(chosen, given), directory)],
+        [
+            *of_trackers(not_given(recorded, given), directory),
+            *of_trackers(not_given(chosen, given), directory),
+            *links(directory),
+        ],
         trust,
         notify,
         _older(where),

@@ -24,7 +24,6 @@ from urllib.request import urlopen
 
 import ecotone
 from ecotone.experiments import marks
-from ecotone.experiments.trust import admit
 from ecotone.extras import how_to_install
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
 
@@ -370,6 +369,8 @@ def _former(job: Job, trust: bool) -> Path | None:
     if not job.folder or not folder.is_dir():
         return None
     if not job.own and folder.resolve() != travelling(Path.cwd()).resolve():
+        from ecotone.experiments.trust import admit  # imports the recipe's classes
+
         named = [f"folder is sent to the cluster: {folder}"]
         admit(f"the cluster's job {job.id}", named, trust, remedy="Or name the folder to send: --folder DIR.")
     return folder

@@ -596,6 +596,21 @@ def test_a_journals_server_gets_no_request_and_no_token(
     assert server.asked == []
 
 
+def test_nothing_is_written_through_a_strangers_links(theirs: Path, tmp_path: Path, ecotone: Ecotone) -> None:
+    (tmp_path / "mine").write_text("mine")
+    for name in ("ui.log", "log.jsonl", "tracking.log"):
+        (theirs / name).unlink(missing_ok=True)
+        (theirs / name).symlink_to(tmp_path / "mine")
+    (theirs / "inside").symlink_to(theirs / JOURNAL)
+    for command in ("ui", "sync", "resume"):
+        if command == "ui":
+            (theirs / "tracking.json").write_text(json.dumps({"mlflow": {"uri": "sqlite:///x", "run_id": "a"}}))
+        said = ecotone(command, theirs)
+        refused(said, f"ui.log is a link to {tmp_path / 'mine'}", "log.jsonl is a link", "tracking.log is a link")
+        assert "inside is a link" not in said.err
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_tracker_that_is_off_is_asked_about_too(theirs: Path, server: Server, ecotone: Ecotone) -> None:
     recipe = recipe_of(theirs)
     recipe["tracking"] |= {"mlflow": False, "uri": server.url}
