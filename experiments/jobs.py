@@ -369,9 +369,9 @@ def _former(job: Job, trust: bool) -> Path | None:
     if not job.folder or not folder.is_dir():
         return None
     if not job.own and folder.resolve() != travelling(Path.cwd()).resolve():
-        from ecotone.experiments.trust import admit  # imports the recipe's classes
+        from ecotone.experiments.trust import admit, plain  # imports the recipe's classes
 
-        named = [f"folder is sent to the cluster: {folder}"]
+        named = [f"folder is sent to the cluster: {plain(str(folder))}"]
         admit(f"the cluster's job {job.id}", named, trust, remedy="Or name the folder to send: --folder DIR.")
     return folder
 

@@ -537,9 +537,13 @@ def test_no_request_goes_to_the_url_in_a_strangers_storage_json(theirs: Path, tm
     assert said.json["directory"] == str(theirs)
     for command in ("front", "compare", "status"):
         assert ecotone(command, theirs).code == 0
-    refused(ecotone("resume", theirs), f"storage.json has the run fetched from {url}, and written there")
+    for words in ([], ["--trust"]):  # the run there is another one, which nobody has looked at
+        said = ecotone("resume", theirs, *words)
+        assert said.code == 1
+        assert f"it says that it stands for {url}. Nothing was asked there." in said.err
+        assert "give the URL itself" in said.err
     with pytest.raises(UntrustedError):
-        resume(theirs)
+        resume(theirs, trust=True)
     assert Asked.times == 0
     assert not (tmp_path / "bucket").exists()
 
