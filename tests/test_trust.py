@@ -9,6 +9,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import torch
 import yaml
 from fsspec.implementations.local import LocalFileSystem
 from processes import Ecotone, Said
@@ -32,6 +34,7 @@ from ecotone.experiments.runs import JOURNAL, Run
 from ecotone.experiments.tracking import following, notes
 from ecotone.experiments.tracking.mlflow import store
 from ecotone.experiments.trust import UntrustedError
+from ecotone.fitness.statistics.cache import Cache
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.facts import Note
@@ -654,6 +657,15 @@ def test_an_mlflow_run_leads_to_a_url_by_this_users_mark_alone(tmp_path: Path, m
     with pytest.raises(tracking.TrackingError):
         tracking.find_run_dir("a" * 32, "http://x")
     assert Asked.times == 0
+
+
+def test_statistics_that_a_journal_names_lie_in_the_cache_alone(tmp_path: Path) -> None:
+    tensors = {"layer": torch.ones(3)}
+    kept = Cache(tmp_path / "cache").write("key", tensors, {})
+    (tmp_path / "other.safetensors").write_bytes((tmp_path / "cache" / "key.safetensors").read_bytes())
+    assert Cache(tmp_path / "cache").holds(kept)
+    for key in ("../other", str(tmp_path / "other")):
+        assert not Cache(tmp_path / "cache").holds(replace(kept, key=key))
 
 
 # -- jobs ----------------------------------------------------------------------------------------------------
