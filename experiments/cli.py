@@ -189,7 +189,7 @@ def resume(
         cluster = f"A run on a cluster: `ecotone resume {shlex.quote(run)} --address http://HEAD:8265`."
         raise JournalError(error.message, f"{error.remedy} {cluster}") from error
     changes = changes_of(settings, workers, address)
-    check_claim(found.where, trust)
+    check_claim(found.where)
     with found.journal() as journal:
         resumable(journal, found.where, changes, trust)  # what is trusted is told when the run goes on
         recorded, written_by = journal.fact(facts.RECIPE) or {}, wrote(journal)

@@ -16,8 +16,10 @@ from ecotone.experiments.tracking.notes import noted, own_notes
 from ecotone.experiments.tracking.subject import trackers_of
 from ecotone.experiments.trust import (
     Standing,
+    UntrustedError,
     admit,
     inner,
+    links,
     not_given,
     of_recipe,
     of_trackers,
@@ -30,20 +32,25 @@ from ecotone.populations.journal import Journal
 Notify: TypeAlias = Callable[[str], None]
 
 
-def check_claim(where: str | Path, trust: bool) -> None:
+def check_claim(where: str | Path) -> None:
     """Refuse a directory that says it stands for a URL, but not with this user's mark.
+
+    What would go on is the run at that URL, which nobody has looked at. So the user is to give the URL, and no
+    ``--trust`` takes its place.
 
     Args:
         where: A run directory, or a URL, which is the user's own word.
-        trust: Whether the user trusts it.
 
     Raises:
-        UntrustedError: It names a URL, and is not trusted.
+        UntrustedError: It names a URL without a mark.
     """
     url = None if storage.is_url(str(where)) else storage.claimed_url(where)
     if url is not None:
-        named = [f"{storage.HOME} has the run fetched from {url}, and written there"]
-        admit(str(where), named, trust, remedy=f"Or give the URL itself in place of {where}.")
+        raise UntrustedError(
+            f"{where}: it was made elsewhere, as its {storage.HOME} bears no mark of yours, and it says that it stands "
+            f"for {plain(url)}. Nothing was asked there.",
+            f"If you trust that place, give the URL itself. To go on with the files here, remove {storage.HOME}.",
+        )
 
 
 def resumable(
@@ -67,6 +74,7 @@ def resumable(
     named = [
         *of_recipe(record, folder, runtime="runtime.address" not in settings),
         *of_trackers(not_given({**recorded_trackers(record), **trackers_of(journal)}, settings), folder),
+        *links(folder),
     ]
     return admit(where, named, trust, notify, _older(where))
 
@@ -118,7 +126,11 @@ def sendable(
     recorded = recorded_trackers({**record, "tracking": {**inner(record, "tracking"), "mlflow": True}})
     return admit(
         where,
-        [*of_trackers(not_given(recorded, given), directory), *of_trackers(not_given(chosen, given), directory)],
+        [
+            *of_trackers(not_given(recorded, given), directory),
+            *of_trackers(not_given(chosen, given), directory),
+            *links(directory),
+        ],
         trust,
         notify,
         _older(where),

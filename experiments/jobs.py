@@ -27,7 +27,6 @@ import ecotone
 from ecotone.experiments import marks
 from ecotone.experiments.keeping import texts_in
 from ecotone.experiments.recipe import parse_settings
-from ecotone.experiments.trust import admit
 from ecotone.extras import how_to_install
 from ecotone.populations import credentials
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
@@ -407,7 +406,9 @@ def _former(job: Job, trust: bool) -> Path | None:
     if not job.folder or not folder.is_dir():
         return None
     if not job.own and folder.resolve() != travelling(Path.cwd()).resolve():
-        named = [f"folder is sent to the cluster: {folder}"]
+        from ecotone.experiments.trust import admit, plain  # imports the recipe's classes
+
+        named = [f"folder is sent to the cluster: {plain(str(folder))}"]
         admit(f"the cluster's job {job.id}", named, trust, remedy="Or name the folder to send: --folder DIR.")
     return folder
 

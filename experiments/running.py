@@ -144,9 +144,9 @@ def resume(
         KeyboardInterrupt: Stopped again.
     """
     where, given = run.where if isinstance(run, Run) else run, settings or {}
-    gate.check_claim(where, trust)
+    gate.check_claim(where)
     with (
-        storage.opened(where, new=False, notify=notify, trust=trust) as place,
+        storage.opened(where, new=False, notify=notify) as place,
         Journal.open(place.directory / JOURNAL, write=True) as journal,
     ):
         check_search(journal, place.where)

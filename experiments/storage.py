@@ -710,20 +710,19 @@ class _DistantPlace(Place):
 
 
 @contextlib.contextmanager
-def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None, trust: bool = False) -> Iterator[Place]:
+def opened(where: str | Path, *, new: bool, notify: Notify = lambda text: None) -> Iterator[Place]:
     """A place to write a run in. Nobody else can write it meanwhile.
 
     Args:
         where: The run directory: a path, or a URL. A path that is the working directory of a URL stands for it.
         new: Whether the run begins. A run that goes on is fetched, unless its working directory here is as new.
         notify: Called with a sentence when something takes a while.
-        trust: Whether a path stands for the URL that its ``storage.json`` names even without this user's mark.
 
     Raises:
         StorageError: The URL cannot be read or written, another manager has the run, or there is (not) a run there.
         JournalError: Another process of this machine has the run.
     """
-    url = str(where) if is_url(str(where)) else url_of(where) or (claimed_url(where) if trust else None)
+    url = str(where) if is_url(str(where)) else url_of(where)
     if url is None:
         _close_off(Path(where))
         yield Place(Path(where), str(where))

@@ -142,6 +142,13 @@ def recorded_trackers(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"mlflow": {"uri": tracking.get("uri")}, **others}
 
 
+def links(folder: Path) -> list[str]:
+    """The links in a record's own folder that lead out of it, a line each: logs and notes would be written there."""
+    with os.scandir(folder) as entries:
+        found = sorted(entry.path for entry in entries if entry.is_symlink() and not _inside(entry.path, folder))
+    return [f"{plain(Path(link).name)} is a link to {plain(os.path.realpath(link))}" for link in found]
+
+
 def not_given(trackers: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
     """Trackers without the settings that the user gives now, by dotted name: those are the user's own act.
 

@@ -466,8 +466,8 @@ class Journal:
     def _rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[Any]:
         with explained(self.path):
             # Not `yield from`: it would touch the cursor when an unfinished generator goes after the journal is closed.
-            for row in self._connection.execute(query, values):
-                yield row  # noqa: UP028
+            for row in self._connection.execute(query, values):  # noqa: UP028
+                yield row
 
     def _decoded(self, table: str, rows: Iterable[Any], made: Callable[..., Made]) -> Iterator[Made]:
         """What ``made`` makes of the values of each row after the first, which is its key.

@@ -101,6 +101,8 @@ def test_on_aws_runs_on_the_head_outlive_its_container() -> None:
     host, inside = words[words.index("--volume") + 1].split(":")
     assert inside == HOME_RUNS.replace("~", "/home/ray")
     assert host.startswith(f"/home/{user}/")
+    variable, _, key = words[words.index("--env") + 1].partition("=")
+    assert (variable, str(Path(key).parent)) == ("ECOTONE_KEY_FILE", inside)
     assert record["initialization_commands"] == [f"mkdir -p {host}"]
 
 

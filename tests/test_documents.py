@@ -10,7 +10,15 @@ import pytest
 from ecotone.experiments.plugins import registries
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/operations.md", "docs/glossary.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/operations.md",
+    "docs/glossary.md",
+    "docs/security.md",
+    "SECURITY.md",
+)
 PLACE = re.compile(
     r"`((?:experiments|search|fitness|merging|populations|ecotone|tests|deploy|docs|benchmarks)/[\w./-]+)`"
 )

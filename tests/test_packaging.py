@@ -71,7 +71,10 @@ class Installed:
         return found
 
     def environment(self, **variables: str) -> dict[str, str]:
-        kept = ("HOME", "TMPDIR", "ECOTONE_CACHE", "HF_HUB_OFFLINE", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        kept = (
+            *("HOME", "TMPDIR", "ECOTONE_CACHE", "ECOTONE_KEY_FILE"),
+            *("HF_HUB_OFFLINE", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
+        )
         own = {name: os.environ[name] for name in kept if name in os.environ}
         return {"PATH": "/usr/bin:/bin", **own, **same_arithmetic(), **variables}
 

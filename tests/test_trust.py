@@ -9,6 +9,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import torch
 import yaml
 from fsspec.implementations.local import LocalFileSystem
 from processes import Ecotone, Said
@@ -32,6 +34,7 @@ from ecotone.experiments.runs import JOURNAL, Run
 from ecotone.experiments.tracking import following, notes
 from ecotone.experiments.tracking.mlflow import store
 from ecotone.experiments.trust import UntrustedError
+from ecotone.fitness.statistics.cache import Cache
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.facts import Note
@@ -537,9 +540,13 @@ def test_no_request_goes_to_the_url_in_a_strangers_storage_json(theirs: Path, tm
     assert said.json["directory"] == str(theirs)
     for command in ("front", "compare", "status"):
         assert ecotone(command, theirs).code == 0
-    refused(ecotone("resume", theirs), f"storage.json has the run fetched from {url}, and written there")
+    for words in ([], ["--trust"]):  # the run there is another one, which nobody has looked at
+        said = ecotone("resume", theirs, *words)
+        assert said.code == 1
+        assert f"it says that it stands for {url}. Nothing was asked there." in said.err
+        assert "give the URL itself" in said.err
     with pytest.raises(UntrustedError):
-        resume(theirs)
+        resume(theirs, trust=True)
     assert Asked.times == 0
     assert not (tmp_path / "bucket").exists()
 
@@ -596,6 +603,21 @@ def test_a_journals_server_gets_no_request_and_no_token(
     assert server.asked == []
 
 
+def test_nothing_is_written_through_a_strangers_links(theirs: Path, tmp_path: Path, ecotone: Ecotone) -> None:
+    (tmp_path / "mine").write_text("mine")
+    for name in ("ui.log", "log.jsonl", "tracking.log"):
+        (theirs / name).unlink(missing_ok=True)
+        (theirs / name).symlink_to(tmp_path / "mine")
+    (theirs / "inside").symlink_to(theirs / JOURNAL)
+    for command in ("ui", "sync", "resume"):
+        if command == "ui":
+            (theirs / "tracking.json").write_text(json.dumps({"mlflow": {"uri": "sqlite:///x", "run_id": "a"}}))
+        said = ecotone(command, theirs)
+        refused(said, f"ui.log is a link to {tmp_path / 'mine'}", "log.jsonl is a link", "tracking.log is a link")
+        assert "inside is a link" not in said.err
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_tracker_that_is_off_is_asked_about_too(theirs: Path, server: Server, ecotone: Ecotone) -> None:
     recipe = recipe_of(theirs)
     recipe["tracking"] |= {"mlflow": False, "uri": server.url}
@@ -635,6 +657,15 @@ def test_an_mlflow_run_leads_to_a_url_by_this_users_mark_alone(tmp_path: Path, m
     with pytest.raises(tracking.TrackingError):
         tracking.find_run_dir("a" * 32, "http://x")
     assert Asked.times == 0
+
+
+def test_statistics_that_a_journal_names_lie_in_the_cache_alone(tmp_path: Path) -> None:
+    tensors = {"layer": torch.ones(3)}
+    kept = Cache(tmp_path / "cache").write("key", tensors, {})
+    (tmp_path / "other.safetensors").write_bytes((tmp_path / "cache" / "key.safetensors").read_bytes())
+    assert Cache(tmp_path / "cache").holds(kept)
+    for key in ("../other", str(tmp_path / "other")):
+        assert not Cache(tmp_path / "cache").holds(replace(kept, key=key))
 
 
 # -- jobs ----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Cache:
     def _whole(self, key: str) -> dict[str, Tensor] | None:
         """The tensors under ``key``; None unless the file is as it was written."""
         file = self.file(key)
-        if not file.exists():
+        if file.name != f"{key}.safetensors" or not file.exists():  # a journal from elsewhere may name any path
             return None
         try:
             tensors = load_file(file)
