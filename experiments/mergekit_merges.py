@@ -50,10 +50,13 @@ def evolution_of(record: Mapping[str, Any], place: Path) -> tuple[dict[str, Any]
             f"{place}: models: expected a list of models, found {'slices' if 'slices' in record else repr(models)}.",
             "Merges of slices are no merges of whole models, and are not read.",
         )
-    shared = record.get("parameters") or {}
-    settings = {
-        str(one.get("model")): (one.get("parameters") or {}).get("weight", shared.get("weight")) for one in models
-    }
+    shared = _parameters(record, f"{place}: parameters")
+    settings = {}
+    for number, one in enumerate(models):
+        if not isinstance(one.get("model"), str):
+            raise InputError(f"{place}: models[{number}]: model: expected text, found {one.get('model')!r}.")
+        own = _parameters(one, f"{place}: models[{number}]: parameters")
+        settings[one["model"]] = own.get("weight", shared.get("weight"))
     for model, setting in settings.items():
         _check(setting, f"{place}: models: {model}: weight")
     filters = tuple(
@@ -110,6 +113,14 @@ def _searched(
     return {"genome": genome, **rest}, Chosen(held, filters, bool(frozen[-1]), start)
 
 
+def _parameters(part: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """The parameters of a merge or of a model in it."""
+    found = part.get("parameters") or {}
+    if not isinstance(found, Mapping):
+        raise InputError(f"{place}: expected a mapping, found {found!r}.")
+    return found
+
+
 def _value(setting: Any, name: str) -> float:
     found = documented(setting, name)
     return np.nan if found is None else found
@@ -119,7 +130,10 @@ def _check(setting: Any, place: str) -> None:
     entries = setting if isinstance(setting, list) else []
     plain = setting is None or isinstance(setting, int | float | list)
     if not plain or not all(
-        isinstance(entry, Mapping) and isinstance(entry.get("value"), int | float) for entry in entries
+        isinstance(entry, Mapping)
+        and isinstance(entry.get("value"), int | float)
+        and isinstance(entry.get("filter"), str | None)
+        for entry in entries
     ):
         raise InputError(
             f"{place}: expected a number, or filters with a number each, found {setting!r}.",

@@ -265,14 +265,15 @@ def _matters(field: str, records: Sequence[Fields]) -> bool:
 def _rope_ignores_length(record: Fields, beside: str) -> bool:
     """Whether positions are rotary ones that do not depend on the longest input."""
     rope = [name for name in record if name.startswith(f"{beside}rope_") or name == f"{beside}rotary_emb_base"]
-    kinds = {record[name] for name in rope if name.rpartition(".")[2] in ("rope_type", "type")}
+    kinds = {_single(record[name]) for name in rope if name.rpartition(".")[2] in ("rope_type", "type")}
     return bool(rope) and kinds <= _STATELESS_ROPE
 
 
 def _is_decoder(record: Fields) -> bool:
     """Whether it is a language model without an encoder of text: no result of one depends on its padding."""
-    kinds = record.get("architectures") or [""]
-    return str(kinds[0]).endswith(("ForCausalLM", "ForConditionalGeneration")) and not record.get("is_encoder_decoder")
+    kinds = record.get("architectures")
+    first = kinds[0] if isinstance(kinds, list) and kinds else ""
+    return str(first).endswith(("ForCausalLM", "ForConditionalGeneration")) and not record.get("is_encoder_decoder")
 
 
 def _filled(configs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -385,7 +386,12 @@ def _equal(field: str, ours: Any, theirs: Any) -> bool:
 
 
 def _ids(value: Any) -> set[Any]:
-    return set(value) if isinstance(value, list) else {value}
+    return {_single(one) for one in value} if isinstance(value, list) else {_single(value)}
+
+
+def _single(value: Any) -> Any:
+    """A value that can be in a set: lists and mappings, which no such field holds, as text."""
+    return value if isinstance(value, str | int | float | None) else repr(value)
 
 
 def _flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

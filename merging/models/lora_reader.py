@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from ecotone.merging.models.lora_names import Spot, Target, Targets
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Place, Scattered
 from ecotone.merging.models.ties import OUTPUT_EMBEDDINGS, tied, tied_embedding
-from ecotone.populations.errors import CheckpointError, nearest
+from ecotone.populations.errors import CheckpointError, nearest, shown
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.[^.]+)*")
@@ -102,6 +102,7 @@ def settings_of(place: Path, names: Iterable[str] = ()) -> dict[str, Any]:
     """
     config = json_object(place / ADAPTER_CONFIG, "Download or save the adapter again.")
     names = list(names)
+    _check_fields(place / ADAPTER_CONFIG, config)
     _refuse_other_programs(place, names)
     kind, start = config.get("peft_type"), str(config.get("init_lora_weights")).lower()
     if kind in _WITHOUT_WEIGHTS:
@@ -129,6 +130,56 @@ def settings_of(place: Path, names: Iterable[str] = ()) -> dict[str, Any]:
             )
         raise refused(place, reason, config, names)
     return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e30
+
+
+def _fits_as_pattern(pattern: Any) -> bool:
+    """Whether a text is a regular expression that ends soon: it repeats little, and nothing that repeats itself."""
+    if not isinstance(pattern, str) or len(pattern) > 1000 or re.search(r"\)[*+{]", pattern):
+        return False
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(re.findall(r"(?<!\\)[*+{]", pattern)) <= 4
+
+
+def _are_patterns(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_fits_as_pattern, value)) and all(map(_is_number, value.values()))
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _are_indices(value: Any) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(one, list) and all(type(index) is int for index in one) for one in lists)
+
+
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_number, "a number"),
+    "lora_alpha": (_is_number, "a number"),
+    "rank_pattern": (_are_patterns, "numbers by simple regular expressions"),
+    "alpha_pattern": (_are_patterns, "numbers by simple regular expressions"),
+    "target_parameters": (_are_texts, "a list of names"),
+    "trainable_token_indices": (_are_indices, "a list of numbers, or such lists by name"),
+    "base_model_name_or_path": (lambda value: isinstance(value, str), "text"),
+}
+"""What the fields that are read may hold, and the same in words; null stands for none."""
+
+
+def _check_fields(file: Path, config: Mapping[str, Any]) -> None:
+    for field, (fits, expected) in _FIELDS.items():
+        value = config.get(field)
+        if value is not None and not fits(value):
+            raise CheckpointError(
+                f"{file}: {field}: expected {expected}, found {shown(repr(value), 100)}.",
+                "Download or save the adapter again.",
+            )
 
 
 def read(place: Path, base: Model, stored: Weights, settings: Mapping[str, Any]) -> Changes:
@@ -169,6 +220,8 @@ def refused(place: Path, reason: str, settings: Mapping[str, Any], names: Iterab
             f"from peft import PeftModel as P; from transformers import {whole} as M; "
             f"m = P.from_pretrained(M.from_pretrained('{base or 'its base'}'), '{place}')"
         )
+    if not re.fullmatch(r"[\w./:@~+ -]*", str(base or "")):
+        return _not_plain(place, reason, _ITS_PROGRAM)  # a shell or Python might read the name as more than a name
     command = f"{load}; m.merge_and_unload().save_pretrained('{place.name}-merged')"
     return _not_plain(place, reason, f'Merge it into its base and give the result: python -c "{command}"')
 
