@@ -32,12 +32,22 @@ from ecotone.search.designs import sobol
 from ecotone.search.gaussian import SHAPE, GaussianProcess, Inputs, Paths
 from ecotone.search.kinds import Context, Pair
 from ecotone.search.protocol import Search, trial_rng
-from ecotone.search.surrogates import Link, SurrogateSettings, checked_links, features, minimum, must_vary
+from ecotone.search.surrogates import (
+    Link,
+    SurrogateSettings,
+    checked_links,
+    features,
+    flat,
+    minimum,
+    tamed,
+    warnings_of,
+)
 
 Acquisition: TypeAlias = Literal["hypervolume", "bins"]
 Singles: TypeAlias = NDArray[np.float32]
 
 LARGEST = 32  # coefficients beyond which a quadratic with a few hundred evaluations says nothing
+AGAIN = 1  # designs that are added while an objective is the same at all points
 REMEMBERED = 400  # evaluations a model is conditioned on: most of them of the best ranks
 CLIP = 0.005  # how near to 0 or 1 a share of solved examples is taken at its word
 EXAMPLES = 300.0  # about how many examples a share is of; how noisy it is, is learned
@@ -103,6 +113,9 @@ class BayesianMap:
     bounded however much was told: 8 points take about 0.2 s in three variables, 1 s in 16. A failed candidate counts
     as the worst score seen of each objective, so that the search leaves its neighbourhood.
 
+    While an objective is the same at all points, no more is proposed than even points, up to as many again as the
+    design has. An objective that is still the same guides nothing, and the report says so; if all are, the search ends.
+
     Args:
         box: The bounds of the coefficients.
         goals: The M objectives, two at least.
@@ -156,6 +169,7 @@ class BayesianMap:
         self._points: list[Floats] = []  # told, in the order they were
         self._scores: list[Floats] = []  # (M,) each, in the objectives' units; NaN where the candidate failed
         self._logs: Floats | None = None  # (M, E+4) hyperparameters of the latest models
+        self._varied = False  # whether some objective is known to differ between points
 
     def _check(self) -> None:
         size, objectives = self.box.size, len(self.goals)
@@ -179,7 +193,9 @@ class BayesianMap:
 
     @property
     def done(self) -> bool:
-        """True when the front has stopped growing and nothing is in flight."""
+        """True when the front has stopped growing, or never began to, and nothing is in flight."""
+        if self._is_hopeless():
+            return not self._flying
         patience = self.settings.patience
         if patience is None or self._flying or len(self._points) < self.design + patience:
             return False
@@ -191,10 +207,13 @@ class BayesianMap:
         return float(volumes.max(axis=0).mean()) <= (1.0 + self.settings.tolerance) * before
 
     def ask(self, n: int) -> list[Trial]:
-        """Up to ``n`` points: of the design, or proposed; none while the first half of the design is unknown."""
+        """Up to ``n`` points: of the design, or proposed; none while the first half of the design is unknown.
+
+        None either once all objectives have been the same for too long.
+        """
         if self._next < self.design:
             points = self._opening[self._next : self._next + n]
-        elif 2 * (self._next - len(self._flying)) < self.design:
+        elif 2 * (self._next - len(self._flying)) < self.design or self._is_hopeless():
             return []
         else:
             with threadpool_limits(limits=1, user_api="blas"):  # as in the manager: the same bits, and faster
@@ -236,7 +255,8 @@ class BayesianMap:
         """The errors of the models, as plain values.
 
         By objective: its ``links``, the root mean squared ``leave_one_out`` error in score units, and ``residual``, the
-        share of the variance that the model expects beyond the quadratic's.
+        share of the variance that the model expects beyond the quadratic's. ``warnings`` name objectives that guided
+        nothing.
         """
         names = [goal.name for goal in self.goals]
         head = {"algorithm": "bayesian_map", "objectives": names, "design": list(range(min(self.design, self._next)))}
@@ -247,11 +267,25 @@ class BayesianMap:
         left_out = [link.forward(model.left_out) for link, model in zip(links, models, strict=True)]
         errors = np.sqrt(np.mean((np.array(left_out).T - known.raw) ** 2, axis=0))
         parts = np.array([np.exp(model.logs[:SHAPE]) for model in models])
-        return head | {
-            "links": {name: link.name for name, link in zip(names, links, strict=True)},
-            "leave_one_out": dict(zip(names, errors.tolist(), strict=True)),
-            "residual": dict(zip(names, (parts[:, -1] / parts.sum(axis=1)).tolist(), strict=True)),
-        }
+        told = np.array(self._scores).reshape(-1, len(names))
+        reasons = flat(told[np.isfinite(told).all(axis=1)], self.goals)
+        return (
+            head
+            | ({"warnings": warnings_of(reasons)} if reasons else {})
+            | {
+                "links": {name: link.name for name, link in zip(names, links, strict=True)},
+                "leave_one_out": dict(zip(names, errors.tolist(), strict=True)),
+                "residual": dict(zip(names, (parts[:, -1] / parts.sum(axis=1)).tolist(), strict=True)),
+            }
+        )
+
+    def _is_hopeless(self) -> bool:
+        """Whether all objectives are the same at all points, of the design and of those that were added to it."""
+        if self._varied or len(self._points) < (1 + AGAIN) * self.design:
+            return False
+        raw = self._known().raw
+        self._varied = not len(raw) or len(flat(raw, self.goals)) < len(self.goals)
+        return not self._varied
 
     # -- proposing ---------------------------------------------------------------------------------------
 
@@ -259,7 +293,7 @@ class BayesianMap:
         """(n, D) new points: even ones while there is nothing to learn from."""
         rng = trial_rng(self.seed, self._next)
         known = self._known()
-        if len(known.points) < 2:
+        if len(known.points) < 2 or self._is_blind(known):
             return self.box.low + (self.box.high - self.box.low) * sobol(n, self.box.size, rng)
         if self.settings.acquisition == "bins":
             return Bins(self.box, known, self._chosen(known)).points(n, rng)
@@ -269,11 +303,13 @@ class BayesianMap:
             volume.add(drawn(np.array(list(self._flying.values()))))
         return self._picked(n, drawn, volume, known, rng)
 
+    def _is_blind(self, known: Known) -> bool:
+        """Whether an objective is the same at all points, which even ones may change."""
+        enough = len(known.points) >= minimum(self.box.size)
+        return enough and len(self._points) < (1 + AGAIN) * self.design and bool(flat(known.raw, self.goals))
+
     def _drawn(self, known: Known, rng: np.random.Generator) -> Drawn:
         """Functions drawn of the model of each objective; keeps the hyperparameters for the next proposal."""
-        if len(known.points) >= minimum(self.box.size):
-            for goal, raw in zip(self.goals, known.raw.T, strict=True):
-                must_vary(raw, goal.name)
         models = self._models(known)
         self._logs = np.array([model.logs for model in models])
         functions = [model.paths(self.settings.paths, FEATURES, rng) for model in models]
@@ -348,7 +384,7 @@ class BayesianMap:
         that the models do not forget where scores are poor.
         """
         most = most or REMEMBERED
-        raw = np.array(self._scores).reshape(-1, len(self.goals))
+        raw = tamed(np.array(self._scores).reshape(-1, len(self.goals)))
         failed = np.isnan(raw).any(axis=1)
         signs = np.array([goal.sign for goal in self.goals])
         if failed.all():
@@ -383,7 +419,7 @@ class BayesianMap:
 
     def _worst_of_models(self, known: Known) -> Floats:
         """(M,) oriented scores that each of the models alone reaches, as far as they are told; 0 for shares else."""
-        points, scores = np.array(self._points), np.array(self._scores)
+        points, scores = np.array(self._points), tamed(np.array(self._scores))
         alone = (points[:, None] == self._alone).all(axis=2).any(axis=1)
         scores = known.signs * scores[alone & np.isfinite(scores).all(axis=1)]
         return np.asarray(scores.min(axis=0)) if len(scores) else np.zeros(len(self.goals))

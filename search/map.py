@@ -34,7 +34,16 @@ from ecotone.search.designs import design as planned
 from ecotone.search.kinds import Context, Pair
 from ecotone.search.protocol import Search
 from ecotone.search.simplex import lattice
-from ecotone.search.surrogates import Link, Quadratic, SurrogateSettings, checked_links, minimum, must_vary
+from ecotone.search.surrogates import (
+    Link,
+    Quadratic,
+    SurrogateSettings,
+    checked_links,
+    flat,
+    minimum,
+    tamed,
+    warnings_of,
+)
 
 Predict: TypeAlias = Callable[[Floats], Floats]  # (N, D) points to (N, M) oriented scores
 
@@ -42,6 +51,7 @@ FRONT = 20  # members of the predicted front evaluated where there is no budget 
 GENERATIONS = 50  # of NSGA-III
 FILLING = 18  # rounds of filling the gaps that it leaves
 LARGEST = 1000  # coefficients a surrogate may have
+LARGEST_GAP = 1e150  # between what is predicted and measured; the square of a larger one is no number
 OPTIMISER = 2_654_435_769  # spawn key of the optimiser's generator, with the number of its first trial
 
 
@@ -86,7 +96,9 @@ class MapSearch:
     """Plain MAP: a design, surrogates, their front, and the members of that front that are evaluated.
 
     Failed points of the design are left out. When fewer than (D+1)(D+2)/2 points remain, points drawn evenly replace
-    them. Members of the front are scored in an order that is well spread wherever it is cut, so a larger budget
+    them. While an objective is the same at all points, more are drawn evenly, up to as many again as the design has, or
+    to half of what is left of the budget. One that is still the same guides nothing, and the report says so.
+    Members of the front are scored in an order that is well spread wherever it is cut, so a larger budget
     continues where a smaller one stopped.
 
     Args:
@@ -144,6 +156,7 @@ class MapSearch:
         self.generations, self.filling = generations, filling
         rest = FRONT if evaluations is None else evaluations - self.samples
         self.front: int = rest if settings.front is None else settings.front
+        self._again = min(self.samples, max(0, rest // 2))  # the most points to add to the design
         first = box.inside(starts)
         self._design = np.vstack([first, planned(settings.design, self.samples, box, seed, seeds)])
         self._points: list[Floats] = []  # by trial number
@@ -208,7 +221,10 @@ class MapSearch:
         elif self._chosen is not None:
             yield from self._chosen[asked - self._measured :]
         elif len(self._scores) == asked:
-            missing = minimum(self.box.size) - sum(scores is not None for scores in self._scores.values())
+            known = np.array([scores for scores in self._scores.values() if scores is not None])
+            missing = minimum(self.box.size) - len(known)
+            if missing <= 0 and flat(known, self.goals):
+                missing = len(self._design) + self._again - asked
             if missing > 0:
                 yield from (self.box.draw(self.seed, asked + i) for i in range(missing))
             else:
@@ -221,8 +237,6 @@ class MapSearch:
             numbers = [n for n in range(self._measured) if self._scores[n] is not None]
             points = np.array([self._points[n] for n in numbers])
             values = np.array([self._scores[n] for n in numbers])
-            for goal, column in zip(self.goals, values.T, strict=True):
-                must_vary(column, goal.name)
             self._model = Surrogates.fit(points, values, self.goals, self.links)  # (step 2)
         return self._model
 
@@ -308,27 +322,31 @@ class Surrogates:
         points: (N, D) the points they were fitted to.
         goals: The M objectives.
         models: M surrogates of the scores as the objectives give them.
+        warnings: What could not be fitted as it was asked for, in sentences.
     """
 
     points: Floats
     goals: tuple[Goal, ...]
     models: tuple[Quadratic, ...]
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def fit(cls, points: Floats, values: Floats, goals: Sequence[Goal], links: Mapping[str, str]) -> Surrogates:
         """Fit (N, M) ``values`` at (N, D) ``points``.
 
-        Raises:
-            InputError: Scores are outside the range of the link that was asked for.
+        An objective that is the same everywhere, or too large, has a flat surrogate. Scores outside the range of the
+        link that was asked for get the one that suits them. ``warnings`` say so.
         """
-        models = []
+        models, warnings = [], warnings_of(flat(values, goals))
         with threadpool_limits(1, user_api="blas"):  # the same bits however many cores there are, and sooner
-            for goal, column in zip(goals, values.T, strict=True):
-                wanted = links[goal.name]
-                link = Link.suited(column, goal.direction) if wanted == "auto" else Link(wanted)  # type: ignore[arg-type]
-                _check_range(column, link, goal.name)
+            for goal, column in zip(goals, tamed(values).T, strict=True):
+                wanted, suited = links[goal.name], Link.suited(column, goal.direction)
+                link = suited if wanted == "auto" else Link(wanted)  # type: ignore[arg-type]
+                if outside := _outside(column, link):
+                    warnings.append(f"search.links.{goal.name}: {outside}, so {suited.name} was used.")
+                    link = suited
                 models.append(Quadratic.fit(points, column, link))
-        return cls(points, tuple(goals), tuple(models))
+        return cls(points, tuple(goals), tuple(models), tuple(warnings))
 
     def predict(self, points: Floats) -> Floats:
         """(N, M) scores as the objectives would give them."""
@@ -369,17 +387,17 @@ class Surrogates:
             "ridge": {name: model.ridge for name, model in zip(names, self.models, strict=True)},
             "members": members,
             "gap": {name: _gap(gaps[:, j]) for j, name in enumerate(names)},
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
 
-def _check_range(values: Floats, link: Link, name: str) -> None:
+def _outside(values: Floats, link: Link) -> str:
+    """A clause about scores that the link is not for; empty where it is for all."""
     low, high = {"sigmoid": (0.0, 1.0), "softplus": (0.0, np.inf)}.get(link.name, (-np.inf, np.inf))
     outside = values[(values < low) | (values > high)]
-    if len(outside):
-        raise InputError(
-            f"search.links.{name}: {link.name} is for scores between {low:g} and {high:g}, found {outside[0]:.6g}.",
-            "Use auto, or identity.",
-        )
+    if not len(outside):
+        return ""
+    return f"{link.name} is for scores between {low:g} and {high:g}, found {outside[0]:.6g}"
 
 
 def by_objective(goals: Sequence[Goal], row: Floats | None) -> dict[str, float] | None:
@@ -388,7 +406,7 @@ def by_objective(goals: Sequence[Goal], row: Floats | None) -> dict[str, float] 
 
 
 def _gap(differences: Floats) -> dict[str, float | None]:
-    if not len(differences):
+    if not len(differences) or np.abs(differences).max() > LARGEST_GAP:
         return {"mean": None, "rms": None}
     return {"mean": float(differences.mean()), "rms": float(np.sqrt(np.mean(differences**2)))}
 

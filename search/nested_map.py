@@ -25,7 +25,7 @@ from ecotone.search.designs import design
 from ecotone.search.kinds import Begins, Context
 from ecotone.search.map import Surrogates, by_objective, copied, measured_scores, predicted_front, spread
 from ecotone.search.protocol import Search, trial_rng
-from ecotone.search.surrogates import SurrogateSettings, checked_links, minimum, must_vary
+from ecotone.search.surrogates import SurrogateSettings, checked_links, flat, minimum
 
 SAMPLES = 12  # a pair: twice the coefficients of a quadratic in two variables
 FRONT = 4  # members of a pair's predicted front that are evaluated
@@ -97,7 +97,9 @@ class NestedMapSearch:
     The score of a node is the preference-weighted mean of the scores of its models' objectives, in units that make
     them comparable: as they are where all models score within [0, 1] on everything, else in ranges over the models.
     A pair has one surrogate an objective, over its two coefficients. Its outcome is the merge that the preferences
-    value most, of all that were scored for it. Every trial is an ordinary merge of all K models.
+    value most, of all that were scored for it. Every trial is an ordinary merge of all K models. While an objective is
+    the same for every model and for the first pair, that pair's design grows by as many points again, as far as the
+    budget has room beyond the tree. One that is still the same guides nothing, and the report says so.
 
     Args:
         box: The bounds of the coefficients: one segment, with 0 and 1 within its bounds.
@@ -149,7 +151,9 @@ class NestedMapSearch:
         self.samples: int = SAMPLES if settings.samples is None else settings.samples
         self.front: int = FRONT if settings.front is None else settings.front
         self.links: dict[str, str] = checked_links(settings.links, goals)
-        _check_size(len(self.sources), self.samples, self.front, evaluations)
+        needed = _check_size(len(self.sources), self.samples, self.front, evaluations)
+        room = self.samples if evaluations is None else evaluations - needed
+        self._again = min(self.samples, room)  # the most points to add to the first design
         self._points: list[Floats] = []  # (K,) by trial number
         self._shares: list[Floats] = []  # (2,) of a pair's nodes, by trial number
         self._scores: dict[int, Floats | None] = {}  # (M,) as measured, by trial number; None is a failure
@@ -209,11 +213,11 @@ class NestedMapSearch:
             self._pairs.append(Pair(*self._closest(), begin))
             return self._design(begin)
         missing = minimum(2) - len(self._known(len(self._pairs) - 1))
+        if missing <= 0 and len(self._pairs) == 1 and self._is_blind():
+            missing = self._pairs[0].begin + self.samples - 2 + self._again - begin
         if missing > 0:
             low, high = self._reach()
             return np.array([trial_rng(self.seed, begin + i).uniform(low, high) for i in range(missing)])
-        if len(self._pairs) == 1:
-            self._check_scores()
         chosen = self._front(begin)
         self._pairs[-1] = replace(self._pairs[-1], fitted=begin)
         return chosen
@@ -278,11 +282,10 @@ class NestedMapSearch:
         scored = [(number, share, self._scores.get(number)) for number, share in trials]
         return [(number, share, scores) for number, share, scores in scored if scores is not None]
 
-    def _check_scores(self) -> None:
-        """Refuse an objective that has been the same for every model and every merge so far."""
+    def _is_blind(self) -> bool:
+        """Whether an objective has been the same for every model and every merge so far."""
         known = np.array([scores for scores in self._scores.values() if scores is not None])
-        for goal, column in zip(self.goals, known.T, strict=True):
-            must_vary(column, goal.name)
+        return bool(flat(known, self.goals))
 
     # -- the tree ------------------------------------------------------------------------------------------
 
@@ -368,9 +371,13 @@ class NestedMapSearch:
         A node has its ``models``, the ``number`` of its trial, its ``coefficients`` by model, its ``scores`` by
         objective and its ``value`` (preference-weighted, in comparable units); a merged one also the ``shares`` of its
         two ``children``, its ``leave_one_out`` errors by objective, and as ``members`` its predicted front, with the
-        two nodes' values as ``predicted`` and ``measured``.
+        two nodes' values as ``predicted`` and ``measured``. ``warnings`` name objectives that guided nothing.
         """
+        fitted = [self._surrogates(index).warnings for index, pair in enumerate(self._pairs) if pair.fitted >= 0]
+        # Of one objective the number of points differs from pair to pair.
+        warnings = {text.split(":")[0]: text for found in fitted for text in found}
         return {
+            **({"warnings": list(warnings.values())} if warnings else {}),
             "algorithm": "nested_map",
             "objectives": [goal.name for goal in self.goals],
             "owners": {goal.name: self.sources[owner] for goal, owner in zip(self.goals, self.owned, strict=True)},
@@ -489,7 +496,12 @@ def _check_names(field: str, what: str, found: Sequence[str], known: Sequence[st
             raise InputError(f"{field}: there is no {what} {name!r}.", nearest(name, tuple(known)))
 
 
-def _check_size(models: int, samples: int, front: int, evaluations: int | None) -> None:
+def _check_size(models: int, samples: int, front: int, evaluations: int | None) -> int:
+    """The evaluations of the whole tree.
+
+    Raises:
+        InputError: There are too few samples, or too few evaluations.
+    """
     fewest = minimum(2)
     if samples < fewest:
         raise InputError(
@@ -507,3 +519,4 @@ def _check_size(models: int, samples: int, front: int, evaluations: int | None) 
             f"Raise the budget, or lower search.samples (to no less than {fewest}) and search.front; the least for "
             f"{models} models is {least}.",
         )
+    return needed

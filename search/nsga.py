@@ -32,6 +32,7 @@ from ecotone.search.simplex import reference_directions
 Variant: TypeAlias = Literal["nsga2", "nsga3"]
 
 _TRIES = 8  # children bred anew because they equal a survivor or a trial in flight
+_HALF = 8e307  # of the largest number: the range of larger ones may be no number
 
 
 class NsgaSettings(ModelsFirstBox):
@@ -349,6 +350,8 @@ def crowding(points: Floats) -> Floats:
     distance = np.zeros(len(points))
     for column in points.T:
         order = np.argsort(column, kind="stable")
+        if abs(column[order[-1]]) > _HALF or abs(column[order[0]]) > _HALF:  # their range may be no number
+            column = 0.5 * column
         width = column[order[-1]] - column[order[0]]
         if width > 0:
             distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / width  # (section III-B)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ecotone.populations.errors import InputError, SearchError, nearest
+from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats
 from ecotone.populations.trial import Direction, Goal
 from ecotone.search.coefficients import CoefficientBox
@@ -31,6 +31,7 @@ RIDGES = (1.0, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)  # tried by leave-one-o
 USUAL = 1e-2  # the ridge that fits accuracies of real merges best (digit specialists, 15 to 80 points)
 DOUBT = 1.5  # how many times smaller the leave-one-out error must be to go a decade away from it
 CLIP = 1e-3  # how near to the ends of a link's range a score is taken at its word
+LARGEST = 1e50  # of scores; squared errors are squared again, and those of larger ones are soon no numbers
 POOR = 1e7  # condition number of the scaled design from which it needs a ridge
 
 
@@ -146,20 +147,40 @@ def is_constant(values: Floats) -> bool:
     return bool(known.size == 0 or np.ptp(known) <= 1e-12 * max(1.0, float(np.abs(known).max())))
 
 
-def must_vary(values: Floats, name: str) -> None:
-    """A score that is the same at every point says nothing about the coefficients.
+def tamed(values: Floats) -> Floats:
+    """The scores (N, M), with zeros for an objective that has scores which are too large to be fitted."""
+    return np.where(_too_large(values), 0.0, values)
 
-    Raises:
-        SearchError: The known ``values`` (N,) of objective ``name`` do not differ.
+
+def flat(values: Floats, goals: Sequence[Goal]) -> dict[str, str]:
+    """By objective, why no surrogate can be fitted to its scores (N, M); the others are left out.
+
+    A score that is the same everywhere, or too large to be fitted, says nothing about the coefficients.
     """
-    if is_constant(values):
-        known = values[np.isfinite(values)]
-        shown = f"{known[0]:.6g}" if known.size else "unknown"
-        raise SearchError(
-            f"objectives.search.{name}: the score is the same ({shown}) at all {known.size} points of the design, "
-            "so no surrogate of it can be fitted.",
-            "Widen search.low and search.high, score more examples, or leave this objective out.",
-        )
+    reasons = {}
+    for goal, column, large in zip(goals, np.asarray(values).T, _too_large(values), strict=True):
+        known = column[np.isfinite(column)]
+        if large:
+            reasons[goal.name] = f"scores as large as {float(np.abs(known).max()):.3g} are too large to be fitted"
+        elif is_constant(column):
+            shown = f"{known[0]:.6g}" if known.size else "unknown"
+            reasons[goal.name] = f"the score is the same ({shown}) at all {known.size} points"
+    return reasons
+
+
+def warnings_of(reasons: Mapping[str, str]) -> list[str]:
+    """Sentences for a report, of what ``flat`` found."""
+    return [
+        f"objectives.search.{name}: {reason}, so no surrogate of it could be fitted and it guided nothing. Widen "
+        "search.low and search.high, score more examples, or leave this objective out."
+        for name, reason in reasons.items()
+    ]
+
+
+def _too_large(values: Floats) -> NDArray[np.bool_]:
+    """(M,) whether an objective has a score beyond ``LARGEST``."""
+    known = np.where(np.isfinite(values), np.abs(values), 0.0)
+    return np.asarray(known.max(axis=0, initial=0.0) > LARGEST)
 
 
 @dataclass(frozen=True, eq=False)

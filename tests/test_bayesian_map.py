@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 import ecotone.search.bayesian_map as bayesian_map
-from ecotone.populations.errors import InputError, SearchError
+from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import hypervolume
 from ecotone.populations.genome import Floats
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
@@ -317,13 +317,45 @@ def test_settings_outside_their_bounds_are_refused(settings: Any, field: str) ->
     assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [field]
 
 
-def test_a_constant_objective_is_named() -> None:
+def test_a_constant_objective_gets_more_design_points_and_then_guides_nothing() -> None:
     def score(point: Floats) -> Floats:
         return np.array([specialists(point)[0], 0.25])
 
     search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(**SMALL))
-    with pytest.raises(SearchError, match="goal-1: the score is the same"):
-        run(search, score, 20)
+    assert search.design == 6
+    points, scores = run(search, score, 24, batch=3)
+    assert len(points) == 24
+    even = points[6:12]
+    assert even.min(axis=0).max() < 0.4 < 0.6 < even.max(axis=0).min()  # spread over the box
+    assert scores[12:, 0].max() > scores[:12, 0].max()  # the other objective is followed
+    (warning,) = search.report()["warnings"]
+    assert warning.startswith(
+        "objectives.search.goal-1: the score is the same (0.25) at all 24 points, so no surrogate"
+    )
+
+
+def test_an_objective_that_is_constant_on_the_design_alone_is_followed_later() -> None:
+    told = []
+
+    def score(point: Floats) -> Floats:
+        told.append(point)
+        found = specialists(point)
+        return np.array([found[0], 0.25 if len(told) <= 8 else found[1]])
+
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(**SMALL))
+    run(search, score, 20, batch=2)
+    assert len(told) == 20
+    assert "warnings" not in search.report()
+
+
+@pytest.mark.parametrize("value", [0.25, 1e200])
+def test_a_search_in_which_nothing_differs_ends_after_a_second_design(value: float) -> None:
+    search = BayesianMap(box_of(2), goals_of(2), 0, BayesianMapSettings(**SMALL))
+    points, _ = run(search, lambda point: np.array([value, value * (2 if value > 1 and point[0] > 0.5 else 1)]), 100, 3)
+    assert len(points) == 12
+    assert search.done
+    assert search.ask(3) == []
+    assert len(search.report()["warnings"]) == 2
 
 
 def test_a_front_of_one_point() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from ecotone.populations.errors import InputError, SearchError
+from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import hypervolume, non_dominated
 from ecotone.populations.genome import Floats
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
@@ -327,14 +328,36 @@ def test_refusals_say_what_to_do() -> None:
     assert MapSearch(box(1), GOALS, 0).samples == 6
 
 
-def test_a_constant_objective_is_refused_by_name() -> None:
-    search = MapSearch(box(2), GOALS, 0)
+@pytest.mark.slow
+def test_a_design_on_which_an_objective_is_constant_grows() -> None:
+    seen = []
 
     def scores(points: Floats) -> Floats:
-        return np.stack([points[:, 0], np.full(len(points), 0.25)], axis=1)
+        seen.append(points)
+        return np.array([[points[0, 0], 0.25 if len(seen) <= 12 else 0.9 - points[0, 1] ** 2]])
 
-    with pytest.raises(SearchError, match=r"objectives\.search\.b.*same \(0\.25\) at all 12 points"):
-        run(search, scores)
+    search = MapSearch(box(2), GOALS, 0, MapSettings(front=3), evaluations=60, **QUICK)
+    run(search, scores, batch=4)
+    report = search.report()
+    assert len(report["design"]) == 12 + 4  # the first four more were enough
+    assert len(np.unique(seen, axis=0)) == 16 + 3
+    assert "warnings" not in report
+    assert len({member["predicted"]["b"] for member in report["members"]}) == 3
+
+
+def test_an_objective_that_stays_constant_guides_nothing_and_the_report_says_so() -> None:
+    def scores(points: Floats) -> Floats:
+        return np.stack([points[:, 0] - points[:, 0] ** 2, np.full(len(points), 0.25)], axis=1)
+
+    search = MapSearch(box(2), GOALS, 0, MapSettings(), evaluations=20, **QUICK)
+    found = run(search, scores)
+    report = search.report()
+    assert len(report["design"]) == 12 + 4  # half of what is left of the budget
+    assert report["warnings"] == [
+        "objectives.search.b: the score is the same (0.25) at all 16 points, so no surrogate of it could be fitted and "
+        "it guided nothing. Widen search.low and search.high, score more examples, or leave this objective out."
+    ]
+    assert max(found[member["number"]][0] for member in report["members"]) == pytest.approx(0.25, abs=1e-4)
 
 
 def test_surrogates_take_the_links_they_are_given() -> None:
@@ -347,10 +370,15 @@ def test_surrogates_take_the_links_they_are_given() -> None:
     assert found.predict(points)[:, 0] == pytest.approx(values[:, 0], abs=1e-8)
 
 
-def test_a_link_must_fit_the_scores() -> None:
-    search = MapSearch(box(2), GOALS, 0, MapSettings(links={"b": "sigmoid"}))
-    with pytest.raises(InputError, match=r"links\.b: sigmoid is for scores between 0 and 1, found .*identity"):
-        run(search, lambda points: np.stack([points[:, 0], 100 * points[:, 1] + 2], axis=1))
+def test_a_link_that_does_not_fit_the_scores_is_replaced_and_the_report_says_so() -> None:
+    search = MapSearch(box(2), GOALS, 0, MapSettings(links={"b": "sigmoid"}), **QUICK)
+    run(search, lambda points: np.stack([points[:, 0], 100 * points[:, 1] + 2], axis=1))
+    report = search.report()
+    assert report["links"]["b"] == "identity"
+    (warning,) = report["warnings"]
+    assert re.fullmatch(
+        r"search\.links\.b: sigmoid is for scores between 0 and 1, found [0-9.]+, so identity was used\.", warning
+    )
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ecotone.populations.errors import InputError, SearchError
+from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats
 from ecotone.populations.trial import Evaluation, Goal, Outcome
 from ecotone.search.coefficients import CoefficientBox
@@ -256,13 +256,21 @@ def test_refusals_say_what_to_do() -> None:
     assert make(3, evaluations=13, samples=6, front=1).front == 1
 
 
-def test_an_objective_that_never_changes_is_named() -> None:
-    tasks, search = Tasks(3), make(3)
+@pytest.mark.slow
+@pytest.mark.parametrize(("evaluations", "more"), [(None, 12), (36, 5), (31, 0)])
+def test_an_objective_that_never_changes_guides_nothing_and_the_report_says_so(
+    evaluations: int | None, more: int
+) -> None:
+    tasks, search = Tasks(3), make(3, evaluations)
 
     def stuck(points: Floats) -> Floats:
         scores = tasks(points)
         scores[:, 1] = 0.25
         return scores
 
-    with pytest.raises(SearchError, match=r"objectives\.search\.g1.*same \(0\.25\)"):
-        run(search, stuck)
+    run(search, stuck)
+    assert search.state()["pairs"][0][3] == 3 + 10 + more  # the first trial on the first pair's front
+    report = search.report()
+    (warning,) = report["warnings"]
+    assert warning.startswith("objectives.search.g1: the score is the same (0.25) at all ")
+    assert report["tree"][0]["leave_one_out"]["g1"] == 0.0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ecotone.populations.errors import InputError, SearchError
-from ecotone.search.surrogates import LINKS, Link, Quadratic, _Problem, features, is_constant, minimum, must_vary
+from ecotone.populations.errors import InputError
+from ecotone.populations.trial import Goal
+from ecotone.search.surrogates import LINKS, Link, Quadratic, _Problem, features, flat, is_constant, minimum, tamed
 
 SIGMOID, SOFTPLUS, IDENTITY = (Link(name) for name in LINKS)
 every_link = pytest.mark.parametrize("link", [SIGMOID, SOFTPLUS, IDENTITY], ids=LINKS)
@@ -212,9 +213,14 @@ def test_nothing_makes_it_stumble(link: Link, ridge: float | None) -> None:
 def test_a_constant_score_is_named() -> None:
     assert is_constant(np.array([0.3, np.nan, 0.3]))
     assert not is_constant(np.array([0.3, 0.3001]))
-    must_vary(np.array([0.0, 1.0]), "code")
-    with pytest.raises(SearchError, match=r"objectives\.search\.code.*0\.3.*2 points"):
-        must_vary(np.array([0.3, np.nan, 0.3]), "code")
+    goals = (Goal("same"), Goal("varied"), Goal("huge", "minimize"), Goal("unknown"))
+    values = np.array([[0.3, 0.0, 1.0, np.nan], [np.nan, 1.0, 2.0, np.nan], [0.3, 0.5, -1e101, np.nan]])
+    assert flat(values, goals) == {
+        "same": "the score is the same (0.3) at all 2 points",
+        "huge": "scores as large as 1e+101 are too large to be fitted",
+        "unknown": "the score is the same (unknown) at all 0 points",
+    }
+    assert np.array_equal(tamed(values), np.where([False, False, True, False], 0.0, values), equal_nan=True)
 
 
 def test_bad_shapes_are_refused() -> None:

@@ -140,6 +140,38 @@ def offered(population: Population, trial: Trial, evaluation: Evaluation) -> Out
     return population.add(trial, evaluation) if trial.scored else Outcome(accepted=False)
 
 
+ODD: Mapping[str, Callable[[int, dict[str, float]], dict[str, float] | None]] = {
+    "constant": lambda number, usual: {"solved": 0.5, "length": 2.0, "some": 0.0},
+    "one constant": lambda number, usual: {**usual, "length": 2.0},
+    "huge": lambda number, usual: {**usual, "length": 1e300 * usual["length"], "some": -1e300 * usual["some"]},
+    "largest": lambda number, usual: {**usual, "length": 1.7e308 * (-1) ** number, "some": -1.7e308 * (-1) ** number},
+    "tiny": lambda number, usual: {**usual, "length": 1 + 1e-15 * usual["length"], "some": 1e-300 * usual["some"]},
+    "steps": lambda number, usual: {**usual, "length": float(number % 7 == 0), "some": float(usual["some"] > 0.5)},
+    "collinear": lambda number, usual: {**usual, "length": 1 - usual["solved"], "some": usual["solved"]},
+    "outlier": lambda number, usual: {**usual, "length": 1e99 if number == 9 else usual["length"]},
+    "large outlier": lambda number, usual: {**usual, "length": 1e49 if number == 9 else usual["length"]},
+    "rare": lambda number, usual: usual if number % 5 == 0 else None,
+    "none": lambda number, usual: None,
+}
+"""Scores that an objective may give, and from which there is little to learn; None is a failure.
+
+By name, from a trial's number and its usual scores.
+"""
+
+
+def odd(name: str) -> Callable[[Trial], Evaluation]:
+    """Gives trials the ``ODD`` scores of that name. Those by example, and gradients, are as usual."""
+
+    def score(trial: Trial) -> Evaluation:
+        whole = scored(trial)
+        if trial.gradient is not None or not whole.ok or trial.sample is not None:
+            return whole
+        scores = ODD[name](trial.number, dict(whole.scores))
+        return Evaluation.failed("exception", "odd") if scores is None else Evaluation(scores, whole.per_example)
+
+    return score
+
+
 @dataclass
 class Driver:
     """A strict loop, as the manager's: a window in flight, told in order. Everything it does is written down.
@@ -149,12 +181,14 @@ class Driver:
         population: Its population.
         batch: Trials asked for together.
         window: The most trials in flight.
+        score: What a trial scores.
     """
 
     search: Search
     population: Population
     batch: int = 3
     window: int = 7
+    score: Callable[[Trial], Evaluation] = scored
     flying: deque[Trial] = field(default_factory=deque)
     asked: int = 0
     log: list[tuple[str, Any]] = field(default_factory=list)
@@ -174,7 +208,7 @@ class Driver:
     def tell(self) -> None:
         """Score and tell the oldest trial in flight."""
         trial = self.flying.popleft()
-        evaluation = scored(trial)
+        evaluation = self.score(trial)
         outcome = offered(self.population, trial, evaluation)
         self.search.tell(trial, evaluation, outcome)
         self.log.append(("tell", (trial, evaluation, outcome)))
@@ -302,6 +336,27 @@ class SearchConformance:
         assert np.random.random() == after
         np.random.seed(2)
         assert self.driver(kind).to(40).digests == first
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", list(ODD))
+    def test_odd_scores_end_no_search(self, kind: str, name: str) -> None:
+        """Whatever the scores, it goes on or says that it is done; its report holds numbers that JSON can hold.
+
+        A search that has learned nothing because everything failed may wait; the manager ends it.
+        """
+        driver = Driver(*self.searches[kind](0), score=odd(name))
+        search, waits = driver.search, False
+        while driver.asked < 60 and not search.done and not waits:
+            if len(driver.flying) + driver.batch <= driver.window:
+                driver.ask(driver.batch)
+            waits = not driver.flying
+            if not waits:
+                driver.tell()
+        assert not waits or search.done or name == "none"
+        while driver.flying:
+            driver.tell()
+        report = getattr(search, "report", dict)()
+        json.dumps(json.loads(to_text(report)), allow_nan=False)
 
     def test_replaying_the_same_calls_proposes_the_same_trials(self, kind: str) -> None:
         """A search depends on its arguments and calls alone: a journal's replay rebuilds it."""

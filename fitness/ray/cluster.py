@@ -5,25 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Collection, Mapping
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from ecotone.extras import how_to_install
 from ecotone.fitness.ray.events import event, log, reason
-from ecotone.fitness.ray.token import own_token
-from ecotone.populations import credentials
+from ecotone.fitness.ray.starting import start
 from ecotone.populations.errors import PoolError
-from ecotone.populations.secrets import clean
 
 Clock: TypeAlias = Callable[[], float]
 """Seconds from any beginning, as ``time.monotonic``."""
 
-_OBJECT_STORE_BYTES = 256 * 1024**2  # of a local cluster; genomes are small
 _PLACED = 120.0  # seconds within which a worker has a place on a cluster of our own
 _GROWN = 3600.0  # on another, where machines may have to be started first
 LOOK_EVERY = 1.0  # seconds between looks at the cluster
@@ -68,38 +61,18 @@ class Cluster:
         """
         self.ray = _ray(local=self._address is None)
         if not self.ray.is_initialized():
-            self._initialise()
+            start(self.ray, self._address)
             self._owned = True
         self.home = self.ray.get_runtime_context().get_node_id()
         self._draining = _draining_of(self.ray)
 
-    def _initialise(self) -> None:
-        options: dict[str, Any] = {
-            **{
-                "address": self._address and credentials.whole(self._address),
-                "log_to_driver": False,
-                "logging_level": logging.ERROR,
-            },
-            "job_config": _with_own_path(self.ray),
-        }
-        if self._address is None:
-            options |= {"address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-            own_token()
-        stop = signal.getsignal(signal.SIGTERM)
-        try:
-            self.ray.init(**options)
-        except Exception as error:  # Ray raises no narrower one when its processes take too long to start
-            where = "a local Ray cluster cannot be started" if self._address is None else f"no cluster: {self._address}"
-            raise PoolError(f"pool: {where} ({error}).", "Check the address and RAY_AUTH_MODE (token).") from clean(
-                error
-            )
-        if stop is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, stop)  # Ray's handler would exit at once
-
     def shut_down(self) -> None:
         """End the cluster if it was started here, or the connection if it was made here."""
         if self._owned:
-            self.ray.shutdown()
+            try:
+                self.ray.shutdown()
+            except Exception as error:  # its processes end with this one
+                event(logging.WARNING, "shutdown_failed", f"Ray could not be shut down ({reason(error)}).")
 
     # -- places ------------------------------------------------------------------------------------------
 
@@ -247,24 +220,6 @@ def _draining_of(ray: Any) -> Callable[..., Collection[str]]:
     except AttributeError:
         return lambda timeout: ()
     return asked
-
-
-def _with_own_path(ray: Any) -> Any:
-    """A job whose workers have this package at the front of their Python path, and not the working directory.
-
-    Ray puts the working directory there, unless a job brings one of its own. A user's `numpy.py` would then hide numpy
-    before a worker can put the directory last.
-    """
-
-    class Job(ray.job_config.JobConfig):  # type: ignore[misc]
-        def _runtime_env_has_working_dir(self) -> bool:
-            return True
-
-    job = Job()
-    package = find_spec("ecotone")
-    assert package is not None
-    job._py_driver_sys_path = [str(Path(str(package.origin)).resolve().parents[1])]
-    return job
 
 
 def _ray(local: bool) -> Any:

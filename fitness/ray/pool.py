@@ -19,7 +19,7 @@ from types import TracebackType
 from ecotone.fitness.pools import Batch, Completed
 from ecotone.fitness.ray.cluster import LOOK_EVERY, Clock, Cluster, PlaceWait
 from ecotone.fitness.ray.crew import Crew
-from ecotone.fitness.ray.events import cause, reason
+from ecotone.fitness.ray.events import cause, log, reason
 from ecotone.fitness.ray.jobs import Jobs
 from ecotone.fitness.ray.members import Actors, Member
 from ecotone.fitness.ray.meters import Meters
@@ -81,9 +81,18 @@ class RayPool:
             self._schedule.begin()
             self._crew.begin()
             return self._first_space()
-        except BaseException:
-            self.close()
-            raise
+        except BaseException as error:
+            try:
+                self.close()
+            except Exception as other:  # the first error is the one to tell
+                log.debug("closing a pool that did not start: %s", other)
+            if isinstance(error, EcotoneError) or not isinstance(error, Exception):
+                raise
+            raise PoolError(
+                f"pool: the workers could not be started: Ray raised {type(error).__name__} ({reason(error)}).",
+                "Try again. If it persists, see Ray's logs in /tmp/ray/session_latest/logs, or use "
+                "--set runtime.pool=serial.",
+            ) from error
 
     def submit(self, batch: Batch) -> None:
         """Queue a batch; returns at once."""
