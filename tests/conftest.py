@@ -31,6 +31,7 @@ _cache = tempfile.TemporaryDirectory(prefix="ecotone-tests-")
 os.environ["ECOTONE_CACHE"] = _cache.name
 # So are credentials that runs of tests keep, and the key that marks records as this user's own.
 os.environ["ECOTONE_CONFIG"] = f"{_cache.name}/config"
+os.environ["ECOTONE_KEY_FILE"] = f"{_cache.name}/config/key"
 
 
 # Of these large grids of cases `make test` runs one in so many, spread evenly; `make test-all` runs all.

@@ -181,6 +181,7 @@ def refused(said: Said, *words: str) -> None:
 
 def test_the_key_is_made_once_and_for_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ECOTONE_KEY_FILE")
+    monkeypatch.delenv("ECOTONE_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     file = tmp_path / "config" / "ecotone" / "key"
     assert not marks.is_marked("export", {}, "0" * 64)
