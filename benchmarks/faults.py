@@ -253,10 +253,18 @@ def killed_exports(run: Path, count: int, rng: random.Random) -> Tally:
         time.sleep(rng.uniform(0, longest))
         child.kill()
         ending, was_there = child.end(), to.exists()
-        again = forked(lambda to=to: str(exports.verify(to))) if was_there else forked(lambda to=to: exported(to))  # type: ignore[misc]
+        again = (
+            forked(lambda to=to: str(exports.verify(to, folders=(str(run.parent),))))
+            if was_there
+            else forked(lambda to=to: exported(to))
+        )  # type: ignore[misc]
         right = again.how == "done" and (was_there or again.value == whole.value)
         others = [one.name for one in place.iterdir() if one.name not in {"whole", *map(str, range(number + 1))}]
-        wrong = None if right and (was_there or not others) else f"then {again.how}, left behind {others}"
+        wrong = (
+            None
+            if right and (was_there or not others)
+            else f"then {again.how} {again.value if again.how != 'done' else ''}, left behind {others}"
+        )
         tally.add(ending.how, wrong)
     return tally
 
