@@ -13,7 +13,8 @@ Each fault is made for real, in a process of its own, on a small search (20 or 2
   once, or writes half. Right is: one clear error or none, and afterwards the same digest.
 - damage: the bytes of a finished journal are changed at a random place. Right is: it is noticed and told in words, or
   all that can be read of it is as before.
-- headers, recipes: files made to do harm. Right is: one clear error, or for the harmless ones among them their value.
+- hostile: headers of safetensors files and recipes made to do harm. Right is: one clear error, or for the harmless ones
+  among them their value.
 - secrets: a search whose tracker, directory and endpoints have passwords in their addresses. Right is: no file, no
   argument of a process and nothing printed has them.
 - objectives: each of twenty kinds of misbehaviour. Right is: no candidate is recorded with another score than from a
@@ -45,7 +46,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import hostile
+import misbehaving
+import torch
 from materialise import save
+from safetensors.torch import save_file
 from test_faults import toy_recipe
 
 from ecotone.experiments import exports, running
@@ -60,6 +65,8 @@ SHIM = "ECOTONE_FAULTY_WRITES"  # the variable with the folder of a process that
 EVALUATIONS = 20
 FAULTS = {"disk full": 1, "input/output error": 2, "short write": 3}
 PATIENCE = 120.0  # seconds for a child
+SECRETS_PLANTED = ("tests/test_secrets_of_runs.py",)
+TRACKER_KILLED = ("tests/test_tracking.py::test_killed_in_the_middle_then_mirrored_again",)
 
 
 @dataclass
@@ -347,6 +354,89 @@ def damage(folder: Path, count: int, rng: random.Random) -> Iterator[Tally]:
     yield tally
 
 
+# -- hostile files -------------------------------------------------------------------------------------------
+
+
+def hostile_files(folder: Path) -> Iterator[Tally]:
+    """Headers of safetensors files and recipes that are to be refused, beside some that are to be taken."""
+    for name, reader, taken, refused in (
+        ("headers", hostile.read_header, hostile.TAKEN_HEADERS, {**hostile.STRICTER, **hostile.REFUSED_HEADERS}),
+        ("recipes", hostile.read_recipe, hostile.TAKEN_RECIPES, hostile.REFUSED_RECIPES),
+    ):
+        suffix = ".safetensors" if name == "headers" else ".yaml"
+        for word, files in (("accepted", taken), ("refused", refused)):
+            tally = Tally("hostile", f"{name} to be {word}")
+            for case, content in files.items():
+                found = hostile.outcome(reader, content, folder / f"hostile{suffix}")
+                tally.add(found, None if found == word else f"{case}: {found}")
+            yield tally
+
+
+# -- objectives ----------------------------------------------------------------------------------------------
+
+
+def objectives(folder: Path) -> Iterator[Tally]:
+    """Whole searches with a misbehaving objective between two others; every score is compared with a right one."""
+
+    def searched(kind: str | None) -> list[Any]:
+        out = folder / "objectives" / f"run-{'well' if kind is None else list(misbehaving.KINDS).index(kind)}"
+        middle = "misbehaving:well" if kind is None else misbehaving.call_of(kind)
+        calls = {"first": "misbehaving:well", "middle": middle, "last": "misbehaving:well"}
+        record = {
+            "name": "objectives",
+            "models": {"experts": [str(file) for file in experts], "architecture": {"call": "misbehaving:net"}},
+            "objectives": {"search": [{"name": name, "type": "call", "call": call} for name, call in calls.items()]},
+            "search": {"algorithm": "random"},
+            "budget": {"evaluations": EVALUATIONS},
+            "runtime": {"pool": "serial"},
+            "tracking": {"mlflow": False},
+        }
+        run = running.launch(Recipe.model_validate(record), out)
+        with run.journal() as journal:
+            return [row.scores if row.failure is None else None for row in journal.rows()]
+
+    experts = [folder / "objectives" / f"{number}.safetensors" for number in range(2)]
+    experts[0].parent.mkdir()
+    assert forked(lambda: written_nets(experts)).how == "done"
+    right = forked(lambda: searched(None))
+    assert right.how == "done", right
+    for kind in misbehaving.KINDS:
+        tally = Tally("objective", kind)
+        found = forked(lambda kind=kind: searched(kind))  # type: ignore[misc]
+        if found.how != "done" or len(found.value) != len(right.value):
+            tally.add(found.how, str(found))
+        else:
+            for scores, expected in zip(found.value, right.value, strict=True):
+                same = scores is None or scores == expected
+                ending = "failed" if scores is None else "scored"
+                tally.add(ending, None if same else f"expected {expected}, found {scores}")
+        yield tally
+
+
+def written_nets(files: Sequence[Path]) -> None:
+    """Experts of the misbehaving objectives' architecture."""
+    for number, file in enumerate(files):
+        torch.manual_seed(number)
+        save_file(misbehaving.net().state_dict(), file)
+
+
+# -- what the tests make -------------------------------------------------------------------------------------
+
+
+def tests(fault: str, case: str, *names: str) -> Tally:
+    """A tally of tests that make the fault with whole programs: a tracker killed, secrets planted."""
+    tally = Tally(fault, case)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", "--no-header", *names]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        word, _, name = line.partition(" ")
+        if word in ("PASSED", "FAILED", "ERROR"):
+            tally.add(word.lower(), None if word == "PASSED" else name)
+    if not tally.tried:
+        tally.add("not run", done.stdout[-300:])
+    return tally
+
+
 # -- all of it -----------------------------------------------------------------------------------------------
 
 
@@ -398,6 +488,10 @@ SECTIONS: dict[str, Callable[[Path, argparse.Namespace], Iterator[Tally]]] = {
     "kills": lambda folder, options: kills(folder, options.kills, random.Random(options.seed)),
     "disks": lambda folder, options: disks(folder),
     "damage": lambda folder, options: damage(folder, options.places, random.Random(options.seed)),
+    "hostile": lambda folder, options: hostile_files(folder),
+    "objectives": lambda folder, options: objectives(folder),
+    "tracking": lambda folder, options: iter([tests("kill", "tracking", *TRACKER_KILLED)]),
+    "secrets": lambda folder, options: iter([tests("secrets", "planted in whole runs", *SECRETS_PLANTED)]),
 }
 
 if __name__ == "__main__":
