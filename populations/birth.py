@@ -30,10 +30,9 @@ def born(file: Path) -> bool:
     False for a file that is missing, or a database without tables: earlier versions left these when they were killed.
     """
     log = file.with_name(f"{file.name}-wal")
-    try:
-        if not file.stat().st_size and not (log.exists() and log.stat().st_size):
-            return False
-    except (FileNotFoundError, NotADirectoryError):
+    if not file.is_file():
+        return file.exists()
+    if not file.stat().st_size and not (log.exists() and log.stat().st_size):
         return False
     try:
         with contextlib.closing(connected(file, write=False)) as connection:
