@@ -74,16 +74,26 @@ def claimed(file: Path) -> Iterator[IO[str]]:
                 break
             made.append(folder)
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = locked(file)
+    with _removed(made):
+        with explained(file):
+            lock = locked(file)
+        try:
+            yield lock
+        finally:
+            with contextlib.suppress(OSError):
+                if not lock.closed and not born(file):
+                    lock_file(file).unlink(missing_ok=True)
+            lock.close()
+
+
+@contextlib.contextmanager
+def _removed(folders: Iterable[Path]) -> Iterator[None]:
+    """Remove those of the folders that are empty at the end."""
     try:
-        yield lock
+        yield
     finally:
-        with contextlib.suppress(OSError, sqlite3.Error):
-            if not lock.closed and not born(file):
-                lock_file(file).unlink(missing_ok=True)
-        lock.close()
         with contextlib.suppress(OSError):  # somebody else has put something there
-            for folder in made:
+            for folder in folders:
                 folder.rmdir()
 
 

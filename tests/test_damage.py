@@ -300,7 +300,9 @@ def roots(data: bytearray) -> None:
         data[4096 * page : 4096 * page + 12] = b"\xff" * 12
 
 
-@pytest.mark.parametrize("harm", [first_page, cut_short, roots])
+@pytest.mark.parametrize(
+    "harm", [first_page, *(pytest.param(one, marks=pytest.mark.slow) for one in (cut_short, roots))]
+)
 def test_what_sqlite_cannot_read_is_saved_from_the_pages(
     harm: Callable[[bytearray], None], run: Path, finished: tuple[Path, World]
 ) -> None:
@@ -319,6 +321,7 @@ def test_what_sqlite_cannot_read_is_saved_from_the_pages(
         assert count == 60
 
 
+@pytest.mark.slow
 def test_a_killed_runs_log_is_saved_too(finished: tuple[Path, World], tmp_path: Path) -> None:
     path = tmp_path / "0" / "journal.sqlite"
     world = World(lambda text: None)
