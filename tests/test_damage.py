@@ -29,12 +29,12 @@ from ecotone.populations.sums import CHAINED, REPLACED, TABLES
 from ecotone.populations.trial import Evaluation, Scores, Trial
 from ecotone.search.manager import Schedule
 
-KINDS = {"m2n2-dense": 60, "adamerging": 40, "raced-m2n2": 14}
-"""Searches with residuals, with gradients, and with samples; and their evaluations."""
+KINDS = {"m2n2-dense": (60, 200), "adamerging": (12, 30), "raced-m2n2": (14, 30)}
+"""Searches with residuals, with gradients, and with samples; their evaluations, and how often they are damaged."""
 
 
 def plan(kind: str) -> Plan:
-    return Plan(0, kind, 0, Schedule(evaluations=KINDS[kind], batch=3, in_flight=6), workers=3)
+    return Plan(0, kind, 0, Schedule(evaluations=KINDS[kind][0], batch=3, in_flight=6), workers=3)
 
 
 def searched(kind: str, path: Path, world: World | None = None) -> World:
@@ -115,7 +115,7 @@ def outcome(kind: str, path: Path, world: World, truth: list[Any], data: bytes) 
 
 SEEDS = [
     pytest.param("m2n2-dense", range(4), id="few"),
-    *(pytest.param(kind, range(200), id=kind, marks=pytest.mark.slow) for kind in KINDS),
+    *(pytest.param(kind, range(count), id=kind, marks=pytest.mark.slow) for kind, (_, count) in KINDS.items()),
 ]
 
 
