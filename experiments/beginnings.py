@@ -79,7 +79,14 @@ def begun(place: Place, notify: Callable[[str], None]) -> Iterator[Beginning]:
         _refuse_run(place)
         if left:
             notify(f"{place.where}: a run was to begin there and never did. This one takes its place.")
-        yield Beginning(directory, lock, left, notify)
+        recipe = directory / RECIPE
+        ours = not recipe.exists()
+        try:
+            yield Beginning(directory, lock, left, notify)
+        finally:
+            with contextlib.suppress(OSError):
+                if ours and not born(journal):  # nothing is left of a run that does not begin
+                    recipe.unlink(missing_ok=True)
 
 
 def _refuse_run(place: Place) -> None:

@@ -17,7 +17,7 @@ from ecotone.populations import facts
 from ecotone.populations.birth import born, missing
 from ecotone.populations.checking import forget
 from ecotone.populations.database import connected, explained, locked
-from ecotone.populations.errors import DamagedJournalError, EcotoneError, InputError
+from ecotone.populations.errors import DamagedJournalError, EcotoneError, InputError, first_line
 from ecotone.populations.journal import Journal
 from ecotone.populations.migrations import FORMAT
 from ecotone.populations.salvage import Saved, replaced, saved
@@ -170,7 +170,7 @@ def _restored(directory: Path, kept: Saved) -> Iterator[facts.Note]:
         if facts.RECIPE.name not in lost:
             return
         raise InputError(
-            f"{file}: expected the recipe, which the journal has lost ({error.message})",
+            f"{file}: expected the recipe, which the journal has lost ({first_line(error)})",
             "Put the recipe of the run there, then repair it.",
         ) from error
     objectives = recipe.objectives

@@ -912,8 +912,13 @@ def fetched(url: str) -> Path:
             break
     if damage is not None:
         raise damage
-    if (directory / JOURNAL).is_file():
+    if born(directory / JOURNAL):
         return directory
+    if _numbered(store.names()):
+        raise JournalError(
+            f"{store.url}: no run there: it was stopped before it began, and has recorded nothing.",
+            f"`ecotone run RECIPE --out {store.url}` begins it.",
+        )
     raise JournalError(f"{store.url}: no run there.", "Give a run directory made by `ecotone run`.")
 
 

@@ -31,10 +31,9 @@ def born(file: Path) -> bool:
     False for a file that is missing, or a database without tables: earlier versions left these when they were killed.
     """
     log = file.with_name(f"{file.name}-wal")
-    try:
-        if not file.stat().st_size and not (log.exists() and log.stat().st_size):
-            return False
-    except (FileNotFoundError, NotADirectoryError):
+    if not file.is_file():
+        return file.exists()
+    if not file.stat().st_size and not (log.exists() and log.stat().st_size):
         return False
     try:
         with contextlib.closing(connected(file, write=False)) as connection:
@@ -76,16 +75,26 @@ def claimed(file: Path) -> Iterator[IO[str]]:
                 break
             made.append(folder)
         private_folder(file.parent)
-        lock = locked(file)
+    with _removed(made):
+        with explained(file):
+            lock = locked(file)
+        try:
+            yield lock
+        finally:
+            with contextlib.suppress(OSError):
+                if not lock.closed and not born(file):
+                    lock_file(file).unlink(missing_ok=True)
+            lock.close()
+
+
+@contextlib.contextmanager
+def _removed(folders: Iterable[Path]) -> Iterator[None]:
+    """Remove those of the folders that are empty at the end."""
     try:
-        yield lock
+        yield
     finally:
-        with contextlib.suppress(OSError, sqlite3.Error):
-            if not lock.closed and not born(file):
-                lock_file(file).unlink(missing_ok=True)
-        lock.close()
         with contextlib.suppress(OSError):  # somebody else has put something there
-            for folder in made:
+            for folder in folders:
                 folder.rmdir()
 
 

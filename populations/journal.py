@@ -138,6 +138,7 @@ class Journal:
         self._lock = lock
         self._depth = 0
         self._ledger: Ledger | None = None  # read from the file when it is needed
+        self._claim = contextlib.ExitStack()  # on the directory, of a journal that was made here
 
     @classmethod
     def create(cls, path: str | Path, notes: Iterable[Note] = (), lock: IO[str] | None = None) -> Journal:
@@ -159,7 +160,7 @@ class Journal:
                 except FileExistsError as error:
                     raise _there(file) from error
                 journal = cls(file, connected(file, write=True), lock)
-            stack.pop_all()  # it is born, and keeps the lock
+            journal._claim = stack.pop_all()  # it is born, and keeps the lock
         return journal
 
     @classmethod
@@ -171,7 +172,7 @@ class Journal:
         """
         file = Path(path)
         with explained(file):
-            if not file.is_file() or (not file.stat().st_size and not born(file)):
+            if not born(file):
                 raise missing(file)
             lock = locked(file) if write else None
             connection = None
@@ -194,6 +195,7 @@ class Journal:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        self._claim.close()
 
     def __enter__(self) -> Journal:
         return self

@@ -89,17 +89,16 @@ class _Pile:
 
     def add(self, table: Table, stored: Row) -> None:
         """One more row. The first one of a key is believed first."""
-        key = stored[: len(table.key)]
         if table.link is None:
-            rows = self.others[table.name].setdefault(key, [])
-        else:
-            link = stored[table.stored.index(table.link)]
-            if type(link) is not int:
-                return
-            rows = self.links.setdefault(link, [])  # type: ignore[assignment]
-            stored = (table, stored)
-        if stored not in rows:
-            rows.append(stored)  # type: ignore[arg-type]
+            rows = self.others[table.name].setdefault(stored[: len(table.key)], [])
+            if stored not in rows:
+                rows.append(stored)
+            return
+        link = stored[table.stored.index(table.link)]
+        if type(link) is int:
+            several = self.links.setdefault(link, [])
+            if (table, stored) not in several:
+                several.append((table, stored))
 
 
 def saved(file: Path) -> Saved:

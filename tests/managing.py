@@ -10,6 +10,7 @@ import numpy as np
 
 from ecotone.fitness.pools import Pool
 from ecotone.fitness.protocol import pooled_mean
+from ecotone.populations.birth import born
 from ecotone.populations.journal import Journal
 from ecotone.populations.population import Population
 from ecotone.populations.trial import Evaluation, Goal, Trial
@@ -27,7 +28,7 @@ def begun(
     **others: Any,
 ) -> Manager:
     """A manager of the journal ``path``, new or to go on with; close its journal after use."""
-    journal = Journal.open(path, write=True) if path.exists() else Journal.create(path)
+    journal = Journal.open(path, write=True) if born(path) else Journal.create(path)
     return Manager(search, population, goals, pool, journal, schedule, **others)
 
 

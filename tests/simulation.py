@@ -7,18 +7,25 @@ A schedule is drawn from its seed alone: the search, strict or arrival order, th
 takes (lognormal), which workers are lost (their batches are done again), which results come twice, late or together,
 when the clock jumps by hours; and how each life of the driver ends before the next one resumes: killed before or after
 any statement of the journal or call of the pool, or the power cut there (then the disk tears what was not synced),
-interrupted, drained, refused by a full disk or for a batch that nobody asked for. However it went, in the end
+interrupted, drained, refused by a full disk or for a batch that nobody asked for. Lives may end before that, while the
+journal is made, and after it, while the best member is exported: at any statement, or call of the file system that
+syncs, names or deletes a file. However it went, in the end
 
 - strict order has the digest of the undisturbed search, or its first trials when a budget of seconds came first;
 - arrival order has spent the same budget, and its journal replays to the same population, front and best;
 - every trial was asked for once, evaluated once and told once, and the database is sound;
 - nothing that the journal had when a life began was paid for again, and what it had before a kill it had after it;
+- a directory whose journal was not made yet has none at all, and the next life makes it; all checksums fit always;
+- an export is there whole or not at all, and is the member that was asked for;
 - a drained life submits nothing more and ends within its grace; time never ran back, and jumps are not in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
+import errno
 import functools
 import heapq
 import itertools
@@ -27,6 +34,7 @@ import os
 import random
 import shutil
 import sqlite3
+import stat
 import struct
 import sys
 import tempfile
@@ -39,18 +47,25 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from unittest import mock
 
+import numpy as np
 from managing import begun
+from safetensors.numpy import load_file, save_file
 from test_searches import MAKERS
 
 from ecotone.fitness.pools import Batch, Completed
-from ecotone.populations.errors import JournalError, PoolError
+from ecotone.merging.export import export_file
+from ecotone.merging.sources import Sources
+from ecotone.populations import facts
+from ecotone.populations.birth import born
+from ecotone.populations.errors import EcotoneError, JournalError, PoolError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Evaluation, Goal, Trial
 from ecotone.search.manager import POLL, Manager, Progress, Schedule, StopReason
-from ecotone.testing.searches import SPACE, scored
+from ecotone.testing.searches import SPACE, VECTORS, scored
 
 COSTLY = ("bayesian_map", "map", "nested_map", "optuna-tpe", "optuna-cma_es", "optuna-qmc")
 # The first seeds have each search once; of later ones the costly searches, of a few milliseconds a trial, have fewer.
@@ -59,6 +74,7 @@ WINDOWS = ((1, 1), (1, 5), (2, 6), (3, 9), (4, 8))  # batch and in flight
 BUDGETS = {"stages": 50, "adamerging": 12, "expert_merging": 10, "raced": 14}  # by a part of the search's name
 End: TypeAlias = Literal["kill", "power cut", "interrupt", "drain", "full disk", "stranger"]
 ENDS: tuple[End, ...] = ("kill", "kill", "power cut", "power cut", "interrupt", "drain", "full disk", "stranger")
+BRIEF: tuple[End, ...] = ("kill", "kill", "power cut", "power cut", "interrupt", "full disk")  # beside the search
 
 
 class Killed(BaseException):
@@ -86,6 +102,8 @@ class Plan:
         checkpoint: Pages after which SQLite moves its log into the database.
         ends: How the driver's lives end, and after how many steps: statements of its journal, before and after, and
             calls of its pool. A last life ends by itself.
+        births: As ``ends``: how attempts to make the journal end before one succeeds.
+        exports: As ``ends``: how exports of the best member end before one succeeds. None is made where there is none.
     """
 
     seed: int
@@ -100,6 +118,8 @@ class Plan:
     jumps: float = 0.0
     checkpoint: int = 1000
     ends: tuple[tuple[End, int], ...] = ()
+    births: tuple[tuple[End, int], ...] = ()
+    exports: tuple[tuple[End, int], ...] = ()
 
     @classmethod
     def of(cls, seed: int) -> Plan:
@@ -129,6 +149,8 @@ class Plan:
             jumps=rng.choice([0.0, 0.0, 0.1]),
             checkpoint=rng.choice([8, 60, 1000]),
             ends=tuple((rng.choice(ENDS), int(2 ** rng.uniform(0.0, 9.5))) for _ in range(rng.randint(0, 4))),
+            births=tuple((rng.choice(BRIEF), rng.randint(1, 75)) for _ in range(rng.choice([0, 0, 1, 2]))),
+            exports=tuple((rng.choice(BRIEF), rng.randint(1, 12)) for _ in range(rng.choice([0, 0, 0, 1, 2]))),
         )
 
 
@@ -248,7 +270,7 @@ class Trap:
         if self.end in ("kill", "power cut"):
             self._dead = True
             raise Killed
-        if self.end == "interrupt":
+        if self.end == "interrupt" or (self.end == "drain" and self.manager is None):
             raise KeyboardInterrupt
         if self.end == "full disk":
             raise sqlite3.OperationalError("database or disk is full")
@@ -277,6 +299,54 @@ class Wire:
 
     def close(self) -> None:
         self._connection.close()
+
+
+@contextlib.contextmanager
+def trapped(trap: Trap) -> Iterator[set[int | str]]:
+    """Traps before and after each statement of any journal, and each call that syncs, names or deletes a file.
+
+    Yields what is synced: inodes of files, and names in folders.
+    """
+    synced: set[int | str] = set()
+
+    def step(writes: bool) -> None:
+        try:
+            trap.step(writes)
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+    def wrapped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def stepped(*values: Any, **named: Any) -> Any:
+            step(writes=name != "unlink")
+            found = call(*values, **named)
+            if name == "fsync":
+                about = os.fstat(values[0])
+                names = os.listdir(values[0]) if stat.S_ISDIR(about.st_mode) else []  # noqa: PTH208 - of a descriptor
+                synced.update(names or [about.st_ino])
+            step(writes=False)
+            return found
+
+        return stepped
+
+    with contextlib.ExitStack() as stack:
+        for name in ("fsync", "link", "rename", "replace", "unlink"):
+            stack.enter_context(mock.patch.object(os, name, wrapped(name, getattr(os, name))))
+        connect = sqlite3.connect
+        wire = mock.patch.object(sqlite3, "connect", lambda *values, **named: Wire(connect(*values, **named), trap))
+        stack.enter_context(wire)
+        yield synced
+
+
+def left(folder: Path, target: Path, synced: set[int | str], rng: random.Random | None) -> None:
+    """A copy of a folder's files as ``target``; ``rng`` draws what a power cut did to those that were not synced."""
+    target.mkdir()
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        if rng is not None and file.name not in synced and rng.random() < 0.5:
+            continue
+        if rng is not None and file.stat().st_ino not in synced:
+            data = data[: rng.randint(0, len(data))]
+        (target / file.name).write_bytes(data)
 
 
 class Clock:
@@ -435,6 +505,8 @@ def play(plan: Plan, folder: Path, say: Callable[[str], None] = lambda text: Non
     """
     world = World(say)
     path = folder / "0" / "journal.sqlite"
+    for number, (end, steps) in enumerate(plan.births):
+        path = made(path, Trap(end, steps), random.Random(f"{plan.seed} birth {number}"), say)
     for number, (end, steps) in enumerate([*plan.ends, (None, None)]):
         rng = random.Random(f"{plan.seed} {number}")
         known = evaluated(path)
@@ -446,11 +518,81 @@ def play(plan: Plan, folder: Path, say: Callable[[str], None] = lambda text: Non
         if life.reason not in (None, "drained"):
             break
     check(plan, world, life)
+    for number, (end, steps) in enumerate([*plan.exports, (None, None)] if plan.exports else []):
+        export(life.path, Trap(end, steps), random.Random(f"{plan.seed} export {number}"), say)
+
+
+def made(path: Path, trap: Trap, rng: random.Random, say: Callable[[str], None]) -> Path:
+    """One attempt to make the journal. Returns where it is, or may be made."""
+    if born(path):
+        return path
+    fresh = not path.parent.exists()
+    try:
+        with trapped(trap) as synced:
+            Journal.create(path, [facts.NAME.note("simulated")]).close()
+    except Killed:
+        say(f"{trap.end} while the journal is made")
+        folder = path.parent.with_name(str(int(path.parent.name) + 1))
+        if path.parent.exists():
+            left(path.parent, folder, synced, rng if trap.end == "power cut" else None)
+        path = folder / path.name
+    except (JournalError, KeyboardInterrupt) as error:
+        say(f"{trap.end} while the journal is made: {error}")
+        assert trap.sprung, "it is refused for nothing"
+        told = "" if isinstance(error, KeyboardInterrupt) else error.remedy
+        assert not told or told.startswith("Free some space, then"), told
+        assert not (fresh and path.parent.exists()) or born(path), "something is left of a journal that was not made"
+    if born(path):
+        with Journal.open(path) as journal:
+            assert journal.fact(facts.NAME) == "simulated"
+    return path
+
+
+def export(path: Path, trap: Trap, rng: random.Random, say: Callable[[str], None]) -> None:
+    """Export the best member, and check what is there then."""
+    with Journal.open(path) as journal:
+        gone = journal.dense() - journal.kept()
+        number = next((row.number for row in journal.rows() if not (row.failure or row.number in gone)), None)
+        if number is None:
+            return
+        found = journal.trial(number).genome
+    genome = Genome(found.boundaries, found.coefficients, residual=found.residual)  # the operator has no parameters
+    folder = path.parent / "exports"
+    folder.mkdir(exist_ok=True)
+    target, models = folder / "member.safetensors", sources()
+    try:
+        with trapped(trap):
+            export_file(models, genome, target, {"member": number})
+    except Killed:
+        say(f"{trap.end} while member {number} is exported")
+    except (EcotoneError, KeyboardInterrupt) as error:
+        say(f"{trap.end} while member {number} is exported: {error}")
+        assert trap.sprung, "it is refused for nothing"
+    if trap.end is None:
+        assert target.exists(), "an export that nothing disturbed is not there"
+    if target.exists():
+        weights = np.concatenate([tensor.ravel() for _, tensor in sorted(load_file(target).items())])
+        dense = np.zeros(len(weights), np.float32) if genome.residual is None else genome.residual
+        wanted = genome.refined(np.arange(len(weights) + 1)) * VECTORS.T
+        np.testing.assert_allclose(weights, wanted.sum(axis=1) + dense, atol=1e-5)
+        target.unlink()
+
+
+@functools.cache
+def sources() -> Sources:
+    """Models whose weights are those of ``SPACE``."""
+    folder = Path(tempfile.mkdtemp(dir=memory()))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, vector in zip(SPACE.sources, VECTORS, strict=True):
+        borders = SPACE.tensor_borders
+        tensors = {one: vector[a:b] for one, a, b in zip(SPACE.tensors, borders[:-1], borders[1:], strict=True)}
+        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / f"{name}.safetensors")
+    return Sources.open([folder / f"{name}.safetensors" for name in SPACE.sources])
 
 
 def evaluated(path: Path) -> frozenset[int]:
     """Trials that a journal has results of; none when it is not there yet."""
-    if not path.exists():
+    if not born(path):
         return frozenset()
     with Journal.open(path) as journal:
         return frozenset(number for number, _ in journal.evaluations())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -464,3 +467,124 @@ def test_a_full_disk_in_words_and_nothing_lost(path: Path) -> None:
         journal._connection.execute("PRAGMA max_page_count=100000")
         journal.keep(trials, [])
         assert journal.kept() == {6, 7, 8}
+
+
+# -- birth ---------------------------------------------------------------------------------------------------
+
+
+def test_whoever_makes_a_journal_is_its_writer(path: Path) -> None:
+    with Journal.create(path) as journal:
+        assert journal.in_use
+        with pytest.raises(JournalError, match="being written by process"):
+            Journal.create(path)
+    Journal.open(path, write=True).close()
+    assert sorted(one.name for one in path.parent.iterdir()) == ["journal.lock", "journal.sqlite"]
+
+
+def older_empty(path: Path) -> None:
+    """A journal that an earlier version was killed in making: its header, and no tables."""
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.close()
+
+
+LEFT: dict[str, Callable[[Path], object]] = {
+    "a lock": lambda path: path.with_suffix(".lock").write_text("process 1"),
+    "an empty file": lambda path: path.touch(),
+    "a database without tables": older_empty,
+    "drafts": lambda path: [path.with_name(f"{path.name}.7-ab.new{end}").write_bytes(b"half") for end in ("", "-wal")],
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_an_unborn_directory_is_told_of_and_taken_over(path: Path, what: str) -> None:
+    path.parent.mkdir()
+    LEFT[what](path)
+    for write in (False, True):
+        with pytest.raises(JournalError, match=r"before it began.* `ecotone run RECIPE --out .* begins it"):
+            Journal.open(path, write=write)
+    path.with_name("recipe.yaml").write_text("name: mine")
+    with pytest.raises(JournalError, match=r"`ecotone run .*recipe\.yaml --out .*/run` begins it"):
+        Journal.open(path)
+    with Journal.create(path, [facts.NAME.note("a")]) as journal:
+        assert journal.fact(facts.NAME) == "a"
+    assert not list(path.parent.glob("*.new*"))
+    assert path.with_name("recipe.yaml").read_text() == "name: mine"
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_finished_journal_is_never_replaced(path: Path, hard_links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it appears after all that looks for it: the lock may have failed on a file system of a network."""
+    if not hard_links:
+        monkeypatch.setattr(os, "link", unsupported)
+    written(path.with_name("other.sqlite"))
+    whole = path.with_name("other.sqlite").read_bytes()
+
+    def made(draft: Path, notes: object) -> None:
+        draft.write_bytes(b"another")
+        path.write_bytes(whole)
+
+    monkeypatch.setattr(birth, "_write", made)
+    with pytest.raises(JournalError, match="a run is there already"):
+        Journal.create(path)
+    assert path.read_bytes() == whole
+    assert not list(path.parent.glob("*.new*"))
+
+
+def unsupported(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_a_file_system_without_hard_links(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", unsupported)
+    written(path)
+    with Journal.open(path) as journal:
+        assert len(list(journal.rows())) == 6
+    with pytest.raises(JournalError, match="a run is there already"):
+        Journal.create(path)
+
+
+BEGINS = """
+import sys, time
+from ecotone.populations import facts
+from ecotone.populations.journal import Journal
+print("ready", flush=True)
+sys.stdin.readline()
+with Journal.create({path!r}, [facts.NAME.note("x" * 20_000)]) as journal:
+    print("made", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_of_birth_leaves_a_whole_journal_or_none(path: Path) -> None:
+    """Thirty processes are killed at moments spread over twice the time that making a journal takes."""
+    outcomes = Counter[str]()
+    took = 0.004
+    for number in range(-2, 30):
+        command = [sys.executable, "-c", BEGINS.format(path=str(path))]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdin
+        assert process.stdout
+        with process, process.stdin, process.stdout:
+            assert process.stdout.readline() == "ready\n"
+            began = time.perf_counter()
+            process.stdin.write("\n")
+            process.stdin.flush()
+            if number < 0:
+                assert process.stdout.readline() == "made\n"
+                took = time.perf_counter() - began
+            else:
+                time.sleep(2 * took * number / 30)
+                process.kill()
+        if birth.born(path):
+            outcomes["born"] += 1
+            with Journal.open(path, write=True) as journal:
+                assert len(journal.fact(facts.NAME) or "") == 20_000
+            path.unlink()
+        else:
+            outcomes["unborn"] += 1
+            with Journal.create(path, [facts.NAME.note("next")]) as journal:
+                assert journal.fact(facts.NAME) == "next"
+            assert not list(path.parent.glob("*.new*"))
+            path.unlink()
+    assert set(outcomes) == {"born", "unborn"}
