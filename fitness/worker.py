@@ -175,10 +175,12 @@ class Worker:
     def _scored(self, trials: Sequence[Trial]) -> list[Evaluation]:
         group = self._backend.group
         groups = [trials[start : start + group] for start in range(0, len(trials), group)]
-        return [evaluation for some in groups for evaluation in self._measure_group(some)]
+        with self._supervisor.settled():
+            return [evaluation for some in groups for evaluation in self._measure_group(some)]
 
     def _differentiated(self, trials: Sequence[Trial]) -> list[Evaluation]:
-        return [self._differentiate(trial, trial.gradient) for trial in trials if trial.gradient is not None]
+        with self._supervisor.settled():
+            return [self._differentiate(trial, trial.gradient) for trial in trials if trial.gradient is not None]
 
     def _measure_group(self, trials: Sequence[Trial]) -> list[Evaluation]:
         """Trials whose weights are merged in one pass, or one by one if that fails."""
@@ -331,7 +333,7 @@ class Worker:
                     try:
                         score = self._scored_by(user, objective, model, group, follows=left > 0)
                     finally:
-                        if user.foreign or not left or score is None:
+                        if user.foreign or self._supervisor.careful or score is None:
                             again = self._supervisor.restore(user, called)
                     if again and left:
                         model = self._shown(genome)
@@ -428,8 +430,8 @@ class Worker:
                     self._prepare(name, batch.step)
                 values, gradient = self._backend.gradient(trial.genome, losses, batch.weights)
             finally:
-                if name in self._tasks:
-                    self._supervisor.restore(self._task_user(name), began, merged=False)
+                if name in self._tasks and (user := self._task_user(name)).foreign:
+                    self._supervisor.restore(user, began, merged=False)
         except BaseException as error:
             self._supervisor.signals.pass_on(error)
             return failed(f"calibration {name!r}", error, began)
