@@ -17,6 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from ecotone.populations.errors import shortened
+
 if TYPE_CHECKING:
     from ecotone.search.manager import Progress
 
@@ -34,14 +36,14 @@ class JsonLine(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "event": vars(record)["event"],
-            "message": record.getMessage(),
+            "message": shortened(record.getMessage()),
         }
         named = {
             key: value for key, value in vars(record).items() if not key.startswith("_")
         }  # Ray adds some of its own
         fields = {key: value for key, value in named.items() if key not in _STANDARD}
         if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
+            fields["traceback"] = shortened(self.formatException(record.exc_info))
         return json.dumps({**head, **_plain(fields), **head})
 
 

@@ -8,7 +8,6 @@ of once for each kind.
 
 from __future__ import annotations
 
-import _signal  # ``signal`` looks each handler up among its enumerations, which takes longer than a small model's score
 import contextlib
 import os
 import signal
@@ -16,12 +15,14 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 from ecotone.fitness.guards import User
 
+_signal: Any = import_module("_signal")  # ``signal`` looks handlers up among its enumerations, which takes long
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
 _KEPT = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGCHLD", "SIGHUP") if hasattr(signal, name)

@@ -98,7 +98,7 @@ class Worker:
         self._backend = spec.backend.make(BackendContext(self._sources, spec.architecture, self._device, kind))
         tokenizer = None if spec.tokenizer is None else str(located(spec.tokenizer))
         context = ObjectiveContext(self._device, self._backend.dtype, tokenizer)
-        self._objectives: dict[str, list[Objective]] = {
+        self._objectives: dict[Subset, list[Objective]] = {
             "search": [objective.build(context) for objective in spec.search],
             "held_out": [objective.build(context) for objective in spec.held_out],
         }
@@ -118,7 +118,7 @@ class Worker:
         heads = [head.function for one in every if (head := getattr(one, "head", None)) is not None]
         self._supervisor = Supervisor(self._backend, [head for head in heads if isinstance(head, nn.Module)])
         for group, objectives in self._objectives.items():
-            for one in objectives:
+            for one in objectives:  # known before the first batch begins
                 self._objective_user(group, one)
         with self._supervisor.signals:
             self._supervisor.begin()
