@@ -12,10 +12,12 @@ A random Llama and a tokenizer trained in memory; 200 questions of four choices 
 - lm_eval: ``Worker.measure`` with the objective ``lm_eval``
 - plain: with ``multiple_choice``, each choice read with its question
 - reuse: with ``multiple_choice``, a question read once for all its choices
+- call: as ``reuse``, from a Python function of the user's, which another one follows: with guards around both
 
 ``materialise`` is forming the weights and giving them to the model, for ``disk`` writing them too; ``forward`` is time
 inside the model's ``forward``; ``rest`` is everything else, for the first two with lm-eval's report of the machine (it
-runs pip and git), shown by itself as well. Merging is ours for all ways, so ``disk`` is cheaper than with a merge that
+runs pip and git), shown by itself as well; ``guards`` is a part of the rest: comparing the model and the process with
+their states before each call of user code. Merging is ours for all ways, so ``disk`` is cheaper than with a merge that
 reads and writes files. All are medians over the candidates. ``times`` is how many times faster than ``disk`` and
 ``memory``, the medians of the ratios by candidate; the last two columns leave lm-eval's report out.
 
@@ -36,8 +38,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from functools import wraps
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeAlias
 from unittest.mock import patch
@@ -54,21 +56,28 @@ sys.path.insert(0, str(Path(__file__).parent))
 from adamerging_memory import write_experts
 from materialise import save
 
+from ecotone.fitness.guards import Guards
 from ecotone.fitness.kinds import ObjectiveContext
-from ecotone.fitness.language.choices import MultipleChoiceSettings
+from ecotone.fitness.language.choices import MultipleChoice, MultipleChoiceSettings
 from ecotone.fitness.registry import OBJECTIVES
 from ecotone.fitness.specs import WorkerSpec
+from ecotone.fitness.surroundings import Surroundings
 from ecotone.fitness.worker import Worker
 from ecotone.populations.genome import Genome
 from ecotone.populations.trial import Trial
 
-WAYS = ("disk", "memory", "lm_eval", "plain", "reuse")
-PARTS = ("materialise", "forward", "rest", "report")
+WAYS = ("disk", "memory", "lm_eval", "plain", "reuse", "call")
+PARTS = ("materialise", "forward", "rest", "report", "guards")
 EXPERTS = 3
 CHOICES = 4
 TASK = "questions"
+GUARDS = (
+    *((Guards, name) for name in ("begin", "shown", "watch", "after")),
+    *((Surroundings, name) for name in ("begin", "after")),
+)
+"""The methods that guards spend their time in."""
 Clock: TypeAlias = dict[str, float]
-"""Seconds by part; ``report`` is a part of the rest."""
+"""Seconds by part; ``report`` and ``guards`` are parts of the rest."""
 Way: TypeAlias = Callable[[Genome, Clock], float]
 """Scores a merge and adds to the clock."""
 
@@ -199,7 +208,27 @@ def write_lines(file: Path, records: Sequence[dict[str, Any]]) -> None:
 # -- ways ----------------------------------------------------------------------------------------------------
 
 
-def worker_of(directory: Path, kind: str, settings: dict[str, Any], arguments: argparse.Namespace) -> Worker:
+@cache
+def asked(data: str, tokenizer: str) -> MultipleChoice:
+    """The questions, tokenised once."""
+    settings = MultipleChoiceSettings(name="right", type="multiple_choice", data=data)
+    return settings.build(ObjectiveContext(torch.device("cpu"), tokenizer=tokenizer))
+
+
+def answered(model: Any, data: str, tokenizer: str) -> tuple[float, Any]:
+    """The user's function of the way ``call``."""
+    score = asked(data, tokenizer).score(model)
+    return score.value, score.per_example
+
+
+def followed(model: Any) -> float:
+    """Another one, so that the weights are compared between the two."""
+    return float(model.training)
+
+
+def worker_of(
+    directory: Path, kind: str, settings: dict[str, Any], arguments: argparse.Namespace, *others: Any
+) -> Worker:
     paths = [str(directory / str(number)) for number in range(EXPERTS + 1)]
     objective = OBJECTIVES.get(kind, "kind")(name="right", type=kind, **settings)
     return Worker(
@@ -208,7 +237,7 @@ def worker_of(directory: Path, kind: str, settings: dict[str, Any], arguments: a
             paths[0],
             "task_arithmetic",
             architecture="auto",
-            search=(objective,),
+            search=(objective, *others),
             tokenizer=paths[0],
             device="cpu",
             threads=arguments.threads,
@@ -234,6 +263,13 @@ class Ways:
             "lm_eval": worker_of(directory, "lm_eval", tasks, arguments),
             "plain": worker_of(directory, "multiple_choice", {**data, "reuse": False}, arguments),
             "reuse": worker_of(directory, "multiple_choice", data, arguments),
+            "call": worker_of(
+                directory,
+                "call",
+                {"call": f"{__file__}:answered", "arguments": {**data, "tokenizer": str(directory / "0")}},
+                arguments,
+                OBJECTIVES.get("call", "kind")(name="followed", type="call", call=f"{__file__}:followed"),
+            ),
         }
         self._manager = TaskManager(include_path=tasks["folder"], include_defaults=False)
         self._directory, self._arguments = directory, arguments
@@ -309,10 +345,11 @@ class Ways:
             return timed
 
         forward, report = LlamaForCausalLM.forward, evaluator.add_env_info
-        with (
-            patch.object(LlamaForCausalLM, "forward", kept(forward, "forward")),
-            patch.object(evaluator, "add_env_info", kept(report, "report")),
-        ):
+        with ExitStack() as patched:
+            patched.enter_context(patch.object(LlamaForCausalLM, "forward", kept(forward, "forward")))
+            patched.enter_context(patch.object(evaluator, "add_env_info", kept(report, "report")))
+            for owner, name in GUARDS:
+                patched.enter_context(patch.object(owner, name, kept(getattr(owner, name), "guards")))
             yield
 
 
@@ -357,14 +394,14 @@ def check(scores: dict[str, list[float]], verdicts: dict[str, list[bool]], numbe
 def row(way: str, length: int, clocks: dict[str, list[Clock]], scores: list[float], parameters: int) -> dict[str, Any]:
     own = clocks[way]
     seconds = {part: statistics.median(clock[part] for clock in own) for part in PARTS}
-    shares = {part: statistics.median(clock[part] / clock["forward"] for clock in own) for part in PARTS[:3]}
+    shares = {part: statistics.median(clock[part] / clock["forward"] for clock in own) for part in PARTS}
     return {
         "way": way,
         "words": length,
         "parameters": parameters,
         "scores": scores,
         "seconds": {"total": statistics.median(map(total, own)), **seconds},
-        "of_forward": {part: shares[part] for part in ("materialise", "rest")},
+        "of_forward": {part: shares[part] for part in ("materialise", "rest", "guards")},
         "times": {
             f"{other}{'' if whole else ', no report'}": statistics.median(
                 (total(theirs) - (0 if whole else theirs["report"])) / total(ours)
@@ -385,13 +422,15 @@ def print_row(row: dict[str, Any], header: bool) -> None:
     if header:
         print(
             f"{'words':>5}  {'way':8}{'total s':>9}{'materialise':>18}{'forward':>9}{'rest':>18}{'report':>8}"
+            f"{'guards':>18}"
             f"{'disk':>9}{'memory':>8}{'disk*':>8}{'memory*':>8}"
         )
     seconds, shares = row["seconds"], row["of_forward"]
     cells = [f"{seconds[part]:9.3f} ({shares[part]:6.1%})" for part in ("materialise", "rest")]
+    guards = f"{seconds['guards']:9.5f} ({shares['guards']:6.2%})"
     print(
         f"{row['words']:>5}  {row['way']:8}{seconds['total']:9.3f}{cells[0]:>18}{seconds['forward']:9.3f}{cells[1]:>18}"
-        f"{seconds['report']:8.3f} " + "".join(f"{value:8.2f}" for value in row["times"].values()),
+        f"{seconds['report']:8.3f}{guards:>18} " + "".join(f"{value:8.2f}" for value in row["times"].values()),
         flush=True,
     )
 

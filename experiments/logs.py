@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from ecotone.populations.errors import LONGEST, shown
+from ecotone.populations.errors import LONGEST, shortened, shown
 from ecotone.populations.folders import opened
 from ecotone.populations.parsing import json_object
 from ecotone.populations.secrets import LogFilter, stripped, without
@@ -40,14 +40,14 @@ class JsonLine(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "event": vars(record)["event"],
-            "message": record.getMessage(),
+            "message": shortened(record.getMessage()),
         }
         named = {
             key: value for key, value in vars(record).items() if not key.startswith("_")
         }  # Ray adds some of its own
         fields = {key: value for key, value in named.items() if key not in _STANDARD}
         if record.exc_info:
-            fields["traceback"] = stripped(self.formatException(record.exc_info))
+            fields["traceback"] = shortened(stripped(self.formatException(record.exc_info)))
         return json.dumps({**head, **_plain(without(fields)), **head})
 
 

@@ -39,11 +39,11 @@ from ecotone.fitness.pools import Pool, ReadsModels
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.values import refuse_nan
 from ecotone.populations import facts
-from ecotone.populations.errors import EcotoneError, InputError, sentence
+from ecotone.populations.errors import EcotoneError, InputError, sentence, text_of
 from ecotone.populations.folders import private_folder, write_private
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
-from ecotone.populations.secrets import cleaning, stripped
+from ecotone.populations.secrets import cleaning
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Scores
 from ecotone.search.kinds import Pair
@@ -350,7 +350,7 @@ def _recorded(journal: Journal, place: Place) -> Iterator[None]:
     except BaseException as error:
         with contextlib.suppress(EcotoneError):  # the journal itself may be what failed
             journal.note(facts.STATE, "failed")
-            journal.note(facts.ERROR, stripped(str(error)))
+            journal.note(facts.ERROR, text_of(error))
         raise
     finally:
         with contextlib.suppress(EcotoneError):

@@ -21,7 +21,7 @@ from typing import Any
 
 from ecotone.fitness.former_names import present_name, tell
 from ecotone.marked import FILE_MODULE
-from ecotone.populations.errors import EcotoneError, InputError, nearest, sentence
+from ecotone.populations.errors import EcotoneError, InputError, nearest, sentence, told
 from ecotone.settings import Call, split_call
 
 _loading = threading.RLock()
@@ -86,11 +86,10 @@ def call(spec: Call, field: str = "call") -> Any:
     function = resolve(spec.call, field)
     try:
         return function(**spec.arguments)
-    except EcotoneError:
+    except (EcotoneError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}"
-        raise InputError(f"{field}: {spec.call}({_shown(spec)}) raised {found}.") from error
+    except BaseException as error:  # SystemExit and its like are no end of the search
+        raise InputError(f"{field}: {spec.call}({_shown(spec)}) raised {told(error)}.") from error
 
 
 # -- modules -------------------------------------------------------------------------------------------------
@@ -113,10 +112,10 @@ def _imported(name: str, path: str, field: str) -> ModuleType:
             "Check the spelling, and that every worker can import it: install it, or put its folder on the path "
             "(--folder DIR of resume, export and verify).",
         ) from error
-    except Exception as error:
-        raise InputError(
-            sentence(f"{field}: importing {name!r} (of {path!r}) raised {type(error).__name__}: {error}")
-        ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise InputError(sentence(f"{field}: importing {name!r} (of {path!r}) raised {told(error)}")) from error
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ def _execute(name: str, file: Path, path: str, field: str) -> None:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
-        if isinstance(error, Exception | SystemExit):
+        if not isinstance(error, KeyboardInterrupt):
             raise _broken(file, path, field, error) from error
         raise
 
@@ -162,7 +161,7 @@ def _broken(file: Path, path: str, field: str, error: BaseException) -> InputErr
             f"{field}: {where} (of {path!r}) needs the module {error.name!r}, which is not installed.",
             "Install it, or put its file beside this one.",
         )
-    return InputError(sentence(f"{field}: loading {where} (of {path!r}) raised {type(error).__name__}: {error}"))
+    return InputError(sentence(f"{field}: loading {where} (of {path!r}) raised {told(error)}"))
 
 
 def _line(file: Path, error: BaseException) -> int | None:

@@ -124,9 +124,9 @@ class Weights:
                 tensor.grad = None if moved else gradient
                 tensor.requires_grad_(asks)
                 found.append(("gradients", name))
-            if tensor._backward_hooks != hooks or tensor._post_accumulate_grad_hooks != later:  # type: ignore[attr-defined]
+            if tensor._backward_hooks != hooks or tensor._post_accumulate_grad_hooks != later:
                 tensor._backward_hooks = hooks
-                tensor._post_accumulate_grad_hooks = later  # type: ignore[attr-defined]
+                tensor._post_accumulate_grad_hooks = later
                 found.append(("hooks", name))
         return found
 
@@ -136,7 +136,7 @@ class Weights:
         for tensor in self._merged:
             bits = _bits(tensor)
             if bits.device.type == "cpu":
-                found.append(xxh3_64_intdigest(bits.contiguous().numpy()))
+                found.append(xxh3_64_intdigest(bits.contiguous().numpy().data))
             else:
                 flat = bits.reshape(-1)
                 found += [int(flat.sum(dtype=torch.int64)), int(flat[::3].sum(dtype=torch.int64))]

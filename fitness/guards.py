@@ -145,6 +145,10 @@ class Process:
         """Settings that differ now are the caller's own: another thread has other modes."""
         self._before = [get() for get in _GETS]
 
+    def same(self) -> bool:
+        """Whether the settings are as they were; functions are left out."""
+        return [get() for get in _GETS] == self._before
+
     def mend(self, foreign: bool, deep: bool) -> list[Change]:
         """Put back what differs; return it.
 
@@ -155,7 +159,7 @@ class Process:
         Raises:
             SpoiledError: Something cannot be put back.
         """
-        changes = [] if [get() for get in _GETS] == self._before else self._put_back()
+        changes = [] if self.same() else self._put_back()
         watched = list(self._functions.items())
         for name, (owner, functions) in watched if deep else watched[:1] if foreign else ():
             for key in _patched(owner, functions):
@@ -261,13 +265,15 @@ class Structure:
         self._methods = [*map(_METHODS, self._classes)]
         parents = dict.fromkeys(chain.from_iterable(one.__mro__ for one in self._classes))
         self._functions = {one: _functions(one) for one in parents if one is not object}
-        self._now = [watched.now for watched in self._dicts]
+        self._now = [watched.now for watched in self._dicts if watched.before]
+        self._empty = [watched.now for watched in self._dicts if not watched.before]  # most hooks
         self._ids = self._identities()
 
     def same(self) -> bool:
         """Whether nothing differs, quickly; the classes' other methods are left out."""
         return (
-            self._identities() == self._ids
+            not any(self._empty)
+            and self._identities() == self._ids
             and [*map(type, self._modules)] == self._types
             and [*map(_METHODS, self._classes)] == self._methods
             and all(len(now) == len(old) and all(map(is_, now, old)) for now, old, _ in self._lists)
@@ -462,6 +468,8 @@ class Guards:
             SpoiledError: Something cannot be put back. Every later ``shown`` raises it as well.
         """
         user.calls += 1
+        if not user.foreign and self._quiet(merged):
+            return [], False
         known = not _DEEP.isdisjoint(user.warned)
         deep = user.foreign and (user.calls & (user.calls - 1) == 0 or seconds > SLOW or known)
         try:
@@ -477,6 +485,14 @@ class Guards:
             tell(user, changes)
         return changes, again
 
+    def _quiet(self, merged: bool) -> bool:
+        """Whether nothing differs, quickly."""
+        return (
+            self._process.same()
+            and all(guarded.structure.same() for guarded in self._models.values())
+            and (not merged or self._shown is None or self._shown.weights.same())
+        )
+
     def _all_spoilt(self) -> str:
         return next((name for one in self._models.values() if (name := one.weights.spoilt()[1])), "")
 
@@ -487,8 +503,6 @@ class Guards:
         """Put a model back. Returns what was changed, and whether its weights must be merged again."""
         weights = guarded.weights
         quiet = guarded.structure.same() and (not merged or weights.same())
-        if quiet and not user.foreign:
-            return [], False
         changes = guarded.structure.mend(deep)
         written = weights.changed() if merged else []
         if not (quiet and not written):

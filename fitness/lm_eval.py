@@ -37,6 +37,7 @@ from yaml.constructor import SafeConstructor
 from ecotone.extras import how_to_install
 from ecotone.fitness.kinds import ObjectiveContext, ObjectiveSettings
 from ecotone.fitness.protocol import Score, pooled_mean
+from ecotone.fitness.scores import number
 from ecotone.populations.errors import InputError, first_line, nearest
 from ecotone.populations.genome import Integers
 from ecotone.populations.parsing import MalformedError, file_bytes
@@ -1043,7 +1044,7 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 def _aggregated(aggregate: Callable[..., Any], values: Sequence[Any]) -> float:
     """One number of all values; infinity where a perplexity is beyond floating point."""
     try:
-        return float(aggregate(values))
+        return number(aggregate(values), "the aggregate of the metric")
     except OverflowError:
         return math.inf
 
@@ -1052,6 +1053,8 @@ def _by_document(values: Sequence[Any], aggregate: Callable[..., Any]) -> np.nda
     """(N,) one number a document; None where the metric has no meaning for a single one."""
     from lm_eval.api import metrics
 
+    if aggregate is getattr(metrics, "nanmean", None):  # documents without a score are left out of the mean
+        return None
     if aggregate in (metrics.perplexity, metrics.weighted_perplexity, metrics.bits_per_byte, metrics.brier_score):
         values = [_aggregated(aggregate, [value]) for value in values]
     if not all(isinstance(value, (int, float, np.number, np.bool_)) for value in values):

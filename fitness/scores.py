@@ -119,7 +119,7 @@ def checked(score: Score, subject: str, expected: Expected = ANYTHING) -> Score:
         each = by_example(each)
         if expected.count is not None and each.size != expected.count:
             raise InputError(f"{subject}: expected {expected.count} scores by example, found {each.size}.")
-        _check_each(each, subject, expected.limits)
+        _check_each(each, value, subject, expected.limits)
     if not math.isfinite(value):
         raise NotFiniteScoreError(f"{subject}: expected a finite score, found {value}")
     if expected.limits is not None:
@@ -130,9 +130,10 @@ def checked(score: Score, subject: str, expected: Expected = ANYTHING) -> Score:
     return replace(score, value=value, per_example=each, items=int(items))
 
 
-def _check_each(each: NDArray[Any], subject: str, limits: tuple[float, float] | None) -> None:
+def _check_each(each: NDArray[Any], value: float, subject: str, limits: tuple[float, float] | None) -> None:
+    """Refuse NaN, and infinity where it makes the score infinite: one text's perplexity may be beyond all numbers."""
     if each.dtype.kind == "f":
-        broken = np.flatnonzero(~np.isfinite(each))
+        broken = np.flatnonzero(np.isnan(each) if math.isfinite(value) else ~np.isfinite(each))
         if broken.size:
             first = int(broken[0])
             raise NotFiniteScoreError(

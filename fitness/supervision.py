@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from torch import nn
@@ -39,6 +40,9 @@ class Supervisor:
     def __init__(self, backend: Backend, heads: Iterable[nn.Module] = ()) -> None:
         self._backend = backend
         self._users: dict[Hashable, User] = {}
+        self._shown: Any = backend.model
+        self._noted = False  # whether the guards know the weights that are shown
+        self._own = User("the model", foreign=False)
         self.signals = Signals()
         self._surroundings = Surroundings(self.signals)
         self._guards = Guards(backend.model, getattr(backend, "rewritten", None), heads)
@@ -63,12 +67,9 @@ class Supervisor:
         return self._users[key]
 
     def shown(self, model: Any) -> None:
-        """The backend has put a candidate's weights into ``model``.
-
-        Raises:
-            SpoiledError: An earlier call has changed what cannot be put back.
-        """
-        self._guards.shown(model)
+        """The backend has put a candidate's weights into ``model``."""
+        self._shown = model
+        self._noted = False
 
     def call(self, user: User, function: Callable[[], Returned], *, follows: bool) -> Returned:
         """What ``function`` returns. An exception of any kind goes on, as a signal's handler raised it if it did.
@@ -77,8 +78,15 @@ class Supervisor:
             user: Whose code it is.
             function: Calls the code.
             follows: Whether other code uses the same weights afterwards.
+
+        Raises:
+            SpoiledError: An earlier call has changed what cannot be put back.
         """
-        if (user.foreign and follows) or self._surroundings.strays:
+        careful = user.foreign or self.careful
+        if careful and not self._noted:
+            self._guards.shown(self._shown)
+            self._noted = True
+        if careful and (follows or not user.foreign):
             self._guards.watch(user)
         try:
             returned = function()
@@ -93,6 +101,18 @@ class Supervisor:
         finally:
             if user.foreign:
                 self._surroundings.after(user)
+
+    @property
+    def careful(self) -> bool:
+        """Whether threads live that user code has left behind: then each call is looked at, ours too."""
+        return self._surroundings.strays
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Put back at the end what a model's own ``forward`` has changed, if it has; that is told to nobody."""
+        yield
+        with suppress(InputError):  # it is raised again when user code is called
+            self.restore(self._own, time.perf_counter(), merged=False)
 
     def restore(self, user: User, began: float, *, merged: bool = True) -> bool:
         """Put back what the code has changed in the model and in torch.
@@ -109,7 +129,8 @@ class Supervisor:
             SpoiledError: Something cannot be put back.
             InputError: Threads that it left behind may have changed the model while others were scored.
         """
-        changes, again = self._guards.after(user, time.perf_counter() - began, merged=merged)
+        seconds = time.perf_counter() - began
+        changes, again = self._guards.after(user, seconds, merged=merged and self._noted)
         if again:
             self.distrust()
         if changes and self._surroundings.strays:
@@ -122,11 +143,13 @@ class Supervisor:
         Raises:
             InputError: It wrote into the weights: neither its gradient nor the next one's would be that of the merge.
         """
+        if not user.foreign:
+            return self.call(user, function, follows=True)
         self._guards.shown(model)
-        inside = self._guards.inside(model) if user.foreign else None
+        self._shown, self._noted = model, True
+        inside = self._guards.inside(model)
         returned = self.call(user, function, follows=True)
-        if inside is not None:
-            tell(user, inside.mend())
+        tell(user, inside.mend())
         if written := self._guards.written():
             self.distrust()
             raise InputError(

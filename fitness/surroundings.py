@@ -15,12 +15,14 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 from ecotone.fitness.guards import User
 
+_signal: Any = import_module("_signal")  # ``signal`` looks handlers up among its enumerations, which takes long
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
 _KEPT = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGCHLD", "SIGHUP") if hasattr(signal, name)
@@ -45,19 +47,19 @@ class Signals:
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
             self.came, self._raised = False, None
             for number in _HANDLED:
-                before = signal.getsignal(number)
+                before = _signal.getsignal(number)
                 if callable(before):
                     recorder = partial(self._received, before)
                     self._before[number] = recorder, before
-                    signal.signal(number, recorder)
+                    _signal.signal(number, recorder)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._depth -= 1
         if self._depth == 0:
             for number, (recorder, before) in self._before.items():
-                if signal.getsignal(number) is recorder:  # a handler may have set another one
-                    signal.signal(number, before)
+                if _signal.getsignal(number) is recorder:  # a handler may have set another one
+                    _signal.signal(number, before)
             self._before.clear()
 
     def pass_on(self, error: BaseException | None = None) -> None:
@@ -104,12 +106,13 @@ class Surroundings:
         self._known = set(threading.enumerate())
         self._children = _children()
         main = threading.current_thread() is threading.main_thread()
-        self._handlers = {number: signal.getsignal(number) for number in _KEPT} if main else {}
+        self._handlers = {number: _signal.getsignal(number) for number in _KEPT} if main else {}
 
     @property
     def strays(self) -> bool:
         """Whether threads live that user code has left behind."""
-        self._strays = [thread for thread in self._strays if thread.is_alive()]
+        if self._strays:
+            self._strays = [thread for thread in self._strays if thread.is_alive()]
         return bool(self._strays)
 
     def end_fork(self) -> None:
@@ -153,8 +156,8 @@ class Surroundings:
 
     def _put_back_handlers(self, user: User) -> None:
         for number, before in self._handlers.items():
-            if signal.getsignal(number) is not before and before is not None:
-                signal.signal(number, before)
+            if _signal.getsignal(number) is not before and before is not None:
+                _signal.signal(number, before)
                 _tell(user, "the handler of", signal.Signals(number).name, "It is set back after each call")
 
     def _note_threads(self, user: User) -> None:

@@ -102,7 +102,7 @@ class Worker:
         """The models' files. They are looked at before and after each batch."""
         self.files.hash()
         context = ObjectiveContext(self._device, self._backend.dtype, None if tokenizer is None else str(tokenizer))
-        self._objectives: dict[str, list[Objective]] = {
+        self._objectives: dict[Subset, list[Objective]] = {
             "search": [objective.build(context) for objective in spec.search],
             "held_out": [objective.build(context) for objective in spec.held_out],
         }
@@ -122,7 +122,7 @@ class Worker:
         heads = [head.function for one in every if (head := getattr(one, "head", None)) is not None]
         self._supervisor = Supervisor(self._backend, [head for head in heads if isinstance(head, nn.Module)])
         for group, objectives in self._objectives.items():
-            for one in objectives:
+            for one in objectives:  # known before the first batch begins
                 self._objective_user(group, one)
         with self._supervisor.signals:
             self._supervisor.begin()
@@ -187,10 +187,12 @@ class Worker:
     def _scored(self, trials: Sequence[Trial]) -> list[Evaluation]:
         group = self._backend.group
         groups = [trials[start : start + group] for start in range(0, len(trials), group)]
-        return [evaluation for some in groups for evaluation in self._measure_group(some)]
+        with self._supervisor.settled():
+            return [evaluation for some in groups for evaluation in self._measure_group(some)]
 
     def _differentiated(self, trials: Sequence[Trial]) -> list[Evaluation]:
-        return [self._differentiate(trial, trial.gradient) for trial in trials if trial.gradient is not None]
+        with self._supervisor.settled():
+            return [self._differentiate(trial, trial.gradient) for trial in trials if trial.gradient is not None]
 
     def _measure_group(self, trials: Sequence[Trial]) -> list[Evaluation]:
         """Trials whose weights are merged in one pass, or one by one if that fails."""
@@ -343,7 +345,7 @@ class Worker:
                     try:
                         score = self._scored_by(user, objective, model, group, follows=left > 0)
                     finally:
-                        if user.foreign or not left or score is None:
+                        if user.foreign or self._supervisor.careful or score is None:
                             again = self._supervisor.restore(user, called)
                     if again and left:
                         model = self._shown(genome)
@@ -440,8 +442,8 @@ class Worker:
                     self._prepare(name, batch.step)
                 values, gradient = self._backend.gradient(trial.genome, losses, batch.weights)
             finally:
-                if name in self._tasks:
-                    self._supervisor.restore(self._task_user(name), began, merged=False)
+                if name in self._tasks and (user := self._task_user(name)).foreign:
+                    self._supervisor.restore(user, began, merged=False)
         except BaseException as error:
             self._supervisor.signals.pass_on(error)
             return failed(f"calibration {name!r}", error, began)

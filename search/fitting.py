@@ -64,7 +64,8 @@ class Fitting:
                 return f"{name}: expected a number, found {kind}"
             if not math.isfinite(value):
                 return f"{name}: expected a finite number, found {value}"
-        for name, fact in evaluation.details.items():
+        details: Mapping[str, Any] = evaluation.details
+        for name, fact in details.items():
             if not isinstance(fact, str | int | float):
                 return f"details: {name}: expected a text or a number, found {type(fact).__name__}"
         check = self._checks.get(type(trial.wants))

@@ -39,7 +39,7 @@ HERE = str(Path(__file__).parent)
 PATIENCE = 600.0  # seconds
 pytestmark = pytest.mark.timeout(1800)
 MODULE = """
-import ctypes, os, pathlib, time, torch
+import ctypes, os, pathlib, sys, threading, time, torch
 from torch import nn
 
 def net(): return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
@@ -109,6 +109,18 @@ def no_space():
     from ecotone.fitness.worker import Worker
     Worker.space = lambda self: os._exit(1)
     return data()
+class Stuck(BaseException):
+    def __init__(self): super().__init__("no pickle"); self.lock = threading.Lock()
+    def __str__(self): raise SystemExit
+def raises_all(model):
+    value = float(model["w"][0])
+    if value == 3: raise KeyboardInterrupt("by code")
+    if value == 4: raise GeneratorExit
+    if value == 5: os.fork()
+    if value == 6: raise Stuck
+    if value == 7: raise ValueError("x" * 5_000_000)
+    if value == 8: sys.exit(8)
+    return value
 def threads(model): return float(torch.get_num_threads())
 def draws(model): return float(torch.rand(()))
 """
@@ -446,6 +458,26 @@ def interrupted(tmp_path, folder, pool):
     _, left = psutil.wait_procs(family, timeout=PATIENCE)
     assert not left
     return child.returncode, out, err
+
+
+@pytest.mark.slow
+def test_whatever_an_objective_raises_is_a_failure_and_its_worker_lives_on(folder, make_pool):
+    """Also an interrupt that code raises, an exception without pickle or text, and a fork that comes back."""
+    pool = make_pool(vectors(folder, "raises_all"))
+    with pool:
+        pool.start()
+        before = pool.pids() if hasattr(pool, "pids") else []
+        pool.submit(batch(0, 2, 3, 4, 5, 6, 7, 8, 9))
+        evaluations = collect(pool, 1)[0]
+        assert (pool.pids() if hasattr(pool, "pids") else []) == before
+    assert [one.scores.get("f") for one in evaluations] == [2.0, None, None, 5.0, None, None, None, 9.0]
+    messages = [one.failure.message for one in evaluations if one.failure]
+    assert messages[0] == "objective 'f': KeyboardInterrupt: by code"
+    assert messages[1] == "objective 'f': GeneratorExit"
+    assert messages[2] == "objective 'f': Stuck: (no text: its __str__ raised SystemExit)"
+    assert messages[3].startswith("objective 'f': ValueError: xxx")
+    assert messages[4] == "objective 'f': SystemExit: 8"
+    assert all(one.failure.kind == "exception" and len(one.failure.text) < 30_000 for one in evaluations if one.failure)
 
 
 def test_the_serial_pool_can_be_interrupted(tmp_path, folder):
