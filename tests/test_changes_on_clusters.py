@@ -42,9 +42,7 @@ def recipe_of(folder, evaluations=80, **arguments):
     record = {
         "name": "toy",
         "models": {"experts": ["left.safetensors", "right.safetensors"]},
-        "objectives": {
-            "search": [{"name": "near", "type": "call", "call": "./toys.py:near", "arguments": arguments}]
-        },
+        "objectives": {"search": [{"name": "near", "type": "call", "call": "./toys.py:near", "arguments": arguments}]},
         "search": {"algorithm": "cma_es"},
         "scoring": {"batch": 2, "in_flight": 8},
         "budget": {"evaluations": evaluations},
@@ -82,7 +80,8 @@ from ray._private.parameter import RayParams
 
 settings = RayParams(
     gcs_address=sys.argv[1], redis_address=sys.argv[1], node_ip_address="127.0.0.1", num_cpus=1, num_gpus=0,
-    object_store_memory=100 * 1024**2, min_worker_port=0, max_worker_port=0, node_manager_port=0, include_log_monitor=False,
+    object_store_memory=100 * 1024**2, min_worker_port=0, max_worker_port=0, node_manager_port=0,
+    include_log_monitor=False,
 )
 settings.dashboard_agent_listen_port = None
 node = Node(settings, head=False, shutdown_at_exit=True, spawn_reaper=True)

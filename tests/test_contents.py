@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from ecotone.fitness.pools import Batch, SerialPool
 from ecotone.fitness.ray.models import Opened, SameModels
 from ecotone.fitness.specs import WorkerSpec
+from ecotone.merging.models import files
 from ecotone.merging.models.checkpoint import Checkpoint
 from ecotone.merging.models.files import Files, ModelChangedError
 from ecotone.populations import contents
@@ -47,6 +48,7 @@ def folder(tmp_path, monkeypatch):
     """Two models of a matrix and the module of objectives."""
     (tmp_path / "contents_tested.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(files, "MOMENT", -1.0)  # every glance is a look
     monkeypatch.delitem(sys.modules, "contents_tested", raising=False)
     for seed, name in enumerate("ab"):
         save_file({"w": np.random.default_rng(seed).standard_normal((8, 4))}, tmp_path / f"{name}.safetensors")
@@ -253,8 +255,8 @@ def test_changes_name_what_was_and_what_is():
 
 
 def opened(file, host):
-    files = Files({"models.experts[0]": Checkpoint.open(file)})
-    return Opened(1, "node", host, files.contents, files.mapped)
+    found = Files({"models.experts[0]": Checkpoint.open(file)})
+    return Opened(1, "node", host, found.contents, found.mapped)
 
 
 def test_workers_must_have_the_bytes_of_the_first_one(folder):
@@ -281,7 +283,20 @@ def test_a_death_is_told_with_the_file_that_was_cut(folder):
 
 def test_looking_at_files_costs_nothing(folder):
     """Two status calls a file and batch: no file is opened."""
-    files = Files({"models.experts[0]": Checkpoint.open(folder / "a.safetensors")})
-    assert files.contents["models.experts[0]"]["a.safetensors"]["bytes"] == (folder / "a.safetensors").stat().st_size
-    files._hashes.clear()
-    assert files.look() is False
+    found = Files({"models.experts[0]": Checkpoint.open(folder / "a.safetensors")})
+    assert found.contents["models.experts[0]"]["a.safetensors"]["bytes"] == (folder / "a.safetensors").stat().st_size
+    found._hashes.clear()
+    assert found.look() is False
+
+
+@pytest.mark.parametrize("sources", ["host", "mapped"])
+def test_models_that_are_kept_in_memory_are_looked_at_now_and_then(folder, monkeypatch, sources):
+    monkeypatch.setattr(files, "MOMENT", 1e9)
+    with SerialPool(replace(spec_of(folder), sources=sources)) as pool:
+        pool.start()
+        before = score(pool, 0)  # all is read now
+        rewritten(folder / "a.safetensors", keep_time=True)
+        if sources == "host":
+            assert score(pool, 1).scores == before.scores
+        with pytest.raises(ModelChangedError, match="it was written"):
+            pool.check_models() if sources == "host" else score(pool, 1)

@@ -7,6 +7,9 @@ bytes of all files that results depend on are hashed when the models are opened.
 
 from __future__ import annotations
 
+import math
+import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cached_property
@@ -19,6 +22,8 @@ from ecotone.merging.models.model import Model
 from ecotone.populations.contents import SHOWN, Change, Content, Record, Stamp, changes, content, contents, entry
 from ecotone.populations.errors import CheckpointError, InputError
 
+MOMENT = 0.25
+"""Seconds after a look at the files for which a glance does without another one."""
 RESTORE = "Restore the file, then `ecotone resume` goes on; or start a new run."
 _NO_PART = frozenset(  # JSON that trainers and exports leave beside a model
     ("ecotone.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
@@ -49,7 +54,9 @@ class Files:
             self.places |= {"models.tokenizer": own} if own else {}
         self._shards = [shard for model in models.values() for shard in _shards(model)]
         self._stamps: dict[Path, Stamp] = {shard.path: shard.stamp for shard in self._shards}
+        self._texts: dict[Path, str] = {path: str(path) for path in self._stamps}
         self._hashes: dict[Path, Content] = {}
+        self._looked = -math.inf
 
     @property
     def mapped(self) -> Mapping[Path, Content]:
@@ -98,16 +105,26 @@ class Files:
         Raises:
             ModelChangedError: One has changed.
         """
-        touched = False
+        touched, stat = False, os.stat
         for path, known in self._stamps.items():
             try:
-                found = Stamp.of(path)
+                found = stat(self._texts[path])
             except OSError:
                 raise _changed(path, known, None) from None
-            if found != known:
-                self._stamps[path] = self._compared(path, known, found)
+            now = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            if now != known:
+                self._stamps[path] = self._compared(path, known, Stamp(*now))
                 touched = True
+        self._looked = time.monotonic()
         return touched
+
+    def glance(self) -> bool:
+        """``look``, unless that was done a moment ago.
+
+        Raises:
+            ModelChangedError: A file has changed.
+        """
+        return time.monotonic() - self._looked > MOMENT and self.look()
 
     def check(self) -> None:
         """Compare the contents of all files with those that were found first.
