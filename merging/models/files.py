@@ -109,8 +109,12 @@ class Files:
         for path, known in self._stamps.items():
             try:
                 found = stat(self._texts[path])
-            except OSError:
+            except FileNotFoundError:
                 raise _changed(path, known, None) from None
+            except OSError as error:
+                raise ModelChangedError(
+                    f"{path}: cannot be read any more ({error.strerror or error}).", RESTORE
+                ) from error
             now = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
             if now != known:
                 self._stamps[path] = self._compared(path, known, Stamp(*now))
@@ -221,7 +225,7 @@ def _files(model: Model) -> dict[str, Path]:
 
 
 def _name(path: Path, home: Path) -> str:
-    return path.relative_to(home).as_posix() if path.is_relative_to(home) else path.name
+    return path.relative_to(home).as_posix() if path.is_relative_to(home) else "/".join(path.parts[-2:])
 
 
 def _small(folder: Path) -> list[str]:
@@ -243,9 +247,12 @@ def _all(folder: Path) -> Iterator[Path]:
 
 def _shards(model: Any) -> Iterator[Shard]:
     """The safetensors files that a model reads itself, whatever wraps it: those of an adapter's base are the base's."""
-    waiting = [model]
+    waiting, seen = [model], set[int]()
     while waiting:
         one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
         if isinstance(one, Shard):
             yield one
         elif isinstance(one, tuple):
