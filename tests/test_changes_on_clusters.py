@@ -14,6 +14,7 @@ import yaml
 from processes import started, wait_until
 from safetensors.numpy import save_file
 
+from ecotone.experiments import compose
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import Run
@@ -91,6 +92,27 @@ print("ready", flush=True)
 sys.stdin.read()
 node.kill_all_processes(check_alive=False)
 """
+
+
+def test_a_worker_with_other_code_takes_no_part(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    recipe, pools, make = Recipe.from_yaml(recipe_of(tmp_path, 1000)), [], compose.make_pool
+    monkeypatch.setattr(compose, "make_pool", lambda *arguments: pools.append(make(*arguments)) or pools[-1])
+    said, killed = [], []
+
+    def observe(progress):
+        if progress.evaluations >= 20 and len(pools[0].pids()) == 2 and not killed:
+            with (tmp_path / "toys.py").open("a") as file:
+                file.write("# changed\n")
+            killed.append(pools[0].pids()[1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    launch(recipe, tmp_path / "run", observe=observe, notify=said.append)
+    status, log = Run(tmp_path / "run").status(), (tmp_path / "run" / "log.jsonl").read_text()
+    assert (status["state"], status["evaluations"], status["failures"]) == ("finished", 1000, 0)
+    assert killed
+    assert "toys.py: it has other bytes on" in log
+    assert any("toys.py has changed since the run began" in text for text in said)
 
 
 def test_a_file_that_is_cut_under_this_process_is_told_and_refused_later(tmp_path):
