@@ -147,6 +147,7 @@ def test_small_files_are_compared_at_the_end(folder):
         (folder / f"{name}.safetensors").replace(folder / name / "model.safetensors")
         (folder / name / "tokenizer_config.json").write_text('{"a": 1}')
         (folder / name / "README.md").write_text("about")
+        (folder / name / "trainer_state.json").write_text("{}")
     spec = replace(spec_of(folder), experts=(str(folder / "a"), str(folder / "b")))
     with SerialPool(spec) as pool:
         space = pool.start()

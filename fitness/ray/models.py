@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -16,13 +17,15 @@ from ecotone.populations.errors import EcotoneError, InputError
 
 def own_code() -> dict[Path, str]:
     """By path, the hashes of the modules that this process has imported, but for Ecotone's and installed ones."""
-    installed = [Path(path).resolve() for path in sysconfig.get_paths().values()]
-    files = {
-        getattr(module, "__file__", None) for name, module in [*sys.modules.items()] if not name.startswith("ecotone")
+    places = (sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib"))
+    installed = tuple(f"{path}{os.sep}" for place in places for path in (place, os.path.realpath(place)))
+    named = {name: getattr(module, "__file__", None) or "" for name, module in [*sys.modules.items()]}
+    own = {
+        Path(file).resolve()
+        for name, file in named.items()
+        if file.endswith(".py") and not file.startswith(installed) and name.partition(".")[0] != "ecotone"
     }
-    paths = {Path(file).resolve() for file in files if file is not None and file.endswith(".py")}
-    own = [path for path in paths if path.is_file() and not any(path.is_relative_to(folder) for folder in installed)]
-    return {path: found.digest for path, found in contents(own).items()}
+    return {path: found.digest for path, found in contents(path for path in own if path.is_file()).items()}
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ecotone.merging.models import tokenizers
-from ecotone.merging.models.checkpoint import Shard
+from ecotone.merging.models import configs, tokenizers
+from ecotone.merging.models.checkpoint import ADAPTER_CONFIG, INDEX, SINGLE, Shard
 from ecotone.merging.models.model import Model
 from ecotone.populations.contents import SHOWN, Change, Content, Record, Stamp, changes, content, contents, entry
 from ecotone.populations.errors import CheckpointError, InputError
@@ -25,9 +25,7 @@ from ecotone.populations.errors import CheckpointError, InputError
 MOMENT = 0.25
 """Seconds after a look at the files for which a glance does without another one."""
 RESTORE = "Restore the file, then `ecotone resume` goes on; or start a new run."
-_NO_PART = frozenset(  # JSON that trainers and exports leave beside a model
-    ("ecotone.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
-)
+_SMALL = ("config.json", configs.GENERATION, *configs.PROCESSORS, ADAPTER_CONFIG)
 _MANY = 1000  # files of a folder of an unknown format
 
 
@@ -230,12 +228,9 @@ def _name(path: Path, home: Path) -> str:
 
 def _small(folder: Path) -> list[str]:
     """Names of a folder's configuration, index, tokenizer and processor files."""
-    own = [
-        file.name
-        for file in folder.iterdir()
-        if (file.suffix == ".json" or tokenizers.is_file(file.name)) and file.name not in _NO_PART and file.is_file()
-    ]
-    return sorted({*own, *tokenizers.files(folder)})
+    index = () if (folder / SINGLE).is_file() else (INDEX,)  # beside a single file it is not read
+    own = [name for name in (*_SMALL, *index) if (folder / name).is_file()]
+    return [*own, *tokenizers.files(folder)]
 
 
 def _all(folder: Path) -> Iterator[Path]:
