@@ -20,6 +20,7 @@ from ecotone.fitness.specs import WorkerSpec
 from ecotone.merging.models import files
 from ecotone.merging.models.checkpoint import Checkpoint
 from ecotone.merging.models.files import Files, ModelChangedError
+from ecotone.merging.sources import Sources
 from ecotone.populations import contents
 from ecotone.populations.contents import changes, content
 from ecotone.populations.errors import CheckpointError, InputError
@@ -202,6 +203,25 @@ def test_a_mapped_file_that_is_cut_short_ends_a_process_with_words(folder):
     assert "Bus error" in done.stderr
     assert "a mapped file of a model was cut short" in done.stderr
     assert done.stderr.rstrip().endswith("Go on with: ecotone resume x")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_files_of_adapters_shards_and_wrapped_models(tmp_path):
+    pytest.importorskip("peft")
+    from test_adapters import base_of, trained
+
+    kind = base_of("llama", tmp_path / "base", tie_word_embeddings=False)
+    trained(kind, tmp_path / "base", tmp_path / "a", rows=68, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    kind.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    experts = [tmp_path / "a", tmp_path / "shards"]
+    found = Sources.open(experts, tmp_path / "base", "task_arithmetic", vocabulary="union").files().contents
+    own = {"config.json", "generation_config.json"}
+    assert found["models.base"].keys() == {"model.safetensors", *own}
+    assert found["models.experts[0]"].keys() == {"adapter_model.safetensors", "adapter_config.json"}
+    shards = {path.name for path in (tmp_path / "shards").glob("*.safetensors")}
+    assert len(shards) > 1
+    assert found["models.experts[1]"].keys() == {"model.safetensors.index.json", *own, *shards}
 
 
 # -- hashes --------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -215,10 +214,9 @@ def _files(model: Model) -> dict[str, Path]:
     """By name, the files of a model that results depend on."""
     home = model.path if model.path.is_dir() else model.path.parent
     found = [shard.path for shard in _shards(model)]
-    folders = [folder for folder in (model.path, model.files, model.tokenizer) if folder.is_dir()]
     if not found:
         found = [model.path] if model.path.is_file() else list(_all(model.path))
-    found += [folder / name for folder in dict.fromkeys(folders) for name in _small(folder)]
+    found += [model.path / name for name in _small(model.path)] if model.path.is_dir() else []
     return {_name(path, home): path for path in found}
 
 
@@ -241,16 +239,10 @@ def _all(folder: Path) -> Iterator[Path]:
 
 
 def _shards(model: Any) -> Iterator[Shard]:
-    """The safetensors files that a model reads itself, whatever wraps it: those of an adapter's base are the base's."""
-    waiting, seen = [model], set[int]()
-    while waiting:
-        one = waiting.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, Shard):
-            yield one
-        elif isinstance(one, tuple):
-            waiting += one
-        elif is_dataclass(one):
-            waiting += [getattr(one, field.name) for field in fields(one) if field.name != "base"]
+    """The safetensors files that a model reads itself, whatever wraps it; those of an adapter's base are the base's."""
+    if isinstance(model, Shard):
+        yield model
+    for name in ("model", "weights", "shards"):  # of a wrapper, of an adapter, of a checkpoint
+        part = getattr(model, name, None)
+        for one in part if isinstance(part, tuple) else () if part is None else (part,):
+            yield from _shards(one)
