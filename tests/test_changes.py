@@ -285,7 +285,7 @@ def test_folders_of_data_heads_and_lm_eval_tasks(folder):
             "name": "images",
             "type": "accuracy",
             "data": {"call": "./metrics.py:near", "arguments": {"data": f"{folder}/images"}},
-            "head": {"call": "./metrics.py:near", "arguments": {"file": "head.safetensors"}},
+            "head": {"call": "./metrics.py:near", "arguments": {"file": "head.safetensors", "odd": ["~no/x", "", "/"]}},
         },
         {"name": "mine", "type": "lm_eval", "task": "mine", "folder": "tasks", "allow_code": True},
     ]
