@@ -331,8 +331,8 @@ def _path(text: str, beside: Path) -> Path | None:
     """
     if not text or len(text) > 4096 or "\0" in text:
         return None
-    for path in (Path(text).expanduser(), beside / text):
-        with contextlib.suppress(OSError):
+    for path in (Path(os.path.expanduser(text)), beside / text):  # noqa: PTH111 - "~nobody" is no error
+        with contextlib.suppress(OSError, ValueError):
             if path.is_file() or (os.sep in text and path.is_dir() and len(path.absolute().parts) > 2):
                 return path
     return None

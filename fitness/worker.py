@@ -175,14 +175,26 @@ class Worker:
             WorkerBrokenError: One has broken the GPU's context, as an assertion in a kernel does. Make another worker
                 in another process.
         """
-        self.files.look()
+        self.files.glance()  # what has changed since the last look is seen after the batch at the latest
         while True:
-            runs = groupby(trials, lambda trial: type(trial.wants))
+            loads, runs = self._sources.held.loads, groupby(trials, lambda trial: type(trial.wants))
             with self._supervisor.signals:
                 self._supervisor.begin()
                 found = [evaluation for wish, run in runs for evaluation in self._measures[wish](list(run))]
-            if not self.files.look():
+            if not (self.files.look() if self._may_have_read(trials, loads) else self.files.glance()):
                 return found
+
+    def _may_have_read(self, trials: Sequence[Trial], loads: int) -> bool:
+        """Whether the trials may have read models' files. They have not where all that is mixed is kept in memory.
+
+        Args:
+            trials: The trials.
+            loads: The number of tensors that had been read before them.
+        """
+        sources = self._sources
+        if loads != sources.held.loads or sources.rank is not None or sources.own_configs:
+            return True
+        return not all(isinstance(trial.wants, Scores) for trial in trials)
 
     def _scored(self, trials: Sequence[Trial]) -> list[Evaluation]:
         group = self._backend.group

@@ -4,19 +4,21 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from ecotone.experiments import changes, compose
+from ecotone.experiments import changes, compose, report
 from ecotone.experiments.checks import validate
 from ecotone.experiments.exports import export, verify
 from ecotone.experiments.fingerprints import fingerprints
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import Run
+from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations import facts
 from ecotone.populations.errors import InputError
 from ecotone.populations.journal import Journal
@@ -102,6 +104,10 @@ def reversed_rows(path):
         save_file({"w": np.ascontiguousarray(load_file(file)["w"][::-1])}, file)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # -- resume ---------------------------------------------------------------------------------------------------
 
 
@@ -109,9 +115,11 @@ def reversed_rows(path):
     ("name", "change", "words"),
     [
         ("metrics.py", append, r"objectives\.search\.near: metrics\.py has changed since the run began \(was"),
-        ("helpers/scale.py", append, r"objectives\.search\.near: scale\.py has changed since the run began"),
-        ("data.jsonl", lambda path: append(path, '{"x": 0}\n'), r"objectives\.search\.near: data\.jsonl has changed"),
-        ("bias.json", lambda path: path.write_text("1"), r"objectives\.search\.near: bias\.json has changed"),
+        slow("helpers/scale.py", append, r"objectives\.search\.near: scale\.py has changed since the run began"),
+        slow(
+            "data.jsonl", lambda path: append(path, '{"x": 0}\n'), r"objectives\.search\.near: data\.jsonl has changed"
+        ),
+        slow("bias.json", lambda path: path.write_text("1"), r"objectives\.search\.near: bias\.json has changed"),
         ("left.safetensors", reversed_rows, r"models\.experts\[0\]: left\.safetensors has changed .* \(and 1 more"),
     ],
 )
@@ -131,6 +139,7 @@ def test_a_change_is_refused_by_name(folder, tmp_path_factory, name, change, wor
     assert export(Run(run), "best", folder / "merged").is_dir()
 
 
+@pytest.mark.slow
 def test_a_copy_elsewhere_and_new_times_are_no_change(folder):
     run = begun(folder)
     for file in (*folder.glob("*.safetensors"), folder / "metrics.py"):
@@ -139,6 +148,7 @@ def test_a_copy_elsewhere_and_new_times_are_no_change(folder):
     assert longer(run).status()["accepted_changes"] == []
 
 
+@pytest.mark.slow
 def test_files_that_the_function_writes_are_none(folder):
     objective = recipe_of(folder).objectives.search[0].model_dump()
     objective["arguments"]["log"] = str(folder / "calls.jsonl")
@@ -163,13 +173,17 @@ def test_accepted_changes_are_told_from_then_on(folder):
         ("data.jsonl", 8, "resume"),
     ]
     longer(run, 20)  # what was accepted is not asked for again
-    status = Run(run).status()
-    assert "objectives.search.near: scale.py has changed since the run began" in status["accepted_changes"][0]
+    words = "objectives.search.near: scale.py has changed since the run began"
+    assert words in Run(run).status()["accepted_changes"][0]
+    assert words in report.accepted_lines(done)[0]
+    with done.journal() as journal:
+        assert words in Subject.of(journal, run).tags["ecotone.accepted_changes"]
     export(done, "best", folder / "merged")
     assert json.loads((folder / "merged" / "ecotone.json").read_text())["accepted_changes"] == accepted
-    assert "scale.py has changed since the run began" in (folder / "merged" / "README.md").read_text()
+    assert words in (folder / "merged" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_accepted_models_are_searched_on_with(folder):
     run = begun(folder)
     reversed_rows(folder / "left.safetensors")
@@ -194,6 +208,7 @@ def test_an_export_may_accept_a_change(folder):
     export(Run(run), "best", folder / "merged.safetensors")  # once is enough
 
 
+@pytest.mark.slow
 def test_an_export_is_not_compared_by_other_code(folder):
     run = begun(folder)
     export(Run(run), "best", folder / "merged")
@@ -202,6 +217,7 @@ def test_an_export_is_not_compared_by_other_code(folder):
         verify(folder / "merged")
 
 
+@pytest.mark.slow
 def test_an_older_journal_is_compared_by_inner_products(folder):
     run = begun(folder)
     with Journal.open(run / "journal.sqlite", write=True) as journal:
@@ -214,6 +230,7 @@ def test_an_older_journal_is_compared_by_inner_products(folder):
         assert "metrics.py" in journal.fact(facts.FINGERPRINTS)["objectives.search.near"]
 
 
+@pytest.mark.slow
 def test_other_versions_are_told(folder, monkeypatch):
     run, said = begun(folder), []
     monkeypatch.setattr(compose, "versions", lambda: {"numpy": "0.1"})
@@ -232,14 +249,7 @@ def found_in(folder, **others):
 def test_code_data_and_what_code_imports(folder):
     record = found_in(folder)
     assert record.keys() == {"objectives.search.near"}
-    files = record["objectives.search.near"]
-    assert {name: one["sort"] for name, one in files.items()} == {
-        "metrics.py": "code",
-        "helpers/__init__.py": "code",
-        "scale.py": "code",
-        "data.jsonl": "data",
-        "bias.json": "data",
-    } or {name: one["sort"] for name, one in files.items()} == {
+    assert {name: one["sort"] for name, one in record["objectives.search.near"].items()} == {
         "metrics.py": "code",
         "__init__.py": "code",
         "scale.py": "code",
@@ -275,7 +285,7 @@ def test_folders_of_data_heads_and_lm_eval_tasks(folder):
             "name": "images",
             "type": "accuracy",
             "data": {"call": "./metrics.py:near", "arguments": {"data": f"{folder}/images"}},
-            "head": {"call": "./metrics.py:near", "arguments": {"file": "head.safetensors"}},
+            "head": {"call": "./metrics.py:near", "arguments": {"file": "head.safetensors", "odd": ["~no/x", "", "/"]}},
         },
         {"name": "mine", "type": "lm_eval", "task": "mine", "folder": "tasks", "allow_code": True},
     ]
@@ -304,8 +314,6 @@ def test_a_plug_ins_module_counts(folder, monkeypatch):
 
     settings = plugged.Mine(name="m", data={"call": "./metrics.py:near"})
     recipe = recipe_of(folder)
-    from dataclasses import replace
-
     spec = replace(compose.worker_spec(recipe, None, ()), search=(settings,))
     files = fingerprints(recipe, spec)["objectives.search.m"]
     assert {"plugged.py", "scale.py"} <= files.keys()

@@ -4,19 +4,22 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import yaml
-from processes import started
+from processes import started, wait_until
 from safetensors.numpy import save_file
 
+from ecotone.experiments import compose
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
 from ecotone.experiments.runs import Run
 from ecotone.merging.models.files import ModelChangedError
+from ecotone.populations.errors import CheckpointError, InputError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TOYS = """
@@ -89,6 +92,42 @@ print("ready", flush=True)
 sys.stdin.read()
 node.kill_all_processes(check_alive=False)
 """
+
+
+def test_a_worker_with_other_code_takes_no_part(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    recipe, pools, make = Recipe.from_yaml(recipe_of(tmp_path, 1000)), [], compose.make_pool
+    monkeypatch.setattr(compose, "make_pool", lambda *arguments: pools.append(make(*arguments)) or pools[-1])
+    said, killed = [], []
+
+    def observe(progress):
+        if progress.evaluations >= 20 and len(pools[0].pids()) == 2 and not killed:
+            with (tmp_path / "toys.py").open("a") as file:
+                file.write("# changed\n")
+            killed.append(pools[0].pids()[1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    launch(recipe, tmp_path / "run", observe=observe, notify=said.append)
+    status, log = Run(tmp_path / "run").status(), (tmp_path / "run" / "log.jsonl").read_text()
+    assert (status["state"], status["evaluations"], status["failures"]) == ("finished", 1000, 0)
+    assert killed
+    assert "toys.py: it has other bytes on" in log
+    assert any("toys.py has changed since the run began" in text for text in said)
+
+
+def test_a_file_that_is_cut_under_this_process_is_told_and_refused_later(tmp_path):
+    recipe, run = recipe_of(tmp_path), tmp_path / "run"
+    with started("run", recipe, "--out", run, "--set", "runtime.pool=serial") as process:
+        wait_until(lambda: (run / "log.jsonl").exists(), process)
+        (tmp_path / "mark").touch()
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGBUS
+    assert "a mapped file of a model was cut short" in said
+    assert Run(run).status()["state"] == "killed"
+    with pytest.raises(InputError, match=r"left\.safetensors has changed since the run began"):
+        resume(run)  # the objective's argument is the same file
+    with pytest.raises(CheckpointError, match=r"left\.safetensors: expected a complete safetensors file"):
+        resume(run, accept_changes=True)
 
 
 @contextlib.contextmanager

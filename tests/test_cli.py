@@ -690,7 +690,11 @@ def test_a_resumed_run_refuses_other_weights(ecotone: Ecotone, tmp_path: Path) -
     told = "models.experts[1]: right.safetensors has changed since the run began"
     in_words(ecotone(*resume), told)
     assert ecotone("status", tmp_path / "run", "--json").json["evaluations"] == 60
-    in_words(ecotone("export", tmp_path / "run", "--to", tmp_path / "best"), told)
+    export = ("export", tmp_path / "run", "--to", tmp_path / "best")
+    in_words(ecotone(*export), told)
+    in_words(ecotone(*resume, "--accept-changes"), "m2n2 proposes merges by the models' weights")
+    assert f"accepted: {told}" in ecotone(*export, "--accept-changes").err
+    assert told in ecotone("status", tmp_path / "run", "--json").json["accepted_changes"][0]
 
 
 # -- export and verify ---------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ from safetensors.numpy import save_file
 from ecotone.fitness.pools import Batch, SerialPool
 from ecotone.fitness.ray.models import Opened, SameModels
 from ecotone.fitness.specs import WorkerSpec
+from ecotone.merging.models import files
 from ecotone.merging.models.checkpoint import Checkpoint
 from ecotone.merging.models.files import Files, ModelChangedError
+from ecotone.merging.sources import Sources
 from ecotone.populations import contents
 from ecotone.populations.contents import changes, content
 from ecotone.populations.errors import CheckpointError, InputError
@@ -47,6 +49,7 @@ def folder(tmp_path, monkeypatch):
     """Two models of a matrix and the module of objectives."""
     (tmp_path / "contents_tested.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(files, "MOMENT", -1.0)  # every glance is a look
     monkeypatch.delitem(sys.modules, "contents_tested", raising=False)
     for seed, name in enumerate("ab"):
         save_file({"w": np.random.default_rng(seed).standard_normal((8, 4))}, tmp_path / f"{name}.safetensors")
@@ -145,6 +148,7 @@ def test_small_files_are_compared_at_the_end(folder):
         (folder / f"{name}.safetensors").replace(folder / name / "model.safetensors")
         (folder / name / "tokenizer_config.json").write_text('{"a": 1}')
         (folder / name / "README.md").write_text("about")
+        (folder / name / "trainer_state.json").write_text("{}")
     spec = replace(spec_of(folder), experts=(str(folder / "a"), str(folder / "b")))
     with SerialPool(spec) as pool:
         space = pool.start()
@@ -201,6 +205,25 @@ def test_a_mapped_file_that_is_cut_short_ends_a_process_with_words(folder):
     assert done.stderr.rstrip().endswith("Go on with: ecotone resume x")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_files_of_adapters_shards_and_wrapped_models(tmp_path):
+    pytest.importorskip("peft")
+    from test_adapters import base_of, trained
+
+    kind = base_of("llama", tmp_path / "base", tie_word_embeddings=False)
+    trained(kind, tmp_path / "base", tmp_path / "a", rows=68, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    kind.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    experts = [tmp_path / "a", tmp_path / "shards"]
+    found = Sources.open(experts, tmp_path / "base", "task_arithmetic", vocabulary="union").files().contents
+    own = {"config.json", "generation_config.json"}
+    assert found["models.base"].keys() == {"model.safetensors", *own}
+    assert found["models.experts[0]"].keys() == {"adapter_model.safetensors", "adapter_config.json"}
+    shards = {path.name for path in (tmp_path / "shards").glob("*.safetensors")}
+    assert len(shards) > 1
+    assert found["models.experts[1]"].keys() == {"model.safetensors.index.json", *own, *shards}
+
+
 # -- hashes --------------------------------------------------------------------------------------------------
 
 
@@ -253,8 +276,8 @@ def test_changes_name_what_was_and_what_is():
 
 
 def opened(file, host):
-    files = Files({"models.experts[0]": Checkpoint.open(file)})
-    return Opened(1, "node", host, files.contents, files.mapped)
+    found = Files({"models.experts[0]": Checkpoint.open(file)})
+    return Opened(1, "node", host, found.contents, found.mapped)
 
 
 def test_workers_must_have_the_bytes_of_the_first_one(folder):
@@ -281,7 +304,20 @@ def test_a_death_is_told_with_the_file_that_was_cut(folder):
 
 def test_looking_at_files_costs_nothing(folder):
     """Two status calls a file and batch: no file is opened."""
-    files = Files({"models.experts[0]": Checkpoint.open(folder / "a.safetensors")})
-    assert files.contents["models.experts[0]"]["a.safetensors"]["bytes"] == (folder / "a.safetensors").stat().st_size
-    files._hashes.clear()
-    assert files.look() is False
+    found = Files({"models.experts[0]": Checkpoint.open(folder / "a.safetensors")})
+    assert found.contents["models.experts[0]"]["a.safetensors"]["bytes"] == (folder / "a.safetensors").stat().st_size
+    found._hashes.clear()
+    assert found.look() is False
+
+
+@pytest.mark.parametrize("sources", ["host", "mapped"])
+def test_models_that_are_kept_in_memory_are_looked_at_now_and_then(folder, monkeypatch, sources):
+    monkeypatch.setattr(files, "MOMENT", 1e9)
+    with SerialPool(replace(spec_of(folder), sources=sources)) as pool:
+        pool.start()
+        before = score(pool, 0)  # all is read now
+        rewritten(folder / "a.safetensors", keep_time=True)
+        if sources == "host":
+            assert score(pool, 1).scores == before.scores
+        with pytest.raises(ModelChangedError, match="it was written"):
+            pool.check_models() if sources == "host" else score(pool, 1)

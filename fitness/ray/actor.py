@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-from ecotone.fitness.ray.models import Opened
+from ecotone.fitness.ray.models import Opened, own_code
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.populations.errors import CheckpointError
@@ -57,7 +57,7 @@ class RemoteWorker:
         _check_paths(paths)
         self._worker = Worker(replace(spec, sys_path=(*spec.sys_path, *_checkout())))
         files, node = self._worker.files, ray.get_runtime_context().get_node_id()
-        return Opened(os.getpid(), node, platform.node(), files.contents, files.mapped)
+        return Opened(os.getpid(), node, platform.node(), files.contents, files.mapped, own_code())
 
     def space(self) -> bytes:
         """The pickled ``Space``: arrays that lived in Ray's shared memory would not outlive the cluster."""

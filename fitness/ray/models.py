@@ -1,14 +1,31 @@
-"""The models' files as the workers find them: they must be the same everywhere, and stay so."""
+"""The models' files and the user's code as the workers find them: they must be the same everywhere, and stay so."""
 
 from __future__ import annotations
 
+import os
+import sys
+import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ecotone.fitness.ray.events import reason
 from ecotone.merging.models.files import RESTORE, ModelChangedError, after_death
-from ecotone.populations.contents import Content, Record, Stamp, changes
+from ecotone.populations.contents import Content, Record, Stamp, changes, contents
+from ecotone.populations.errors import EcotoneError, InputError
+
+
+def own_code() -> dict[Path, str]:
+    """By path, the hashes of the modules that this process has imported, but for Ecotone's and installed ones."""
+    places = (sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib"))
+    installed = tuple(f"{path}{os.sep}" for place in places for path in (place, os.path.realpath(place)))
+    named = {name: getattr(module, "__file__", None) or "" for name, module in [*sys.modules.items()]}
+    own = {
+        Path(file).resolve()
+        for name, file in named.items()
+        if file.endswith(".py") and not file.startswith(installed) and name.partition(".")[0] != "ecotone"
+    }
+    return {path: found.digest for path, found in contents(path for path in own if path.is_file()).items()}
 
 
 @dataclass(frozen=True)
@@ -21,6 +38,7 @@ class Opened:
         host: The name of its machine.
         contents: The hashes of the models' files.
         mapped: The files of weights, which are mapped.
+        code: By path, the hashes of the user's own modules that it has imported.
     """
 
     pid: int
@@ -28,6 +46,7 @@ class Opened:
     host: str
     contents: Record
     mapped: Mapping[Path, Content]
+    code: Mapping[Path, str] = field(default_factory=dict)
 
 
 class SameModels:
@@ -37,8 +56,11 @@ class SameModels:
         self._first: Opened | None = None
         self._here: dict[Path, Content] = {}
 
-    def refusal(self, opened: Opened) -> ModelChangedError | None:
-        """The error about a worker whose files have other bytes than the first one's; None where they are the same."""
+    def refusal(self, opened: Opened) -> EcotoneError | None:
+        """The error about a worker whose files have other bytes than the first one's; None where they are the same.
+
+        Of code, the modules count that both have imported.
+        """
         if self._first is None:
             self._first = opened
             self._here = {
@@ -51,6 +73,13 @@ class SameModels:
                 f"{self._first.host}: xxh3_128 {change.now or 'of no file'} there, {change.was or 'of no file'} here.",
                 "Give all nodes the same files, best on a file system that they share.",
             )
+        for path in self._first.code.keys() & opened.code.keys():
+            if self._first.code[path] != opened.code[path]:
+                return InputError(
+                    f"{path}: it has other bytes on {opened.host} than the first worker found on {self._first.host}: "
+                    "scores by both would be mixed.",
+                    "Restore the file, or stop the run and begin another one.",
+                )
         return None
 
     def check_after_death(self, error: Exception) -> None:

@@ -7,22 +7,24 @@ bytes of all files that results depend on are hashed when the models are opened.
 
 from __future__ import annotations
 
+import math
+import os
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ecotone.merging.models import tokenizers
-from ecotone.merging.models.checkpoint import Shard
+from ecotone.merging.models import configs, tokenizers
+from ecotone.merging.models.checkpoint import ADAPTER_CONFIG, INDEX, SINGLE, Shard
 from ecotone.merging.models.model import Model
 from ecotone.populations.contents import SHOWN, Change, Content, Record, Stamp, changes, content, contents, entry
 from ecotone.populations.errors import CheckpointError, InputError
 
+MOMENT = 0.25
+"""Seconds after a look at the files for which a glance does without another one."""
 RESTORE = "Restore the file, then `ecotone resume` goes on; or start a new run."
-_NO_PART = frozenset(  # JSON that trainers and exports leave beside a model
-    ("ecotone.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
-)
+_SMALL = ("config.json", configs.GENERATION, *configs.PROCESSORS, ADAPTER_CONFIG)
 _MANY = 1000  # files of a folder of an unknown format
 
 
@@ -49,7 +51,9 @@ class Files:
             self.places |= {"models.tokenizer": own} if own else {}
         self._shards = [shard for model in models.values() for shard in _shards(model)]
         self._stamps: dict[Path, Stamp] = {shard.path: shard.stamp for shard in self._shards}
+        self._texts: dict[Path, str] = {path: str(path) for path in self._stamps}
         self._hashes: dict[Path, Content] = {}
+        self._looked = -math.inf
 
     @property
     def mapped(self) -> Mapping[Path, Content]:
@@ -98,16 +102,30 @@ class Files:
         Raises:
             ModelChangedError: One has changed.
         """
-        touched = False
+        touched, stat = False, os.stat
         for path, known in self._stamps.items():
             try:
-                found = Stamp.of(path)
-            except OSError:
+                found = stat(self._texts[path])
+            except FileNotFoundError:
                 raise _changed(path, known, None) from None
-            if found != known:
-                self._stamps[path] = self._compared(path, known, found)
+            except OSError as error:
+                raise ModelChangedError(
+                    f"{path}: cannot be read any more ({error.strerror or error}).", RESTORE
+                ) from error
+            now = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            if now != known:
+                self._stamps[path] = self._compared(path, known, Stamp(*now))
                 touched = True
+        self._looked = time.monotonic()
         return touched
+
+    def glance(self) -> bool:
+        """``look``, unless that was done a moment ago.
+
+        Raises:
+            ModelChangedError: A file has changed.
+        """
+        return time.monotonic() - self._looked > MOMENT and self.look()
 
     def check(self) -> None:
         """Compare the contents of all files with those that were found first.
@@ -196,25 +214,21 @@ def _files(model: Model) -> dict[str, Path]:
     """By name, the files of a model that results depend on."""
     home = model.path if model.path.is_dir() else model.path.parent
     found = [shard.path for shard in _shards(model)]
-    folders = [folder for folder in (model.path, model.files, model.tokenizer) if folder.is_dir()]
     if not found:
         found = [model.path] if model.path.is_file() else list(_all(model.path))
-    found += [folder / name for folder in dict.fromkeys(folders) for name in _small(folder)]
+    found += [model.path / name for name in _small(model.path)] if model.path.is_dir() else []
     return {_name(path, home): path for path in found}
 
 
 def _name(path: Path, home: Path) -> str:
-    return path.relative_to(home).as_posix() if path.is_relative_to(home) else path.name
+    return path.relative_to(home).as_posix() if path.is_relative_to(home) else "/".join(path.parts[-2:])
 
 
 def _small(folder: Path) -> list[str]:
     """Names of a folder's configuration, index, tokenizer and processor files."""
-    own = [
-        file.name
-        for file in folder.iterdir()
-        if (file.suffix == ".json" or tokenizers.is_file(file.name)) and file.name not in _NO_PART and file.is_file()
-    ]
-    return sorted({*own, *tokenizers.files(folder)})
+    index = () if (folder / SINGLE).is_file() else (INDEX,)  # beside a single file it is not read
+    own = [name for name in (*_SMALL, *index) if (folder / name).is_file()]
+    return [*own, *tokenizers.files(folder)]
 
 
 def _all(folder: Path) -> Iterator[Path]:
@@ -225,13 +239,10 @@ def _all(folder: Path) -> Iterator[Path]:
 
 
 def _shards(model: Any) -> Iterator[Shard]:
-    """The safetensors files that a model reads itself, whatever wraps it: those of an adapter's base are the base's."""
-    waiting = [model]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, Shard):
-            yield one
-        elif isinstance(one, tuple):
-            waiting += one
-        elif is_dataclass(one):
-            waiting += [getattr(one, field.name) for field in fields(one) if field.name != "base"]
+    """The safetensors files that a model reads itself, whatever wraps it; those of an adapter's base are the base's."""
+    if isinstance(model, Shard):
+        yield model
+    for name in ("model", "weights", "shards"):  # of a wrapper, of an adapter, of a checkpoint
+        part = getattr(model, name, None)
+        for one in part if isinstance(part, tuple) else () if part is None else (part,):
+            yield from _shards(one)
