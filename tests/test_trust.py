@@ -410,6 +410,16 @@ def test_one_file_bears_the_mark_too(mine: Path, tmp_path: Path, monkeypatch: py
         verify(path)
 
 
+def test_no_record_holds_the_key(made: Path) -> None:
+    key = marks.key_file().read_bytes()
+    files = [path for path in made.rglob("*") if path.is_file()]
+    assert len(files) > 6
+    for path in files:
+        content = path.read_bytes()
+        assert key not in content
+        assert key.hex().encode() not in content
+
+
 def test_the_card_says_that_functions_are_listed(made: Path) -> None:
     card = (made / "merged" / "README.md").read_text()
     assert "it lists the functions and files that the record names" in card
