@@ -323,6 +323,8 @@ CALL = {"call": "os:system", "arguments": {"command": "x"}}
         ({"runtime": {"address": "auto"}, "search": {"algorithm": "random"}, "merge": {"operator": "linear"}}, []),
         ({"prepare": {"call": "a\x1b[2K:b"}}, ["prepare calls a\\x1b[2K:b()"]),
         ({"models": "x", "objectives": {"search": 3}, "search": None, "prepare": {"call": 3}}, []),
+        ({"search": {"algorithm": ["x"]}}, ["search.algorithm is ['x']"]),
+        ({"merge": {"operator": {}}}, ["merge.operator is {}"]),
         ([], []),
     ],
 )
@@ -332,6 +334,22 @@ def test_what_a_recorded_recipe_names_is_listed(record: Any, lines: list[str], t
     assert len(found) == len(lines), found
     for line, begun in zip(found, lines, strict=True):
         assert line.startswith(begun)
+
+
+def test_a_recipe_that_is_nested_too_deep_is_refused_in_words(tmp_path: Path) -> None:
+    record: dict[str, Any] = {}
+    for _ in range(900):
+        record = {"models": record}
+    with pytest.raises(InputError, match="expected at most 100 mappings and lists in each other"):
+        trust.of_recipe(record, tmp_path)
+
+
+def test_facts_of_another_shape_pass_the_gate_for_what_reads_them_to_refuse(theirs: Path) -> None:
+    rewritten(theirs, recipe=["x"], tracking=["x"])
+    with Journal.open(theirs / JOURNAL) as journal:
+        assert gate.resumable(journal, "run", {}, trust=False) == "harmless"
+        assert gate.exportable(journal, "run", trust=False) == "harmless"
+    assert gate.sendable(theirs, "run", trust=False) == "harmless"
 
 
 @pytest.mark.parametrize(
