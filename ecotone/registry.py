@@ -110,7 +110,7 @@ class Registry(Generic[Kind]):
 
     def owns(self, name: object) -> bool:
         """Whether a name is that of one of Ecotone's own kinds, which then is the one that it means."""
-        return name in self._ours
+        return isinstance(name, str) and name in self._ours
 
     def names(self) -> tuple[str, ...]:
         """The names that may be used: Ecotone's first, then those of other packages."""

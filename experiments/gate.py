@@ -20,6 +20,7 @@ from ecotone.experiments.trust import (
     admit,
     inner,
     links,
+    mapping,
     not_given,
     of_recipe,
     of_trackers,
@@ -73,7 +74,7 @@ def resumable(
     record, folder = journal.fact(facts.RECIPE) or {}, journal.path.parent
     named = [
         *of_recipe(record, folder, runtime="runtime.address" not in settings),
-        *of_trackers(not_given({**recorded_trackers(record), **trackers_of(journal)}, settings), folder),
+        *of_trackers(not_given({**recorded_trackers(record), **mapping(trackers_of(journal))}, settings), folder),
         *links(folder),
     ]
     return admit(where, named, trust, notify, _older(where))
@@ -122,7 +123,7 @@ def sendable(
     with Journal.open(directory / JOURNAL) as journal:
         if marks.has_mark(journal):
             return "own"
-        record, chosen = journal.fact(facts.RECIPE) or {}, trackers_of(journal)
+        record, chosen = mapping(journal.fact(facts.RECIPE)), mapping(trackers_of(journal))
     recorded = recorded_trackers({**record, "tracking": {**inner(record, "tracking"), "mlflow": True}})
     return admit(
         where,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
+from ecotone.experiments.reading import check_plain
 from ecotone.experiments.tracking.registry import TRACKERS
 from ecotone.fitness.backends.registry import BACKENDS
 from ecotone.fitness.registry import LOSSES, OBJECTIVES
@@ -95,9 +96,13 @@ def of_recipe(record: Any, folder: Path, *, runtime: bool = False) -> list[str]:
         record: The recipe as it is recorded, unchecked.
         folder: The record's own folder: files in it are part of the record.
         runtime: Also the Ray cluster of ``runtime.address``.
+
+    Raises:
+        InputError: It is nested too deep to be a recipe.
     """
     if not isinstance(record, Mapping):  # what reads it says so
         return []
+    check_plain(record, "recipe")
     parts = {key: value for key, value in record.items() if key not in ("tracking", "runtime")}
     lines = [f"{_told(field)} {text}" for field, text in _calls(parts, ())]
     lines += [f"{_told(field)} {text}" for field, text in _kinds(parts)]
@@ -133,7 +138,7 @@ def of_trackers(trackers: Mapping[str, Any], folder: Path) -> list[str]:
     return lines
 
 
-def recorded_trackers(record: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_trackers(record: Any) -> dict[str, Any]:
     """The trackers that are on in a recorded recipe, each with its settings, as the journal has them."""
     tracking = inner(record, "tracking")
     others = {name: value for name, value in tracking.items() if name not in ("mlflow", "uri", "experiment") and value}
@@ -162,10 +167,14 @@ def not_given(trackers: Mapping[str, Any], given: Collection[str]) -> dict[str, 
     return {name: value for name, value in found.items() if f"tracking.{name}" not in given}
 
 
-def inner(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A mapping in a record; an empty one in place of anything else."""
-    found = record.get(key) if isinstance(record, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A mapping of a record; an empty one in place of anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def inner(record: Any, key: str) -> Mapping[str, Any]:
+    """A mapping in a mapping of a record; an empty one in place of anything else."""
+    return mapping(mapping(record).get(key))
 
 
 def _calls(value: Any, field: Field) -> Iterator[tuple[Field, str]]:

@@ -324,6 +324,8 @@ CALL = {"call": "os:system", "arguments": {"command": "x"}}
         ({"runtime": {"address": "auto"}, "search": {"algorithm": "random"}, "merge": {"operator": "linear"}}, []),
         ({"prepare": {"call": "a\x1b[2K:b"}}, ["prepare calls a\\x1b[2K:b()"]),
         ({"models": "x", "objectives": {"search": 3}, "search": None, "prepare": {"call": 3}}, []),
+        ({"search": {"algorithm": ["x"]}}, ["search.algorithm is ['x']"]),
+        ({"merge": {"operator": {}}}, ["merge.operator is {}"]),
         ([], []),
     ],
 )
@@ -333,6 +335,22 @@ def test_what_a_recorded_recipe_names_is_listed(record: Any, lines: list[str], t
     assert len(found) == len(lines), found
     for line, begun in zip(found, lines, strict=True):
         assert line.startswith(begun)
+
+
+def test_a_recipe_that_is_nested_too_deep_is_refused_in_words(tmp_path: Path) -> None:
+    record: dict[str, Any] = {}
+    for _ in range(900):
+        record = {"models": record}
+    with pytest.raises(InputError, match="expected at most 100 mappings and lists in each other"):
+        trust.of_recipe(record, tmp_path)
+
+
+def test_facts_of_another_shape_pass_the_gate_for_what_reads_them_to_refuse(theirs: Path) -> None:
+    rewritten(theirs, recipe=["x"], tracking=["x"])
+    with Journal.open(theirs / JOURNAL) as journal:
+        assert gate.resumable(journal, "run", {}, trust=False) == "harmless"
+        assert gate.exportable(journal, "run", trust=False) == "harmless"
+    assert gate.sendable(theirs, "run", trust=False) == "harmless"
 
 
 @pytest.mark.parametrize(
@@ -409,6 +427,16 @@ def test_one_file_bears_the_mark_too(mine: Path, tmp_path: Path, monkeypatch: py
     become("other", tmp_path, monkeypatch)
     with pytest.raises(UntrustedError):
         verify(path)
+
+
+def test_no_record_holds_the_key(made: Path) -> None:
+    key = marks.key_file().read_bytes()
+    files = [path for path in made.rglob("*") if path.is_file()]
+    assert len(files) > 6
+    for path in files:
+        content = path.read_bytes()
+        assert key not in content
+        assert key.hex().encode() not in content
 
 
 def test_the_card_says_that_functions_are_listed(made: Path) -> None:
