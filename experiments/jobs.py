@@ -30,7 +30,7 @@ from ecotone.extras import how_to_install
 from ecotone.populations import credentials
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
 from ecotone.populations.sealed import sealed
-from ecotone.populations.secrets import clean, take, take_all
+from ecotone.populations.secrets import clean, take, take_all, take_places
 
 State: TypeAlias = Literal["pending", "running", "stopped", "succeeded", "failed"]
 
@@ -335,19 +335,10 @@ def _plain_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
     urls: list[str] = []
     for text in settings:
         ((key, value),) = parse_settings([text]).items()
-        shown = _taken(value) if key.partition(".")[0] in ("tracking", "runtime") else take_all(value)
+        shown = take_places(value) if key.partition(".")[0] in ("tracking", "runtime") else take_all(value)
         plain.append(text if shown == value else f"{key}={json.dumps(shown)}")
         urls += texts_in(shown)
     return plain, urls
-
-
-def _taken(value: Any) -> Any:
-    """A nested value whose URLs are those of places."""
-    if isinstance(value, Mapping):
-        return {key: _taken(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_taken(one) for one in value]
-    return take(value) if isinstance(value, str) else value
 
 
 def _client(address: str) -> Any:
@@ -376,7 +367,7 @@ def _job(details: Any) -> Job:
     known = details.metadata
     started, ended = (None if at is None else at / 1000 for at in (details.start_time, details.end_time))
     state: Any = str(details.status).lower()
-    out, folder, grace = known.get("out", ""), known.get("folder", ""), float(known.get("grace", 30.0))
+    out, folder, grace = take(known.get("out", "")), known.get("folder", ""), float(known.get("grace", 30.0))
     return Job(details.submission_id, known[_OURS], state, out, folder, grace, started, ended, details.message or "")
 
 

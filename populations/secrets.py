@@ -40,11 +40,10 @@ _CONTAINERS = frozenset({"abfs", "abfss", "wasb", "wasbs"})  # whose URLs have a
 _HARMLESS = frozenset(
     {"sslmode", "ssl", "ssl_mode", "ssl_ca", "sslrootcert", "charset", "driver", "timeout", "connect_timeout"}
 )
-_NAMES = (
-    r"(?:[a-z0-9]{1,30}[_-]){0,4}"
-    r"(?:token|sig|signature|credentials?|password|passwd|pwd|passphrase|secret|apikey|accesskey|accesskeyid|"
-    r"awsaccesskeyid|accountkey|account_key|api_key|access_key|secret_key|private_key|googleaccessid|auth|"
-    r"authorization|sessiontoken|sharedaccesssignature|key)"
+_NAMES = (  # of parameters
+    r"(?:[a-z0-9_-]{0,60}(?:token|signature|credentials?|password|passwd|passphrase|secret)"
+    r"|[a-z0-9_-]{0,60}(?:api|access|account|app|auth|private|secret|shared|session)[_-]?key(?:[_-]?id)?"
+    r"|(?:[a-z0-9]{1,30}[_-]){0,4}(?:sig|key|pwd|auth|authorization|accessid|sharedaccesssignature))"
 )
 _PARAMETER = re.compile(rf"(?i)([?&;#]){_NAMES}=([^\s\"<>`&;#']*)")
 _ASSIGNED = re.compile(
@@ -126,6 +125,15 @@ def take_all(value: Any) -> Any:
     if shown != value:
         remember(shown, value)
     return shown
+
+
+def take_places(value: Any) -> Any:
+    """A nested value whose URLs are those of places, with each of them taken."""
+    if isinstance(value, Mapping):
+        return {key: take_places(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [take_places(one) for one in value]
+    return take(value) if isinstance(value, str) else value
 
 
 def place(url: str) -> str:
@@ -232,7 +240,11 @@ def hook() -> None:
     def print_stripped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         print(stripped("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
-    sys.excepthook = print_stripped
+    def print_of_thread(told: threading.ExceptHookArgs) -> None:
+        if told.exc_value is not None and not issubclass(told.exc_type, SystemExit):
+            print_stripped(told.exc_type, told.exc_value, told.exc_traceback)
+
+    sys.excepthook, threading.excepthook = print_stripped, print_of_thread
 
 
 class LogFilter(logging.Filter):

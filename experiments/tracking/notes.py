@@ -17,7 +17,7 @@ from ecotone.experiments.tracking.subject import DEFAULT, trackers_of
 from ecotone.populations.errors import JournalError
 from ecotone.populations.folders import opened, write_private
 from ecotone.populations.journal import Journal
-from ecotone.populations.secrets import stripped, without
+from ecotone.populations.secrets import plain, stripped, without
 
 _NOTES = "tracking.json"
 _OLD = "run_id"  # a key of the notes as they were when there was one tracker
@@ -150,7 +150,7 @@ def note(directory: Path, tracker: str, report: MirrorReport, more: Memory) -> N
         "error": report.error,
         **more,
     }
-    known = without(known)
+    known = {**without(known), **({"memory": plain(more["memory"])} if "memory" in more else {})}
     if known == noted(directory, tracker):
         return
     try:
