@@ -96,12 +96,14 @@ class Parcel:
         environment: Variables of the job and of its workers. Those that may be secret are sealed with the cluster's
             token, and so are credentials in the URLs of the run directory and of the settings.
         grace: Seconds that a stopped run waits for candidates in flight; None for as many as before, or 30.
+        urls: URLs of the recipe, as it is recorded. The job is given the credentials that are known of them here.
     """
 
     settings: Sequence[str] = ()
     folder: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     grace: float | None = None
+    urls: Sequence[str] = ()
 
 
 class JobServer:
@@ -268,7 +270,10 @@ class JobServer:
         environment: dict[str, Any] = {
             "working_dir": job.folder,
             "excludes": LEFT_BEHIND,
-            "env_vars": {**sealed({**parcel.environment, **credentials.passed([job.out, *urls])}), **variables},
+            "env_vars": {
+                **sealed({**parcel.environment, **credentials.passed([job.out, *urls, *parcel.urls])}),
+                **variables,
+            },
         }
         if not is_checkout(Path(job.folder)):
             environment["py_modules"] = [str(Path(str(ecotone.__file__)).parent)]

@@ -29,7 +29,7 @@ from ecotone.populations.errors import EcotoneError, InputError, sentence
 from ecotone.populations.folders import private_folder, write_private
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
-from ecotone.populations.secrets import cleaning, stripped
+from ecotone.populations.secrets import cleaning
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Scores
 from ecotone.search.kinds import Pair
@@ -301,7 +301,7 @@ def _recorded(journal: Journal, place: Place) -> Iterator[None]:
     except BaseException as error:
         with contextlib.suppress(EcotoneError):  # the journal itself may be what failed
             journal.note(facts.STATE, "failed")
-            journal.note(facts.ERROR, stripped(str(error)))
+            journal.note(facts.ERROR, str(error))
         raise
     finally:
         with contextlib.suppress(EcotoneError):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ecotone.populations.genome import Genome
+from ecotone.populations.secrets import stripped
 from ecotone.populations.trial import WISHES, Evaluation, Failure, Gathered, Trial, Wish
 
 COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors, statistics"
@@ -56,7 +57,7 @@ def evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
         json.dumps({name: float(value) for name, value in evaluation.scores.items()}),
         _shapes_text(tuple(shapes)) if shapes else None,
         b"".join(blobs) if blobs else None,
-        None if failure is None else json.dumps([failure.kind, failure.message, failure.details]),
+        None if failure is None else json.dumps([failure.kind, stripped(failure.message), stripped(failure.details)]),
         float(evaluation.seconds),
         int(evaluation.items),
         json.dumps(dict(evaluation.details)) if evaluation.details else None,

@@ -53,6 +53,10 @@ _ASSIGNED = re.compile(
 _HEADER = re.compile(r"(?i)\b(authorization['\"]?\s*[:=]\s*['\"]?)((?:basic|bearer|token)\s+)?[^\s'\",}]+")
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/=-]{16,}")
 _NAMED = re.compile(rf"(?i){_NAMES}")
+_KEY = re.compile(  # of a mapping: a signature may be a recipe's
+    r"(?i)[a-z0-9_-]{0,60}(?:token|password|passwd|passphrase|secret|(?:api|access|account|private|secret)[_-]?key)"
+    r"|pwd|authorization"
+)
 _HINTS = ("://", "=", ":/", "uthoriza", "earer", "AUTHORIZA", "BEARER", "@")
 
 _whole: dict[str, str] = {}  # of this process: whole URLs by what is shown of them
@@ -344,7 +348,7 @@ def _hidden_parameter(found: re.Match[str]) -> str:
 
 
 def _is_secret(key: Any, value: Any) -> bool:
-    return isinstance(key, str) and isinstance(value, str) and bool(value) and _NAMED.fullmatch(key) is not None
+    return isinstance(key, str) and isinstance(value, str) and bool(value) and _KEY.fullmatch(key) is not None
 
 
 def _secrets_of(text: str) -> Iterator[str]:

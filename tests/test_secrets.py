@@ -162,6 +162,12 @@ def test_arguments_of_functions_keep_what_says_which_data_are_meant() -> None:
     assert secrets.restored(secrets.plain(value)) == value
 
 
+def test_values_for_display() -> None:
+    value = {"api_key": "k", "signature": "s", "n": 1, "in": [{"HF_TOKEN": "t"}, ("http://u:p@h",)], "token": 7}
+    shown = {"api_key": "***", "signature": "s", "n": 1, "in": [{"HF_TOKEN": "***"}, ("http://h",)], "token": 7}
+    assert secrets.without(value) == shown
+
+
 def test_known_secrets_are_hidden_wherever_they_stand() -> None:
     shown = secrets.take("http://planted-user-12:hunter%402x@host/x?code=abcdefgh1")
     assert shown == "http://host/x"

@@ -21,7 +21,6 @@ from ecotone.experiments.tracking.subject import Subject
 from ecotone.experiments.tracking.summary import Summary, summary_of
 from ecotone.populations import facts
 from ecotone.populations.journal import Journal
-from ecotone.populations.secrets import stripped
 
 _PORTION = 2000  # rows of the journal read at a time
 
@@ -122,7 +121,7 @@ class Mirror:
             ended=_last_written(journal.path),
             evaluations=self.board.count,
             time=now,
-            reasons={fact.name: stripped(journal.fact(fact) or "") for fact in (facts.STOP_REASON, facts.ERROR)},
+            reasons={fact.name: journal.fact(fact) or "" for fact in (facts.STOP_REASON, facts.ERROR)},
             metrics=summary.metrics,
             front=summary.front_mark if finished else "",
             lines=lines if finished else [],
