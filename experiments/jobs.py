@@ -31,7 +31,7 @@ from ecotone.extras import how_to_install
 from ecotone.populations import credentials
 from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
 from ecotone.populations.sealed import sealed
-from ecotone.populations.secrets import clean, take, take_all
+from ecotone.populations.secrets import clean, take, take_all, take_places
 
 State: TypeAlias = Literal["pending", "running", "stopped", "succeeded", "failed"]
 
@@ -101,6 +101,7 @@ class Parcel:
         grace: Seconds that a stopped run waits for candidates in flight; None for as many as before, or 30.
         accept_changes: Whether a resumed run goes on although models, code or data have changed since it began.
         trust: Of a run that is resumed: trust what it names, and the folder that its last job names.
+        urls: URLs of the recipe, as it is recorded. The job is given the credentials that are known of them here.
     """
 
     settings: Sequence[str] = ()
@@ -109,6 +110,7 @@ class Parcel:
     grace: float | None = None
     accept_changes: bool = False
     trust: bool = False
+    urls: Sequence[str] = ()
 
 
 class JobServer:
@@ -275,7 +277,10 @@ class JobServer:
         environment: dict[str, Any] = {
             "working_dir": job.folder,
             "excludes": [*LEFT_BEHIND, *marks.within(Path(job.folder))],
-            "env_vars": {**sealed({**parcel.environment, **credentials.passed([job.out, *urls])}), **variables},
+            "env_vars": {
+                **sealed({**parcel.environment, **credentials.passed([job.out, *urls, *parcel.urls])}),
+                **variables,
+            },
         }
         if not is_checkout(Path(job.folder)):
             environment["py_modules"] = [str(Path(str(ecotone.__file__)).parent)]
@@ -342,19 +347,10 @@ def _plain_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
     urls: list[str] = []
     for text in settings:
         ((key, value),) = parse_settings([text]).items()
-        shown = _taken(value) if key.partition(".")[0] in ("tracking", "runtime") else take_all(value)
+        shown = take_places(value) if key.partition(".")[0] in ("tracking", "runtime") else take_all(value)
         plain.append(text if shown == value else f"{key}={json.dumps(shown)}")
         urls += texts_in(shown)
     return plain, urls
-
-
-def _taken(value: Any) -> Any:
-    """A nested value whose URLs are those of places."""
-    if isinstance(value, Mapping):
-        return {key: _taken(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_taken(one) for one in value]
-    return take(value) if isinstance(value, str) else value
 
 
 def _client(address: str) -> Any:
@@ -383,7 +379,7 @@ def _job(details: Any) -> Job:
     known = details.metadata
     started, ended = (None if at is None else at / 1000 for at in (details.start_time, details.end_time))
     state: Any = str(details.status).lower()
-    out, folder, grace = known.get("out", ""), known.get("folder", ""), float(known.get("grace", 30.0))
+    out, folder, grace = take(known.get("out", "")), known.get("folder", ""), float(known.get("grace", 30.0))
     own = marks.is_marked("job", [known[_OURS], folder], known.get("mark"))
     message = details.message or ""
     return Job(details.submission_id, known[_OURS], state, out, folder, grace, started, ended, message, own)

@@ -58,10 +58,12 @@ def submit(
 ) -> None:
     """Run a recipe on a Ray cluster, as a job on its head. It goes on when this machine disconnects."""
     from ecotone.experiments.jobs import JobServer, Parcel, environment_of
+    from ecotone.experiments.keeping import texts_in
     from ecotone.experiments.ready import recipe_file
 
     chosen = recipe_of(recipe, settings)
-    parcel = Parcel(settings or (), folder, environment_of(environment or ()), chosen.runtime.grace)
+    urls = tuple(texts_in(chosen.record()))
+    parcel = Parcel(settings or (), folder, environment_of(environment or ()), chosen.runtime.grace, urls)
     named = name or f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     server = JobServer(address)
     _told(server.submit(recipe_file(recipe), named, out, parcel), server, as_json)

@@ -97,6 +97,12 @@ def passed(shown: Iterable[str]) -> dict[str, str]:
     return {VARIABLE: json.dumps(wanted)} if wanted else {}
 
 
+def unkept() -> dict[str, str]:
+    """``passed``, for what this process knows and the user's file does not have: it cannot be written."""
+    stored = _stored()
+    return passed(shown for shown, url in secrets.remembered().items() if stored.get(shown) != url)
+
+
 def variables(url: str) -> str:
     """The variables of the environment in which the client of such a URL looks for credentials, in words."""
     scheme = url.partition("://")[0].partition("+")[0].lower()

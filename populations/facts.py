@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from ecotone.populations.parsing import json_object, json_value
+from ecotone.populations.secrets import stripped
 from ecotone.populations.trial import Goal
 
 Value = TypeVar("Value")
@@ -117,7 +118,7 @@ SYS_PATH: Fact[tuple[str, ...]] = Fact(
 )
 MARK = _text("mark", "The mark of the user who made the run, over recipe, trackers and folders.")
 STATE = _text("state", "running, finished, interrupted or failed. A killed run stays at running.")
-ERROR = _text("error", "Why the run failed; empty when it did not.")
+ERROR: Fact[str] = Fact("error", "Why the run failed, without secrets; empty when it did not.", stripped, stripped)
 STOP_REASON = _text("stop_reason", "Why the search ended: evaluations, seconds or converged.")
 ELAPSED = _number("elapsed", "Seconds of searching, of all resumed stretches together.")
 REPORT = _object("report", "The search's own report at its end.")

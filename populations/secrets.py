@@ -40,11 +40,10 @@ _CONTAINERS = frozenset({"abfs", "abfss", "wasb", "wasbs"})  # whose URLs have a
 _HARMLESS = frozenset(
     {"sslmode", "ssl", "ssl_mode", "ssl_ca", "sslrootcert", "charset", "driver", "timeout", "connect_timeout"}
 )
-_NAMES = (
-    r"(?:[a-z0-9]{1,30}[_-]){0,4}"
-    r"(?:token|sig|signature|credentials?|password|passwd|pwd|passphrase|secret|apikey|accesskey|accesskeyid|"
-    r"awsaccesskeyid|accountkey|account_key|api_key|access_key|secret_key|private_key|googleaccessid|auth|"
-    r"authorization|sessiontoken|sharedaccesssignature|key)"
+_NAMES = (  # of parameters
+    r"(?:[a-z0-9_-]{0,60}(?:token|signature|credentials?|password|passwd|passphrase|secret)"
+    r"|[a-z0-9_-]{0,60}(?:api|access|account|app|auth|private|secret|shared|session)[_-]?key(?:[_-]?id)?"
+    r"|(?:[a-z0-9]{1,30}[_-]){0,4}(?:sig|key|pwd|auth|authorization|accessid|sharedaccesssignature))"
 )
 _PARAMETER = re.compile(rf"(?i)([?&;#]){_NAMES}=([^\s\"<>`&;#']*)")
 _ASSIGNED = re.compile(
@@ -54,6 +53,10 @@ _ASSIGNED = re.compile(
 _HEADER = re.compile(r"(?i)\b(authorization['\"]?\s*[:=]\s*['\"]?)((?:basic|bearer|token)\s+)?[^\s'\",}]+")
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/=-]{16,}")
 _NAMED = re.compile(rf"(?i){_NAMES}")
+_KEY = re.compile(  # of a mapping: a signature may be a recipe's
+    r"(?i)[a-z0-9_-]{0,60}(?:token|password|passwd|passphrase|secret|(?:api|access|account|private|secret)[_-]?key)"
+    r"|pwd|authorization"
+)
 _HINTS = ("://", "=", ":/", "uthoriza", "earer", "AUTHORIZA", "BEARER", "@")
 
 _whole: dict[str, str] = {}  # of this process: whole URLs by what is shown of them
@@ -126,6 +129,15 @@ def take_all(value: Any) -> Any:
     if shown != value:
         remember(shown, value)
     return shown
+
+
+def take_places(value: Any) -> Any:
+    """A nested value whose URLs are those of places, with each of them taken."""
+    if isinstance(value, Mapping):
+        return {key: take_places(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [take_places(one) for one in value]
+    return take(value) if isinstance(value, str) else value
 
 
 def place(url: str) -> str:
@@ -232,7 +244,11 @@ def hook() -> None:
     def print_stripped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         print(stripped("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
-    sys.excepthook = print_stripped
+    def print_of_thread(told: threading.ExceptHookArgs) -> None:
+        if told.exc_value is not None and not issubclass(told.exc_type, SystemExit):
+            print_stripped(told.exc_type, told.exc_value, told.exc_traceback)
+
+    sys.excepthook, threading.excepthook = print_stripped, print_of_thread
 
 
 class LogFilter(logging.Filter):
@@ -332,7 +348,7 @@ def _hidden_parameter(found: re.Match[str]) -> str:
 
 
 def _is_secret(key: Any, value: Any) -> bool:
-    return isinstance(key, str) and isinstance(value, str) and bool(value) and _NAMED.fullmatch(key) is not None
+    return isinstance(key, str) and isinstance(value, str) and bool(value) and _KEY.fullmatch(key) is not None
 
 
 def _secrets_of(text: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Ecotone
 
-from ecotone.experiments import keeping, logs
+from ecotone.experiments import keeping, logs, storage
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.storage import Store
 from ecotone.experiments.tracking.mlflow import store
@@ -145,9 +145,27 @@ def test_paths_stay(parts: list[str], sign: str) -> None:
 
 
 def test_arguments_of_functions_keep_what_says_which_data_are_meant() -> None:
-    value = {"url": "https://me:pw@host/d?rows=a&X-Amz-Signature=s&api_key=k", "rest": [1, "https://host/d?rows=b"]}
-    assert secrets.take_all(value) == {"url": "https://host/d?rows=a", "rest": [1, "https://host/d?rows=b"]}
+    names = [
+        "X-Amz-Signature",
+        "X-Amz-Credential",
+        "AWSAccessKeyId",
+        "sig",
+        "api_key",
+        "apitoken",
+        "subscription-key",
+        "password",
+        "key",
+    ]
+    query = "&".join(f"{name}=s{number}" for number, name in enumerate(names))
+    value = {"url": f"https://me:pw@host/d?rows=a&{query}", "rest": [1, "https://host/d?rows=b&design=c"]}
+    assert secrets.take_all(value) == {"url": "https://host/d?rows=a", "rest": value["rest"]}
     assert secrets.restored(secrets.plain(value)) == value
+
+
+def test_values_for_display() -> None:
+    value = {"api_key": "k", "signature": "s", "n": 1, "in": [{"HF_TOKEN": "t"}, ("http://u:p@h",)], "token": 7}
+    shown = {"api_key": "***", "signature": "s", "n": 1, "in": [{"HF_TOKEN": "***"}, ("http://h",)], "token": 7}
+    assert secrets.without(value) == shown
 
 
 def test_known_secrets_are_hidden_wherever_they_stand() -> None:
@@ -248,6 +266,17 @@ def test_files_that_others_could_read_are_closed_off(tmp_path: Path) -> None:
     assert mode(file) == 0o640
     folders.tighten([file])
     assert mode(file) == 0o600
+
+
+def test_runs_of_older_versions_are_closed_off_when_they_go_on(tmp_path: Path) -> None:
+    Journal.create(tmp_path / "journal.sqlite").close()
+    for name in ("recipe.yaml", "tracking.json", "tracking.log", "log.jsonl", "tracking-mlflow.lock", "notes.txt"):
+        (tmp_path / name).write_text("")
+    for file in tmp_path.iterdir():
+        file.chmod(0o644)
+    with storage.opened(tmp_path, new=False), Journal.open(tmp_path / "journal.sqlite", write=True):
+        open_to_others = [file.name for file in tmp_path.iterdir() if mode(file) != 0o600]
+    assert open_to_others == ["notes.txt"]  # which is the user's
 
 
 @pytest.mark.usefixtures("_umask")

@@ -39,7 +39,7 @@ def score(model, url="", data=""):
     assert "planted%40Pass72" in data, data
     total = sum(float(tensor.sum()) for tensor in model.values())
     if int(abs(total) * 1000) % 5 == 0:
-        raise ConnectionError(f"HTTPSConnectionPool: {data} does not answer")
+        raise ConnectionError(f"HTTPSConnectionPool: {data} does not answer to planted@Pass72")
     return 1 / (1 + abs(total - 1))
 '''
 
@@ -200,7 +200,7 @@ def test_a_run_in_mlflow_with_ray_has_none_of_them(watch: Watch, tmp_path: Path)
     try:
         said = watch.run("run", recipe, "--out", runs / "toy", "--workers", 1)
         said += watch.run("status", runs / "toy", "--json")
-        assert "ConnectionError: HTTPSConnectionPool: https://data.example/set does not answer" in said
+        assert "ConnectionError: HTTPSConnectionPool: https://data.example/set does not answer to ***" in said
         said += watch.run("front", runs / "toy")
         said += watch.run("resume", runs / "toy", "--set", "budget.evaluations=30", "--log", "json", "--workers", 0)
         said += watch.run("sync", runs / "toy")

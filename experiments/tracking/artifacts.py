@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ecotone.populations import facts
 from ecotone.populations.errors import JournalError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal, Row
+from ecotone.populations.secrets import stripped
 
 
 def write_artifacts(folder: Path, journal: Journal, subject: Subject, summary: Summary) -> None:
@@ -34,8 +34,8 @@ def write_artifacts(folder: Path, journal: Journal, subject: Subject, summary: S
     _write_json(folder / "environment.json", _environment(journal))
     _write_candidates(folder / "candidates.csv", journal, subject)
     recipe = journal.path.parent / "recipe.yaml"
-    if recipe.is_file():
-        shutil.copyfile(recipe, folder / "recipe.yaml")
+    if recipe.is_file():  # which older versions wrote as it was
+        (folder / "recipe.yaml").write_text(stripped(recipe.read_text("utf-8")), "utf-8")
     if journal.fact(facts.STATE) == "finished" and len(subject.goals) > 1 and summary.front:
         _write_report(journal.path.parent, folder / "report.html")
 

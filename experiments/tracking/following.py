@@ -34,7 +34,7 @@ from ecotone.populations import credentials, facts
 from ecotone.populations.errors import EcotoneError, InputError, JournalError, first_line
 from ecotone.populations.folders import opened
 from ecotone.populations.journal import Journal
-from ecotone.populations.secrets import Sieve, hook, remembered, stripped, traceback_of
+from ecotone.populations.secrets import Sieve, hook, stripped, traceback_of
 
 _WAIT = "Wait until it has ended; `ecotone status` shows what it has sent."
 _BACK = "Nothing is lost: try again when it is back."
@@ -176,7 +176,7 @@ def start(run_dir: str | Path, pid: int, tracker: str = DEFAULT) -> subprocess.P
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **credentials.passed(remembered()), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, **credentials.unkept(), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
 
 
@@ -379,19 +379,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trust", action="store_true", help="trust the places that a run made elsewhere names")
     options = parser.parse_args(arguments)
     hook()
-    sys.stdout, sys.stderr = Sieve(sys.stdout), Sieve(sys.stderr)  # other packages write to them too
     with contextlib.suppress(OSError):
         os.nice(10)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    # What other packages print goes into tracking.log, too.
+    out, err = contextlib.redirect_stdout(Sieve(sys.stdout)), contextlib.redirect_stderr(Sieve(sys.stderr))
     try:
-        if options.follow is None:
-            report: MirrorReport | None = mirror(options.run_dir, options.tracker, trust=options.trust)
-        else:
-            if not options.trust:
-                sendable(options.run_dir, str(options.run_dir), trust=False)
-            report = follow(options.run_dir, options.follow, options.poll, options.patience, stop, options.tracker)
+        with out, err:
+            if options.follow is None:
+                report: MirrorReport | None = mirror(options.run_dir, options.tracker, trust=options.trust)
+            else:
+                if not options.trust:
+                    sendable(options.run_dir, str(options.run_dir), trust=False)
+                report = follow(options.run_dir, options.follow, options.poll, options.patience, stop, options.tracker)
     except EcotoneError as error:
         say(str(error))
         return 1

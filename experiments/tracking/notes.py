@@ -21,7 +21,7 @@ from ecotone.populations.errors import JournalError, shown
 from ecotone.populations.folders import opened, write_private
 from ecotone.populations.journal import Journal
 from ecotone.populations.parsing import file_bytes, json_object
-from ecotone.populations.secrets import without
+from ecotone.populations.secrets import plain, without
 
 _NOTES = "tracking.json"
 _TRACKER = re.compile(r"\w[\w.-]*")
@@ -178,7 +178,7 @@ def note(directory: Path, tracker: str, report: MirrorReport, more: Memory) -> N
         "error": report.error,
         **more,
     }
-    known = without(known)
+    known = {**without(known), **({"memory": plain(more["memory"])} if "memory" in more else {})}
     mark = marks.mark_of("tracking", _marked_part(tracker, known))
     known |= {} if mark is None else {"mark": mark}
     if known == noted(directory, tracker):

@@ -27,6 +27,7 @@ from ecotone.experiments.tracking.registry import TRACKERS
 from ecotone.experiments.tracking.wandb import WandbSettings
 from ecotone.experiments.words import explained
 from ecotone.populations.errors import InputError, closest, nearest
+from ecotone.populations.secrets import take_places
 from ecotone.settings import MoreField, Part, by_name, refused
 
 
@@ -94,8 +95,11 @@ class TrackingSettings(MlflowPlace):
         Args:
             before: The settings that the journal has now. Those of trackers that cannot be used here stay.
         """
-        here = {name: settings.recorded().model_dump(mode="json") for name, settings in self.trackers.items()}
-        return here | {name: before.get(name, gone.given) for name, gone in self._gone.items()}
+        here = {
+            name: take_places(settings.recorded().model_dump(mode="json")) for name, settings in self.trackers.items()
+        }
+        gone = {name: before.get(name, gone.given) for name, gone in self._gone.items()}
+        return {**here, **take_places(gone)}
 
     @model_validator(mode="wrap")
     @classmethod

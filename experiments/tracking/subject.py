@@ -15,6 +15,7 @@ from ecotone.experiments.storage import url_of
 from ecotone.experiments.tracking.names import algorithm_name, flattened
 from ecotone.populations import facts
 from ecotone.populations.journal import Journal
+from ecotone.populations.secrets import plain
 from ecotone.populations.trial import Goal
 
 STEPS = 1000  # of a metric, at most about
@@ -74,7 +75,7 @@ class Subject:
             held_out=journal.fact(facts.HELD_OUT_GOALS) or (),
             models=models,
             stride=None if budget is None else max(1, int(budget) // STEPS),
-            parameters=flattened(journal.fact(facts.RECIPE) or {}),
+            parameters=flattened(plain(journal.fact(facts.RECIPE) or {})),
             tags={
                 **({"ecotone.accepted_changes": "\n".join(accepted)} if (accepted := accepted_texts(journal)) else {}),
                 "algorithm": algorithm,
