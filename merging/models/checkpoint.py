@@ -315,7 +315,7 @@ def _indexed_shards(path: Path) -> tuple[Shard, ...]:
     weight_map = _weight_map(path)
     files = sorted(set(weight_map.values()))
     for file in files:
-        if Path(file).is_absolute() or ".." in Path(file).parts:
+        if Path(file).is_absolute() or ".." in Path(file).parts or shown(file) != file:
             raise CheckpointError(
                 f"{path / INDEX}: expected shards beside the index or in folders beside it, found {file!r}.",
                 "Move them there and write their names into the index.",
