@@ -160,7 +160,7 @@ def _write_recipe(recipe: Recipe, directory: Path) -> None:
     file, text = directory / "recipe.yaml", recipe.text()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if file.exists() and file.read_text() != text:
+        if file.exists() and file.read_bytes() != text.encode():
             raise InputError(f"{file}: a file is there that the run would overwrite.", "Choose another --out.")
         file.write_text(text)
     except OSError as error:

@@ -36,7 +36,7 @@ from yaml.constructor import SafeConstructor
 from ecotone.extras import how_to_install
 from ecotone.fitness.kinds import ObjectiveContext, ObjectiveSettings
 from ecotone.fitness.protocol import Score, pooled_mean
-from ecotone.populations.errors import InputError, first_line, nearest
+from ecotone.populations.errors import InputError, can_be_pasted, first_line, nearest
 from ecotone.populations.genome import Integers
 from ecotone.populations.parsing import MalformedError, file_bytes
 from ecotone.populations.trial import Goal
@@ -814,6 +814,8 @@ def _not_loaded(error: Exception, config: Mapping[str, Any], name: str, where: s
     message = f"{where}: task: the dataset ({arguments}) of {name!r} cannot be loaded ({found})."
     if "data_files" in (config.get("dataset_kwargs") or {}):
         return message, "Check data_files: a relative path starts at the folder in which the run was started."
+    if not can_be_pasted(config.get("dataset_path"), config.get("dataset_name")):
+        return message, ""
     return message, (
         "If it must be fetched and the network is off (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE), fetch it once where it is "
         f'on: python -c "import datasets; datasets.load_dataset({arguments})".'

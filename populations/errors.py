@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+_PASTED = re.compile(r"[\w ./:@~+,=%#()\[\]-]*")
 LONGEST = 100_000
 """The most characters of a message; a longer one is cut in its middle."""
 
@@ -75,6 +77,11 @@ def _is_seen(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def can_be_pasted(*texts: object) -> bool:
+    """Whether names of strangers may stand in quotes in a command that people copy: nothing in them ends the quotes."""
+    return all(_PASTED.fullmatch(str(text)) for text in texts)
 
 
 def first_line(error: BaseException) -> str:

@@ -27,6 +27,7 @@ from ecotone.experiments.tracking.notes import noted, statuses
 from ecotone.fitness.language.texts import records
 from ecotone.merging.models import hub
 from ecotone.merging.models.checkpoint import INDEX, Checkpoint, read_header
+from ecotone.merging.sources import Sources
 from ecotone.populations import facts
 from ecotone.populations.errors import CheckpointError, InputError, JournalError, first_line, shown, told
 from ecotone.populations.genome import Genome
@@ -460,3 +461,23 @@ def test_a_model_s_name_can_be_printed(tmp_path: Path) -> None:
     folder.mkdir()
     save_file({"a": torch.ones(1)}, folder / "model.safetensors")
     assert Checkpoint.open(folder).name == "a\\x1b[31m\\nerror: b"
+
+
+def test_no_command_to_copy_holds_a_stranger_s_code(tmp_path: Path) -> None:
+    evil = "x'); import os; os.system('true')#"
+    (tmp_path / f"{evil}.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(CheckpointError, match="If you trust it, convert it to safetensors") as caught:
+        Checkpoint.open(tmp_path / f"{evil}.bin")
+    assert "python -c" not in str(caught.value)
+    (tmp_path / "a.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(CheckpointError, match="python -c"):
+        Checkpoint.open(tmp_path / "a.bin")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.zeros(2, dtype=torch.uint8)}, folder / "model.safetensors")
+    for name, told_so in (("LlamaForCausalLM", True), (evil, False), (5, False)):
+        config = {"architectures": [name], "quantization_config": {"quant_method": "fp8"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="quantised") as caught:
+            Sources.open([folder, folder])
+        assert ("python -c" in str(caught.value)) == told_so

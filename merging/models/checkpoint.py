@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ecotone.merging.models import headers, hub
 from ecotone.merging.models.model import TensorInfo, mergekit_place
-from ecotone.populations.errors import CheckpointError, shown, told
+from ecotone.populations.errors import CheckpointError, can_be_pasted, shown, told
 from ecotone.populations.parsing import LARGEST, MalformedError, foreign_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -265,7 +265,9 @@ def _pickle(path: Path, files: Sequence[Path]) -> CheckpointError:
     first = files[0]
     return CheckpointError(
         f"{path}: expected safetensors, found a pickle ({first.name}), which can run any code when it is loaded.",
-        f'If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
+        "If you trust it, convert it to safetensors."
+        if not can_be_pasted(first)
+        else f'If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
         f"s.save_file(torch.load('{first}', weights_only=True), '{first.with_suffix('.safetensors')}')\"",
     )
 
@@ -274,7 +276,9 @@ def _gguf(file: Path) -> CheckpointError:
     folder = str(file.parent / file.stem)
     return CheckpointError(
         f"{file}: expected safetensors, found GGUF, which holds quantised weights.",
-        "Give the checkpoint that it was made from, or convert it (pip install transformers gguf accelerate): "
+        "Give the checkpoint that it was made from."
+        if not can_be_pasted(file)
+        else "Give the checkpoint that it was made from, or convert it (pip install transformers gguf accelerate): "
         'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
         f"[k.from_pretrained('{file.parent}', gguf_file='{file.name}').save_pretrained('{folder}') for k in (M, T)]\"",
     )
@@ -425,7 +429,7 @@ def check_index(path: Path) -> None:
         raise CheckpointError(
             f"{index}: metadata: expected an object, without which transformers does not load the shards, "
             f"found {found}.",
-            f'Add an empty one: python -c "{code}"',
+            f'Add an empty one: python -c "{code}"' if can_be_pasted(index) else "Add an empty one.",
         )
 
 
