@@ -894,13 +894,12 @@ def _parsed(path: Path) -> tuple[dict[str, Any], list[str]]:
     functions: list[str] = []
 
     class Constructor(SafeConstructor):
-        pass
+        def named(self, node: yaml.ScalarNode) -> str:
+            functions.append(str(self.construct_scalar(node)))
+            return functions[-1]
 
-    def named(constructor: Constructor, node: yaml.ScalarNode) -> str:
-        functions.append(str(constructor.construct_scalar(node)))
-        return functions[-1]
+        yaml_constructors = {**SafeConstructor.yaml_constructors, "!function": named}  # noqa: RUF012 - PyYAML's way
 
-    Constructor.add_constructor("!function", named)
     try:
         data = file_bytes(path, LARGEST_TEXT)
     except MalformedError as error:

@@ -208,7 +208,7 @@ def _read_parameters(found: Any) -> dict[str, Scalar]:
     single = isinstance(found, dict) and all(isinstance(value, bool | int | float | str) for value in found.values())
     if not single or not all(math.isfinite(value) for value in found.values() if isinstance(value, float)):
         raise MalformedError("parameters, single values by name", repr(found)[:80])
-    return found
+    return dict(found)
 
 
 def combine(

@@ -263,7 +263,7 @@ class _Bounds:
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _, _ in self._opened):
                 raise YamlError(f"the anchor {event.anchor!r} contains itself", *_place(event.start_mark))
-            self._grow(event, *self._anchors.get(event.anchor, (1, 1)))
+            self._grow(event, *self._anchors.get(event.anchor or "", (1, 1)))
         elif isinstance(event, yaml.DocumentStartEvent):
             self.documents += 1
             if self.documents > 1:
