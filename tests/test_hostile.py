@@ -27,6 +27,7 @@ from ecotone.experiments.tracking.notes import noted, statuses
 from ecotone.fitness.language.texts import records
 from ecotone.merging.models import hub
 from ecotone.merging.models.checkpoint import INDEX, Checkpoint, read_header
+from ecotone.merging.models.lora_reader import settings_of
 from ecotone.merging.sources import Sources
 from ecotone.populations import facts
 from ecotone.populations.errors import CheckpointError, InputError, JournalError, first_line, shown, told
@@ -483,3 +484,39 @@ def test_no_command_to_copy_holds_a_stranger_s_code(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="quantised") as caught:
             Sources.open([folder, folder])
         assert ("python -c" in str(caught.value)) == told_so
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("include: 5", "include: expected the name of a file, found 5"),
+        ("include: none.yaml", "No such file"),
+        ("a: !mine b", "could not determine a constructor for the tag '!mine'"),
+        ("- a", "expected a mapping, found list"),
+        (hostile.REFUSED_RECIPES["a billion laughs"].decode(), "found more with its aliases written out"),
+        ("\0", "is it a binary file"),
+    ],
+)
+def test_a_task_s_file_that_cannot_be_read(tmp_path: Path, text: str, said: str) -> None:
+    from ecotone.fitness.lm_eval import _refuse_code
+
+    (tmp_path / "task.yaml").write_text(text)
+    with pytest.raises(InputError, match=f"here: task: .*task.yaml or a file that it includes: .*{said}"):
+        _refuse_code(SimpleNamespace(yaml_path=tmp_path / "task.yaml"), "here")
+
+
+def test_settings_of_an_adapter_are_checked(tmp_path: Path) -> None:
+    for field, value, said in (
+        ("alpha_pattern", True, "numbers by simple regular expressions, found True"),
+        ("rank_pattern", {"(a+)+$": 2}, "numbers by simple regular expressions"),
+        ("rank_pattern", {"(": 2}, "numbers by simple regular expressions"),
+        ("lora_alpha", 10**400, "a number"),
+        ("target_parameters", [5], "a list of names"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, field: value}))
+        with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {field}: expected {said}"):
+            settings_of(tmp_path)
+    patterns = {r".*\.q_proj": 4, "^model.layers.[0-9]+.fc$": 8, "layers.0.(q|k)_proj": 1.5}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "alpha_pattern": patterns}))
+    assert settings_of(tmp_path)["alpha_pattern"] == patterns
