@@ -23,8 +23,8 @@ class EcotoneError(Exception):
     """
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        self.message = shown(message, LONGEST, lines=True)
-        self.remedy = shown(remedy, LONGEST, lines=True)
+        self.message: str = shown(message, LONGEST, lines=True)
+        self.remedy: str = shown(remedy, LONGEST, lines=True)
         super().__init__(f"{self.message} {self.remedy}".strip())
 
     def __reduce__(self) -> tuple[type[EcotoneError], tuple[str, str]]:

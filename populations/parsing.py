@@ -47,8 +47,8 @@ class MalformedError(ValueError):
     """
 
     def __init__(self, expected: str, found: str) -> None:
-        self.expected = shown(expected)
-        self.found = shown(found)
+        self.expected: str = shown(expected)
+        self.found: str = shown(found)
         super().__init__(f"expected {self.expected}, found {self.found}")
 
     def __reduce__(self) -> tuple[type[MalformedError], tuple[str, str]]:

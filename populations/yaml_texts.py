@@ -48,7 +48,7 @@ class YamlError(yaml.YAMLError):
     """
 
     def __init__(self, reason: str, line: int = 0, column: int = 0) -> None:
-        self.reason = shown(reason)
+        self.reason: str = shown(reason)
         self.line = line
         self.column = column
         super().__init__(f"line {line}, column {column}: {self.reason}" if line else self.reason)
