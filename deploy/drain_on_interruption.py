@@ -31,7 +31,7 @@ def notice(metadata: str = METADATA) -> datetime | None:
         token = _asked(f"{metadata}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
         action = _asked(f"{metadata}/latest/meta-data/spot/instance-action", "GET", {"X-aws-ec2-metadata-token": token})
         return datetime.strptime(json.loads(action)["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
-    except (OSError, ValueError, KeyError):  # 404 while nothing is planned is an OSError, too
+    except (OSError, ValueError, KeyError, TypeError):  # 404 while nothing is planned is an OSError, too
         return None
 
 

@@ -215,7 +215,7 @@ def _write_recipe(recipe: Recipe, directory: Path, *, new: bool = False) -> None
     file, text = directory / "recipe.yaml", recipe.text()
     try:
         private_folder(directory)
-        if new and file.exists() and file.read_text() != text:
+        if new and file.exists() and file.read_bytes() != text.encode():
             raise InputError(f"{file}: a file is there that the run would overwrite.", "Choose another --out.")
         write_private(file, text.encode())
     except OSError as error:

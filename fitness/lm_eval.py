@@ -38,7 +38,7 @@ from ecotone.extras import how_to_install
 from ecotone.fitness.kinds import ObjectiveContext, ObjectiveSettings
 from ecotone.fitness.protocol import Score, pooled_mean
 from ecotone.fitness.scores import number
-from ecotone.populations.errors import InputError, first_line, nearest
+from ecotone.populations.errors import InputError, can_be_pasted, first_line, nearest
 from ecotone.populations.genome import Integers
 from ecotone.populations.parsing import MalformedError, file_bytes
 from ecotone.populations.trial import Goal
@@ -820,6 +820,8 @@ def _not_loaded(error: Exception, config: Mapping[str, Any], name: str, where: s
     message = f"{where}: task: the dataset ({arguments}) of {name!r} cannot be loaded ({found})."
     if "data_files" in (config.get("dataset_kwargs") or {}):
         return message, "Check data_files: a relative path starts at the folder in which the run was started."
+    if not can_be_pasted(config.get("dataset_path"), config.get("dataset_name")):
+        return message, ""
     return message, (
         "If it must be fetched and the network is off (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE), fetch it once where it is "
         f'on: python -c "import datasets; datasets.load_dataset({arguments})".'
@@ -926,13 +928,12 @@ def _parsed(path: Path) -> tuple[dict[str, Any], list[str]]:
     functions: list[str] = []
 
     class Constructor(SafeConstructor):
-        pass
+        def named(self, node: yaml.ScalarNode) -> str:
+            functions.append(str(self.construct_scalar(node)))
+            return functions[-1]
 
-    def named(constructor: Constructor, node: yaml.ScalarNode) -> str:
-        functions.append(str(constructor.construct_scalar(node)))
-        return functions[-1]
+        yaml_constructors = {**SafeConstructor.yaml_constructors, "!function": named}  # noqa: RUF012 - PyYAML's way
 
-    Constructor.add_constructor("!function", named)
     try:
         data = file_bytes(path, LARGEST_TEXT)
     except MalformedError as error:

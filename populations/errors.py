@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 import unicodedata
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from difflib import get_close_matches
 
 from ecotone.populations.secrets import stripped
 
+_PASTED = re.compile(r"[\w ./:@~+,=%#()\[\]-]*")
 LONGEST = 20_000
 """Characters of an error's message and of a traceback that are kept, of the beginning and the end together."""
 
@@ -37,8 +39,8 @@ class EcotoneError(Exception):
     """
 
     def __init__(self, message: str, remedy: str = "") -> None:
-        self.message = shown(message, LONGEST, lines=True)
-        self.remedy = shown(remedy, LONGEST, lines=True)
+        self.message: str = shown(message, LONGEST, lines=True)
+        self.remedy: str = shown(remedy, LONGEST, lines=True)
         super().__init__(f"{self.message} {self.remedy}".strip())
 
     def __reduce__(self) -> tuple[type[EcotoneError], tuple[str, str]]:
@@ -113,6 +115,11 @@ def _is_seen(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def can_be_pasted(*texts: object) -> bool:
+    """Whether names of strangers may stand in quotes in a command that people copy: nothing in them ends the quotes."""
+    return all(_PASTED.fullmatch(str(text)) for text in texts)
 
 
 def first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,7 +180,7 @@ class Genome:
             InputError: The text is not a genome.
         """
         try:
-            record = json_object(text, depth=None)
+            record = json_object(text, finite=False, depth=None)  # a hook for each number would cost a third more
             boundaries = _read_numbers(record["boundaries"], "i", np.int64)
             coefficients = _read_numbers(record["coefficients"], "if", np.float64)
             packed = record.get("residual")
@@ -204,9 +205,10 @@ def _read_numbers(values: Any, kinds: str, dtype: Any) -> NDArray[Any]:
 
 def _read_parameters(found: Any) -> dict[str, Scalar]:
     """The operator's settings: single values by name."""
-    if not isinstance(found, dict) or not all(isinstance(value, bool | int | float | str) for value in found.values()):
+    single = isinstance(found, dict) and all(isinstance(value, bool | int | float | str) for value in found.values())
+    if not single or not all(math.isfinite(value) for value in found.values() if isinstance(value, float)):
         raise MalformedError("parameters, single values by name", repr(found)[:80])
-    return found
+    return dict(found)
 
 
 def combine(

@@ -12,6 +12,7 @@ key that stands twice the last value counts, and ``Infinity`` is a number, as co
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import re
 import zlib
@@ -33,6 +34,7 @@ LARGEST_TOKENIZER = 1 << 28
 LARGEST_ARRAY = 1 << 36
 """The most bytes that are ever unpacked: 64 GiB of weights."""
 
+_MANY = 1 << 18  # characters of a text that makes many objects
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -45,8 +47,8 @@ class MalformedError(ValueError):
     """
 
     def __init__(self, expected: str, found: str) -> None:
-        self.expected = shown(expected)
-        self.found = shown(found)
+        self.expected: str = shown(expected)
+        self.found: str = shown(found)
         super().__init__(f"expected {self.expected}, found {self.found}")
 
     def __reduce__(self) -> tuple[type[MalformedError], tuple[str, str]]:
@@ -136,9 +138,10 @@ def json_value(text: str | bytes, *, once: bool = True, finite: bool = True, dep
         MalformedError: It is not such a text.
     """
     plain = text_of(text) if isinstance(text, bytes) else text
-    value = _decoded(_DECODERS[once, finite].decode, plain)
-    if depth is not None:
-        check_depth(value, depth)
+    with uncollected() if len(plain) > _MANY else contextlib.nullcontext():
+        value = _decoded(_DECODERS[once, finite].decode, plain)
+        if depth is not None:
+            check_depth(value, depth)
     if _HALF_PAIR.search(plain):
         _check_texts(value)
     return value
@@ -184,6 +187,18 @@ def kind_of(value: Any) -> str:
     """What a value of JSON is, in words."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Pause the search for garbage: it would look through a large record's objects, which all stay, again and again."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _decoded(decode: Callable[[str], Any], text: str) -> Any:

@@ -48,7 +48,7 @@ class YamlError(yaml.YAMLError):
     """
 
     def __init__(self, reason: str, line: int = 0, column: int = 0) -> None:
-        self.reason = shown(reason)
+        self.reason: str = shown(reason)
         self.line = line
         self.column = column
         super().__init__(f"line {line}, column {column}: {self.reason}" if line else self.reason)
@@ -263,7 +263,7 @@ class _Bounds:
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _, _ in self._opened):
                 raise YamlError(f"the anchor {event.anchor!r} contains itself", *_place(event.start_mark))
-            self._grow(event, *self._anchors.get(event.anchor, (1, 1)))
+            self._grow(event, *self._anchors.get(event.anchor or "", (1, 1)))
         elif isinstance(event, yaml.DocumentStartEvent):
             self.documents += 1
             if self.documents > 1:

@@ -35,7 +35,7 @@ from ecotone.populations.errors import EcotoneError, shown
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
 
-FEW, MANY = 10, 3000
+FEW, MANY = 10, 1000
 JOURNALS = Path(__file__).parent / "journals"
 
 
@@ -151,6 +151,7 @@ def yaml_like(valid: Any) -> st.SearchStrategy[bytes]:
 
 # -- readers ---------------------------------------------------------------------------------------------------------
 
+SLOWLY = pytest.mark.parametrize("examples", [pytest.param(MANY, marks=pytest.mark.slow)])
 HOW_MANY = pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 
 
@@ -201,14 +202,14 @@ def test_headers(tmp_path: Path, examples: int) -> None:
     feed(examples, json_like(HEADER), read)
 
 
-@HOW_MANY
+@SLOWLY
 def test_whole_safetensors_files(tmp_path: Path, examples: int) -> None:
     file = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(2), "b": torch.ones(1, dtype=torch.bfloat16)}, file)
     feed(examples, bytes_like(file.read_bytes()), of_file(file, checkpoint.Checkpoint.open))
 
 
-@HOW_MANY
+@SLOWLY
 def test_indices(tmp_path: Path, examples: int) -> None:
     for name in "ab":
         save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
@@ -235,7 +236,7 @@ CONFIG = {
 GENERATION = {"eos_token_id": [1, 2], "do_sample": False, "temperature": 1.0}
 
 
-@HOW_MANY
+@SLOWLY
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_configs(tmp_path: Path, name: str, examples: int) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
@@ -273,7 +274,7 @@ TOKENIZER = {
 }
 
 
-@HOW_MANY
+@SLOWLY
 @pytest.mark.parametrize("name", TOKENIZER)
 def test_tokenizers(tmp_path: Path, name: str, examples: int) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
@@ -306,7 +307,7 @@ ADAPTER = {
 }
 
 
-@HOW_MANY
+@SLOWLY
 def test_adapters(tmp_path: Path, examples: int) -> None:
     save_file({"fc.weight": torch.ones(3, 4)}, tmp_path / "base.safetensors")
     folder = tmp_path / "adapter"
@@ -382,7 +383,7 @@ def test_mergekit_s_files(tmp_path: Path, examples: int) -> None:
     feed(examples, yaml_like(MERGEKIT) | yaml_like(merge), reader)
 
 
-@HOW_MANY
+@SLOWLY
 def test_lines_of_data(tmp_path: Path, examples: int) -> None:
     def read(file: Path) -> None:
         for read_as in (lambda: records([file], "here"), lambda: documents([file], "text", "here")):
@@ -436,7 +437,7 @@ def test_small_records(tmp_path: Path, examples: int) -> None:
     feed(examples, json_like(event), lambda line: in_words(line.decode(errors="replace")))
 
 
-@HOW_MANY
+@SLOWLY
 @pytest.mark.parametrize("name", ["format-4-gradients-whole", "format-3-samples-killed"])
 def test_journals(tmp_path: Path, name: str, examples: int) -> None:
     whole = gzip.decompress((JOURNALS / f"{name}.sqlite.gz").read_bytes())

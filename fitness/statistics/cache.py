@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from xxhash import xxh3_128
 
-from ecotone.populations.errors import InputError
+from ecotone.merging.models import headers
+from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.files import synchronised
 from ecotone.populations.folders import cache_folder
 from ecotone.populations.trial import Gathered
@@ -65,10 +66,11 @@ class Cache:
         if file.name != f"{key}.safetensors" or not file.exists():  # a journal from elsewhere may name any path
             return None
         try:
+            headers.read(file)
             tensors = load_file(file)
             with safe_open(file, "pt") as opened:
                 recorded = (opened.metadata() or {}).get("digest")
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, CheckpointError, ValueError, KeyError) as error:
             _log.warning("%s cannot be read (%s); it is made again.", file, error)
             return None
         if digest_of(tensors) != recorded:

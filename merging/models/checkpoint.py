@@ -22,7 +22,7 @@ from torch import Tensor
 from ecotone.merging.models import headers, hub
 from ecotone.merging.models.model import TensorInfo, mergekit_place
 from ecotone.populations.contents import Stamp
-from ecotone.populations.errors import CheckpointError, shown, told
+from ecotone.populations.errors import CheckpointError, can_be_pasted, shown, told
 from ecotone.populations.parsing import LARGEST, MalformedError, foreign_object
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -289,7 +289,9 @@ def _pickle(path: Path, files: Sequence[Path]) -> CheckpointError:
     first = files[0]
     return CheckpointError(
         f"{path}: expected safetensors, found a pickle ({first.name}), which can run any code when it is loaded.",
-        f'If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
+        "If you trust it, convert it to safetensors."
+        if not can_be_pasted(first)
+        else f'If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
         f"s.save_file(torch.load('{first}', weights_only=True), '{first.with_suffix('.safetensors')}')\"",
     )
 
@@ -298,7 +300,9 @@ def _gguf(file: Path) -> CheckpointError:
     folder = str(file.parent / file.stem)
     return CheckpointError(
         f"{file}: expected safetensors, found GGUF, which holds quantised weights.",
-        "Give the checkpoint that it was made from, or convert it (pip install transformers gguf accelerate): "
+        "Give the checkpoint that it was made from."
+        if not can_be_pasted(file)
+        else "Give the checkpoint that it was made from, or convert it (pip install transformers gguf accelerate): "
         'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
         f"[k.from_pretrained('{file.parent}', gguf_file='{file.name}').save_pretrained('{folder}') for k in (M, T)]\"",
     )
@@ -339,7 +343,7 @@ def _indexed_shards(path: Path) -> tuple[Shard, ...]:
     weight_map = _weight_map(path)
     files = sorted(set(weight_map.values()))
     for file in files:
-        if Path(file).is_absolute() or ".." in Path(file).parts:
+        if Path(file).is_absolute() or ".." in Path(file).parts or shown(file) != file:
             raise CheckpointError(
                 f"{path / INDEX}: expected shards beside the index or in folders beside it, found {file!r}.",
                 "Move them there and write their names into the index.",
@@ -449,7 +453,7 @@ def check_index(path: Path) -> None:
         raise CheckpointError(
             f"{index}: metadata: expected an object, without which transformers does not load the shards, "
             f"found {found}.",
-            f'Add an empty one: python -c "{code}"',
+            f'Add an empty one: python -c "{code}"' if can_be_pasted(index) else "Add an empty one.",
         )
 
 

@@ -18,13 +18,11 @@ Six rules are stricter than the library's:
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ import torch
 
 from ecotone.merging.models.model import TensorInfo
 from ecotone.populations.errors import CheckpointError, shown
-from ecotone.populations.parsing import MalformedError, check_depth, json_object, kind_of
+from ecotone.populations.parsing import MalformedError, check_depth, json_object, kind_of, uncollected
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -106,7 +104,7 @@ def read(path: Path) -> Header:
     if len(text) < length:
         raise corrupt(path, f"the header should take {length} bytes and only {len(text)} can be read")
     try:
-        with _uncollected():
+        with uncollected():
             return parsed(text, size - 8 - length)
     except _UnknownTypeError as error:
         raise CheckpointError(
@@ -124,18 +122,6 @@ def corrupt(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: expected a complete safetensors file, but {reason}.", "Download or export the file again."
     )
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Pause the search for garbage: it would look through a large header's objects, which all stay, again and again."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 class _UnknownTypeError(ValueError):

@@ -35,7 +35,7 @@ from ecotone.merging.models.lora_names import Spot, Target, Targets
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Place, Scattered
 from ecotone.merging.models.ties import OUTPUT_EMBEDDINGS, tied, tied_embedding
-from ecotone.populations.errors import CheckpointError, nearest, shown
+from ecotone.populations.errors import CheckpointError, can_be_pasted, nearest, shown
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.[^.]+)*")
@@ -220,7 +220,7 @@ def refused(place: Path, reason: str, settings: Mapping[str, Any], names: Iterab
             f"from peft import PeftModel as P; from transformers import {whole} as M; "
             f"m = P.from_pretrained(M.from_pretrained('{base or 'its base'}'), '{place}')"
         )
-    if not re.fullmatch(r"[\w./:@~+ -]*", str(base or "")):
+    if not can_be_pasted(place, base):
         return _not_plain(place, reason, _ITS_PROGRAM)  # a shell or Python might read the name as more than a name
     command = f"{load}; m.merge_and_unload().save_pretrained('{place.name}-merged')"
     return _not_plain(place, reason, f'Merge it into its base and give the result: python -c "{command}"')

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ecotone.merging.models.model import Model, TensorInfo
-from ecotone.populations.errors import CheckpointError
+from ecotone.populations.errors import CheckpointError, can_be_pasted
 
 MERGEABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FIELDS = ("quantization_config", "compression_config")
@@ -112,9 +112,10 @@ def _kind_of(name: str, info: TensorInfo, beside: set[str]) -> str:
 
 def _remedy(checkpoint: Model, kind: str) -> str:
     path, to = str(checkpoint.path), f"{checkpoint.path.name}-bfloat16"
-    names = (checkpoint.config or {}).get("architectures") or ["AutoModelForCausalLM"]
-    load = f"import transformers as t; m = t.{names[0]}.from_pretrained('{path}', dtype='bfloat16'"
-    if not checkpoint.is_hugging_face:
+    names = (checkpoint.config or {}).get("architectures")
+    name = names[0] if isinstance(names, list) and names else "AutoModelForCausalLM"
+    load = f"import transformers as t; m = t.{name}.from_pretrained('{path}', dtype='bfloat16'"
+    if not checkpoint.is_hugging_face or not str(name).isidentifier() or not can_be_pasted(path):
         return f"{_OWN}."
     if not any(info.dtype not in MERGEABLE for info in checkpoint.tensors.values() if info.size):
         return (
