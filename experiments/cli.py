@@ -270,12 +270,11 @@ def status(
 
 
 def _status(run: str) -> dict[str, Any]:
-    from ecotone.experiments import tracking
+    from ecotone.experiments.tracking.watching import shown
 
     found = _opened(run)
-    shown = ("uri", "run_id", "page", "mirrored", "error")
-    mirrored = {name: {key: known[key] for key in shown} for name, known in tracking.statuses(found.directory).items()}
-    return {**found.status(), "tracking": mirrored}
+    known = found.status()
+    return {**known, "tracking": shown(found.directory, found.where, known)}
 
 
 @app.command()

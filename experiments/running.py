@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ecotone.experiments import checks, compose, logs, preparation, storage, tracking
+from ecotone.experiments import checks, compose, logs, preparation, storage
 from ecotone.experiments.recipe import Recipe, check_recipe, check_resumable
 from ecotone.experiments.runs import Run, check_search, front_rows
 from ecotone.experiments.storage import JOURNAL, Place
@@ -25,13 +25,16 @@ from ecotone.fitness.pools import Pool
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.values import refuse_nan
 from ecotone.populations import facts
-from ecotone.populations.errors import EcotoneError, InputError, sentence
+from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Scores
 from ecotone.search.kinds import Pair
 from ecotone.search.manager import Manager, Observer, Progress, measure
+
+if TYPE_CHECKING:
+    from ecotone.experiments.tracking.watching import Followers
 
 Notify = Callable[[str], None]
 
@@ -187,13 +190,14 @@ def _carry_out(
 
     def guarded(progress: Progress) -> None:
         place.check()
+        followers.look()
         observe(progress)
 
     with (
         logs.recorded(place.directory, runtime.log),
         place.copied(runtime.mirror_every, runtime.lease),
         _recorded(journal, place),
-        _tracked(recipe, place, notify),
+        _tracked(recipe, place, notify) as followers,
     ):
         manager = Manager(search, population, goals, pool, journal, schedule, guarded)
         with _drained(manager):
@@ -294,28 +298,17 @@ def _recorded(journal: Journal, place: Place) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
+def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[Followers]:
     """Have processes of their own mirror the journal into the recipe's trackers meanwhile."""
-    followers = {}
-    for name, settings in recipe.tracking.trackers.items():
-        if settings.installed():
-            followers[name] = tracking.start(place.directory, os.getpid(), name)
-        else:
-            remedy = f"`{settings.install()}`, then `ecotone sync`"
-            notify(f"Warning: {settings.title} is not installed, so it does not get the run: {remedy}.")
-    yield
-    end = time.monotonic() + 60
-    for name, process in followers.items():
-        title = recipe.tracking.trackers[name].title
-        notify(f"Waiting for {title} to have everything ...")
-        ended = tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name)
-        known = tracking.status(place.directory, name)
-        if ended and known["complete"]:
-            continue
-        crashed = "its mirror has ended, and tracking.log says why" if ended and not known["mirroring"] else ""
-        why, sync = known["error"] or crashed, f"`ecotone sync {place.where}` sends the rest."
-        after = f": {sentence(why)} When that is mended, {sync}" if why else f"; {sync}"
-        notify(f"Warning: {title} does not have everything yet{after}")
+    from ecotone.experiments.tracking.watching import Followers
+
+    followers = Followers(place.directory, place.where, recipe.tracking.trackers, notify)
+    try:
+        yield followers
+    except BaseException:
+        followers.leave()
+        raise
+    followers.wait(60)
 
 
 def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
