@@ -355,7 +355,7 @@ class SearchConformance:
         assert not waits or search.done or name == "none"
         while driver.flying:
             driver.tell()
-        report = getattr(search, "report", dict)()
+        report: dict[str, Any] = getattr(search, "report", dict)()
         json.dumps(json.loads(to_text(report)), allow_nan=False)
 
     def test_replaying_the_same_calls_proposes_the_same_trials(self, kind: str) -> None:
