@@ -284,7 +284,7 @@ def front(
     reference: ReferenceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the Pareto front, best mean first, with scores on search and held-out data.
+    """List the Pareto front, the best first, with scores on search and held-out data.
 
     A preference marks the member that fits it best. If the search predicted its front, prediction and result are shown.
     """
