@@ -306,12 +306,11 @@ def status(
 
 
 def _status(run: str) -> dict[str, Any]:
-    from ecotone.experiments import tracking
+    from ecotone.experiments.tracking.watching import shown
 
     found = _opened(run)
-    shown = ("uri", "run_id", "page", "mirrored", "error")
-    mirrored = {name: {key: known[key] for key in shown} for name, known in tracking.statuses(found.directory).items()}
-    return {**found.status(), "tracking": mirrored}
+    known = found.status()
+    return {**known, "tracking": shown(found.directory, found.where, known)}
 
 
 @app.command()
@@ -321,7 +320,7 @@ def front(
     reference: ReferenceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the Pareto front, best mean first, with scores on search and held-out data.
+    """List the Pareto front, the best first, with scores on search and held-out data.
 
     A preference marks the member that fits it best. If the search predicted its front, prediction and result are shown.
     """

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ecotone.search.manager import Progress
 
 SHOWN = 5  # members of the front in the closing table
+LARGE = 1e8  # scores from which digits after the point say nothing
 
 
 class ProgressLine:
@@ -142,7 +143,8 @@ def front_table(run: Run, members: Sequence[Scored], chosen: int | str | None = 
 def front_lines(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> Iterable[str]:
     """The front's hypervolume, and the member that a preference chose with the command that exports it."""
     if volume:
-        yield f"Hypervolume {volume['hypervolume']:.4f} from the reference point {_point(volume['reference_point'])}."
+        corner = _point(volume["reference_point"])
+        yield f"Hypervolume {score_text(volume['hypervolume'])} from the reference point {corner}."
     both = predicted_hypervolumes(run.report() or {}, run.goals, volume.get("reference_point", {}))
     if both is not None:
         yield f"Hypervolume of the front as predicted {both[0]:.4f}; of the same members as measured {both[1]:.4f}."
@@ -412,7 +414,12 @@ def _cells(scores: Mapping[str, float] | None, scale: Scale) -> list[str]:
     values = [None if scores is None else scores.get(goal.name) for goal in scale.goals]
     if _has_mean(scale):
         values.append(scale.mean(scores))
-    return [_number(value, ".4f") for value in values]
+    return ["-" if value is None else score_text(value) for value in values]
+
+
+def score_text(value: float) -> str:
+    """A score for people: four digits after the point, or six digits in all of one that is large."""
+    return f"{value:.4f}" if abs(value) < LARGE else f"{value:.6g}"
 
 
 def _duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,7 +28,6 @@ from ecotone.experiments import (
     marks,
     preparation,
     storage,
-    tracking,
 )
 from ecotone.experiments.fingerprints import fingerprints
 from ecotone.experiments.recipe import Recipe, check_recipe, check_resumable
@@ -39,7 +38,7 @@ from ecotone.fitness.pools import Pool, ReadsModels
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.values import refuse_nan
 from ecotone.populations import facts
-from ecotone.populations.errors import EcotoneError, InputError, sentence, text_of
+from ecotone.populations.errors import EcotoneError, InputError, text_of
 from ecotone.populations.folders import private_folder, write_private
 from ecotone.populations.genome import Genome
 from ecotone.populations.journal import Journal
@@ -48,6 +47,9 @@ from ecotone.populations.space import Space
 from ecotone.populations.trial import Scores
 from ecotone.search.kinds import Pair
 from ecotone.search.manager import Manager, Observer, Progress, measure
+
+if TYPE_CHECKING:
+    from ecotone.experiments.tracking.watching import Followers
 
 Notify = Callable[[str], None]
 
@@ -242,13 +244,14 @@ def _carry_out(
 
     def guarded(progress: Progress) -> None:
         place.check()
+        followers.look()
         observe(progress)
 
     with (
         logs.recorded(place.directory, runtime.log),
         place.copied(runtime.mirror_every, runtime.lease),
         _recorded(journal, place),
-        _tracked(recipe, place, notify),
+        _tracked(recipe, place, notify) as followers,
     ):
         manager = Manager(search, population, goals, pool, journal, schedule, guarded)
         with _drained(manager):
@@ -359,28 +362,17 @@ def _recorded(journal: Journal, place: Place) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[None]:
+def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[Followers]:
     """Have processes of their own mirror the journal into the recipe's trackers meanwhile."""
-    followers = {}
-    for name, settings in recipe.tracking.trackers.items():
-        if settings.installed():
-            followers[name] = tracking.start(place.directory, os.getpid(), name)
-        else:
-            remedy = f"`{settings.install()}`, then `ecotone sync`"
-            notify(f"Warning: {settings.title} is not installed, so it does not get the run: {remedy}.")
-    yield
-    end = time.monotonic() + 60
-    for name, process in followers.items():
-        title = recipe.tracking.trackers[name].title
-        notify(f"Waiting for {title} to have everything ...")
-        ended = tracking.wait(process, max(0.0, end - time.monotonic()), place.directory, name)
-        known = tracking.status(place.directory, name)
-        if ended and known["complete"]:
-            continue
-        crashed = "its mirror has ended, and tracking.log says why" if ended and not known["mirroring"] else ""
-        why, sync = known["error"] or crashed, f"`ecotone sync {place.where}` sends the rest."
-        after = f": {sentence(why)} When that is mended, {sync}" if why else f"; {sync}"
-        notify(f"Warning: {title} does not have everything yet{after}")
+    from ecotone.experiments.tracking.watching import Followers
+
+    followers = Followers(place.directory, place.where, recipe.tracking.trackers, notify)
+    try:
+        yield followers
+    except BaseException:
+        followers.leave()
+        raise
+    followers.wait(60)
 
 
 def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:

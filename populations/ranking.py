@@ -15,6 +15,7 @@ one number that scalar searches such as CMA-ES climb.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -115,7 +116,8 @@ class Scale:
             points: Their scores.
         """
         means = self.means(points)
-        return max(range(len(numbers)), key=lambda i: (means[i], -numbers[i]))
+        first: list[int] = np.flatnonzero(means == means.max()).tolist()
+        return min(first, key=lambda i: numbers[i])
 
 
 class Leader:
@@ -138,23 +140,26 @@ class Leader:
 
     def __init__(self, goals: Sequence[Goal]) -> None:
         self._goals = tuple(goals)
-        self._extremes = np.zeros((0, len(goals)))  # the worst scores, and the best
+        self._low = [math.inf] * len(goals)  # plain numbers: this is done for every candidate
+        self._high = [-math.inf] * len(goals)
         self.number = None
         self.point = np.zeros(0)
-        self.mean = -np.inf
-        self.scale = Scale.of(self._goals, self._extremes)
+        self.mean = -math.inf
+        self.scale = Scale.of(self._goals, self.extremes)
 
     @property
     def extremes(self) -> Floats:
         """(2, M) the lowest and the highest oriented scores so far; (0, M) before the first."""
-        return self._extremes
+        known = [self._low, self._high] if self._goals and self._low[0] < math.inf else []
+        return np.array(known).reshape(len(known), len(self._goals))
 
     def take(self, number: int, point: Floats, front: ParetoFront) -> bool:
         """Take a candidate's oriented scores (M,), after the front took them; True when another one is best now."""
-        wider = self._widened(point)
+        values = point.tolist()
+        wider = self._widened(values)
         if self.scale.unit == "ranges":
             return (wider or number in front.numbers) and self._chosen(front)
-        mean = sum(point.tolist()) / len(point)
+        mean = sum(values) / len(values)
         if mean < self.mean or number not in front.numbers:
             return False
         if mean == self.mean and self.number is not None and number > self.number and self.number in front.numbers:
@@ -162,14 +167,17 @@ class Leader:
         self.number, self.point, self.mean = number, point, mean
         return True
 
-    def _widened(self, point: Floats) -> bool:
+    def _widened(self, values: Sequence[float]) -> bool:
         """Keep the extremes; True when they, and so the scale, changed."""
-        if len(self._extremes) and (point >= self._extremes[0]).all() and (point <= self._extremes[1]).all():
-            return False
-        both = np.concatenate([self._extremes, point[None]])
-        self._extremes = np.stack([both.min(axis=0), both.max(axis=0)])
-        self.scale = Scale.of(self._goals, self._extremes)
-        return True
+        wider = False
+        for index, value in enumerate(values):
+            if value < self._low[index]:
+                self._low[index], wider = value, True
+            if value > self._high[index]:
+                self._high[index], wider = value, True
+        if wider and self.scale.unit != "score":
+            self.scale = Scale.of(self._goals, self.extremes)
+        return wider
 
     def _chosen(self, front: ParetoFront) -> bool:
         """Choose anew among the front."""

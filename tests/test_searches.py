@@ -285,6 +285,11 @@ class TestEverySearch(SearchConformance):
         **{kind: 3 for kind in MAKERS if "raced" in kind},
     }
 
+    @pytest.mark.slow
+    def test_odd_scores_end_no_search(self, kind: str, scores: str) -> None:
+        """A minute for all of them."""
+        super().test_odd_scores_end_no_search(kind, scores)
+
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind.endswith("components")])
 def test_tensors_of_one_component_have_the_same_coefficients(kind: str) -> None:

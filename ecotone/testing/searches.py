@@ -284,6 +284,8 @@ class SearchConformance:
             metafunc.parametrize("kind", list(self.searches))
         if "at" in metafunc.fixturenames:
             metafunc.parametrize("at", self.restarts_at)
+        if "scores" in metafunc.fixturenames:
+            metafunc.parametrize("scores", list(ODD))
 
     def driver(self, kind: str, seed: int = 0) -> Driver:
         """A new search under a strict loop."""
@@ -337,14 +339,12 @@ class SearchConformance:
         np.random.seed(2)
         assert self.driver(kind).to(40).digests == first
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("name", list(ODD))
-    def test_odd_scores_end_no_search(self, kind: str, name: str) -> None:
+    def test_odd_scores_end_no_search(self, kind: str, scores: str) -> None:
         """Whatever the scores, it goes on or says that it is done; its report holds numbers that JSON can hold.
 
         A search that has learned nothing because everything failed may wait; the manager ends it.
         """
-        driver = Driver(*self.searches[kind](0), score=odd(name))
+        driver = Driver(*self.searches[kind](0), score=odd(scores))
         search, waits = driver.search, False
         while driver.asked < 60 and not search.done and not waits:
             if len(driver.flying) + driver.batch <= driver.window:
@@ -352,10 +352,10 @@ class SearchConformance:
             waits = not driver.flying
             if not waits:
                 driver.tell()
-        assert not waits or search.done or name == "none"
+        assert not waits or search.done or scores == "none"
         while driver.flying:
             driver.tell()
-        report = getattr(search, "report", dict)()
+        report: dict[str, Any] = getattr(search, "report", dict)()
         json.dumps(json.loads(to_text(report)), allow_nan=False)
 
     def test_replaying_the_same_calls_proposes_the_same_trials(self, kind: str) -> None:
