@@ -63,7 +63,7 @@ def submit(
 
     chosen = recipe_of(recipe, settings)
     urls = tuple(texts_in(chosen.record()))
-    parcel = Parcel(settings or (), folder, environment_of(environment or ()), chosen.runtime.grace, urls)
+    parcel = Parcel(settings or (), folder, environment_of(environment or ()), chosen.runtime.grace, urls=urls)
     named = name or f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     server = JobServer(address)
     _told(server.submit(recipe_file(recipe), named, out, parcel), server, as_json)
@@ -82,7 +82,14 @@ def resume(
     """Go on with a run as another job of a cluster."""
     from ecotone.experiments.jobs import JobServer, Parcel, environment_of
 
-    parcel = Parcel(settings, folder, environment_of(environment or ()), _grace(settings), accept_changes, trust)
+    parcel = Parcel(
+        settings,
+        folder,
+        environment_of(environment or ()),
+        _grace(settings),
+        accept_changes=accept_changes,
+        trust=trust,
+    )
     server = JobServer(address)
     _told(server.resume(run, parcel), server, as_json)
 
