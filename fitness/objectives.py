@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -355,9 +356,22 @@ def same_draws(seed: int = 0) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        _seed(seed)
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy_state)
+
+
+def _seed(seed: int) -> None:
+    """``torch.manual_seed``; without an accelerator, without the stack that it notes for each kind of them."""
+    if _has_accelerator():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+@cache
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
