@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ecotone.experiments import storage
-from ecotone.experiments.compose import goals_of
-from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.storage import JOURNAL
 from ecotone.populations import facts
 from ecotone.populations.birth import born, missing
@@ -158,6 +156,9 @@ def _restored(directory: Path, kept: Saved) -> Iterator[facts.Note]:
     Raises:
         InputError: The journal's recipe is lost, and no other is there.
     """
+    from ecotone.experiments.compose import goals_of  # heavy, and seldom needed
+    from ecotone.experiments.recipe import Recipe
+
     lost = _lost(kept)
     if not lost:
         return
