@@ -29,7 +29,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, TypeAlias
@@ -134,12 +133,21 @@ STATES: tuple[State, ...] = tuple(_states())
 _GETS = tuple(state.get for state in STATES)
 
 
-class Process:
-    """The process-wide settings, as they are when user code begins."""
+TorchFunctions: TypeAlias = dict[str, tuple[Any, dict[str, Any]]]
+"""Modules and classes of torch by name, each with its functions by name."""
 
-    def __init__(self) -> None:
+
+class Process:
+    """The process-wide settings, as they are when user code begins.
+
+    Args:
+        functions: Torch's functions as they should be; None takes them as they are.
+    """
+
+    def __init__(self, functions: TorchFunctions | None = None) -> None:
         self._before = [get() for get in _GETS]
-        self._functions = _of_torch()
+        owners = (nn.functional, torch, torch.Tensor)
+        self.functions: TorchFunctions = functions or {one.__name__: (one, _functions(one)) for one in owners}
 
     def begin(self) -> None:
         """Settings that differ now are the caller's own: another thread has other modes."""
@@ -160,9 +168,12 @@ class Process:
             SpoiledError: Something cannot be put back.
         """
         changes = [] if self.same() else self._put_back()
-        watched = list(self._functions.items())
+        watched = list(self.functions.items())
         for name, (owner, functions) in watched if deep else watched[:1] if foreign else ():
             for key in _patched(owner, functions):
+                if _of_torch(vars(owner).get(key)):  # torch wraps some of its own when more of it is imported
+                    functions[key] = vars(owner)[key]
+                    continue
                 setattr(owner, key, functions[key])
                 changes.append(Change("torch's functions", f"{name}.{key}"))
         return changes
@@ -179,10 +190,9 @@ class Process:
         return changes
 
 
-@cache
-def _of_torch() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Torch's functions and the methods of tensors as they were when the first worker was made, by their owner."""
-    return {owner.__name__: (owner, _functions(owner)) for owner in (nn.functional, torch, torch.Tensor)}
+def _of_torch(function: Any) -> bool:
+    """Whether the code of a function lies in torch."""
+    return str(getattr(function, "__globals__", {}).get("__name__")).partition(".")[0] == "torch"
 
 
 def _functions(owner: Any) -> dict[str, Any]:
@@ -382,11 +392,12 @@ class Inside:
     Args:
         model: The module.
         shown: What is known of its tensors.
+        functions: Torch's functions as they should be.
     """
 
-    def __init__(self, model: nn.Module, shown: _Guarded | None) -> None:
+    def __init__(self, model: nn.Module, shown: _Guarded | None, functions: TorchFunctions) -> None:
         self._structure = Structure(model)
-        self._process = Process()
+        self._process = Process(functions)
         self._shown = shown
 
     def mend(self) -> list[Change]:
@@ -447,7 +458,7 @@ class Guards:
 
     def inside(self, model: nn.Module) -> Inside:
         """A guard of ``model`` as it is now, for a call in the middle of a gradient: parameters ask for gradients."""
-        return Inside(model, self._shown)
+        return Inside(model, self._shown, self._process.functions)
 
     def written(self) -> list[str]:
         """Names of the shown model's tensors that were written into since ``shown``."""

@@ -53,7 +53,9 @@ def wrong(found: list[Evaluation], expected: list[Evaluation]) -> int:
     return sum(score != right.scores["first"] for one, right in pairs for score in one.scores.values())
 
 
-@pytest.mark.parametrize("stack_bytes", [0, 1 << 20], ids=["in place", "stacked"])
+@pytest.mark.parametrize(
+    "stack_bytes", [pytest.param(0, id="in place"), pytest.param(1 << 20, id="stacked", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", misbehaving.KINDS)
 def test_no_score_is_wrong(models, monkeypatch, caplog, kind, stack_bytes):
     monkeypatch.setattr(resident, "STACK_BYTES", stack_bytes)
@@ -161,3 +163,16 @@ def test_what_cannot_be_put_back_fails_this_candidate_and_all_later_ones(models,
     assert messages == {
         "objective 'bad' cannot be undone: it wrote into shift. Have it work on a copy: copy.deepcopy(model)."
     }
+
+
+def test_torch_may_wrap_its_own_functions(models, monkeypatch, caplog):
+    """As it does when ``torch._dynamo`` is imported, at any time."""
+    wrapped = torch._disable_dynamo(torch.manual_seed)
+    monkeypatch.setattr(torch, "manual_seed", torch.manual_seed)
+    monkeypatch.setitem(misbehaving.KINDS, "writes into weights", lambda model: setattr(torch, "manual_seed", wrapped))
+    function = misbehaving.scored_first(misbehaving.KINDS["writes into weights"])
+    monkeypatch.setattr(misbehaving, "bad_10", function)
+    with caplog.at_level(logging.WARNING, "ecotone"):
+        measured(models, bad("writes into weights"), well("last"))
+    assert not caplog.records
+    assert torch.manual_seed is wrapped
