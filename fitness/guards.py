@@ -335,6 +335,9 @@ class Structure:
             place = f"{name}.{key}".strip(".")
             if key.endswith("config") and type(getattr(value, "__dict__", None)) is dict:
                 self._watch(vars(value), "attributes", place)
+                for inner, values in vars(value).items():
+                    if type(values) is dict:
+                        self._watch(values, "attributes", f"{place}.{inner}")
             elif isinstance(value, dict):
                 hooks = key.endswith("_hooks") or "_hooks_" in key
                 self._watch(value, _SORTS.get(key, "hooks" if hooks else "attributes"), name)
@@ -464,13 +467,16 @@ class Guards:
         """Names of the shown model's tensors that were written into since ``shown``."""
         return [] if self._shown is None else self._shown.weights.changed()
 
-    def after(self, user: User, seconds: float, *, merged: bool = True) -> tuple[list[Change], bool]:
+    def after(
+        self, user: User, seconds: float, *, merged: bool = True, fixed: bool = True
+    ) -> tuple[list[Change], bool]:
         """User code has been called: put back what it changed, and tell of it.
 
         Args:
             user: The code.
             seconds: The time that it took.
             merged: Whether ``shown`` was called before: else it is not known which weights there should be.
+            fixed: Whether the tensors that are not merged are those of merges.
 
         Returns:
             What was changed, and whether the weights must be merged again.
@@ -481,13 +487,14 @@ class Guards:
         user.calls += 1
         if not user.foreign and self._quiet(merged):
             return [], False
-        known = not _DEEP.isdisjoint(user.warned)
-        deep = user.foreign and (user.calls & (user.calls - 1) == 0 or seconds > SLOW or known)
+        patches = not _DEEP.isdisjoint(user.warned)
+        deep = user.foreign and (user.calls & (user.calls - 1) == 0 or seconds > SLOW or patches)
         try:
             changes = self._process.mend(user.foreign, deep)
             again = False
             for guarded in self._all():
-                found, written = self._mended(guarded, user, deep, merged and guarded is self._shown)
+                known = merged and guarded is self._shown
+                found, written = self._mended(guarded, user, deep, known, fixed or guarded in self._heads)
                 changes, again = [*changes, *found], again or written
         except SpoiledError as error:
             self._spoilt = SpoiledError(f"{user.subject} cannot be undone: {error.message}.", error.remedy)
@@ -510,15 +517,17 @@ class Guards:
     def _all(self) -> Iterator[_Guarded]:
         return chain(self._models.values(), self._heads)
 
-    def _mended(self, guarded: _Guarded, user: User, deep: bool, merged: bool) -> tuple[list[Change], bool]:
+    def _mended(
+        self, guarded: _Guarded, user: User, deep: bool, merged: bool, others: bool
+    ) -> tuple[list[Change], bool]:
         """Put a model back. Returns what was changed, and whether its weights must be merged again."""
         weights = guarded.weights
         quiet = guarded.structure.same() and (not merged or weights.same())
         changes = guarded.structure.mend(deep)
         written = weights.changed() if merged else []
-        if not (quiet and not written):
+        if user.foreign or not quiet or written:
             changes += [Change(kind, name) for kind, name in weights.put_back()]
-        fixed, large = weights.spoilt()
+        fixed, large = weights.spoilt() if others else ([], "")
         changes += [Change("buffers", name) for name in fixed]
         changes += [Change("weights", name) for name in written if name not in fixed]
         if large and guarded in self._heads:

@@ -13,7 +13,7 @@ from parts import calibration, call, objective
 from safetensors.torch import save_file
 
 from ecotone.fitness.backends import resident
-from ecotone.fitness.guards import STATES
+from ecotone.fitness.guards import STATES, Structure
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.populations.genome import Genome
@@ -176,3 +176,32 @@ def test_torch_may_wrap_its_own_functions(models, monkeypatch, caplog):
         measured(models, bad("writes into weights"), well("last"))
     assert not caplog.records
     assert torch.manual_seed is wrapped
+
+
+def test_configurations_and_lists_of_modules_are_put_back():
+    class Config:
+        def __init__(self):
+            self.scale, self.rope = 1.0, {"theta": 1.0}
+
+    model = misbehaving.net()
+    model.config, model.kinds = Config(), ["a", "b"]
+    structure = Structure(model)
+    assert structure.same()
+    model.config.scale, model.config.rope["theta"] = 2.0, 3.0
+    model.kinds.append("c")
+    assert not structure.same()
+    places = {change.place for change in structure.mend(deep=False)}
+    assert places == {"config.scale", "config.rope.theta", "kinds"}
+    assert (model.config.scale, model.config.rope, model.kinds) == (1.0, {"theta": 1.0}, ["a", "b"])
+    assert structure.same()
+
+
+def test_tied_weights_stay_tied():
+    """An objective that unties two layers changes parameters of one of them."""
+    model = misbehaving.net()
+    model.third = torch.nn.Linear(4, 6)
+    model.third.weight = model.first.weight
+    structure = Structure(model)
+    model.third.weight = torch.nn.Parameter(torch.zeros(6, 4))
+    assert [change.place for change in structure.mend(deep=False)] == ["third.weight"]
+    assert model.third.weight is model.first.weight
