@@ -522,8 +522,9 @@ class Guards:
     ) -> tuple[list[Change], bool]:
         """Put a model back. Returns what was changed, and whether its weights must be merged again."""
         weights = guarded.weights
-        quiet = guarded.structure.same() and (not merged or weights.same())
-        changes = guarded.structure.mend(deep)
+        same = guarded.structure.same()
+        quiet = same and (not merged or weights.same())
+        changes = [] if same and not deep else guarded.structure.mend(deep)
         written = weights.changed() if merged else []
         if user.foreign or not quiet or written:
             changes += [Change(kind, name) for kind, name in weights.put_back()]
@@ -534,7 +535,7 @@ class Guards:
             raise SpoiledError(f"it wrote into {large} of a head", _COPY)
         if large:
             self._doubtful = user.subject
-        if not guarded.structure.same():
+        if not same and not guarded.structure.same():
             raise SpoiledError("it changed the model's layers or classes in a way that cannot be put back", _COPY)
         return changes, bool(large) or any(name not in fixed for name in written)
 
