@@ -91,7 +91,8 @@ class Weights:
         ]
         if found or self._sampled is None:
             return found
-        if not _equal(self._sampled, _sample(self._views)) or self._digest not in (None, self.digest()):
+        whole = self._digest is not None and self._digest != self.digest()
+        if whole or not _equal(self._sampled, _sample(self._views)):
             return [self._names[0]] if len(self._names) == 1 else ["not told which"]
         return []
 

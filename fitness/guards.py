@@ -29,7 +29,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, TypeAlias
@@ -134,12 +133,21 @@ STATES: tuple[State, ...] = tuple(_states())
 _GETS = tuple(state.get for state in STATES)
 
 
-class Process:
-    """The process-wide settings, as they are when user code begins."""
+TorchFunctions: TypeAlias = dict[str, tuple[Any, dict[str, Any]]]
+"""Modules and classes of torch by name, each with its functions by name."""
 
-    def __init__(self) -> None:
+
+class Process:
+    """The process-wide settings, as they are when user code begins.
+
+    Args:
+        functions: Torch's functions as they should be; None takes them as they are.
+    """
+
+    def __init__(self, functions: TorchFunctions | None = None) -> None:
         self._before = [get() for get in _GETS]
-        self._functions = _of_torch()
+        owners = (nn.functional, torch, torch.Tensor)
+        self.functions: TorchFunctions = functions or {one.__name__: (one, _functions(one)) for one in owners}
 
     def begin(self) -> None:
         """Settings that differ now are the caller's own: another thread has other modes."""
@@ -160,9 +168,12 @@ class Process:
             SpoiledError: Something cannot be put back.
         """
         changes = [] if self.same() else self._put_back()
-        watched = list(self._functions.items())
+        watched = list(self.functions.items())
         for name, (owner, functions) in watched if deep else watched[:1] if foreign else ():
             for key in _patched(owner, functions):
+                if _of_torch(vars(owner).get(key)):  # torch wraps some of its own when more of it is imported
+                    functions[key] = vars(owner)[key]
+                    continue
                 setattr(owner, key, functions[key])
                 changes.append(Change("torch's functions", f"{name}.{key}"))
         return changes
@@ -179,10 +190,9 @@ class Process:
         return changes
 
 
-@cache
-def _of_torch() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Torch's functions and the methods of tensors as they were when the first worker was made, by their owner."""
-    return {owner.__name__: (owner, _functions(owner)) for owner in (nn.functional, torch, torch.Tensor)}
+def _of_torch(function: Any) -> bool:
+    """Whether the code of a function lies in torch."""
+    return str(getattr(function, "__globals__", {}).get("__name__")).partition(".")[0] == "torch"
 
 
 def _functions(owner: Any) -> dict[str, Any]:
@@ -325,6 +335,9 @@ class Structure:
             place = f"{name}.{key}".strip(".")
             if key.endswith("config") and type(getattr(value, "__dict__", None)) is dict:
                 self._watch(vars(value), "attributes", place)
+                for inner, values in vars(value).items():
+                    if type(values) is dict:
+                        self._watch(values, "attributes", f"{place}.{inner}")
             elif isinstance(value, dict):
                 hooks = key.endswith("_hooks") or "_hooks_" in key
                 self._watch(value, _SORTS.get(key, "hooks" if hooks else "attributes"), name)
@@ -382,11 +395,12 @@ class Inside:
     Args:
         model: The module.
         shown: What is known of its tensors.
+        functions: Torch's functions as they should be.
     """
 
-    def __init__(self, model: nn.Module, shown: _Guarded | None) -> None:
+    def __init__(self, model: nn.Module, shown: _Guarded | None, functions: TorchFunctions) -> None:
         self._structure = Structure(model)
-        self._process = Process()
+        self._process = Process(functions)
         self._shown = shown
 
     def mend(self) -> list[Change]:
@@ -447,19 +461,22 @@ class Guards:
 
     def inside(self, model: nn.Module) -> Inside:
         """A guard of ``model`` as it is now, for a call in the middle of a gradient: parameters ask for gradients."""
-        return Inside(model, self._shown)
+        return Inside(model, self._shown, self._process.functions)
 
     def written(self) -> list[str]:
         """Names of the shown model's tensors that were written into since ``shown``."""
         return [] if self._shown is None else self._shown.weights.changed()
 
-    def after(self, user: User, seconds: float, *, merged: bool = True) -> tuple[list[Change], bool]:
+    def after(
+        self, user: User, seconds: float, *, merged: bool = True, fixed: bool = True
+    ) -> tuple[list[Change], bool]:
         """User code has been called: put back what it changed, and tell of it.
 
         Args:
             user: The code.
             seconds: The time that it took.
             merged: Whether ``shown`` was called before: else it is not known which weights there should be.
+            fixed: Whether the tensors that are not merged are those of merges.
 
         Returns:
             What was changed, and whether the weights must be merged again.
@@ -470,13 +487,14 @@ class Guards:
         user.calls += 1
         if not user.foreign and self._quiet(merged):
             return [], False
-        known = not _DEEP.isdisjoint(user.warned)
-        deep = user.foreign and (user.calls & (user.calls - 1) == 0 or seconds > SLOW or known)
+        patches = not _DEEP.isdisjoint(user.warned)
+        deep = user.foreign and (user.calls & (user.calls - 1) == 0 or seconds > SLOW or patches)
         try:
             changes = self._process.mend(user.foreign, deep)
             again = False
             for guarded in self._all():
-                found, written = self._mended(guarded, user, deep, merged and guarded is self._shown)
+                known = merged and guarded is self._shown
+                found, written = self._mended(guarded, user, deep, known, fixed or guarded in self._heads)
                 changes, again = [*changes, *found], again or written
         except SpoiledError as error:
             self._spoilt = SpoiledError(f"{user.subject} cannot be undone: {error.message}.", error.remedy)
@@ -499,22 +517,25 @@ class Guards:
     def _all(self) -> Iterator[_Guarded]:
         return chain(self._models.values(), self._heads)
 
-    def _mended(self, guarded: _Guarded, user: User, deep: bool, merged: bool) -> tuple[list[Change], bool]:
+    def _mended(
+        self, guarded: _Guarded, user: User, deep: bool, merged: bool, others: bool
+    ) -> tuple[list[Change], bool]:
         """Put a model back. Returns what was changed, and whether its weights must be merged again."""
         weights = guarded.weights
-        quiet = guarded.structure.same() and (not merged or weights.same())
-        changes = guarded.structure.mend(deep)
+        same = guarded.structure.same()
+        quiet = same and (not merged or weights.same())
+        changes = [] if same and not deep else guarded.structure.mend(deep)
         written = weights.changed() if merged else []
-        if not (quiet and not written):
+        if user.foreign or not quiet or written:
             changes += [Change(kind, name) for kind, name in weights.put_back()]
-        fixed, large = weights.spoilt()
+        fixed, large = weights.spoilt() if others else ([], "")
         changes += [Change("buffers", name) for name in fixed]
         changes += [Change("weights", name) for name in written if name not in fixed]
         if large and guarded in self._heads:
             raise SpoiledError(f"it wrote into {large} of a head", _COPY)
         if large:
             self._doubtful = user.subject
-        if not guarded.structure.same():
+        if not same and not guarded.structure.same():
             raise SpoiledError("it changed the model's layers or classes in a way that cannot be put back", _COPY)
         return changes, bool(large) or any(name not in fixed for name in written)
 

@@ -50,6 +50,7 @@ class Supervisor:
     def begin(self) -> None:
         """The process is as it should be: a batch is about to be measured."""
         self._guards.begin()
+        self._surroundings.here()
         if any(user.foreign for user in self._users.values()):
             self._surroundings.begin()
 
@@ -114,13 +115,14 @@ class Supervisor:
         with suppress(InputError):  # it is raised again when user code is called
             self.restore(self._own, time.perf_counter(), merged=False)
 
-    def restore(self, user: User, began: float, *, merged: bool = True) -> bool:
+    def restore(self, user: User, began: float, *, merged: bool = True, fixed: bool = True) -> bool:
         """Put back what the code has changed in the model and in torch.
 
         Args:
             user: Whose code it is.
             began: The value of ``time.perf_counter`` when it was called.
             merged: Whether ``shown`` was called before it.
+            fixed: Whether the tensors that are not merged are those of merges: an expert has its own.
 
         Returns:
             Whether the weights must be merged again before other code uses them.
@@ -130,7 +132,7 @@ class Supervisor:
             InputError: Threads that it left behind may have changed the model while others were scored.
         """
         seconds = time.perf_counter() - began
-        changes, again = self._guards.after(user, seconds, merged=merged and self._noted)
+        changes, again = self._guards.after(user, seconds, merged=merged and self._noted, fixed=fixed)
         if again:
             self.distrust()
         if changes and self._surroundings.strays:

@@ -91,13 +91,17 @@ class Surroundings:
 
     def __init__(self, signals: Signals) -> None:
         self._signals = signals
-        self._pid = os.getpid()
+        self._pid = 0
+        self.here()
         self._strays: list[threading.Thread] = []
         self.begin()
 
+    def here(self) -> None:
+        """This process is the one that measures: it may have been forked by its owner."""
+        self._pid = os.getpid()
+
     def begin(self) -> None:
         """Whatever is so now is the caller's own."""
-        self._pid = os.getpid()
         self._folder = _folder()
         self._streams = sys.stdout, sys.stderr
         self._path = list(sys.path)

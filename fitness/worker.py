@@ -476,7 +476,7 @@ class Worker:
         user = self._task_user(name)
         self._supervisor.call(user, lambda: task.prepare(step, self._backend.expert), follows=False)
         if user.foreign:
-            self._supervisor.restore(user, began, merged=False)
+            self._supervisor.restore(user, began, merged=False, fixed=False)
             self._supervisor.distrust()
 
     def _loss(self, name: str, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float], int]:

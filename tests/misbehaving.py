@@ -79,7 +79,7 @@ class Head(nn.Module):
         return found
 
 
-def _scored_first(change: Callable[[Any], object]) -> Callable[[Any], float]:
+def scored_first(change: Callable[[Any], object]) -> Callable[[Any], float]:
     def function(model: Any) -> float:
         value = well(model)
         change(model)
@@ -237,7 +237,7 @@ OF_DICTS = ("writes into weights", "writes into weights through .data", "changes
 """Those that also work on a dict of tensors."""
 
 FUNCTIONS: dict[str, Callable[[Any], float]] = {
-    f"bad_{number}": _scored_first(change) for number, change in enumerate(KINDS.values())
+    f"bad_{number}": scored_first(change) for number, change in enumerate(KINDS.values())
 }
 globals().update(FUNCTIONS)  # a recipe names a function by its module and name
 

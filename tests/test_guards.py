@@ -13,7 +13,7 @@ from parts import calibration, call, objective
 from safetensors.torch import save_file
 
 from ecotone.fitness.backends import resident
-from ecotone.fitness.guards import STATES
+from ecotone.fitness.guards import STATES, Structure
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.populations.genome import Genome
@@ -53,7 +53,9 @@ def wrong(found: list[Evaluation], expected: list[Evaluation]) -> int:
     return sum(score != right.scores["first"] for one, right in pairs for score in one.scores.values())
 
 
-@pytest.mark.parametrize("stack_bytes", [0, 1 << 20], ids=["in place", "stacked"])
+@pytest.mark.parametrize(
+    "stack_bytes", [pytest.param(0, id="in place"), pytest.param(1 << 20, id="stacked", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", misbehaving.KINDS)
 def test_no_score_is_wrong(models, monkeypatch, caplog, kind, stack_bytes):
     monkeypatch.setattr(resident, "STACK_BYTES", stack_bytes)
@@ -161,3 +163,45 @@ def test_what_cannot_be_put_back_fails_this_candidate_and_all_later_ones(models,
     assert messages == {
         "objective 'bad' cannot be undone: it wrote into shift. Have it work on a copy: copy.deepcopy(model)."
     }
+
+
+def test_torch_may_wrap_its_own_functions(models, monkeypatch, caplog):
+    """As it does when ``torch._dynamo`` is imported, at any time."""
+    wrapped = torch._disable_dynamo(torch.manual_seed)
+    monkeypatch.setattr(torch, "manual_seed", torch.manual_seed)
+    monkeypatch.setitem(misbehaving.KINDS, "writes into weights", lambda model: setattr(torch, "manual_seed", wrapped))
+    function = misbehaving.scored_first(misbehaving.KINDS["writes into weights"])
+    monkeypatch.setattr(misbehaving, "bad_10", function)
+    with caplog.at_level(logging.WARNING, "ecotone"):
+        measured(models, bad("writes into weights"), well("last"))
+    assert not caplog.records
+    assert torch.manual_seed is wrapped
+
+
+def test_configurations_and_lists_of_modules_are_put_back():
+    class Config:
+        def __init__(self):
+            self.scale, self.rope = 1.0, {"theta": 1.0}
+
+    model = misbehaving.net()
+    model.config, model.kinds = Config(), ["a", "b"]
+    structure = Structure(model)
+    assert structure.same()
+    model.config.scale, model.config.rope["theta"] = 2.0, 3.0
+    model.kinds.append("c")
+    assert not structure.same()
+    places = {change.place for change in structure.mend(deep=False)}
+    assert places == {"config.scale", "config.rope.theta", "kinds"}
+    assert (model.config.scale, model.config.rope, model.kinds) == (1.0, {"theta": 1.0}, ["a", "b"])
+    assert structure.same()
+
+
+def test_tied_weights_stay_tied():
+    """An objective that unties two layers changes parameters of one of them."""
+    model = misbehaving.net()
+    model.third = torch.nn.Linear(4, 6)
+    model.third.weight = model.first.weight
+    structure = Structure(model)
+    model.third.weight = torch.nn.Parameter(torch.zeros(6, 4))
+    assert [change.place for change in structure.mend(deep=False)] == ["third.weight"]
+    assert model.third.weight is model.first.weight

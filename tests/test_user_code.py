@@ -18,6 +18,7 @@ import torch
 from parts import objective
 from safetensors.torch import save_file
 
+from ecotone import Recipe, launch, resume
 from ecotone.fitness.failures import failed
 from ecotone.fitness.protocol import Score
 from ecotone.fitness.scores import Expected, NotFiniteScoreError, checked, number
@@ -26,6 +27,7 @@ from ecotone.fitness.surroundings import Signals
 from ecotone.fitness.worker import Worker
 from ecotone.populations.errors import EcotoneError, InputError, first_line, shortened, told
 from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal
 from ecotone.populations.trial import Evaluation, Failure, Goal, Gradient, Trial
 from ecotone.search.fitting import Fitting
 
@@ -347,3 +349,63 @@ def test_failures_of_errors_with_hostile_texts_are_made():
 
     found = failed("objective 'f'", Hostile(), 0.0)
     assert found.failure.message == "objective 'f': Hostile: (no text: its __str__ raised KeyboardInterrupt)"
+
+
+COUNTS = """
+import numpy as np
+calls = []
+def counts(model):
+    calls.append(1)
+    value = float(model["w"].sum())
+    return value, [value] * (3 if len(calls) % 5 else 4)
+def threaded(model):
+    import threading, time
+    tensor = model["w"]
+    def write():
+        while True:
+            threaded.go.wait(); threaded.go.clear()
+            tensor.data.add_(1)
+            threaded.done.set()
+    if not hasattr(threaded, "go"):
+        threaded.go, threaded.done = threading.Event(), threading.Event()
+        threading.Thread(target=write, name="writer", daemon=True).start()
+    return 1.0
+def poked(model):
+    value = float(model["w"].sum())
+    threaded.go.set(); threaded.done.wait(); threaded.done.clear()
+    return value
+"""
+
+
+def test_weights_that_a_thread_writes_into_while_another_objective_scores(folder, monkeypatch):
+    (folder / "user_counts_tested.py").write_text(COUNTS)
+    monkeypatch.delitem(sys.modules, "user_counts_tested", raising=False)
+    names = ("threaded", "poked")
+    objectives = tuple(objective(name, "call", call=f"user_counts_tested:{name}") for name in names)
+    worker = Worker(WorkerSpec(tuple(str(folder / f"{name}.safetensors") for name in "ab"), search=objectives))
+    words = "objective 'poked': the model was changed (weights: w) while threads live"
+    assert all(found.failure.message.startswith(words) for found in worker.measure(trials()))
+
+
+@pytest.mark.slow
+def test_a_run_whose_objective_changes_its_number_of_examples_has_failures_and_is_resumed(folder, monkeypatch):
+    (folder / "user_counts_tested.py").write_text(COUNTS)
+    monkeypatch.delitem(sys.modules, "user_counts_tested", raising=False)
+    record = {
+        "name": "counts",
+        "models": {"experts": [str(folder / f"{name}.safetensors") for name in "ab"]},
+        "objectives": {"search": [{"name": "f", "type": "call", "call": "user_counts_tested:counts"}]},
+        "search": {"algorithm": "m2n2", "archive": 4},
+        "scoring": {"batch": 2, "in_flight": 2},
+        "budget": {"evaluations": 20},
+        "runtime": {"pool": "serial"},
+        "tracking": {"mlflow": False},
+    }
+    run = launch(Recipe.model_validate(record), folder / "run")
+    again = resume(run, {"budget.evaluations": 30})
+    assert again.status()["evaluations"] == 30
+    assert 3 <= again.status()["failures"] <= 8
+    with Journal.open(folder / "run" / "journal.sqlite") as journal:
+        [*messages] = {row.failure.message for row in journal.rows() if row.failure}
+    words = "the evaluation does not fit its candidate: f: expected 3 scores by example, as the candidates before had"
+    assert messages == [f"{words}, found 4."]
