@@ -143,8 +143,8 @@ def front_table(run: Run, members: Sequence[Scored], chosen: int | str | None = 
 def front_lines(run: Run, volume: Mapping[str, Any], choice: Choice | None) -> Iterable[str]:
     """The front's hypervolume, and the member that a preference chose with the command that exports it."""
     if volume:
-        corner = _point(volume["reference_point"])
-        yield f"Hypervolume {score_text(volume['hypervolume'])} from the reference point {corner}."
+        found = score_text(volume["hypervolume"])
+        yield f"Hypervolume {found} from the reference point {_point(volume['reference_point'])}."
     both = predicted_hypervolumes(run.report() or {}, run.goals, volume.get("reference_point", {}))
     if both is not None:
         yield f"Hypervolume of the front as predicted {both[0]:.4f}; of the same members as measured {both[1]:.4f}."
