@@ -106,7 +106,7 @@ FINGERPRINTS = _object(
 ACCEPTED: Fact[list[dict[str, Any]]] = Fact(
     "accepted_changes",
     "Changes of files that the user has accepted since the run began: what, when, and after how many evaluations.",
-    json.loads,
+    json_value,
     _json,
 )
 CREDENTIALS: Fact[tuple[str, ...]] = Fact(

@@ -53,6 +53,7 @@ from ecotone.populations.facts import CREATED, Fact, Note, Value
 from ecotone.populations.folders import private
 from ecotone.populations.genome import Genome
 from ecotone.populations.migrations import current
+from ecotone.populations.parsing import numbers
 from ecotone.populations.rows import (
     COLUMNS,
     UNDECODABLE,
@@ -492,7 +493,7 @@ class Journal:
                 f"trial {number}: its weights were not kept (from scratch, only the archive's and the front's are).",
                 "Choose a member that `ecotone front` lists.",
             )
-        return np.frombuffer(row[0], "<f4").astype(np.float32)
+        return numbers(row[0], "<f4").astype(np.float32)
 
 
 def _storable(note: Note) -> tuple[str, str]:

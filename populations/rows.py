@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
+from ecotone.populations.parsing import json_object, json_value, numbers, packed_numbers
 from ecotone.populations.trial import WISHES, Evaluation, Failure, Gathered, Trial, Wish
 
 COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors, statistics"
@@ -53,7 +54,7 @@ def wish_text(wish: Wish) -> str:
 @lru_cache(maxsize=64)
 def wish_of(text: str) -> Wish:
     """The wish that ``text`` describes, without its sample."""
-    record = json.loads(text)
+    record = json_object(text)
     return WISHES[record["sort"]].recorded(record)
 
 
@@ -134,20 +135,14 @@ def _unpacked(kind: str, size: int, blob: bytes) -> NDArray[Any]:
     if kind == "bit":
         _expect(len(blob) == (size + 7) // 8, f"{size} bits", f"{len(blob)} bytes")
         return np.unpackbits(np.frombuffer(blob, np.uint8), count=size).astype(np.bool_)
-    form = np.dtype(kind)
-    _expect(form.kind in "fiu", "a type of numbers", kind)
-    most = size * form.itemsize
-    unpacker = zlib.decompressobj()
-    values = unpacker.decompress(blob, most + 1)  # no more than is expected, whatever the bytes are
-    _expect(
-        len(values) == most and unpacker.eof and not unpacker.unused_data, f"{most} bytes", f"{len(values)} or more"
-    )
-    return np.frombuffer(values, form)
+    values = packed_numbers(blob, kind, size)
+    _expect(values.dtype.kind in "fiu", "a type of numbers", kind)
+    return values
 
 
 def gradient_of(segments: int, blob: bytes) -> NDArray[np.float64]:
     """The (S, K) gradient in a row of ``gradients``."""
-    return np.frombuffer(blob, "<f8").astype(np.float64).reshape(segments, -1)
+    return numbers(blob, "<f8").astype(np.float64).reshape(segments, -1)
 
 
 def scores_of(scores: str | None) -> dict[str, float] | None:
@@ -183,13 +178,11 @@ def statistics_of(text: str | None) -> Gathered | None:
 
 
 def _object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    _expect(type(found) is dict, "a JSON object", text)
-    return dict(found)
+    return json_object(text, finite=False)
 
 
 def _list(text: str) -> list[Any]:
-    found = json.loads(text)
+    found = json_value(text)
     _expect(type(found) is list, "a JSON list", text)
     return list(found)
 
