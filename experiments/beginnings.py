@@ -13,6 +13,7 @@ from ecotone.experiments.runs import Run
 from ecotone.experiments.storage import FILES, JOURNAL, Place
 from ecotone.populations.birth import born, claimed, unborn
 from ecotone.populations.errors import InputError
+from ecotone.populations.folders import OWN_FOLDER
 
 RECIPE = "recipe.yaml"
 
@@ -51,7 +52,7 @@ class Beginning:
                 return
             folders = (self.directory / f"unborn-{number}" for number in itertools.count(1))
             aside = next(folder for folder in folders if not folder.exists())
-            aside.mkdir()
+            aside.mkdir(OWN_FOLDER)
             for file in moved:
                 file.rename(aside / file.name)
         except OSError as error:

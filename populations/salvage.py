@@ -22,6 +22,7 @@ from typing import Any
 from ecotone.populations import facts
 from ecotone.populations.birth import drafted, sync
 from ecotone.populations.database import connected
+from ecotone.populations.folders import OWN_FOLDER, private
 from ecotone.populations.genome import Genome
 from ecotone.populations.migrations import FORMAT, create
 from ecotone.populations.pages import Pages
@@ -277,7 +278,7 @@ def _write(draft: Path, kept: Saved, notes: Iterable[facts.Note]) -> None:
         for fact in (facts.STOP_REASON, facts.REPORT):
             own.pop(fact.name, None)
         own[facts.STATE.name] = "interrupted"
-    with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as connection:
+    with contextlib.closing(sqlite3.connect(private(draft), isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode=MEMORY")
         connection.execute("PRAGMA synchronous=OFF")  # it is synced as a whole
         connection.execute("BEGIN IMMEDIATE")
@@ -300,7 +301,7 @@ def _put_aside(file: Path) -> Path:
     """Copy a journal and its log into a folder of their own."""
     folders = (file.with_name(f"damaged-{number}") for number in itertools.count(1))
     aside = next(folder for folder in folders if not folder.exists())
-    aside.mkdir()
+    aside.mkdir(OWN_FOLDER)
     for suffix in ("", "-wal"):
         if (one := file.with_name(file.name + suffix)).exists():
             shutil.copyfile(one, aside / one.name)

@@ -36,7 +36,7 @@ from ecotone.experiments.tracking.mlflow import store
 from ecotone.experiments.trust import UntrustedError
 from ecotone.fitness.statistics.cache import Cache
 from ecotone.populations import facts
-from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.errors import EcotoneError, InputError, JournalError
 from ecotone.populations.facts import Note
 from ecotone.populations.journal import Journal
 from ecotone.search.registry import SEARCHES
@@ -345,12 +345,15 @@ def test_a_recipe_that_is_nested_too_deep_is_refused_in_words(tmp_path: Path) ->
         trust.of_recipe(record, tmp_path)
 
 
-def test_facts_of_another_shape_pass_the_gate_for_what_reads_them_to_refuse(theirs: Path) -> None:
+def test_facts_of_another_shape_are_refused(theirs: Path) -> None:
     rewritten(theirs, recipe=["x"], tracking=["x"])
     with Journal.open(theirs / JOURNAL) as journal:
-        assert gate.resumable(journal, "run", {}, trust=False) == "harmless"
-        assert gate.exportable(journal, "run", trust=False) == "harmless"
-    assert gate.sendable(theirs, "run", trust=False) == "harmless"
+        with pytest.raises(JournalError, match="expected a JSON object, found a list"):
+            gate.resumable(journal, "run", {}, trust=False)
+        with pytest.raises(JournalError, match="expected a JSON object, found a list"):
+            gate.exportable(journal, "run", trust=False)
+    with pytest.raises(JournalError, match="expected a JSON object, found a list"):
+        gate.sendable(theirs, "run", trust=False)
 
 
 @pytest.mark.parametrize(
