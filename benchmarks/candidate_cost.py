@@ -257,6 +257,8 @@ class Ways:
         from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        self._clock: Clock = {}
+        self._forward = self._patched()  # before the workers look at the model's methods, which they put back
         tasks = {"task": TASK, "folder": str(directory / "tasks"), "batch": arguments.batch}
         data = {"data": str(directory / f"{TASK}.jsonl")}
         self._workers = {
@@ -330,11 +332,29 @@ class Ways:
         right = sorted(found["samples"][TASK], key=lambda sample: sample["doc_id"]) if samples else []
         return float(found["results"][TASK]["acc,none"]), [bool(sample["acc"]) for sample in right]
 
+    def close(self) -> None:
+        """Leave the model's class as it was."""
+        self._forward.stop()
+
+    def _patched(self) -> Any:
+        """The patch that times the models' ``forward``."""
+        from transformers import LlamaForCausalLM
+
+        forward = LlamaForCausalLM.forward
+
+        @wraps(forward)
+        def timed(*given: Any, **named: Any) -> Any:
+            with lap(self._clock, "forward"):
+                return forward(*given, **named)
+
+        patching = patch.object(LlamaForCausalLM, "forward", timed)
+        patching.start()
+        return patching
+
     @contextmanager
     def _timed(self, clock: Clock) -> Iterator[None]:
-        """Time the models' ``forward``, and lm-eval's report of the machine."""
+        """Time the models' ``forward``, lm-eval's report of the machine, and guards."""
         from lm_eval import evaluator
-        from transformers import LlamaForCausalLM
 
         def kept(function: Callable[..., Any], part: str) -> Callable[..., Any]:
             @wraps(function)
@@ -344,10 +364,9 @@ class Ways:
 
             return timed
 
-        forward, report = LlamaForCausalLM.forward, evaluator.add_env_info
+        self._clock = clock
         with ExitStack() as patched:
-            patched.enter_context(patch.object(LlamaForCausalLM, "forward", kept(forward, "forward")))
-            patched.enter_context(patch.object(evaluator, "add_env_info", kept(report, "report")))
+            patched.enter_context(patch.object(evaluator, "add_env_info", kept(evaluator.add_env_info, "report")))
             for owner, name in GUARDS:
                 patched.enter_context(patch.object(owner, name, kept(getattr(owner, name), "guards")))
             yield
@@ -357,7 +376,7 @@ class Ways:
 def lap(clock: Clock, part: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
-    clock[part] += time.perf_counter() - began
+    clock[part] = clock.get(part, 0.0) + time.perf_counter() - began
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
@@ -369,6 +388,14 @@ def measured(directory: Path, length: int, arguments: argparse.Namespace) -> lis
     write_models(directory, vocabulary, arguments)
     write_questions(directory, length, vocabulary, arguments)
     ways, rng = Ways(directory, arguments), np.random.default_rng(2)
+    try:
+        return scored(ways, length, rng, arguments)
+    finally:
+        ways.close()
+
+
+def scored(ways: Ways, length: int, rng: np.random.Generator, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a way, from the same candidates."""
     clocks: dict[str, list[Clock]] = {way: [] for way in WAYS}
     scores: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(arguments.candidates + 1):  # the first one loads code and settles what is to be settled

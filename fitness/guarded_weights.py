@@ -113,14 +113,22 @@ class Weights:
         large = (name for name, tensor, sample in self._large if not _equal(sample, _sample(_views([tensor]))))
         return found, next(large, "")
 
-    def put_back(self) -> list[tuple[str, str]]:
-        """Give tensors their memory, flags, hooks and gradients back; returns kinds of changes, and names."""
+    def put_back(self, *, noted: bool) -> list[tuple[str, str]]:
+        """Give tensors their memory, flags, hooks and gradients back; returns kinds of changes, and names.
+
+        Args:
+            noted: Whether ``note`` was called for the weights that are shown; else only another type or shape tells
+                that their memory is not theirs.
+        """
         found = []
         rows = zip(self._names, self._tensors, self._seen, self._held, self._addresses, strict=True)
         for name, tensor, (asks, gradient, hooks, later, kind, shape), held, address in rows:
-            moved = tensor.data_ptr() != address or (tensor.dtype, tensor.shape) != (kind, shape)
-            if moved and held.data_ptr() == address and (held.dtype, held.shape) == (kind, shape):
+            other = (tensor.dtype, tensor.shape) != (kind, shape)
+            moved = other or (noted and tensor.data_ptr() != address)
+            if moved and (not noted or held.data_ptr() == address):
                 tensor.data = held
+            if other and not noted:
+                found.append(("weights", name))
             if tensor.grad is not gradient or tensor.requires_grad != asks:
                 tensor.grad = None if moved else gradient
                 tensor.requires_grad_(asks)

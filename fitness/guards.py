@@ -527,7 +527,7 @@ class Guards:
         changes = [] if same and not deep else guarded.structure.mend(deep)
         written = weights.changed() if merged else []
         if user.foreign or not quiet or written:
-            changes += [Change(kind, name) for kind, name in weights.put_back()]
+            changes += [Change(kind, name) for kind, name in weights.put_back(noted=merged)]
         fixed, large = weights.spoilt() if others else ([], "")
         changes += [Change("buffers", name) for name in fixed]
         changes += [Change("weights", name) for name in written if name not in fixed]
@@ -537,7 +537,8 @@ class Guards:
             self._doubtful = user.subject
         if not same and not guarded.structure.same():
             raise SpoiledError("it changed the model's layers or classes in a way that cannot be put back", _COPY)
-        return changes, bool(large) or any(name not in fixed for name in written)
+        again = any(change.kind == "weights" for change in changes)
+        return changes, bool(large) or again
 
 
 def tell(user: User, changes: Sequence[Change]) -> None:
