@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from xxhash import xxh3_128
 
+from ecotone.populations.arrays import packed_numbers
 from ecotone.populations.errors import InputError
-from ecotone.populations.parsing import MalformedError, json_object, packed_numbers
+from ecotone.populations.parsing import MalformedError, json_object
 
 if TYPE_CHECKING:
     from ecotone.populations.space import Space

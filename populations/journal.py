@@ -45,6 +45,7 @@ from typing import IO, Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ecotone.populations.arrays import numbers
 from ecotone.populations.birth import born, bring_forth, claimed, missing
 from ecotone.populations.checking import known
 from ecotone.populations.database import connected, damaged, explained, is_locked, locked
@@ -53,7 +54,6 @@ from ecotone.populations.facts import CREATED, Fact, Note, Value
 from ecotone.populations.folders import private
 from ecotone.populations.genome import Genome
 from ecotone.populations.migrations import current
-from ecotone.populations.parsing import numbers
 from ecotone.populations.rows import (
     COLUMNS,
     UNDECODABLE,

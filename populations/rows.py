@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ecotone.populations.arrays import numbers, packed_numbers
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
-from ecotone.populations.parsing import json_object, json_value, numbers, packed_numbers
+from ecotone.populations.parsing import json_object, json_value
 from ecotone.populations.trial import WISHES, Evaluation, Failure, Gathered, Trial, Wish
 
 COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors, statistics"

@@ -24,7 +24,7 @@ EVALUATIONS = 36
 # Accuracies that no merge of the models has all of. The log has a line a candidate; at `stop` lines the process
 # stops as if by Ctrl-C.
 TOYS = """
-import math, os, time
+import math, os, signal, time
 import numpy as np
 
 PROBES = np.random.default_rng(1).standard_normal((200, 27)) / 5
@@ -38,7 +38,7 @@ def right(model, task, log="", delay=0.0, stop=0):
         with open(log, "a") as file:
             file.write("x\\n")
         if stop and len(open(log).readlines()) == stop:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)  # as Ctrl-C
     return float(answers.mean()), answers
 
 

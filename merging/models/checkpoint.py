@@ -43,25 +43,23 @@ class Shard:
         metadata: The header's free text.
 
     Attributes:
-        stamp: The file's status when its header was read.
+        stamp: The file's status when its header was read; None if it is not there.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     places: Mapping[str, int]
     metadata: Mapping[str, str]
-    stamp: Stamp = field(init=False, repr=False, compare=False)
+    stamp: Stamp | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        try:
+        with suppress(OSError):
             object.__setattr__(self, "stamp", Stamp.of(self.path))
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
 
     @cached_property
     def _bytes(self) -> Tensor:
         with self.path.open("rb") as file:
-            if Stamp.of(file.fileno())[:3] != self.stamp[:3]:
+            if self.stamp is None or Stamp.of(file.fileno())[:3] != self.stamp[:3]:
                 raise CheckpointError(
                     f"{self.path}: expected the file whose header was read, found another one in its place.",
                     "Leave models alone while they are read, and start again.",

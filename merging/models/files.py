@@ -50,7 +50,7 @@ class Files:
             own = {name: tokenizer / name for name in _small(tokenizer) if tokenizer / name not in known}
             self.places |= {"models.tokenizer": own} if own else {}
         self._shards = [shard for model in models.values() for shard in _shards(model)]
-        self._stamps: dict[Path, Stamp] = {shard.path: shard.stamp for shard in self._shards}
+        self._stamps: dict[Path, Stamp] = {one.path: one.stamp for one in self._shards if one.stamp is not None}
         self._texts: dict[Path, str] = {path: str(path) for path in self._stamps}
         self._hashes: dict[Path, Content] = {}
         self._looked = -math.inf
