@@ -30,7 +30,7 @@ from ecotone.merging.models.checkpoint import INDEX, Checkpoint, read_header
 from ecotone.merging.models.lora_reader import settings_of
 from ecotone.merging.sources import Sources
 from ecotone.populations import facts
-from ecotone.populations.arrays import packed_numbers
+from ecotone.populations.arrays import numbers, packed_numbers
 from ecotone.populations.errors import CheckpointError, InputError, JournalError, first_line, shown, told
 from ecotone.populations.genome import Genome
 from ecotone.populations.parsing import (
@@ -41,7 +41,6 @@ from ecotone.populations.parsing import (
     foreign_or_none,
     json_object,
     json_value,
-    numbers,
     text_of,
     unpacked,
 )
