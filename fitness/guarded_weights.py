@@ -133,10 +133,11 @@ class Weights:
                 tensor.grad = None if moved else gradient
                 tensor.requires_grad_(asks)
                 found.append(("gradients", name))
-            if tensor._backward_hooks != hooks or tensor._post_accumulate_grad_hooks != later:
-                tensor._backward_hooks = hooks
-                tensor._post_accumulate_grad_hooks = later
-                found.append(("hooks", name))
+            present = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+            if present != (hooks, later):
+                tensor._backward_hooks, tensor._post_accumulate_grad_hooks = hooks, later
+                if any(one and one != before for one, before in zip(present, (hooks, later), strict=True)):
+                    found.append(("hooks", name))  # one that was removed, as our own are, leaves an empty dict
         return found
 
     def digest(self) -> int:

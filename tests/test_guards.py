@@ -143,6 +143,14 @@ def test_gradients_of_other_tasks_and_later_candidates_are_right(models, kind):
     assert all((one.gradient == other.gradient).all() for one, other in zip(found, right, strict=True))
 
 
+def test_well_behaved_losses_are_told_nothing_of(models, caplog):
+    """Our own hooks for gradients are none of theirs."""
+    tasks = calibration("first", DATA, head=head("")), calibration("last", DATA, head=head(""))
+    with caplog.at_level(logging.WARNING, "ecotone"):
+        assert all(one.ok for one in gradients(models, *tasks))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("kind", ["writes into weights", "writes into weights through .data"])
 def test_a_loss_that_writes_into_weights_fails_and_the_next_candidate_is_right(models, kind):
     number = list(misbehaving.KINDS).index(kind)
