@@ -66,7 +66,12 @@ EVALUATIONS = 20
 FAULTS = {"disk full": 1, "input/output error": 2, "short write": 3}
 PATIENCE = 120.0  # seconds for a child
 SECRETS_PLANTED = ("tests/test_secrets_of_runs.py",)
-TRACKER_KILLED = ("tests/test_tracking.py::test_killed_in_the_middle_then_mirrored_again",)
+TRACKER_KILLED = (
+    "tests/test_tracking.py::test_killed_in_the_middle_then_mirrored_again",
+    "tests/test_trackers.py",
+    "tests/test_watching.py",
+    *("-k", "killed"),
+)
 
 
 @dataclass
