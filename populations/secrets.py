@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 from urllib.parse import quote, unquote
@@ -36,6 +36,7 @@ _TYPO = re.compile(  # of `://`
 _ENDS = re.compile(r"[\s\"<>`]")  # of a URL in a sentence
 _CLOSING = "')]}.,;:!"  # of the sentence, not of the URL
 _DATABASES = frozenset({"postgresql", "postgres", "mysql", "mariadb", "mssql", "oracle", "cockroachdb", "mongodb"})
+_FILES = frozenset({"file", "local", "sqlite"})  # whose URLs have no server
 _CONTAINERS = frozenset({"abfs", "abfss", "wasb", "wasbs"})  # whose URLs have a container where others have a user
 _HARMLESS = frozenset(
     {"sslmode", "ssl", "ssl_mode", "ssl_ca", "sslrootcert", "charset", "driver", "timeout", "connect_timeout"}
@@ -43,7 +44,7 @@ _HARMLESS = frozenset(
 _NAMES = (  # of parameters
     r"(?:[a-z0-9_-]{0,60}(?:token|signature|credentials?|password|passwd|passphrase|secret)"
     r"|[a-z0-9_-]{0,60}(?:api|access|account|app|auth|private|secret|shared|session)[_-]?key(?:[_-]?id)?"
-    r"|(?:[a-z0-9]{1,30}[_-]){0,4}(?:sig|key|pwd|auth|authorization|accessid|sharedaccesssignature))"
+    r"|(?:[a-z0-9]{1,30}[_-]){0,4}(?:sig|key|pwd|auth|authorization|accessid|passfile|odbc_connect|sharedaccesssignature))"
 )
 _PARAMETER = re.compile(rf"(?i)([?&;#]){_NAMES}=([^\s\"<>`&;#']*)")
 _ASSIGNED = re.compile(
@@ -142,9 +143,10 @@ def take_places(value: Any) -> Any:
 
 def place(url: str) -> str:
     """One URL, all of the text, without its secrets; a path stays as it is."""
-    if URL_BEGIN.match(url) is None:
+    bare = url.lstrip()
+    if URL_BEGIN.match(bare) is None:
         return _TYPO.sub(r"\1", url)
-    return _ended(_without_secrets, url)
+    return url[: len(url) - len(bare)] + _ended(_without_secrets, bare)
 
 
 def whole(url: str) -> str:
@@ -312,11 +314,13 @@ def _without_secrets(url: str) -> str:
     scheme, user, rest, query = _split(url)
     container = user[:-1].partition(":")[0] if scheme[:-3].lower() in _CONTAINERS else ""
     user = f"{container}@" if container else ""
-    if query and not rest.startswith("/"):  # there is a host
-        asked, hash_, fragment = query.partition("#")
-        kept = [one for one in asked[1:].split("&") if one.partition("=")[0].lower() in _HARMLESS]
-        query = ("?" + "&".join(kept) if kept else "") + hash_ + fragment
-    return f"{scheme}{user}{rest}{query}"
+    asked, hash_, fragment = query.partition("#")
+    parameters = [one for one in asked[1:].split("&") if one]
+    if rest.startswith("/") and scheme[:-3].lower() in _FILES:  # of a file's name, or of its opening
+        kept = [one for one in parameters if not _has_credentials(one)]
+    else:
+        kept = [one for one in parameters if one.partition("=")[0].lower() in _HARMLESS]
+    return f"{scheme}{user}{_put_together(rest, kept, hash_ + fragment)}"
 
 
 def _without_credentials(text: str) -> str:
@@ -339,8 +343,23 @@ def _without_named(url: str) -> str:
     if scheme[:-3].lower() not in _CONTAINERS:
         user = ""
     asked, hash_, fragment = query.partition("#")
-    kept = [one for one in asked[1:].split("&") if one and _NAMED.fullmatch(one.partition("=")[0]) is None]
-    return f"{scheme}{user}{rest}{'?' + '&'.join(kept) if kept else ''}{hash_}{fragment}"
+    kept = [one for one in asked[1:].split("&") if one and not _has_credentials(one)]
+    return f"{scheme}{user}{_put_together(rest, kept, hash_ + fragment)}"
+
+
+def _has_credentials(parameter: str) -> bool:
+    """Whether a parameter is named like credentials, or has such ones within, as a connection string of ODBC has."""
+    name, _, value = parameter.partition("=")
+    return _NAMED.fullmatch(name) is not None or _ASSIGNED.search(unquote(value)) is not None
+
+
+def _put_together(rest: str, parameters: Sequence[str], fragment: str) -> str:
+    """Host and path, query and fragment (with its mark), which goes if it has credentials; ``rest`` may end in one."""
+    path, hash_, more = rest.partition("#")
+    query = "?" + "&".join(parameters) if parameters else ""
+    marked = (hash_ + more, fragment)
+    first, second = ("" if any(map(_has_credentials, re.split("[#&]", one))) else one for one in marked)
+    return f"{path}{first}{query}{second}"
 
 
 def _hidden_parameter(found: re.Match[str]) -> str:
