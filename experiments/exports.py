@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from pydantic import BaseModel, FiniteFloat, ValidationError
+
 from ecotone.experiments import compose, gate, marks, preparation
 from ecotone.experiments.accepted import in_words
 from ecotone.experiments.changes import ForExport, check_record
@@ -429,11 +431,22 @@ def verify(
     record = read_record(target)
     paths = gate.python_paths(gate.verifiable(target, record, trust, notify), folders)
     return [
-        Comparison(subset, name, value, found[name])
+        Comparison(subset, name, value, _found(found, name))
         for subset, found in _scored_alone(target, record, paths).items()
         if found
         for name, value in record["scores"][subset].items()
     ]
+
+
+def _found(scores: Mapping[str, float], name: str) -> float:
+    """The score of that name.
+
+    Raises:
+        SearchError: The recipe has no such objective.
+    """
+    if name not in scores:
+        raise SearchError(f"the record of the export: expected scores of {', '.join(scores)}, found one of {name}.")
+    return scores[name]
 
 
 def _scored_alone(
@@ -491,4 +504,35 @@ def read_record(target: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{target}: expected a checkpoint written by `ecotone export`, found no record of one.", remedy
         )
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        wrong = error.errors(include_input=False)[0]
+        field = ".".join(map(str, wrong["loc"]))
+        raise CheckpointError(
+            f"{target}: the record of the export: {field}: {wrong['msg'][:1].lower()}{wrong['msg'][1:]}.",
+            "The file was changed by hand, or is damaged: export the member again.",
+        ) from error
     return record
+
+
+class _Entry(BaseModel):
+    """The hash of a file in the record of an export."""
+
+    xxh3_128: str
+
+
+class _BothSubsets(BaseModel):
+    """The scores in the record of an export."""
+
+    search: dict[str, FiniteFloat]
+    held_out: dict[str, FiniteFloat] | None
+
+
+class _Record(BaseModel):
+    """What `verify` reads of the record of an export, as it must be; all else is left as it is."""
+
+    recipe: dict[str, Any]
+    scores: _BothSubsets
+    versions: dict[str, str] = {}
+    fingerprints: dict[str, dict[str, _Entry]] = {}

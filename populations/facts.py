@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from ecotone.populations.parsing import json_object, json_value
+from ecotone.populations.parsing import MalformedError, json_object, json_value
 from ecotone.populations.secrets import stripped
 from ecotone.populations.trial import Goal
 
@@ -69,7 +69,29 @@ def _strings(text: str) -> tuple[str, ...]:
 
 
 def _goals(text: str) -> tuple[Goal, ...]:
-    return tuple(Goal(name, direction) for name, direction in json_value(text))
+    goals = tuple(Goal(name, direction) for name, direction in json_value(text))
+    for goal in goals:
+        if not isinstance(goal.name, str) or goal.direction not in ("maximize", "minimize"):
+            raise MalformedError("names of objectives, each with maximize or minimize", str(goal))
+    return goals
+
+
+def _matrix(text: str) -> list[list[float]]:
+    """A square matrix."""
+    rows: list[list[float]] = json_value(text, finite=False)
+    if np.asarray(rows, np.float64).shape != (len(rows), len(rows)):
+        raise MalformedError("a square matrix", f"{len(rows)} rows of other lengths")
+    return rows
+
+
+def _hashes(text: str) -> Mapping[str, Any]:
+    """Hashes of files, by what reads them and by name."""
+    found = json_object(text)
+    for files in found.values():
+        for entry in files.values():
+            if not isinstance(entry["xxh3_128"], str):
+                raise MalformedError("the hash of a file", str(entry))
+    return found
 
 
 def _goals_text(goals: Iterable[Goal]) -> str:
@@ -89,7 +111,7 @@ HELD_OUT_GOALS: Fact[tuple[Goal, ...]] = Fact(
 )
 MODELS: Fact[tuple[str, ...]] = Fact("models", "The names of the seed models, in order.", _strings, _json)
 GEOMETRY: Fact[list[list[float]]] = Fact(
-    "geometry", "(J, J) inner products of the sources, which identify the weights.", json_value, _json
+    "geometry", "(J, J) inner products of the sources, which identify the weights.", _matrix, _json
 )
 COMPONENTS = _object(
     "components",
@@ -97,11 +119,15 @@ COMPONENTS = _object(
 )
 BUDGET = _object("budget", "Evaluations and seconds after which the search ends; null for no limit.")
 TRACKING = _object("tracking", "The trackers that the run is mirrored to, by name, each with its settings.")
-CONTENTS = _object(
-    "contents", "The hashes of the models' files (xxh3_128), by the field that names the model and by the file."
+CONTENTS: Fact[Mapping[str, Any]] = Fact(
+    "contents",
+    "The hashes of the models' files (xxh3_128), by the field that names the model and by the file.",
+    *(_hashes, _json),
 )
-FINGERPRINTS = _object(
-    "fingerprints", "The hashes of the code and data that scores depend on, by the field that reads them and by file."
+FINGERPRINTS: Fact[Mapping[str, Any]] = Fact(
+    "fingerprints",
+    "The hashes of the code and data that scores depend on, by the field that reads them and by file.",
+    *(_hashes, _json),
 )
 ACCEPTED: Fact[list[dict[str, Any]]] = Fact(
     "accepted_changes",

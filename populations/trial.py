@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ecotone.populations.errors import LONGEST, shown
+from ecotone.populations.errors import LONGEST, InputError, shown
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.samples import Sample
 
@@ -341,5 +341,14 @@ class Member:
 
 
 def oriented(scores: Mapping[str, float], goals: Sequence[Goal]) -> Floats:
-    """(M,) the scores in the order of ``goals``, with the sign of minimised ones flipped: larger is better."""
-    return np.array([goal.sign * scores[goal.name] for goal in goals])
+    """(M,) the scores in the order of ``goals``, with the sign of minimised ones flipped: larger is better.
+
+    Raises:
+        InputError: One is missing.
+    """
+    try:
+        return np.array([goal.sign * scores[goal.name] for goal in goals])
+    except KeyError as error:
+        raise InputError(
+            f"scores: expected one of the objective {error}, found those of {', '.join(scores)}."
+        ) from error

@@ -19,7 +19,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from ecotone.experiments import storage, stored
-from ecotone.experiments.exports import _score_lines
+from ecotone.experiments.exports import _score_lines, read_record
 from ecotone.experiments.logs import in_words
 from ecotone.experiments.pages import _safe
 from ecotone.experiments.printing import PlainConsole, echo, markdown
@@ -33,6 +33,7 @@ from ecotone.populations import facts
 from ecotone.populations.arrays import numbers, packed_numbers
 from ecotone.populations.errors import CheckpointError, InputError, JournalError, first_line, shown, told
 from ecotone.populations.genome import Genome
+from ecotone.populations.journal import Journal
 from ecotone.populations.parsing import (
     LARGEST,
     MalformedError,
@@ -522,3 +523,45 @@ def test_settings_of_an_adapter_are_checked(tmp_path: Path) -> None:
     patterns = {r".*\.q_proj": 4, "^model.layers.[0-9]+.fc$": 8, "layers.0.(q|k)_proj": 1.5}
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "alpha_pattern": patterns}))
     assert settings_of(tmp_path)["alpha_pattern"] == patterns
+
+
+RECORD = {"recipe": {}, "scores": {"search": {"f": 0.5}, "held_out": None}}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scores": []},
+        {"scores": {"search": -1, "held_out": None}},
+        {"scores": {"held_out": None}},
+        {"scores": {"search": {"f": "x"}, "held_out": None}},
+        {"versions": None},
+        {"fingerprints": {"a": 0}},
+        {"fingerprints": {"a": {"b": 10**40}}},
+        {"fingerprints": {"a": {"b": {"xxh3_128": -1}}}},
+        {"recipe": 3},
+    ],
+)
+def test_records_of_exports_of_another_shape_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "ecotone.json").write_text(json.dumps(RECORD))
+    assert read_record(tmp_path) == RECORD
+    (tmp_path / "ecotone.json").write_text(json.dumps(RECORD | wrong))
+    with pytest.raises(CheckpointError, match="the record of the export: "):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fact", "text"),
+    [
+        (facts.CONTENTS, '{"a": "b"}'),
+        (facts.FINGERPRINTS, '{"a": {"b": {"xxh3_128": 3}}}'),
+        (facts.GEOMETRY, "[[1, 2], [3]]"),
+        (facts.GEOMETRY, '[["a"]]'),
+        (facts.GOALS, '[["a", "sideways"]]'),
+        (facts.GOALS, "[[1, 2, 3]]"),
+    ],
+)
+def test_facts_of_another_shape_are_damage(fact: Any, text: str, tmp_path: Path) -> None:
+    refused = pytest.raises(JournalError, match="ecotone check")
+    with Journal.create(tmp_path / "journal.sqlite", [facts.Note(fact.name, text)]) as journal, refused:
+        journal.fact(fact)
