@@ -84,7 +84,8 @@ def exportable(journal: Journal, where: str, trust: bool, notify: Notify = lambd
     """Whether the models of a run may be merged and scored: as for ``resumable``, without trackers and clusters."""
     if marks.has_mark(journal):
         return "own"
-    named = of_recipe(journal.fact(facts.RECIPE) or {}, journal.path.parent)
+    folder = journal.path.parent
+    named = [*of_recipe(journal.fact(facts.RECIPE) or {}, folder), *links(folder)]
     return admit(where, named, trust, notify, _older(where))
 
 
@@ -102,7 +103,7 @@ def verifiable(target: Path, record: Mapping[str, Any], trust: bool, notify: Not
     """
     if marks.is_marked("export", record["recipe"], record.get("mark")):
         return "own"
-    return admit(str(target), of_recipe(record["recipe"], target), trust, notify)
+    return admit(str(target), [*of_recipe(record["recipe"], target), *links(target)], trust, notify)
 
 
 def sendable(

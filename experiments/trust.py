@@ -148,10 +148,15 @@ def recorded_trackers(record: Any) -> dict[str, Any]:
 
 
 def links(folder: Path) -> list[str]:
-    """The links in a record's own folder that lead out of it, a line each: logs and notes would be written there."""
-    with os.scandir(folder) as entries:
-        found = sorted(entry.path for entry in entries if entry.is_symlink() and not _inside(entry.path, folder))
-    return [f"{plain(Path(link).name)} is a link to {plain(os.path.realpath(link))}" for link in found]
+    """The links in a record's own folder, at any depth, that lead out of it, a line each.
+
+    Files would be read there, and logs and notes written.
+    """
+    if not folder.is_dir():
+        return []
+    within = (Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files))
+    found = sorted(one for one in within if one.is_symlink() and not _inside(str(one), folder))
+    return [f"{plain(str(link.relative_to(folder)))} is a link to {plain(os.path.realpath(link))}" for link in found]
 
 
 def not_given(trackers: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:

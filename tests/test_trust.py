@@ -650,6 +650,17 @@ def test_nothing_is_written_through_a_strangers_links(theirs: Path, tmp_path: Pa
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+def test_links_at_any_depth_are_listed_before_files_are_read(theirs: Path, tmp_path: Path, ecotone: Ecotone) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (theirs / "models" / "deep").mkdir(parents=True)
+    (theirs / "models" / "deep" / "model.safetensors").symlink_to(tmp_path / "mine")
+    for command in (("resume", theirs), ("export", theirs, "--to", tmp_path / "export")):
+        refused(ecotone(*command), f"models/deep/model.safetensors is a link to {tmp_path / 'mine'}")
+    record = {"recipe": {}, "scores": {"search": {}, "held_out": None}}
+    (theirs / "ecotone.json").write_text(json.dumps(record))
+    refused(ecotone("verify", theirs), f"models/deep/model.safetensors is a link to {tmp_path / 'mine'}")
+
+
 def test_a_tracker_that_is_off_is_asked_about_too(theirs: Path, server: Server, ecotone: Ecotone) -> None:
     recipe = recipe_of(theirs)
     recipe["tracking"] |= {"mlflow": False, "uri": server.url}
