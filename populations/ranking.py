@@ -141,7 +141,7 @@ class Extremes:
 
     def __init__(self, goals: Sequence[Goal]) -> None:
         self._goals = tuple(goals)
-        self.restore(np.zeros((0, len(self._goals))))
+        self.restore([])
 
     @property
     def points(self) -> Floats:
@@ -166,14 +166,15 @@ class Extremes:
         more = np.asarray(points, np.float64).reshape(-1, len(self._goals))
         return Scale.of(self._goals, np.concatenate([self.points, more]))
 
-    def state(self) -> Floats:
-        """``points``."""
-        return self.points
+    def state(self) -> list[list[float]]:
+        """``points``, as plain numbers."""
+        points: list[list[float]] = self.points.tolist()
+        return points
 
-    def restore(self, state: Floats) -> None:
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
         """Continue from ``state``."""
-        low, high = state if len(state) else np.array([[math.inf], [-math.inf]]).repeat(len(self._goals), axis=1)
-        self._low, self._high = low.tolist(), high.tolist()  # plain numbers: they are compared for every candidate
+        low, high = state or ([math.inf] * len(self._goals), [-math.inf] * len(self._goals))
+        self._low, self._high = list(low), list(high)  # plain numbers: they are compared for every candidate
         self.scale = Scale.of(self._goals, self.points)
 
 

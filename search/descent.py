@@ -482,10 +482,10 @@ class Descent(Generic[Settings]):
 
         A line has its ``start`` and final ``coefficients`` (R, K), ``weights`` by task, the number of ``steps`` done,
         the reason why it ``ended`` ("unfinished" when the run stopped first) and its ``checks``. A check has its
-        ``step``, the trial's ``number``, its mean ``score`` (None on failure, or where there is nothing to measure by),
-        and by task ``losses`` and ``diversity``: means over the steps since the check before (at step 0, of its one
-        batch). ``unit`` says what the mean is of (``ecotone.populations.ranking.Scale``); ranges are those over the
-        checks of all lines.
+        ``step``, the trial's ``number``, its ``scores`` by objective (None on failure), their mean ``score`` (None also
+        where there is nothing to measure by), and by task ``losses`` and ``diversity``: means over the steps since the
+        check before (at step 0, of its one batch). ``unit`` says what the mean is of, as that of
+        ``ecotone.populations.ranking.Scale``; ranges are those over the checks of all lines.
         """
         return {
             "algorithm": self.settings.algorithm,
@@ -516,11 +516,16 @@ class Descent(Generic[Settings]):
         return Scale.of(self.goals, [point for line in self._lines for point in _points(self._checks(line))])
 
     def _scored(self, line: Line) -> list[dict[str, Any]]:
-        """The line's checks with their means, ``score``."""
+        """The line's checks with their ``scores`` and the mean of them, ``score``."""
         checks, scale = self._checks(line), self._scale()
         means = iter(scale.means(np.array(_points(checks)).reshape(-1, len(self.goals))).tolist())
-        scores = [None if check["point"] is None else next(means) for check in checks]
-        return [check | {"score": score if scale.known else None} for check, score in zip(checks, scores, strict=True)]
+        for check in checks:
+            point, check["scores"], check["score"] = check["point"], None, None
+            if point is not None:
+                mean, pairs = next(means), zip(self.goals, point, strict=True)
+                check["scores"] = {goal.name: goal.sign * value for goal, value in pairs}
+                check["score"] = mean if scale.known else None
+        return checks
 
     def _warnings(self, line: Line) -> Iterator[str]:
         where = f"line {line.index}"
@@ -543,20 +548,28 @@ def _fallen(
         return
     first, last = loss_of(known[0]["losses"]), loss_of(known[-1]["losses"])
     best = max(known, key=lambda check: float(check["score"]))
-    if last < first and _fell(best, known[-1], scale):
+    fell = _fell(best, known[-1], scale) if last < first else []
+    if fell:
         yield (
-            f"the loss fell from {first:.4g} to {last:.4g}, and yet the score fell from {best['score']:.4g} "
-            f"(step {best['step']}) to {known[-1]['score']:.4g} (step {known[-1]['step']}): the merge collapses "
+            f"the loss fell from {first:.4g} to {last:.4g}, and yet {' and '.join(fell)}: the merge collapses "
             f"or overfits; trial {best['number']} is its best."
         )
 
 
-def _fell(best: Mapping[str, Any], last: Mapping[str, Any], scale: Scale) -> bool:
-    """Whether the score fell by a share of its best: where ranges are of the checks alone, that of an objective did."""
-    if scale.unit != "ranges":
-        return bool(best["score"] - last["score"] > _FALL * abs(best["score"]))
-    pairs = zip(best["point"], last["point"], strict=True)
-    return bool(best["score"] > last["score"]) and any(one - now > _FALL * abs(one) for one, now in pairs)
+def _fell(best: Mapping[str, Any], last: Mapping[str, Any], scale: Scale) -> list[str]:
+    """Clauses that say what fell from its best by a share of that: the score, or each of several that have ranges.
+
+    Of a mean of ranges no share can be taken: in the range of a few checks any difference is large.
+    """
+    pairs = [("the score", "fell", 1.0, best["score"], last["score"])]
+    if scale.unit == "ranges":
+        points = zip(scale.goals, best["point"], last["point"], strict=True)
+        pairs = [(goal.name, "went", goal.sign, one, now) for goal, one, now in points]
+    return [
+        f"{name} {verb} from {sign * one:.4g} (step {best['step']}) to {sign * now:.4g} (step {last['step']})"
+        for name, verb, sign, one, now in pairs
+        if best["score"] > last["score"] and one - now > _FALL * abs(one)
+    ]
 
 
 def _points(checks: Sequence[Mapping[str, Any]]) -> list[list[float]]:

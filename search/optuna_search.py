@@ -222,7 +222,7 @@ class OptunaSearch:
         return {
             "next": self._next,
             "told": self._told.state(),
-            "points": {number: list(point) for number, point in self._points.items()},
+            "points": [[number, list(point)] for number, point in self._points.items()],
             "trials": [
                 {
                     "state": trial.state.name,
@@ -239,7 +239,7 @@ class OptunaSearch:
         """Continue from ``state``."""
         self._next = state["next"]
         self._told.restore(state["told"])
-        self._points = {number: list(point) for number, point in state["points"].items()}
+        self._points = {number: list(point) for number, point in state["points"]}
         with self._quietly():
             self._storage, self._study = self._opened()
             for record in state["trials"]:
