@@ -187,6 +187,7 @@ class OptunaSearch:
         self._next = 0
         self._told = Extremes(goals)
         self._points: dict[int, list[float]] = {}  # oriented scores by trial, where the sampler sees their mean
+        self._read: dict[int, Any] = {}  # trials as they are read under the present scale
         with self._quietly():
             self._storage, self._study = self._opened()
             for point in seed_points(box, seeds):
@@ -240,6 +241,7 @@ class OptunaSearch:
         self._next = state["next"]
         self._told.restore(state["told"])
         self._points = {number: list(point) for number, point in state["points"]}
+        self._read.clear()
         with self._quietly():
             self._storage, self._study = self._opened()
             for record in state["trials"]:
@@ -255,7 +257,7 @@ class OptunaSearch:
         """A storage in memory and its one study."""
         scalar = self.settings.sampler == "cma_es"
         kind = self._optuna.storages.InMemoryStorage
-        storage = _read_anew(kind, self._means)() if scalar else kind()
+        storage = _reading(kind, self._read_anew)() if scalar else kind()
         directions = ["maximize"] * (1 if scalar else len(self.goals))  # scores are told oriented
         return storage, self._optuna.create_study(
             storage=storage, sampler=self._seeded(0), directions=directions, study_name="search"
@@ -269,17 +271,22 @@ class OptunaSearch:
         point: list[float] = oriented(evaluation.scores, self.goals).tolist()
         if self.settings.sampler != "cma_es":
             return point
-        self._told.take(point)
+        if self._told.take(point):
+            self._read.clear()
         self._points[number] = point
-        means: list[float] = self._told.scale.means(np.array([point])).tolist()
-        return means
+        return [self._mean(number)]
 
-    def _means(self) -> dict[int, float]:
-        """By trial, means that were told under a narrower scale, as they are now; empty where they do not change."""
-        if self._told.scale.unit != "ranges":
-            return {}
-        means = self._told.scale.means(np.array(list(self._points.values())).reshape(-1, len(self.goals)))
-        return dict(zip(self._points, means.tolist(), strict=True))
+    def _mean(self, number: int) -> float:
+        return float(self._told.scale.means(np.array([self._points[number]]))[0])
+
+    def _read_anew(self, trial: Any) -> Any:
+        """A trial of the study, with its mean under the present scale: the study keeps the one that it was told."""
+        if self._told.scale.unit != "ranges" or trial.values is None:
+            return trial
+        if trial.number not in self._read:
+            self._read[trial.number] = other = copy.copy(trial)
+            other.value = self._mean(trial.number)
+        return self._read[trial.number]
 
     def _frozen(
         self, state: str, point: Sequence[float] | None, values: Sequence[float] | None, notes: dict[str, Any]
@@ -403,22 +410,10 @@ def _of_joint_space(kind: type, space: dict[str, Any]) -> type:
     return type(kind.__name__, (kind,), {"infer_relative_search_space": lambda self, study, trial: dict(space)})
 
 
-def _read_anew(kind: type, means: Callable[[], Mapping[int, float]]) -> type:
-    """The class of storage, whose scored trials are read with the values of ``means``, by number, where these have one.
-
-    A study keeps the value that it was told, and means change when ranges grow.
-    """
+def _reading(kind: type, read: Callable[[Any], Any]) -> type:
+    """The class of storage, all of whose trials are read through ``read``."""
 
     def get_all_trials(self: Any, study_id: int, deepcopy: bool = True, states: Any = None) -> list[Any]:
-        trials = kind.get_all_trials(self, study_id, deepcopy, states)  # type: ignore[attr-defined]
-        values = means()
-        return [_valued(trial, values[trial.number]) if trial.number in values else trial for trial in trials]
+        return [read(trial) for trial in kind.get_all_trials(self, study_id, deepcopy, states)]  # type: ignore[attr-defined]
 
     return type(kind.__name__, (kind,), {"get_all_trials": get_all_trials})
-
-
-def _valued(trial: Any, value: float) -> Any:
-    """A scored trial with another value."""
-    other = copy.copy(trial)
-    other.value = value
-    return other
