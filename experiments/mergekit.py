@@ -573,7 +573,7 @@ class _Importer:
         if len(weights) > 1:
             given = ",".join(f"{name}={abs(task.weight):g}" for name, task in zip(names, evolve.tasks, strict=True))
             self.notes.append(
-                "tasks.weight: the search maximises the plain mean of the scores. Of its front, `ecotone export "
+                "tasks.weight: the search maximises the mean of the scores, unweighted. Of its front, `ecotone export "
                 f'--preference "{given}"` takes what suits the weights.'
             )
         if evolve.limit is None:

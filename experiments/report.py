@@ -215,7 +215,7 @@ def search_report(found: Mapping[str, Any], goals: Sequence[Goal]) -> Iterator[T
     for root in found.get("tree") or ():
         yield _tree(root)
     if found.get("lines"):
-        yield _descent_table(found["lines"], goals)
+        yield _descent_table(found["lines"], goals, found.get("unit"))
     yield from map(Text, search_warnings(found))
 
 
@@ -275,11 +275,12 @@ def _predicted_table(members: Sequence[Mapping[str, Any]], goals: Sequence[Goal]
     return table
 
 
-def _descent_table(descents: Sequence[Mapping[str, Any]], goals: Sequence[Goal]) -> Table:
+def _descent_table(descents: Sequence[Mapping[str, Any]], goals: Sequence[Goal], unit: str | None) -> Table:
     """First, best and last check of each line of gradient descent."""
     tasks = list(descents[0]["weights"])
-    # A line climbs the plain mean, in whatever units the scores are.
-    score = "mean score" if len({goal.direction for goal in goals}) < 2 else "maximised less\nminimised scores"
+    score = "mean of ranges" if unit == "ranges" else "mean score"
+    if unit is None and len({goal.direction for goal in goals}) > 1:  # of a run before there was a unit
+        score = "maximised less\nminimised scores"
     columns = ["line", "steps", "ended", f"{score}:\nfirst", "best", "last", *(f"loss of\n{task}" for task in tasks)]
     table = _plain_table("Lines of gradient descent", columns, left=3)
     for index, line in enumerate(descents):

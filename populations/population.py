@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ecotone.populations.trial import Evaluation, Goal, Member, Outcome, Trial
+import numpy as np
+
+from ecotone.populations.ranking import Extremes
+from ecotone.populations.trial import Evaluation, Goal, Member, Outcome, Trial, oriented
 
 
 class Population(Protocol):
@@ -36,28 +39,17 @@ class Population(Protocol):
         """Continue from ``state``."""
 
 
-def mean_score(scores: Mapping[str, float], goals: Sequence[Goal]) -> float:
-    """The plain mean of the oriented scores, in whatever units they are: the one number that scalar searches climb.
-
-    The best merge for people is another thing where units differ: see ``ecotone.populations.ranking``.
-    """
-    return sum(goal.sign * scores[goal.name] for goal in goals) / len(goals)
-
-
-def quality(evaluation: Evaluation, goals: Sequence[Goal]) -> float:
-    """The plain mean of an evaluation that is ok."""
-    return mean_score(evaluation.scores, goals)
-
-
 def climbed(goals: Sequence[Goal]) -> str:
-    """A clause that says what a scalar search adds where directions differ; empty where they do not."""
+    """A clause that says what a scalar search climbs where directions differ; empty where they do not."""
     if len({goal.direction for goal in goals}) < 2:
         return ""
-    return "; it climbs the plain mean of the scores, minimised ones negative, whatever their units"
+    return "; it climbs the mean of ranges: each score as a share of its range over everything scored so far"
 
 
 class ElitistArchive:
-    """Keeps the ``capacity`` candidates of highest plain mean; the older of two equals stays.
+    """Keeps the ``capacity`` candidates of highest mean (``ecotone.populations.ranking``); of equals the older stays.
+
+    Where the mean is one of ranges, these are ranges over everything offered, members or not.
 
     Args:
         goals: The objectives, for their directions.
@@ -68,7 +60,9 @@ class ElitistArchive:
         self.capacity = capacity
         self.goals: tuple[Goal, ...] = tuple(goals)
         self._members: list[Member] = []
-        self._quality: list[float] = []
+        self._points: list[list[float]] = []  # oriented scores of the members
+        self._means: list[float] = []
+        self._offered = Extremes(goals)
 
     @property
     def members(self) -> Sequence[Member]:
@@ -79,27 +73,46 @@ class ElitistArchive:
         """Accept while there is room or when better than the worst member, which then leaves."""
         if not evaluation.ok:
             return Outcome(accepted=False)
+        point: list[float] = oriented(evaluation.scores, self.goals).tolist()
+        wider = self._offered.take(point)
         self._members.append(Member(trial, evaluation))
-        self._quality.append(quality(evaluation, self.goals))
+        self._points.append(point)
+        again = wider and self._offered.scale.unit == "ranges"
+        self._means = self._measured(self._points) if again else self._means + self._measured([point])
         if len(self._members) <= self.capacity:
             return Outcome(accepted=True)
         # Among equals the youngest leaves.
-        worst = min(range(len(self._quality)), key=lambda i: (self._quality[i], -i))
+        worst = min(range(len(self._means)), key=lambda i: (self._means[i], -i))
         gone = self._members.pop(worst).trial.number
-        del self._quality[worst]
+        del self._points[worst], self._means[worst]
         return Outcome(gone != trial.number, () if gone == trial.number else (gone,))
 
     def may_accept(self, best: Evaluation) -> bool:
-        """While there is room, or when it would be better than the worst member."""
+        """While there is room, or when it would be better than the worst member.
+
+        By the ranges as they now are: of the trials that are told before the one asked about, one may widen them.
+        """
         if len(self._members) < self.capacity:
             return True
-        return quality(best, self.goals) > min(self._quality)
+        point = oriented(best.scores, self.goals)
+        scale = self._offered.with_also([point])
+        if scale.unit == "ranges" and bool((point > self._offered.points[1]).any()):
+            return True  # how wide the ranges become, and so the members' means, depends on how good it really is
+        # A worse trial may widen ranges downwards only. There its share is 0, and no member loses more than it does.
+        *means, mean = scale.means(np.array([*self._points, point])).tolist()
+        return bool(mean > min(means))
 
     def state(self) -> dict[str, Any]:
-        """The members."""
-        return {"members": list(self._members)}
+        """The members, and the extremes of what was offered."""
+        return {"members": list(self._members), "offered": self._offered.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
         self._members = list(state["members"])
-        self._quality = [quality(m.evaluation, self.goals) for m in self._members]
+        self._offered.restore(state["offered"])
+        self._points = [oriented(m.evaluation.scores, self.goals).tolist() for m in self._members]
+        self._means = self._measured(self._points)
+
+    def _measured(self, points: Sequence[Sequence[float]]) -> list[float]:
+        means: list[float] = self._offered.scale.means(np.array(points).reshape(-1, len(self.goals))).tolist()
+        return means

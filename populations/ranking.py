@@ -1,4 +1,4 @@
-"""The best merge, and the mean of its scores: the one definition that tables, fronts, trackers and exports share.
+"""The best merge, and the mean of its scores: one definition, for tables, fronts, trackers, exports and selection.
 
 *Best* is the member of the front with the highest mean; of equals the one of lowest number. The *mean* only adds
 numbers that have one unit:
@@ -9,8 +9,9 @@ numbers that have one unit:
   The range of an objective is that of the reference merges (the models and their average). While they are not scored,
   or do not differ, it is that of everything scored. An objective in which nothing differs is left out.
 
-The mean of the oriented scores as they are (``ecotone.populations.population.mean_score``) is another thing: it is the
-one number that scalar searches such as CMA-ES climb.
+Searches and archives that select by one number select by this mean. Reference merges are no part of a search: the
+ranges are those of everything that it was told so far (``Extremes``). So its means change as ranges grow, and means are
+compared only under one scale.
 """
 
 from __future__ import annotations
@@ -100,13 +101,19 @@ class Scale:
             return np.zeros(len(points))
         # Halves, as the range of the largest numbers is larger than any number.
         low, extent = 0.5 * self.low[differ], 0.5 * self.high[differ] - 0.5 * self.low[differ]
-        return np.asarray(((0.5 * points[:, differ] - low) / extent).mean(axis=1))
+        shares = ((0.5 * points[:, differ] - low) / extent).tolist()
+        return np.array([sum(row) / len(row) for row in shares])  # to the last bit, whatever other rows there are
 
     def mean(self, scores: Mapping[str, float] | None) -> float | None:
         """The mean of a merge's scores; None where one is missing, or nothing is known to measure by."""
         if not self.known or scores is None or any(goal.name not in scores for goal in self.goals):
             return None
         return float(self.means(oriented(scores, self.goals)[None])[0])
+
+    def better(self, point: Sequence[float], than: Sequence[float]) -> bool:
+        """Whether M oriented scores have a higher mean than others."""
+        one, other = self.means(np.array([point, than])).tolist()
+        return bool(one > other)
 
     def best(self, numbers: Sequence[int], points: Floats) -> int:
         """The position of the best of (F, M) oriented scores, which are a front; of equals that of lowest number.
@@ -120,6 +127,57 @@ class Scale:
         return min(first, key=lambda i: numbers[i])
 
 
+class Extremes:
+    """The lowest and the highest oriented scores of everything told so far, and the scale that they give.
+
+    Args:
+        goals: The objectives, M of them.
+
+    Attributes:
+        scale: The present scale; nothing is ``known`` by it before anything is told.
+    """
+
+    scale: Scale
+
+    def __init__(self, goals: Sequence[Goal]) -> None:
+        self._goals = tuple(goals)
+        self.restore([])
+
+    @property
+    def points(self) -> Floats:
+        """(2, M) the lowest and the highest oriented scores so far; (0, M) before the first."""
+        known = [self._low, self._high] if self._goals and self._low[0] < math.inf else []
+        return np.array(known).reshape(len(known), len(self._goals))
+
+    def take(self, values: Sequence[float]) -> bool:
+        """Take M oriented scores; True when they widened a range, so that means may change."""
+        wider = False
+        for index, value in enumerate(values):
+            if value < self._low[index]:
+                self._low[index], wider = value, True
+            if value > self._high[index]:
+                self._high[index], wider = value, True
+        if wider and self.scale.unit != "score":
+            self.scale = Scale.of(self._goals, self.points)
+        return wider
+
+    def with_also(self, points: ArrayLike) -> Scale:
+        """The scale if (N, M) oriented scores were told, too."""
+        more = np.asarray(points, np.float64).reshape(-1, len(self._goals))
+        return Scale.of(self._goals, np.concatenate([self.points, more]))
+
+    def state(self) -> list[list[float]]:
+        """``points``, as plain numbers."""
+        points: list[list[float]] = self.points.tolist()
+        return points
+
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
+        """Continue from ``state``."""
+        low, high = state or ([math.inf] * len(self._goals), [-math.inf] * len(self._goals))
+        self._low, self._high = list(low), list(high)  # plain numbers: they are compared for every candidate
+        self.scale = Scale.of(self._goals, self.points)
+
+
 class Leader:
     """The best candidate so far, candidate by candidate, while the reference merges are not scored.
 
@@ -130,33 +188,32 @@ class Leader:
         number: Its number; None before the first.
         point: (M,) its oriented scores.
         mean: Its mean.
-        scale: The scale that it is measured by.
     """
 
     number: int | None
     point: Floats
     mean: float
-    scale: Scale
 
     def __init__(self, goals: Sequence[Goal]) -> None:
-        self._goals = tuple(goals)
-        self._low = [math.inf] * len(goals)  # plain numbers: this is done for every candidate
-        self._high = [-math.inf] * len(goals)
+        self._told = Extremes(goals)
         self.number = None
         self.point = np.zeros(0)
         self.mean = -math.inf
-        self.scale = Scale.of(self._goals, self.extremes)
+
+    @property
+    def scale(self) -> Scale:
+        """The scale that it is measured by."""
+        return self._told.scale
 
     @property
     def extremes(self) -> Floats:
         """(2, M) the lowest and the highest oriented scores so far; (0, M) before the first."""
-        known = [self._low, self._high] if self._goals and self._low[0] < math.inf else []
-        return np.array(known).reshape(len(known), len(self._goals))
+        return self._told.points
 
     def take(self, number: int, point: Floats, front: ParetoFront) -> bool:
         """Take a candidate's oriented scores (M,), after the front took them; True when another one is best now."""
         values = point.tolist()
-        wider = self._widened(values)
+        wider = self._told.take(values)
         if self.scale.unit == "ranges":
             return (wider or number in front.numbers) and self._chosen(front)
         mean = sum(values) / len(values)
@@ -166,18 +223,6 @@ class Leader:
             return False
         self.number, self.point, self.mean = number, point, mean
         return True
-
-    def _widened(self, values: Sequence[float]) -> bool:
-        """Keep the extremes; True when they, and so the scale, changed."""
-        wider = False
-        for index, value in enumerate(values):
-            if value < self._low[index]:
-                self._low[index], wider = value, True
-            if value > self._high[index]:
-                self._high[index], wider = value, True
-        if wider and self.scale.unit != "score":
-            self.scale = Scale.of(self._goals, self.extremes)
-        return wider
 
     def _chosen(self, front: ParetoFront) -> bool:
         """Choose anew among the front."""

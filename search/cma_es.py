@@ -1,7 +1,7 @@
 """CMA-ES and separable CMA-ES over merge coefficients, from the ``cmaes`` library, behind our protocol.
 
 Hansen and Ostermeier 2001. The separable form (Ros and Hansen 2008) learns a diagonal covariance only, and so scales to
-thousands of coefficients. Both optimise one number: the mean of the objectives' scores.
+thousands of coefficients. Both optimise one number: the mean of the scores (``ecotone.populations.ranking``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from cmaes import CMA, SepCMA
 from numpy.typing import ArrayLike
 from pydantic import Field, model_validator
 
-from ecotone.populations.population import ElitistArchive, climbed, quality
-from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.populations.population import ElitistArchive, climbed
+from ecotone.populations.ranking import Extremes
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.kinds import Begins, Box, Context, Needs, Pair
 from ecotone.search.protocol import Search
@@ -76,13 +77,15 @@ class CmaEs:
     The optimiser learns from whole generations, so at most one generation is in flight. A failed candidate counts as
     the worst of its generation.
 
+    Where the mean is one of ranges, a generation is ranked by those of everything told when its last score arrives.
+
     The library's optimiser draws from one stream, which its pickles drop. Here every trial draws from a stream of its
     own, of the recipe's seed and its number. So a search rebuilt by replay or from ``state()`` goes on with the same
     points.
 
     Args:
         box: The bounds of the coefficients.
-        goals: The objectives; their oriented mean is maximised.
+        goals: The objectives; their mean (``ecotone.populations.ranking``) is maximised.
         seed: The recipe's seed.
         settings: Step size, population size, and whether the covariance is diagonal; None for the defaults.
         start: Initial value of every coefficient, or a point (D,), moved into the box; None means 1/K, the plain
@@ -126,7 +129,8 @@ class CmaEs:
         self._optimiser = kind(mean, settings.sigma, bounds=bounds, population_size=settings.population_size, seed=0)
         self._next = 0
         self._asked: list[Any] = []  # points of this generation, in trial order
-        self._values: dict[int, float | None] = {}  # by position in the generation; None is a failure
+        self._points: dict[int, list[float] | None] = {}  # oriented scores by position in it; None is a failure
+        self._told = Extremes(goals)
 
     @property
     def done(self) -> bool:
@@ -147,27 +151,38 @@ class CmaEs:
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
         """Note the score; with the last one of the generation, update the distribution."""
         position = trial.number - (self._next - len(self._asked))
-        self._values[position] = -quality(evaluation, self.goals) if evaluation.ok else None
-        if len(self._values) == self._optimiser.population_size:
-            worst = max((v for v in self._values.values() if v is not None), default=0.0)
-            values = [self._values[i] for i in range(len(self._asked))]
-            self._optimiser.tell([(x, worst if v is None else v) for x, v in zip(self._asked, values, strict=True)])
-            self._asked, self._values = [], {}
+        self._points[position] = None
+        if evaluation.ok:
+            self._points[position] = point = oriented(evaluation.scores, self.goals).tolist()
+            self._told.take(point)
+        if len(self._points) == self._optimiser.population_size:
+            self._optimiser.tell(list(zip(self._asked, self._losses(), strict=True)))
+            self._asked, self._points = [], {}
+
+    def _losses(self) -> list[float]:
+        """What the optimiser minimises, of the whole generation: negated means under the present scale."""
+        points = {position: point for position, point in self._points.items() if point is not None}
+        means = self._told.scale.means(np.array(list(points.values())).reshape(-1, len(self.goals)))
+        losses = dict(zip(points, (-means).tolist(), strict=True))
+        worst = max(losses.values(), default=0.0)
+        return [losses.get(position, worst) for position in range(len(self._asked))]
 
     def state(self) -> dict[str, Any]:
-        """The optimiser's fields and the running generation."""
+        """The optimiser's fields, the running generation, and the extremes of the scores."""
         fields = {k: v for k, v in vars(self._optimiser).items() if k != "_rng"}
         copied = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
         return {
             "next": self._next,
             "asked": [x.copy() for x in self._asked],
-            "values": dict(self._values),
+            "points": dict(self._points),
+            "told": self._told.state(),
             "optimiser": copied,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
-        self._next, self._values = state["next"], dict(state["values"])
+        self._next, self._points = state["next"], dict(state["points"])
+        self._told.restore(state["told"])
         self._asked = [x.copy() for x in state["asked"]]
         copied = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in state["optimiser"].items()}
         vars(self._optimiser).update(copied)

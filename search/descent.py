@@ -18,8 +18,8 @@ from pydantic import Field, model_validator
 
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Floats, Genome, Integers
-from ecotone.populations.population import quality
-from ecotone.populations.trial import Evaluation, Goal, Gradient, Outcome, Trial
+from ecotone.populations.ranking import Scale
+from ecotone.populations.trial import Evaluation, Goal, Gradient, Outcome, Trial, oriented
 from ecotone.search.coefficients import Granularity, Parts
 from ecotone.search.kinds import Begins, Context, Needs, Segmented
 from ecotone.search.protocol import Search, trial_rng
@@ -149,8 +149,8 @@ class Line:
     """One run of Adam: its start, its present point, and the results of its checks.
 
     Of the running step, ``waiting`` counts the trials that are not told, ``told`` has losses and diversities (2, tasks)
-    and the gradient (R, K) by batch, and ``check`` the number and score of the check. ``sums`` (2, T) adds up losses
-    and diversities by task over the ``summed`` steps since the last check.
+    and the gradient (R, K) by batch, and ``check`` the number and oriented scores of the check (None on failure).
+    ``sums`` (2, T) adds up losses and diversities by task over the ``summed`` steps since the last check.
     """
 
     index: int
@@ -168,14 +168,13 @@ class Line:
     summed: int = 0
     waiting: int = 0
     told: dict[int, tuple[Floats, Floats]] = field(default_factory=dict)
-    check: tuple[int, float | None] | None = None
+    check: tuple[int, list[float] | None] | None = None
     checks: list[dict[str, Any]] = field(default_factory=list)
-    best: float = -math.inf
     stale: int = 0  # checks since the best
     parent: int | None = None  # the last scored trial
     ended: str = ""  # why; empty while it runs
 
-    _PLAIN = ("last", "before", "grown", "waiting", "summed", "best", "stale", "parent", "ended")
+    _PLAIN = ("last", "before", "grown", "waiting", "summed", "stale", "parent", "ended")
 
     @property
     def step(self) -> int:
@@ -222,7 +221,8 @@ class Descent(Generic[Settings]):
 
     At step 0, every ``check_every`` steps and at its end a line is checked: the objectives score its merge. Only these
     trials reach the population and the front, and only they count for the budget. A failed gradient trial ends its
-    line, after a last check. A check that fails counts as one without a better score.
+    line, after a last check. A check that fails counts as one without a better score. The score is the mean
+    (``ecotone.populations.ranking``); where it is one of ranges, these are ranges over the line's own checks.
 
     There is one line for each start, weighting of the tasks and restart. All lines see the same batches at the same
     steps. A line's path depends on no other line and not on the order of results, also with ``order: arrival``.
@@ -308,7 +308,7 @@ class Descent(Generic[Settings]):
         line = self._lines[index]
         line.waiting -= 1
         if batch == _CHECK:
-            line.check = trial.number, quality(evaluation, self.goals) if evaluation.ok else None
+            line.check = trial.number, oriented(evaluation.scores, self.goals).tolist() if evaluation.ok else None
         else:
             self._differentiated(line, batch, evaluation)
         if not line.waiting:
@@ -409,19 +409,22 @@ class Descent(Generic[Settings]):
         line.genome = self._genome(line)
         self._begin(line)
 
-    def _judge(self, line: Line, number: int, score: float | None) -> None:
-        line.checks.append(self._record(line, number, score))
+    def _judge(self, line: Line, number: int, point: list[float] | None) -> None:
+        better = point is not None and self._better(line, point)
+        line.checks.append(self._record(line, number, point))
         line.sums, line.summed = np.zeros_like(line.sums), 0
-        if score is not None:
-            line.parent = number
-        if score is not None and score > line.best:
-            line.best, line.stale = score, 0
-        else:
-            line.stale += 1
+        line.parent = line.parent if point is None else number
+        line.stale = 0 if better else line.stale + 1
 
-    def _record(self, line: Line, number: int, score: float | None) -> dict[str, Any]:
+    def _better(self, line: Line, point: list[float]) -> bool:
+        """Whether a check is better than all before it, by the ranges of these and its own."""
+        points = np.array([*_points(line.checks), point])
+        *before, mean = Scale.of(self.goals, points).means(points).tolist()
+        return bool(mean > max(before, default=-math.inf))
+
+    def _record(self, line: Line, number: int, point: list[float] | None) -> dict[str, Any]:
         losses, diversity = (self._means(line, row) for row in line.sums)
-        return {"step": line.step, "number": number, "score": score, "losses": losses, "diversity": diversity}
+        return {"step": line.step, "number": number, "point": point, "losses": losses, "diversity": diversity}
 
     def _means(self, line: Line, sums: Floats) -> dict[str, float]:
         """Means by task over the steps since the last check, where they are known."""
@@ -479,13 +482,16 @@ class Descent(Generic[Settings]):
 
         A line has its ``start`` and final ``coefficients`` (R, K), ``weights`` by task, the number of ``steps`` done,
         the reason why it ``ended`` ("unfinished" when the run stopped first) and its ``checks``. A check has its
-        ``step``, the trial's ``number``, the mean oriented ``score`` (None on failure), and by task ``losses`` and
-        ``diversity``: means over the steps since the check before (at step 0, of its one batch).
+        ``step``, the trial's ``number``, its ``scores`` by objective (None on failure), their mean ``score`` (None also
+        where there is nothing to measure by), and by task ``losses`` and ``diversity``: means over the steps since the
+        check before (at step 0, of its one batch). ``unit`` says what the mean is of, as that of
+        ``ecotone.populations.ranking.Scale``; ranges are those over the checks of all lines.
         """
         return {
             "algorithm": self.settings.algorithm,
             "tasks": list(self.tasks),
             "objectives": [goal.name for goal in self.goals],
+            "unit": self._scale().unit,
             "lines": [self._told(line) for line in self._lines],
             "warnings": [text for line in self._lines for text in self._warnings(line)],
         }
@@ -496,7 +502,7 @@ class Descent(Generic[Settings]):
             "weights": dict(zip(self.tasks, line.weights.tolist(), strict=True)),
             "steps": line.step,
             "ended": line.ended or "unfinished",
-            "checks": self._checks(line),
+            "checks": [{name: check[name] for name in check if name != "point"} for check in self._scored(line)],
             "coefficients": self._used(line.adam.point).copy(),
         }
 
@@ -505,11 +511,27 @@ class Descent(Generic[Settings]):
         last = [self._record(line, *line.check)] if line.check is not None and line.waiting else []
         return [*(dict(check) for check in line.checks), *last]
 
+    def _scale(self) -> Scale:
+        """The scale of the checks of all lines, for the report alone."""
+        return Scale.of(self.goals, [point for line in self._lines for point in _points(self._checks(line))])
+
+    def _scored(self, line: Line) -> list[dict[str, Any]]:
+        """The line's checks with their ``scores`` and the mean of them, ``score``."""
+        checks, scale = self._checks(line), self._scale()
+        means = iter(scale.means(np.array(_points(checks)).reshape(-1, len(self.goals))).tolist())
+        for check in checks:
+            point, check["scores"], check["score"] = check["point"], None, None
+            if point is not None:
+                mean, pairs = next(means), zip(self.goals, point, strict=True)
+                check["scores"] = {goal.name: goal.sign * value for goal, value in pairs}
+                check["score"] = mean if scale.known else None
+        return checks
+
     def _warnings(self, line: Line) -> Iterator[str]:
         where = f"line {line.index}"
         if line.ended.startswith("failed"):
             yield f"{where} {line.ended}"
-        yield from (f"{where}: {text}" for text in _fallen(self._checks(line), self._loss_of(line)))
+        yield from (f"{where}: {text}" for text in _fallen(self._scored(line), self._loss_of(line), self._scale()))
         yield from (f"{where}, task {task!r}: {text}" for task, text in _narrowed(self._checks(line)))
 
     def _loss_of(self, line: Line) -> Callable[[Mapping[str, float]], float]:
@@ -517,19 +539,42 @@ class Descent(Generic[Settings]):
         return lambda losses: sum(weights[name] * loss for name, loss in losses.items())
 
 
-def _fallen(checks: Sequence[Mapping[str, Any]], loss_of: Callable[[Mapping[str, float]], float]) -> Iterator[str]:
+def _fallen(
+    checks: Sequence[Mapping[str, Any]], loss_of: Callable[[Mapping[str, float]], float], scale: Scale
+) -> Iterator[str]:
     """Warn when the loss fell over the checks, and the score fell from its best too."""
     known = [check for check in checks if check["score"] is not None and check["losses"]]
     if len(known) < 2:
         return
     first, last = loss_of(known[0]["losses"]), loss_of(known[-1]["losses"])
     best = max(known, key=lambda check: float(check["score"]))
-    if last < first and best["score"] - known[-1]["score"] > _FALL * abs(best["score"]):
+    fell = _fell(best, known[-1], scale) if last < first else []
+    if fell:
         yield (
-            f"the loss fell from {first:.4g} to {last:.4g}, and yet the score fell from {best['score']:.4g} "
-            f"(step {best['step']}) to {known[-1]['score']:.4g} (step {known[-1]['step']}): the merge collapses "
+            f"the loss fell from {first:.4g} to {last:.4g}, and yet {' and '.join(fell)}: the merge collapses "
             f"or overfits; trial {best['number']} is its best."
         )
+
+
+def _fell(best: Mapping[str, Any], last: Mapping[str, Any], scale: Scale) -> list[str]:
+    """Clauses that say what fell from its best by a share of that: the score, or each of several that have ranges.
+
+    Of a mean of ranges no share can be taken: in the range of a few checks any difference is large.
+    """
+    pairs = [("the score", "fell", 1.0, best["score"], last["score"])]
+    if scale.unit == "ranges":
+        points = zip(scale.goals, best["point"], last["point"], strict=True)
+        pairs = [(goal.name, "went", goal.sign, one, now) for goal, one, now in points]
+    return [
+        f"{name} {verb} from {sign * one:.4g} (step {best['step']}) to {sign * now:.4g} (step {last['step']})"
+        for name, verb, sign, one, now in pairs
+        if best["score"] > last["score"] and one - now > _FALL * abs(one)
+    ]
+
+
+def _points(checks: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Oriented scores of the checks that have them."""
+    return [check["point"] for check in checks if check["point"] is not None]
 
 
 def _narrowed(checks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -155,7 +155,8 @@ class M2N2:
     Example::
 
         from ecotone.populations.niches import NicheArchive
-        from ecotone.populations.population import quality
+        from ecotone.populations.ranking import Scale
+        from ecotone.populations.trial import oriented
         from ecotone.search.m2n2 import M2N2, M2N2Settings
 
         archive = NicheArchive(goals, capacity=20)
@@ -164,7 +165,8 @@ class M2N2:
             for trial in search.ask(1):
                 evaluation = score(trial.genome)
                 search.tell(trial, evaluation, archive.add(trial, evaluation))
-        best = max(archive.members, key=lambda member: quality(member.evaluation, goals))
+        points = np.array([oriented(member.evaluation.scores, goals) for member in archive.members])
+        best = archive.members[np.argmax(Scale.of(goals, points).means(points))]
     """
 
     def __init__(

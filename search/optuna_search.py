@@ -9,8 +9,9 @@ learns again from their scores.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -22,7 +23,8 @@ from ecotone.extras import how_to_install
 from ecotone.populations.errors import InputError
 from ecotone.populations.fronts import ranks
 from ecotone.populations.genome import Floats
-from ecotone.populations.population import ElitistArchive, climbed, quality
+from ecotone.populations.population import ElitistArchive, climbed
+from ecotone.populations.ranking import Extremes
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.kinds import Begins, Context, ModelsFirstBox, Needs, Pair
@@ -114,8 +116,9 @@ class OptunaSettings(ModelsFirstBox):
 class OptunaSearch:
     """One of Optuna's samplers; it never waits for results.
 
-    TPE and GP take the trials in flight into account. CMA-ES optimises one number, the mean of the objectives'
-    scores (as ``ecotone.search.cma_es`` does), all others see every objective. Failed trials are told as failed.
+    TPE and GP take the trials in flight into account. CMA-ES optimises one number, the mean of the scores
+    (``ecotone.populations.ranking``), all others see every objective. Where the mean is one of ranges, CMA-ES ranks a
+    generation by those of everything told when it learns from it. Failed trials are told as failed.
 
     A proposal takes Optuna's time, and takes it again when a search is resumed. CPU milliseconds on one thread, two
     objectives, after 100 and 1000 trials (``benchmarks/proposals.py``):
@@ -182,6 +185,9 @@ class OptunaSearch:
         joint = self._space if self._options.get("multivariate", True) else {}
         self._class = _of_joint_space(getattr(self._optuna.samplers, _SAMPLERS[settings.sampler][0]), joint)
         self._next = 0
+        self._told = Extremes(goals)
+        self._points: dict[int, list[float]] = {}  # oriented scores by trial, where the sampler sees their mean
+        self._read: dict[int, Any] = {}  # trials as they are read under the present scale
         with self._quietly():
             self._storage, self._study = self._opened()
             for point in seed_points(box, seeds):
@@ -204,18 +210,20 @@ class OptunaSearch:
         """Tell the study the scores, or that the trial failed."""
         with self._quietly():
             if evaluation.ok:
-                self._study.tell(trial.number, self._values(evaluation))
+                self._study.tell(trial.number, self._values(trial.number, evaluation))
             else:
                 self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
 
     def state(self) -> dict[str, Any]:
-        """The study: points, scores and states of its trials, and the sampler's notes on them.
+        """The study: points, scores and states of its trials, the sampler's notes on them, and the scores' extremes.
 
         CMA-ES notes its optimiser, as the text of a pickle: restore only what a search of yours has given.
         """
         trials = self._study.get_trials(deepcopy=False)
         return {
             "next": self._next,
+            "told": self._told.state(),
+            "points": [[number, list(point)] for number, point in self._points.items()],
             "trials": [
                 {
                     "state": trial.state.name,
@@ -231,6 +239,9 @@ class OptunaSearch:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
         self._next = state["next"]
+        self._told.restore(state["told"])
+        self._points = {number: list(point) for number, point in state["points"]}
+        self._read.clear()
         with self._quietly():
             self._storage, self._study = self._opened()
             for record in state["trials"]:
@@ -244,10 +255,10 @@ class OptunaSearch:
 
     def _opened(self) -> tuple[Any, Any]:
         """A storage in memory and its one study."""
-        storage = self._optuna.storages.InMemoryStorage()
-        directions = ["maximize"] * (
-            1 if self.settings.sampler == "cma_es" else len(self.goals)
-        )  # scores are told oriented
+        scalar = self.settings.sampler == "cma_es"
+        kind = self._optuna.storages.InMemoryStorage
+        storage = _reading(kind, self._read_anew)() if scalar else kind()
+        directions = ["maximize"] * (1 if scalar else len(self.goals))  # scores are told oriented
         return storage, self._optuna.create_study(
             storage=storage, sampler=self._seeded(0), directions=directions, study_name="search"
         )
@@ -255,10 +266,27 @@ class OptunaSearch:
     def _number(self) -> int:
         return int(self._storage.get_study_id_from_name(self._study.study_name))
 
-    def _values(self, evaluation: Evaluation) -> list[float]:
-        if self.settings.sampler == "cma_es":
-            return [quality(evaluation, self.goals)]
-        return [float(score) for score in oriented(evaluation.scores, self.goals)]
+    def _values(self, number: int, evaluation: Evaluation) -> list[float]:
+        """What the study is told of a trial: its scores, or where the sampler takes one number their present mean."""
+        point: list[float] = oriented(evaluation.scores, self.goals).tolist()
+        if self.settings.sampler != "cma_es":
+            return point
+        if self._told.take(point):
+            self._read.clear()
+        self._points[number] = point
+        return [self._mean(number)]
+
+    def _mean(self, number: int) -> float:
+        return float(self._told.scale.means(np.array([self._points[number]]))[0])
+
+    def _read_anew(self, trial: Any) -> Any:
+        """A trial of the study, with its mean under the present scale: the study keeps the one that it was told."""
+        if self._told.scale.unit != "ranges" or trial.values is None:
+            return trial
+        if trial.number not in self._read:
+            self._read[trial.number] = other = copy.copy(trial)
+            other.value = self._mean(trial.number)
+        return self._read[trial.number]
 
     def _frozen(
         self, state: str, point: Sequence[float] | None, values: Sequence[float] | None, notes: dict[str, Any]
@@ -380,3 +408,12 @@ def _imported() -> Any:
 def _of_joint_space(kind: type, space: dict[str, Any]) -> type:
     """The sampler class, told which coefficients it proposes jointly, which it would work out from all trials."""
     return type(kind.__name__, (kind,), {"infer_relative_search_space": lambda self, study, trial: dict(space)})
+
+
+def _reading(kind: type, read: Callable[[Any], Any]) -> type:
+    """The class of storage, all of whose trials are read through ``read``."""
+
+    def get_all_trials(self: Any, study_id: int, deepcopy: bool = True, states: Any = None) -> list[Any]:
+        return [read(trial) for trial in kind.get_all_trials(self, study_id, deepcopy, states)]  # type: ignore[attr-defined]
+
+    return type(kind.__name__, (kind,), {"get_all_trials": get_all_trials})

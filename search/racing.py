@@ -5,9 +5,9 @@ Two rules end a candidate early, and each may be used alone:
 - Successive halving (Jamieson and Talwalkar 2016). A group of candidates is scored on a small share of the examples;
   the best one in ``eta`` of them go on to a larger share, and so on. Candidates are ranked by estimates of their scores
   on all examples (``ecotone.populations.samples.estimate``): with several objectives by the front they are on, then by
-  the mean. This is a guess, and may lose a good candidate.
+  the mean (``ecotone.populations.ranking``). This is a guess, and may lose a good candidate.
 - A bound. A candidate stops once no score on the remaining examples could put it in the population or on the front.
-  This loses nothing.
+  This loses nothing, but where the mean is one of ranges: a candidate told in the meantime may widen them.
 
 Examples come in one seeded order. So all candidates are compared on the same ones, a larger share holds the smaller,
 and no example is scored twice for one candidate. Only candidates scored on all examples enter the population and the
@@ -31,6 +31,7 @@ from ecotone.populations.fronts import ranks
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.pareto import ParetoFront
 from ecotone.populations.population import Population
+from ecotone.populations.ranking import Extremes
 from ecotone.populations.samples import Estimate, Sample, estimate, order
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Scores, Trial, oriented
 from ecotone.search.kinds import Context, Pair
@@ -181,6 +182,7 @@ class Racing:
         self._begun = 0  # the group that candidates join
         self._queue: deque[int] = deque()  # the search's numbers of those to ask for, in this order
         self._front = ParetoFront(goals)
+        self._whole = Extremes(goals)  # of scores on all examples
         self._known: dict[int, Mapping[str, NDArray[Any]]] = {}  # scores by example of the population, by its numbers
         self._told: dict[int, int] = {}  # by the search's numbers, those of candidates that came through
         self._counts = dict.fromkeys(("candidates", "whole", "halving", "bound", "failed"), 0)
@@ -241,6 +243,7 @@ class Racing:
             "begun": self._begun,
             "queue": list(self._queue),
             "front": [list(self._front.numbers), self._front.points.copy()],
+            "whole": self._whole.state(),
             "known": {number: dict(scores) for number, scores in self._known.items()},
             "told": dict(self._told),
             "counts": dict(self._counts),
@@ -267,6 +270,7 @@ class Racing:
         self._front = ParetoFront(self.goals)
         for number, point in zip(*state["front"], strict=True):
             self._front.add(number, np.array(point))
+        self._whole.restore(state["whole"])
         self._known = {number: dict(scores) for number, scores in state["known"].items()}
         self._told, self._counts, self._misses = dict(state["told"]), dict(state["counts"]), list(state["misses"])
 
@@ -362,7 +366,8 @@ class Racing:
         if not numbers:
             return []
         points = np.array([self._oriented(self._runners[number].estimates) for number in numbers])
-        front, means = ranks(points), points.mean(axis=1)
+        ranges = self._whole.scale.unit == "ranges"
+        front, means = ranks(points), self._whole.with_also(points).means(points) if ranges else points.mean(axis=1)
         return [numbers[i] for i in sorted(range(len(numbers)), key=lambda i: (front[i], -means[i], numbers[i]))]
 
     def _oriented(self, estimates: Mapping[str, Estimate]) -> Floats:
@@ -395,7 +400,9 @@ class Racing:
 
     def _note(self, trial: Trial, evaluation: Evaluation, outcome: Outcome, runner: _Runner) -> None:
         """Learn of a candidate that was scored on all examples."""
-        self._front.add(trial.number, oriented(evaluation.scores, self.goals))
+        point = oriented(evaluation.scores, self.goals)
+        self._front.add(trial.number, point)
+        self._whole.take(point.tolist())
         if self.own_parents:
             self._told[runner.trial.number] = trial.number
         if outcome.accepted and all(goal.name in evaluation.per_example for goal in self.goals):

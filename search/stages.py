@@ -21,7 +21,8 @@ from ecotone.populations.errors import InputError, SearchError
 from ecotone.populations.fronts import farthest_first
 from ecotone.populations.genome import Floats, Genome
 from ecotone.populations.pareto import ParetoFront
-from ecotone.populations.population import Population, quality
+from ecotone.populations.population import Population
+from ecotone.populations.ranking import Extremes, Scale
 from ecotone.populations.trial import Evaluation, Goal, Member, Outcome, Scores, Trial, oriented
 from ecotone.search.protocol import SLACK, Search
 
@@ -40,8 +41,9 @@ class Stage:
         name: The algorithm's name, for reports.
         make: Gives the search and its population; takes the genomes to begin with, none of them for the first stage.
         evaluations: The most trials that are scored for this stage; None means as many as the budget has.
-        start: Merges of the stage before to begin with: its ``front``, its ``best`` merge, its ``archive`` (the members
-            of its population), or ``none``.
+        start: Merges of the stage before to begin with: its ``front``, its ``best`` merge (by the mean that
+            ``ecotone.populations.ranking`` defines, with the ranges of everything that the chain was told), its
+            ``archive`` (the members of its population), or ``none``.
         starts: The most genomes to begin with, the best and others spread over the scores; None means all.
     """
 
@@ -107,6 +109,7 @@ class StagedSearch:
         self.population: StagedPopulation = StagedPopulation(self)
         self._next = 0
         self._reports: list[dict[str, Any]] = []  # of the stages that have ended
+        self._told = Extremes(goals)  # of all stages
         self.running = _Running(0, self.stages[0], self.goals, ())
 
     @property
@@ -125,15 +128,23 @@ class StagedSearch:
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
         """Let the stage that asked for the trial learn."""
+        if trial.scored and evaluation.ok:
+            self._told.take(oriented(evaluation.scores, self.goals).tolist())
         self.running.tell(trial, evaluation, outcome)
 
     def state(self) -> dict[str, Any]:
-        """The running stage, the merges it began with, and the reports of the stages before."""
-        return {"next": self._next, "reports": list(self._reports), "running": self.running.state()}
+        """The running stage, the merges it began with, the reports of the stages before, and the scores' extremes."""
+        return {
+            "next": self._next,
+            "reports": list(self._reports),
+            "told": self._told.state(),
+            "running": self.running.state(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``; to be called before the population's ``restore``."""
         self._next, self._reports = state["next"], list(state["reports"])
+        self._told.restore(state["told"])
         index, starts = state["running"]["index"], [_member(record) for record in state["running"]["starts"]]
         self.running = _Running(index, self.stages[index], self.goals, starts)
         self.running.restore(state["running"])
@@ -163,7 +174,7 @@ class StagedSearch:
         if index == len(self.stages):
             return None
         stage = self.stages[index]
-        starts = [] if stage.start == "none" else self.running.found(stage.start, stage.starts)
+        starts = [] if stage.start == "none" else self.running.found(stage.start, stage.starts, self._told.scale)
         return (index, starts) if starts or stage.start == "none" else None
 
     def _begin(self) -> bool:
@@ -333,8 +344,8 @@ class _Running:
         """The population, with the chain's numbers."""
         return map(self._outward, self.population.members)
 
-    def found(self, start: Start, most: int | None) -> list[Member]:
-        """The merges for a stage that begins with ``start``, with the chain's numbers."""
+    def found(self, start: Start, most: int | None, scale: Scale) -> list[Member]:
+        """The merges for a stage that begins with ``start``, with the chain's numbers; ``scale`` says which is best."""
         if start == "archive":
             members = list(self.members())
         else:
@@ -343,7 +354,7 @@ class _Running:
         if not members:
             return []
         most = 1 if start == "best" else most
-        return members if most is None or len(members) <= most else _spread(members, most, self.goals)
+        return members if most is None or len(members) <= most else _spread(members, most, scale)
 
     def _keep(self, trial: Trial, evaluation: Evaluation) -> None:
         """Keep the trial if it is on the stage's front."""
@@ -393,13 +404,13 @@ class _Running:
         }
 
 
-def _spread(members: Sequence[Member], most: int, goals: Sequence[Goal]) -> list[Member]:
+def _spread(members: Sequence[Member], most: int, scale: Scale) -> list[Member]:
     """``most`` of the members, in the same order: the best, then each time the one whose scores are farthest from
     those of the members taken so far. Distances are in ranges of the scores.
     """
-    scores: Floats = np.array([oriented(member.evaluation.scores, goals) for member in members])
+    scores: Floats = np.array([oriented(member.evaluation.scores, scale.goals) for member in members])
     extent = np.ptp(scores, axis=0)
-    best = max(range(len(members)), key=lambda i: (quality(members[i].evaluation, goals), -i))
+    best = scale.best([member.trial.number for member in members], scores)
     taken = farthest_first(scores / np.where(extent > 0, extent, 1.0), [best], most)
     return [members[i] for i in sorted(taken)]
 

@@ -483,7 +483,7 @@ def test_when_the_first_gradient_fails_the_rest_of_the_step_is_not_asked_for() -
     search.tell(check, measured(check), Outcome(True))
     assert search.done
     line = search.report()["lines"][0]
-    assert [(entry["score"] is None, entry["losses"]) for entry in line["checks"]] == [(False, {})]
+    assert [(entry["scores"] is None, entry["losses"]) for entry in line["checks"]] == [(False, {})]
 
 
 # -- resuming ------------------------------------------------------------------------------------------------
@@ -672,7 +672,7 @@ def test_collapse_is_said() -> None:
     assert collapsing(0.5, 2.5, 0.9) == []  # gets worse, but its loss says so
     (fallen,) = collapsing(0.5, 0.1, 0.9)
     assert "the loss fell from 4 to 0" in fallen
-    assert "the score fell from 0.8 (step 0) to 0.5 (step 100)" in fallen
+    assert "and yet near-left went from 1.6 (step 0) to 1 (step 100): the merge" in fallen
     assert "trial 0 is its best" in fallen
     left, right = collapsing(0.85, 0.1, 0.1)
     assert "task 'left': the diversity of the predictions fell from 1 to" in left

@@ -15,8 +15,8 @@ from ecotone.populations.fronts import non_dominated
 from ecotone.populations.genome import Genome
 from ecotone.populations.niches import NicheArchive
 from ecotone.populations.pareto import ParetoFront
-from ecotone.populations.population import ElitistArchive, Population, quality
-from ecotone.populations.trial import Evaluation, Failure, Goal, Outcome, Trial, oriented
+from ecotone.populations.population import ElitistArchive, Population
+from ecotone.populations.trial import Evaluation, Failure, Goal, Outcome, Trial
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -268,13 +268,6 @@ def test_the_elitist_archive_against_sorting(values: list[float], capacity: int,
         archive.add(trial(number), Evaluation({"accuracy": value}))
     order = sorted(range(len(values)), key=lambda i: (values[i] if minimise else -values[i], i))
     assert numbers(archive) == sorted(order[:capacity])
-
-
-def test_quality_is_the_mean_of_oriented_scores() -> None:
-    goals = (Goal("accuracy"), Goal("loss", "minimize"))
-    evaluation = Evaluation({"loss": 3.0, "accuracy": 1.0})
-    assert oriented(evaluation.scores, goals).tolist() == [1.0, -3.0]
-    assert quality(evaluation, goals) == -1.0
 
 
 # -- fronts --------------------------------------------------------------------------------------------------

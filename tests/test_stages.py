@@ -146,8 +146,13 @@ def test_other_starts(start: str, most: int | None) -> None:
     driver = finished(driven(nsga(), adamerging(start=start, most=most)))
     results = told(driver)[:12]
     starts = driver.search.report()["stages"][1]["starts"]  # type: ignore[attr-defined]
-    ranked = sorted((-float(oriented(one.scores, TWO_GOALS).mean()), trial.number) for trial, one in results if one.ok)
-    best, archive = ranked[0][1], [number for _, number in ranked[:5]]
+    scored = {trial.number: oriented(one.scores, TWO_GOALS) for trial, one in results if one.ok}
+    points, elite = np.array(list(scored.values())), ElitistArchive(TWO_GOALS, 5)
+    for trial, evaluation in results:
+        elite.add(trial, evaluation)
+    archive = [member.trial.number for member in elite.members]
+    extent = np.ptp(points, axis=0)
+    best = list(scored)[int(np.argmax(((points - points.min(axis=0)) / extent).sum(axis=1)))]
     assert best in starts
     assert len(starts) == {("front", 2): 2, ("archive", None): 5, ("archive", 4): 4}.get((start, most), 1)
     assert set(starts) <= set(archive if start == "archive" else front(results))

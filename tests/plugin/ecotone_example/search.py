@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from ecotone.populations.population import ElitistArchive, quality
-from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial
+from ecotone.populations.population import ElitistArchive
+from ecotone.populations.ranking import Extremes
+from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
 from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.kinds import Begins, Box, Context, Needs, Pair
 from ecotone.search.protocol import trial_rng
@@ -59,7 +60,8 @@ class HillClimbing:
     ) -> None:
         self.box, self.goals, self.seed, self.settings = box, tuple(goals), seed, settings
         self._best = box.clip(start)
-        self._quality = -np.inf
+        self._top: list[float] = []  # oriented scores of the best
+        self._told = Extremes(goals)
         self._next = 0
 
     def ask(self, n: int) -> list[Trial]:
@@ -74,13 +76,18 @@ class HillClimbing:
 
     def tell(self, trial: Trial, evaluation: Evaluation, outcome: Outcome) -> None:
         """Keep it if it is better."""
-        if evaluation.ok and quality(evaluation, self.goals) > self._quality:
-            self._best, self._quality = self.box.point(trial.genome), quality(evaluation, self.goals)
+        if evaluation.ok:
+            point = oriented(evaluation.scores, self.goals).tolist()
+            self._told.take(point)
+            if not self._top or self._told.scale.better(point, self._top):
+                self._best, self._top = self.box.point(trial.genome), point
 
     def state(self) -> dict[str, Any]:
-        """The best, and the counter."""
-        return {"best": self._best.copy(), "quality": float(self._quality), "next": self._next}
+        """The best, the extremes of the scores, and the counter."""
+        best = {"best": self._best.copy(), "top": list(self._top)}
+        return {**best, "told": self._told.state(), "next": self._next}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
-        self._best, self._quality, self._next = state["best"].copy(), state["quality"], state["next"]
+        self._best, self._top, self._next = state["best"].copy(), list(state["top"]), state["next"]
+        self._told.restore(state["told"])
