@@ -19,7 +19,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from ecotone.experiments.accepted import accepted_texts
-from ecotone.experiments.printing import PlainConsole
+from ecotone.experiments.consoles import PlainConsole
 from ecotone.experiments.runs import Run, Scored, points_of
 from ecotone.populations.fronts import hypervolume
 from ecotone.populations.ranking import Scale

@@ -19,10 +19,11 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from ecotone.experiments import storage, stored
+from ecotone.experiments.consoles import PlainConsole
 from ecotone.experiments.exports import _score_lines, read_record
 from ecotone.experiments.logs import in_words
 from ecotone.experiments.pages import _safe
-from ecotone.experiments.printing import PlainConsole, echo, markdown
+from ecotone.experiments.printing import echo, markdown
 from ecotone.experiments.tracking.notes import noted, statuses
 from ecotone.fitness.language.texts import records
 from ecotone.merging.models import hub
