@@ -29,7 +29,17 @@ def born(file: Path) -> bool:
     """True when ``file`` holds a journal, or anything else that a new one must not replace.
 
     False for a file that is missing, or a database without tables: earlier versions left these when they were killed.
+
+    Raises:
+        JournalError: Something that is no file has its name: a folder, or a link that leads nowhere.
     """
+    if file.is_symlink() and not file.exists():
+        raise JournalError(
+            f"{file}: expected a journal or nothing, found a link that leads nowhere ({os.readlink(file)}).",
+            "Mount the disk that has the journal, or remove the link.",
+        )
+    if file.is_dir():
+        raise JournalError(f"{file}: expected a journal or nothing, found a folder.", "Choose another --out.")
     log = file.with_name(f"{file.name}-wal")
     if not file.is_file():
         return file.exists()

@@ -101,6 +101,21 @@ def test_a_file_of_the_users_is_not_taken_for_one_of_a_run(recipe: Recipe, tmp_p
 
 
 @pytest.mark.parametrize("where", ["lock", "journal", "sync"])
+@pytest.mark.parametrize("sort", ["link", "folder"])
+def test_what_is_no_file_in_the_journals_place_is_told_and_left(recipe: Recipe, tmp_path: Path, sort: str) -> None:
+    journal = tmp_path / "run" / "journal.sqlite"
+    journal.parent.mkdir()
+    if sort == "link":
+        journal.symlink_to(tmp_path / "unmounted" / "journal.sqlite")
+    else:
+        journal.mkdir()
+    words = f"expected a journal or nothing, found a {sort}"
+    for command in (lambda: launch(recipe, journal.parent), lambda: resume(journal.parent)):
+        with pytest.raises(JournalError, match=words):
+            command()
+    assert journal.is_symlink() or journal.is_dir()
+
+
 def test_a_full_disk_before_the_journal_leaves_nothing_and_does_not_advise_to_resume(
     where: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
