@@ -35,7 +35,7 @@ def born(file: Path) -> bool:
     """
     if file.is_symlink() and not file.exists():
         raise JournalError(
-            f"{file}: expected a journal or nothing, found a link that leads nowhere ({os.readlink(file)}).",
+            f"{file}: expected a journal or nothing, found a link that leads nowhere ({file.readlink()}).",
             "Mount the disk that has the journal, or remove the link.",
         )
     if file.is_dir():

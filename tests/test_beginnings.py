@@ -100,7 +100,6 @@ def test_a_file_of_the_users_is_not_taken_for_one_of_a_run(recipe: Recipe, tmp_p
     assert contents(run) == {"recipe.yaml": b"mine"}
 
 
-@pytest.mark.parametrize("where", ["lock", "journal", "sync"])
 @pytest.mark.parametrize("sort", ["link", "folder"])
 def test_what_is_no_file_in_the_journals_place_is_told_and_left(recipe: Recipe, tmp_path: Path, sort: str) -> None:
     journal = tmp_path / "run" / "journal.sqlite"
@@ -116,6 +115,7 @@ def test_what_is_no_file_in_the_journals_place_is_told_and_left(recipe: Recipe, 
     assert journal.is_symlink() or journal.is_dir()
 
 
+@pytest.mark.parametrize("where", ["lock", "journal", "sync"])
 def test_a_full_disk_before_the_journal_leaves_nothing_and_does_not_advise_to_resume(
     where: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
