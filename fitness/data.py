@@ -14,7 +14,7 @@ only the columns that one of its examples needs. Floating-point inputs are conve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -113,14 +113,34 @@ class Batches:
 
     inputs: Sequence[Inputs]
     places: Tensor | None = None
+    _versions: list[list[int]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_versions", [*map(_versions, self.inputs)])
 
     def __iter__(self) -> Iterator[Inputs]:
-        return iter(self.inputs)
+        """The inputs of each pass.
+
+        Raises:
+            InputError: A pass wrote into them, so that later candidates would be scored on other data.
+        """
+        for inputs, known in zip(self.inputs, self._versions, strict=True):
+            yield inputs
+            if _versions(inputs) != known:
+                raise InputError(
+                    "the model's forward wrote into its inputs, which are the objective's own data.",
+                    "Have it make new tensors: x = x + 1 in place of x += 1, or x = x.clone() first.",
+                )
 
     def restored(self, values: Sequence[Tensor]) -> Tensor:
         """(N,) ``values`` of each pass in the order of the examples."""
         whole = values[0] if len(values) == 1 else torch.cat(tuple(values))
         return whole if self.places is None else whole[self.places]
+
+
+def _versions(inputs: Inputs) -> list[int]:
+    """How often each tensor was written into, as torch counts."""
+    return [one._version for one in (inputs.values() if isinstance(inputs, Mapping) else [inputs])]
 
 
 def load(spec: Call, field: str, labelled: bool) -> Examples:

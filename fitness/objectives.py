@@ -15,6 +15,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -332,7 +333,13 @@ class CallableObjective:
             InputError: The function returns neither a number nor (number, scores by example).
         """
         with torch.no_grad(), same_draws():
-            return _score_of(self.function(model, **self.arguments))
+            return _score_of(self.function(model, **_own(self.arguments)))
+
+
+def _own(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments of one call: what it does to lists and mappings among them is none of the next call's."""
+    changing = any(isinstance(one, list | dict | set) for one in arguments.values())
+    return deepcopy(dict(arguments)) if changing else arguments
 
 
 def _score_of(returned: Any) -> Score:

@@ -83,11 +83,15 @@ def write_private(path: str | Path, data: bytes) -> None:
     """Write a file of the user's alone, whole or not at all. A killed process leaves ``PATH.new``."""
     file = Path(path)
     draft = file.with_name(f"{file.name}.new")
-    with opened(draft, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    draft.replace(file)
+    try:
+        with opened(draft, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        draft.replace(file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def tighten(paths: Iterable[Path]) -> None:

@@ -413,3 +413,36 @@ def test_inputs_take_the_models_dtype_and_token_ids_do_not(module):
     by_name = objective("acc", data=named(f"{module}:by_name")).build(context(torch.bfloat16))
     kinds = {name: tensor.dtype for name, tensor in by_name.inputs.items()}
     assert kinds == {"input_ids": torch.int64, "attention_mask": torch.int64, "scale": torch.bfloat16}
+
+
+class Greedy(nn.Module):
+    """Writes into its inputs."""
+
+    def forward(self, inputs):
+        inputs += 0.3
+        return inputs
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_a_model_that_writes_into_the_objectives_data_is_refused_from_then_on(batch):
+    inputs, labels = torch.eye(3).repeat(2, 1), torch.arange(6) % 3
+    objectives = [Accuracy(Goal("a"), inputs, labels, batch), Entropy(Goal("e", "minimize"), inputs.clone(), batch)]
+    for one in objectives:
+        one.score(identity())
+        for model in (Greedy(), identity()):
+            with pytest.raises(InputError, match="wrote into its inputs"):
+                one.score(model)
+
+
+def test_arguments_are_the_same_for_each_call():
+    seen = []
+
+    def score(model, items):
+        items.append(len(items))
+        seen.append(list(items))
+        return 1.0
+
+    one = CallableObjective(Goal("a"), score, {"items": [7]})
+    one.score(identity())
+    one.score(identity())
+    assert seen == [[7, 1], [7, 1]]
