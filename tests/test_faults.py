@@ -413,10 +413,14 @@ def test_a_driver_with_ray_workers_is_killed(tmp_path: Path, undisturbed: Callab
     psutil = pytest.importorskip("psutil")
     pytest.importorskip("ray")
     recipe, run = toy_recipe(tmp_path, delay=0.02), tmp_path / "run"
-    with started("run", recipe, "--out", run, "--workers", 2) as process:
-        wait_until(lambda: len(calls(tmp_path)) >= 30, process, 180)
+
+    def workers_of(process: subprocess.Popen[str]) -> list[Any]:
         family = psutil.Process(process.pid).children(recursive=True)
-        workers = [one for one in family if "RemoteWorker" in one.name()]
+        return [one for one in family if "RemoteWorker" in one.name()]
+
+    with started("run", recipe, "--out", run, "--workers", 2) as process:
+        wait_until(lambda: len(calls(tmp_path)) >= 30 and len(workers_of(process)) == 2, process, 180)
+        workers = workers_of(process)
         process.kill()
         process.wait()
     assert len(workers) == 2
