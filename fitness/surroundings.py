@@ -2,8 +2,8 @@
 
 A ``KeyboardInterrupt`` that an objective raises is a failure of its candidate; one of the user's Ctrl-C ends the
 search. Only the signal's handler can tell them apart: ``Signals`` records that a signal came. What user code leaves
-behind in the process is put back where that is cheap (working directory, signal handlers, stdout and stderr), and told
-of once for each kind.
+behind in the process is put back where that is cheap (working directory, signal handlers, timers, stdout and stderr),
+and told of once for each kind.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM)
 _KEPT = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGCHLD", "SIGHUP") if hasattr(signal, name)
 )
+
+_TIMERS = {name: getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL") if hasattr(signal, name)}
 
 
 class Signals:
@@ -93,7 +95,7 @@ class Surroundings:
         self._signals = signals
         self._pid = 0
         self.here()
-        self._strays: list[threading.Thread] = []
+        self._strays: list[tuple[threading.Thread, User]] = []
         self.begin()
 
     def here(self) -> None:
@@ -106,18 +108,20 @@ class Surroundings:
         self._streams = sys.stdout, sys.stderr
         self._path = list(sys.path)
         self._variables = dict(_variables())
-        self._threads = threading.active_count()
         self._known = set(threading.enumerate())
+        self._timers = {name: _signal.getitimer(number) for name, number in _TIMERS.items()}
         self._children = _children()
         main = threading.current_thread() is threading.main_thread()
         self._handlers = {number: _signal.getsignal(number) for number in _KEPT} if main else {}
 
     @property
-    def strays(self) -> bool:
-        """Whether threads live that user code has left behind."""
-        if self._strays:
-            self._strays = [thread for thread in self._strays if thread.is_alive()]
-        return bool(self._strays)
+    def strays(self) -> User | None:
+        """Whose code has left threads behind that live, or lived since ``forget``."""
+        return self._strays[0][1] if self._strays else None
+
+    def forget(self) -> None:
+        """Threads that have ended can change nothing any more: what they did has been put back."""
+        self._strays = [(thread, user) for thread, user in self._strays if thread.is_alive()]
 
     def end_fork(self) -> None:
         """End this process at once if user code has forked it and come back: it has no part in the search."""
@@ -133,8 +137,9 @@ class Surroundings:
             _tell(user, "the working directory", f"to {folder}", "It is set back after each call")
         if not self._signals.came:
             self._put_back_handlers(user)
-        if threading.active_count() != self._threads:
-            self._note_threads(user)
+            self._disarm(user)
+        if not self._known.issuperset(threads := threading.enumerate()):
+            self._note_threads(user, threads)
         if user.calls & (user.calls - 1) == 0 and _children() - self._children:
             user.warn("child processes", f"{user.subject} left child processes behind. Have it wait for them.")
         if sys.path != self._path:
@@ -164,16 +169,20 @@ class Surroundings:
                 _signal.signal(number, before)
                 _tell(user, "the handler of", signal.Signals(number).name, "It is set back after each call")
 
-    def _note_threads(self, user: User) -> None:
-        new = [thread for thread in threading.enumerate() if thread not in self._known]
-        left = [thread for thread in new if type(thread).__name__ != "TMonitor"]  # tqdm's own
-        if left:
+    def _disarm(self, user: User) -> None:
+        for name, number in _TIMERS.items():
+            if _signal.getitimer(number)[0] and not self._timers[name][0]:
+                _signal.setitimer(number, 0)
+                _tell(user, "a timer", f"({name}) by leaving it armed", "It is disarmed after each call")
+
+    def _note_threads(self, user: User, threads: list[threading.Thread]) -> None:
+        left = [thread for thread in threads if thread not in self._known and type(thread).__name__ != "TMonitor"]
+        if left:  # TMonitor is tqdm's own
             names = ", ".join(thread.name for thread in left[:3])
-            ends = "Have it end them: what they write into the model makes candidates fail."
+            ends = "Have it end them: a candidate fails if the model changes while they live."
             user.warn("threads", f"{user.subject} left threads behind ({names}). {ends}")
-            self._strays += left
-        self._known.update(new)
-        self._threads = threading.active_count()
+            self._strays += [(thread, user) for thread in left]
+        self._known = set(threads)
 
     def _note_variables(self, user: User, now: dict[Any, Any]) -> None:
         changed = [key for key in {**self._variables, **now} if self._variables.get(key) != now.get(key)]

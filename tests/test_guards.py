@@ -198,7 +198,7 @@ def test_configurations_and_lists_of_modules_are_put_back():
     model.config.scale, model.config.rope["theta"] = 2.0, 3.0
     model.kinds.append("c")
     assert not structure.same()
-    places = {change.place for change in structure.mend(deep=False)}
+    places = {change.place for change in structure.mend()}
     assert places == {"config.scale", "config.rope.theta", "kinds"}
     assert (model.config.scale, model.config.rope, model.kinds) == (1.0, {"theta": 1.0}, ["a", "b"])
     assert structure.same()
@@ -211,5 +211,5 @@ def test_tied_weights_stay_tied():
     model.third.weight = model.first.weight
     structure = Structure(model)
     model.third.weight = torch.nn.Parameter(torch.zeros(6, 4))
-    assert [change.place for change in structure.mend(deep=False)] == ["third.weight"]
+    assert [change.place for change in structure.mend()] == ["third.weight"]
     assert model.third.weight is model.first.weight
