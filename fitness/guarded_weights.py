@@ -69,7 +69,10 @@ class Weights:
             if self._viewed != self._addresses:
                 self._views, self._viewed = _views(self._merged), self._addresses
             self._sampled = _sample(self._views)
-        self._digest = self.digest() if whole else None
+        if not whole:
+            self._digest = None
+        elif self._digest is None:
+            self._digest = self.digest()
 
     def same(self) -> bool:
         """Whether memory, types, flags, hooks, gradients and versions are as noted, quickly."""

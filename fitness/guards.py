@@ -368,10 +368,18 @@ class Guards:
         """The process-wide settings that are so now are the caller's own."""
         self._process.begin()
 
-    def watch(self, user: User) -> None:
-        """User code is about to be called, and other code uses the same weights afterwards."""
+    def watch(self, *, whole: bool) -> None:
+        """User code is about to be called, and other code uses the same weights afterwards.
+
+        Args:
+            whole: Compare the weights bit by bit afterwards.
+        """
         if self._shown is not None:
-            self._shown.weights.watch(whole=user.calls == 0)
+            self._shown.weights.watch(whole=whole)
+
+    def digest(self) -> int | None:
+        """A hash of the weights that are shown; None if nothing is known of them."""
+        return None if self._shown is None else self._shown.weights.digest()
 
     def inside(self, model: nn.Module) -> Inside:
         """A guard of ``model`` as it is now, for a call in the middle of a gradient: parameters ask for gradients."""

@@ -42,6 +42,7 @@ class Supervisor:
         self._shown: Any = backend.model
         self._noted = False  # whether the guards know the weights that are shown
         self._own = User("the model", foreign=False)
+        self._was_careful = False
         self.signals = Signals()
         self._surroundings = Surroundings(self.signals)
         self._guards = Guards(backend.model, getattr(backend, "rewritten", None), heads)
@@ -93,11 +94,12 @@ class Supervisor:
         Raises:
             SpoiledError: An earlier call has changed what cannot be put back.
         """
-        careful = user.foreign or self.careful
+        self._was_careful = self.careful
+        careful = user.foreign or self._was_careful
         if careful and not self._noted:
             self._note()
-        if careful and (follows or self.careful or not user.foreign):
-            self._guards.watch(user)
+        if careful and (follows or self._was_careful or not user.foreign):
+            self._guards.watch(whole=user.calls == 0 or self._was_careful)
         try:
             returned = function()
         except BaseException as error:
@@ -149,7 +151,20 @@ class Supervisor:
             self.distrust()
         if leaver is not None and any(change.kind for change in changes):
             raise _by_threads(leaver, changes)
-        return again
+        return again or (leaver is not None and not self._was_careful)
+
+    @contextmanager
+    def merged_again(self) -> Iterator[None]:
+        """The weights that are shown are merged once more: threads that live write into neither, or both differ.
+
+        Raises:
+            SpoiledError: They differ.
+        """
+        leaver, first = self._surroundings.strays, self._guards.digest()
+        self.distrust()
+        yield
+        if leaver is not None and self._guards.digest() != first:
+            raise _by_threads(leaver, [Change("weights")])
 
     def call_loss(self, user: User, model: nn.Module, function: Callable[[], Returned]) -> Returned:
         """What ``function`` returns, a loss of ``model``; other losses and the backward pass use the same weights.
@@ -185,6 +200,6 @@ class Supervisor:
 def _by_threads(leaver: User, changes: list[Change]) -> SpoiledError:
     places = ", ".join(filter(None, (change.place for change in changes[:3])))
     return SpoiledError(
-        f"{leaver.subject} left threads behind, and the model was changed ({changes[0].kind}: {places}) while they lived.",
+        f"{leaver.subject} left threads behind, and the model was changed ({': '.join(filter(None, (changes[0].kind, places)))}) while they lived.",
         "Have it end its threads.",
     )

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -28,7 +29,8 @@ _KEPT = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGCHLD", "SIGHUP") if hasattr(signal, name)
 )
 
-_TIMERS = {name: getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL") if hasattr(signal, name)}
+_REAL = getattr(signal, "ITIMER_REAL", None)
+_SLACK = 0.05  # seconds by which a timer that nobody touched may seem to be due earlier or later
 
 
 class Signals:
@@ -109,7 +111,7 @@ class Surroundings:
         self._path = list(sys.path)
         self._variables = dict(_variables())
         self._known = set(threading.enumerate())
-        self._timers = {name: _signal.getitimer(number) for name, number in _TIMERS.items()}
+        self._due = _due()
         self._children = _children()
         main = threading.current_thread() is threading.main_thread()
         self._handlers = {number: _signal.getsignal(number) for number in _KEPT} if main else {}
@@ -137,7 +139,7 @@ class Surroundings:
             _tell(user, "the working directory", f"to {folder}", "It is set back after each call")
         if not self._signals.came:
             self._put_back_handlers(user)
-            self._disarm(user)
+            self._put_back_timer(user)
         if not self._known.issuperset(threads := threading.enumerate()):
             self._note_threads(user, threads)
         if user.calls & (user.calls - 1) == 0 and _children() - self._children:
@@ -169,11 +171,11 @@ class Surroundings:
                 _signal.signal(number, before)
                 _tell(user, "the handler of", signal.Signals(number).name, "It is set back after each call")
 
-    def _disarm(self, user: User) -> None:
-        for name, number in _TIMERS.items():
-            if _signal.getitimer(number)[0] and not self._timers[name][0]:
-                _signal.setitimer(number, 0)
-                _tell(user, "a timer", f"({name}) by leaving it armed", "It is disarmed after each call")
+    def _put_back_timer(self, user: User) -> None:
+        before, now = self._due, _due()
+        if now != before and abs(now - before) > _SLACK and not 0 < before < time.monotonic():
+            _signal.setitimer(_REAL, max(before - time.monotonic(), _SLACK) if before else 0)
+            _tell(user, "the timer", "of SIGALRM", "It is set back after each call")
 
     def _note_threads(self, user: User, threads: list[threading.Thread]) -> None:
         left = [thread for thread in threads if thread not in self._known and type(thread).__name__ != "TMonitor"]
@@ -193,6 +195,12 @@ class Surroundings:
 
 def _tell(user: User, what: str, how: str, then: str) -> None:
     user.warn(what, f"{user.subject} changed {what} {how}. {then}. Have it undo what it sets, with try and finally.")
+
+
+def _due() -> float:
+    """When SIGALRM comes, by ``time.monotonic``; 0 if no timer is armed."""
+    left: float = 0.0 if _REAL is None else _signal.getitimer(_REAL)[0]
+    return time.monotonic() + left if left else 0.0
 
 
 def _folder() -> str | None:

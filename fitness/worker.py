@@ -216,10 +216,12 @@ class Worker:
                 began = time.perf_counter() - shared
                 model = next(models)
                 self._supervisor.shown(model)
+                if twice := self._supervisor.careful:
+                    model = self._merged_twice(trial.genome)
                 merging = {"merge_seconds": round(time.perf_counter() - began, 6)}
                 self._again = False
                 evaluations.append(replace(self._evaluate(trial, model, began), details=merging))
-                if self._again:
+                if self._again or twice:
                     models = self._backend.show([left.genome for left in trials[place:]]) if trials[place:] else models
         except BaseException as error:
             self._supervisor.signals.pass_on(error)
@@ -390,6 +392,17 @@ class Worker:
         """The model with the weights of a genome."""
         model: Model = next(self._backend.show([genome]))
         self._supervisor.shown(model)
+        return self._merged_twice(genome) if self._supervisor.careful else model
+
+    def _merged_twice(self, genome: Genome) -> Model:
+        """The model that is shown, merged once more, as a thread of user code may have written into it meanwhile.
+
+        Raises:
+            SpoiledError: The two merges differ.
+        """
+        with self._supervisor.merged_again():
+            model: Model = next(self._backend.show([genome]))
+            self._supervisor.shown(model)
         return model
 
     def _objective_user(self, group: Subset, objective: Objective) -> User:

@@ -63,8 +63,9 @@ def test_no_score_is_wrong(models, monkeypatch, caplog, kind, stack_bytes):
     states = [state.get() for state in STATES]
     with caplog.at_level(logging.WARNING, "ecotone"):
         found = measured(models, well("first"), bad(kind), well("last"))
-    assert all(one.ok for one in found), found
+    assert all(one.ok for one in found) or kind in misbehaving.MAY_FAIL, found
     assert wrong(found, expected) == 0
+    assert all("objective 'bad' left threads" in one.failure.message for one in found if not one.ok)
     assert [state.get() for state in STATES] == states
     told = [record for record in caplog.records if record.event == "objective_misbehaved"]
     assert {record.subject for record in told} == {"objective 'bad'"}
