@@ -36,7 +36,7 @@ OF_TORCH: tuple[Owner, ...] = (
 )
 """Modules and classes of torch whose names are watched. What tensors inherit from C can only be hidden by these."""
 
-_PYTHONS = frozenset({"__annotations__", "__doc__", "__warningregistry__", "__parameters__"})  # made at first use
+_PYTHONS = frozenset({"__annotations__", "__doc__", "__warningregistry__", "__parameters__", "__slotnames__"})  # made at first use
 
 
 class Names:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from itertools import chain
 from operator import is_
-from types import SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -23,7 +24,12 @@ MISSING = object()
 """Stands for a value that is not there."""
 
 Values: TypeAlias = dict[str, Any]
+_METHODS = ("__iter__", "__len__", "__getitem__", "__setitem__", "keys", "values", "items", "update", "clear")
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+
+SINGLE = frozenset({*_PLAIN, Tensor, nn.Parameter, FunctionType, MethodType})
+"""Types of values that hold no others."""
+_ORDINARY = frozenset({dict, OrderedDict, list, set, tuple})
 
 
 def equal(old: Any, new: Any) -> bool:
@@ -61,6 +67,8 @@ class Contents:
             place: Its name.
             depth: In how many others it lies.
         """
+        if type(value) in SINGLE:
+            return
         inner = _parts(value, place)
         if inner is None or depth > DEPTH or (depth and len(inner) > LONG):
             return
@@ -76,7 +84,7 @@ class Contents:
             self._known.add(id(inner))
         children = inner.items() if isinstance(inner, dict) else enumerate(inner)
         for key, child in children:
-            if not isinstance(child, (*_PLAIN, Tensor)):
+            if type(child) not in SINGLE:
                 self.follow(child, sort, f"{place}.{key}".strip("."), depth + 1)
 
     def seal(self) -> None:
@@ -126,12 +134,20 @@ class Contents:
 def _parts(value: Any, place: str) -> Any:
     """What a container holds: itself, or the attributes of an object; None of what is no container."""
     if isinstance(value, dict | list | set | tuple):
-        return value
+        return value if _ordinary(type(value)) else None
     attributes = getattr(value, "__dict__", None)
     if type(attributes) is not dict or isinstance(value, type | nn.Module):
         return None
     configured = place.rpartition(".")[2].endswith("config")
     return attributes if configured or isinstance(value, SimpleNamespace) or is_dataclass(value) else None
+
+
+def _ordinary(kind: type) -> bool:
+    """Whether reading and filling a container runs no code of its class."""
+    if kind in _ORDINARY:
+        return True
+    base = next(one for one in (OrderedDict, dict, list, set, tuple) if issubclass(kind, one))
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in _METHODS)
 
 
 def _changes(now: Values, before: Values, sort: str, place: str) -> Iterator[tuple[str, str]]:

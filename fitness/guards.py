@@ -40,7 +40,7 @@ from torch.utils import _device as device_of_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecotone.fitness.guarded_names import OF_TORCH, Globals, Names, of_torch
-from ecotone.fitness.guarded_values import Contents
+from ecotone.fitness.guarded_values import SINGLE, Contents
 from ecotone.fitness.guarded_weights import Weights
 from ecotone.populations.errors import InputError
 
@@ -258,11 +258,13 @@ class Structure:
         own = vars(module)
         self._contents.watch(own, "attributes", name)
         for key, value in own.items():
+            if type(value) in SINGLE:
+                continue
             place = f"{name}.{key}".strip(".")
             hooks = key.endswith("_hooks") or "_hooks_" in key
             if isinstance(value, dict) and (hooks or key in _SORTS):
                 self._contents.watch(value, _SORTS.get(key, "hooks"), name)
-            elif not isinstance(value, Tensor):
+            else:
                 self._contents.follow(value, "attributes", place)
 
 
