@@ -379,6 +379,27 @@ class Guards:
         if self._shown is not None:
             self._shown.weights.watch(whole=whole)
 
+    def digest(self, *, keep: bool = False) -> int | None:
+        """A hash of the weights that are shown; None if nothing is known of them.
+
+        Args:
+            keep: Compare the weights with it after the next calls.
+        """
+        return None if self._shown is None else self._shown.weights.digest(keep=keep)
+
+    def begin(self) -> None:
+        """The process-wide settings that are so now are the caller's own."""
+        self._process.begin()
+
+    def watch(self, *, whole: bool) -> None:
+        """User code is about to be called, and other code uses the same weights afterwards.
+
+        Args:
+            whole: Compare the weights bit by bit afterwards.
+        """
+        if self._shown is not None:
+            self._shown.weights.watch(whole=whole)
+
     def digest(self) -> int | None:
         """A hash of the weights that are shown; None if nothing is known of them."""
         return None if self._shown is None else self._shown.weights.digest()

@@ -77,11 +77,12 @@ class Supervisor:
         self._shown = model
         self._noted = False
         if leaver := self._surroundings.strays:
-            self._surroundings.forget()  # before what they did is put back: one that ends meanwhile counts once more
             self._note()
             changes, again = self._guards.after(leaver)
             if again:
                 raise _by_threads(leaver, changes)
+            self._surroundings.forget()
+            self._surroundings.mark()
 
     def call(self, user: User, function: Callable[[], Returned], *, follows: bool) -> Returned:
         """What ``function`` returns. An exception of any kind goes on, as a signal's handler raised it if it did.
@@ -146,6 +147,8 @@ class Supervisor:
                 while it was scored.
         """
         leaver = self._surroundings.strays
+        if leaver is not None:
+            self._surroundings.mark()
         changes, again = self._guards.after(user, merged=merged and self._noted, fixed=fixed, blamed=leaver)
         if again or leaver is not None:
             self.distrust()
@@ -163,7 +166,7 @@ class Supervisor:
         leaver, first = self._surroundings.strays, self._guards.digest()
         self.distrust()
         yield
-        if leaver is not None and self._guards.digest() != first:
+        if self._guards.digest(keep=True) != first and leaver is not None:
             raise _by_threads(leaver, [Change("weights")])
 
     def call_loss(self, user: User, model: nn.Module, function: Callable[[], Returned]) -> Returned:

@@ -98,6 +98,7 @@ class Surroundings:
         self._pid = 0
         self.here()
         self._strays: list[tuple[threading.Thread, User]] = []
+        self._ended: set[threading.Thread] = set()
         self.begin()
 
     def here(self) -> None:
@@ -118,12 +119,16 @@ class Surroundings:
 
     @property
     def strays(self) -> User | None:
-        """Whose code has left threads behind that live, or lived since ``forget``."""
+        """Whose code has left threads behind that live, or lived until now."""
         return self._strays[0][1] if self._strays else None
 
+    def mark(self) -> None:
+        """Weights are merged from now on: threads that have ended write into none of them."""
+        self._ended = {thread for thread, _ in self._strays if not thread.is_alive()}
+
     def forget(self) -> None:
-        """Threads that have ended can change nothing any more: what they did has been put back."""
-        self._strays = [(thread, user) for thread, user in self._strays if thread.is_alive()]
+        """What the threads did that had ended at the last ``mark`` has been put back: they count no more."""
+        self._strays = [(thread, user) for thread, user in self._strays if thread not in self._ended]
 
     def end_fork(self) -> None:
         """End this process at once if user code has forked it and come back: it has no part in the search."""
