@@ -36,7 +36,8 @@ OF_TORCH: tuple[Owner, ...] = (
 )
 """Modules and classes of torch whose names are watched. What tensors inherit from C can only be hidden by these."""
 
-_PYTHONS = frozenset({"__annotations__", "__doc__", "__warningregistry__", "__parameters__", "__slotnames__"})  # made at first use
+_PYTHONS = frozenset({"__annotations__", "__doc__", "__warningregistry__", "__parameters__", "__slotnames__"})
+"""Names that Python adds when they are first used."""
 
 
 class Names:
@@ -182,7 +183,7 @@ def _globals_of(kind: type) -> tuple[tuple[dict[str, Any], tuple[str, ...]], ...
                     left += filter(None, [_function(values[name])])
             else:
                 stored.add(name)
-    return tuple((values, tuple(name for name in names if name not in stored)) for values, names, stored in read.values())
+    return tuple((values, tuple(one for one in names if one not in stored)) for values, names, stored in read.values())
 
 
 def _function(value: Any) -> FunctionType | None:

@@ -9,16 +9,27 @@ What is certain, whatever the call did through torch's functions and Python's at
 
 - modules, parameters and buffers are the same objects, of the same types, shapes and memory;
 - hooks of all kinds, instance attributes (a patched ``forward`` among them), modes, and configurations of Hugging Face
-  modules are the same, and so are the classes' ``forward`` and ``__call__``;
+  modules are the same, and so are dicts, lists and sets in them, in each other (``DEPTH`` deep, of ``LONG`` values);
+- the classes of the modules, and their parents, have the same names for the same things: methods, properties, class
+  attributes. So have ``torch``, its functions and tensors (``OF_TORCH``). A name that was added to torch counts where
+  code reads it that did without: because it hides an inherited or a built-in one, or an attribute of the model;
+- globals that the classes' own module has, and that their code reads and never sets, are the same;
 - no tensor was written into by an operation that torch counts (``_version``), asks for gradients, or has one;
-- torch's process-wide settings (``STATES``) and the functions of ``torch.nn.functional`` are the same.
+- torch's process-wide settings (``STATES``), function modes and dispatch modes among them, are the same.
 
 What is likely: writes that torch does not count, as those through ``.data`` or numpy. Tensors that no merge rewrites
 are compared bit by bit after each call of user code (large ones on 32 elements). Merged weights are compared bit by bit
 after the first call of each objective that another one follows, and on 32 elements of each tensor after every later
-call. The functions of ``torch`` itself, the methods of tensors and the other methods of the model's classes are
-compared after calls 1, 2, 4, 8 and so on of an objective, after calls that take longer than ``SLOW`` seconds, and after
-each call of an objective that has changed some.
+call.
+
+Threads that a call leaves behind may write at any moment. While one lives, and until what it did has been looked for
+once more, each merge is made twice and compared bit by bit, and the model is compared after each call, ours too. Any
+difference fails the candidate at hand, and names the objective that left the thread. It is likely only that no score is
+wrong then: a thread may take back what it wrote before the call ends, damage both merges alike, or change a setting of
+the process for a moment. Threads that do not come from ``threading`` are not known.
+
+Not looked for: kernels that ``torch.library`` registers, the code of a function (``__code__``), objects other than
+those above (arrays of numpy, instances of other classes), globals of other modules, and libraries in C.
 
 Weights that were written into are merged again before the next objective. What cannot be put back makes this candidate
 and all later ones of the worker fail.
@@ -28,6 +39,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter
@@ -128,10 +140,8 @@ def _pop_functions(length: int) -> None:
 def _pop_dispatch(length: int) -> None:
     while (now := torch._C._len_torch_dispatch_stack()) > length:
         mode = torch._C._get_dispatch_stack_at(now - 1)
-        try:
-            TorchDispatchMode.__exit__(mode, None, None, None)  # resets torch's own flags; a subclass may do other things
-        except Exception:  # it was put on the stack without __enter__
-            pass
+        with suppress(Exception):  # it may have been put on the stack without __enter__
+            TorchDispatchMode.__exit__(mode, None, None, None)  # as it resets flags of torch; a subclass may do more
         if torch._C._len_torch_dispatch_stack() == now:
             torch._C._pop_torch_dispatch_stack()
 
@@ -386,23 +396,6 @@ class Guards:
             keep: Compare the weights with it after the next calls.
         """
         return None if self._shown is None else self._shown.weights.digest(keep=keep)
-
-    def begin(self) -> None:
-        """The process-wide settings that are so now are the caller's own."""
-        self._process.begin()
-
-    def watch(self, *, whole: bool) -> None:
-        """User code is about to be called, and other code uses the same weights afterwards.
-
-        Args:
-            whole: Compare the weights bit by bit afterwards.
-        """
-        if self._shown is not None:
-            self._shown.weights.watch(whole=whole)
-
-    def digest(self) -> int | None:
-        """A hash of the weights that are shown; None if nothing is known of them."""
-        return None if self._shown is None else self._shown.weights.digest()
 
     def inside(self, model: nn.Module) -> Inside:
         """A guard of ``model`` as it is now, for a call in the middle of a gradient: parameters ask for gradients."""

@@ -202,7 +202,8 @@ class Supervisor:
 
 def _by_threads(leaver: User, changes: list[Change]) -> SpoiledError:
     places = ", ".join(filter(None, (change.place for change in changes[:3])))
+    what = ": ".join(filter(None, (changes[0].kind, places)))
     return SpoiledError(
-        f"{leaver.subject} left threads behind, and the model was changed ({': '.join(filter(None, (changes[0].kind, places)))}) while they lived.",
+        f"{leaver.subject} left threads behind, and the model was changed ({what}) while they lived.",
         "Have it end its threads.",
     )
