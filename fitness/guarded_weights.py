@@ -69,7 +69,10 @@ class Weights:
             if self._viewed != self._addresses:
                 self._views, self._viewed = _views(self._merged), self._addresses
             self._sampled = _sample(self._views)
-        self._digest = self.digest() if whole else None
+        if not whole:
+            self._digest = None
+        elif self._digest is None:
+            self._digest = self.digest()
 
     def same(self) -> bool:
         """Whether memory, types, flags, hooks, gradients and versions are as noted, quickly."""
@@ -140,8 +143,12 @@ class Weights:
                     found.append(("hooks", name))  # one that was removed, as our own are, leaves an empty dict
         return found
 
-    def digest(self) -> int:
-        """A hash of all bits of the merged weights. On a GPU it is made of sums, which the order hardly changes."""
+    def digest(self, *, keep: bool = False) -> int:
+        """A hash of all bits of the merged weights. On a GPU it is made of sums, which the order hardly changes.
+
+        Args:
+            keep: It is that of the weights as they should be, for ``watch`` and ``changed``.
+        """
         found = []
         for tensor in self._merged:
             bits = _bits(tensor)
@@ -150,7 +157,9 @@ class Weights:
             else:
                 flat = bits.reshape(-1)
                 found += [int(flat.sum(dtype=torch.int64)), int(flat[::3].sum(dtype=torch.int64))]
-        return hash(tuple(found))
+        digest = hash(tuple(found))
+        self._digest = digest if keep else self._digest
+        return digest
 
     def _count(self) -> list[int]:
         if all(self._counted):

@@ -9,16 +9,27 @@ What is certain, whatever the call did through torch's functions and Python's at
 
 - modules, parameters and buffers are the same objects, of the same types, shapes and memory;
 - hooks of all kinds, instance attributes (a patched ``forward`` among them), modes, and configurations of Hugging Face
-  modules are the same, and so are the classes' ``forward`` and ``__call__``;
+  modules are the same, and so are dicts, lists and sets in them, in each other (``DEPTH`` deep, of ``LONG`` values);
+- the classes of the modules, and their parents, have the same names for the same things: methods, properties, class
+  attributes. So have ``torch``, its functions and tensors (``OF_TORCH``). A name that was added to torch counts where
+  code reads it that did without: because it hides an inherited or a built-in one, or an attribute of the model;
+- globals that the classes' own module has, and that their code reads and never sets, are the same;
 - no tensor was written into by an operation that torch counts (``_version``), asks for gradients, or has one;
-- torch's process-wide settings (``STATES``) and the functions of ``torch.nn.functional`` are the same.
+- torch's process-wide settings (``STATES``), function modes and dispatch modes among them, are the same.
 
 What is likely: writes that torch does not count, as those through ``.data`` or numpy. Tensors that no merge rewrites
 are compared bit by bit after each call of user code (large ones on 32 elements). Merged weights are compared bit by bit
 after the first call of each objective that another one follows, and on 32 elements of each tensor after every later
-call. The functions of ``torch`` itself, the methods of tensors and the other methods of the model's classes are
-compared after calls 1, 2, 4, 8 and so on of an objective, after calls that take longer than ``SLOW`` seconds, and after
-each call of an objective that has changed some.
+call.
+
+Threads that a call leaves behind may write at any moment. While one lives, and until what it did has been looked for
+once more, each merge is made twice and compared bit by bit, and the model is compared after each call, ours too. Any
+difference fails the candidate at hand, and names the objective that left the thread. It is likely only that no score is
+wrong then: a thread may take back what it wrote before the call ends, damage both merges alike, or change a setting of
+the process for a moment. Threads that do not come from ``threading`` are not known.
+
+Not looked for: kernels that ``torch.library`` registers, the code of a function (``__code__``), objects other than
+those above (arrays of numpy, instances of other classes), globals of other modules, and libraries in C.
 
 Weights that were written into are merged again before the next objective. What cannot be put back makes this candidate
 and all later ones of the worker fail.
@@ -27,26 +38,27 @@ and all later ones of the worker fail.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter, is_
-from typing import Any, TypeAlias
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules_of_torch
 from torch.utils import _device as device_of_torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ecotone.fitness.guarded_names import OF_TORCH, Globals, Names, of_torch
+from ecotone.fitness.guarded_values import SINGLE, Contents
 from ecotone.fitness.guarded_weights import Weights
 from ecotone.populations.errors import InputError
 
-SLOW = 0.1
-"""Seconds of a call after which the whole of torch's functions is compared."""
-
 _SORTS = {"_parameters": "parameters", "_buffers": "buffers", "_modules": "layers"}
 _METHODS = attrgetter("forward", "__call__", "_call_impl", "__getattr__")
-_REPLACED = frozenset({"forward", "__call__", "_call_impl", "__getattr__", "__getattribute__", "__setattr__"})
+_SETTINGS = frozenset({"torch's functions", "classes", "globals"})
 _UNDO = "Have it undo what it sets, with try and finally."
 _COPY = "Have it work on a copy: copy.deepcopy(model)."
 
@@ -63,7 +75,7 @@ class Change:
 
     Args:
         kind: ``layers``, ``parameters``, ``buffers``, ``hooks``, ``forward``, ``training mode``, ``attributes``,
-            ``classes``, ``gradients``, ``weights``, ``torch's functions``, or a setting of ``STATES``.
+            ``classes``, ``globals``, ``gradients``, ``weights``, ``torch's functions``, or a setting of ``STATES``.
         place: The name of the layer, tensor or function; may be empty.
     """
 
@@ -93,6 +105,7 @@ def _states() -> Iterator[State]:
     yield State("the number of threads", torch.get_num_threads, torch.set_num_threads)
     yield State("the default device", lambda: device_of_torch.CURRENT_DEVICE, torch.set_default_device)
     yield State("function modes", torch._C._len_torch_function_stack, _pop_functions)
+    yield State("dispatch modes", torch._C._len_torch_dispatch_stack, _pop_dispatch)
     yield State("inference mode", torch.is_inference_mode_enabled, _leave_inference)
     for device in ("cpu", "cuda"):
         yield State(f"autocast on {device}", _of(torch.is_autocast_enabled, device), _to(device))
@@ -124,6 +137,15 @@ def _pop_functions(length: int) -> None:
         torch._C._pop_torch_function_stack()
 
 
+def _pop_dispatch(length: int) -> None:
+    while (now := torch._C._len_torch_dispatch_stack()) > length:
+        mode = torch._C._get_dispatch_stack_at(now - 1)
+        with suppress(Exception):  # it may have been put on the stack without __enter__
+            TorchDispatchMode.__exit__(mode, None, None, None)  # as it resets flags of torch; a subclass may do more
+        if torch._C._len_torch_dispatch_stack() == now:
+            torch._C._pop_torch_dispatch_stack()
+
+
 def _leave_inference(on: bool) -> None:
     """Nothing: torch leaves inference mode only where it was entered. The comparison that follows says so."""
 
@@ -133,21 +155,16 @@ STATES: tuple[State, ...] = tuple(_states())
 _GETS = tuple(state.get for state in STATES)
 
 
-TorchFunctions: TypeAlias = dict[str, tuple[Any, dict[str, Any]]]
-"""Modules and classes of torch by name, each with its functions by name."""
-
-
 class Process:
     """The process-wide settings, as they are when user code begins.
 
     Args:
-        functions: Torch's functions as they should be; None takes them as they are.
+        names: Torch's functions as they should be; None takes them as they are.
     """
 
-    def __init__(self, functions: TorchFunctions | None = None) -> None:
+    def __init__(self, names: Names | None = None) -> None:
         self._before = [get() for get in _GETS]
-        owners = (nn.functional, torch, torch.Tensor)
-        self.functions: TorchFunctions = functions or {one.__name__: (one, _functions(one)) for one in owners}
+        self.names = Names(OF_TORCH) if names is None else names
 
     def begin(self) -> None:
         """Settings that differ now are the caller's own: another thread has other modes."""
@@ -157,25 +174,20 @@ class Process:
         """Whether the settings are as they were; functions are left out."""
         return [get() for get in _GETS] == self._before
 
-    def mend(self, foreign: bool, deep: bool) -> list[Change]:
+    def mend(self, *, foreign: bool) -> list[Change]:
         """Put back what differs; return it.
 
         Args:
-            foreign: Look at the functions of ``torch.nn.functional``, too.
-            deep: Look at torch's functions, and the methods of tensors.
+            foreign: Look at torch's functions and the methods of tensors, too.
 
         Raises:
             SpoiledError: Something cannot be put back.
         """
         changes = [] if self.same() else self._put_back()
-        watched = list(self.functions.items())
-        for name, (owner, functions) in watched if deep else watched[:1] if foreign else ():
-            for key in _patched(owner, functions):
-                if _of_torch(vars(owner).get(key)):  # torch wraps some of its own when more of it is imported
-                    functions[key] = vars(owner)[key]
-                    continue
-                setattr(owner, key, functions[key])
-                changes.append(Change("torch's functions", f"{name}.{key}"))
+        if foreign and not self.names.same():
+            changes += [Change("torch's functions", name) for name in self.names.put_back()]
+            if not self.names.same():
+                raise SpoiledError("it changed torch's functions in a way that cannot be put back", _UNDO)
         return changes
 
     def _put_back(self) -> list[Change]:
@@ -190,165 +202,80 @@ class Process:
         return changes
 
 
-def _of_torch(function: Any) -> bool:
-    """Whether the code of a function lies in torch."""
-    return str(getattr(function, "__globals__", {}).get("__name__")).partition(".")[0] == "torch"
-
-
-def _functions(owner: Any) -> dict[str, Any]:
-    """The functions of a module or a class, by name."""
-    return {name: value for name, value in vars(owner).items() if callable(value) and not isinstance(value, type)}
-
-
-def _patched(owner: Any, functions: Mapping[str, Any]) -> list[str]:
-    """The names of ``functions`` that ``owner`` has something else under now."""
-    present = vars(owner)
-    return [name for name, function in functions.items() if present.get(name) is not function]
-
-
-Values: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class _Watched:
-    """A dict that belongs to the model's state: itself, its contents before, and where it lies."""
-
-    now: Values
-    before: Values
-    sort: str
-    place: str
-
-    def changes(self) -> Iterator[Change]:
-        """What differs."""
-        for key in {**self.before, **self.now}:
-            old, new = self.before.get(key, _MISSING), self.now.get(key, _MISSING)
-            if old is not new and not _equal(old, new):
-                yield Change(self._kind(key, old, new), f"{self.place}.{key}".strip("."))
-
-    def put_back(self) -> None:
-        if list(map(id, self.now.values())) != list(map(id, self.before.values())) or [*self.now] != [*self.before]:
-            self.now.clear()
-            self.now.update(self.before)
-
-    def _kind(self, key: str, old: Any, new: Any) -> str:
-        if self.sort != "attributes":
-            return self.sort
-        if key == "training":
-            return "training mode"
-        if isinstance(old, Tensor) or isinstance(new, Tensor):
-            return ""  # a model's own cache
-        return "forward" if callable(new) and not isinstance(new, type) else "attributes"
-
-
-_MISSING = object()
-
-
-def _equal(old: Any, new: Any) -> bool:
-    """Whether two plain values are the same; of others only identity counts."""
-    plain = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
-    return isinstance(old, plain) and type(old) is type(new) and old == new
-
-
 class Structure:
-    """Modules, parameters, buffers, hooks, attributes and methods of a model, as they are now.
+    """Modules, parameters, buffers, hooks, attributes, classes and globals of a model, as they are now.
 
     Args:
         model: A module, or a dict of tensors.
     """
 
     def __init__(self, model: nn.Module | dict[str, Tensor]) -> None:
-        self._dicts: list[_Watched] = []
-        self._lists: list[tuple[list[Any], list[Any], str]] = []
-        self._known: set[int] = set()
+        self._contents = Contents()
         self._modules: list[nn.Module] = []
         if isinstance(model, nn.Module):
             for name, module in model.named_modules():
                 self._modules.append(module)
                 self._watch_module(name, module)
         else:
-            self._watch(model, "parameters", "")
+            self._contents.watch(model, "parameters", "")
         for name, value in vars(modules_of_torch).items():
             if name.startswith("_global_") and isinstance(value, dict):
-                self._watch(value, "hooks", "all modules")
+                self._contents.watch(value, "hooks", "all modules")
         self._types = [type(module) for module in self._modules]
         self._classes = list(dict.fromkeys(self._types))
         self._methods = [*map(_METHODS, self._classes)]
         parents = dict.fromkeys(chain.from_iterable(one.__mro__ for one in self._classes))
-        self._functions = {one: _functions(one) for one in parents if one is not object}
-        self._now = [watched.now for watched in self._dicts if watched.before]
-        self._empty = [watched.now for watched in self._dicts if not watched.before]  # most hooks
-        self._ids = self._identities()
+        self._names = Names([one for one in parents if one is not object], self._used)
+        self._globals = Globals(self._classes)
+        for one in parents:
+            for key, value in vars(one).items() if not of_torch(one) else ():
+                if not key.startswith("__"):
+                    self._contents.follow(value, "classes", f"{one.__name__}.{key}")
+        for place, value in self._globals.values():
+            self._contents.follow(value, "globals", place)
+        self._contents.seal()
 
     def same(self) -> bool:
-        """Whether nothing differs, quickly; the classes' other methods are left out."""
+        """Whether nothing differs, quickly; most names of classes, and globals, are left out."""
         return (
-            not any(self._empty)
-            and self._identities() == self._ids
+            self._contents.same()
             and [*map(type, self._modules)] == self._types
             and [*map(_METHODS, self._classes)] == self._methods
-            and all(len(now) == len(old) and all(map(is_, now, old)) for now, old, _ in self._lists)
         )
 
-    def mend(self, deep: bool) -> list[Change]:
+    def same_names(self) -> bool:
+        """Whether names of classes and dicts stand for what they did, and globals, too."""
+        return self._names.same() and self._globals.same() and self._contents.same_keys()
+
+    def mend(self) -> list[Change]:
         """Put back what differs; return it."""
-        changes = [] if self.same() else self._put_back()
-        if deep or any(change.kind == "classes" for change in changes):
-            changes += self._put_back_methods()
-        return changes
-
-    def _identities(self) -> list[int]:
-        return [*map(id, chain.from_iterable(map(dict.values, self._now)))]
-
-    def _put_back(self) -> list[Change]:
         changes = []
         for module, kind in zip(self._modules, self._types, strict=True):
             if type(module) is not kind:
                 module.__class__ = kind
                 changes.append(Change("classes", kind.__name__))
-        for watched in self._dicts:
-            changes += watched.changes()
-            watched.put_back()
-        for now, before, place in self._lists:
-            if len(now) != len(before) or not all(map(is_, now, before)):
-                now[:] = before
-                changes.append(Change("attributes", place))
-        if [*map(_METHODS, self._classes)] != self._methods:
-            changes += self._put_back_methods()
-        return changes
+        changes += [Change(kind, place) for kind, place in self._contents.put_back()]
+        changes += [Change("classes", name) for name in self._names.put_back()]
+        return changes + [Change("globals", name) for name in self._globals.put_back()]
 
-    def _put_back_methods(self) -> list[Change]:
-        changes = []
-        for owner, functions in self._functions.items():
-            added = [name for name in _functions(owner) if name not in functions and name in _REPLACED]
-            for name in added:
-                delattr(owner, name)
-            patched = _patched(owner, functions)
-            for name in patched:
-                setattr(owner, name, functions[name])
-            changes += [Change("classes", f"{owner.__name__}.{name}") for name in (*added, *patched)]
-        return changes
+    def _used(self) -> set[str]:
+        """Names that the modules have: a name of a class would hide them."""
+        sorts = (vars(module) for module in self._modules)
+        inner = [(own, *(own[sort] for sort in _SORTS if sort in own)) for own in sorts]
+        return {*chain.from_iterable(chain.from_iterable(inner))}
 
     def _watch_module(self, name: str, module: nn.Module) -> None:
         own = vars(module)
-        self._watch(own, "attributes", name)
+        self._contents.watch(own, "attributes", name)
         for key, value in own.items():
+            if type(value) in SINGLE:
+                continue
             place = f"{name}.{key}".strip(".")
-            if key.endswith("config") and type(getattr(value, "__dict__", None)) is dict:
-                self._watch(vars(value), "attributes", place)
-                for inner, values in vars(value).items():
-                    if type(values) is dict:
-                        self._watch(values, "attributes", f"{place}.{inner}")
-            elif isinstance(value, dict):
-                hooks = key.endswith("_hooks") or "_hooks_" in key
-                self._watch(value, _SORTS.get(key, "hooks" if hooks else "attributes"), name)
-            elif isinstance(value, list) and id(value) not in self._known:
-                self._known.add(id(value))
-                self._lists.append((value, list(value), place))
-
-    def _watch(self, values: Values, sort: str, place: str) -> None:
-        if id(values) not in self._known:
-            self._known.add(id(values))
-            self._dicts.append(_Watched(values, dict(values), sort, place))
+            hooks = key.endswith("_hooks") or "_hooks_" in key
+            if isinstance(value, dict) and (hooks or key in _SORTS):
+                self._contents.watch(value, _SORTS.get(key, "hooks"), name)
+            else:
+                self._contents.follow(value, "attributes", place)
 
 
 @dataclass(eq=False)
@@ -386,26 +313,25 @@ class _Guarded:
         return self.structure.same() and self.weights.same()
 
 
-_DEEP = frozenset({"torch's functions", "classes"})  # who changes these once is looked at closely each time
-
-
 class Inside:
     """Guards one call in the middle of a gradient, where flags and methods differ from those of a model at rest.
 
     Args:
         model: The module.
         shown: What is known of its tensors.
-        functions: Torch's functions as they should be.
+        names: Torch's functions as they should be.
     """
 
-    def __init__(self, model: nn.Module, shown: _Guarded | None, functions: TorchFunctions) -> None:
+    def __init__(self, model: nn.Module, shown: _Guarded | None, names: Names) -> None:
         self._structure = Structure(model)
-        self._process = Process(functions)
+        self._process = Process(names)
         self._shown = shown
 
     def mend(self) -> list[Change]:
         """Put back what differs, in tensors that are not merged, too; return it."""
-        changes = [*self._process.mend(foreign=True, deep=False), *self._structure.mend(deep=False)]
+        changes = self._process.mend(foreign=True)
+        if not (self._structure.same() and self._structure.same_names()):
+            changes += self._structure.mend()
         fixed = [] if self._shown is None else self._shown.weights.spoilt()[0]
         return [*changes, *(Change("buffers", name) for name in fixed)]
 
@@ -454,29 +380,41 @@ class Guards:
         """The process-wide settings that are so now are the caller's own."""
         self._process.begin()
 
-    def watch(self, user: User) -> None:
-        """User code is about to be called, and other code uses the same weights afterwards."""
+    def watch(self, *, whole: bool) -> None:
+        """User code is about to be called, and other code uses the same weights afterwards.
+
+        Args:
+            whole: Compare the weights bit by bit afterwards.
+        """
         if self._shown is not None:
-            self._shown.weights.watch(whole=user.calls == 0)
+            self._shown.weights.watch(whole=whole)
+
+    def digest(self, *, keep: bool = False) -> int | None:
+        """A hash of the weights that are shown; None if nothing is known of them.
+
+        Args:
+            keep: Compare the weights with it after the next calls.
+        """
+        return None if self._shown is None else self._shown.weights.digest(keep=keep)
 
     def inside(self, model: nn.Module) -> Inside:
         """A guard of ``model`` as it is now, for a call in the middle of a gradient: parameters ask for gradients."""
-        return Inside(model, self._shown, self._process.functions)
+        return Inside(model, self._shown, self._process.names)
 
     def written(self) -> list[str]:
         """Names of the shown model's tensors that were written into since ``shown``."""
         return [] if self._shown is None else self._shown.weights.changed()
 
     def after(
-        self, user: User, seconds: float, *, merged: bool = True, fixed: bool = True
+        self, user: User, *, merged: bool = True, fixed: bool = True, blamed: User | None = None
     ) -> tuple[list[Change], bool]:
         """User code has been called: put back what it changed, and tell of it.
 
         Args:
             user: The code.
-            seconds: The time that it took.
             merged: Whether ``shown`` was called before: else it is not known which weights there should be.
             fixed: Whether the tensors that are not merged are those of merges.
+            blamed: Whose threads may have made the changes; None blames ``user``.
 
         Returns:
             What was changed, and whether the weights must be merged again.
@@ -485,22 +423,21 @@ class Guards:
             SpoiledError: Something cannot be put back. Every later ``shown`` raises it as well.
         """
         user.calls += 1
-        if not user.foreign and self._quiet(merged):
+        blamed = blamed or user
+        if not blamed.foreign and self._quiet(merged):
             return [], False
-        patches = not _DEEP.isdisjoint(user.warned)
-        deep = user.foreign and (user.calls & (user.calls - 1) == 0 or seconds > SLOW or patches)
         try:
-            changes = self._process.mend(user.foreign, deep)
+            changes = self._process.mend(foreign=blamed.foreign)
             again = False
             for guarded in self._all():
                 known = merged and guarded is self._shown
-                found, written = self._mended(guarded, user, deep, known, fixed or guarded in self._heads)
+                found, written = self._mended(guarded, blamed, known, fixed or guarded in self._heads)
                 changes, again = [*changes, *found], again or written
         except SpoiledError as error:
-            self._spoilt = SpoiledError(f"{user.subject} cannot be undone: {error.message}.", error.remedy)
+            self._spoilt = SpoiledError(f"{blamed.subject} cannot be undone: {error.message}.", error.remedy)
             raise self._spoilt from None
-        if changes and user.foreign:
-            tell(user, changes)
+        if changes and blamed.foreign:
+            tell(blamed, changes)
         return changes, again
 
     def _quiet(self, merged: bool) -> bool:
@@ -517,14 +454,12 @@ class Guards:
     def _all(self) -> Iterator[_Guarded]:
         return chain(self._models.values(), self._heads)
 
-    def _mended(
-        self, guarded: _Guarded, user: User, deep: bool, merged: bool, others: bool
-    ) -> tuple[list[Change], bool]:
+    def _mended(self, guarded: _Guarded, user: User, merged: bool, others: bool) -> tuple[list[Change], bool]:
         """Put a model back. Returns what was changed, and whether its weights must be merged again."""
-        weights = guarded.weights
-        same = guarded.structure.same()
+        weights, structure = guarded.weights, guarded.structure
+        same = structure.same() and (not user.foreign or structure.same_names())
         quiet = same and (not merged or weights.same())
-        changes = [] if same and not deep else guarded.structure.mend(deep)
+        changes = [] if same else structure.mend()
         written = weights.changed() if merged else []
         if user.foreign or not quiet or written:
             changes += [Change(kind, name) for kind, name in weights.put_back(noted=merged)]
@@ -535,7 +470,7 @@ class Guards:
             raise SpoiledError(f"it wrote into {large} of a head", _COPY)
         if large:
             self._doubtful = user.subject
-        if not same and not guarded.structure.same():
+        if not (same or (structure.same() and structure.same_names())):
             raise SpoiledError("it changed the model's layers or classes in a way that cannot be put back", _COPY)
         again = any(change.kind == "weights" for change in changes)
         return changes, bool(large) or again
@@ -552,6 +487,6 @@ def tell(user: User, changes: Sequence[Change]) -> None:
         named = [place for place in dict.fromkeys(places) if place]
         more = f" and {len(named) - 2} more" if len(named) > 3 else ""
         where = f" ({', '.join(named[: 2 if more else 3])}{more})" if named else ""
-        settings = any(kind == state.name for state in STATES) or kind == "torch's functions"
+        settings = any(kind == state.name for state in STATES) or kind in _SETTINGS
         done = "The weights are merged again." if kind == "weights" else "That is put back after each call."
         user.warn(kind, f"{user.subject} changed {kind}{where}. {done} {_UNDO if settings else _COPY}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ecotone.fitness.backends.base import Backend
-from ecotone.fitness.guards import Change, Guards, User, tell
+from ecotone.fitness.guards import Change, Guards, SpoiledError, User, tell
 from ecotone.fitness.objectives import CallableObjective
 from ecotone.fitness.surroundings import Signals, Surroundings
 from ecotone.populations.errors import InputError
@@ -43,6 +42,7 @@ class Supervisor:
         self._shown: Any = backend.model
         self._noted = False  # whether the guards know the weights that are shown
         self._own = User("the model", foreign=False)
+        self._was_careful = False
         self.signals = Signals()
         self._surroundings = Surroundings(self.signals)
         self._guards = Guards(backend.model, getattr(backend, "rewritten", None), heads)
@@ -68,9 +68,21 @@ class Supervisor:
         return self._users[key]
 
     def shown(self, model: Any) -> None:
-        """The backend has put a candidate's weights into ``model``."""
+        """The backend has put a candidate's weights into ``model``.
+
+        Raises:
+            SpoiledError: Threads that user code has left behind change the model now, or in a way that cannot be put
+                back.
+        """
         self._shown = model
         self._noted = False
+        if leaver := self._surroundings.strays:
+            self._note()
+            changes, again = self._guards.after(leaver)
+            if again:
+                raise _by_threads(leaver, changes)
+            self._surroundings.forget()
+            self._surroundings.mark()
 
     def call(self, user: User, function: Callable[[], Returned], *, follows: bool) -> Returned:
         """What ``function`` returns. An exception of any kind goes on, as a signal's handler raised it if it did.
@@ -83,12 +95,12 @@ class Supervisor:
         Raises:
             SpoiledError: An earlier call has changed what cannot be put back.
         """
-        careful = user.foreign or self.careful
+        self._was_careful = self.careful
+        careful = user.foreign or self._was_careful
         if careful and not self._noted:
-            self._guards.shown(self._shown)
-            self._noted = True
-        if careful and (follows or not user.foreign):
-            self._guards.watch(user)
+            self._note()
+        if careful and (follows or self._was_careful or not user.foreign):
+            self._guards.watch(whole=user.calls == 0 or self._was_careful)
         try:
             returned = function()
         except BaseException as error:
@@ -106,21 +118,24 @@ class Supervisor:
     @property
     def careful(self) -> bool:
         """Whether threads live that user code has left behind: then each call is looked at, ours too."""
-        return self._surroundings.strays
+        return self._surroundings.strays is not None
+
+    def _note(self) -> None:
+        self._guards.shown(self._shown)
+        self._noted = True
 
     @contextmanager
     def settled(self) -> Iterator[None]:
         """Put back at the end what a model's own ``forward`` has changed, if it has; that is told to nobody."""
         yield
         with suppress(InputError):  # it is raised again when user code is called
-            self.restore(self._own, time.perf_counter(), merged=False)
+            self.restore(self._own, merged=False)
 
-    def restore(self, user: User, began: float, *, merged: bool = True, fixed: bool = True) -> bool:
+    def restore(self, user: User, *, merged: bool = True, fixed: bool = True) -> bool:
         """Put back what the code has changed in the model and in torch.
 
         Args:
             user: Whose code it is.
-            began: The value of ``time.perf_counter`` when it was called.
             merged: Whether ``shown`` was called before it.
             fixed: Whether the tensors that are not merged are those of merges: an expert has its own.
 
@@ -128,32 +143,51 @@ class Supervisor:
             Whether the weights must be merged again before other code uses them.
 
         Raises:
-            SpoiledError: Something cannot be put back.
-            InputError: Threads that it left behind may have changed the model while others were scored.
+            SpoiledError: Something cannot be put back, or threads that user code left behind may have changed the model
+                while it was scored.
         """
-        seconds = time.perf_counter() - began
-        changes, again = self._guards.after(user, seconds, merged=merged and self._noted, fixed=fixed)
-        if again:
+        leaver = self._surroundings.strays
+        if leaver is not None:
+            self._surroundings.mark()
+        changes, again = self._guards.after(user, merged=merged and self._noted, fixed=fixed, blamed=leaver)
+        if again or leaver is not None:
             self.distrust()
-        if changes and self._surroundings.strays:
-            raise _by_threads(user, changes)
-        return again
+        if leaver is not None and any(change.kind for change in changes):
+            raise _by_threads(leaver, changes)
+        return again or (leaver is not None and not self._was_careful)
+
+    @contextmanager
+    def merged_again(self) -> Iterator[None]:
+        """The weights that are shown are merged once more: threads that live write into neither, or both differ.
+
+        Raises:
+            SpoiledError: They differ.
+        """
+        leaver, first = self._surroundings.strays, self._guards.digest()
+        self.distrust()
+        yield
+        if self._guards.digest(keep=True) != first and leaver is not None:
+            raise _by_threads(leaver, [Change("weights")])
 
     def call_loss(self, user: User, model: nn.Module, function: Callable[[], Returned]) -> Returned:
         """What ``function`` returns, a loss of ``model``; other losses and the backward pass use the same weights.
 
         Raises:
             InputError: It wrote into the weights: neither its gradient nor the next one's would be that of the merge.
+            SpoiledError: A thread that user code has left behind may have.
         """
-        if not user.foreign:
+        if not (user.foreign or self.careful):
             return self.call(user, function, follows=True)
         self._guards.shown(model)
         self._shown, self._noted = model, True
         inside = self._guards.inside(model)
         returned = self.call(user, function, follows=True)
-        tell(user, inside.mend())
+        leaver = self._surroundings.strays
+        tell(leaver or user, inside.mend())
         if written := self._guards.written():
             self.distrust()
+            if leaver is not None:
+                raise _by_threads(leaver, [Change("weights", written[0])])
             raise InputError(
                 f"{user.subject} wrote into the model's weights ({written[0]}) while its gradient was taken.",
                 "Have it work on a copy: copy.deepcopy(model).",
@@ -166,10 +200,10 @@ class Supervisor:
             distrust()
 
 
-def _by_threads(user: User, changes: list[Change]) -> InputError:
+def _by_threads(leaver: User, changes: list[Change]) -> SpoiledError:
     places = ", ".join(filter(None, (change.place for change in changes[:3])))
-    return InputError(
-        f"{user.subject}: the model was changed ({changes[0].kind}: {places}) while threads live that an objective has "
-        "left behind.",
+    what = ": ".join(filter(None, (changes[0].kind, places)))
+    return SpoiledError(
+        f"{leaver.subject} left threads behind, and the model was changed ({what}) while they lived.",
         "Have it end its threads.",
     )

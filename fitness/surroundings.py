@@ -2,8 +2,8 @@
 
 A ``KeyboardInterrupt`` that an objective raises is a failure of its candidate; one of the user's Ctrl-C ends the
 search. Only the signal's handler can tell them apart: ``Signals`` records that a signal came. What user code leaves
-behind in the process is put back where that is cheap (working directory, signal handlers, stdout and stderr), and told
-of once for each kind.
+behind in the process is put back where that is cheap (working directory, signal handlers, timers, stdout and stderr),
+and told of once for each kind.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -27,6 +28,9 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM)
 _KEPT = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGCHLD", "SIGHUP") if hasattr(signal, name)
 )
+
+_REAL = getattr(signal, "ITIMER_REAL", None)
+_SLACK = 0.05  # seconds by which a timer that nobody touched may seem to be due earlier or later
 
 
 class Signals:
@@ -93,7 +97,8 @@ class Surroundings:
         self._signals = signals
         self._pid = 0
         self.here()
-        self._strays: list[threading.Thread] = []
+        self._strays: list[tuple[threading.Thread, User]] = []
+        self._ended: set[threading.Thread] = set()
         self.begin()
 
     def here(self) -> None:
@@ -106,18 +111,24 @@ class Surroundings:
         self._streams = sys.stdout, sys.stderr
         self._path = list(sys.path)
         self._variables = dict(_variables())
-        self._threads = threading.active_count()
         self._known = set(threading.enumerate())
+        self._due = _due()
         self._children = _children()
         main = threading.current_thread() is threading.main_thread()
         self._handlers = {number: _signal.getsignal(number) for number in _KEPT} if main else {}
 
     @property
-    def strays(self) -> bool:
-        """Whether threads live that user code has left behind."""
-        if self._strays:
-            self._strays = [thread for thread in self._strays if thread.is_alive()]
-        return bool(self._strays)
+    def strays(self) -> User | None:
+        """Whose code has left threads behind that live, or lived until now."""
+        return self._strays[0][1] if self._strays else None
+
+    def mark(self) -> None:
+        """Weights are merged from now on: threads that have ended write into none of them."""
+        self._ended = {thread for thread, _ in self._strays if not thread.is_alive()}
+
+    def forget(self) -> None:
+        """What the threads did that had ended at the last ``mark`` has been put back: they count no more."""
+        self._strays = [(thread, user) for thread, user in self._strays if thread not in self._ended]
 
     def end_fork(self) -> None:
         """End this process at once if user code has forked it and come back: it has no part in the search."""
@@ -133,8 +144,9 @@ class Surroundings:
             _tell(user, "the working directory", f"to {folder}", "It is set back after each call")
         if not self._signals.came:
             self._put_back_handlers(user)
-        if threading.active_count() != self._threads:
-            self._note_threads(user)
+            self._put_back_timer(user)
+        if not self._known.issuperset(threads := threading.enumerate()):
+            self._note_threads(user, threads)
         if user.calls & (user.calls - 1) == 0 and _children() - self._children:
             user.warn("child processes", f"{user.subject} left child processes behind. Have it wait for them.")
         if sys.path != self._path:
@@ -164,16 +176,20 @@ class Surroundings:
                 _signal.signal(number, before)
                 _tell(user, "the handler of", signal.Signals(number).name, "It is set back after each call")
 
-    def _note_threads(self, user: User) -> None:
-        new = [thread for thread in threading.enumerate() if thread not in self._known]
-        left = [thread for thread in new if type(thread).__name__ != "TMonitor"]  # tqdm's own
-        if left:
+    def _put_back_timer(self, user: User) -> None:
+        before, now = self._due, _due()
+        if now != before and abs(now - before) > _SLACK and not 0 < before < time.monotonic():
+            _signal.setitimer(_REAL, max(before - time.monotonic(), _SLACK) if before else 0)
+            _tell(user, "the timer", "of SIGALRM", "It is set back after each call")
+
+    def _note_threads(self, user: User, threads: list[threading.Thread]) -> None:
+        left = [thread for thread in threads if thread not in self._known and type(thread).__name__ != "TMonitor"]
+        if left:  # TMonitor is tqdm's own
             names = ", ".join(thread.name for thread in left[:3])
-            ends = "Have it end them: what they write into the model makes candidates fail."
+            ends = "Have it end them: a candidate fails if the model changes while they live."
             user.warn("threads", f"{user.subject} left threads behind ({names}). {ends}")
-            self._strays += left
-        self._known.update(new)
-        self._threads = threading.active_count()
+            self._strays += [(thread, user) for thread in left]
+        self._known = set(threads)
 
     def _note_variables(self, user: User, now: dict[Any, Any]) -> None:
         changed = [key for key in {**self._variables, **now} if self._variables.get(key) != now.get(key)]
@@ -184,6 +200,12 @@ class Surroundings:
 
 def _tell(user: User, what: str, how: str, then: str) -> None:
     user.warn(what, f"{user.subject} changed {what} {how}. {then}. Have it undo what it sets, with try and finally.")
+
+
+def _due() -> float:
+    """When SIGALRM comes, by ``time.monotonic``; 0 if no timer is armed."""
+    left: float = 0.0 if _REAL is None else _signal.getitimer(_REAL)[0]
+    return time.monotonic() + left if left else 0.0
 
 
 def _folder() -> str | None:

@@ -127,9 +127,8 @@ class Worker:
         with self._supervisor.signals:
             self._supervisor.begin()
             for name, task in self._tasks.items():
-                began = time.perf_counter()
                 task.fits(self._backend.model, self._sources.names)
-                self._supervisor.restore(self._task_user(name), began, merged=False)
+                self._supervisor.restore(self._task_user(name), merged=False)
         self._gatherer = Gatherer(self._sources, self._backend, spec.architecture, self._data)
         self._measures: dict[type[Wish], Callable[[Sequence[Trial]], list[Evaluation]]] = {
             Scores: self._scored,
@@ -217,10 +216,12 @@ class Worker:
                 began = time.perf_counter() - shared
                 model = next(models)
                 self._supervisor.shown(model)
+                if twice := self._supervisor.careful:
+                    model = self._merged_twice(trial.genome)
                 merging = {"merge_seconds": round(time.perf_counter() - began, 6)}
                 self._again = False
                 evaluations.append(replace(self._evaluate(trial, model, began), details=merging))
-                if self._again:
+                if self._again or twice:
                     models = self._backend.show([left.genome for left in trials[place:]]) if trials[place:] else models
         except BaseException as error:
             self._supervisor.signals.pass_on(error)
@@ -353,19 +354,18 @@ class Worker:
                 name, user = objective.goal.name, self._objective_user(group, objective)
                 score, again = None, False
                 try:
-                    called = time.perf_counter()
                     try:
                         score = self._scored_by(user, objective, model, group, follows=left > 0)
                     finally:
                         if user.foreign or self._supervisor.careful or score is None:
-                            again = self._supervisor.restore(user, called)
+                            again = self._supervisor.restore(user)
                     if again and left:
                         model = self._shown(genome)
                 except BaseException as error:
                     self._supervisor.signals.pass_on(error)
-                    self._again |= again
+                    self._again |= again or self._supervisor.careful
                     return self._failed_score(user, genome, error, again, began)
-                self._again |= again
+                self._again |= again or self._supervisor.careful
                 scores[name] = score
         return scores
 
@@ -392,6 +392,17 @@ class Worker:
         """The model with the weights of a genome."""
         model: Model = next(self._backend.show([genome]))
         self._supervisor.shown(model)
+        return self._merged_twice(genome) if self._supervisor.careful else model
+
+    def _merged_twice(self, genome: Genome) -> Model:
+        """The model that is shown, merged once more, as a thread of user code may have written into it meanwhile.
+
+        Raises:
+            SpoiledError: The two merges differ.
+        """
+        with self._supervisor.merged_again():
+            model: Model = next(self._backend.show([genome]))
+            self._supervisor.shown(model)
         return model
 
     def _objective_user(self, group: Subset, objective: Objective) -> User:
@@ -454,8 +465,8 @@ class Worker:
                     self._prepare(name, batch.step)
                 values, gradient = self._backend.gradient(trial.genome, losses, batch.weights)
             finally:
-                if name in self._tasks and (user := self._task_user(name)).foreign:
-                    self._supervisor.restore(user, began, merged=False)
+                if name in self._tasks and ((user := self._task_user(name)).foreign or self._supervisor.careful):
+                    self._supervisor.restore(user, merged=False)
         except BaseException as error:
             self._supervisor.signals.pass_on(error)
             return failed(f"calibration {name!r}", error, began)
@@ -472,11 +483,11 @@ class Worker:
 
     def _prepare(self, name: str, step: int) -> None:
         """Have a task made ready; what it does to the weights is undone when the merge is shown."""
-        task, began = self._task(name), time.perf_counter()
+        task = self._task(name)
         user = self._task_user(name)
         self._supervisor.call(user, lambda: task.prepare(step, self._backend.expert), follows=False)
         if user.foreign:
-            self._supervisor.restore(user, began, merged=False, fixed=False)
+            self._supervisor.restore(user, merged=False, fixed=False)
             self._supervisor.distrust()
 
     def _loss(self, name: str, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float], int]:
@@ -501,7 +512,7 @@ class Worker:
             try:
                 evaluation = self._supervisor.call(user, gather, follows=False)
             finally:
-                self._supervisor.restore(user, began, merged=False)
+                self._supervisor.restore(user, merged=False)
         except NotFiniteError as error:
             return self._not_finite(f"{subject}: {error}", began)
         except BaseException as error:

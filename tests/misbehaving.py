@@ -1,4 +1,4 @@
-"""Twenty kinds of objectives that change the model or the process, and return a right score.
+"""Kinds of objectives that change the model or the process, and return a right score.
 
 Each is a Python function for a recipe's ``call``. It scores what ``well`` scores, and then, or before it returns,
 changes something that would make later scores wrong. A benchmark runs them one by one beside a well-behaved objective
@@ -7,13 +7,21 @@ and counts the scores that differ from those of a run with ``well`` alone.
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GAIN = 1.0
+GAINS = {"first": [1.0]}
 
 
 def net() -> nn.Module:
@@ -24,19 +32,30 @@ def net() -> nn.Module:
 _made: WeakSet[nn.Module] = WeakSet()
 
 
+def gain() -> float:
+    """What the architecture's outputs are multiplied with."""
+    return GAIN * GAINS["first"][0]
+
+
 class _Net(nn.Module):
+    scale = 1.0
+    sizes = {"outputs": 1.0}  # noqa: RUF012
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
         self.drop = nn.Dropout(0.5)
         self.factor = 1.0
+        self.tables = [[1.0], ({"one": 1.0},)]
         _made.add(self)
         self.register_buffer("shift", torch.linspace(-1, 1, 6), persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         hidden = torch.relu(self.first(inputs) + self.shift)
         found: torch.Tensor = self.second(self.drop(hidden)) * self.factor
-        return found
+        found = found * self.scale * self.sizes["outputs"]
+        table: Any = self.tables
+        return found * table[0][0] * table[1][0]["one"] * gain()
 
 
 def well(model: Any) -> float:
@@ -209,6 +228,104 @@ def _function_mode(model: Any) -> None:
     Twice().__enter__()
 
 
+def _method_of_tensors(model: Any) -> None:
+    """Adds a method to tensors that hides the one that they inherit."""
+    plain = torch.Tensor.__mul__
+    torch.Tensor.__mul__ = lambda self, other: plain(self, other) + 1  # type: ignore[method-assign, assignment, operator]
+
+
+def _class_attribute(model: Any) -> None:
+    """Sets an attribute of the model's class."""
+    type(model).scale = 2.0
+
+
+def _class_values(model: Any) -> None:
+    """Writes into a dict of the model's class."""
+    type(model).sizes["outputs"] = 2.0
+
+
+def _property(model: Any) -> None:
+    """Adds a property that hides an attribute."""
+    type(model).factor = property(lambda self: 3.0, lambda self, value: None)
+
+
+def _property_of_modules(model: Any) -> None:
+    """Adds a property to a class of torch that hides an attribute."""
+    nn.Module.factor = property(lambda self: 3.0, lambda self, value: None)  # type: ignore[attr-defined]
+
+
+def _nested_list(model: Any) -> None:
+    """Writes into a list in a list."""
+    model.tables[0][0] = 5.0
+
+
+def _nested_dict(model: Any) -> None:
+    """Writes into a dict in a tuple in a list."""
+    model.tables[1][0]["one"] = 5.0
+
+
+def _dispatch_mode(model: Any) -> None:
+    """Leaves a mode on that changes torch's operators."""
+
+    class Twice(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+            found = function(*given, **(named or {}))
+            return found * 2 if "relu" in str(function) else found
+
+    Twice().__enter__()
+
+
+_numbers = count()
+
+
+def _third_function(model: Any) -> None:
+    """Patches a function of torch at every third call."""
+    if next(_numbers) % 3 == 2:
+        torch.relu = lambda inputs: inputs * 2
+
+
+def _global(model: Any) -> None:
+    """Sets a global that the model's module reads."""
+    globals()["GAIN"] = 2.0
+
+
+def _global_values(model: Any) -> None:
+    """Writes into a list in a global."""
+    GAINS["first"][0] = 2.0
+
+
+def _global_function(model: Any) -> None:
+    """Patches a function of the model's module."""
+    globals()["gain"] = lambda: 3.0
+
+
+def _timer(model: Any) -> None:
+    """Leaves a timer armed, whose signal ends the process."""
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
+
+
+def _thread(model: Any) -> None:
+    """Leaves a thread that writes into the weights a little later."""
+
+    def write() -> None:
+        for _ in range(4):
+            time.sleep(0.0005)
+            _written(model)
+
+    threading.Thread(target=write).start()
+
+
+def _thread_data(model: Any) -> None:
+    """Leaves a thread that writes into one weight through ``.data`` a little later."""
+
+    def write() -> None:
+        for _ in range(4):
+            time.sleep(0.0005)
+            model.second.weight.data[1, 1] += 1
+
+    threading.Thread(target=write).start()
+
+
 KINDS: dict[str, Callable[[Any], object]] = {
     "replaces a layer": _layer,
     "replaces a parameter": _parameter,
@@ -230,8 +347,26 @@ KINDS: dict[str, Callable[[Any], object]] = {
     "changes the default type": _default_type,
     "leaves autocast on": _autocast,
     "leaves a function mode on": _function_mode,
+    "adds a method to tensors": _method_of_tensors,
+    "sets an attribute of a class": _class_attribute,
+    "writes into a dict of a class": _class_values,
+    "adds a property": _property,
+    "adds a property to all modules": _property_of_modules,
+    "writes into a list in a list": _nested_list,
+    "writes into a dict in a tuple": _nested_dict,
+    "leaves a dispatch mode on": _dispatch_mode,
+    "patches a function at its third call": _third_function,
+    "sets a global": _global,
+    "writes into a global's list": _global_values,
+    "patches a function of the model's module": _global_function,
+    "leaves a timer armed": _timer,
+    "leaves a thread that writes": _thread,
+    "leaves a thread that writes through .data": _thread_data,
 }
-"""The twenty kinds: what an objective does besides scoring, by its name in a table."""
+"""The kinds: what an objective does besides scoring, by its name in a table."""
+
+MAY_FAIL = ("leaves a thread that writes", "leaves a thread that writes through .data")
+"""Those whose candidates may fail."""
 
 OF_DICTS = ("writes into weights", "writes into weights through .data", "changes the default type")
 """Those that also work on a dict of tensors."""

@@ -63,8 +63,9 @@ def test_no_score_is_wrong(models, monkeypatch, caplog, kind, stack_bytes):
     states = [state.get() for state in STATES]
     with caplog.at_level(logging.WARNING, "ecotone"):
         found = measured(models, well("first"), bad(kind), well("last"))
-    assert all(one.ok for one in found), found
+    assert all(one.ok for one in found) or kind in misbehaving.MAY_FAIL, found
     assert wrong(found, expected) == 0
+    assert all("objective 'bad' left threads" in one.failure.message for one in found if not one.ok)
     assert [state.get() for state in STATES] == states
     told = [record for record in caplog.records if record.event == "objective_misbehaved"]
     assert {record.subject for record in told} == {"objective 'bad'"}
@@ -198,7 +199,7 @@ def test_configurations_and_lists_of_modules_are_put_back():
     model.config.scale, model.config.rope["theta"] = 2.0, 3.0
     model.kinds.append("c")
     assert not structure.same()
-    places = {change.place for change in structure.mend(deep=False)}
+    places = {change.place for change in structure.mend()}
     assert places == {"config.scale", "config.rope.theta", "kinds"}
     assert (model.config.scale, model.config.rope, model.kinds) == (1.0, {"theta": 1.0}, ["a", "b"])
     assert structure.same()
@@ -211,5 +212,5 @@ def test_tied_weights_stay_tied():
     model.third.weight = model.first.weight
     structure = Structure(model)
     model.third.weight = torch.nn.Parameter(torch.zeros(6, 4))
-    assert [change.place for change in structure.mend(deep=False)] == ["third.weight"]
+    assert [change.place for change in structure.mend()] == ["third.weight"]
     assert model.third.weight is model.first.weight

@@ -383,7 +383,7 @@ def test_weights_that_a_thread_writes_into_while_another_objective_scores(folder
     names = ("threaded", "poked")
     objectives = tuple(objective(name, "call", call=f"user_counts_tested:{name}") for name in names)
     worker = Worker(WorkerSpec(tuple(str(folder / f"{name}.safetensors") for name in "ab"), search=objectives))
-    words = "objective 'poked': the model was changed (weights: w) while threads live"
+    words = "objective 'threaded' left threads behind, and the model was changed (weights: w) while they lived."
     assert all(found.failure.message.startswith(words) for found in worker.measure(trials()))
 
 
