@@ -348,7 +348,7 @@ def model_card(record: Mapping[str, Any], scored: Scored, sources: Sources) -> s
             "tags: [merge, ecotone]",
             "---",
             "",
-            f"# {record['run']}, member {record['member']}",
+            f"# {markdown(record['run'])}, member {record['member']}",
             "",
             f"A merge found by Ecotone: search `{algorithm_of(record['recipe'])}`, operator "
             f"{_in_words(record['operator'])}, {genome.segments} segment(s).",

@@ -22,6 +22,7 @@ def connected(file: Path, write: bool) -> sqlite3.Connection:
         private(file)  # and so are the files that SQLite puts beside it
         tighten(file.with_name(f"{file.name}{end}") for end in ("-wal", "-shm"))
         connection = sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False)
+        connection.set_authorizer(_of_tables_alone)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         return connection
@@ -29,8 +30,14 @@ def connected(file: Path, write: bool) -> sqlite3.Connection:
     still = not (os.access(file.parent, os.W_OK) or file.with_name(f"{file.name}-wal").exists())
     query = f"{file.resolve().as_uri()}?mode=ro{'&immutable=1' if still else ''}"
     connection = sqlite3.connect(query, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
+    connection.set_authorizer(_of_tables_alone)
     connection.execute("PRAGMA query_only=ON")
     return connection
+
+
+def _of_tables_alone(action: int, _one: str | None, _two: str | None, _database: str | None, within: str | None) -> int:
+    """Refuse what journals never have: a stranger's may have a view or a trigger that computes for ever."""
+    return sqlite3.SQLITE_DENY if within is not None or action == sqlite3.SQLITE_RECURSIVE else sqlite3.SQLITE_OK
 
 
 def lock_file(file: Path) -> Path:
@@ -117,7 +124,17 @@ def damaged(file: Path, place: str, text: str, whole: int | None = None) -> Jour
     )
 
 
-_DAMAGE = ("not a database", "malformed", "no such table", "no such column", "decode", "corrupt", "encrypted")
+_DAMAGE = (
+    "not authorized",
+    "prohibited",
+    "not a database",
+    "malformed",
+    "no such table",
+    "no such column",
+    "decode",
+    "corrupt",
+    "encrypted",
+)
 _BLOCKED = ("readonly", "locked", "busy", "unable to open", "disk I/O", "full", "interrupted", "closed")
 
 

@@ -403,6 +403,18 @@ def test_check_and_repair(run: Path, finished: tuple[Path, World]) -> None:
     assert resumed_equal("m2n2-dense", run, finished[1], digest) == told["kept"]["evaluations"]
 
 
+@pytest.mark.parametrize("table", ["facts", "trials"])
+def test_a_view_that_computes_for_ever_is_not_read(table: str, run: Path) -> None:
+    endless = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT other.* FROM other, r"
+    with contextlib.closing(sqlite3.connect(run)) as connection:
+        connection.executescript(f"ALTER TABLE {table} RENAME TO other; CREATE VIEW {table} AS {endless}")
+    with pytest.raises(DamagedJournalError):
+        Journal.open(run)
+    assert ecotone("check", run.parent)[0] == 1
+    damage.repair(run.parent)
+    Journal.open(run).close()
+
+
 def test_check_of_no_run_and_of_a_url(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="no journal there"):
         ecotone("check", tmp_path)
