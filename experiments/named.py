@@ -11,12 +11,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import gc
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,9 +29,13 @@ WALKED = 10_000
 DEPTH = 6
 """Folders that these may lie in, one in the other."""
 
+LISTED = 1_000
+"""Files of a folder that a word names."""
+
 NOT_DATA = frozenset(("__pycache__", "runs", "mlruns", "venv", "node_modules", "site-packages"))
 """Names of folders that hold what programs leave behind; so do hidden ones."""
 
+_log = logging.getLogger("ecotone")
 _MARKS = (JOURNAL, "ecotone.json", "pyvenv.cfg")  # of a run, an export and a virtual environment
 _OUTPUTS = frozenset(
     (
@@ -362,11 +367,25 @@ class Below:
         if not folder.is_dir() or folder in self.without:
             return []
         if not folder.is_symlink() and folder.is_relative_to(self.folder):
-            return [one for paths in self.files.values() for one in paths if one.is_relative_to(folder)]
-        other = Below(folder, self.without)
-        found = [one for paths in other.files.values() for one in paths]
-        self.cut = self.cut or other.cut
-        return found
+            found = [one for paths in self.files.values() for one in paths if one.is_relative_to(folder)]
+        else:
+            other = Below(folder, self.without)
+            found = [one for paths in other.files.values() for one in paths]
+            self.cut = self.cut or other.cut
+        if len(found) > LISTED:
+            self.cut = True
+            _tell_many(folder)
+        return sorted(found, key=lambda one: (len(one.parts), one))[:LISTED]
+
+
+@cache
+def _tell_many(folder: Path) -> None:
+    """Tell once that not all files of a folder count."""
+    _log.warning(
+        "%s is named by code or by an argument, and has more than %s files: changes of the others are not found. "
+        "An argument with the folder's path has all of them compared.",
+        *(folder, f"{LISTED:,}"),
+    )
 
 
 def is_for_outputs(parts: Sequence[str]) -> bool:

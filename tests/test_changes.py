@@ -441,6 +441,19 @@ def test_new_files_rename_none_and_walks_are_bounded(folder, monkeypatch, caplog
     assert "'gone.txt' may name data below" in caplog.text
 
 
+def test_of_a_folder_of_many_files_the_first_count(folder, monkeypatch, caplog):
+    objectives = {"search": [RECIPES]}
+    files_of(folder, 'def score(m): return HERE / "data"', [f"data/{number}.txt" for number in (3, 4, 5)])
+    monkeypatch.setattr(named, "LISTED", 3)
+    before = found_in(folder, objectives=objectives)
+    assert not caplog.text
+    written_into(folder, {"data/1.txt": "1", "data/3.txt": "2"})
+    after = found_in(folder, objectives=objectives)
+    assert after["objectives.search.s"].keys() == {"m.py", "data/1.txt", "data/3.txt", "data/4.txt"}
+    assert [one.file for one in changes.code_changes(before, after)] == ["data/3.txt"]
+    assert "has more than 3 files" in caplog.text
+
+
 def test_of_much_data_that_code_names_the_sizes_count(folder, monkeypatch):
     objectives = {"search": [RECIPES]}
     files_of(folder, 'def score(m): return HERE / "data"', ["data/small.txt"])
