@@ -314,7 +314,7 @@ def inside(folder: Path, without: frozenset[Path] = frozenset(), most: int | Non
 
 def is_left_behind(folder: Path) -> bool:
     """Whether a folder is a run, an export or a virtual environment."""
-    return any((folder / mark).exists() for mark in _MARKS)
+    return any(os.path.exists(folder / mark) for mark in _MARKS)  # noqa: PTH110 - of one that is closed to us, none
 
 
 @dataclass
@@ -364,7 +364,7 @@ class Below:
 
     def in_folder(self, folder: Path) -> list[Path]:
         """The files in a folder, which may lie elsewhere."""
-        if not folder.is_dir() or folder in self.without:
+        if not os.path.isdir(folder) or folder in self.without:  # noqa: PTH112 - a name that is too long is none
             return []
         if not folder.is_symlink() and folder.is_relative_to(self.folder):
             found = [one for paths in self.files.values() for one in paths if one.is_relative_to(folder)]

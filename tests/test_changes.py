@@ -392,6 +392,7 @@ RECIPES = {"name": "s", "type": "call", "call": "./m.py:score"}
         ('def score(m):\n    "q.txt"\n    return 1', "q.txt", {}),
         ('def score(m):\n    print("q.txt")\n    raise ValueError("q.txt")', "q.txt", {}),
         ("def score(m): return 1", "README.md", {}),
+        (f"LONG = {'a long text, ' * 60!r}", "README.md", {"prompt": "q: {} " * 60}),
         ('def score(m):\n    with open(HERE / "m.log", "a") as f: f.write("x")', "m.log", {}),
         ('def score(m):\n    (HERE / "results.json").write_text("x")', "results.json", {}),
         ('LOG = HERE / "m.jsonl"\ndef score(m):\n    with LOG.open("a") as f: f.write("x")', "m.jsonl", {}),
