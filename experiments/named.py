@@ -52,6 +52,7 @@ _WRITES_ITS_ARGUMENTS = frozenset(
         *("FileHandler", "RotatingFileHandler", "SummaryWriter"),
     )
 )
+_PATHS = frozenset(("Path", "join", "joinpath", "with_name", "with_suffix", "str", "format", "resolve", "absolute"))
 _IMPORTERS = frozenset(
     ("import_module", "__import__", "find_spec", "spec_from_file_location", "run_path", "run_module")
 )
@@ -259,7 +260,7 @@ def _assigned(nodes: Iterable[ast.AST], names: set[str]) -> set[int]:
         elif isinstance(node, ast.AnnAssign | ast.NamedExpr):
             targets = [node.target]
         value: Any = getattr(node, "value", None)
-        if value is not None and any(_name_of(one) in names for one in targets):
+        if value is not None and _is_path(value) and any(_name_of(one) in names for one in targets):
             out |= {id(one) for one in ast.walk(value)}
     return out
 
@@ -275,7 +276,13 @@ def _written_by(call: ast.Call) -> list[ast.expr]:
         return (its_object if first or not call.args else call.args[:1]) if writes else []
     if name in _WRITES_ITS_OBJECT:
         return its_object
-    return [*call.args, *(one.value for one in call.keywords)] if name in _WRITES_ITS_ARGUMENTS else []
+    values = [*call.args, *(one.value for one in call.keywords)] if name in _WRITES_ITS_ARGUMENTS else []
+    return [one for one in values if _is_path(one)]
+
+
+def _is_path(node: ast.expr) -> bool:
+    """Whether an expression may be a path, and does not come from what a file holds."""
+    return not isinstance(node, ast.Call) or _name_of(node) in _PATHS
 
 
 def _is_mode(node: ast.expr) -> bool:

@@ -372,6 +372,8 @@ def files_of(folder, body, files=(), arguments=None):
         ('def score(m): return open("data/%s.gz" % "a")', "data/a.gz", {}),
         ('def score(m): return sorted(HERE.glob("*.lst"))', "one.lst", {}),
         ('def score(m): return open(Path(__file__).with_suffix(".words"))', "m.words", {}),
+        ('def score(m):\n    x = load(HERE / "q.npy")\n    save("kept", x)', "q.npy", {}),
+        ('def make(): (HERE / "q.txt").write_text("1")\ndef score(m): return open(HERE / "q.txt")', "q.txt", {}),
         ('def score(m): return open(HERE / "vocabulary")', "vocabulary", {}),
     ],
 )
