@@ -22,6 +22,7 @@ from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations import facts
 from ecotone.populations.errors import InputError
 from ecotone.populations.journal import Journal
+from ecotone.populations.sums import FACTS
 
 METRICS = """
 import json
@@ -224,9 +225,9 @@ def test_an_export_is_not_compared_by_other_code(folder):
 @pytest.mark.slow
 def test_an_older_journal_is_compared_by_inner_products(folder):
     run = begun(folder)
-    with Journal.open(run / "journal.sqlite", write=True) as journal:
+    with Journal.open(run / "journal.sqlite", write=True) as journal, journal.transaction():
         for fact in (facts.CONTENTS, facts.FINGERPRINTS):
-            journal._connection.execute("DELETE FROM facts WHERE key = ?", (fact.name,))
+            journal._rows_of.drop(journal._connection, FACTS, (fact.name,))
     append(folder / "metrics.py")
     longer(run)
     with Run(run).journal() as journal:
