@@ -230,6 +230,11 @@ def code_changes(recorded: Record, found: Record, *, elsewhere: bool = False) ->
             continue
         if change.was is None and now.get("sort") != "code":
             continue
+        if was.get("sized") or now.get("sized"):
+            if was.get("bytes") == now.get("bytes"):
+                continue
+        elif gone and (was.get("cut") or any(one.get("cut") for one in found.get(change.where, {}).values())):
+            continue  # it may only be beyond what is looked at
         if not (gone and change.where not in found):
             counting.append(change)
     return counting

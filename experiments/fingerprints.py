@@ -2,16 +2,20 @@
 
 Each reader of the recipe says what it reads: objectives and calibration tasks their functions and files, a plug-in's
 kind its own module. Of a function, the file of its module counts, and the user's own modules that it imports, wherever
-in their text. Installed packages do not: their versions are recorded. Data are the files and folders that arguments
-name, and files with the ending of data that lie beside the code and are named in it.
+in their text, by statements or by name (``import_module("helper")``). Installed packages do not: their versions are
+recorded. Data are the files and folders that arguments or the user's code name (``ecotone.experiments.named``). Names
+are looked for below the code's folder, beside the code, in the working directory and in the recipe's folder.
+
+Code and arguments are read, not run. Data whose names are made otherwise while the code runs, such as those that a
+database or another file names, and what comes over a network, are not found.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import gc
 import importlib.util
+import logging
 import os
 import sys
 import sysconfig
@@ -25,10 +29,22 @@ from typing import Any, Literal
 
 from xxhash import xxh3_128
 
+from ecotone.experiments.named import (
+    DEPTH,
+    WALKED,
+    Below,
+    Names,
+    inside,
+    is_for_outputs,
+    names_in,
+    of_argument,
+    tree_of,
+)
 from ecotone.experiments.recipe import Recipe
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.merging import operators
-from ecotone.populations.contents import Record, contents, entry
+from ecotone.populations.contents import Content, Record, Stamp, content, contents, entry
+from ecotone.populations.errors import InputError
 from ecotone.populations.folders import cache_folder
 from ecotone.registry import is_ours
 from ecotone.settings import Call, split_call
@@ -38,13 +54,17 @@ Sort = Literal["code", "data"]
 MANY = 10_000
 """Of a folder of more files their names and sizes count alone."""
 
+READ_BYTES = 2**30
+"""Of the files that code names, the smallest count by their bytes up to this size in all; of larger ones the size."""
+
+_log = logging.getLogger("ecotone")
 _DATA = frozenset(
     (
         *(".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".npz", ".npy", ".safetensors", ".yaml", ".yml"),
-        *(".png", ".jpg", ".jpeg"),
+        *(".png", ".jpg", ".jpeg", ".txt", ".pt", ".pth", ".pkl", ".h5", ".db", ".gz"),
     )
 )
-_NOT_DATA = frozenset(("__pycache__", "runs", "mlruns", "venv", "node_modules"))
+_SYSTEM = frozenset(("bin", "boot", "dev", "etc", "lib", "lib64", "proc", "run", "sbin", "sys", "usr", "var"))
 _DEEP = 500  # modules that one function imports, one through the other
 
 
@@ -65,12 +85,53 @@ class Reader:
     kind: Any = None
 
 
+class _Code:
+    """The user's code, as far as it has been read: each file and folder once.
+
+    Args:
+        spec: The spec of workers.
+
+    Attributes:
+        folders: The folders on the Python path that may hold the user's own modules.
+        bases: Folders that relative names may be in, beside the code's own.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.folders = _users_folders(spec.sys_path)
+        self.bases = list(dict.fromkeys(Path(name or ".").absolute() for name in (".", *spec.sys_path)))
+        models = [*spec.experts, *(one for one in (spec.base, spec.tokenizer, spec.config) if one is not None)]
+        self._models = frozenset(Path(str(one)).absolute() for one in models)  # have hashes of their own
+        self._read: dict[Path, tuple[list[str], Names]] = {}
+        self._below: dict[Path, Below] = {}
+
+    def imports(self, file: Path) -> list[str]:
+        """The modules that a file imports by statements."""
+        return self._parsed(file)[0]
+
+    def names(self, file: Path) -> Names:
+        """What a file names; nothing of an installed one."""
+        return Names() if _is_installed(file) else self._parsed(file)[1]
+
+    def below(self, folder: Path) -> Below:
+        """The files below a folder."""
+        return self._below.setdefault(folder, Below(folder, self._models))
+
+    def _parsed(self, file: Path) -> tuple[list[str], Names]:
+        if file not in self._read:
+            tree = tree_of(file)
+            self._read[file] = (list(_imports(file, tree)), names_in(tree, file.stem))
+        return self._read[file]
+
+
 @dataclass
 class _Found:
     """The files of a reader, each with whether it is code or data."""
 
     files: dict[Path, Sort] = field(default_factory=dict)
     folders: dict[Path, str] = field(default_factory=dict)  # too large to be read: a hash of names and sizes
+    named: dict[Path, None] = field(default_factory=dict)  # data that code or words of arguments name
+    roots: dict[Path, None] = field(default_factory=dict)  # that names of files are told from
+    cut: bool = False  # there are more files than are looked at
 
     def add(self, path: Path, sort: Sort) -> None:
         """One file, if it is there and can be read."""
@@ -82,13 +143,20 @@ class _Found:
         if not path.is_dir():
             self.add(path, "code" if path.suffix == ".py" else "data")
             return
-        files = list(_inside(path))
+        files = list(inside(path))
         if len(files) > MANY:
             listed = "\n".join(f"{file.relative_to(path)} {file.stat().st_size}" for file in files)
             self.folders[path.absolute()] = xxh3_128(listed.encode()).hexdigest()
             return
         for file in files:
             self.add(file, "data")
+
+    def add_named(self, paths: Iterable[Path]) -> None:
+        """Data that a name may mean."""
+        for path in paths:
+            path = Path(os.path.normpath(path.absolute()))
+            if path not in self.files and os.access(path, os.R_OK):
+                self.named[path] = None
 
 
 def fingerprints(recipe: Recipe, spec: WorkerSpec, before: float | None = None) -> Record:
@@ -102,24 +170,52 @@ def fingerprints(recipe: Recipe, spec: WorkerSpec, before: float | None = None) 
     Raises:
         InputError: A file cannot be read.
     """
-    folders = _users_folders(spec.sys_path)
-    found = {reader.where: _found(reader, folders) for reader in readers(recipe, spec)}
-    hashes = contents(file for one in found.values() for file in one.files)
+    code = _Code(spec)
+    found = {reader.where: _found(reader, code) for reader in readers(recipe, spec)}
+    hashes: dict[Path, Content | None] = dict(contents(file for one in found.values() for file in one.files))
+    named = dict.fromkeys(file for one in found.values() for file in one.named)
+    hashes |= _contents_of_named(file for file in named if file not in hashes)
     record: dict[str, dict[str, dict[str, Any]]] = {}
     for where, one in found.items():
-        names = _names([*one.files, *one.folders])
+        names = _names([*one.files, *one.folders, *one.named], list(one.roots))
         entries = {
-            names[file]: {**entry(hashes[file]), "sort": sort, "prepared": _prepared(file)}
+            names[file]: {**entry(known), "sort": sort, "prepared": _prepared(file)}
             for file, sort in one.files.items()
-            if sort == "code" or before is None or hashes[file].stamp.mtime_ns <= before * 1e9
+            if (known := hashes[file]) and (sort == "code" or before is None or known.stamp.mtime_ns <= before * 1e9)
         }
         entries |= {
             f"{names[folder]}/": {"xxh3_128": digest, "sort": "data", "prepared": _prepared(folder)}
             for folder, digest in one.folders.items()
         }
+        for file in one.named:
+            known, name = hashes.get(file), names[file]
+            if known is not None and name not in entries and (before is None or known.stamp.mtime_ns <= before * 1e9):
+                marks = {key: True for key, is_so in (("sized", not known.digest), ("cut", one.cut)) if is_so}
+                entries[name] = {**entry(known), "sort": "data", "prepared": _prepared(file), **marks}
         if entries:
             record[where] = entries
     return record
+
+
+def _contents_of_named(files: Iterable[Path]) -> dict[Path, Content | None]:
+    """The content of data that code names, the smallest first; of what goes beyond ``READ_BYTES`` an empty hash.
+
+    None stands for files that cannot be read: nothing says that the code needs them.
+    """
+    stamps = {}
+    for file in files:
+        with contextlib.suppress(OSError):
+            stamps[file] = Stamp.of(file)
+    found, left = dict[Path, Content | None](), READ_BYTES
+    for file, stamp in sorted(stamps.items(), key=lambda one: one[1].size):
+        left -= stamp.size
+        found[file] = Content("", stamp)
+        if left >= 0:
+            try:
+                found[file] = content(file)
+            except InputError:
+                found[file] = None
+    return found
 
 
 def readers(recipe: Recipe, spec: WorkerSpec) -> Iterator[Reader]:
@@ -164,30 +260,113 @@ def _users_folders(named: Sequence[str]) -> list[Path]:
     ]
 
 
-def _found(reader: Reader, folders: Sequence[Path]) -> _Found:
+def _found(reader: Reader, code: _Code) -> _Found:
     found = _Found()
     for call in reader.calls:
-        file = _file_of(call.call)
-        code = [] if file is None else _imported(file, folders)
-        for one in code:
-            found.add(one, "code")
-        beside = Path.cwd() if file is None else file.parent
-        for text in _texts(call.arguments):
-            if (path := _path(text, beside)) is not None:
-                found.add_all(path)
-        for path in (path for one in code for path in _named_in(one)):
-            found.add(path, "data")
+        _add_call(found, call, code, reader.where)
     for path in reader.files:
         found.add_all(path)
-    for one in [] if reader.kind is None or is_ours(reader.kind) else _imported_by(reader.kind, folders):
+    for one in [] if reader.kind is None or is_ours(reader.kind) else _imported_by(reader.kind, code):
         found.add(one, "code")
     return found
 
 
-def _imported_by(kind: Any, folders: Sequence[Path]) -> Iterable[Path]:
+def _add_call(found: _Found, call: Call, code: _Code, where: str) -> None:
+    """Add the code and data of one function to what is found."""
+    file, texts = _file_of(call.call), list(_texts(call.arguments))
+    users = [] if file is None else _imported(file, code, texts)
+    for one in users:
+        found.add(one, "code")
+    beside = Path.cwd() if file is None else file.parent
+    words = []
+    for text in texts:
+        path = _path(text, [Path.cwd(), beside, *code.bases])
+        if path is None:
+            words += list(of_argument(text))
+        else:
+            found.add_all(path)
+    if file is None or _is_installed(file):
+        for word in words:
+            _add_argument(found, word, code.below(Path.cwd()), code.bases)
+        return
+    found.roots[_root(file)] = None
+    below = code.below(_top(file))
+    for word in words:
+        _add_argument(found, word, below, [beside, *code.bases])
+        found.add_named(below.matching(word, beside))
+    for one in users:
+        names, mine = code.names(one), below if one.is_relative_to(below.folder) else code.below(_top(one))
+        for name in names.files:
+            paths = [*mine.matching(name, one.parent), *_direct(name, one, names.looks_up, mine, code.bases)]
+            found.add_named(paths)
+            if mine.cut and not paths and Path(name).suffix in _DATA:
+                _tell_cut(where, name, mine.folder)
+        found.cut = found.cut or mine.cut
+
+
+def _add_argument(found: _Found, word: str, below: Below, bases: Iterable[Path]) -> None:
+    """Add the files of a folder that an argument names without a slash."""
+    if "*" in word or os.sep in word or word in (".", ".."):
+        return
+    for base in bases:
+        with contextlib.suppress(OSError, ValueError):
+            if (base / word).is_dir():
+                found.add_named([] if is_for_outputs((word,)) else below.in_folder(base / word))
+                return
+
+
+def _direct(name: str, file: Path, looks_up: bool, below: Below, bases: Sequence[Path]) -> list[Path]:
+    """The files that a name in code means from the code's own folder, or else the first base that has it.
+
+    Args:
+        name: The name.
+        file: The file of code that it stands in.
+        looks_up: Whether the folder above the code's counts.
+        below: Lists folders.
+        bases: Other folders that a name with an ending, or with a folder, may be in.
+    """
+    word = Path(name).suffix == "" and os.sep not in name
+    above = [file.parent.parent] if looks_up and len(file.parent.parts) > 2 else []
+    found = []
+    for places in ([file.parent], above, [] if word else bases):
+        for place in places:
+            path = place / os.path.expanduser(name)  # noqa: PTH111 - "~nobody" is no error
+            with contextlib.suppress(OSError, ValueError):
+                if path.is_file():
+                    found += [] if path in below.without else [path]
+                    break
+                outside = places is above or ".." in path.parts or Path(name).is_absolute()
+                if outside and path.is_dir() and _may_hold_data(path.resolve()):
+                    found += below.in_folder(path)
+                    break
+    return found
+
+
+def _may_hold_data(folder: Path) -> bool:
+    """Whether a folder that code names elsewhere is more than a part of the system, and none for outputs."""
+    return len(folder.parts) > 2 and folder.parts[1] not in _SYSTEM and not is_for_outputs((folder.name,))
+
+
+@cache
+def _tell_cut(where: str, name: str, folder: Path) -> None:
+    """Tell once that a name was not found among the files that are looked at."""
+    _log.warning(
+        "%s: '%s' may name data below %s, where only the first %s files down to %s folders deep are looked at; "
+        "a change of it is not found. An argument with its path would be.",
+        *(where, name, folder, f"{WALKED:,}", DEPTH),
+    )
+
+
+def _top(file: Path) -> Path:
+    """The folder of a file of code: of a module in a package, the outermost package's."""
+    root = _root(file)
+    return file.parent if root == file.parent else root / file.relative_to(root).parts[0]
+
+
+def _imported_by(kind: Any, code: _Code) -> Iterable[Path]:
     """The file of a class of another package, and the files of that package that it imports."""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return [] if file is None else _imported(Path(file), folders, whole_package=True)
+    return [] if file is None else _imported(Path(file), code, whole_package=True)
 
 
 def _file_of(call: str) -> Path | None:
@@ -206,19 +385,20 @@ def _file_of(call: str) -> Path | None:
     return None if origin is None or not Path(origin).is_file() else Path(origin)
 
 
-def _imported(file: Path, folders: Sequence[Path], whole_package: bool = False) -> list[Path]:
+def _imported(file: Path, code: _Code, words: Sequence[str] = (), whole_package: bool = False) -> list[Path]:
     """A file of code and the user's own modules that it imports, at any depth. Of an installed file it alone.
 
     Args:
         file: The file.
-        folders: Folders that the user's modules are found in, beside the file's own.
+        code: The user's code, with the folders that the user's modules are found in, beside the file's own.
+        words: Arguments, which may be names of modules for a function that imports by name.
         whole_package: Follow the imports of an installed file within its package.
     """
     installed = _is_installed(file)
     if installed and not whole_package:
         return [file]
     root = _root(file)
-    roots = [root] if installed else list(dict.fromkeys([root, file.parent, *folders]))
+    roots = [root] if installed else list(dict.fromkeys([root, file.parent, *code.folders]))
     package = file.relative_to(root).parts[0] if installed else None
     found, waiting = dict[Path, None](), [file]
     while waiting and len(found) < _DEEP:
@@ -226,11 +406,30 @@ def _imported(file: Path, folders: Sequence[Path], whole_package: bool = False) 
         if here in found or not here.is_file():
             continue
         found[here] = None
-        for name in _imports(here):
+        for name in code.imports(here):
             top = name.partition(".")[0]
             if top == package or (package is None and _may_be_users(top)):
                 waiting += _modules(name, roots)
+        if package is None:
+            waiting += _imported_by_name(here, code, words, roots)
     return list(found)
+
+
+def _imported_by_name(file: Path, code: _Code, words: Sequence[str], roots: Sequence[Path]) -> Iterator[Path]:
+    """The user's modules whose names are constants in a file that imports by name, or arguments."""
+    names = code.names(file)
+    if not names.imports_by_name:
+        return
+    parts = file.parent.relative_to(_root(file)).parts
+    for word in sorted({*names.modules, *(word for word in words if word.replace(".", "").isidentifier())}):
+        level = len(word) - len(word.lstrip("."))
+        name = ".".join([*(parts[: len(parts) - level + 1] if level else ()), word.lstrip(".")])
+        files = _modules(name, [file.parent, *roots])
+        if files and _may_be_users(name.partition(".")[0]):
+            yield from files
+    for name in names.files:
+        if name.endswith(".py") and "*" not in name:
+            yield from code.below(_top(file)).matching(name, file.parent)
 
 
 def _root(file: Path) -> Path:
@@ -263,30 +462,8 @@ def _may_be_users(top: str) -> bool:
     return spec is None or spec.origin is None or not _is_installed(Path(spec.origin))
 
 
-def _tree(file: Path) -> ast.AST | None:
-    """The syntax tree of a file; None where it is none, as of compiled modules."""
-    try:
-        with _uncollected():
-            return ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError, RecursionError):
-        return None
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without garbage collection: Python before 3.13 raises SystemError when that runs code while a tree is made."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-def _imports(file: Path) -> Iterator[str]:
-    """The modules that a file imports, anywhere in it, by their whole names."""
-    tree = _tree(file)
+def _imports(file: Path, tree: ast.AST | None) -> Iterator[str]:
+    """The modules that a file imports, anywhere in its syntax tree, by their whole names."""
     parts = list(file.parent.relative_to(_root(file)).parts)
     for node in [] if tree is None else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -324,35 +501,19 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(one)
 
 
-def _path(text: str, beside: Path) -> Path | None:
-    """The file or folder that an argument names, from the working directory or the code's; None where it is none.
+def _path(text: str, places: Sequence[Path]) -> Path | None:
+    """The file or folder that an argument names, in the first of the places that has it; None where it is none.
 
     A word alone may be anything, such as the name of a split, so a folder needs a slash.
     """
     if not text or len(text) > 4096 or "\0" in text:
         return None
-    for path in (Path(os.path.expanduser(text)), beside / text):  # noqa: PTH111 - "~nobody" is no error
+    for place in places:
+        path = place / os.path.expanduser(text)  # noqa: PTH111 - "~nobody" is no error
         with contextlib.suppress(OSError, ValueError):
             if path.is_file() or (os.sep in text and path.is_dir() and len(path.absolute().parts) > 2):
                 return path
     return None
-
-
-def _named_in(file: Path) -> Iterator[Path]:
-    """Files of data that a file of code names and that lie beside it or in the working directory."""
-    tree = None if _is_installed(file) else _tree(file)
-    for node in [] if tree is None else ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and Path(node.value).suffix in _DATA:
-            path = _path(node.value, file.parent)
-            if path is not None and path.is_file():
-                yield path
-
-
-def _inside(folder: Path) -> Iterator[Path]:
-    """The files in a folder, sorted, without hidden ones and what programs leave behind."""
-    for here, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NOT_DATA)
-        yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _prepared(path: Path) -> bool:
@@ -360,11 +521,22 @@ def _prepared(path: Path) -> bool:
     return path.is_relative_to((cache_folder() / "prepared").absolute())
 
 
-def _names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The shortest ends of paths that tell them apart, which are the same wherever the folders are moved."""
-    names = {path: path.name for path in paths}
-    for length in range(2, max((len(path.parts) for path in paths), default=0) + 1):
-        count = Counter(names.values())
+def _names(paths: Sequence[Path], roots: Sequence[Path]) -> dict[Path, str]:
+    """Names of files that tell them apart, and are the same wherever the folders are moved.
+
+    Below the folder that the code is imported from, the path from there, whatever other files there are; elsewhere the
+    shortest ends of paths that tell them apart.
+    """
+    inner, taken = dict[Path, str](), set[str]()
+    for root in roots:
+        for path in paths:
+            name = path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
+            if name and path not in inner and name not in taken:
+                inner[path] = name
+                taken.add(name)
+    names = {path: path.name for path in paths if path not in inner}
+    for length in range(2, max((len(path.parts) for path in names), default=0) + 1):
+        count = Counter([*names.values(), *inner.values()])
         same = [path for path, name in names.items() if count[name] > 1]
         names |= {path: "/".join(path.parts[-length:]) for path in same}
-    return names
+    return inner | names

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from ecotone.experiments import changes, compose, report
+from ecotone.experiments import changes, compose, named, report
 from ecotone.experiments.checks import validate
 from ecotone.experiments.exports import export, verify
 from ecotone.experiments.fingerprints import fingerprints
@@ -22,6 +22,7 @@ from ecotone.experiments.tracking.subject import Subject
 from ecotone.populations import facts
 from ecotone.populations.errors import InputError
 from ecotone.populations.journal import Journal
+from ecotone.populations.sums import FACTS
 
 METRICS = """
 import json
@@ -115,7 +116,9 @@ def slow(*values):
     ("name", "change", "words"),
     [
         ("metrics.py", append, r"objectives\.search\.near: metrics\.py has changed since the run began \(was"),
-        slow("helpers/scale.py", append, r"objectives\.search\.near: scale\.py has changed since the run began"),
+        slow(
+            "helpers/scale.py", append, r"objectives\.search\.near: helpers/scale\.py has changed since the run began"
+        ),
         slow(
             "data.jsonl", lambda path: append(path, '{"x": 0}\n'), r"objectives\.search\.near: data\.jsonl has changed"
         ),
@@ -164,16 +167,16 @@ def test_accepted_changes_are_told_from_then_on(folder):
     append(folder / "helpers" / "scale.py", "def scaled(value): return 3 * value\n")
     append(folder / "data.jsonl", '{"x": 0}\n')
     done = longer(run, accept_changes=True, notify=said.append)
-    assert any("accepted: objectives.search.near: scale.py has changed" in text for text in said)
+    assert any("accepted: objectives.search.near: helpers/scale.py has changed" in text for text in said)
     with done.journal() as journal:
         assert [(row.number, row.scores) for row in journal.rows()][:8] == before
         accepted = journal.fact(facts.ACCEPTED)
     assert [(one["file"], one["evaluations"], one["command"]) for one in accepted] == [
-        ("scale.py", 8, "resume"),
+        ("helpers/scale.py", 8, "resume"),
         ("data.jsonl", 8, "resume"),
     ]
     longer(run, 20)  # what was accepted is not asked for again
-    words = "objectives.search.near: scale.py has changed since the run began"
+    words = "objectives.search.near: helpers/scale.py has changed since the run began"
     assert words in Run(run).status()["accepted_changes"][0]
     assert words in report.accepted_lines(done)[0]
     with done.journal() as journal:
@@ -213,21 +216,18 @@ def test_an_export_is_not_compared_by_other_code(folder):
     run = begun(folder)
     export(Run(run), "best", folder / "merged")
     append(folder / "helpers" / "scale.py")
-    with pytest.raises(InputError, match=r"objectives\.search\.near: scale\.py has changed since the run began"):
+    with pytest.raises(
+        InputError, match=r"objectives\.search\.near: helpers/scale\.py has changed since the run began"
+    ):
         verify(folder / "merged")
 
 
 @pytest.mark.slow
 def test_an_older_journal_is_compared_by_inner_products(folder):
     run = begun(folder)
-    lacking = (facts.CONTENTS, facts.FINGERPRINTS, facts.FORMAT_OF, facts.CREATED)
-    with Journal.open(run / "journal.sqlite") as journal:
-        known = {fact: journal.fact(fact) for fact in facts.FACTS if fact not in lacking}
-    (run / "journal.sqlite").unlink()
-    # As if by a version that noted no hashes, killed before its first trial.
-    Journal.create(
-        run / "journal.sqlite", [fact.note(value) for fact, value in known.items() if value is not None]
-    ).close()
+    with Journal.open(run / "journal.sqlite", write=True) as journal, journal.transaction():
+        for fact in (facts.CONTENTS, facts.FINGERPRINTS):
+            journal._rows_of.drop(journal._connection, FACTS, (fact.name,))
     append(folder / "metrics.py")
     longer(run)
     with Run(run).journal() as journal:
@@ -256,8 +256,8 @@ def test_code_data_and_what_code_imports(folder):
     assert record.keys() == {"objectives.search.near"}
     assert {name: one["sort"] for name, one in record["objectives.search.near"].items()} == {
         "metrics.py": "code",
-        "__init__.py": "code",
-        "scale.py": "code",
+        "helpers/__init__.py": "code",
+        "helpers/scale.py": "code",
         "data.jsonl": "data",
         "bias.json": "data",
     }
@@ -300,7 +300,7 @@ def test_folders_of_data_heads_and_lm_eval_tasks(folder):
         "tokenizer": "tok",
     }
     record = found_in(folder, objectives={"search": search}, models=models)
-    assert {"1.png", "head.safetensors"} <= record["objectives.search.images"].keys()
+    assert {"images/cats/1.png", "head.safetensors"} <= record["objectives.search.images"].keys()
     assert record["objectives.search.mine"].keys() == {"base.yaml", "mine.yaml", "more.py", "questions.jsonl"}
     assert "metrics.py" in record["models.architecture"]
 
@@ -321,7 +321,7 @@ def test_a_plug_ins_module_counts(folder, monkeypatch):
     recipe = recipe_of(folder)
     spec = replace(compose.worker_spec(recipe, None, ()), search=(settings,))
     files = fingerprints(recipe, spec)["objectives.search.m"]
-    assert {"plugged.py", "scale.py"} <= files.keys()
+    assert {"plugged.py", "helpers/scale.py"} <= files.keys()
     del sys.modules["plugged"]
 
 
@@ -330,3 +330,158 @@ def test_validate_tells_the_hashes(folder):
     assert re.fullmatch(r"1 file, 1\d\d bytes, xxh3_128 [0-9a-f]{32}", told["contents of models.experts[0]"])
     assert re.fullmatch(r"\d+ bytes hashed in \S+ s; of these 0 bytes were remembered", told["contents"])
     assert re.search(r"metrics\.py [0-9a-f]{12}, ", told["files of objectives.search.near"])
+
+
+# -- data that code names -----------------------------------------------------------------------------------------
+
+TOLD = """
+import argparse, importlib, json, os
+from pathlib import Path
+HERE = Path(__file__).parent
+"""
+
+
+def written_into(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def files_of(folder, body, files=(), arguments=None):
+    """The names of the files that a function of that body depends on."""
+    written_into(folder, dict.fromkeys(files, "1") | {"m.py": TOLD + body})
+    score = {"name": "s", "type": "call", "call": "./m.py:score", "arguments": arguments or {}}
+    return found_in(folder, objectives={"search": [score]})["objectives.search.s"].keys() - {"m.py"}
+
+
+@pytest.mark.parametrize(
+    ("body", "file", "arguments"),
+    [
+        ('def score(m): return open(HERE / "data" / "q.jsonl")', "data/q.jsonl", {}),
+        ('def score(m): return (HERE / "q.txt").read_text()', "q.txt", {}),
+        ('def score(m): return load(HERE / "q.pt")', "q.pt", {}),
+        ('def score(m): return importlib.import_module("dynhelp").f(m)', "dynhelp.py", {}),
+        ("def score(m, kind): return importlib.import_module(kind).f(m)", "dynhelp.py", {"kind": "dynhelp"}),
+        ('def score(m, folder): return list((HERE / folder).glob("*"))', "d2/1.dat", {"folder": "d2"}),
+        ("def score(m, parts): return load(HERE / 'd3' / parts[0][1])", "d3/deep/w.dat", {"parts": [["a", "w.dat"]]}),
+        ('def score(m): return open(os.path.join(os.path.dirname(__file__), "data", "q.db"))', "data/q.db", {}),
+        ('def score(m): return open(f"{HERE}/data/q.md")', "data/q.md", {}),
+        ('def score(m, split): return open(f"{HERE}/{split}.jsonl")', "test.jsonl", {"split": "test"}),
+        ('def score(m, n): return open(HERE / "parts" / f"{n}.bin")', "parts/3.bin", {"n": 3}),
+        ('def score(m): return open(str(HERE) + "/data/q.csv")', "data/q.csv", {}),
+        ('def score(m): return open("data/%s.gz" % "a")', "data/a.gz", {}),
+        ('def score(m): return sorted(HERE.glob("*.lst"))', "one.lst", {}),
+        ('def score(m): return open(Path(__file__).with_suffix(".words"))', "m.words", {}),
+        ('def score(m):\n    x = load(HERE / "q.npy")\n    save("kept", x)', "q.npy", {}),
+        ('def make(): (HERE / "q.txt").write_text("1")\ndef score(m): return open(HERE / "q.txt")', "q.txt", {}),
+        ('def score(m): return open(HERE / "vocabulary")', "vocabulary", {}),
+    ],
+)
+def test_the_data_that_code_names(folder, body, file, arguments):
+    assert file in files_of(folder, body, [file], arguments)
+    before = found_in(folder, objectives={"search": [{**RECIPES, "arguments": arguments}]})
+    (folder / file).write_text("2")
+    after = found_in(folder, objectives={"search": [{**RECIPES, "arguments": arguments}]})
+    assert [change.file for change in changes.code_changes(before, after)] == [file]
+
+
+RECIPES = {"name": "s", "type": "call", "call": "./m.py:score"}
+
+
+@pytest.mark.parametrize(
+    ("body", "file", "arguments"),
+    [
+        ('def score(m):\n    "q.txt"\n    return 1', "q.txt", {}),
+        ('def score(m):\n    print("q.txt")\n    raise ValueError("q.txt")', "q.txt", {}),
+        ("def score(m): return 1", "README.md", {}),
+        (f"LONG = {'a long text, ' * 60!r}", "README.md", {"prompt": "q: {} " * 60}),
+        ('def score(m):\n    with open(HERE / "m.log", "a") as f: f.write("x")', "m.log", {}),
+        ('def score(m):\n    (HERE / "results.json").write_text("x")', "results.json", {}),
+        ('LOG = HERE / "m.jsonl"\ndef score(m):\n    with LOG.open("a") as f: f.write("x")', "m.jsonl", {}),
+        (
+            'def score(m):\n    p = HERE / "b.json"\n    b = p.read_text() if p.exists() else 0\n    p.write_text("1")',
+            "b.json",
+            {},
+        ),
+        ('def score(m): return m["results"]', "results/x.json", {}),
+        ('def score(m): return m["data"] if "data" in m else 1', "data/x.json", {}),
+        ('def score(m): return 1\nif __name__ == "__main__":\n    p = "results.json"', "results.json", {}),
+        ('def score(m): return "data"', "data/.hidden/x.json", {}),
+        ('def score(m): return "data"', "data/__pycache__/x.pyc", {}),
+        ('def score(m): return "data"', "data/.ipynb_checkpoints/m-checkpoint.ipynb", {}),
+        ('def score(m): return "q.json"', "out/x/q.json", {}),
+        ('def score(m): return "q.json"', "env/lib/q.json", {}),
+        ("def score(m, out): return 1", "results/x.json", {"out": "results"}),
+        ('def score(m): return "left.safetensors"', "left.safetensors", {}),
+    ],
+)
+def test_what_is_no_data(folder, body, file, arguments):
+    written_into(folder, {"out/x/journal.sqlite": "", "env/pyvenv.cfg": ""})
+    assert files_of(folder, body, [file], arguments) == set()
+
+
+def test_data_above_the_code_and_in_the_working_directory(folder, monkeypatch):
+    written_into(folder, {"src/m.py": TOLD + 'def score(m): return HERE.parent / "data" / "q.txt", open("in/cwd.txt")'})
+    written_into(folder, {"data/q.txt": "1", "elsewhere/in/cwd.txt": "1"})
+    (folder / "elsewhere").mkdir(exist_ok=True)
+    score = {**RECIPES, "call": f"{folder}/src/m.py:score"}
+    recipe = recipe_of(folder, objectives={"search": [score]})
+    monkeypatch.chdir(folder / "elsewhere")
+    found = fingerprints(recipe, compose.worker_spec(recipe, None, (str(folder),)))["objectives.search.s"]
+    assert found.keys() == {"m.py", "q.txt", "cwd.txt"}
+
+
+def test_new_files_rename_none_and_walks_are_bounded(folder, monkeypatch, caplog):
+    body, objectives = 'def score(m): return open(HERE / "q.txt"), open("gone.txt")', {"search": [RECIPES]}
+    assert files_of(folder, body, ["q.txt", "a/b/gone.txt"]) == {"q.txt", "a/b/gone.txt"}
+    before = found_in(folder, objectives=objectives)
+    written_into(folder, {"other/q.txt": "1", "other/deep/q.txt": "2"})
+    assert changes.code_changes(before, found_in(folder, objectives=objectives)) == []
+    monkeypatch.setattr(named, "WALKED", 8)
+    cut = found_in(folder, objectives=objectives)
+    assert "a/b/gone.txt" not in cut["objectives.search.s"]
+    assert changes.code_changes(before, cut) == []
+    assert "'gone.txt' may name data below" in caplog.text
+
+
+def test_of_a_folder_of_many_files_the_first_count(folder, monkeypatch, caplog):
+    objectives = {"search": [RECIPES]}
+    files_of(folder, 'def score(m): return HERE / "data"', [f"data/{number}.txt" for number in (3, 4, 5)])
+    monkeypatch.setattr(named, "LISTED", 3)
+    before = found_in(folder, objectives=objectives)
+    assert not caplog.text
+    written_into(folder, {"data/1.txt": "1", "data/3.txt": "2"})
+    after = found_in(folder, objectives=objectives)
+    assert after["objectives.search.s"].keys() == {"m.py", "data/1.txt", "data/3.txt", "data/4.txt"}
+    assert [one.file for one in changes.code_changes(before, after)] == ["data/3.txt"]
+    assert "has more than 3 files" in caplog.text
+
+
+def test_of_much_data_that_code_names_the_sizes_count(folder, monkeypatch):
+    objectives = {"search": [RECIPES]}
+    files_of(folder, 'def score(m): return HERE / "data"', ["data/small.txt"])
+    written_into(folder, {"data/large.txt": "1" * 1000})
+    before = found_in(folder, objectives=objectives)
+    monkeypatch.setattr("ecotone.experiments.fingerprints.READ_BYTES", 500)
+    assert changes.code_changes(before, found_in(folder, objectives=objectives)) == []
+    written_into(folder, {"data/large.txt": "1" * 1001, "data/small.txt": "2"})
+    found = changes.code_changes(before, found_in(folder, objectives=objectives))
+    assert {one.file for one in found} == {"data/small.txt", "data/large.txt"}
+
+
+@pytest.mark.slow
+def test_a_run_below_the_code_goes_on_after_ordinary_work(folder):
+    body = (
+        '\ndef score(m):\n    with open(HERE / "calls.jsonl", "a") as f: f.write("x")\n'
+        '    cache = HERE / "store"\n    return float((HERE / "data" / "q.txt").read_text())\n'
+        'NAMES = ["store", "out"]\n'
+    )
+    written_into(folder, {"m.py": TOLD + body, "data/q.txt": "1", "store/1.json": "1", "README.md": "1"})
+    recipe = recipe_of(folder, objectives={"search": [RECIPES]})
+    launch(recipe, folder / "out" / "x")
+    written_into(folder, {"README.md": "2", "data/.ipynb_checkpoints/q.txt": "3", "data/new.txt": "4", "out/y.txt": ""})
+    assert resume(folder / "out" / "x", {"budget.evaluations": 12}).status()["evaluations"] == 12
+    (folder / "data" / "q.txt").write_text("5")
+    with pytest.raises(InputError, match=r"objectives\.search\.s: data/q\.txt has changed since the run began"):
+        resume(folder / "out" / "x", {"budget.evaluations": 16})
