@@ -142,7 +142,8 @@ def _pop_dispatch(length: int) -> None:
     while (now := torch._C._len_torch_dispatch_stack()) > length:
         mode = torch._C._get_dispatch_stack_at(now - 1)
         with suppress(Exception):  # it may have been put on the stack without __enter__
-            TorchDispatchMode.__exit__(mode, None, None, None)  # as it resets flags of torch; a subclass may do more
+            leave: Callable[..., None] = TorchDispatchMode.__exit__  # it resets flags of torch; a subclass may do more
+            leave(mode, None, None, None)
         if torch._C._len_torch_dispatch_stack() == now:
             torch._C._pop_torch_dispatch_stack()
 

@@ -334,8 +334,9 @@ def _long_thread(model: Any) -> None:
             time.sleep(0.0005)
             _written(model)
 
-    if all(thread.name != "goes on" for thread in threading.enumerate()):
-        threading.Thread(target=write, name="goes on", daemon=True).start()
+    name = f"writes into {id(model)}"
+    if all(thread.name != name for thread in threading.enumerate()):
+        threading.Thread(target=write, name=name, daemon=True).start()
 
 
 KINDS: dict[str, Callable[[Any], object]] = {
