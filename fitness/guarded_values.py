@@ -109,7 +109,7 @@ class Contents:
 
     def put_back(self) -> list[tuple[str, str]]:
         """Put back what differs; return kinds of changes, and names."""
-        found = []
+        found: list[tuple[str, str]] = []
         for now, before, sort, place in self._dicts:
             found += _changes(now, before, sort, place)
             if [*map(id, now.values())] != [*map(id, before.values())] or [*now] != [*before]:

@@ -22,11 +22,12 @@ are compared bit by bit after each call of user code (large ones on 32 elements)
 after the first call of each objective that another one follows, and on 32 elements of each tensor after every later
 call.
 
-Threads that a call leaves behind may write at any moment. While one lives, and until what it did has been looked for
-once more, each merge is made twice and compared bit by bit, and the model is compared after each call, ours too. Any
-difference fails the candidate at hand, and names the objective that left the thread. It is likely only that no score is
-wrong then: a thread may take back what it wrote before the call ends, damage both merges alike, or change a setting of
-the process for a moment. Threads that do not come from ``threading`` are not known.
+Threads that a call leaves behind may write at any moment. Those that end within a tenth of a second (a second in all)
+count as a part of the call. While others live, and until what they did has been looked for once more, each merge is
+made twice and compared bit by bit, and the model is compared after each call, ours too. Any difference fails the
+candidate at hand, and all later ones as long as they live; the message names the objective that left a thread first. It
+is likely only that no score is wrong then: a thread may take back what it wrote before the call ends, damage both
+merges alike, or change a setting of the process for a moment. Threads that ``threading`` does not know are not known.
 
 Not looked for: kernels that ``torch.library`` registers, the code of a function (``__code__``), objects other than
 those above (arrays of numpy, instances of other classes), globals of other modules, and libraries in C.
@@ -141,7 +142,8 @@ def _pop_dispatch(length: int) -> None:
     while (now := torch._C._len_torch_dispatch_stack()) > length:
         mode = torch._C._get_dispatch_stack_at(now - 1)
         with suppress(Exception):  # it may have been put on the stack without __enter__
-            TorchDispatchMode.__exit__(mode, None, None, None)  # as it resets flags of torch; a subclass may do more
+            leave: Callable[..., None] = TorchDispatchMode.__exit__  # it resets flags of torch; a subclass may do more
+            leave(mode, None, None, None)
         if torch._C._len_torch_dispatch_stack() == now:
             torch._C._pop_torch_dispatch_stack()
 

@@ -43,6 +43,7 @@ class Supervisor:
         self._noted = False  # whether the guards know the weights that are shown
         self._own = User("the model", foreign=False)
         self._was_careful = False
+        self._caught: SpoiledError | None = None  # a thread that lives was seen to change the model
         self.signals = Signals()
         self._surroundings = Surroundings(self.signals)
         self._guards = Guards(backend.model, getattr(backend, "rewritten", None), heads)
@@ -80,9 +81,12 @@ class Supervisor:
             self._note()
             changes, again = self._guards.after(leaver)
             if again:
-                raise _by_threads(leaver, changes)
+                raise self._by_threads(leaver, changes)
             self._surroundings.forget()
             self._surroundings.mark()
+            if self._caught is not None and self._surroundings.strays is not None:
+                raise self._caught
+        self._caught = None
 
     def call(self, user: User, function: Callable[[], Returned], *, follows: bool) -> Returned:
         """What ``function`` returns. An exception of any kind goes on, as a signal's handler raised it if it did.
@@ -153,7 +157,7 @@ class Supervisor:
         if again or leaver is not None:
             self.distrust()
         if leaver is not None and any(change.kind for change in changes):
-            raise _by_threads(leaver, changes)
+            raise self._by_threads(leaver, changes)
         return again or (leaver is not None and not self._was_careful)
 
     @contextmanager
@@ -167,7 +171,7 @@ class Supervisor:
         self.distrust()
         yield
         if self._guards.digest(keep=True) != first and leaver is not None:
-            raise _by_threads(leaver, [Change("weights")])
+            raise self._by_threads(leaver, [Change("weights")])
 
     def call_loss(self, user: User, model: nn.Module, function: Callable[[], Returned]) -> Returned:
         """What ``function`` returns, a loss of ``model``; other losses and the backward pass use the same weights.
@@ -187,7 +191,7 @@ class Supervisor:
         if written := self._guards.written():
             self.distrust()
             if leaver is not None:
-                raise _by_threads(leaver, [Change("weights", written[0])])
+                raise self._by_threads(leaver, [Change("weights", written[0])])
             raise InputError(
                 f"{user.subject} wrote into the model's weights ({written[0]}) while its gradient was taken.",
                 "Have it work on a copy: copy.deepcopy(model).",
@@ -199,11 +203,11 @@ class Supervisor:
         if distrust := getattr(self._backend, "distrust", None):
             distrust()
 
-
-def _by_threads(leaver: User, changes: list[Change]) -> SpoiledError:
-    places = ", ".join(filter(None, (change.place for change in changes[:3])))
-    what = ": ".join(filter(None, (changes[0].kind, places)))
-    return SpoiledError(
-        f"{leaver.subject} left threads behind, and the model was changed ({what}) while they lived.",
-        "Have it end its threads.",
-    )
+    def _by_threads(self, leaver: User, changes: list[Change]) -> SpoiledError:
+        places = ", ".join(filter(None, (change.place for change in changes[:3])))
+        what = ": ".join(filter(None, (changes[0].kind, places)))
+        self._caught = SpoiledError(
+            f"{leaver.subject} left threads behind, and the model was changed ({what}) while they lived.",
+            "Have it end its threads.",
+        )
+        return self._caught

@@ -30,6 +30,7 @@ _KEPT = tuple(
 )
 
 _REAL = getattr(signal, "ITIMER_REAL", None)
+_PATIENCE = 0.1  # seconds in which a thread that is left behind may end: then it counts as a part of its call
 _SLACK = 0.05  # seconds by which a timer that nobody touched may seem to be due earlier or later
 
 
@@ -99,6 +100,7 @@ class Surroundings:
         self.here()
         self._strays: list[tuple[threading.Thread, User]] = []
         self._ended: set[threading.Thread] = set()
+        self._patience = 10 * _PATIENCE
         self.begin()
 
     def here(self) -> None:
@@ -188,7 +190,11 @@ class Surroundings:
             names = ", ".join(thread.name for thread in left[:3])
             ends = "Have it end them: a candidate fails if the model changes while they live."
             user.warn("threads", f"{user.subject} left threads behind ({names}). {ends}")
-            self._strays += [(thread, user) for thread in left]
+            began = time.monotonic()
+            for thread in left:
+                thread.join(min(_PATIENCE, self._patience))
+            self._patience = max(self._patience + began - time.monotonic(), 0)
+            self._strays += [(thread, user) for thread in left if thread.is_alive()]
         self._known = set(threads)
 
     def _note_variables(self, user: User, now: dict[Any, Any]) -> None:

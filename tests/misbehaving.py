@@ -326,6 +326,19 @@ def _thread_data(model: Any) -> None:
     threading.Thread(target=write).start()
 
 
+def _long_thread(model: Any) -> None:
+    """Leaves a thread that goes on writing into the weights."""
+
+    def write() -> None:
+        for _ in range(400):
+            time.sleep(0.0005)
+            _written(model)
+
+    name = f"writes into {id(model)}"
+    if all(thread.name != name for thread in threading.enumerate()):
+        threading.Thread(target=write, name=name, daemon=True).start()
+
+
 KINDS: dict[str, Callable[[Any], object]] = {
     "replaces a layer": _layer,
     "replaces a parameter": _parameter,
@@ -362,10 +375,11 @@ KINDS: dict[str, Callable[[Any], object]] = {
     "leaves a timer armed": _timer,
     "leaves a thread that writes": _thread,
     "leaves a thread that writes through .data": _thread_data,
+    "leaves a thread that goes on writing": _long_thread,
 }
 """The kinds: what an objective does besides scoring, by its name in a table."""
 
-MAY_FAIL = ("leaves a thread that writes", "leaves a thread that writes through .data")
+MAY_FAIL = ("leaves a thread that goes on writing",)
 """Those whose candidates may fail."""
 
 OF_DICTS = ("writes into weights", "writes into weights through .data", "changes the default type")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import misbehaving
@@ -13,6 +14,8 @@ from parts import calibration, call, objective
 from safetensors.torch import save_file
 
 from ecotone.fitness.backends import resident
+from ecotone.fitness.guarded_names import OF_TORCH, Globals, Names
+from ecotone.fitness.guarded_values import Contents
 from ecotone.fitness.guards import STATES, Structure
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
@@ -185,6 +188,50 @@ def test_torch_may_wrap_its_own_functions(models, monkeypatch, caplog):
         measured(models, bad("writes into weights"), well("last"))
     assert not caplog.records
     assert torch.manual_seed is wrapped
+
+
+def test_names_that_hide_nothing_may_be_added_to_torch():
+    """As libraries do that are imported late."""
+    names = Names(OF_TORCH)
+    try:
+        torch.Tensor.brand_new = torch.brand_new = lambda *given: 1
+        assert not names.same()
+        assert names.put_back() == []
+        assert names.same()
+    finally:
+        del torch.Tensor.brand_new, torch.brand_new
+
+
+def test_another_function_of_torch_is_no_wrapper_of_the_first():
+    names, plain = Names(OF_TORCH), torch.nn.functional.relu
+    torch.nn.functional.relu = torch.nn.functional.gelu = torch.nn.functional.leaky_relu
+    assert names.put_back() == ["torch.nn.functional.relu", "torch.nn.functional.gelu"]
+    assert torch.nn.functional.relu is plain
+
+
+def test_globals_that_a_models_code_sets_are_its_own():
+    module = ModuleType("counting")
+    code = "calls, scale = 0, 1.0\nclass Net:\n def forward(self):\n  global calls\n  calls += 1\n  return scale\n"
+    exec(code, vars(module))
+    values = Globals([module.Net])
+    module.calls, module.scale = 5, 2.0
+    assert values.put_back() == ["counting.scale"]
+    assert (module.calls, module.scale) == (5, 1.0)
+
+
+def test_containers_whose_class_has_code_of_its_own_are_left_out():
+    class Loud(dict):
+        def __getitem__(self, key):
+            raise ValueError
+
+    contents, loud, quiet = Contents(), Loud(one=1), {"one": {1, 2}}
+    contents.follow({"loud": loud, "quiet": (quiet,)}, "attributes", "model")
+    contents.seal()
+    loud["two"] = 2
+    assert contents.same()
+    quiet["one"].add(3)
+    assert contents.put_back() == [("attributes", "model.quiet.0.one")]
+    assert quiet == {"one": {1, 2}}
 
 
 def test_configurations_and_lists_of_modules_are_put_back():
