@@ -85,8 +85,8 @@ def export(
     scored = run.scored(trial.number)
     if target.suffix in (".yaml", ".yml"):
         raise InputError(f"{target}: expected a directory or a .safetensors file.", "For a .yaml: --format mergekit.")
-    recipe = _recipe(run, trust, folders, notify)
-    sources, dtype, unchanged = _opened(run, recipe, accept_changes)
+    recipe, paths = _recipe(run, trust, folders, notify)
+    sources, dtype, unchanged = _opened(run, recipe, paths, accept_changes)
     record = {
         **_record(run, recipe, trial, scored),
         "operator": operator_record(sources.tuned(trial.genome).operator),
@@ -155,8 +155,8 @@ def export_lora(
         raise InputError(f"{target}: expected a directory, as adapters are stored.")
     trial = run.trial(member)
     scored = run.scored(trial.number)
-    recipe = _recipe(run, trust, folders, notify)
-    sources, _, unchanged = _opened(run, recipe, accept_changes)
+    recipe, paths = _recipe(run, trust, folders, notify)
+    sources, _, unchanged = _opened(run, recipe, paths, accept_changes)
     merged = merged_adapter(sources, trial.genome, rank or sources.rank)
     record = {
         **_record(run, recipe, trial, scored),
@@ -218,7 +218,7 @@ def export_mergekit(
         raise InputError(f"{target}: the file exists.", "Choose another name, or remove it.")
     trial = run.trial(member)
     run.scored(trial.number)
-    sources, dtype, unchanged = _opened(run, _recipe(run, trust, folders, notify), accept_changes)
+    sources, dtype, unchanged = _opened(run, *_recipe(run, trust, folders, notify), accept_changes)
     merge = mergekit_config(trial.genome, sources, dtype, snap)
     made_by = merge.command(Path(target.name))
     title = f"{run.name}, member {trial.number}, found by Ecotone. Make it: {made_by}"
@@ -248,21 +248,21 @@ def rescored(
         UntrustedError: As for ``export``.
         SearchError: It cannot be scored.
     """
-    recipe = _recipe(run, trust, folders)
-    spec = replace(compose.worker_spec(recipe, preparation.prepare(recipe)), dense=False, calibration=())
+    recipe, paths = _recipe(run, trust, folders)
+    spec = replace(compose.worker_spec(recipe, preparation.prepare(recipe), paths), dense=False, calibration=())
     subsets: tuple[Subset, ...] = ("search", "held_out") if recipe.objectives.held_out else ("search",)
     with SerialPool(spec) as pool:
         pool.start()
         return {subset: dict(_measured(pool, genome, subset)) for subset in subsets}
 
 
-def _opened(run: Run, recipe: Recipe, accept: bool) -> tuple[Sources, str | None, ForExport]:
+def _opened(run: Run, recipe: Recipe, paths: Sequence[str], accept: bool) -> tuple[Sources, str | None, ForExport]:
     """A run's models, the type that its merges are scored in (None where each tensor keeps its own), and their files.
 
     Raises:
         InputError: Models, code or data have changed since the run began, and that is not accepted.
     """
-    spec = compose.worker_spec(recipe, preparation.prepare(recipe))
+    spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
     sources = open_sources(spec)
     own = None if spec.architecture is None else str(sources.layout.dtype).split(".")[-1]
     return sources, recipe.merge.dtype or own, ForExport(run, recipe, spec, sources, accept)
@@ -279,13 +279,15 @@ def models_record(sources: Sources) -> dict[str, Any]:
     return {"base": base, "experts": [expert.record() for expert in sources.experts]}
 
 
-def _recipe(run: Run, trust: bool, folders: Sequence[str], notify: Notify = lambda text: None) -> Recipe:
-    """The run's recipe. Its own Python modules can then be imported: its preparation step may be in one."""
+def _recipe(
+    run: Run, trust: bool, folders: Sequence[str], notify: Notify = lambda text: None
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The run's recipe, and the folders of its own Python modules, which can be imported now."""
     with run.journal() as journal:
         standing = gate.exportable(journal, run.where, trust, notify)
         recorded = journal.fact(facts.SYS_PATH)
-        gate.python_paths(standing, folders, recorded or ())
-        return _read_back(journal.fact(facts.RECIPE) or {}, wrote(journal))
+        paths = gate.python_paths(standing, folders, recorded or ())
+        return _read_back(journal.fact(facts.RECIPE) or {}, wrote(journal)), paths
 
 
 def _read_back(record: Mapping[str, Any], written_by: str) -> Recipe:

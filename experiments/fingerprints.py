@@ -98,7 +98,7 @@ class _Code:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.folders = _users_folders(spec.sys_path)
-        self.bases = list(dict.fromkeys(Path(name or ".").absolute() for name in (".", *spec.sys_path)))
+        self.bases = list(dict.fromkeys(Path(name or ".").absolute() for name in (*spec.sys_path, ".")))
         models = [*spec.experts, *(one for one in (spec.base, spec.tokenizer, spec.config) if one is not None)]
         self._models = frozenset(Path(str(one)).absolute() for one in models)  # have hashes of their own
         self._read: dict[Path, tuple[list[str], Names]] = {}
@@ -280,7 +280,10 @@ def _add_call(found: _Found, call: Call, code: _Code, where: str) -> None:
     beside = Path.cwd() if file is None else file.parent
     words = []
     for text in texts:
-        path = _path(text, [Path.cwd(), beside, *code.bases])
+        plain = (
+            os.sep not in text and not Path(text).suffix
+        )  # a word, as of a split, is no file of the working directory
+        path = _path(text, [beside, *([] if plain else code.bases)])
         if path is None:
             words += list(of_argument(text))
         else:
@@ -478,6 +481,10 @@ def _modules(name: str, roots: Sequence[Path]) -> list[Path]:
     """The files of a module, with its packages, in the first of the folders that has it; none of installed ones."""
     parts = name.split(".")
     for root in roots:
+        if (root / f"{parts[0]}.py").is_file() and not (root / parts[0] / "__init__.py").is_file():
+            return [
+                root / f"{parts[0]}.py"
+            ]  # `from helper import f`, where `helper/f.py` of another folder is not meant
         packages = [root.joinpath(*parts[:count], "__init__.py") for count in range(1, len(parts) + 1)]
         last = root.joinpath(*parts[:-1], f"{parts[-1]}.py")
         found = [file for file in (*packages, last) if file.is_file()]

@@ -485,3 +485,21 @@ def test_a_run_below_the_code_goes_on_after_ordinary_work(folder):
     (folder / "data" / "q.txt").write_text("5")
     with pytest.raises(InputError, match=r"objectives\.search\.s: data/q\.txt has changed since the run began"):
         resume(folder / "out" / "x", {"budget.evaluations": 16})
+
+
+def test_other_working_directories_are_no_change_and_hide_none(folder, tmp_path_factory, monkeypatch):
+    """Files there have the names of data, of a split and of a helper."""
+    other = tmp_path_factory.mktemp("other")
+    (folder / "helpers" / "scale.py").write_text("from numbers_of import scaled as scaled\n")
+    (folder / "numbers_of.py").write_text("def scaled(value, split='test'): return 2 * value\n")
+    (other / "numbers_of").mkdir()
+    for name in ("bias.json", "data.jsonl", "test", "near", "numbers_of/__init__.py", "numbers_of/scaled.py"):
+        (other / name).write_text("1")
+    run = begun(folder)
+    monkeypatch.chdir(other)
+    longer(run)
+    export(Run(run), "best", other / "export")
+    assert not Run(run).status()["accepted_changes"]
+    (folder / "bias.json").write_text("1")
+    with pytest.raises(InputError, match=r"bias\.json has changed"):
+        longer(run, 24)
