@@ -297,6 +297,9 @@ class Wire:
         self._trap.step()
         return found
 
+    def set_authorizer(self, function: Callable[..., int]) -> None:
+        self._connection.set_authorizer(function)
+
     def close(self) -> None:
         self._connection.close()
 

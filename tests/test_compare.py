@@ -217,9 +217,9 @@ def test_seeds_of_one_search_are_grouped_with_their_median_front(tmp_path: Path)
 
 
 def test_what_makes_runs_less_alike_is_said(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "first", STAIRS, geometry="[1]", held_out=AB)
-    second = write_run(tmp_path / "second", STAIRS, geometry="[2]", state="running", held_out=[["c", "maximize"]] * 2)
-    third = write_run(tmp_path / "third", STAIRS, geometry="[1]", recipe={"objectives": {"search": "others"}})
+    first = write_run(tmp_path / "first", STAIRS, geometry="[[1]]", held_out=AB)
+    second = write_run(tmp_path / "second", STAIRS, geometry="[[2]]", state="running", held_out=[["c", "maximize"]] * 2)
+    third = write_run(tmp_path / "third", STAIRS, geometry="[[1]]", recipe={"objectives": {"search": "others"}})
     found = compare([first, second, third])
     notes = "\n".join(found.notes)
     assert "third: other objectives than first" in notes
