@@ -106,6 +106,7 @@ class Worker:
             "search": [objective.build(context) for objective in spec.search],
             "held_out": [objective.build(context) for objective in spec.held_out],
         }
+        self._known: dict[int, tuple[Objective, User, Expected]] = {}  # which keep the objectives, and so their ids
         self._expected = {
             (group, one.name): Expected(one.limits)
             for group, objectives in (("search", spec.search), ("held_out", spec.held_out))
@@ -351,11 +352,11 @@ class Worker:
         scores: dict[str, Score] = {}
         with same_model(objectives):
             for left, objective in zip(reversed(range(len(objectives))), objectives, strict=True):
-                name, user = objective.goal.name, self._objective_user(group, objective)
+                name, (user, expected) = objective.goal.name, self._about(group, objective)
                 score, again = None, False
                 try:
                     try:
-                        score = self._scored_by(user, objective, model, group, follows=left > 0)
+                        score = self._scored_by(user, objective, model, expected, follows=left > 0)
                     finally:
                         if user.foreign or self._supervisor.careful or score is None:
                             again = self._supervisor.restore(user)
@@ -369,16 +370,13 @@ class Worker:
                 scores[name] = score
         return scores
 
-    def _scored_by(self, user: User, objective: Objective, model: Model, group: Subset, *, follows: bool) -> Score:
+    def _scored_by(self, user: User, objective: Objective, model: Model, expected: Expected, *, follows: bool) -> Score:
         """The score of ``model``, which is one."""
         score = self._supervisor.call(user, lambda: objective.score(model), follows=follows)
         if not isinstance(score, Score) or no_number(score.value) is not None:
             subject = whose("the objective", type(objective))
             found = shown(score)
             raise InputError(f"{subject}: score(): expected a Score whose value is a number, found {found}.", TELL)
-        expected = self._expected.get((group, objective.goal.name), ANYTHING)
-        if isinstance(objective, Divisible):
-            expected = replace(expected, count=objective.count)
         return checked(score, user.subject, expected)
 
     def _failed_score(self, user: User, genome: Genome, error: BaseException, again: bool, began: float) -> Evaluation:
@@ -404,6 +402,16 @@ class Worker:
             model: Model = next(self._backend.show([genome]))
             self._supervisor.shown(model)
         return model
+
+    def _about(self, group: Subset, objective: Objective) -> tuple[User, Expected]:
+        """What is known of an objective: found once, as to ask a protocol takes as long as a small forward pass."""
+        known = self._known.get(id(objective))
+        if known is None:
+            expected = self._expected.get((group, objective.goal.name), ANYTHING)
+            if isinstance(objective, Divisible):
+                expected = replace(expected, count=objective.count)
+            known = self._known[id(objective)] = objective, self._objective_user(group, objective), expected
+        return known[1:]
 
     def _objective_user(self, group: Subset, objective: Objective) -> User:
         foreign = is_foreign(type(objective), getattr(objective, "head", None))

@@ -78,11 +78,27 @@ COSTLY = {
 }
 
 
+# Tests of seconds each, whose subjects faster tests look at as well.
+SECONDS = {
+    *("test_killed_workers_change_nothing", "test_another_process_says_the_same"),
+    *("test_a_score_that_was_cut_short_by_the_order_to_stop_is_not_taken", "test_models_that_mix_types"),
+    *("test_compiled_loops_give_the_same_bits", "test_how_asks_are_grouped_does_not_matter"),
+    *("test_a_script_names_its_own_functions_by_its_file", "test_adamerging_on_a_tiny_encoder"),
+    *("test_a_flaw_is_seen", "test_a_resumed_run_runs_again_and_ends_like_an_uninterrupted_one"),
+    *("test_losses_and_scores_in_different_units", "test_random_layouts", "test_two_drivers_of_one_run"),
+    *("test_what_is_finished_is_returned_before_the_pool_fails", "test_waiting_ends_when_the_server_is_down"),
+    *("test_a_worker_that_does_not_find_what_the_search_has_names_node_and_path", "test_a_killed_mirror_is_made_good"),
+    *("test_the_recipe_and_its_settings_import_neither_lm_eval_nor_transformers",),
+}
+
+
 def thin(items: list[pytest.Item]) -> None:
-    """Make all but every so many cases of the large grids slow, and all of costly variants."""
+    """Make all but every so many cases of the large grids slow, and all of costly variants and of ``SECONDS``."""
     seen = dict.fromkeys(THINNED, 0)
     for item in items:
         case = getattr(item, "callspec", None)
+        if getattr(item, "originalname", "") in SECONDS:
+            item.add_marker(pytest.mark.slow)
         if case is not None and not COSTLY.isdisjoint(v for v in case.params.values() if isinstance(v, str)):
             item.add_marker(pytest.mark.slow)
         for name in THINNED.keys() & {getattr(item, "originalname", ""), getattr(item.parent, "name", "")}:
