@@ -194,6 +194,13 @@ def test_a_fork_that_comes_back_ends_and_the_parent_goes_on(folder):
 
 
 class TestSignals:
+    @pytest.fixture(autouse=True)
+    def ordinary(self):
+        """The handler that Python begins with: other tests of this process may have left another."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_a_real_interrupt_is_passed_on(self):
         signals = Signals()
         with signals:
