@@ -166,7 +166,7 @@ class Process:
 
     def __init__(self, names: Names | None = None) -> None:
         self._before = [get() for get in _GETS]
-        self.names = Names(OF_TORCH) if names is None else names
+        self.names: Names = Names(OF_TORCH) if names is None else names
 
     def begin(self) -> None:
         """Settings that differ now are the caller's own: another thread has other modes."""
@@ -308,8 +308,8 @@ class _Guarded:
 
     def __init__(self, model: Any, rewritten: Collection[int] | None) -> None:
         self.model = model
-        self.structure = Structure(model)
-        self.weights = Weights(model, rewritten)
+        self.structure: Structure = Structure(model)
+        self.weights: Weights = Weights(model, rewritten)
 
     def same(self) -> bool:
         return self.structure.same() and self.weights.same()

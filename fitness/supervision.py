@@ -44,7 +44,7 @@ class Supervisor:
         self._own = User("the model", foreign=False)
         self._was_careful = False
         self._caught: SpoiledError | None = None  # a thread that lives was seen to change the model
-        self.signals = Signals()
+        self.signals: Signals = Signals()
         self._surroundings = Surroundings(self.signals)
         self._guards = Guards(backend.model, getattr(backend, "rewritten", None), heads)
 

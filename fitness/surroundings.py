@@ -42,7 +42,7 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.came = False
+        self.came: bool = False
         self._raised: BaseException | None = None
         self._depth = 0
         self._before: dict[int, tuple[Any, Any]] = {}

@@ -53,7 +53,7 @@ class DamageError(Exception):
 
     def __init__(self, place: str, text: str, whole: int | None = None) -> None:
         self.place = place
-        self.text = text.split(" with text ")[0]  # SQLite's messages quote the bytes that they cannot read
+        self.text: str = text.split(" with text ")[0]  # SQLite's messages quote the bytes that they cannot read
         self.whole = whole
         super().__init__(f"{place}: {text}")
 
