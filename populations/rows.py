@@ -16,6 +16,7 @@ from ecotone.populations.arrays import numbers, packed_numbers
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.parsing import json_object, json_value
+from ecotone.populations.secrets import stripped
 from ecotone.populations.trial import WISHES, Evaluation, Failure, Gathered, Trial, Wish
 
 COLUMNS = "scores, shapes, per_example, failure, seconds, items, details, errors, statistics"
@@ -71,7 +72,8 @@ def evaluation_row(evaluation: Evaluation, now: float) -> tuple[Any, ...]:
         json.dumps({name: float(value) for name, value in evaluation.scores.items()}),
         _shapes_text(tuple(shapes)) if shapes else None,
         b"".join(blobs) if blobs else None,
-        None if failure is None else json.dumps([failure.kind, failure.message, failure.details]),
+        # Stripped once more: a worker's process does not know all secrets of this one.
+        None if failure is None else json.dumps([failure.kind, stripped(failure.message), stripped(failure.details)]),
         float(evaluation.seconds) + 0.0,  # SQLite stores -0.0 as 0.0
         int(evaluation.items),
         json.dumps(dict(evaluation.details)) if evaluation.details else None,
