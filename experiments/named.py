@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import gc
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ecotone.experiments.storage import JOURNAL
+from ecotone.populations.parsing import uncollected
 
 WALKED = 10_000
 """Files below the code's folder that are looked at, those of the upper folders first."""
@@ -67,22 +67,10 @@ _Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 def tree_of(file: Path) -> ast.Module | None:
     """The syntax tree of a file; None where it is none, as of compiled modules."""
     try:
-        with _uncollected():
+        with uncollected():  # Python before 3.13 raises SystemError when garbage's own code runs meanwhile
             return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError):
         return None
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without garbage collection: Python before 3.13 raises SystemError when that runs code while a tree is made."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 # -- constants ------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def kind_of(value: Any) -> str:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Pause the search for garbage: it would look through a large record's objects, which all stay, again and again."""
+    """Pause the search for garbage: it would look through a large value's objects, which all stay, again and again."""
     on = gc.isenabled()
     gc.disable()
     try:
