@@ -19,6 +19,7 @@ from typing import IO
 
 from ecotone.populations.database import connected, explained, lock_file, locked
 from ecotone.populations.errors import JournalError
+from ecotone.populations.files import synchronised
 from ecotone.populations.folders import OWN_FILE, private, private_folder
 from ecotone.populations.migrations import begin
 
@@ -117,12 +118,12 @@ def bring_forth(file: Path, facts: Iterable[tuple[str, str]]) -> None:
     """
     with drafted(file) as draft:
         _write(draft, facts)
-        sync(draft)
+        synchronised(draft)
         if not born(file):
             for suffix in (*_BESIDE, ""):  # the file last: without it, the others would be taken for the next one's
                 file.with_name(file.name + suffix).unlink(missing_ok=True)
         _place(draft, file)
-        sync(file.parent)
+        synchronised(file.parent)
 
 
 @contextlib.contextmanager
@@ -163,15 +164,6 @@ def _place(draft: Path, file: Path) -> None:
     except OSError:  # a file system without hard links
         os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, OWN_FILE))  # unborn, if it ends here
         draft.replace(file)
-
-
-def sync(path: Path) -> None:
-    """Have the disk keep a file's bytes, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _drafts(file: Path) -> list[Path]:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ecotone.populations import facts
-from ecotone.populations.birth import drafted, sync
+from ecotone.populations.birth import drafted
 from ecotone.populations.database import connected
+from ecotone.populations.files import synchronised
 from ecotone.populations.folders import OWN_FOLDER, private
 from ecotone.populations.genome import Genome
 from ecotone.populations.migrations import FORMAT, create
@@ -259,16 +260,16 @@ def replaced(file: Path, kept: Saved, notes: Iterable[facts.Note] = ()) -> Path:
     """
     with drafted(file) as draft, drafted(file) as folded:
         _write(draft, kept, notes)
-        sync(draft)
+        synchronised(draft)
         aside = _put_aside(file)
         # A log beside the new journal would be taken for its own. So it is moved into the damaged one before.
         folded.write_bytes(Pages(file).image())
-        sync(folded)
+        synchronised(folded)
         folded.replace(file)
         for suffix in ("-wal", "-shm", "-journal"):
             file.with_name(file.name + suffix).unlink(missing_ok=True)
         draft.replace(file)
-        sync(file.parent)
+        synchronised(file.parent)
     return aside
 
 
@@ -305,7 +306,7 @@ def _put_aside(file: Path) -> Path:
     for suffix in ("", "-wal"):
         if (one := file.with_name(file.name + suffix)).exists():
             shutil.copyfile(one, aside / one.name)
-            sync(aside / one.name)
+            synchronised(aside / one.name)
     for folder in (aside, file.parent):
-        sync(folder)
+        synchronised(folder)
     return aside

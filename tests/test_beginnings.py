@@ -125,7 +125,7 @@ def test_a_full_disk_before_the_journal_leaves_nothing_and_does_not_advise_to_re
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(birth, {"lock": "locked", "journal": "begin", "sync": "sync"}[where], full)
+        patched.setattr(birth, {"lock": "locked", "journal": "begin", "sync": "synchronised"}[where], full)
         with pytest.raises(EcotoneError) as refused:
             launch(recipe, tmp_path / "run")
     assert "resume" not in str(refused.value)
