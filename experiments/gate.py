@@ -24,10 +24,10 @@ from ecotone.experiments.trust import (
     not_given,
     of_recipe,
     of_trackers,
-    plain,
     recorded_trackers,
 )
 from ecotone.populations import facts
+from ecotone.populations.errors import shown
 from ecotone.populations.journal import Journal
 
 Notify: TypeAlias = Callable[[str], None]
@@ -49,7 +49,7 @@ def check_claim(where: str | Path) -> None:
     if url is not None:
         raise UntrustedError(
             f"{where}: it was made elsewhere, as its {storage.HOME} bears no mark of yours, and it says that it stands "
-            f"for {plain(url)}. Nothing was asked there.",
+            f"for {shown(url)}. Nothing was asked there.",
             f"If you trust that place, give the URL itself. To go on with the files here, remove {storage.HOME}.",
         )
 
@@ -155,7 +155,7 @@ def check_notes(directory: Path, where: str, place: str, trust: bool, notify: No
     known = noted(directory, "mlflow")
     uri = known.get("uri")
     if uri is not None and not own_notes(directory, "mlflow") and uri != (place or None):
-        named = [f"tracking.json has the MLflow run {plain(str(known.get('run_id')))} at {plain(str(uri))}"]
+        named = [f"tracking.json has the MLflow run {shown(str(known.get('run_id')))} at {shown(str(uri))}"]
         admit(where, named, trust, notify, "`ecotone sync` writes that file anew.")
 
 

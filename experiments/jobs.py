@@ -29,7 +29,7 @@ from ecotone.experiments.keeping import texts_in
 from ecotone.experiments.recipe import parse_settings
 from ecotone.extras import how_to_install
 from ecotone.populations import credentials
-from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest
+from ecotone.populations.errors import EcotoneError, InputError, PoolError, nearest, shown
 from ecotone.populations.sealed import sealed
 from ecotone.populations.secrets import clean, take, take_all, take_places
 
@@ -402,9 +402,9 @@ def _former(job: Job, trust: bool) -> Path | None:
     if not job.folder or not folder.is_dir():
         return None
     if not job.own and folder.resolve() != travelling(Path.cwd()).resolve():
-        from ecotone.experiments.trust import admit, plain  # imports the recipe's classes
+        from ecotone.experiments.trust import admit  # imports the recipe's classes
 
-        named = [f"folder is sent to the cluster: {plain(str(folder))}"]
+        named = [f"folder is sent to the cluster: {shown(str(folder))}"]
         admit(f"the cluster's job {job.id}", named, trust, remedy="Or name the folder to send: --folder DIR.")
     return folder
 

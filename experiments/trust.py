@@ -15,14 +15,14 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
-from urllib.parse import urlsplit, urlunsplit
 
 from ecotone.experiments.reading import check_plain
 from ecotone.experiments.tracking.registry import TRACKERS
 from ecotone.fitness.backends.registry import BACKENDS
 from ecotone.fitness.registry import LOSSES, OBJECTIVES
 from ecotone.merging.models.hub import is_repository
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import InputError, shown
+from ecotone.populations.secrets import place
 from ecotone.registry import Registry
 from ecotone.search.registry import SEARCHES
 from ecotone.settings import PREPARED
@@ -126,7 +126,7 @@ def of_trackers(trackers: Mapping[str, Any], folder: Path) -> list[str]:
         if not value and name != "mlflow":
             continue
         if not TRACKERS.owns(name):
-            lines.append(f"tracking.{plain(str(name))} is run by another package's tracker")
+            lines.append(f"tracking.{shown(str(name))} is run by another package's tracker")
         elif name == "wandb":
             project, entity = settings.get("project", "ecotone"), settings.get("entity")
             whose = f" of {_shown(entity)}" if entity else ""
@@ -156,7 +156,7 @@ def links(folder: Path) -> list[str]:
         return []
     within = (Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files))
     found = sorted(one for one in within if one.is_symlink() and not _inside(str(one), folder))
-    return [f"{plain(str(link.relative_to(folder)))} is a link to {plain(os.path.realpath(link))}" for link in found]
+    return [f"{shown(str(link.relative_to(folder)))} is a link to {shown(os.path.realpath(link))}" for link in found]
 
 
 def not_given(trackers: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
@@ -223,9 +223,9 @@ def _has_no_place(value: Any) -> bool:
 def _call(call: Mapping[str, Any]) -> str:
     arguments = call.get("arguments") or {}
     pairs = arguments.items() if isinstance(arguments, Mapping) else ()
-    text = ", ".join(f"{plain(str(name))}={value!r}" for name, value in pairs)
+    text = ", ".join(f"{shown(str(name))}={value!r}" for name, value in pairs)
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} and {len(text) - _LONGEST} more characters"
-    return f"{plain(call['call'])}({text})"
+    return f"{shown(call['call'])}({text})"
 
 
 def _kinds(record: Mapping[str, Any]) -> Iterator[tuple[Field, str]]:
@@ -337,26 +337,14 @@ def _inside(path: Any, folder: Path) -> bool:
 
 def _told(field: Field) -> str:
     """A field as users write it, with items of lists by name."""
-    steps = (f"[{step}]" if isinstance(step, int) else f".{plain(step)}" for step in field)
+    steps = (f"[{step}]" if isinstance(step, int) else f".{shown(step)}" for step in field)
     return "".join(steps).lstrip(".") or "recipe"
 
 
 def _shown(value: Any) -> str:
-    return plain(value) if isinstance(value, str) else repr(value)[:_LONGEST]
-
-
-def plain(text: str) -> str:
-    """A text whose control characters are written out."""
-    return text if text.isprintable() else repr(text)[1:-1]
+    return shown(value) if isinstance(value, str) else repr(value)[:_LONGEST]
 
 
 def _address(uri: Any) -> str:
     """A URI without user name, password and query."""
-    text = str(uri)
-    try:
-        parts = urlsplit(text)
-    except ValueError:
-        return plain(text)
-    if not parts.netloc:
-        return plain(text)
-    return plain(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="")))
+    return shown(place(str(uri)))
