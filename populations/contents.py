@@ -20,7 +20,9 @@ from typing import Any, NamedTuple, TypeAlias
 from xxhash import xxh3_128
 
 from ecotone.populations.errors import InputError
+from ecotone.populations.files import written_whole
 from ecotone.populations.folders import cache_folder
+from ecotone.populations.parsing import file_bytes, json_object
 
 BLOCK = 2**22
 """Bytes read at a time."""
@@ -130,7 +132,7 @@ def _remembered(stamp: Stamp) -> str | None:
     if stamp.size < REMEMBERED:
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(_note(stamp).read_text("utf-8"))
+        known = json_object(file_bytes(_note(stamp)))
         if known["stamp"] == list(stamp) and known["hashed"] > max(stamp.mtime_ns, stamp.ctime_ns) + _FRESH:
             return str(known["xxh3_128"])
     return None
@@ -141,11 +143,9 @@ def _remember(stamp: Stamp, digest: str, began: int) -> None:
     if stamp.size < REMEMBERED:
         return
     note = _note(stamp)
-    draft = note.with_name(f".{note.name}.{os.getpid()}-{time.monotonic_ns()}")
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps({"stamp": stamp, "hashed": began, "xxh3_128": digest}), "utf-8")
-        draft.replace(note)
+        written_whole(note, json.dumps({"stamp": stamp, "hashed": began, "xxh3_128": digest}))
 
 
 # -- records -------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Any
 
 from ecotone.populations import secrets
 from ecotone.populations.folders import opened, private_folder, settings_folder, write_private
+from ecotone.populations.parsing import json_object
 
 VARIABLE = "ECOTONE_CREDENTIALS"
 """A variable of the environment with whole URLs as JSON, by what is shown of them."""
@@ -126,8 +127,7 @@ def _stored() -> dict[str, str]:
 
 def _parsed(text: str | bytes | None) -> dict[str, str]:
     try:
-        found = json.loads(text or "{}")
+        found = json_object(text or "{}")
     except ValueError:
         return {}
-    pairs = found.items() if isinstance(found, dict) else ()
-    return {shown: url for shown, url in pairs if isinstance(url, str)}
+    return {shown: url for shown, url in found.items() if isinstance(url, str)}
