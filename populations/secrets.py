@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 from urllib.parse import quote, unquote
@@ -96,20 +96,12 @@ def plain(value: Any) -> Any:
 
     Other parameters of a query stay, because they may say which data are meant. ``restored`` is the way back.
     """
-    if isinstance(value, Mapping):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
-    return _without_credentials(value) if isinstance(value, str) else value
+    return _each_text(value, _without_credentials)
 
 
 def restored(value: Any) -> Any:
     """A nested value with every text that ``take`` or ``remember`` knows whole made whole again."""
-    if isinstance(value, Mapping):
-        return {key: restored(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(restored, value)) if type(value) in (list, tuple) else value
-    return _whole.get(value, value) if isinstance(value, str) else value
+    return _each_text(value, whole)
 
 
 def take(url: str) -> str:
@@ -122,23 +114,28 @@ def take(url: str) -> str:
 
 def take_all(value: Any) -> Any:
     """``plain``, and every whole text that it changes is kept in this process."""
-    if isinstance(value, Mapping):
-        return {key: take_all(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(take_all, value)) if type(value) in (list, tuple) else value
-    shown = _without_credentials(value) if isinstance(value, str) else value
-    if shown != value:
-        remember(shown, value)
-    return shown
+
+    def taken(text: str) -> str:
+        shown = _without_credentials(text)
+        if shown != text:
+            remember(shown, text)
+        return shown
+
+    return _each_text(value, taken)
 
 
 def take_places(value: Any) -> Any:
     """A nested value whose URLs are those of places, with each of them taken."""
+    return _each_text(value, take)
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A nested value with every text in it changed, but for keys."""
     if isinstance(value, Mapping):
-        return {key: take_places(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [take_places(one) for one in value]
-    return take(value) if isinstance(value, str) else value
+        return {key: _each_text(one, change) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_each_text(one, change) for one in value)
+    return change(value) if isinstance(value, str) else value
 
 
 def place(url: str) -> str:
