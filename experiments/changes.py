@@ -75,6 +75,7 @@ class Comparison:
 
     Attributes:
         found: The hashes of files as they are, by the name of the fact.
+        versions: The versions of packages as they are, once code has been compared.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Comparison:
         self._notify = notify
         self._spec = spec
         self.found: dict[str, Record] = {}
+        self.versions: dict[str, str] = {}
         self._changes: list[tuple[facts.Fact[Mapping[str, Any]], Change]] = []
 
     def check_code(self) -> None:
@@ -108,7 +110,7 @@ class Comparison:
         if recorded is not None:
             self._take(facts.FINGERPRINTS, code_changes(recorded, found))
         versions = self.journal.fact(facts.VERSIONS) or {}
-        now = _versions(self._recipe, self._spec)
+        now = self.versions = _versions(self._recipe, self._spec)
         if texts := [
             f"{name} {was} -> {now.get(name, 'none')}" for name, was in versions.items() if now.get(name) != was
         ]:

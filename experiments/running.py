@@ -178,7 +178,8 @@ def resume(
                 journal.note(facts.SYS_PATH, present)
                 for note in _credentials(recipe, place, notify, secret):
                     journal.note(facts.CREDENTIALS, facts.CREDENTIALS.read(note.text))
-                journal.complete(_notes(recipe, space, present))  # what a repaired journal has lost
+                versions = facts.VERSIONS.note(compared.versions)
+                journal.complete([*_notes(recipe, space, present), versions])  # what a repaired journal has lost
                 marks.mark_journal(journal)
             if standing != "own" and marks.has_mark(journal):
                 notify("The run is marked as yours from now on.")
