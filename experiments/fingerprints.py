@@ -18,7 +18,6 @@ import importlib.util
 import logging
 import os
 import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from typing import Any, Literal
 
 from xxhash import xxh3_128
 
+from ecotone.experiments.keeping import texts_in
 from ecotone.experiments.named import (
     DEPTH,
     WALKED,
@@ -41,6 +41,7 @@ from ecotone.experiments.named import (
     tree_of,
 )
 from ecotone.experiments.recipe import Recipe
+from ecotone.fitness.callables import is_installed
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.merging import operators
 from ecotone.populations.contents import Content, Record, Stamp, content, contents, entry
@@ -110,7 +111,7 @@ class _Code:
 
     def names(self, file: Path) -> Names:
         """What a file names; nothing of an installed one."""
-        return Names() if _is_installed(file) else self._parsed(file)[1]
+        return Names() if is_installed(file) else self._parsed(file)[1]
 
     def below(self, folder: Path) -> Below:
         """The files below a folder."""
@@ -256,7 +257,7 @@ def _users_folders(named: Sequence[str]) -> list[Path]:
     return [
         path
         for path in dict.fromkeys(paths)
-        if not _is_installed(path) and not (path / "ecotone" / "registry.py").exists()
+        if not is_installed(path) and not (path / "ecotone" / "registry.py").exists()
     ]
 
 
@@ -273,7 +274,7 @@ def _found(reader: Reader, code: _Code) -> _Found:
 
 def _add_call(found: _Found, call: Call, code: _Code, where: str) -> None:
     """Add the code and data of one function to what is found."""
-    file, texts = _file_of(call.call), list(_texts(call.arguments))
+    file, texts = _file_of(call.call), list(texts_in(call.arguments))
     users = [] if file is None else _imported(file, code, texts)
     for one in users:
         found.add(one, "code")
@@ -288,7 +289,7 @@ def _add_call(found: _Found, call: Call, code: _Code, where: str) -> None:
             words += list(of_argument(text))
         else:
             found.add_all(path)
-    if file is None or _is_installed(file):
+    if file is None or is_installed(file):
         for word in words:
             _add_argument(found, word, code.below(Path.cwd()), code.bases)
         return
@@ -397,7 +398,7 @@ def _imported(file: Path, code: _Code, words: Sequence[str] = (), whole_package:
         words: Arguments, which may be names of modules for a function that imports by name.
         whole_package: Follow the imports of an installed file within its package.
     """
-    installed = _is_installed(file)
+    installed = is_installed(file)
     if installed and not whole_package:
         return [file]
     root = _root(file)
@@ -444,16 +445,6 @@ def _root(file: Path) -> Path:
 
 
 @cache
-def _installed_folders() -> tuple[Path, ...]:
-    paths = sysconfig.get_paths()
-    return tuple({Path(paths[name]).resolve() for name in ("purelib", "platlib", "stdlib", "platstdlib")})
-
-
-def _is_installed(file: Path) -> bool:
-    return any(file.resolve().is_relative_to(folder) for folder in _installed_folders())
-
-
-@cache
 def _may_be_users(top: str) -> bool:
     """Whether a module of that name may be the user's own: installed ones come first on the Python path."""
     if top == "ecotone" or top in sys.stdlib_module_names:
@@ -462,7 +453,7 @@ def _may_be_users(top: str) -> bool:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError, AttributeError):
         return True
-    return spec is None or spec.origin is None or not _is_installed(Path(spec.origin))
+    return spec is None or spec.origin is None or not is_installed(Path(spec.origin))
 
 
 def _imports(file: Path, tree: ast.AST | None) -> Iterator[str]:
@@ -494,18 +485,6 @@ def _modules(name: str, roots: Sequence[Path]) -> list[Path]:
 
 
 # -- data ------------------------------------------------------------------------------------------------------
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """The texts in arguments, at any depth."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _texts(one)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _texts(one)
 
 
 def _path(text: str, places: Sequence[Path]) -> Path | None:

@@ -10,10 +10,11 @@ import hashlib
 import importlib
 import os
 import sys
+import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from functools import reduce
+from functools import cache, reduce
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,18 @@ def put_last(folders: Iterable[str]) -> None:
     last = {os.path.realpath(folder): folder for folder in folders}
     others = [entry for entry in sys.path if os.path.realpath(entry) not in last]
     sys.path[:] = [*others, *last.values()]
+
+
+@cache
+def _installed() -> tuple[str, ...]:
+    """The folders of installed packages and of Python's own, each as it is named and as it is, with a slash."""
+    places = (sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib"))
+    return tuple(f"{path}{os.sep}" for place in places for path in (place, os.path.realpath(place)))
+
+
+def is_installed(file: str | Path) -> bool:
+    """Whether a file is of an installed package, or of Python itself, and so none of the user's own."""
+    return str(file).startswith(_installed()) or os.path.realpath(file).startswith(_installed())
 
 
 def resolve(path: str, field: str = "call") -> Callable[..., Any]:

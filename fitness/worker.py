@@ -124,7 +124,7 @@ class Worker:
         self._supervisor = Supervisor(self._backend, [head for head in heads if isinstance(head, nn.Module)])
         for group, objectives in self._objectives.items():
             for one in objectives:  # known before the first batch begins
-                self._objective_user(group, one)
+                self._about(group, one)
         with self._supervisor.signals:
             self._supervisor.begin()
             for name, task in self._tasks.items():
@@ -410,12 +410,10 @@ class Worker:
             expected = self._expected.get((group, objective.goal.name), ANYTHING)
             if isinstance(objective, Divisible):
                 expected = replace(expected, count=objective.count)
-            known = self._known[id(objective)] = objective, self._objective_user(group, objective), expected
+            foreign = is_foreign(type(objective), getattr(objective, "head", None))
+            user = self._supervisor.user(f"objective {group}", objective.goal.name, foreign)
+            known = self._known[id(objective)] = objective, user, expected
         return known[1:]
-
-    def _objective_user(self, group: Subset, objective: Objective) -> User:
-        foreign = is_foreign(type(objective), getattr(objective, "head", None))
-        return self._supervisor.user(f"objective {group}", objective.goal.name, foreign)
 
     def _task_user(self, name: str) -> User:
         task = self._task(name)

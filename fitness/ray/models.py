@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ecotone.fitness.callables import is_installed
 from ecotone.fitness.ray.events import reason
 from ecotone.merging.models.files import RESTORE, ModelChangedError, after_death
 from ecotone.populations.contents import Content, Record, Stamp, changes, contents
@@ -17,13 +16,11 @@ from ecotone.populations.errors import EcotoneError, InputError
 
 def own_code() -> dict[Path, str]:
     """By path, the hashes of the modules that this process has imported, but for Ecotone's and installed ones."""
-    places = (sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib"))
-    installed = tuple(f"{path}{os.sep}" for place in places for path in (place, os.path.realpath(place)))
     named = {name: getattr(module, "__file__", None) or "" for name, module in [*sys.modules.items()]}
     own = {
         Path(file).resolve()
         for name, file in named.items()
-        if file.endswith(".py") and not file.startswith(installed) and name.partition(".")[0] != "ecotone"
+        if file.endswith(".py") and name.partition(".")[0] != "ecotone" and not is_installed(file)
     }
     return {path: found.digest for path, found in contents(path for path in own if path.is_file()).items()}
 
