@@ -211,7 +211,7 @@ class Run:
 
     def _scale(self, journal: Journal, rows: Sequence[Row]) -> Scale:
         """The scale of scores on search data."""
-        references = (scores for _, _, scores in reference_scores(journal))
+        references = (scores for _, _, scores in reference_scores(journal, rows))
         candidates = points_of((row.scores for row in rows if row.failure is None), self.goals)
         return Scale.of(self.goals, candidates, points_of(references, self.goals))
 
@@ -304,15 +304,21 @@ def best_row(front: Sequence[Row], scale: Scale) -> Row | None:
     return front[scale.best([row.number for row in front], points)] if front else None
 
 
-def reference_scores(journal: Journal) -> list[tuple[str, Genome, Mapping[str, float]]]:
+def reference_scores(
+    journal: Journal, rows: Iterable[Row] | None = None
+) -> list[tuple[str, Genome, Mapping[str, float]]]:
     """Names, genomes and search scores (empty where there are none) of the merges to compare with.
 
     A trial of the same genome counts, until they are measured themselves.
+
+    Args:
+        journal: The journal.
+        rows: The rows of its scored trials, where they have been read; None reads them if they are needed.
     """
     references = journal.references()
     scores = {genome.digest: _scores(journal.measurement(genome.digest, Scores())) for _, genome in references}
     if any(found is None for found in scores.values()):
-        for row in journal.rows():
+        for row in journal.rows() if rows is None else rows:
             if row.failure is None and row.digest in scores and not scores[row.digest]:
                 scores[row.digest] = row.scores
     return [(name, genome, scores[genome.digest] or {}) for name, genome in references]
