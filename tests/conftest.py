@@ -127,6 +127,16 @@ def _no_secrets_of_other_tests() -> Iterator[None]:
         credentials.file().unlink(missing_ok=True)
 
 
+@pytest.fixture(autouse=True)
+def _handlers_of_signals() -> Iterator[None]:
+    """A test finds the handlers that the first one found: tests of Ctrl-C need Python's own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def ecotone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ecotone]:
     """The console script in this process; signals and the Python path stay as they were."""

@@ -159,6 +159,7 @@ def watch(tmp_path: Path) -> Iterator[Watch]:
         "ECOTONE_CONFIG": str(tmp_path / "config"),
         "ECOTONE_CACHE": str(tmp_path / "cache"),
         "PYTHONPATH": f"{ROOT}:{site}",
+        "PYTHONDONTWRITEBYTECODE": "1",  # that of the user's own files has what they have
     }
     for name in ("MLFLOW_TRACKING_URI", "ECOTONE_CREDENTIALS"):
         environment.pop(name, None)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import stat
 import threading
 from collections.abc import Iterator
@@ -630,8 +631,11 @@ def test_a_journals_server_gets_no_request_and_no_token(
     for call in (tracking.mirror, tracking.mirror_all, tracking.serve):
         with pytest.raises(UntrustedError):
             call(theirs)
+    monkeypatch.setattr(os, "nice", lambda _: 0)  # of this process
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert following.main([str(theirs)]) == 1
     assert following.main([str(theirs), "--follow", "1"]) == 1
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert server.asked == []
 
 

@@ -382,8 +382,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.suppress(OSError):
         os.nice(10)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    handlers = [
+        (number, signal.signal(number, lambda *_: stop.set()) or signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGINT)
+    ]
     # What other packages print goes into tracking.log, too.
     out, err = contextlib.redirect_stdout(Sieve(sys.stdout)), contextlib.redirect_stderr(Sieve(sys.stderr))
     try:
@@ -397,4 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EcotoneError as error:
         say(str(error))
         return 1
+    finally:
+        for number, before in handlers:
+            signal.signal(number, before)
     return 0 if report is None or report.error is None else 1
