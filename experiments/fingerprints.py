@@ -257,8 +257,13 @@ def _users_folders(named: Sequence[str]) -> list[Path]:
     return [
         path
         for path in dict.fromkeys(paths)
-        if not is_installed(path) and not (path / "ecotone" / "registry.py").exists()
+        if not is_installed(path) and not _is_checkout(path)
     ]
+
+
+def _is_checkout(folder: Path) -> bool:
+    """Whether a folder is a checkout of Ecotone."""
+    return (folder / "ecotone" / "registry.py").exists()
 
 
 def _found(reader: Reader, code: _Code) -> _Found:
@@ -315,6 +320,8 @@ def _add_argument(found: _Found, word: str, below: Below, bases: Iterable[Path])
     for base in bases:
         with contextlib.suppress(OSError, ValueError):
             if (base / word).is_dir():
+                if (base / word / "__init__.py").exists() and _is_checkout(base):
+                    return  # "search" is the name of a split, in a checkout of Ecotone too
                 found.add_named([] if is_for_outputs((word,)) else below.in_folder(base / word))
                 return
 
