@@ -241,7 +241,10 @@ def test_the_key_has_all_that_statistics_depend_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wants", "said"),
     [
-        (replace(WANTS, kind="magnitud"), "kind: expected one of magnitude, found 'magnitud'. Did you mean"),
+        (
+            replace(WANTS, kind="magnitud"),
+            "kind: expected one of magnitude, inputs, slopes, fisher, found 'magnitud'. Did you mean",
+        ),
         (replace(WANTS, tasks=("task 3",)), "expected a calibration task of that name, found 'task 3'."),
         (
             replace(WANTS, settings={"example": 8}),
@@ -594,7 +597,7 @@ def test_experts_that_are_called_as_other_models_are(tmp_path: Path, ecotone: Ec
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--kind", "magnitudes"], "expected one of magnitude, found 'magnitudes'"),
+        (["--kind", "magnitudes"], "expected one of magnitude, inputs, slopes, fisher, found 'magnitudes'"),
         (["--kind", "magnitude", "--model", "lift"], "models: expected one of base, left, middle, right, average"),
         (["--kind", "magnitude", "--task", "task 7"], "tasks: expected one of task 0, task 1, found 'task 7'."),
         (["--kind", "magnitude", "--with", "exmples=3"], "exmples: unknown key. Did you mean 'examples'?"),

@@ -93,9 +93,13 @@ def _check(name: str, kind: Any) -> None:
         raise InputError(f"statistics {name!r}: expected a method gather(model, tasks), found none.")
 
 
-STATISTICS: Registry[type[Statistic]] = Registry(
-    "statistic", "ecotone.statistics", {"magnitude": "ecotone.fitness.statistics.magnitude:Magnitude"}, _check
-)
+_OURS = {
+    "magnitude": "ecotone.fitness.statistics.magnitude:Magnitude",
+    "inputs": "ecotone.fitness.statistics.moments:InputMoments",
+    "slopes": "ecotone.fitness.statistics.moments:SlopeMoments",
+    "fisher": "ecotone.fitness.statistics.moments:DiagonalFisher",
+}
+STATISTICS: Registry[type[Statistic]] = Registry("statistic", "ecotone.statistics", _OURS, _check)
 
 
 def chosen(wants: Statistics) -> tuple[type[Statistic], Gathering]:

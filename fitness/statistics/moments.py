@@ -1,0 +1,244 @@
+"""Second moments of linear layers: of their inputs (A), of the slopes at their outputs (B), and the diagonal Fisher.
+
+For a layer y = W x + b let x be its input with a 1 appended, for the bias, and let g be the gradient of log p(y | x) by
+its output, the label drawn from the model's own predictions. K-FAC (Martens & Grosse 2015, arXiv:1503.05671) writes the
+layer's Fisher information as the Kronecker product of A = E[x xᵀ] and B = E[g gᵀ]. RegMean (Jin et al. 2023,
+arXiv:2212.09849) needs A alone, Fisher merging (Matena & Raffel 2022, arXiv:2111.09832) the diagonal E[g² ⊗ x²].
+
+Rows are tokens, or examples where there are no tokens. No labels are read. The expectation over labels is exact up to
+``exact`` classes: one backward pass a class, each weighted by its probability. For more classes, and for predictions by
+token, each row draws its labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeAlias
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ecotone.fitness.heads import logits_of, outputs
+from ecotone.fitness.statistics.kinds import Data, Gathering
+from ecotone.fitness.statistics.layers import Observed, linear_layers, mask_of, observe, observed
+
+Layers: TypeAlias = Mapping[str, nn.Module]
+
+
+@dataclass
+class Moment:
+    """A sum over rows, in float64.
+
+    Args:
+        total: The sum.
+        rows: Number of rows.
+    """
+
+    total: Tensor
+    rows: int
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over rows."""
+        return self.total / max(self.rows, 1)
+
+
+@dataclass
+class Moments:
+    """Sums by the names of layers, added up batch by batch in float64."""
+
+    sums: dict[str, Moment] = field(default_factory=dict)
+
+    def add(self, name: str, total: Tensor, rows: int) -> None:
+        """Add the sum of some rows."""
+        if name in self.sums:
+            self.sums[name].total += total
+            self.sums[name].rows += rows
+        else:
+            self.sums[name] = Moment(total, rows)
+
+    def means(self) -> dict[str, Tensor]:
+        """The means over rows, on the CPU, of layers that a row has reached."""
+        return {name: one.mean.cpu() for name, one in self.sums.items() if one.rows}
+
+
+def with_one(rows: Tensor) -> Tensor:
+    """(N, in + 1): the rows in float64, with a 1 appended for the bias."""
+    return torch.cat([rows.double(), rows.new_ones((len(rows), 1), dtype=torch.float64)], dim=1)
+
+
+def inputs_of(model: nn.Module, layers: Layers, data: Data, batch: int) -> Moments:
+    """Sums of x xᵀ, (in + 1, in + 1), of the inputs of each layer."""
+    found = Moments()
+
+    def take(name: str, rows: Tensor) -> None:
+        whole = with_one(rows)
+        found.add(name, whole.mT @ whole, len(whole))
+
+    observe(model, layers, data, batch, take)
+    return found
+
+
+def slopes_of(model: nn.Module, layers: Layers, data: Data, settings: SlopeSettings) -> Moments:
+    """Sums of g gᵀ, (out, out), of the slopes at the outputs of each layer."""
+    found = Moments()
+
+    def take(name: str, slopes: Tensor, _inputs: Tensor, rows: int) -> None:
+        found.add(name, slopes.mT @ slopes, rows)
+
+    _each_slope(model, layers, data, settings, take)
+    return found
+
+
+def fisher_of(model: nn.Module, layers: Layers, data: Data, settings: SlopeSettings) -> Moments:
+    """Sums of g² ⊗ x², (out, in + 1): the diagonal Fisher information of each weight, the bias as its last column.
+
+    Exact for one row an example. Of many, the products of different rows of one example are left out.
+    """
+    found = Moments()
+
+    def take(name: str, slopes: Tensor, inputs: Tensor, rows: int) -> None:
+        found.add(name, slopes.square().mT @ inputs.square(), rows)
+
+    _each_slope(model, layers, data, settings, take)
+    return found
+
+
+class SlopeSettings(Gathering):
+    """Settings of statistics of slopes.
+
+    Attributes:
+        exact: The most classes over which the expectation is exact; of more, labels are drawn.
+        draws: Labels that each row draws where labels are drawn.
+        seed: The seed of the draws.
+    """
+
+    exact: int = Field(64, ge=0)
+    draws: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+_Take: TypeAlias = Callable[[str, Tensor, Tensor, int], None]
+
+
+def _each_slope(model: nn.Module, layers: Layers, data: Data, settings: SlopeSettings, take: _Take) -> None:
+    """Give ``take`` (N, out) slopes and (N, in + 1) inputs of each layer, for one label of each row after the other.
+
+    Rows are counted with the first label alone, so that means are over rows.
+    """
+    for number, inputs in enumerate(data.examples.batches(settings.batch)):
+        generator = torch.Generator().manual_seed(settings.seed + number)
+        with torch.enable_grad(), observed(layers, mask_of(inputs)) as seen:
+            made = outputs(model, inputs)
+            logits = logits_of(made, inputs, data.head, tokens=data.head is None)
+            losses = list(_losses(logits, mask_of(inputs), settings, generator))
+            for turn, loss in enumerate(losses):
+                probes = [one.probe for one in seen]
+                slopes = torch.autograd.grad(loss, probes, retain_graph=turn + 1 < len(losses), allow_unused=True)
+                for one, slope in zip(seen, slopes, strict=True):
+                    rows = _double(one, slope)
+                    take(one.name, rows, with_one(one.inputs), 0 if turn else len(rows))
+
+
+def _double(one: Observed, slope: Tensor | None) -> Tensor:
+    return one.rows(torch.zeros_like(one.probe) if slope is None else slope).double()
+
+
+def _losses(
+    logits: Tensor, mask: Tensor | None, settings: SlopeSettings, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Losses, the squares of whose slopes add up to the expectation over labels.
+
+    Args:
+        logits: (n, C), or (n, L, C) with a row for each token.
+        mask: (n, L) which tokens count; None for all.
+        settings: Up to how many classes every label is taken, and how many labels are drawn otherwise.
+        generator: Draws the labels.
+    """
+    likelihoods = logits.log_softmax(-1)
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        likelihoods = likelihoods * mask.unsqueeze(-1)
+    classes = logits.shape[-1]
+    if classes <= settings.exact and logits.ndim == 2:
+        roots = likelihoods.detach().exp().sqrt()
+        for label in range(classes):
+            yield (roots[:, label] * likelihoods[:, label]).sum()
+        return
+    flat = likelihoods.reshape(-1, classes)
+    shares = logits.detach().reshape(-1, classes).softmax(-1).cpu()
+    for _ in range(settings.draws):
+        drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
+        yield flat.gather(1, drawn).sum() / settings.draws**0.5
+
+
+# -- kinds -----------------------------------------------------------------------------------------------------
+
+
+class InputMoments:
+    """A = E[x xᵀ]: (in + 1, in + 1) in float64, for each linear layer; the last row and column are those of the bias.
+
+    Rows of all tasks count alike. Layers that the data do not reach are left out.
+
+    Args:
+        settings: How many examples there are in a pass.
+    """
+
+    settings: ClassVar[type[Gathering]] = Gathering
+    version: ClassVar[int] = 1
+
+    def __init__(self, settings: Gathering) -> None:
+        self._settings = settings
+
+    def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
+        """The moments of ``model`` by the names of its layers, on the CPU."""
+        layers = linear_layers(model)
+        return _together([inputs_of(model, layers, task, self._settings.batch) for task in tasks])
+
+
+class SlopeMoments:
+    """B = E[g gᵀ]: (out, out) in float64, for each linear layer.
+
+    Args:
+        settings: How the expectation over labels is taken.
+    """
+
+    settings: ClassVar[type[SlopeSettings]] = SlopeSettings
+    version: ClassVar[int] = 1
+
+    def __init__(self, settings: SlopeSettings) -> None:
+        self._settings = settings
+
+    def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
+        """The moments of ``model`` by the names of its layers, on the CPU."""
+        layers = linear_layers(model)
+        return _together([slopes_of(model, layers, task, self._settings) for task in tasks])
+
+
+class DiagonalFisher:
+    """E[g² ⊗ x²]: (out, in + 1) in float64, for each linear layer; the last column is that of the bias.
+
+    Args:
+        settings: How the expectation over labels is taken.
+    """
+
+    settings: ClassVar[type[SlopeSettings]] = SlopeSettings
+    version: ClassVar[int] = 1
+
+    def __init__(self, settings: SlopeSettings) -> None:
+        self._settings = settings
+
+    def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
+        """The Fisher information of ``model`` by the names of its layers, on the CPU."""
+        layers = linear_layers(model)
+        return _together([fisher_of(model, layers, task, self._settings) for task in tasks])
+
+
+def _together(found: Sequence[Moments]) -> dict[str, Tensor]:
+    """The means over the rows of several tasks."""
+    whole = Moments()
+    for moments in found:
+        for name, one in moments.sums.items():
+            whole.add(name, one.total, one.rows)
+    return whole.means()

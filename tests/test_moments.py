@@ -1,0 +1,126 @@
+"""Moments of linear layers against plain loops: per example, per label, by autograd on the weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from ecotone.fitness.data import Examples
+from ecotone.fitness.statistics.kinds import STATISTICS, Data
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)).double().eval().requires_grad_(False)
+
+
+class Tokens(nn.Module):
+    """A model with a row of outputs for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(7, 4)
+        self.mix = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 7)
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.table(input_ids) * attention_mask.unsqueeze(-1)
+        hidden = hidden + torch.tanh(self.mix(hidden)).cumsum(1)
+        return self.out(hidden)
+
+
+def gathered(kind: str, model: nn.Module, *tasks: Data, **settings: object) -> dict[str, torch.Tensor]:
+    statistic = STATISTICS.get(kind, "kind")
+    return dict(statistic(statistic.settings(**settings)).gather(model, tasks))
+
+
+def data(rows: int, seed: int = 2) -> Data:
+    return Data("t", Examples(torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed)).double()), None)
+
+
+def test_inputs_are_second_moments_with_a_one_for_the_bias():
+    model, task = net(), data(9)
+    found = gathered("inputs", model, task, batch=4)
+    hidden = model[1](model[0](task.examples.inputs))
+    for name, rows in (("0", task.examples.inputs), ("2", hidden)):
+        whole = torch.cat([rows, torch.ones(9, 1).double()], 1)
+        torch.testing.assert_close(found[name], sum(torch.outer(x, x) for x in whole) / 9, rtol=1e-12, atol=1e-12)
+
+
+def per_label(model: nn.Module, x: torch.Tensor) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """The probability of each label of an example, and the gradients of its log by all parameters."""
+    parameters = dict(model.requires_grad_(True).named_parameters())
+    found = []
+    for label in range(3):
+        likelihood = model(x.unsqueeze(0)).log_softmax(-1)[0, label]
+        slopes = torch.autograd.grad(likelihood, list(parameters.values()))
+        found.append((float(likelihood.detach().exp()), dict(zip(parameters, slopes, strict=True))))
+    model.requires_grad_(False)
+    return found
+
+
+def test_slopes_and_fisher_are_the_expectations_under_the_models_own_predictions():
+    model, task = net(), data(6)
+    slopes = gathered("slopes", model, task, batch=4)
+    fisher = gathered("fisher", model, task, batch=5)
+    for name in ("0", "2"):
+        moment, diagonal = 0, 0
+        for x in task.examples.inputs:
+            for share, gradients in per_label(model, x):
+                slope = gradients[f"{name}.bias"]  # of one row the slope at the output
+                weight = torch.cat([gradients[f"{name}.weight"], slope.unsqueeze(1)], 1)
+                moment = moment + share * torch.outer(slope, slope) / 6
+                diagonal = diagonal + share * weight.square() / 6
+        torch.testing.assert_close(slopes[name], moment, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(fisher[name], diagonal, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["inputs", "slopes", "fisher"])
+def test_statistics_of_all_examples_are_the_mean_of_those_of_two_halves(kind):
+    model, task = net(), data(8)
+    halves = [Data("t", task.examples.rows(torch.arange(low, low + 4)), None) for low in (0, 4)]
+    whole = gathered(kind, model, task)
+    first, second = (gathered(kind, model, half) for half in halves)
+    together = gathered(kind, model, *halves)
+    for name, values in whole.items():
+        torch.testing.assert_close(values, (first[name] + second[name]) / 2, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(together[name], values, rtol=1e-10, atol=1e-12)
+
+
+def texts(padding: int) -> Data:
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 1, 2]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    ids = torch.cat([ids, torch.zeros(2, padding, dtype=torch.int64)], 1)
+    mask = torch.cat([mask, torch.zeros(2, padding, dtype=torch.int64)], 1)
+    return Data("t", Examples({"input_ids": ids, "attention_mask": mask}), None)
+
+
+@pytest.mark.parametrize("kind", ["inputs", "slopes", "fisher"])
+def test_masked_tokens_count_for_nothing(kind):
+    model = Tokens().double().eval().requires_grad_(False)
+    settings = {} if kind == "inputs" else {"draws": 4000, "exact": 0}
+    plain, padded = (gathered(kind, model, texts(padding), **settings) for padding in (0, 3))
+    tolerance = 1e-12 if kind == "inputs" else 0.1  # other labels are drawn
+    for name, values in plain.items():
+        torch.testing.assert_close(padded[name], values, rtol=tolerance, atol=tolerance * float(values.abs().max()))
+    assert set(plain) == {"mix", "out"}
+
+
+def test_drawn_labels_tend_to_the_expectation_and_are_the_same_each_time():
+    model, task = net(), data(5)
+    exact = gathered("slopes", model, task)
+    drawn = gathered("slopes", model, task, exact=0, draws=3000)
+    again = gathered("slopes", model, task, exact=0, draws=3000)
+    for name, values in exact.items():
+        torch.testing.assert_close(drawn[name], values, rtol=0.1, atol=0.05 * float(values.abs().max()))
+        assert torch.equal(drawn[name], again[name])
+
+
+def test_the_model_is_as_before():
+    model, task = net(), data(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for kind in ("inputs", "slopes", "fisher"):
+        gathered(kind, model, task)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
