@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 
 from ecotone import Recipe, Run, launch, resume
 from ecotone.experiments import compose, preparation
+from ecotone.fitness.opening import open_sources
 from ecotone.fitness.specs import WorkerSpec
-from ecotone.fitness.worker import Worker, open_sources
+from ecotone.fitness.worker import Worker
 from ecotone.populations.files import written_whole
 from ecotone.populations.genome import Genome
 from ecotone.populations.trial import Evaluation, Scores, Subset, Trial

@@ -17,9 +17,9 @@ from ecotone.experiments.merge import Range
 from ecotone.experiments.recipe import Models, Recipe
 from ecotone.fitness.callables import put_last
 from ecotone.fitness.kinds import ObjectiveSettings
+from ecotone.fitness.opening import open_sources
 from ecotone.fitness.pools import Pool, SerialPool
 from ecotone.fitness.specs import WorkerSpec
-from ecotone.fitness.worker import open_sources
 from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.merging.models.matching import Treatment

@@ -20,8 +20,9 @@ from ecotone.experiments.printing import markdown
 from ecotone.experiments.recipe import Recipe, algorithm_of
 from ecotone.experiments.storage import on_this_machine
 from ecotone.experiments.words import wrote
+from ecotone.fitness.opening import open_sources
 from ecotone.fitness.pools import Batch, SerialPool
-from ecotone.fitness.worker import open_sources
+from ecotone.fitness.preparing.prepare import basis_of
 from ecotone.merging.adapters import MergedAdapter, merged_adapter
 from ecotone.merging.export import (
     RECORD,
@@ -263,7 +264,7 @@ def _opened(run: Run, recipe: Recipe, paths: Sequence[str], accept: bool) -> tup
         InputError: Models, code or data have changed since the run began, and that is not accepted.
     """
     spec = compose.worker_spec(recipe, preparation.prepare(recipe), paths)
-    sources = open_sources(spec)
+    sources = open_sources(spec, basis_of(spec))
     own = None if spec.architecture is None else str(sources.layout.dtype).split(".")[-1]
     return sources, recipe.merge.dtype or own, ForExport(run, recipe, spec, sources, accept)
 

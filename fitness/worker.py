@@ -24,6 +24,8 @@ from ecotone.fitness.guards import User
 from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.language.generation import same_model
 from ecotone.fitness.objectives import Model, same_draws
+from ecotone.fitness.opening import device_of, kind_of, open_sources
+from ecotone.fitness.preparing.prepare import basis_of
 from ecotone.fitness.protocol import CalibrationTask, Divisible, Objective, Score
 from ecotone.fitness.scores import ANYTHING, Expected, NotFiniteScoreError, checked, facts, no_number, number, shown
 from ecotone.fitness.specs import WorkerSpec
@@ -48,16 +50,6 @@ class NotScoredError(InputError):
     """An objective cannot be computed for a reference merge, or gives it no finite score."""
 
 
-def open_sources(spec: WorkerSpec) -> Sources:
-    """The models of a worker, opened; only headers are read.
-
-    Raises:
-        EcotoneError: As for ``Sources.open``.
-    """
-    models = (spec.experts, spec.base, spec.operator, spec.names, spec.settings, spec.vocabulary)
-    return Sources.open(*models, spec.sources, spec.treatment, spec.config, spec.rank)
-
-
 def needs_of(spec: WorkerSpec, sources: Sources, device: torch.device, *, settings: bool = False) -> Needs:
     """The memory that a worker takes, from headers alone.
 
@@ -70,7 +62,7 @@ def needs_of(spec: WorkerSpec, sources: Sources, device: torch.device, *, settin
     Raises:
         InputError: The spec's type is none.
     """
-    kind = _kind(spec, sources)
+    kind = kind_of(spec, sources)
     return spec.backend.needs(sources, device, kind, spec.threads, spec.batch, settings=settings)
 
 
@@ -92,10 +84,10 @@ class Worker:
         put_last(spec.sys_path)
         torch.set_num_threads(spec.threads)
         self._spec = spec
-        self._device = _device(spec.device)
-        self._sources = open_sources(spec)
+        self._device = device_of(spec.device)
+        self._sources = open_sources(spec, basis_of(spec))
         self._place()
-        kind = _kind(spec, self._sources)
+        kind = kind_of(spec, self._sources)
         self._backend = spec.backend.make(BackendContext(self._sources, spec.architecture, self._device, kind))
         tokenizer = None if spec.tokenizer is None else located(spec.tokenizer)
         self.files: Files = self._sources.files(tokenizer)
@@ -547,28 +539,3 @@ def _indivisible(objective: Objective) -> InputError:
         f"search.race: objective {objective.goal.name!r} cannot be asked of some of its examples.",
         "Leave race out, or use an objective that scores each of its examples.",
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: expected a CUDA device, found none.", "Use device auto or cpu.")
-    if name not in ("cpu", "cuda"):
-        raise InputError(f"device: expected auto, cpu or cuda, found {name!r}.")
-    return torch.device(name)
-
-
-def _kind(spec: WorkerSpec, sources: Sources) -> torch.dtype | None:
-    """The floating-point type of the resident model; None for the types of the tensors of a dict."""
-    stored = None if spec.architecture is None else sources.layout.dtype
-    return _dtype(spec.dtype) or stored
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    kind = getattr(torch, name, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise InputError(f"dtype: expected float32, bfloat16 or float16, found {name!r}.")
-    return kind

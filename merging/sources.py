@@ -28,6 +28,7 @@ from ecotone.merging.models.matching import MERGED, NONE_APART, Apart, Treatment
 from ecotone.merging.models.model import Model, declared
 from ecotone.merging.models.vocabulary import Vocabulary, fitted
 from ecotone.merging.operators.base import Operator, directions, weights_of
+from ecotone.merging.operators.whole import WholeMatrices
 from ecotone.merging.placement import Wish
 from ecotone.merging.values import has_nan, refuse_nan
 from ecotone.populations.errors import InputError
@@ -55,6 +56,8 @@ class Sources:
         config: The model whose config a merge has (``ecotone.merging.models.configs``).
         rank: The rank that the modules' updates of every merge of adapters are cut to; None for merges as they are.
         apart: The tensors that are not merged.
+        basis: The vectors that are mixed in place of the experts, where the operator prepares them; until they are
+            prepared nothing can be merged.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Sources:
         config: configs.Choice = "same",
         rank: int | None = None,
         apart: Apart = NONE_APART,
+        basis: Sequence[Model] = (),
     ) -> None:
         self.layout = layout
         self.operator = operator
@@ -74,6 +78,7 @@ class Sources:
         self.base: Model | None = None if base is None else declared(base)
         self.config: configs.Choice = config
         """The choice of the config that merges have."""
+        self.basis: tuple[Model, ...] = tuple(declared(vector) for vector in basis)
         self.rank = rank
         if rank is not None:
             check_rank(operator, self.changed)
@@ -98,6 +103,7 @@ class Sources:
         treatment: Treatment = MERGED,
         config: configs.Choice = "same",
         rank: int | None = None,
+        basis: Sequence[Model] = (),
     ) -> Sources:
         """Open the models of a merge and check from their headers that they fit together.
 
@@ -115,6 +121,7 @@ class Sources:
             config: What to do with models whose configs compute something else: refuse them (``same``), or take that
                 of the ``base``, of the ``first`` expert, or of ``each`` (``ecotone.merging.models.configs``).
             rank: The rank that the modules' updates of every merge of adapters are cut to.
+            basis: The vectors that the operator has prepared (``ecotone.merging.basis``).
 
         Raises:
             InputError: No expert, no such operator or setting, a base is lacking, or the names do not fit.
@@ -138,7 +145,7 @@ class Sources:
         apart = matching.apart(models, treatment, alike[0] if config == "first" else models[0])
         layout = preflight.check(models, apart)
         configs.check(models, origin, config)
-        return cls(layout, operation, alike, origin, placement, config, rank, apart)
+        return cls(layout, operation, alike, origin, placement, config, rank, apart, basis)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,10 +154,13 @@ class Sources:
 
     @property
     def checkpoints(self) -> tuple[Model, ...]:
-        """The J models that are mixed: the experts, after the base when the operator needs it."""
+        """The J models that are mixed: the experts, or what was prepared of them, after the base when the operator
+        needs it.
+        """
+        mixed = self.basis or self.experts
         if self.operator.needs_base and self.base is not None:
-            return (self.base, *self.experts)
-        return self.experts
+            return (self.base, *mixed)
+        return mixed
 
     @property
     def origin(self) -> Model:
@@ -170,7 +180,8 @@ class Sources:
         """
         base = {} if self.base is None else {"models.base": self.base}
         experts = {f"models.experts[{number}]": expert for number, expert in enumerate(self.experts)}
-        return Files({**base, **experts}, tokenizer)
+        basis = {f"merge.operator: {vector.name}": vector for vector in self.basis}
+        return Files({**base, **experts, **basis}, tokenizer)
 
     @property
     def configured(self) -> Model:
@@ -416,6 +427,8 @@ class Sources:
     @cached_property
     def _transform(self) -> Transform:
         """The operator's transform of the stored tensors. It is made at first use, which may stream all tensors."""
+        if isinstance(self.operator, WholeMatrices) and not self.basis:
+            raise InputError(f"operator {self.operator.name!r}: expected the vectors that it prepares, found none.")
         return self.operator.transform(self.held.pieces)
 
     @cached_property

@@ -88,7 +88,7 @@ class Gatherer:
             "models": self._models,
             "kind": [wants.kind, kind.version],
             "settings": settings.model_dump(mode="json"),
-            "tasks": [[_digest_of_examples(task.examples), _digest_of_head(task.head)] for task in tasks],
+            "tasks": [[digest_of_examples(task.examples), digest_of_head(task.head)] for task in tasks],
         }
         configured = self._sources.configured_for(genome)
         if configured is not self._sources.configured:
@@ -134,12 +134,13 @@ def _digest_of_model(model: Model, names: Sequence[str]) -> str:
     return hasher.hexdigest()
 
 
-def _digest_of_examples(examples: Examples) -> str:
+def digest_of_examples(examples: Examples) -> str:
+    """A hash of the inputs of examples."""
     inputs = examples.inputs
     return digest_of(inputs if isinstance(inputs, Mapping) else {"": inputs})
 
 
-def _digest_of_head(head: Head | None) -> str:
+def digest_of_head(head: Head | None) -> str:
     """A hash of a head's weights, or the name of a head without."""
     if head is None:
         return ""

@@ -12,7 +12,7 @@ token, each row draws its labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
 
@@ -67,6 +67,15 @@ class Moments:
 def with_one(rows: Tensor) -> Tensor:
     """(N, in + 1): the rows in float64, with a 1 appended for the bias."""
     return torch.cat([rows.double(), rows.new_ones((len(rows), 1), dtype=torch.float64)], dim=1)
+
+
+def together(found: Iterable[Moments]) -> Moments:
+    """The sums over the rows of several tasks."""
+    whole = Moments()
+    for moments in found:
+        for name, one in moments.sums.items():
+            whole.add(name, one.total, one.rows)
+    return whole
 
 
 def inputs_of(model: nn.Module, layers: Layers, data: Data, batch: int) -> Moments:
@@ -194,7 +203,7 @@ class InputMoments:
     def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
         """The moments of ``model`` by the names of its layers, on the CPU."""
         layers = linear_layers(model)
-        return _together([inputs_of(model, layers, task, self._settings.batch) for task in tasks])
+        return together([inputs_of(model, layers, task, self._settings.batch) for task in tasks]).means()
 
 
 class SlopeMoments:
@@ -213,7 +222,7 @@ class SlopeMoments:
     def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
         """The moments of ``model`` by the names of its layers, on the CPU."""
         layers = linear_layers(model)
-        return _together([slopes_of(model, layers, task, self._settings) for task in tasks])
+        return together([slopes_of(model, layers, task, self._settings) for task in tasks]).means()
 
 
 class DiagonalFisher:
@@ -232,13 +241,4 @@ class DiagonalFisher:
     def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
         """The Fisher information of ``model`` by the names of its layers, on the CPU."""
         layers = linear_layers(model)
-        return _together([fisher_of(model, layers, task, self._settings) for task in tasks])
-
-
-def _together(found: Sequence[Moments]) -> dict[str, Tensor]:
-    """The means over the rows of several tasks."""
-    whole = Moments()
-    for moments in found:
-        for name, one in moments.sums.items():
-            whole.add(name, one.total, one.rows)
-    return whole.means()
+        return together([fisher_of(model, layers, task, self._settings) for task in tasks]).means()

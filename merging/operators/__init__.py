@@ -27,6 +27,10 @@ _OURS = {
     "ties_vectors": "ecotone.merging.operators.ties_vectors:TiesVectors",
     "dare": "ecotone.merging.operators.dare:Dare",
     "dare_ties": "ecotone.merging.operators.dare_ties:DareTies",
+    "kfac": "ecotone.merging.operators.kfac:KFac",
+    "regmean": "ecotone.merging.operators.regmean:RegMean",
+    "regmean_pp": "ecotone.merging.operators.regmean_pp:RegMeanPlusPlus",
+    "fisher": "ecotone.merging.operators.fisher:Fisher",
 }
 OPERATORS: Registry[type[Operator]] = Registry("operator", "ecotone.operators", _OURS, declared.check_declared)
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
+from pydantic import Field
 from torch import Tensor
 
 from ecotone.merging.kernel.materialise import Transform, unchanged
@@ -130,3 +131,16 @@ class WholeMatrices(PreparedVectors):
     def transform(self, pieces: Pieces) -> Transform:
         """The vectors as they were prepared."""
         return unchanged
+
+
+@dataclass(frozen=True)
+class FromData(WholeMatrices):
+    """Operators whose vectors depend on data: the calibration tasks that bear the experts' names. No label is read.
+
+    Args:
+        examples: The most examples of each calibration task that statistics are gathered over.
+        batch: Examples in one forward pass; bounds the memory for activations.
+    """
+
+    examples: Annotated[int, Field(ge=1)] = 512
+    batch: Annotated[int, Field(ge=1)] = 32

@@ -1,0 +1,178 @@
+"""Statistics of layers for operators that prepare: of each expert, over the tasks that are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecotone.fitness.heads import outputs
+from ecotone.fitness.preparing.layers import Unit
+from ecotone.fitness.statistics.kinds import Data
+from ecotone.fitness.statistics.layers import linear_layers, mask_of, observe, rows_of
+from ecotone.fitness.statistics.moments import (
+    Moments,
+    SlopeSettings,
+    fisher_of,
+    inputs_of,
+    slopes_of,
+    together,
+    with_one,
+)
+from ecotone.merging.operators.whole import Known, Wanted
+
+
+class _PassedError(Exception):
+    """All that is wanted of a forward pass has been seen."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Statistics of one expert, by the names of modules.
+
+    Args:
+        inputs: (in + 1, in + 1) means of x xᵀ, a 1 appended to x.
+        slopes: (out, out) means of g gᵀ.
+        fisher: (out, in + 1) diagonals of the Fisher information.
+        outputs: (in + 1, out) means of x yᵀ.
+        rows: Numbers of rows.
+    """
+
+    inputs: Mapping[str, Tensor]
+    slopes: Mapping[str, Tensor]
+    fisher: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    rows: Mapping[str, int]
+
+
+def called(model: nn.Module, data: Data) -> list[str]:
+    """The linear layers that a pass over an example reaches, in the order of their first calls."""
+    seen: dict[str, None] = {}
+    example = Data(data.name, data.examples.rows(torch.arange(1)), data.head)
+    observe(model, linear_layers(model), example, 1, lambda name, _: seen.setdefault(name))
+    return list(seen)
+
+
+def slopes_and_fisher(
+    model: nn.Module, layers: Mapping[str, nn.Module], tasks: Sequence[Data], wanted: Sequence[Wanted], batch: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The means of g gᵀ and the diagonals of the Fisher information of an expert, as far as they are wanted."""
+    settings = SlopeSettings.model_validate({"batch": batch})
+    found: list[dict[str, Tensor]] = []
+    for kind, of in (("slopes", slopes_of), ("fisher", fisher_of)):
+        parts = [of(model, layers, task, settings) for task in tasks] if kind in wanted else []
+        found.append(together(parts).means())
+    return found[0], found[1]
+
+
+def inputs_over(
+    model: nn.Module, layers: Mapping[str, nn.Module], tasks: Sequence[Data], batch: int, ends: str | None = None
+) -> Moments:
+    """Sums of x xᵀ of the layers over several tasks.
+
+    Args:
+        model: The module.
+        layers: Layers of it.
+        tasks: The data.
+        batch: Examples in a pass.
+        ends: The module after which a pass is broken off; None makes whole passes.
+    """
+    with _ending(model, ends):
+        return together([inputs_of(model, layers, task, batch) for task in tasks])
+
+
+def outputs_by_row(
+    model: nn.Module, layers: Mapping[str, nn.Module], task: Data, batch: int, ends: str | None = None
+) -> dict[str, list[Tensor]]:
+    """(rows, out) outputs of each call of each layer, in the order of the calls, on the CPU."""
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def seen(name: str, mask: Tensor | None, _module: nn.Module, _inputs: Any, made: Tensor) -> None:
+        found[name].append(rows_of(made, mask).cpu())
+
+    with _ending(model, ends):
+        for inputs in task.examples.batches(batch):
+            handles = [
+                layer.register_forward_hook(partial(seen, name, mask_of(inputs)), prepend=True)
+                for name, layer in layers.items()
+            ]
+            try:
+                with torch.no_grad():
+                    outputs(model, inputs)
+            finally:
+                for handle in handles:
+                    handle.remove()
+    return found
+
+
+def outputs_over(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    task: Data,
+    own: Mapping[str, list[Tensor]],
+    batch: int,
+    ends: str | None = None,
+) -> Moments:
+    """Sums of x yᵀ, (in + 1, out): x what reaches the layers in this model, y the expert's own outputs by row."""
+    found, turns = Moments(), {name: iter(rows) for name, rows in own.items()}
+
+    def take(name: str, rows: Tensor) -> None:
+        targets = next(turns[name]).to(rows.device)
+        found.add(name, with_one(rows).mT @ targets.double(), len(rows))
+
+    with _ending(model, ends):
+        observe(model, layers, task, batch, take)
+    return found
+
+
+@contextmanager
+def _ending(model: nn.Module, ends: str | None) -> Iterator[None]:
+    """Have passes of the model end, without a result, after one of its modules."""
+    if ends is None:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _PassedError
+
+    def quiet(*given: Any, **named: Any) -> Any:
+        try:
+            return forward(*given, **named)
+        except _PassedError:
+            return None
+
+    forward: Callable[..., Any] = model.forward
+    handle = model.get_submodule(ends).register_forward_hook(stop)
+    model.forward = quiet
+    try:
+        yield
+    finally:
+        del model.forward
+        handle.remove()
+
+
+def known_of(unit: Unit, experts: Sequence[Gathered], wanted: Sequence[Wanted]) -> Known | None:
+    """What an operator wants to know of a unit; None where the data of some expert do not reach it."""
+    name = unit.module
+    if name is None:
+        return None
+    columns = slice(None) if unit.at.folded else slice(None, -1)
+    rows = unit.rows or slice(None)
+    cuts: dict[str, tuple[slice, ...]] = {
+        "inputs": (columns, columns),
+        "slopes": (rows, rows),
+        "fisher": (rows, columns),
+        "outputs": (columns, rows),
+    }
+    found: dict[str, list[Tensor]] = {}
+    for kind in wanted:
+        by_expert = [getattr(one, kind) for one in experts]
+        if any(name not in one for one in by_expert):
+            return None
+        found[kind] = [one[name][cuts[kind]] for one in by_expert]
+    return Known(**found, rows=[one.rows.get(name, 0) for one in experts])

@@ -1,0 +1,380 @@
+"""Making the basis of an operator that prepares whole matrices, or finding it where it was made before.
+
+The vectors are made one layer at a time. Statistics of a layer are those of each expert over the calibration tasks that
+bear its name. With ``order: depth`` the inputs of a layer are those that it gets in the merge: blocks are merged one
+after the other, and the passes of each expert's data run through the blocks that are merged already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ecotone.fitness.backends.base import Backend, BackendContext
+from ecotone.fitness.kinds import ObjectiveContext
+from ecotone.fitness.opening import device_of, kind_of, open_sources
+from ecotone.fitness.preparing.known import (
+    Gathered,
+    called,
+    inputs_over,
+    known_of,
+    outputs_by_row,
+    outputs_over,
+    slopes_and_fisher,
+)
+from ecotone.fitness.preparing.layers import Unit, stages, units
+from ecotone.fitness.statistics.gather import digest_of_examples, digest_of_head
+from ecotone.fitness.statistics.kinds import Data
+from ecotone.fitness.statistics.layers import linear_layers
+from ecotone.fitness.statistics.moments import together
+from ecotone.merging import operators
+from ecotone.merging.basis import Bases, Basis, Writer
+from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.names import Names, names_of
+from ecotone.merging.operators.whole import FromData, Known, Report, WholeMatrices
+from ecotone.merging.sources import Sources
+from ecotone.populations.errors import InputError
+
+if TYPE_CHECKING:
+    from ecotone.fitness.specs import WorkerSpec
+
+DOUBLE = 2048
+"""Rows or columns up to which matrices are float64 on an accelerator, too; larger ones are float32 there."""
+_SHOWN = 8  # warnings that are logged
+_log = logging.getLogger("ecotone")
+
+
+class Preparation:
+    """Prepares the vectors of one operator for the models of a worker.
+
+    Args:
+        sources: The base and the experts, as task vectors.
+        operator: The operator.
+        data: By expert, its calibration data; empty where the operator wants none.
+        backend: Shows models; None where nothing is to be shown.
+        about: What else the vectors depend on, as text: the architecture.
+        device: The device on which matrices are worked on.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        operator: WholeMatrices,
+        data: Mapping[str, Sequence[Data]],
+        backend: Backend | None,
+        about: str,
+        device: torch.device,
+    ) -> None:
+        self._sources, self._operator, self._data = sources, operator, data
+        self._backend, self._about, self._device = backend, about, device
+        self._columns = operator.columns(sources.names)
+        self._merged: dict[str, Tensor] = {}  # the tensors of the merge, as far as it is made
+        self._layers: dict[str, dict[str, float]] = {}
+        self._warnings: Counter[str] = Counter()
+
+    @property
+    def shape(self) -> tuple[Layout, tuple[str, ...]]:
+        """The layout of the vectors, and their names."""
+        return self._sources.layout, self._columns
+
+    @cached_property
+    def key(self) -> str:
+        """All that the vectors depend on, as 32 hexadecimal digits."""
+        sources, operator = self._sources, self._operator
+        layout = sources.layout
+        parts = {
+            "operator": [operator.name, operator.version, repr(operator)],
+            "models": sources.files().contents,
+            "names": sources.names,
+            "layout": [[name, str(info.dtype), list(info.shape)] for name, info in layout.parameters.items()],
+            "about": [self._about, None if self._backend is None else str(self._backend.dtype)],
+            "data": {
+                name: [[digest_of_examples(one.examples), digest_of_head(one.head)] for one in tasks]
+                for name, tasks in self._data.items()
+            },
+        }
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def write(self, writer: Writer) -> None:
+        """Prepare all vectors and finish the basis.
+
+        Raises:
+            InputError: Vectors hold NaN or infinity, or the operator cannot prepare them.
+        """
+        began = time.perf_counter()
+        model = None if self._backend is None else self._backend.model
+        module = model if isinstance(model, nn.Module) else None
+        names = None if module is None else names_of(module, self._sources.layout)
+        found = units(self._sources.layout, module, names, folds=self._operator.folds)
+        for number, (unit, known) in enumerate(self._in_turn(found, module, names), 1):
+            self._prepare(unit, known, writer)
+            if time.perf_counter() - began > number:  # a line for each layer where layers take seconds
+                _log.info("%s: prepared %s of %s tensors.", self._operator.name, number, len(found))
+        for text, count in self._warnings.most_common(_SHOWN):
+            _log.warning("%s: %s%s", self._operator.name, text, f" ({count} layers)" if count > 1 else "")
+        writer.finish(
+            {
+                "operator": self._operator.name,
+                "settings": repr(self._operator),
+                "experts": list(self._sources.names),
+                "seconds": round(time.perf_counter() - began, 3),
+                "layers": self._layers,
+                "warnings": dict(self._warnings),
+            }
+        )
+
+    # -- the order of layers, and what is known of them --------------------------------------------------------
+
+    def _in_turn(
+        self, found: Sequence[Unit], module: nn.Module | None, names: Names | None
+    ) -> Iterator[tuple[Unit, Known | None]]:
+        """All units, each with what is known of it."""
+        operator = self._operator
+        if not isinstance(operator, FromData):
+            yield from ((unit, Known()) for unit in found)
+        elif module is None or names is None:
+            raise InputError(
+                f"merge.operator: {operator.name} gathers statistics of layers, found a dict of tensors.",
+                "Name an architecture.",
+            )
+        elif operator.order == "depth":
+            yield from self._in_depth(operator, found, module, names)
+        else:
+            yield from self._at_once(operator, found, module)
+
+    def _at_once(
+        self, operator: FromData, found: Sequence[Unit], module: nn.Module
+    ) -> Iterator[tuple[Unit, Known | None]]:
+        """Units with the statistics of the experts as they are."""
+        experts = [self._of_expert(operator, name, module) for name in self._sources.names]
+        for unit in found:
+            yield unit, known_of(unit, experts, operator.wanted)
+
+    def _of_expert(self, operator: FromData, name: str, module: nn.Module) -> Gathered:
+        """The statistics of an expert over its own data."""
+        layers, tasks, batch = linear_layers(module), self._data[name], operator.batch
+        self._show(name)
+        moments = inputs_over(module, layers, tasks, batch)
+        own = together(
+            outputs_over(module, layers, task, outputs_by_row(module, layers, task, batch), batch)
+            for task in (tasks if "outputs" in operator.wanted else ())
+        )
+        slopes, fisher = slopes_and_fisher(module, layers, tasks, operator.wanted, batch)
+        rows = {layer: one.rows for layer, one in moments.sums.items()}
+        return Gathered(moments.means(), slopes, fisher, own.means(), rows)
+
+    def _in_depth(
+        self, operator: FromData, found: Sequence[Unit], module: nn.Module, names: Names
+    ) -> Iterator[tuple[Unit, Known | None]]:
+        """Units in the order of depth, with the statistics of the experts behind the merge of the blocks before."""
+        experts, layers = self._sources.names, linear_layers(module)
+        order = dict.fromkeys(name for one in experts for name in self._called(one, module))
+        by_module: dict[str | None, list[Unit]] = {}
+        for unit in found:
+            by_module.setdefault(unit.module if unit.at.kind == "linear" else None, []).append(unit)
+        reached = {name: by_module.pop(name) for name in order if name in by_module}
+        yield from ((unit, None) for some in by_module.values() for unit in some)
+        curved = {name: self._curvature(operator, name, module) for name in experts}
+        for ends, members in stages(module, list(reached)):
+            some = {name: layers[name] for name in members}
+            gathered = []
+            for name in experts:
+                targets = self._targets(operator, name, module, some, ends)
+                self._show(name)
+                self._put_merged(module, names, ends)
+                moments = inputs_over(module, some, self._data[name], operator.batch, ends)
+                own = together(
+                    outputs_over(module, some, task, rows, operator.batch, ends)
+                    for task, rows in zip(self._data[name], targets, strict=False)
+                )
+                rows_of = {layer: one.rows for layer, one in moments.sums.items()}
+                gathered.append(Gathered(moments.means(), *curved[name], own.means(), rows_of))
+            for name in members:
+                yield from ((unit, known_of(unit, gathered, operator.wanted)) for unit in reached[name])
+
+    def _called(self, expert: str, module: nn.Module) -> list[str]:
+        self._show(expert)
+        return [name for task in self._data[expert] for name in called(module, task)]
+
+    def _curvature(
+        self, operator: FromData, expert: str, module: nn.Module
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if not {"slopes", "fisher"} & set(operator.wanted):
+            return {}, {}
+        self._show(expert)
+        return slopes_and_fisher(module, linear_layers(module), self._data[expert], operator.wanted, operator.batch)
+
+    def _targets(
+        self, operator: FromData, expert: str, module: nn.Module, some: Mapping[str, nn.Module], ends: str
+    ) -> list[dict[str, list[Tensor]]]:
+        """By task, what the layers make of the expert's own activations."""
+        if "outputs" not in operator.wanted:
+            return []
+        self._show(expert)
+        return [outputs_by_row(module, some, task, operator.batch, ends) for task in self._data[expert]]
+
+    # -- the module ------------------------------------------------------------------------------------------
+
+    def _show(self, expert: str) -> None:
+        assert self._backend is not None
+        self._backend.expert(expert)
+
+    def _put_merged(self, module: nn.Module, names: Names, ends: str) -> None:
+        """Put what is merged already into the module, but for the block that ends at ``ends``: it is the expert's."""
+        state = {name: tensor.data for name, tensor in module.state_dict(keep_vars=True).items()}
+        for name, values in self._merged.items():
+            place, scattered = names.places.get(name), names.scattered.get(name)
+            if place is not None and not place.target.startswith(f"{ends}."):
+                into = place.of(state[place.target])
+                into.copy_(values.view(into.shape))
+            if scattered is not None and not any(one.startswith(f"{ends}.") for one in scattered.targets):
+                scattered.put(values.to(self._device), state)
+
+    # -- one unit --------------------------------------------------------------------------------------------
+
+    def _prepare(self, unit: Unit, known: Known | None, writer: Writer) -> None:
+        """Make the vectors of a unit and write them."""
+        sources, operator, report = self._sources, self._operator, Report()
+        assert sources.base is not None
+        models = (sources.base, *sources.experts)
+        kind = self._kind(unit)
+        stored = [[model.tensor(name).to(self._device, kind) for name in unit.names] for model in models]
+        if unit.at.kind in ("embedding", "rest") or known is None:
+            if known is None and unit.at.kind in ("linear", "convolution"):
+                report.warnings.append("layers that the data do not reach have the mean of their task vectors")
+            parts = [
+                operator.rest(replace(unit.at, name=name), stored[0][place], [one[place] for one in stored[1:]], report)
+                for place, name in enumerate(unit.names)
+            ]
+        elif unit.stacked:
+            parts = [self._of_stack(unit, [one[0] for one in stored], known, report)]
+        else:
+            matrices = [unit.matrix(*one) for one in stored]
+            moved = replace_tensors(known, self._device, kind)
+            vectors = operator.layer(unit.at, matrices[0], matrices[1:], moved, report)
+            parts = list(zip(*(unit.parts(vector) for vector in vectors), strict=True))
+        for name, base, vectors in zip(unit.names, stored[0], parts, strict=True):
+            self._keep(name, base, vectors, writer)
+        if report.numbers:
+            self._layers[unit.at.name] = report.numbers
+        self._warnings.update(dict.fromkeys(report.warnings, 1))
+
+    def _of_stack(self, unit: Unit, stored: Sequence[Tensor], known: Known, report: Report) -> Sequence[Tensor]:
+        """The vectors of a stack of matrices, each one made by itself."""
+        made = [
+            self._operator.layer(unit.at, matrices[0], matrices[1:], known, report)
+            for matrices in zip(*(one.unbind(0) for one in stored), strict=True)
+        ]
+        return [torch.stack(list(vectors)) for vectors in zip(*made, strict=True)]
+
+    def _keep(self, name: str, base: Tensor, vectors: Sequence[Tensor], writer: Writer) -> None:
+        if len(vectors) != len(self._columns):
+            raise InputError(
+                f"operator {self._operator.name!r}: {name}: expected {len(self._columns)} vectors, "
+                f"found {len(vectors)}."
+            )
+        for vector in vectors:
+            if not bool(torch.isfinite(vector).all()):
+                raise InputError(
+                    f"merge.operator: {self._operator.name} made NaN or infinity of {name}.",
+                    "Raise its ridge, or leave the tensor out with merge.freeze.",
+                )
+        writer.put(name, vectors)
+        if self._operator.order == "depth":
+            self._merged[name] = sum(vectors, start=base).to(self._sources.layout.parameters[name].dtype)
+
+    def _kind(self, unit: Unit) -> torch.dtype:
+        large = max(unit.at.shape, default=1) > DOUBLE
+        return torch.float32 if large and self._device.type != "cpu" else torch.float64
+
+
+def replace_tensors(known: Known, device: torch.device, kind: torch.dtype) -> Known:
+    """The same statistics on a device, in a type."""
+    return Known(
+        **{
+            name: [one.to(device, kind) for one in getattr(known, name)]
+            for name in ("inputs", "slopes", "fisher", "outputs")
+        },
+        rows=known.rows,
+    )
+
+
+# -- from a worker's spec --------------------------------------------------------------------------------------
+
+
+def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
+    """The basis of a worker's operator, made now unless it lies in this machine's cache; None where it prepares none.
+
+    Raises:
+        EcotoneError: The models cannot be opened, data are lacking, the vectors cannot be prepared, or the disk is
+            full.
+    """
+    operator = operators.get(spec.operator, spec.settings)
+    if not isinstance(operator, WholeMatrices):
+        return None
+    bases = Bases() if bases is None else bases
+    preparation = _preparation(spec, operator)
+    with bases.alone(preparation.key):
+        basis = bases.find(preparation.key)
+        if basis is None:
+            layout, columns = preparation.shape
+            _log.info("%s: preparing %s vectors ...", operator.name, len(columns))
+            with bases.writer(preparation.key, layout, columns) as writer:
+                preparation.write(writer)
+            basis = bases.find(preparation.key)
+            assert basis is not None
+            _log.info("%s: prepared in %.1f s.", operator.name, basis.record["seconds"])
+    return basis
+
+
+def _preparation(spec: WorkerSpec, operator: WholeMatrices) -> Preparation:
+    plain = replace(spec, operator="task_arithmetic", settings={}, rank=None)
+    sources, device = open_sources(plain), device_of(spec.device)
+    backend, data = None, dict[str, Sequence[Data]]()
+    if spec.architecture is not None:
+        backend = spec.backend.make(BackendContext(sources, spec.architecture, device, kind_of(plain, sources)))
+    if isinstance(operator, FromData) and backend is not None:
+        data = _data(spec, operator, sources.names, ObjectiveContext(device, backend.dtype))
+    return Preparation(sources, operator, data, backend, str(spec.architecture), device)
+
+
+def _data(
+    spec: WorkerSpec, operator: FromData, experts: Sequence[str], context: ObjectiveContext
+) -> dict[str, Sequence[Data]]:
+    """By expert, the data of the calibration tasks that are its own."""
+    found: dict[str, list[Data]] = {name: [] for name in experts}
+    for settings in spec.calibration:
+        owner = settings.teacher or settings.name
+        if owner in found:
+            task = settings.build(context, spec.seed)
+            count = min(operator.examples, len(task.examples))
+            found[owner].append(Data(task.name, task.examples.rows(torch.arange(count)), task.head))
+    check_data(operator, found)
+    return dict(found)
+
+
+def check_data(operator: FromData, by_expert: Mapping[str, Sequence[object]]) -> None:
+    """Refuse experts without data of their own.
+
+    Raises:
+        InputError: There is one.
+    """
+    for name, tasks in by_expert.items():
+        if not tasks:
+            raise InputError(
+                f"calibration: the operator {operator.name!r} reads inputs of each expert's own task, found none for "
+                f"{name!r}.",
+                f"Add a calibration task named {name!r} (labels are not needed), or use an operator without data, such "
+                "as iso_c or tsv_m.",
+            )

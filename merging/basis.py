@@ -1,0 +1,272 @@
+"""Bases on disk: the vectors that an operator has prepared, one file of weights for each coefficient.
+
+A basis is a folder in the cache, named by all that it depends on. It has ``v-1.safetensors`` to ``v-K.safetensors``,
+differences from the base in the models' own types, and ``prepared.json``. It is written once, whole or not at all, and
+then opened like a checkpoint: merges mix its vectors as they mix task vectors. Solves and singular value decompositions
+are not the same to the last bit on all machines. So the files are what a run depends on, not the way they were made:
+their hashes are journalled with those of the models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ecotone.merging.models.checkpoint import Checkpoint
+from ecotone.merging.models.headers import DTYPES
+from ecotone.merging.models.layout import Layout
+from ecotone.merging.models.model import Model, TensorInfo
+from ecotone.merging.placement import apart
+from ecotone.populations import files
+from ecotone.populations.contents import contents
+from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.folders import cache_folder
+from ecotone.populations.parsing import file_bytes, json_object
+
+RECORD = "prepared.json"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_log = logging.getLogger("ecotone")
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A prepared basis.
+
+    Args:
+        key: All that it depends on, 32 hexadecimal digits.
+        folder: Its folder.
+        record: What ``prepared.json`` has: ``operator``, ``settings``, ``columns``, ``files`` with their hashes,
+            ``seconds``, ``layers`` with figures, ``warnings``.
+    """
+
+    key: str
+    folder: Path
+    record: Mapping[str, Any]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """K names of its vectors."""
+        return tuple(self.record["columns"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """K files of weights."""
+        return tuple(self.folder / f"v-{number}.safetensors" for number in range(1, len(self.columns) + 1))
+
+    def models(self) -> tuple[Model, ...]:
+        """K models whose tensors are the vectors, memory-mapped."""
+        return tuple(Checkpoint.open(path).named(name) for path, name in zip(self.paths, self.columns, strict=True))
+
+
+class Bases:
+    """The bases in a folder of this machine.
+
+    Args:
+        folder: The folder; None is ``bases`` in ``$ECOTONE_CACHE``.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder: Path = cache_folder() / "bases" if folder is None else folder
+
+    def find(self, key: str) -> Basis | None:
+        """The basis under a key; None without one. A damaged one is told of and counts as missing.
+
+        Its folder's time becomes that of its latest use.
+        """
+        folder = self.folder / key
+        if not folder.is_dir():
+            return None
+        try:
+            basis = Basis(key, folder, json_object(file_bytes(folder / RECORD)))
+            recorded = dict(basis.record["files"])
+            found = {path.name: one.digest for path, one in contents(basis.paths).items()}
+        except (OSError, EcotoneError, ValueError, KeyError, TypeError) as error:
+            _log.warning("%s cannot be read (%s); it is prepared again.", folder, error)
+            return None
+        if found != recorded:
+            _log.warning("%s is damaged: its files are not those that were written; it is prepared again.", folder)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(folder)
+        return basis
+
+    @contextlib.contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Hold the lock of a key: of several processes of this machine, one prepares and the others wait."""
+        self._made()
+        with (self.folder / f".{key}.lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def writer(self, key: str, layout: Layout, columns: Sequence[str]) -> Iterator[Writer]:
+        """A writer of a basis that appears under its key when ``Writer.finish`` has been called, and not before.
+
+        Raises:
+            InputError: The disk is too full, or cannot be written.
+        """
+        self._made()
+        nbytes = len(columns) * sum(info.nbytes for info in layout.parameters.values())
+        free = shutil.disk_usage(self.folder).free
+        if nbytes > free:
+            wanted, found = apart(nbytes, free)
+            raise InputError(
+                f"{self.folder}: the prepared vectors need {wanted} of disk, found {found} free.",
+                "Free some space, remove others with `ecotone cache`, or set $ECOTONE_CACHE to another disk.",
+            )
+        for left in files.abandoned(self.folder):
+            files.remove(left)
+        target = self.folder / key
+        try:
+            with files.drafted(target, folder=True) as draft, Writer(draft, target, layout, columns) as writer:
+                yield writer
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: cannot be written ({error.strerror or error}).",
+                "Prepared vectors are kept there; $ECOTONE_CACHE names another folder.",
+            ) from error
+
+    def all(self) -> list[Basis]:
+        """All bases that can be read, the latest used last."""
+        found = []
+        for folder in self.folder.glob("*") if self.folder.is_dir() else ():
+            with contextlib.suppress(OSError, EcotoneError, ValueError, KeyError, TypeError):
+                if not folder.name.startswith("."):
+                    basis = Basis(folder.name, folder, json_object(file_bytes(folder / RECORD)))
+                    found.append((folder.stat().st_mtime, basis.nbytes, basis))
+        return [basis for _, _, basis in sorted(found, key=lambda one: one[:2])]
+
+    def remove(self, key: str) -> None:
+        """Remove a basis. Runs that use it make it again when they go on."""
+        folder = self.folder / key
+        if folder.is_dir():
+            away = folder.with_name(f".{key}.removed")
+            with contextlib.suppress(OSError):
+                folder.rename(away)
+            files.remove(away)
+
+    def prune(self, limit: int, keep: str) -> list[Basis]:
+        """Remove the bases that were not used for longest until all take at most ``limit`` bytes.
+
+        Args:
+            limit: Bytes.
+            keep: The key of one that stays.
+
+        Returns:
+            Those that were removed.
+        """
+        known = self.all()
+        total, removed = sum(basis.nbytes for basis in known), []
+        for basis in known:
+            if total > limit and basis.key != keep:
+                total -= basis.nbytes
+                self.remove(basis.key)
+                removed.append(basis)
+        return removed
+
+    def _made(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: cannot be made ({error.strerror or error}).",
+                "Prepared vectors are kept there; $ECOTONE_CACHE names another folder.",
+            ) from error
+
+
+class Writer:
+    """Writes the vectors of a basis, tensor by tensor in any order.
+
+    Args:
+        draft: The folder that is written.
+        target: Its name when it is finished.
+        layout: The flat vector.
+        columns: K names.
+    """
+
+    def __init__(self, draft: Path, target: Path, layout: Layout, columns: Sequence[str]) -> None:
+        self._draft, self._target, self._layout, self._columns = draft, target, layout, tuple(columns)
+        self._header, self._offsets = _header(layout.parameters)
+        self._left = set(layout.parameters)
+        self._files: list[BinaryIO] = []
+
+    def __enter__(self) -> Writer:
+        for number in range(1, len(self._columns) + 1):
+            file = (self._draft / f"v-{number}.safetensors").open("wb")
+            self._files.append(file)
+            file.write(self._header)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def put(self, name: str, vectors: Sequence[Tensor]) -> None:
+        """Write a tensor of each of the K vectors, rounded to the models' type.
+
+        Args:
+            name: The tensor.
+            vectors: K tensors of its size.
+        """
+        info = self._layout.parameters[name]
+        for file, vector in zip(self._files, vectors, strict=True):
+            values = vector.detach().to(info.dtype).cpu().contiguous().reshape(-1)
+            if values.numel() != info.size:
+                raise InputError(f"{name}: expected {info.size} prepared elements, found {values.numel()}.")
+            file.seek(self._offsets[name])
+            file.write(values.view(torch.uint8).numpy().data)
+        self._left.discard(name)
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Give the folder its name. Everything is on the disk before.
+
+        Args:
+            record: What is told of the basis, beside its columns and files.
+
+        Raises:
+            InputError: A tensor was not written.
+        """
+        if self._left:
+            raise InputError(f"expected vectors of all tensors, found none of {', '.join(sorted(self._left))}.")
+        for file in self._files:
+            file.close()
+        paths = [Path(file.name) for file in self._files]
+        hashes = {path.name: one.digest for path, one in contents(paths).items()}
+        text = json.dumps({**record, "columns": self._columns, "files": hashes}, indent=1)
+        files.written_whole(self._draft / RECORD, text)
+        for path in paths:
+            path.chmod(0o444)
+        files.all_synchronised(self._draft)
+        if self._target.exists():  # a damaged one
+            files.remove(self._target)
+        files.moved(self._draft, self._target, exclusive=True)
+        files.synchronised(self._target.parent)
+
+
+def _header(parameters: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """The header of a safetensors file of the parameters, and where each one begins in the file."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "ecotone": "prepared vectors"}}
+    starts, end = {}, 0
+    for name, info in sorted(parameters.items(), key=lambda item: -item[1].dtype.itemsize):  # so all are aligned
+        starts[name], end = end, end + info.nbytes
+        entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + start for name, start in starts.items()}
