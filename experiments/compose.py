@@ -19,6 +19,7 @@ from ecotone.fitness.callables import put_last
 from ecotone.fitness.kinds import ObjectiveSettings
 from ecotone.fitness.opening import open_sources
 from ecotone.fitness.pools import Pool, SerialPool
+from ecotone.fitness.preparing.prepare import check_data
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
@@ -200,6 +201,8 @@ def context_of(
             for name, bounds in recipe.merge.ranges.items()
         ),
         affine=operator.affine,
+        bounds=getattr(operator, "bounds", None),
+        around=getattr(operator, "around", None),
         limits={one.name: one.limits for one in objectives if one.limits is not None},
     )
 
@@ -333,7 +336,13 @@ def _names(models: Models) -> tuple[str, ...]:
 
 
 def _check_experts(recipe: Recipe, names: Sequence[str]) -> None:
-    """Refuse tasks that are drawn to an expert there is not, unless ``names`` (K,) are not all known yet."""
+    """Refuse tasks that are drawn to an expert there is not, unless ``names`` (K,) are not all known yet.
+
+    Where the operator reads data refuse experts without a task of their own, too.
+    """
+    if recipe.merge.reads_data and len(set(names)) == len(names):
+        owners = [task.teacher or task.name for task in recipe.calibration]
+        check_data(recipe.merge.operator, {name: [one for one in owners if one == name] for name in names})
     for task in recipe.calibration:
         expert = task.teacher
         if expert is None or expert in names or len(set(names)) < len(names):

@@ -99,6 +99,14 @@ class Merge(Part):
         return {name: value for name, value in self._given.items() if isinstance(value, Range)}
 
     @property
+    def reads_data(self) -> bool:
+        """Whether the operator prepares its vectors from the data of calibration tasks."""
+        from ecotone.merging import operators
+        from ecotone.merging.operators.whole import FromData
+
+        return issubclass(operators.OPERATORS.get(self.operator, "merge.operator"), FromData)
+
+    @property
     def _given(self) -> dict[str, Any]:
         return dict(self.__pydantic_extra__ or {})
 

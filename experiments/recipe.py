@@ -281,9 +281,21 @@ class Recipe(Part):
         learning = [part for part in self.searches if part.needs().gradients]
         if learning and not names:
             raise ValueError(f"calibration: {learning[0].algorithm} learns on tasks given there, found none")
-        if names and not learning and not spare:
+        reads = self.merge.reads_data
+        if reads and not names:
             raise ValueError(
-                f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does), found {names}"
+                f"calibration: the operator {self.merge.operator} reads inputs of each expert's own task, found none; "
+                "add a task named after each expert, without labels, or use an operator without data (ties, iso_c)"
+            )
+        if reads and self.models.architecture is None:
+            raise ValueError(
+                f"models.architecture: the operator {self.merge.operator} gathers statistics of layers, found none; "
+                "use auto or a function that returns the module"
+            )
+        if names and not learning and not spare and not reads:
+            raise ValueError(
+                f"calibration: {self.search.algorithm} does not use it (algorithm adamerging does, and so do operators "
+                f"like kfac and regmean), found {names}"
             )
         if learning and not self.scoring.gradients():
             raise ValueError(

@@ -51,6 +51,8 @@ class Context:
         starts: Merges to begin with, best first; empty for none.
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
+        bounds: The bounds of coefficients that suit the operator; None for those of the algorithm.
+        around: The coefficient of every source in the operator's published merge; None where there is no such merge.
         limits: For objectives whose score is the mean over examples: the lowest and the highest score of an example.
     """
 
@@ -62,6 +64,8 @@ class Context:
     starts: tuple[Genome, ...] = ()
     searched: tuple[Setting, ...] = ()
     affine: bool = True
+    bounds: tuple[float, float] | None = None
+    around: float | None = None
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -257,7 +261,8 @@ class Box(Segmented):
     """Coefficients of segments, each between two bounds.
 
     Attributes:
-        low: The smallest value that a coefficient may take.
+        low: The smallest value that a coefficient may take. Where neither bound is given, an operator that prepares its
+            vectors has its own: 0 to 2.
         high: The largest value that a coefficient may take.
     """
 
@@ -276,11 +281,19 @@ class Box(Segmented):
 
     def box(self, context: Context) -> CoefficientBox:
         """The box of the coefficients and of the operator's settings that are searched."""
-        return CoefficientBox.of(context.space, self.granularity, self.low, self.high, self.groups, context.searched)
+        low, high = self.bounds(context)
+        return CoefficientBox.of(context.space, self.granularity, low, high, self.groups, context.searched)
+
+    def bounds(self, context: Context) -> tuple[float, float]:
+        """The smallest and the largest coefficient: the recipe's, or else those that suit the operator."""
+        if context.bounds is None or {"low", "high"} & self.model_fields_set:
+            return self.low, self.high
+        return context.bounds
 
     def describe(self, search: Search | None, context: Context) -> str:
         """The bounds."""
-        return f", each from {self.low:g} to {self.high:g}"
+        low, high = self.bounds(context)
+        return f", each from {low:g} to {high:g}"
 
 
 class FrontBox(Box):
@@ -312,6 +325,8 @@ class ModelsFirstBox(FrontBox):
             return points[np.sort(np.unique(points, axis=0, return_index=True)[1])]
         if not self.models_first:
             return None
+        if context.around is not None:  # of what was prepared, a part alone is no model
+            return np.array([box.point(Genome.uniform(space.size, np.full(space.dimension, context.around)))])
         rows = [*space.seeds, space.seeds.mean(axis=0)]
         return np.array([box.point(Genome.uniform(space.size, row)) for row in rows])
 

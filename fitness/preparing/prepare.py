@@ -360,11 +360,11 @@ def _data(
             task = settings.build(context, spec.seed)
             count = min(operator.examples, len(task.examples))
             found[owner].append(Data(task.name, task.examples.rows(torch.arange(count)), task.head))
-    check_data(operator, found)
+    check_data(operator.name, found)
     return dict(found)
 
 
-def check_data(operator: FromData, by_expert: Mapping[str, Sequence[object]]) -> None:
+def check_data(operator: str, by_expert: Mapping[str, Sequence[object]]) -> None:
     """Refuse experts without data of their own.
 
     Raises:
@@ -373,7 +373,7 @@ def check_data(operator: FromData, by_expert: Mapping[str, Sequence[object]]) ->
     for name, tasks in by_expert.items():
         if not tasks:
             raise InputError(
-                f"calibration: the operator {operator.name!r} reads inputs of each expert's own task, found none for "
+                f"calibration: the operator {operator!r} reads inputs of each expert's own task, found none for "
                 f"{name!r}.",
                 f"Add a calibration task named {name!r} (labels are not needed), or use an operator without data, such "
                 "as iso_c or tsv_m.",

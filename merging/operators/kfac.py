@@ -106,7 +106,8 @@ def conjugate_gradients(
 
     def preconditioned(x: Tensor) -> Tensor:
         turned: Tensor = (b.mT @ x @ a) / curvature
-        return b @ turned @ a.mT
+        found: Tensor = b @ turned @ a.mT
+        return found
 
     tiny = torch.finfo(right.dtype).tiny
     norms = _dot(right, right).sqrt().clamp_min(tiny)

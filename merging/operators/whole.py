@@ -88,6 +88,10 @@ class WholeMatrices(PreparedVectors):
 
     statistics: ClassVar[tuple[Wanted, ...]] = ()
     """The statistics that ``layer`` reads. Without any the operator needs no data."""
+    around: ClassVar[float] = 1.0
+    """The coefficient of every vector in the published merge: searches begin there."""
+    bounds: ClassVar[tuple[float, float]] = (0.0, 2.0)
+    """The bounds of coefficients in searches whose recipe gives none."""
     folds: ClassVar[bool] = False
     """Whether a layer's bias is prepared with its weight. Otherwise it is prepared by ``rest``."""
     version: ClassVar[int] = 1
