@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ecotone.fitness.statistics.layers import linear_layers
@@ -48,8 +49,6 @@ class Unit:
 
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(out, in) of a weight, the bias as the last column where it is folded."""
-        import torch
-
         whole = weight.mT if self.turned else weight.reshape(len(weight), -1)
         return whole if bias is None else torch.cat([whole, bias.reshape(-1, 1)], 1)
 
@@ -93,7 +92,8 @@ def _by_shape(layout: Layout, name: str, shape: Sequence[int], folds: bool, know
     elif len(shape) == 2 and not known:
         kind = "linear"
     bias = f"{name.removesuffix('weight')}bias" if name.endswith("weight") else ""
-    own = folds and kind in ("linear", "convolution") and bias in layout.parameters
+    known_bias = layout.parameters.get(bias)
+    own = folds and kind in ("linear", "convolution") and known_bias is not None and known_bias.shape == (shape[0],)
     return Unit(Layer(name, kind, tuple(shape), own), bias if own else None)
 
 

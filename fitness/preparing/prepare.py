@@ -260,7 +260,7 @@ class Preparation:
         elif unit.stacked:
             parts = [self._of_stack(unit, [one[0] for one in stored], known, report)]
         else:
-            matrices = [unit.matrix(*one) for one in stored]
+            matrices = [unit.matrix(one[0], one[1] if len(one) > 1 else None) for one in stored]
             moved = replace_tensors(known, self._device, kind)
             vectors = operator.layer(unit.at, matrices[0], matrices[1:], moved, report)
             parts = list(zip(*(unit.parts(vector) for vector in vectors), strict=True))

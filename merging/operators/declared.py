@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache, cached_property
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
@@ -211,6 +212,9 @@ def _in_words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         *first, last = map(str, get_args(annotation))
         return f"{', '.join(first)} or {last}" if first else last
+    if get_origin(annotation) in (Union, UnionType) and NoneType in get_args(annotation):
+        others = [_in_words(one) for one in get_args(annotation) if one is not NoneType]
+        return f"{' or '.join(others)} or null" if all(others) else ""
     if get_origin(annotation) is not Annotated:
         return _KINDS.get(annotation, "")
     kind, *notes = get_args(annotation)

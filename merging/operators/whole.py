@@ -92,6 +92,8 @@ class WholeMatrices(PreparedVectors):
     """The coefficient of every vector in the published merge: searches begin there."""
     bounds: ClassVar[tuple[float, float]] = (0.0, 2.0)
     """The bounds of coefficients in searches whose recipe gives none."""
+    unites: ClassVar[bool] = True
+    """Whether experts that are all the same give that expert at c = 1. Others amplify what experts have in common."""
     folds: ClassVar[bool] = False
     """Whether a layer's bias is prepared with its weight. Otherwise it is prepared by ``rest``."""
     version: ClassVar[int] = 1

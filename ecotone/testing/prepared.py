@@ -1,0 +1,80 @@
+"""Bases for conformance suites: operators that prepare whole matrices, given invented statistics of layers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ecotone.fitness.preparing.layers import Unit
+from ecotone.fitness.preparing.prepare import Preparation
+from ecotone.merging.basis import Bases
+from ecotone.merging.models.model import Model
+from ecotone.merging.models.names import Names
+from ecotone.merging.operators.whole import Known, WholeMatrices
+from ecotone.merging.sources import Sources
+
+
+def invented(names: Sequence[str], shape: Sequence[int]) -> Known:
+    """Statistics of a layer with matrices (out, in), drawn from seeds that the experts' names give.
+
+    Args:
+        names: K names.
+        shape: out and in.
+    """
+    out, width = shape
+    generators = [torch.Generator().manual_seed(zlib.crc32(name.encode())) for name in names]
+
+    def moment(size: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randn(4 * size, size, generator=generator, dtype=torch.float64)
+        return rows.mT @ rows / len(rows)
+
+    inputs = [moment(width, generator) for generator in generators]
+    slopes = [moment(out, generator) for generator in generators]
+    fisher = [torch.rand(out, width, generator=generator, dtype=torch.float64) for generator in generators]
+    return Known(inputs, slopes, fisher, (), [8 * width] * len(names))
+
+
+def own_outputs(known: Known, experts: Sequence[Tensor]) -> Known:
+    """The statistics with what the experts make of the same inputs."""
+    outputs = [gram @ expert.mT for gram, expert in zip(known.inputs, experts, strict=True)]
+    return Known(known.inputs, known.slopes, known.fisher, outputs, known.rows)
+
+
+class _Invented(Preparation):
+    """Prepares with invented statistics."""
+
+    def _in_turn(
+        self, found: Sequence[Unit], module: nn.Module | None, names: Names | None
+    ) -> Iterator[tuple[Unit, Known | None]]:
+        for unit in found:
+            if unit.at.kind not in ("linear", "convolution") or unit.stacked:
+                yield unit, Known()
+                continue
+            matrices = [self._matrix(unit, model) for model in self._sources.experts]
+            yield unit, own_outputs(invented(self._sources.names, matrices[0].shape), matrices)
+
+    @staticmethod
+    def _matrix(unit: Unit, model: Model) -> Tensor:
+        weight, *bias = (model.tensor(name).double() for name in unit.names)
+        return unit.matrix(weight, bias[0] if bias else None)
+
+
+def prepared(sources: Sources, operator: WholeMatrices, folder: Path) -> tuple[Model, ...]:
+    """K vectors that ``operator`` prepares of small models, as models.
+
+    Args:
+        sources: The models, of task arithmetic.
+        operator: The operator.
+        folder: The folder that the basis is written to.
+    """
+    preparation = _Invented(sources, operator, {}, None, "", torch.device("cpu"))
+    layout, columns = preparation.shape
+    with Bases(folder).writer(preparation.key, layout, columns) as writer:
+        preparation.write(writer)
+    basis = Bases(folder).find(preparation.key)
+    assert basis is not None
+    return basis.models()
