@@ -64,9 +64,9 @@ class IsoCts(WholeMatrices):
         parts = [_leading(*svd(vector - inside @ (inside.mT @ vector)), own) for vector in vectors]
         lefts, sizes, rights = zip(*parts, common, strict=True)
         size = torch.cat(sizes)
-        kept = size > self.cut * size.max()
-        if not bool(kept.any()):
+        if not bool(size.any()):
             return [torch.zeros_like(base)]
+        kept = size > self.cut * size.max()
         report.numbers |= {"common": shared, "own": own, "rank": int(kept.sum())}
         return [size[kept].mean() * polar(torch.cat(lefts, 1)[:, kept]) @ polar(torch.cat(rights)[kept])]
 

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ecotone.merging.operators.spectra import rank, svd, task_matrices
+from ecotone.merging.operators.spectra import precision, rank, svd, task_matrices
 from ecotone.merging.operators.whole import Known, Layer, Report, WholeMatrices
 
 
@@ -70,7 +70,7 @@ class Opcm(WholeMatrices):
 
     def _cleaned(self, vector: Tensor, merged: Tensor) -> Tensor:
         left, values, right = svd(merged)
-        many = rank(values, max(merged.shape) * torch.finfo(merged.dtype).eps)
+        many = rank(values, precision(merged))
         left, values, right = left[:, :many], values[:many], right[:many]
         closed = int((values.cumsum(0) <= self.alpha * values.sum()).sum())
         taken = torch.linalg.multi_dot([left.mT, vector, right.mT])

@@ -62,6 +62,11 @@ def row_space(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values, right
 
 
+def precision(matrix: Tensor) -> float:
+    """The share of the largest singular value of a matrix at which others cannot be told from zero."""
+    return max(matrix.shape) * torch.finfo(matrix.dtype).eps
+
+
 def rank(values: Tensor, cut: float) -> int:
     """How many singular values, in descending order, are above ``cut`` times the largest; 0 if all are zero."""
     return int((values > cut * values[:1]).sum())
@@ -73,7 +78,7 @@ def polar(matrix: Tensor) -> Tensor:
     Where columns depend on each other, it is the polar factor on their range: ``P`` and ``Q`` of positive values only.
     """
     left, values, right = svd(matrix)
-    many = rank(values, max(matrix.shape) * torch.finfo(matrix.dtype).eps)
+    many = rank(values, precision(matrix))
     return left[:, :many] @ right[:many]
 
 

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ecotone.merging.operators.spectra import row_space, task_matrices
+from ecotone.merging.operators.spectra import precision, rank, row_space, task_matrices
 from ecotone.merging.operators.whole import Known, Layer, Report, WholeMatrices
 
 
@@ -63,10 +63,12 @@ class Wudi(WholeMatrices):
         vectors = task_matrices(at, base, experts)
         norms = [torch.linalg.vector_norm(vector) for vector in vectors]
         units = [vector / norm if norm else vector for vector, norm in zip(vectors, norms, strict=True)]
-        values, rows = row_space(torch.cat(units))
-        powers = values.square()  # H = rowsᵀ diag(powers) rows
-        if not bool(powers.any()):
+        stacked = torch.cat(units)
+        values, rows = row_space(stacked)
+        many = rank(values, precision(stacked))
+        if not many:
             return vectors
+        powers, rows = values[:many].square(), rows[:many]  # H = rowsᵀ diag(powers) rows
         kept, learned = self._filters(powers, base.shape[1], 1.0 if self.toward == "sum" else 1 / len(vectors), report)
         prepared = []
         for vector, unit in zip(vectors, units, strict=True):
@@ -79,12 +81,10 @@ class Wudi(WholeMatrices):
         """For each eigenvalue of H, the factors of ``tau_k`` and of ``tau_k G_k``."""
         if self.steps:
             time = self.steps / powers.max()
-            learned = torch.where(powers > 0, -torch.expm1(-powers * time) / powers, time)
-            return weight * torch.exp(-powers * time), learned
+            return weight * torch.exp(-powers * time), -torch.expm1(-powers * time) / powers
         ridge = self.ridge * powers.sum() / inputs
-        report.numbers["condition"] = float(
-            (powers.max() + ridge) / ((powers.min() if len(powers) == inputs else 0) + ridge)
-        )
+        least = powers.min() if len(powers) == inputs else 0
+        report.numbers["condition"] = float((powers.max() + ridge) / (least + ridge))
         return weight * ridge / (powers + ridge), 1 / (powers + ridge)
 
     def rest(self, at: Layer, base: Tensor, experts: Sequence[Tensor], report: Report) -> Sequence[Tensor]:
