@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ecotone.merging.operators.spectra import precision, rank, row_space, task_matrices
+from ecotone.merging.operators.spectra import task_matrices
 from ecotone.merging.operators.whole import Known, Layer, Report, WholeMatrices
 
 
@@ -59,33 +59,31 @@ class Wudi(WholeMatrices):
     def layer(
         self, at: Layer, base: Tensor, experts: Sequence[Tensor], known: Known, report: Report
     ) -> Sequence[Tensor]:
-        """The K vectors, by one decomposition of the task vectors below each other."""
+        """The K vectors, in the eigenbasis of H."""
         vectors = task_matrices(at, base, experts)
         norms = [torch.linalg.vector_norm(vector) for vector in vectors]
+        if not any(norms):
+            return vectors
         units = [vector / norm if norm else vector for vector, norm in zip(vectors, norms, strict=True)]
         stacked = torch.cat(units)
-        values, rows = row_space(stacked)
-        many = rank(values, precision(stacked))
-        if not many:
-            return vectors
-        powers, rows = values[:many].square(), rows[:many]  # H = rowsᵀ diag(powers) rows
-        kept, learned = self._filters(powers, base.shape[1], 1.0 if self.toward == "sum" else 1 / len(vectors), report)
+        values, basis = torch.linalg.eigh(stacked.mT @ stacked)  # H
+        kept, learned = self._filters(values.clamp(min=0), 1.0 if self.toward == "sum" else 1 / len(vectors), report)
         prepared = []
         for vector, unit in zip(vectors, units, strict=True):
-            inside, own = vector @ rows.mT, unit @ rows.mT
+            inside, own = vector @ basis, unit @ basis
             acted = torch.linalg.multi_dot([inside, own.mT, own])  # tau_k G_k
-            prepared.append((inside * kept + acted * learned) @ rows)
+            prepared.append((inside * kept + acted * learned) @ basis.mT)
         return prepared
 
-    def _filters(self, powers: Tensor, inputs: int, weight: float, report: Report) -> tuple[Tensor, Tensor]:
-        """For each eigenvalue of H, the factors of ``tau_k`` and of ``tau_k G_k``."""
+    def _filters(self, values: Tensor, weight: float, report: Report) -> tuple[Tensor, Tensor]:
+        """For each eigenvalue of H, in ascending order, the factors of ``tau_k`` and of ``tau_k G_k``."""
         if self.steps:
-            time = self.steps / powers.max()
-            return weight * torch.exp(-powers * time), -torch.expm1(-powers * time) / powers
-        ridge = self.ridge * powers.sum() / inputs
-        least = powers.min() if len(powers) == inputs else 0
-        report.numbers["condition"] = float((powers.max() + ridge) / (least + ridge))
-        return weight * ridge / (powers + ridge), 1 / (powers + ridge)
+            time = self.steps / values[-1]
+            learned = torch.where(values > 0, -torch.expm1(-values * time) / values, time)
+            return weight * torch.exp(-values * time), learned
+        ridge = self.ridge * values.mean()
+        report.numbers["condition"] = float((values[-1] + ridge) / (values[0] + ridge))
+        return weight * ridge / (values + ridge), 1 / (values + ridge)
 
     def rest(self, at: Layer, base: Tensor, experts: Sequence[Tensor], report: Report) -> Sequence[Tensor]:
         """Zeros, or each task vector's share of their mean."""
