@@ -254,7 +254,11 @@ def packages(recipe: Recipe, spec: WorkerSpec) -> dict[str, str]:
 def _users_folders(named: Sequence[str]) -> list[Path]:
     """The folders on the Python path that may hold the user's own modules."""
     paths = [Path(name or ".").absolute() for name in (*named, *sys.path)]
-    return [path for path in dict.fromkeys(paths) if not is_installed(path) and not _is_checkout(path)]
+    return [
+        path
+        for path in dict.fromkeys(paths)
+        if not is_installed(path) and not _is_checkout(path)
+    ]
 
 
 def _is_checkout(folder: Path) -> bool:
