@@ -31,6 +31,13 @@ _OURS = {
     "regmean": "ecotone.merging.operators.regmean:RegMean",
     "regmean_pp": "ecotone.merging.operators.regmean_pp:RegMeanPlusPlus",
     "fisher": "ecotone.merging.operators.fisher:Fisher",
+    "wudi": "ecotone.merging.operators.wudi:Wudi",
+    "tsv_m": "ecotone.merging.operators.tsv_m:TsvM",
+    "iso_c": "ecotone.merging.operators.iso_c:IsoC",
+    "iso_cts": "ecotone.merging.operators.iso_cts:IsoCts",
+    "opcm": "ecotone.merging.operators.opcm:Opcm",
+    "star": "ecotone.merging.operators.star:Star",
+    "knots": "ecotone.merging.operators.knots:Knots",
 }
 OPERATORS: Registry[type[Operator]] = Registry("operator", "ecotone.operators", _OURS, declared.check_declared)
 

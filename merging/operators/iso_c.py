@@ -36,6 +36,7 @@ class IsoC(WholeMatrices):
     cut: Cut = 1e-5
 
     name = "iso_c"
+    unites = False
 
     def layer(
         self, at: Layer, base: Tensor, experts: Sequence[Tensor], known: Known, report: Report

@@ -42,6 +42,7 @@ class IsoCts(WholeMatrices):
     cut: Cut = 1e-5
 
     name = "iso_cts"
+    unites = False
 
     def columns(self, experts: Sequence[str]) -> tuple[str, ...]:
         """One coefficient, of all experts together."""

@@ -47,6 +47,7 @@ class Knots(WholeMatrices):
     cut: Cut = 1e-5
 
     name = "knots"
+    unites = False
 
     def layer(
         self, at: Layer, base: Tensor, experts: Sequence[Tensor], known: Known, report: Report

@@ -47,6 +47,7 @@ class Opcm(WholeMatrices):
     rescale: Literal["layer", "none"] = "layer"
 
     name = "opcm"
+    unites = False
 
     def layer(
         self, at: Layer, base: Tensor, experts: Sequence[Tensor], known: Known, report: Report

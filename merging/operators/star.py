@@ -37,6 +37,7 @@ class Star(WholeMatrices):
     combine: Combine = "mean"
 
     name = "star"
+    unites = False
 
     def layer(
         self, at: Layer, base: Tensor, experts: Sequence[Tensor], known: Known, report: Report

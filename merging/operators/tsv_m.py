@@ -48,6 +48,7 @@ class TsvM(WholeMatrices):
     cut: Cut = 1e-5
 
     name = "tsv_m"
+    unites = False
 
     def layer(
         self, at: Layer, base: Tensor, experts: Sequence[Tensor], known: Known, report: Report
