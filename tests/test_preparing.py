@@ -182,6 +182,29 @@ def test_the_first_block_is_the_same_in_any_order(spec):
     assert not torch.allclose(at_once["blocks.1.first.weight"], in_depth["blocks.1.first.weight"])
 
 
+@pytest.mark.parametrize(
+    ("operator", "settings"), [("regmean_pp", {}), ("regmean", {}), ("kfac", {"examples": 24, "ridge": 0.1})]
+)
+def test_block_by_block_is_the_same_as_by_whole_passes(spec, monkeypatch, operator, settings):
+    chosen = replace(spec, operator=operator, settings=settings)
+    by_blocks = basis_of(chosen)
+    Bases().remove(by_blocks.key)
+    monkeypatch.setattr("ecotone.fitness.preparing.depth.before_blocks", lambda *_: None)
+    assert basis_of(chosen).record["files"] == by_blocks.record["files"]
+
+
+def test_the_number_of_passes_does_not_grow_with_depth(spec, monkeypatch):
+    """For each expert a block runs once to find the order, once before the first block, twice by itself, and once for
+    the layer after the blocks.
+    """
+    ran = []
+    forward = nn.LayerNorm.forward
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, hidden: ran.append(1) or forward(self, hidden))
+    basis_of(replace(spec, settings={"batch": 64}))
+    blocks, experts = 2, 2
+    assert len(ran) == experts * blocks * 5
+
+
 def test_only_so_many_examples_are_read(spec):
     some = replace(spec, operator="regmean", settings={"targets": "weights", "examples": 10})
     found, models = merged(spec, basis_of(some)), states(spec)
