@@ -2,7 +2,7 @@
 
     python benchmarks/oneshot.py                                   # all operators, two families of digits, seeds 0-2
     python benchmarks/oneshot.py --operators task_arithmetic ties:density=0.1 dare --family digits-adamerging --seeds 0
-    python benchmarks/oneshot.py --family text --cache runs/oneshot --set runtime.threads=2
+    python benchmarks/oneshot.py --family text --cache runs/oneshot --set runtime.threads=2 --no-search
 
 A family is a ready recipe with four experts of one base: ``digits-adamerging`` (four questions about the same images),
 ``digits-apart`` (four views of a digit: every task has inputs of its own) and ``text`` (``text-adamerging``, MiniLM). A
@@ -23,8 +23,10 @@ longer it takes to make a worker and have its first score than for task arithmet
 evaluation is a merge, scored on the search part of all tasks. An operator that refuses a family is listed with its
 reason.
 
-Writes ``benchmarks/results/oneshot.json`` and ``oneshot.md``. With ``--cache`` what is finished is kept, and a search
-that was stopped goes on; name another folder after a change of the code.
+Writes ``benchmarks/results/oneshot.json`` and ``oneshot.md``. An operator takes seconds a seed on digits. On texts an
+evaluation takes many seconds, and a search tens of minutes; ``--set prepare.arguments.search=200`` has fewer search
+texts. With ``--cache`` what is finished is kept, and a search that was stopped goes on; name another folder after a
+change of the code.
 """
 
 from __future__ import annotations
@@ -82,6 +84,7 @@ class Case:
         operator: Its name, and after a colon its settings: ``ties:density=0.1,combine=sum``.
         given: Settings of the recipe from the command line.
         kept_in: The folder that keeps results.
+        search: Whether a search goes on from the operator's vectors.
     """
 
     family: str
@@ -89,6 +92,7 @@ class Case:
     operator: str
     given: Mapping[str, Any]
     kept_in: Path
+    search: bool = True
 
     @cached_property
     def merge(self) -> tuple[str, dict[str, Any]]:
@@ -153,11 +157,11 @@ def row(case: Case) -> Found:
     about = {"family": case.family, "seed": case.seed, "operator": case.operator}
     try:
         shot = kept(case.folder / "shot.json", lambda: one_shot(case))
-        found = kept(case.folder / "searched.json", lambda: searched(case, shot))
+        found = kept(case.folder / "searched.json", lambda: searched(case, shot)) if case.search else {}
     except EcotoneError as error:
         print(f"{case.family} {case.seed} {case.operator}: {error}", flush=True)
         return {**about, "error": error.message}
-    figures = [f"{mean({**shot, **found}[merge]['test']):.4f}" for merge in MERGES]
+    figures = [f"{mean(one['test']):.4f}" for merge, one in {**shot, **found}.items() if merge in MERGES]
     print(f"{case.family} {case.seed} {case.operator}: {', '.join(figures)}", flush=True)
     return {**about, **shot, **found}
 
@@ -281,16 +285,18 @@ def line(operator: str, found: Sequence[Found], known: Mapping[int, Found]) -> d
     """An operator's line."""
     preparing = [max(0.0, one["ready"] - known[one["seed"]]["ready"]) for one in found]
     evaluation = statistics.fmean(one["evaluation"] for one in found)
+    merges = [merge for merge in MERGES if merge in found[0]]
+    spent = {"one": 0, "tuned": len(LAMBDAS), "searched": max(one.get("evaluations", 0) for one in found)}
     return {
         "operator": operator,
-        **{merge: spread([mean(one[merge]["test"]) for one in found]) for merge in MERGES},
-        "gaps": {merge: spread([closed(one, merge, known[one["seed"]]) for one in found]) for merge in MERGES},
+        **{merge: spread([mean(one[merge]["test"]) for one in found]) for merge in merges},
+        "gaps": {merge: spread([closed(one, merge, known[one["seed"]]) for one in found]) for merge in merges},
         "lambdas": [one["lambda"] for one in found],
         "preparing": statistics.fmean(preparing),
         "evaluation": evaluation,
         "preparing in evaluations": statistics.fmean(preparing) / evaluation,
-        "search": statistics.fmean(one["seconds"] for one in found),
-        "evaluations": {"one": 0, "tuned": len(LAMBDAS), "searched": max(one["evaluations"] for one in found)},
+        "search": statistics.fmean(one.get("seconds", 0) for one in found),
+        "evaluations": {merge: spent[merge] for merge in merges},
     }
 
 
@@ -305,7 +311,7 @@ def told(family: str, found: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, found["seeds"]))
     models = ", ".join(f"{name} {number(one)}" for name, one in found["models"].items())
     spent = next((one["evaluations"] for one in found["lines"] if "error" not in one), {})
-    header = ["operator", *(cell for merge in MERGES.values() for cell in (merge, "gap closed")), "lambda by seed"]
+    header = ["operator", *(cell for merge in spent for cell in (MERGES[merge], "gap closed")), "lambda by seed"]
     header += ["preparing, s", "in evaluations", "evaluation, s", "search, s"]
     body = [
         [one["operator"], one["error"].replace("|", "/"), *[""] * (len(header) - 2)] if "error" in one else cells(one)
@@ -313,13 +319,13 @@ def told(family: str, found: Mapping[str, Any]) -> str:
     ]
     title = f"{family}: mean test accuracy, seeds {seeds} ({models})."
     if spent:
-        title += f" Evaluations: {', '.join(f'{spent[merge]} for {name}' for merge, name in MERGES.items())}."
+        title += f" Evaluations: {', '.join(f'{count} for {MERGES[merge]}' for merge, count in spent.items())}."
     return f"{title}\n\n{table(header, body)}"
 
 
 def cells(one: Mapping[str, Any]) -> list[str]:
     """An operator's line in a table."""
-    scores = [cell for merge in MERGES for cell in (number(one[merge]), number(one["gaps"][merge], 2))]
+    scores = [cell for merge, gap in one["gaps"].items() for cell in (number(one[merge]), number(gap, 2))]
     lambdas = ", ".join(f"{value:g}" for value in one["lambdas"])
     seconds = [f"{one[name]:.3g}" for name in ("preparing", "preparing in evaluations", "evaluation", "search")]
     return [one["operator"], *scores, lambdas, *seconds]
@@ -335,6 +341,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--family", nargs="+", choices=list(FAMILIES), default=["digits-adamerging", "digits-apart"])
     found.add_argument("--seeds", type=numbers, default=numbers("0-2"), help="such as 0-23 or 0,3,8-11")
     found.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="of the recipe")
+    found.add_argument("--no-search", action="store_false", dest="search", help="leave the searches out")
     found.add_argument("--cache", type=Path, help="folder that keeps runs, for the next time")
     found.add_argument("--out", type=Path, default=HERE / "results" / "oneshot.json")
     return found
@@ -348,7 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = options.cache or Path(temporary)
         for family, seed in product(options.family, options.seeds):
             references.append(reference(family, seed, given, folder))
-            rows += [row(Case(family, seed, operator, given, folder)) for operator in options.operators]
+            cases = (Case(family, seed, name, given, folder, options.search) for name in options.operators)
+            rows += map(row, cases)
     families = {family: summary(rows, references, family) for family in options.family}
     text = "\n\n".join(told(family, found) for family, found in families.items())
     print(f"\n{text}")

@@ -110,6 +110,11 @@ def test_means_and_errors_are_over_seeds(oneshot: Any) -> None:
     assert "| slerp | two / models |" in text
     assert {len(row.strip("|").split("|")) for row in text.splitlines()[2:]} == {12}
 
+    unsearched = [{key: one[key] for key in one if key not in ("searched", "seconds", "evaluations")} for one in rows]
+    text = oneshot.told("digits-apart", oneshot.summary([*unsearched, refused], references, "digits-apart"))
+    assert f"| kfac | {cells} {cells} 0.8, 0.8 | 1.5 | 3 | 0.5 | 0 |" in text
+    assert {len(row.strip("|").split("|")) for row in text.splitlines()[2:]} == {10}
+
 
 def test_lambda_is_chosen_on_the_search_part_near_one(oneshot: Any, tmp_path: Path) -> None:
     class Known:
