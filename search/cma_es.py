@@ -21,6 +21,7 @@ from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.kinds import Begins, Box, Context, Needs, Pair
 from ecotone.search.protocol import Search
 from ecotone.search.racing import RaceSettings, raced
+from ecotone.search.starts.registry import NumberOrBeginning
 
 
 class CmaEsSettings(Box):
@@ -38,16 +39,22 @@ class CmaEsSettings(Box):
     """
 
     algorithm: Literal["cma_es", "sep_cma_es"] = "cma_es"
-    start: float | None = None
+    start: NumberOrBeginning | None = None  # type: ignore[assignment]
     sigma: float = Field(default=0.2, gt=0)
     population_size: int | None = Field(default=None, ge=2)
     race: RaceSettings | None = None
 
     @model_validator(mode="after")
     def _start_inside(self) -> CmaEsSettings:
-        if self.start is not None and not self.low <= self.start <= self.high:
-            raise ValueError(f"start: expected between {self.low} and {self.high}, found {self.start}")
+        number = self._number
+        if number is not None and not self.low <= number <= self.high:
+            raise ValueError(f"start: expected between {self.low} and {self.high}, found {number}")
         return self
+
+    @property
+    def _number(self) -> float | None:
+        """The first mean of every coefficient, where ``start`` is a number."""
+        return self.start if isinstance(self.start, int | float) else None
 
     def needs(self) -> Needs:
         """It needs no more than one objective."""
@@ -55,7 +62,7 @@ class CmaEsSettings(Box):
 
     def begins(self) -> Begins:
         """It can begin with the best merge, which is its first mean."""
-        return Begins(most=1, fixed=True, placed=self.start is not None)
+        return Begins(most=1, fixed=True, placed=self._number is not None)
 
     def describe(self, search: Search | None, context: Context) -> str:
         """The bounds, and what it climbs where directions differ."""
@@ -64,7 +71,7 @@ class CmaEsSettings(Box):
     def make(self, context: Context) -> Pair:
         """The search, and an archive of the best."""
         box = self.box(context)
-        start: ArrayLike | None = box.point(context.starts[0]) if context.starts else self.start
+        start: ArrayLike | None = box.point(context.starts[0]) if context.starts else self._number
         if start is None and not context.affine:
             start = (self.low + self.high) / 2  # halfway from one model to the other
         search = CmaEs(box, context.goals, context.seed, self, start)

@@ -83,7 +83,10 @@ class MapSettings(SurrogateSettings):
         """The search, and an archive of the best."""
         box, space = self.box(context), context.space
         starts = self.first(box, context)
-        search = MapSearch(box, context.goals, context.seed, self, context.evaluations, space.seeds, starts)
+        left = context.evaluations
+        if context.joined and left is not None:
+            left -= len(starts or ())  # they are scored within the budget
+        search = MapSearch(box, context.goals, context.seed, self, left, space.seeds, starts)
         return search, ElitistArchive(context.goals, self.archive)
 
     def describe(self, search: Search | None, context: Context) -> str:
