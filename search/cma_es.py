@@ -31,7 +31,8 @@ class CmaEsSettings(Box):
         algorithm: ``cma_es``: evolution with a learned covariance matrix; ``sep_cma_es``: the same with a diagonal
             matrix, for many coefficients.
         start: The first mean of every coefficient. None means 1/K for K models, the plain average; halfway for
-            operators that go from one model to another. Searched settings of the operator begin at their defaults.
+            operators that go from one model to another. Searched settings of the operator begin at their defaults. A
+            solver, such as ``{solve: model_stock}``, gives the first mean by its merge.
         sigma: The first step size, in units of the coefficients.
         population_size: Candidates in a generation. None means ``4 + floor(3 ln D)`` for D coefficients.
         race: Score every candidate on some of the examples first, and only the promising candidates on all

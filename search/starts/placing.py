@@ -14,6 +14,9 @@ from ecotone.search.coefficients import Parts
 from ecotone.search.kinds import Box, Context, SearchSettings
 from ecotone.search.starts.base import FIELD, Geometry, Solver
 
+STEP = 2.0**-40
+"""What solved coefficients are multiples of: another processor's last bits of inner products change nothing."""
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -80,6 +83,7 @@ def solved(settings: SearchSettings, context: Context) -> list[Solved]:
     weights = np.diff(space.tensor_borders) / space.size
     for solver in settings.solvers:
         table = solver.coefficients(models)
+        table = np.round(table / STEP) * STEP if solver.by == "tensor" else table
         genome, moved = _bounded(settings, placed(Genome.per_tensor(space, table).simplified(), parts))
         text = "; ".join(filter(None, [described(solver, space.borders(solver.by), parts), moved]))
         found.append(Solved(solver, genome, text, tuple((weights @ table).tolist())))

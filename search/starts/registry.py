@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, GetJsonSchemaHandler, Tag, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from ecotone.registry import Registry
 from ecotone.search.starts.base import Solver, check_declared
@@ -40,12 +42,30 @@ class Solvers(Part):
 
     solve: tuple[AnySolver, ...] = Field(min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_stand_in_the_list(cls, value: Any) -> Any:
+        beside = [key for key in value if key != "solve"] if isinstance(value, Mapping) else []
+        if beside:
+            raise ValueError(
+                f"{beside[0]}: of several solvers settings stand in the list: [{{solve: lines, beta: 0.5}}]"
+            )
+        return value
+
     @field_validator("solve", mode="before")
     @classmethod
     def _of_names(cls, value: Any) -> Any:
         if not isinstance(value, list | tuple):
             return value
         return [{"solve": one} if isinstance(one, str) else one for one in value]
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The JSON Schema of what is written: names stand for solvers without settings."""
+        whole = super().__get_pydantic_json_schema__(schema, handler)
+        solve = handler.resolve_ref_schema(whole)["properties"]["solve"]
+        solve["items"] = {"anyOf": [{"enum": list(SOLVERS.usable())}, solve["items"]]}
+        return whole
 
 
 def form(value: Any) -> str:
