@@ -446,6 +446,9 @@ def test_the_searches_own_budget_counts_the_solved_merges() -> None:
     settings = settings_of("map", ["model_stock", "average"])
     search, _ = settings.make(begun(settings, context_of(SPACE)))
     assert search.front == plain.front - 2  # type: ignore[attr-defined]
+    settings = settings_of("map", ["model_stock", "average"], samples=10)
+    with pytest.raises(InputError, match=r"the 10 samples of the design and the 2 merges to begin with, found 12"):
+        settings.make(begun(settings, Context(SPACE, TWO_GOALS, 0, 12, weighs="task_vectors")))
     tight = Context(SPACE, TWO_GOALS, 0, 10, weighs="task_vectors")
     settings = settings_of("bayesian_map", ["model_stock", "average"], samples=8)
     with pytest.raises(InputError, match=r"budget.evaluations: expected more than 10"):
