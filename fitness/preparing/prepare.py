@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ecotone.fitness.backends.base import Backend, BackendContext
 from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.opening import device_of, kind_of, open_sources
+from ecotone.fitness.preparing.blocks import uncached
 from ecotone.fitness.preparing.depth import Depth
 from ecotone.fitness.preparing.known import (
     Gathered,
@@ -116,7 +117,8 @@ class Preparation:
         model = None if self._backend is None else self._backend.model
         module = model if isinstance(model, nn.Module) else None
         names = None if module is None else names_of(module, self._sources.layout)
-        found = units(self._sources.layout, module, names, folds=self._operator.folds)
+        folds, observes = self._operator.folds, isinstance(self._operator, FromData)
+        found = units(self._sources.layout, module, names, folds=folds, observes=observes)
         for number, (unit, known) in enumerate(self._in_turn(found, module, names), 1):
             self._prepare(unit, known, writer)
             if time.perf_counter() - began > number:  # a line for each layer where layers take seconds
@@ -150,9 +152,9 @@ class Preparation:
             )
         elif operator.order == "depth":
             assert self._backend is not None
-            yield from Depth(operator, self._sources, self._data, self._backend, module, names, self._merged).turns(
-                found
-            )
+            depth = Depth(operator, self._sources, self._data, self._backend, module, names, self._merged)
+            with uncached(module):
+                yield from depth.turns(found)
         else:
             yield from self._at_once(operator, found, module)
 
@@ -190,6 +192,8 @@ class Preparation:
         if unit.at.kind in ("embedding", "rest") or known is None:
             if known is None and unit.at.kind in ("linear", "convolution"):
                 report.warnings.append("layers that the data do not reach have the mean of their task vectors")
+            elif unit.at.kind == "rest" and len(unit.at.shape) > 1:
+                report.warnings.append("matrices that are no linear layers have the mean of their task vectors")
             parts = [
                 operator.rest(replace(unit.at, name=name), stored[0][place], [one[place] for one in stored[1:]], report)
                 for place, name in enumerate(unit.names)
