@@ -315,6 +315,34 @@ def test_the_least_recently_used_goes_first(spec):
     assert {one.key for one in bases.all()} == {made[0.1].key, made[0.2].key}
 
 
+# -- warnings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"two": 1.001}, "one and two are nearly the same (cosine 1.00 of their task vectors): they count twice"),
+        ({"two": 0.0}, "two is the base itself"),
+        ({"two": 90.0}, "the task vector of two is "),
+    ],
+)
+def test_what_a_practitioner_would_warn_of(spec, tmp_path, changes, expected):
+    base, one = (Sources.open([path]).experts[0] for path in (spec.base, spec.experts[0]))
+    for name, factor in changes.items():
+        state = {key: base.tensor(key) + factor * (one.tensor(key) - base.tensor(key)) for key in base.tensors}
+        save_file(state, tmp_path / f"{name}-changed.safetensors")
+        paths = (spec.experts[0], str(tmp_path / f"{name}-changed.safetensors"))
+    found = basis_of(replace(spec, experts=paths, names=NAMES)).record
+    assert any(expected in text for text in found["warnings"]), found["warnings"]
+    assert found["cosines"][0][0] == pytest.approx(1)
+
+
+def test_what_is_amplified_is_told(spec):
+    twice = replace(spec, operator="iso_c", experts=(spec.experts[0],) * 2, names=NAMES)
+    assert any("amplifies what they share" in text for text in basis_of(twice).record["warnings"])
+    assert not any("nearly the same" in text for text in basis_of(replace(spec, operator="iso_c")).record["warnings"])
+
+
 # -- refused -----------------------------------------------------------------------------------------------------
 
 
