@@ -27,6 +27,15 @@ _OURS = {
     "ties_vectors": "ecotone.merging.operators.ties_vectors:TiesVectors",
     "dare": "ecotone.merging.operators.dare:Dare",
     "dare_ties": "ecotone.merging.operators.dare_ties:DareTies",
+    "della": "ecotone.merging.operators.della:Della",
+    "breadcrumbs": "ecotone.merging.operators.breadcrumbs:Breadcrumbs",
+    "consensus": "ecotone.merging.operators.consensus:Consensus",
+    "pcb": "ecotone.merging.operators.pcb:Pcb",
+    "sce": "ecotone.merging.operators.sce:Sce",
+    "emr": "ecotone.merging.operators.emr:Emr",
+    "localize_and_stitch": "ecotone.merging.operators.localize_and_stitch:LocalizeAndStitch",
+    "widen": "ecotone.merging.operators.widen:Widen",
+    "arcee_fusion": "ecotone.merging.operators.arcee_fusion:ArceeFusion",
 }
 OPERATORS: Registry[type[Operator]] = Registry("operator", "ecotone.operators", _OURS, declared.check_declared)
 
