@@ -63,7 +63,7 @@ class ArceeFusion(PreparedVectors):
             return _important(task_vectors(pieces, kind), start - whole.start, whole, rows)
 
         ranks = [whole.size - int(share * (whole.size - 1)) for share in (0.25, 0.5, 0.75)]
-        quartiles = order_statistics(whole.map, work, [ranks] * len(rows), torch.float64)
+        quartiles = order_statistics(whole, work, [ranks] * len(rows), torch.float64)
         return tuple(median + self.spread * (high - low) for low, median, high in quartiles), rows
 
 
@@ -94,7 +94,7 @@ def _important(vectors: Sequence[Tensor], place: int, whole: Whole, rows: Tensor
     """K tensors of the importance of entries, in float64."""
     numbers = whole.rows(place, vectors[0].numel(), vectors[0].device)
     tables = rows.to(vectors[0].device)
-    return [vector.double().abs_().mul_(table[numbers]) for vector, table in zip(vectors, tables, strict=True)]
+    return [vector.abs().double().mul_(table[numbers]) for vector, table in zip(vectors, tables, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

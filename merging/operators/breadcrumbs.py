@@ -56,7 +56,7 @@ class Breadcrumbs(PreparedVectors):
         kept = max(1, int(self.density * n))
         dropped = min(int(self.gamma * n), n - kept)
         ranks = [(dropped + kept, dropped + 1)] * (len(whole.stored) - 1)
-        return order_statistics(whole.map, lambda cut, _: magnitudes(task_vectors(cut, kind)), ranks, kind)
+        return order_statistics(whole, lambda cut, _: magnitudes(task_vectors(cut, kind)), ranks, kind)
 
 
 @dataclass(frozen=True, eq=False)

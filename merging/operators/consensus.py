@@ -86,7 +86,7 @@ class _Agreeing:
         total, votes = summed(exact), torch.zeros_like(exact[0])
         for vector in exact:
             others = (total - vector).abs_().mul_(self.factor)
-            votes.add_(vector.abs_().gt_(others))
+            votes.add_(vector.abs().gt_(others))
         agreed = votes.ge_(self.agree)
         for vector in vectors:
             keep(vector, agreed)

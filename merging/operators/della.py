@@ -120,7 +120,7 @@ class _Rows:
             chances = shares.mul_(2 * reach).add_(operator.density - reach)
             bits = uniform_bits(mask_key(operator.mask_seed, number), start, vector.numel(), vector.device)
             drawn = bits.double().add_(2.0**31).mul_(2.0**-32)  # in [0, 1)
-            scaled = vector.double().div_(chances).to(self._kind)
+            scaled = (vector.double() / chances).to(self._kind)
             keep(scaled, drawn.lt_(chances))
             pruned.append(scaled)
         return pruned

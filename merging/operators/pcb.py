@@ -54,13 +54,11 @@ class Pcb(PreparedVectors):
         n, each = pieces.size, range(pieces.vectors)
         low, high = int(n * self.outliers), int(n * (1 - self.outliers) - 1)
         ranks = [(n - low, n - max(low, high))] * len(each)
-        ends = order_statistics(
-            pieces.map, lambda cut, _: magnitudes(task_vectors(cut, pieces.kind)), ranks, pieces.kind
-        )
+        ends = order_statistics(pieces, lambda cut, _: magnitudes(task_vectors(cut, pieces.kind)), ranks, pieces.kind)
         competition = _Competition(pieces.kind, tuple(ends))
         least = min(int(n * (1 - self.density)), n - 1)
         limits = order_statistics(
-            pieces.map, lambda cut, _: competition.scores(cut), [(n - least, 1)] * len(each), pieces.kind
+            pieces, lambda cut, _: competition.scores(cut), [(n - least, 1)] * len(each), pieces.kind
         )
         return replace(competition, limits=tuple(limits))
 

@@ -81,7 +81,7 @@ class Sce(PreparedVectors):
 
         moved = sum(whole.map(lambda pieces, at: sum(int((variances(cut, at)[0] > 0).sum()) for cut in chunks(pieces))))
         rank = max(1, int(self.density * moved))
-        return order_statistics(whole.map, variances, [(rank,)], torch.float64)[0][0]
+        return order_statistics(whole, variances, [(rank,)], torch.float64)[0][0]
 
 
 def _variance(vectors: Sequence[Tensor]) -> Tensor:
@@ -90,7 +90,7 @@ def _variance(vectors: Sequence[Tensor]) -> Tensor:
     least = exact[0].clone()
     for vector in exact[1:]:
         torch.minimum(least, vector, out=least)
-    above = [vector.sub_(least) for vector in exact]  # all exactly 0 where the vectors agree
+    above = [vector - least for vector in exact]  # all exactly 0 where the vectors agree
     count = torch.tensor(float(len(above)), dtype=torch.float64, device=least.device)
     mean = summed(above).div_(count)
     return summed([vector.sub_(mean).square_() for vector in above]).div_(count)
@@ -101,8 +101,7 @@ def _selected(vectors: Sequence[Tensor], threshold: float) -> list[Tensor]:
     exact = [vector.double() for vector in vectors]
     if threshold > 0:
         chosen = _variance(vectors).ge_(threshold)
-        for vector in exact:
-            vector.mul_(chosen)
+        return [vector * chosen for vector in exact]
     return exact
 
 
