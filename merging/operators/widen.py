@@ -39,6 +39,8 @@ from ecotone.populations.genome import Floats
 Sums: TypeAlias = NDArray[np.float64]
 """(J, 3, matrices, n) sums over columns of W_j^2, W_0 (W_j - W_0) and (W_j - W_0)^2 for J models."""
 
+_ROUNDING = 1e-12  # a share of a column's squared move below which a change of direction is rounding
+
 
 @dataclass(frozen=True)
 class Widen(PreparedVectors):
@@ -59,14 +61,14 @@ class Widen(PreparedVectors):
 
     def transform(self, pieces: Pieces) -> Transform:
         """Streams the models once, for the magnitudes and directions of columns."""
-        facts = pieces.each(self._fact)
+        facts = pieces.each(lambda whole: self._fact(whole, pieces.kind))
         return _Weighed(pieces.kind, ByTensor(pieces.tensors, facts), self.calibration)
 
-    def _fact(self, whole: Whole) -> Tensor:
+    def _fact(self, whole: Whole, kind: torch.dtype) -> Tensor:
         """(K, columns) scores; (K,) magnitudes beyond which scores are calibrated where a tensor has but one axis."""
         if len(whole.shape) < 2:
-            base, *experts = (piece.double().numpy() for piece in whole.read(0))
-            return torch.tensor([self.ratio * float(np.abs(expert - base).mean()) for expert in experts])
+            sizes = [np.abs(vector.numpy()).mean(dtype=np.float64) for vector in task_vectors(whole.read(0), kind)]
+            return torch.tensor([self.ratio * float(size) for size in sizes], dtype=torch.float64)
         magnitudes, directions = (self._scores(moves) for moves in _moves(_sums(whole)))
         return (magnitudes + directions) * 0.5
 
@@ -111,8 +113,10 @@ def _moves(sums: Sums) -> tuple[Floats, Floats]:
     base, experts = lengths[0], lengths[1:]
     both = base + experts
     longer = np.divide(2 * products + moved, both, out=np.zeros_like(both), where=both > 0)
+    aside = moved - longer * longer
+    aside[aside < _ROUNDING * moved] = 0
     area = 2 * base * experts
-    angles = np.divide(moved - longer * longer, area, out=(moved > 0).astype(np.float64), where=area > 0)
+    angles = np.divide(aside, area, out=(moved > 0).astype(np.float64), where=area > 0)
     return np.abs(longer), np.clip(angles, 0, 2)
 
 
