@@ -39,7 +39,7 @@ _MOST = 600.0  # of the logarithm of a quotient of probabilities, so that its po
 class ArceeFusion(PreparedVectors):
     """``theta = base + sum_k c_k m_k tau_k`` with masks of Arcee Fusion; zero coefficients give the base.
 
-    A number for each row and expert is kept in memory: some 20 MB an expert for a model of 7 billion parameters.
+    A number for each row and expert is kept in memory: some 10 MB an expert for a model of 7 billion parameters.
 
     Args:
         spread: How many interquartile ranges above the median an entry's importance must be; 1.5 as published.
