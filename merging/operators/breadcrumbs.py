@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: no largest and no smallest entries (Davari and Belilovsky 2023, arXiv:2312.06795).
+"""Model Breadcrumbs: neither the largest nor the smallest entries (Davari and Belilovsky 2023, arXiv:2312.06795).
 
     theta = base + sum_k c_k m_k tau_k
 
@@ -6,7 +6,7 @@ In each tensor of n entries m_k drops the ``gamma * n`` largest magnitudes, outl
 leave ``density * n`` (both rounded down; at least one is left). Where the two do not go together, fewer of the largest
 are dropped. All c_k = alpha is the paper's ``base + alpha sum_k m_k tau_k``.
 
-mergekit loses every tensor of which it would drop none of the largest (``gamma * n`` below 1). Here these keep them.
+Where ``gamma * n`` is below 1, none of the largest are dropped; mergekit loses such tensors whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Consensus Merging: task vectors where several tasks need them (Wang et al. 2024, arXiv:2405.07813, section 4).
+"""Consensus Merging: task vectors where several tasks need them (Wang et al. 2024, arXiv:2405.07813).
 
     tau_M = sum_k tau_k
     m_k   = |tau_k| > mask_lambda |tau_M - tau_k|          TALL masks

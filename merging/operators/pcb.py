@@ -6,8 +6,7 @@
     theta   = base + sum_k c_k v_k,   v_k = tau_k s_k / max(sum_j s_j, 1e-12)       tau_k clamped
 
 Quantiles are entries of the sorted n by index: ``n q`` and ``n (1 - q) - 1`` rounded down, as in the authors' code. All
-c_k = 1 is the merge of section 3.2. The authors multiply it by lambda = 1.2, or search c_k in [0.8, 1.3] beginning at
-1.
+c_k = 1 is the published merge. The authors multiply it by lambda = 1.2, or search for c_k from 0.8 to 1.3.
 
 The scores depend on the scale of task vectors: tanh is linear where these are small, as in most fine-tuned models.
 """
