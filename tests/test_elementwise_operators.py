@@ -5,6 +5,7 @@ The references are loops over elements in float64, written from the papers' form
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -351,6 +352,19 @@ def test_models_are_streamed_to_the_same_bits(tmp_path, monkeypatch, operator):
     for low, high in ((0, SIZE), (5, 100), (62, 64), (73, 74), (SIZE - 1, SIZE)):  # across borders of tensors
         found = transform([piece[low:high] for piece in whole], low)
         assert torch.equal(bits(torch.stack(found[1:])), bits(expected[:, low:high]))
+
+
+def test_threads_share_the_rows_of_della(tmp_path, monkeypatch):
+    monkeypatch.setattr(task_vectors, "BLOCK", 20)
+    sources = opened(tmp_path, *fine_tuned(3), operator="della")
+    stored = [torch.cat([sources.held.read(name)[j] for name in sources.layout.tensors]) for j in range(4)]
+    transform = sources.operator.transform(sources.held.pieces)
+    whole = torch.stack(transform(stored, 0)[1:])
+    lows = np.random.default_rng(0).permutation(np.repeat(np.arange(0, SIZE - 30, 5), 4)).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda low: transform([piece[low : low + 30] for piece in stored], low), lows)
+        for low, pieces in zip(lows, found, strict=True):
+            assert torch.equal(torch.stack(pieces[1:]), whole[:, low : low + 30])
 
 
 @pytest.mark.gpu
