@@ -360,7 +360,7 @@ def test_threads_share_the_rows_of_della(tmp_path, monkeypatch):
     stored = [torch.cat([sources.held.read(name)[j] for name in sources.layout.tensors]) for j in range(4)]
     transform = sources.operator.transform(sources.held.pieces)
     whole = torch.stack(transform(stored, 0)[1:])
-    lows = np.random.default_rng(0).permutation(np.repeat(np.arange(0, SIZE - 30, 5), 4)).tolist()
+    lows = np.random.default_rng(0).permutation(np.repeat(np.arange(0, SIZE - 30, 9), 2)).tolist()
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda low: transform([piece[low : low + 30] for piece in stored], low), lows)
         for low, pieces in zip(lows, found, strict=True):
