@@ -16,7 +16,6 @@ from torch import Tensor
 from ecotone.merging.operators.whole import Layer, Report
 from ecotone.populations.errors import InputError
 
-
 Cut: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 """A share of the largest singular value; those that are not above it count as zero."""
 
