@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,9 @@ from ecotone.fitness.preparing.known import (
     outputs_over,
     slopes_and_fisher,
 )
-from ecotone.fitness.preparing.layers import Unit, units
+from ecotone.fitness.preparing.layers import Unit, units, whole_tensors
 from ecotone.fitness.preparing.likeness import Likeness
+from ecotone.fitness.preparing.second_moments import SecondMoments
 from ecotone.fitness.statistics.gather import digest_of_examples, digest_of_head
 from ecotone.fitness.statistics.kinds import Data
 from ecotone.fitness.statistics.layers import linear_layers
@@ -43,7 +44,8 @@ from ecotone.merging import operators
 from ecotone.merging.basis import Bases, Basis, Writer
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, names_of
-from ecotone.merging.operators.whole import FromData, Known, Report, WholeMatrices
+from ecotone.merging.operators.task_vectors import Pieces
+from ecotone.merging.operators.whole import FromData, Known, Report, Wanted, WholeMatrices
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 
@@ -78,6 +80,8 @@ class Preparation:
         device: torch.device,
     ) -> None:
         self._sources, self._operator, self._data = sources, operator, data
+        wants = "second_moments" in operator.wanted
+        self._moments = SecondMoments(sources, operator) if wants else None
         self._make, self._about, self._device = make, about, device
         self._likeness = Likeness(sources.names)
         self._columns = operator.columns(sources.names)
@@ -95,8 +99,9 @@ class Preparation:
         """All that the vectors depend on, as 32 hexadecimal digits."""
         sources, operator = self._sources, self._operator
         layout = sources.layout
+        settings = replace(operator, **{name: type(getattr(operator, name))() for name in operator.paths})
         parts = {
-            "operator": [operator.name, operator.version, repr(operator)],
+            "operator": [operator.name, operator.version, repr(settings)],
             "models": sources.files().contents,
             "names": sources.names,
             "layout": [[name, str(info.dtype), list(info.shape)] for name, info in layout.parameters.items()],
@@ -106,6 +111,8 @@ class Preparation:
                 for name, tasks in self._data.items()
             },
         }
+        if self._moments is not None:
+            parts["second_moments"] = self._moments.digests
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -124,7 +131,10 @@ class Preparation:
         module = model if isinstance(model, nn.Module) else None
         names = None if module is None else names_of(module, self._sources.layout)
         folds, observes = self._operator.folds, isinstance(self._operator, FromData)
-        found = units(self._sources.layout, module, names, folds=folds, observes=observes)
+        if self._operator.elementwise:
+            found = whole_tensors(self._sources.layout)
+        else:
+            found = units(self._sources.layout, module, names, folds=folds, observes=observes)
         for number, (unit, known) in enumerate(self._in_turn(found, module, names), 1):
             self._prepare(unit, known, writer)
             if time.perf_counter() - began > number:  # a line for each layer where layers take seconds
@@ -152,7 +162,8 @@ class Preparation:
         """All units, each with what is known of it."""
         operator = self._operator
         if not isinstance(operator, FromData):
-            yield from ((unit, Known()) for unit in found)
+            thresholds = operator.surveyed(self._pieces())
+            yield from ((unit, Known(second_moments=self._moments_of(unit), thresholds=thresholds)) for unit in found)
         elif module is None or names is None:
             raise InputError(
                 f"merge.operator: {operator.name} gathers statistics of layers, found a dict of tensors.",
@@ -165,6 +176,20 @@ class Preparation:
                 yield from depth.turns(found)
         else:
             yield from self._at_once(operator, found, module)
+
+    def _pieces(self) -> Pieces:
+        """The base, the experts and the second moments, if there are any, streamed."""
+        assert self._sources.base is not None
+        models = (self._sources.base, *self._sources.experts)
+
+        def read(name: str) -> list[Tensor]:
+            found = [model.tensor(name) for model in models]
+            return [one.reshape(-1) for one in (*found, *(self._moments.of(name) if self._moments else ()))]
+
+        return Pieces(self._sources.layout, read)
+
+    def _moments_of(self, unit: Unit) -> Sequence[Tensor]:
+        return () if self._moments is None else self._moments.of(unit.at.name)
 
     def _at_once(
         self, operator: FromData, found: Sequence[Unit], module: nn.Module
@@ -199,7 +224,10 @@ class Preparation:
         stored = [[model.tensor(name).to(self._device, kind) for name in unit.names] for model in models]
         for tensors in zip(*stored, strict=True):
             self._likeness.add(tensors[0], tensors[1:])
-        if unit.at.kind in ("embedding", "rest") or known is None:
+        if operator.elementwise and known is not None:
+            moved = replace_tensors(known, self._device, kind)
+            parts = [operator.layer(unit.at, stored[0][0], [one[0] for one in stored[1:]], moved, report)]
+        elif unit.at.kind in ("embedding", "rest") or known is None:
             if known is None and unit.at.kind in ("linear", "convolution"):
                 report.warnings.append("layers that the data do not reach have the mean of their task vectors")
             elif unit.at.kind == "rest" and len(unit.at.shape) > 1:
@@ -246,19 +274,14 @@ class Preparation:
             self._merged[name] = sum(vectors, start=base).to(self._sources.layout.parameters[name].dtype)
 
     def _kind(self, unit: Unit) -> torch.dtype:
-        large = max(unit.at.shape, default=1) > DOUBLE
+        large = max(unit.at.shape, default=1) > DOUBLE and not self._operator.elementwise
         return torch.float32 if large and self._device.type != "cpu" else torch.float64
 
 
 def replace_tensors(known: Known, device: torch.device, kind: torch.dtype) -> Known:
     """The same statistics on a device, in a type."""
-    return Known(
-        **{
-            name: [one.to(device, kind) for one in getattr(known, name)]
-            for name in ("inputs", "slopes", "fisher", "outputs")
-        },
-        rows=known.rows,
-    )
+    moved = {name: [one.to(device, kind) for one in getattr(known, name)] for name in get_args(Wanted)}
+    return replace(known, **moved)
 
 
 # -- from a worker's spec --------------------------------------------------------------------------------------
