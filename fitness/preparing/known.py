@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -196,4 +196,4 @@ def known_of(unit: Unit, experts: Sequence[Gathered], wanted: Sequence[Wanted]) 
         if any(name not in one for one in by_expert):
             return None
         found[kind] = [one[name][cuts[kind]] for one in by_expert]
-    return replace(Known(rows=[one.rows.get(name, 0) for one in experts]), **found)
+    return Known(**found, rows=[one.rows.get(name, 0) for one in experts], thresholds=())
