@@ -375,8 +375,16 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
 
 def _in_words(operator: Mapping[str, Any]) -> str:
     given = {key: value for key, value in operator.items() if key != "name"}
-    settings = ", ".join(f"{key} {value if isinstance(value, str) else f'{value:g}'}" for key, value in given.items())
+    settings = ", ".join(f"{key} {_setting(value)}" for key, value in given.items())
     return f"`{operator['name']}`" + (f" ({settings})" if settings else "")
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, int | float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {Path(str(one)).name}" for key, one in value.items()) or "none"
+    return "none" if value is None else str(value)
 
 
 def _score_lines(scored: Scored) -> list[str]:

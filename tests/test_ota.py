@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ecotone.experiments import compose, fingerprints
+from ecotone.experiments import compose, exports, fingerprints
 from ecotone.experiments.recipe import Recipe
 from ecotone.fitness.preparing.prepare import basis_of
 from ecotone.fitness.specs import WorkerSpec
@@ -131,6 +131,11 @@ def test_the_layer_holds_what_holds_of_all_prepared_operators():
     torch.testing.assert_close(
         vectors([base + 7 * (one - base) for one in experts], moments), 7 * vectors(experts, moments)
     )
+
+
+def test_the_card_of_an_export_names_files_without_their_folders():
+    told = exports._in_words({"name": "ota", "second_moments": {"one": "/home/me/one-v.safetensors"}, "ridge": None})
+    assert told == "`ota` (second_moments one: one-v.safetensors, ridge none)"
 
 
 # -- files ---------------------------------------------------------------------------------------------------

@@ -74,6 +74,10 @@ class _Invented(Preparation):
             yield from super()._in_turn(found, module, names)
             return
         for unit in found:
+            if self._operator.elementwise:
+                draws = torch.Generator().manual_seed(zlib.crc32(unit.at.name.encode()))
+                yield unit, Known(votes=[torch.zeros(0), torch.randn(unit.at.shape, generator=draws)])
+                continue
             if unit.at.kind not in ("linear", "convolution") or unit.stacked:
                 yield unit, Known()
                 continue

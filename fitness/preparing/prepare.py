@@ -36,6 +36,8 @@ from ecotone.fitness.preparing.known import (
 from ecotone.fitness.preparing.layers import Unit, units, whole_tensors
 from ecotone.fitness.preparing.likeness import Likeness
 from ecotone.fitness.preparing.second_moments import SecondMoments
+from ecotone.fitness.preparing.votes import Votes
+from ecotone.fitness.statistics.cache import digest_of
 from ecotone.fitness.statistics.gather import digest_of_examples, digest_of_head
 from ecotone.fitness.statistics.kinds import Data
 from ecotone.fitness.statistics.layers import linear_layers
@@ -44,6 +46,7 @@ from ecotone.merging import operators
 from ecotone.merging.basis import Bases, Basis, Writer
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, names_of
+from ecotone.merging.operators.rcp import Rcp
 from ecotone.merging.operators.task_vectors import Pieces
 from ecotone.merging.operators.whole import FromData, Known, Report, Wanted, WholeMatrices
 from ecotone.merging.sources import Sources
@@ -113,6 +116,9 @@ class Preparation:
         }
         if self._moments is not None:
             parts["second_moments"] = self._moments.digests
+        if "votes" in operator.wanted:
+            labels = [one.examples.labels for tasks in self._data.values() for one in tasks]
+            parts["labels"] = [None if one is None else digest_of({"": one}) for one in labels]
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -169,6 +175,10 @@ class Preparation:
                 f"merge.operator: {operator.name} gathers statistics of layers, found a dict of tensors.",
                 "Name an architecture.",
             )
+        elif isinstance(operator, Rcp):
+            assert self._backend is not None
+            votes = Votes(operator, self._sources.names, self._data, self._backend, module, names)
+            yield from ((unit, Known(votes=votes.of(unit.at.name, unit.at.shape))) for unit in found)
         elif operator.order == "depth":
             assert self._backend is not None
             depth = Depth(operator, self._sources, self._data, self._backend, module, names, self._merged)
@@ -344,11 +354,12 @@ def check_data(operator: str, by_expert: Mapping[str, Sequence[object]]) -> None
     Raises:
         InputError: There is one.
     """
+    labels = getattr(operators.OPERATORS.get(operator, "merge.operator"), "needs_labels", False)
     for name, tasks in by_expert.items():
         if not tasks:
             raise InputError(
                 f"calibration: the operator {operator!r} reads inputs of each expert's own task, found none for "
                 f"{name!r}.",
-                f"Add a calibration task named {name!r} (labels are not needed), or use an operator without data, such "
-                "as iso_c or tsv_m.",
+                f"Add a calibration task named {name!r} ({'with labels' if labels else 'labels are not needed'}), or "
+                "use an operator without data, such as iso_c or tsv_m.",
             )

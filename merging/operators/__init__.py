@@ -34,6 +34,7 @@ _OURS = {
     "regmean_pp": "ecotone.merging.operators.regmean_pp:RegMeanPlusPlus",
     "fisher": "ecotone.merging.operators.fisher:Fisher",
     "ota": "ecotone.merging.operators.ota:Ota",
+    "rcp": "ecotone.merging.operators.rcp:Rcp",
     "wudi": "ecotone.merging.operators.wudi:Wudi",
     "tsv_m": "ecotone.merging.operators.tsv_m:TsvM",
     "iso_c": "ecotone.merging.operators.iso_c:IsoC",

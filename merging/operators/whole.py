@@ -24,7 +24,7 @@ from ecotone.merging.operators.task_vectors import Pieces
 
 LayerKind: TypeAlias = Literal["linear", "convolution", "embedding", "rest"]
 """A linear layer's weight; a convolution's, as a matrix (out, in * kernel); a table of rows by token; anything else."""
-Wanted: TypeAlias = Literal["inputs", "slopes", "fisher", "outputs", "second_moments"]
+Wanted: TypeAlias = Literal["inputs", "slopes", "fisher", "outputs", "second_moments", "votes"]
 """The statistics of a layer that an operator may want, as the fields of ``Known``."""
 
 
@@ -58,6 +58,8 @@ class Known:
         rows: K numbers of rows.
         second_moments: K tensors of the weight's shape: Adam's running means of squared gradients at the end of each
             expert's training.
+        votes: K tensors of the weight's shape: by element, the examples that want the expert's change less the others.
+            Empty for an expert that is not voted on. For ``rcp`` alone.
         thresholds: What ``surveyed`` found in the whole models.
     """
 
@@ -67,6 +69,7 @@ class Known:
     outputs: Sequence[Tensor] = ()
     rows: Sequence[int] = ()
     second_moments: Sequence[Tensor] = ()
+    votes: Sequence[Tensor] = ()
     thresholds: Sequence[float] = ()
 
 
@@ -158,7 +161,9 @@ class WholeMatrices(PreparedVectors):
 
 @dataclass(frozen=True)
 class FromData(WholeMatrices):
-    """Operators whose vectors depend on data: the calibration tasks that bear the experts' names. No label is read.
+    """Operators whose vectors depend on data: the calibration tasks that bear the experts' names.
+
+    No label is read, unless the operator says so (``needs_labels``).
 
     Args:
         examples: The most examples of each calibration task that statistics are gathered over.
@@ -167,3 +172,6 @@ class FromData(WholeMatrices):
 
     examples: Annotated[int, Field(ge=1)] = 512
     batch: Annotated[int, Field(ge=1)] = 32
+
+    needs_labels: ClassVar[bool] = False
+    """Whether examples must have labels, unless they are texts."""
