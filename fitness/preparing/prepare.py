@@ -44,6 +44,7 @@ from ecotone.fitness.statistics.layers import linear_layers
 from ecotone.fitness.statistics.moments import together
 from ecotone.merging import operators
 from ecotone.merging.basis import Bases, Basis, Writer
+from ecotone.merging.kernel.lazy import Source
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, names_of
 from ecotone.merging.operators.rcp import Rcp
@@ -192,9 +193,9 @@ class Preparation:
         assert self._sources.base is not None
         models = (self._sources.base, *self._sources.experts)
 
-        def read(name: str) -> list[Tensor]:
-            found = [model.tensor(name) for model in models]
-            return [one.reshape(-1) for one in (*found, *(self._moments.of(name) if self._moments else ()))]
+        def read(name: str) -> list[Source]:
+            moments = () if self._moments is None else self._moments.of(name)
+            return [*(model.flat(name) for model in models), *(one.reshape(-1) for one in moments)]
 
         return Pieces(self._sources.layout, read)
 

@@ -71,7 +71,7 @@ class SecondMoments:
                         "found none.",
                         nearest(name, tuple(file.tensors)),
                     )
-                found.append(torch.zeros(base.shape))
+                found.append(torch.zeros(()).expand(base.shape))
                 continue
             moments = file.tensor(name)
             if not bool((moments >= 0).all()) or not bool(torch.isfinite(moments).all()):
