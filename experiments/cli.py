@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer
 
-from ecotone.experiments import check_cli, jobs_cli, logs, statistics_cli
+from ecotone.experiments import check_cli, jobs_cli, logs, one_shot_cli, statistics_cli
 from ecotone.experiments.options import (
     JsonOption,
     RecipeArgument,
@@ -568,7 +568,10 @@ def verify(
         ]
         out = report.console()
         out.print(report.lines(rows))
-        out.print("The scores equal the recorded ones." if equal else "The scores differ.")
+        if compared:
+            out.print("The scores equal the recorded ones." if equal else "The scores differ.")
+        else:
+            out.print("It has no recorded scores to compare with. Its weights can be loaded.")
     if not equal:
         raise typer.Exit(1)
 
@@ -644,6 +647,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 jobs_cli.register(app)
 statistics_cli.register(app)
+one_shot_cli.register(app)
 check_cli.register(app)
 
 

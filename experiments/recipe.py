@@ -120,11 +120,11 @@ class Objectives(Part):
     """The objectives that guide the search, and the objectives that judge its results.
 
     Attributes:
-        search: The objectives that guide the search.
+        search: The objectives that guide the search. Only the algorithm ``one_shot`` goes without.
         held_out: The objectives that score the front and the models on data that the search has not seen.
     """
 
-    search: tuple[AnyObjective, ...] = Field(min_length=1)
+    search: tuple[AnyObjective, ...]
     held_out: tuple[AnyObjective, ...] = ()
 
     @model_validator(mode="after")
@@ -133,6 +133,8 @@ class Objectives(Part):
             names = [objective.name for objective in objectives]
             if len(set(names)) < len(names):
                 raise ValueError(f"{group}: expected objectives of different names, found {names}")
+        if self.held_out and not self.search:
+            raise ValueError("search: expected objectives beside those of held_out, found none")
         return self
 
 
@@ -238,7 +240,9 @@ class Recipe(Part):
                 f"objectives.search: {part.algorithm} takes scores to maximise, found direction minimize for "
                 f"{minimised}; give a score in which more is better, such as exp(-loss), or of texts their likelihood"
             )
-        if (count := len(self.objectives.search)) < needs.objectives:
+        if (count := len(self.objectives.search)) == 0 and needs.objectives:
+            raise ValueError(f"objectives.search: {part.algorithm} searches by one objective or more, found none")
+        if count < needs.objectives:
             raise ValueError(
                 f"objectives.search: {part.algorithm} looks for a front of two objectives or more, found "
                 f"{count}; for one use algorithm cma_es, or optuna with sampler tpe or gp"

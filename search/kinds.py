@@ -137,6 +137,9 @@ class SearchSettings(Kind):
     searches_settings: ClassVar[bool] = False
     """Whether settings of the merge operator can be searched beside the coefficients."""
 
+    compares: ClassVar[bool] = True
+    """Whether the models themselves and their average are scored beside its merges, to compare with."""
+
     _answers: ClassVar[Answers] = {
         "needs": (lambda answer: isinstance(answer, Needs), "Needs"),
         "begins": (lambda answer: isinstance(answer, Begins), "Begins"),
