@@ -190,7 +190,7 @@ def of_models(operator: str | None, models: Models, settings: Mapping[str, Any] 
         raise InputError("--operator: expected a merge operator, found none.", "`ecotone plugins` lists them.")
     if not models.experts:
         raise InputError("--experts: expected the models to merge, found none.", "--experts A B, or give a recipe.")
-    chosen = operators.get(operator)
+    chosen = operators.OPERATORS.get(operator, "--operator")()
     if chosen.needs_base and models.base is None:
         raise InputError(
             f"--base: the operator {operator!r} adds to the model that the experts were tuned from, found none.",
@@ -199,7 +199,7 @@ def of_models(operator: str | None, models: Models, settings: Mapping[str, Any] 
     names = labels(models.experts)
     architecture = _architecture(chosen, models)
     record = {
-        "name": operator,
+        "name": re.sub(r"[^A-Za-z0-9._-]", "-", operator),
         "models": {
             "experts": [*models.experts],
             "base": models.base,
