@@ -105,6 +105,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         batch=recipe.scoring.batch,
         neighbours=runtime.workers if ray else 1,
         device_share=min(1.0, runtime.gpus_per_worker or 1.0) if ray else 1.0,
+        cache_bytes=runtime.cache_bytes,
     )
 
 

@@ -1,7 +1,8 @@
 """One merge and no search: ``ecotone merge``.
 
-It is a run of one trial (``ecotone.search.one_shot``) in a folder that is removed afterwards, and its member is exported
-like any other. So whatever holds for runs and exports holds for it: checks, hashes, marks, model card and ``verify``.
+It is a run of one trial (``ecotone.search.one_shot``) in a folder that is removed afterwards, and its member is
+exported like any other. So whatever holds for runs and exports holds for it: checks, hashes, marks, model card and
+``verify``.
 """
 
 from __future__ import annotations
@@ -107,9 +108,10 @@ def merge(recipe: Recipe, to: str | Path, *, notify: Notify = lambda text: None)
         run = launch(recipe, Path(folder) / "run")
         trial, scored = run.trial(0), run.scored(0)
         with run.journal() as journal:
-            columns = operator.columns(journal.fact(facts.MODELS) or ())
+            names = journal.fact(facts.MODELS) or ()
         path = export(run, 0, target, trust=True, folders=folders)
     row = trial.genome.coefficients[0].tolist()
+    columns = operator.columns(names)
     both = {"search": scored.scores, "held_out": scored.held_out}
     return Merged(
         path,

@@ -15,7 +15,6 @@ from ecotone.populations.errors import InputError
 
 if TYPE_CHECKING:
     from ecotone.experiments.one_shot import Merged
-    from ecotone.experiments.recipe import Recipe
 
 OptionalRecipe = Annotated[
     Path | None,
@@ -70,7 +69,7 @@ _SEVERAL = ("--experts", "--calibration")
 class _Variadic(TyperCommand):
     """A command with options that take several values: ``--experts A B`` is ``--experts A --experts B``."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The arguments, with such an option before each of its values."""
         spread, option, first = list[str](), "", False
         for arg in args:
@@ -123,7 +122,7 @@ def merge(
     if as_json:
         print_json(merged.record())
     else:
-        _show(merged, chosen)
+        _show(merged)
 
 
 def _refuse(given: dict[str, Any]) -> None:
@@ -134,7 +133,7 @@ def _refuse(given: dict[str, Any]) -> None:
             )
 
 
-def _show(merged: Merged, recipe: Recipe) -> None:
+def _show(merged: Merged) -> None:
     from ecotone.experiments import report
 
     values = list(merged.coefficients.values())

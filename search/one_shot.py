@@ -67,7 +67,8 @@ class OneShotSettings(SearchSettings):
         space = context.space
         given = context.around if self.at is None else self.at
         if given is None:
-            return np.asarray(space.seeds, np.float64).mean(axis=0)
+            average: Floats = space.seeds.mean(axis=0)
+            return average
         if isinstance(given, tuple) and len(given) != space.dimension:
             raise InputError(
                 f"search.at: expected a number, or {space.dimension}, one for each of {', '.join(space.sources)}, "
