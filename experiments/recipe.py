@@ -133,8 +133,6 @@ class Objectives(Part):
             names = [objective.name for objective in objectives]
             if len(set(names)) < len(names):
                 raise ValueError(f"{group}: expected objectives of different names, found {names}")
-        if self.held_out and not self.search:
-            raise ValueError("search: expected objectives beside those of held_out, found none")
         return self
 
 
@@ -207,6 +205,8 @@ class Recipe(Part):
             self._check_objectives(part)
             self._check_ranges(part)
             self._check_rank(part)
+        if self.objectives.held_out and not self.objectives.search:
+            raise ValueError("objectives.search: expected objectives beside those of held_out, found none")
         self._check_calibration(spare=bool((info.context or {}).get("spare_tasks")))
         self._check_shares()
         for field, value in self.model_dump(warnings=False).items():
@@ -241,7 +241,9 @@ class Recipe(Part):
                 f"{minimised}; give a score in which more is better, such as exp(-loss), or of texts their likelihood"
             )
         if (count := len(self.objectives.search)) == 0 and needs.objectives:
-            raise ValueError(f"objectives.search: {part.algorithm} searches by one objective or more, found none")
+            raise ValueError(
+                "objectives.search: expected a list of 1 or more, found 0. Only the algorithm one_shot goes without"
+            )
         if count < needs.objectives:
             raise ValueError(
                 f"objectives.search: {part.algorithm} looks for a front of two objectives or more, found "

@@ -312,10 +312,10 @@ def test_a_target_that_exists_is_refused_before_anything_is_done(folder: Path, e
 
 def test_other_algorithms_and_runs_need_an_objective(folder: Path, ecotone: Ecotone) -> None:
     none = {"objectives": {"search": []}, "calibration": []}
-    with pytest.raises(InputError, match=r"objectives\.search: m2n2 searches by one objective or more, found none"):
+    with pytest.raises(InputError, match=r"objectives\.search: expected a list of 1 or more, found 0"):
         Recipe.from_record(record(search={"algorithm": "m2n2"}, **none), folder)
     alone = {"search": [], "held_out": record()["objectives"]["held_out"]}
-    with pytest.raises(InputError, match="search: expected objectives beside those of held_out, found none"):
+    with pytest.raises(InputError, match=r"objectives\.search: expected objectives beside those of held_out"):
         Recipe.from_record(record(search={"algorithm": "one_shot"}, **none | {"objectives": alone}), folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(record(search={"algorithm": "one_shot"}, **none)))
     said = ecotone("run", "recipe.yaml", "--out", "run")
