@@ -206,9 +206,16 @@ def context_of(
         affine=operator.affine,
         bounds=getattr(operator, "bounds", None),
         around=getattr(operator, "around", None),
+        published=published(operator),
         weighs="prepared" if operator.changes else "task_vectors" if operator.needs_base else "models",
         limits={one.name: one.limits for one in objectives if one.limits is not None},
     )
+
+
+def published(operator: Operator) -> float | None:
+    """The coefficient of every source in an operator's published merge; None where there is no such merge."""
+    found: float | None = getattr(operator, "around", getattr(operator, "published", None))
+    return found
 
 
 def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = (), operator: Operator | None = None) -> Pair:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from ecotone.experiments import compose
 from ecotone.experiments.exports import export
 from ecotone.experiments.reading import yaml_file
@@ -28,6 +30,7 @@ from ecotone.merging.operators.whole import FromData, WholeMatrices
 from ecotone.populations import facts
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.parsing import foreign_or_none
+from ecotone.search.one_shot import OneShotSettings
 from ecotone.settings import split_call
 
 Notify: TypeAlias = Callable[[str], None]
@@ -71,7 +74,7 @@ class Merged:
     Args:
         path: Its place.
         operator: The operator's name.
-        coefficients: By source.
+        coefficients: By source; where they differ by tensor, their mean, weighted by length.
         taken: Where the coefficients come from, in words.
         scores: By ``search`` and ``held_out``, as far as there are objectives.
     """
@@ -98,6 +101,8 @@ def merge(recipe: Recipe, to: str | Path, *, notify: Notify = lambda text: None)
     Raises:
         EcotoneError: The recipe cannot be run, the merge cannot be scored, or the target is in the way.
     """
+    if not isinstance(recipe.search, OneShotSettings):
+        raise InputError("search.algorithm: one merge is made by one_shot, found another.", "Leave search out.")
     target = on_this_machine(to, "to")
     check_target(target)
     operator = compose.check_operator(recipe)
@@ -110,22 +115,25 @@ def merge(recipe: Recipe, to: str | Path, *, notify: Notify = lambda text: None)
         with run.journal() as journal:
             names = journal.fact(facts.MODELS) or ()
         path = export(run, 0, target, trust=True, folders=folders)
-    row = trial.genome.coefficients[0].tolist()
+    genome = trial.genome
+    row = (np.diff(genome.boundaries) / genome.size @ genome.coefficients).tolist()
     columns = operator.columns(names)
     both = {"search": scored.scores, "held_out": scored.held_out}
     return Merged(
         path,
         operator.name,
         dict(zip(columns, row, strict=True)),
-        _taken(recipe, operator),
+        _taken(recipe.search, compose.published(operator)),
         {subset: dict(found) for subset, found in both.items() if found},
     )
 
 
-def _taken(recipe: Recipe, operator: Any) -> str:
-    if getattr(recipe.search, "at", None) is not None:
+def _taken(search: OneShotSettings, published: float | None) -> str:
+    if search.solvers:
+        return f"solved by {search.solvers[0].solve}; by tensor, this is the mean"
+    if search.at is not None:
         return "as given"
-    return "the average" if getattr(operator, "around", None) is None else "the operator's published merge"
+    return "the average" if published is None else "the operator's published merge"
 
 
 # -- with a recipe -------------------------------------------------------------------------------------------------
@@ -137,6 +145,7 @@ def of_recipe(
     *,
     operator: str | None = None,
     at: At = None,
+    solve: str | None = None,
     scores: bool = True,
 ) -> Recipe:
     """A recipe file as a recipe of one merge, in this process.
@@ -146,6 +155,7 @@ def of_recipe(
         settings: Fields to replace, by dotted name.
         operator: Another operator than the recipe's, with its default settings; None for the recipe's own.
         at: The coefficient of every source, or one for each; None as ``one_shot`` chooses.
+        solve: The solver of the coefficients, in place of ``at``.
         scores: Whether the objectives stay.
 
     Raises:
@@ -153,8 +163,10 @@ def of_recipe(
     """
     found = yaml_file(recipe_file(path))[1].value
     record: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
-    changed = {**({} if operator is None else {"merge": _with_operator(record.get("merge"), operator)})}
-    changed |= {**(settings or {}), **_HERE, "search": _search(record.get("search"), at)}
+    changed = {"search": _search(record.get("search"), at, solve)}
+    if operator is not None:
+        changed["merge"] = _with_operator(record.get("merge"), operator)
+    changed |= {**(settings or {}), **_HERE}
     if not scores:
         changed["objectives"] = {"search": []}
     recipe = Recipe.from_yaml(path, changed, spare_tasks=True)
@@ -168,15 +180,23 @@ def _with_operator(merge: Any, operator: str) -> dict[str, Any]:
     return {**kept, "operator": operator}
 
 
-def _search(search: Any, at: At) -> dict[str, Any]:
+def _search(search: Any, at: At, solve: str | None) -> dict[str, Any]:
     own = search if isinstance(search, Mapping) and search.get("algorithm") == "one_shot" else {}
-    return {**own, "algorithm": "one_shot", **({} if at is None else {"at": at})}
+    given = {**({} if at is None else {"at": at}), **({} if solve is None else {"start": {"solve": solve}})}
+    return {"algorithm": "one_shot", **(given or own)}
 
 
 # -- without a recipe ----------------------------------------------------------------------------------------------
 
 
-def of_models(operator: str | None, models: Models, settings: Mapping[str, Any] | None = None, at: At = None) -> Recipe:
+def of_models(
+    operator: str | None,
+    models: Models,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    at: At = None,
+    solve: str | None = None,
+) -> Recipe:
     """A recipe of one merge of models, without objectives.
 
     Args:
@@ -184,6 +204,7 @@ def of_models(operator: str | None, models: Models, settings: Mapping[str, Any] 
         models: The models.
         settings: Fields to replace, by dotted name: ``merge.ridge``.
         at: As for ``of_recipe``.
+        solve: As for ``of_recipe``.
 
     Raises:
         EcotoneError: A model, an operator, data or a field is missing or does not fit.
@@ -211,7 +232,7 @@ def of_models(operator: str | None, models: Models, settings: Mapping[str, Any] 
         "objectives": {"search": []},
         "merge": {"operator": operator},
         "calibration": _calibration(chosen, models, names) if isinstance(chosen, FromData) else [],
-        "search": _search(None, at),
+        "search": _search(None, at, solve),
         "runtime": {},
     }
     if models.calibration and not isinstance(chosen, FromData):

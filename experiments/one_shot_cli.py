@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OptionalRecipe = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[RECIPE]",
+        metavar="RECIPE",
         parser=local("RECIPE"),
         help="A recipe file (YAML), or a ready recipe's name. Without one, give --operator and --experts.",
         show_default=False,
@@ -41,6 +41,14 @@ AtOption = Annotated[
         metavar="NUMBER",
         help="The coefficient of every source, or one for each: 0.3,0.5. By default the operator's published merge, or "
         "else the average.",
+    ),
+]
+SolveOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOLVER",
+        help="Solve the coefficients from the models' inner products, e.g. model_stock or karcher; --set "
+        "search.start.beta=0.5 sets a setting of the solver.",
     ),
 ]
 ExpertsOption = Annotated[
@@ -87,6 +95,7 @@ def merge(
     recipe: OptionalRecipe = None,
     operator: OperatorOption = None,
     at: AtOption = None,
+    solve: SolveOption = None,
     base: BaseOption = None,
     experts: ExpertsOption = None,
     calibration: CalibrationOption = None,
@@ -110,13 +119,15 @@ def merge(
         "--architecture": architecture,
         "--tokenizer": tokenizer,
     }
+    if at is not None and solve is not None:
+        raise InputError("--solve: expected without --at, found both.", "Leave one out.")
     changes, numbers = changes_of(settings), one_shot.coefficients(at)
     if recipe is None:
         given = one_shot.Models(experts or (), base, calibration or (), architecture, tokenizer)
-        chosen = one_shot.of_models(operator, given, changes, numbers)
+        chosen = one_shot.of_models(operator, given, changes, at=numbers, solve=solve)
     else:
         _refuse(models)
-        chosen = one_shot.of_recipe(recipe, changes, operator=operator, at=numbers, scores=not no_scores)
+        chosen = one_shot.of_recipe(recipe, changes, operator=operator, at=numbers, solve=solve, scores=not no_scores)
     with users_code():
         merged = one_shot.merge(chosen, to, notify=say)
     if as_json:

@@ -54,7 +54,9 @@ class Context:
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
         bounds: The bounds of coefficients that suit the operator; None for those of the algorithm.
-        around: The coefficient of every source in the operator's published merge; None where there is no such merge.
+        around: The coefficient of every source in the operator's published merge, where searches are to begin there;
+            else None.
+        published: The coefficient of every source in the operator's published merge; None where there is no such merge.
         weighs: What coefficients weigh under the operator.
         joined: Whether ``starts`` come before what the search begins with anyway, such as the models. Otherwise they
             take its place: they were scored before.
@@ -71,6 +73,7 @@ class Context:
     affine: bool = True
     bounds: tuple[float, float] | None = None
     around: float | None = None
+    published: float | None = None
     weighs: Weighs = "models"
     joined: bool = False
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)

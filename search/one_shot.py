@@ -1,7 +1,8 @@
 """One merge whose coefficients are given: nothing is searched.
 
 Most methods of model merging are one merge: the average, task arithmetic with one factor, or the vectors of an operator
-that prepares, each taken once. As a search of one trial such a merge is scored, recorded and exported like any other.
+that prepares, each taken once. Others solve the coefficients from the models' inner products (``start``). As a search
+of one trial such a merge is scored, recorded and exported like any other.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import model_validator
 
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats, Genome, Integers
@@ -25,7 +27,10 @@ class OneShotSettings(SearchSettings):
     Attributes:
         algorithm: ``one_shot``: one merge with given coefficients.
         at: The coefficient of every source, or a list with one for each source. None means the operator's published
-            merge where it has one (1 for operators that prepare their vectors), and else the average of the models.
+            merge where it has one (1, as for TIES and operators that prepare whole matrices), and else the average of
+            the models.
+        start: A solver of the coefficients, tensor by tensor, from the models' inner products, in place of ``at``:
+            ``{solve: model_stock}``.
     """
 
     algorithm: Literal["one_shot"] = "one_shot"
@@ -33,21 +38,29 @@ class OneShotSettings(SearchSettings):
 
     compares: ClassVar[bool] = False
 
+    @model_validator(mode="after")
+    def _given_once(self) -> OneShotSettings:
+        if self.at is not None and self.solvers:
+            raise ValueError("start: expected without at, found both; leave one out")
+        return self
+
     def needs(self) -> Needs:
         """Nothing, not even an objective."""
         return Needs(objectives=0)
 
     def begins(self) -> Begins:
-        """It cannot begin with merges."""
+        """Only with the merge that it solves, which is its one."""
+        if self.solvers:
+            return Begins(most=1, fixed=True)
         return Begins("its one merge has the coefficients that are given")
 
     def fineness(self) -> Fineness:
-        """One coefficient a source."""
-        return "model"
+        """One coefficient a source, where it is given; by tensor where it is solved."""
+        return "tensor" if self.solvers else "model"
 
     def borders(self, space: Space) -> Integers:
-        """(2,) those of the whole model."""
-        return np.array([0, space.size])
+        """(2,) those of the whole model, or of the tensors."""
+        return space.tensor_borders if self.solvers else np.array([0, space.size])
 
     def make(self, context: Context) -> Pair:
         """The search, and an archive of the one merge.
@@ -55,17 +68,18 @@ class OneShotSettings(SearchSettings):
         Raises:
             InputError: There is not one coefficient for each source.
         """
-        genome = Genome.uniform(context.space.size, self.coefficients(context))
+        given = Genome.uniform(context.space.size, self.coefficients(context))
+        genome = context.starts[0] if self.solvers and context.starts else given
         return OneShot(genome), ElitistArchive(context.goals, self.archive)
 
     def coefficients(self, context: Context) -> Floats:
-        """(K,) coefficients of the merge.
+        """(K,) coefficients of the merge, unless they are solved.
 
         Raises:
             InputError: As for ``make``.
         """
         space = context.space
-        given = context.around if self.at is None else self.at
+        given = context.published if self.at is None else self.at
         if given is None:
             average: Floats = space.seeds.mean(axis=0)
             return average
@@ -77,7 +91,9 @@ class OneShotSettings(SearchSettings):
         return np.array(np.broadcast_to(given, space.dimension), np.float64)
 
     def describe(self, search: Search | None, context: Context) -> str:
-        """The coefficients, as far as the sources are known."""
+        """The coefficients, unless they are solved."""
+        if self.solvers:
+            return ""
         found = self.coefficients(context)
         return f", at {', '.join(f'{one:g}' for one in (found[:1] if len(set(found.tolist())) == 1 else found))}"
 

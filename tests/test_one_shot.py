@@ -13,8 +13,9 @@ import yaml
 from conftest import Ecotone
 from safetensors.torch import load_file, save_file
 
-from ecotone.experiments import one_shot, one_shot_cli
+from ecotone.experiments import compose, one_shot, one_shot_cli
 from ecotone.experiments.recipe import Recipe
+from ecotone.merging import operators
 from ecotone.populations.errors import InputError
 from ecotone.search.kinds import Context
 from ecotone.search.one_shot import OneShotSettings
@@ -144,6 +145,28 @@ def test_the_coefficients_of_a_one_shot_recipe_stay(folder: Path) -> None:
     assert one_shot.of_recipe(folder / "recipe.yaml").merge.settings == {"density": 0.5}
     other = one_shot.of_recipe(folder / "recipe.yaml", {"merge.ridge": 0.5}, operator="regmean")
     assert other.merge.settings == {"ridge": 0.5}
+
+
+def test_coefficients_may_be_solved_by_tensor(folder: Path, ecotone: Ecotone) -> None:
+    """Model Stock of two experts: t = 2 cos / (1 + cos) by tensor, each of the two having half."""
+    said = ecotone("merge", "recipe.yaml", "--operator", "task_arithmetic", "--solve", "model_stock", "--to", "merged")
+    assert said.code == 0, said.err
+    assert "(solved by model_stock; by tensor, this is the mean)" in said.out
+    base, left, right = (weights(folder, f"{name}.safetensors") for name in ("base", *NAMES))
+    for name, value in weights(folder, "merged/model.safetensors").items():
+        one, two = left[name] - base[name], right[name] - base[name]
+        cosine = float((one * two).sum() / (one.norm() * two.norm()))
+        share = min(1.0, max(0.0, 2 * cosine / (1 + cosine))) / 2
+        torch.testing.assert_close(value, base[name] + share * (one + two), rtol=1e-5, atol=1e-5)
+    assert ecotone("verify", "merged").code == 0
+    assert "--solve: expected without --at" in ecotone("merge", *FILES, "--solve", "x", "--at", "1", "--to", "m").err
+    with pytest.raises(InputError, match="start: expected without at"):
+        one_shot.of_recipe(folder / "recipe.yaml", {"search.start": {"solve": "average"}}, at=0.3)
+
+
+@pytest.mark.parametrize(("operator", "taken"), [("ties", 1.0), ("pcb", 1.0), ("iso_c", 1.0), ("dare", None)])
+def test_the_merge_of_the_paper(operator: str, taken: float | None) -> None:
+    assert compose.published(operators.get(operator)) == taken
 
 
 # -- without a recipe ----------------------------------------------------------------------------------------------
@@ -327,7 +350,7 @@ def test_other_algorithms_and_runs_need_an_objective(folder: Path, ecotone: Ecot
 
 
 @pytest.mark.parametrize(
-    ("at", "around", "row"),
+    ("at", "published", "row"),
     [
         (None, None, [1 / 3] * 3),
         (None, 1.0, [1.0] * 3),
@@ -335,8 +358,8 @@ def test_other_algorithms_and_runs_need_an_objective(folder: Path, ecotone: Ecot
         ((0.1, 0.2, 0.3), 1.0, [0.1, 0.2, 0.3]),
     ],
 )
-def test_the_search_asks_once_and_goes_on_from_its_state(at: Any, around: float | None, row: list[float]) -> None:
-    settings, context = OneShotSettings(at=at), Context(SPACE, (), seed=0, around=around)
+def test_the_search_asks_once_and_goes_on_from_its_state(at: Any, published: float | None, row: list[float]) -> None:
+    settings, context = OneShotSettings(at=at), Context(SPACE, (), seed=0, published=published)
     search, _ = settings.make(context)
     assert not search.done
     before = from_text(to_text(search.state()))
