@@ -204,7 +204,6 @@ def context_of(
             for name, bounds in recipe.merge.ranges.items()
         ),
         affine=operator.affine,
-        bounds=getattr(operator, "bounds", None),
         around=getattr(operator, "around", None),
         published=published(operator),
         weighs="prepared" if operator.changes else "task_vectors" if operator.needs_base else "models",

@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -28,6 +28,9 @@ from ecotone.search.protocol import Search
 from ecotone.search.starts.base import Solver, Weighs
 from ecotone.search.starts.registry import Beginning, Solvers, listed
 from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Kind, check_kind, leaves
+
+if TYPE_CHECKING:
+    from ecotone.merging.operators.whole import WholeMatrices
 
 Pair: TypeAlias = tuple[Search, Population]
 Fineness: TypeAlias = Literal["model", "groups", "components", "block", "tensor", "element"]
@@ -53,7 +56,6 @@ class Context:
         starts: Merges to begin with, best first; empty for none.
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
-        bounds: The bounds of coefficients that suit the operator; None for those of the algorithm.
         around: The coefficient of every source in the operator's published merge, where searches are to begin there;
             else None.
         published: The coefficient of every source in the operator's published merge; None where there is no such merge.
@@ -71,7 +73,6 @@ class Context:
     starts: tuple[Genome, ...] = ()
     searched: tuple[Setting, ...] = ()
     affine: bool = True
-    bounds: tuple[float, float] | None = None
     around: float | None = None
     published: float | None = None
     weighs: Weighs = "models"
@@ -195,6 +196,15 @@ class SearchSettings(Kind):
             del fields["start"]
         return fields
 
+    @classmethod
+    def suited(cls, operator: type[WholeMatrices]) -> dict[str, float]:  # noqa: ARG003 - for those that have such fields
+        """Fields that suit an operator which prepares its vectors, where the recipe gives none of them.
+
+        Args:
+            operator: The class of the operator.
+        """
+        return {}
+
     @abstractmethod
     def needs(self) -> Needs:
         """The conditions under which it can run a recipe."""
@@ -301,8 +311,8 @@ class Box(Segmented):
     """Coefficients of segments, each between two bounds.
 
     Attributes:
-        low: The smallest value that a coefficient may take. Where neither bound is given, an operator that prepares its
-            vectors has its own: 0 to 2.
+        low: The smallest value that a coefficient may take. Where neither bound is given, operators that prepare their
+            vectors have 0 to 2.
         high: The largest value that a coefficient may take.
     """
 
@@ -321,19 +331,16 @@ class Box(Segmented):
 
     def box(self, context: Context) -> CoefficientBox:
         """The box of the coefficients and of the operator's settings that are searched."""
-        low, high = self.bounds(context)
-        return CoefficientBox.of(context.space, self.granularity, low, high, self.groups, context.searched)
+        return CoefficientBox.of(context.space, self.granularity, self.low, self.high, self.groups, context.searched)
 
-    def bounds(self, context: Context) -> tuple[float, float]:
-        """The smallest and the largest coefficient: the recipe's, or else those that suit the operator."""
-        if context.bounds is None or {"low", "high"} & self.model_fields_set:
-            return self.low, self.high
-        return context.bounds
+    @classmethod
+    def suited(cls, operator: type[WholeMatrices]) -> dict[str, float]:
+        """The operator's bounds."""
+        return {"low": operator.bounds[0], "high": operator.bounds[1]}
 
     def describe(self, search: Search | None, context: Context) -> str:
         """The bounds."""
-        low, high = self.bounds(context)
-        return f", each from {low:g} to {high:g}"
+        return f", each from {self.low:g} to {self.high:g}"
 
 
 class FrontBox(Box):
