@@ -374,9 +374,13 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
 
 
 def _in_words(operator: Mapping[str, Any]) -> str:
-    given = {key: value for key, value in operator.items() if key != "name"}
-    settings = ", ".join(f"{key} {value if isinstance(value, str) else f'{value:g}'}" for key, value in given.items())
+    given = {key: value for key, value in operator.items() if key != "name" and value is not None}
+    settings = ", ".join(f"{key} {_setting(value)}" for key, value in given.items())
     return f"`{operator['name']}`" + (f" ({settings})" if settings else "")
+
+
+def _setting(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def _score_lines(scored: Scored) -> list[str]:

@@ -56,7 +56,9 @@ class Context:
         starts: Merges to begin with, best first; empty for none.
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
-        around: The coefficient of every source in the operator's published merge; None where there is no such merge.
+        around: The coefficient of every source in the operator's published merge, where searches are to begin there;
+            else None.
+        published: The coefficient of every source in the operator's published merge; None where there is no such merge.
         weighs: What coefficients weigh under the operator.
         joined: Whether ``starts`` come before what the search begins with anyway, such as the models. Otherwise they
             take its place: they were scored before.
@@ -72,6 +74,7 @@ class Context:
     searched: tuple[Setting, ...] = ()
     affine: bool = True
     around: float | None = None
+    published: float | None = None
     weighs: Weighs = "models"
     joined: bool = False
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -148,6 +151,9 @@ class SearchSettings(Kind):
 
     searches_settings: ClassVar[bool] = False
     """Whether settings of the merge operator can be searched beside the coefficients."""
+
+    compares: ClassVar[bool] = True
+    """Whether the models themselves and their average are scored beside its merges, to compare with."""
 
     _answers: ClassVar[Answers] = {
         "needs": (lambda answer: isinstance(answer, Needs), "Needs"),

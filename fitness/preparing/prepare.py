@@ -275,6 +275,8 @@ def replace_tensors(known: Known, device: torch.device, kind: torch.dtype) -> Kn
 def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
     """The basis of a worker's operator, made now unless it lies in this machine's cache; None where it prepares none.
 
+    After one was made, others beyond the spec's limit are removed, unless they are in use.
+
     Raises:
         EcotoneError: The models cannot be opened, data are lacking, the vectors cannot be prepared, or the disk is
             full.
@@ -286,6 +288,7 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
     preparation = _preparation(spec, operator)
     with bases.alone(preparation.key):
         basis = bases.find(preparation.key)
+        made = basis is None
         if basis is None:
             layout, columns = preparation.shape
             _log.info("%s: preparing %s vectors ...", operator.name, len(columns))
@@ -294,6 +297,9 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
             basis = bases.find(preparation.key)
             assert basis is not None
             _log.info("%s: prepared in %.1f s.", operator.name, basis.record["seconds"])
+    if made and spec.cache_bytes is not None:
+        for one in bases.prune(spec.cache_bytes, preparation.key):
+            _log.info("The vectors of %s in %s were removed: runtime.cache_bytes.", one.record["operator"], one.folder)
     return basis
 
 
