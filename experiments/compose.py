@@ -105,6 +105,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         batch=recipe.scoring.batch,
         neighbours=runtime.workers if ray else 1,
         device_share=min(1.0, runtime.gpus_per_worker or 1.0) if ray else 1.0,
+        cache_bytes=runtime.cache_bytes,
     )
 
 
@@ -203,11 +204,17 @@ def context_of(
             for name, bounds in recipe.merge.ranges.items()
         ),
         affine=operator.affine,
-        bounds=getattr(operator, "bounds", None),
         around=getattr(operator, "around", None),
+        published=published(operator),
         weighs="prepared" if operator.changes else "task_vectors" if operator.needs_base else "models",
         limits={one.name: one.limits for one in objectives if one.limits is not None},
     )
+
+
+def published(operator: Operator) -> float | None:
+    """The coefficient of every source in an operator's published merge; None where there is no such merge."""
+    found: float | None = getattr(operator, "around", getattr(operator, "published", None))
+    return found
 
 
 def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = (), operator: Operator | None = None) -> Pair:

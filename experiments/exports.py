@@ -374,17 +374,15 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
 
 
 def _in_words(operator: Mapping[str, Any]) -> str:
-    given = {key: value for key, value in operator.items() if key != "name"}
+    given = {key: value for key, value in operator.items() if key != "name" and value is not None}
     settings = ", ".join(f"{key} {_setting(value)}" for key, value in given.items())
     return f"`{operator['name']}`" + (f" ({settings})" if settings else "")
 
 
 def _setting(value: Any) -> str:
-    if isinstance(value, int | float):
-        return f"{value:g}"
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping):  # files, by name
         return ", ".join(f"{key}: {Path(str(one)).name}" for key, one in value.items()) or "none"
-    return "none" if value is None else str(value)
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def _score_lines(scored: Scored) -> list[str]:

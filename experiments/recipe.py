@@ -120,11 +120,11 @@ class Objectives(Part):
     """The objectives that guide the search, and the objectives that judge its results.
 
     Attributes:
-        search: The objectives that guide the search.
+        search: The objectives that guide the search. Only the algorithm ``one_shot`` goes without.
         held_out: The objectives that score the front and the models on data that the search has not seen.
     """
 
-    search: tuple[AnyObjective, ...] = Field(min_length=1)
+    search: tuple[AnyObjective, ...]
     held_out: tuple[AnyObjective, ...] = ()
 
     @model_validator(mode="after")
@@ -164,6 +164,20 @@ class Budget(Part):
         return self
 
 
+def _suited(merge: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str, float]:
+    """The fields of a search, as a recipe writes it, that suit the operator; none where one of them is given."""
+    from ecotone.merging.operators import OPERATORS
+    from ecotone.merging.operators.whole import WholeMatrices
+
+    try:
+        operator = OPERATORS.get(merge.get("operator", Merge.model_fields["operator"].default), "merge.operator")
+        settings = SEARCHES.get(search.get("algorithm", USUAL), "search.algorithm")
+    except InputError:  # it is told better where the field is read
+        return {}
+    fields = settings.suited(operator) if issubclass(operator, WholeMatrices) else {}
+    return {} if fields.keys() & search.keys() else fields
+
+
 class Recipe(Part):
     """A search, whole: models, merge operator, objectives, algorithm, scoring, budget, seed, runtime, tracking.
 
@@ -199,12 +213,29 @@ class Recipe(Part):
     tracking: TrackingSettings = TrackingSettings()
     _folder: Path | None = PrivateAttr(default=None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_the_operator(cls, value: Any) -> Any:
+        """Write the bounds and first values that suit an operator into searches that give none.
+
+        So they are recorded, and a run goes on with them whatever later versions think.
+        """
+        merge = value.get("merge") if isinstance(value, Mapping) else None
+        search = value.get("search", {}) if isinstance(value, Mapping) else None
+        if isinstance(merge, Mapping) and isinstance(search, Mapping | list | tuple):
+            parts = [search] if isinstance(search, Mapping) else list(search)
+            parts = [{**_suited(merge, part), **part} if isinstance(part, Mapping) else part for part in parts]
+            return {**value, "search": parts[0] if isinstance(search, Mapping) else parts}
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Recipe:
         for part in self.searches:
             self._check_objectives(part)
             self._check_ranges(part)
             self._check_rank(part)
+        if self.objectives.held_out and not self.objectives.search:
+            raise ValueError("objectives.search: expected objectives beside those of held_out, found none")
         self._check_calibration(spare=bool((info.context or {}).get("spare_tasks")))
         self._check_shares()
         for field, value in self.model_dump(warnings=False).items():
@@ -238,7 +269,11 @@ class Recipe(Part):
                 f"objectives.search: {part.algorithm} takes scores to maximise, found direction minimize for "
                 f"{minimised}; give a score in which more is better, such as exp(-loss), or of texts their likelihood"
             )
-        if (count := len(self.objectives.search)) < needs.objectives:
+        if (count := len(self.objectives.search)) == 0 and needs.objectives:
+            raise ValueError(
+                "objectives.search: expected a list of 1 or more, found 0. Only the algorithm one_shot goes without"
+            )
+        if count < needs.objectives:
             raise ValueError(
                 f"objectives.search: {part.algorithm} looks for a front of two objectives or more, found "
                 f"{count}; for one use algorithm cma_es, or optuna with sampler tpe or gp"

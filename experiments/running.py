@@ -100,7 +100,7 @@ def launch(
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
         before = fingerprints(recipe, composition.spec)
-        pool = compose.make_pool(recipe, replace(composition.spec, try_out=True))
+        pool = compose.make_pool(recipe, replace(composition.spec, try_out=bool(composition.spec.search)))
         with _deaths_told(recipe, place), pool:
             space = pool.start()
             _check_numbers(space, notify)
@@ -275,8 +275,9 @@ def _judge(composition: compose.Composition, journal: Journal, pool: Pool, space
     """Score the front, the best and the reference merges on held-out data, and the references on search data too."""
     recipe = composition.recipe
     batch = recipe.scoring.batch
-    for name, genome in references(recipe, composition.operator, space):
-        journal.refer(name, genome)
+    if any(part.compares for part in recipe.searches):
+        for name, genome in references(recipe, composition.operator, space):
+            journal.refer(name, genome)
     merges = [genome for _, genome in journal.references()]
     measure(pool, journal, merges, Scores(), batch)
     if recipe.objectives.held_out:

@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -28,6 +28,9 @@ from ecotone.search.protocol import Search
 from ecotone.search.starts.base import Solver, Weighs
 from ecotone.search.starts.registry import Beginning, Solvers, listed
 from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Kind, check_kind, leaves
+
+if TYPE_CHECKING:
+    from ecotone.merging.operators.whole import WholeMatrices
 
 Pair: TypeAlias = tuple[Search, Population]
 Fineness: TypeAlias = Literal["model", "groups", "components", "block", "tensor", "element"]
@@ -53,8 +56,9 @@ class Context:
         starts: Merges to begin with, best first; empty for none.
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
-        bounds: The bounds of coefficients that suit the operator; None for those of the algorithm.
-        around: The coefficient of every source in the operator's published merge; None where there is no such merge.
+        around: The coefficient of every source in the operator's published merge, where searches are to begin there;
+            else None.
+        published: The coefficient of every source in the operator's published merge; None where there is no such merge.
         weighs: What coefficients weigh under the operator.
         joined: Whether ``starts`` come before what the search begins with anyway, such as the models. Otherwise they
             take its place: they were scored before.
@@ -69,8 +73,8 @@ class Context:
     starts: tuple[Genome, ...] = ()
     searched: tuple[Setting, ...] = ()
     affine: bool = True
-    bounds: tuple[float, float] | None = None
     around: float | None = None
+    published: float | None = None
     weighs: Weighs = "models"
     joined: bool = False
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -148,6 +152,9 @@ class SearchSettings(Kind):
     searches_settings: ClassVar[bool] = False
     """Whether settings of the merge operator can be searched beside the coefficients."""
 
+    compares: ClassVar[bool] = True
+    """Whether the models themselves and their average are scored beside its merges, to compare with."""
+
     _answers: ClassVar[Answers] = {
         "needs": (lambda answer: isinstance(answer, Needs), "Needs"),
         "begins": (lambda answer: isinstance(answer, Begins), "Begins"),
@@ -188,6 +195,15 @@ class SearchSettings(Kind):
         if fields.get("start", 0) is None and not takes_number(type(self)):
             del fields["start"]
         return fields
+
+    @classmethod
+    def suited(cls, operator: type[WholeMatrices]) -> dict[str, float]:  # noqa: ARG003 - for those that have such fields
+        """Fields that suit an operator which prepares its vectors, where the recipe gives none of them.
+
+        Args:
+            operator: The class of the operator.
+        """
+        return {}
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -295,8 +311,8 @@ class Box(Segmented):
     """Coefficients of segments, each between two bounds.
 
     Attributes:
-        low: The smallest value that a coefficient may take. Where neither bound is given, an operator that prepares its
-            vectors has its own: 0 to 2.
+        low: The smallest value that a coefficient may take. Where neither bound is given, operators that prepare their
+            vectors have 0 to 2.
         high: The largest value that a coefficient may take.
     """
 
@@ -315,19 +331,16 @@ class Box(Segmented):
 
     def box(self, context: Context) -> CoefficientBox:
         """The box of the coefficients and of the operator's settings that are searched."""
-        low, high = self.bounds(context)
-        return CoefficientBox.of(context.space, self.granularity, low, high, self.groups, context.searched)
+        return CoefficientBox.of(context.space, self.granularity, self.low, self.high, self.groups, context.searched)
 
-    def bounds(self, context: Context) -> tuple[float, float]:
-        """The smallest and the largest coefficient: the recipe's, or else those that suit the operator."""
-        if context.bounds is None or {"low", "high"} & self.model_fields_set:
-            return self.low, self.high
-        return context.bounds
+    @classmethod
+    def suited(cls, operator: type[WholeMatrices]) -> dict[str, float]:
+        """The operator's bounds."""
+        return {"low": operator.bounds[0], "high": operator.bounds[1]}
 
     def describe(self, search: Search | None, context: Context) -> str:
         """The bounds."""
-        low, high = self.bounds(context)
-        return f", each from {low:g} to {high:g}"
+        return f", each from {self.low:g} to {self.high:g}"
 
 
 class FrontBox(Box):

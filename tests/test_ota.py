@@ -135,7 +135,7 @@ def test_the_layer_holds_what_holds_of_all_prepared_operators():
 
 def test_the_card_of_an_export_names_files_without_their_folders():
     told = exports._in_words({"name": "ota", "second_moments": {"one": "/home/me/one-v.safetensors"}, "ridge": None})
-    assert told == "`ota` (second_moments one: one-v.safetensors, ridge none)"
+    assert told == "`ota` (second_moments one: one-v.safetensors)"
 
 
 # -- files ---------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from ecotone.fitness.preparing.blocks import uncached
 from ecotone.fitness.preparing.depth import Depth
 from ecotone.fitness.preparing.known import (
     Gathered,
+    groups,
     inputs_over,
     known_of,
     outputs_by_row,
@@ -206,13 +207,20 @@ class Preparation:
         self, operator: FromData, found: Sequence[Unit], module: nn.Module
     ) -> Iterator[tuple[Unit, Known | None]]:
         """Units with the statistics of the experts as they are."""
-        experts = [self._of_expert(operator, name, module) for name in self._sources.names]
+        by_module: dict[str | None, list[Unit]] = {}
         for unit in found:
-            yield unit, known_of(unit, experts, operator.wanted)
+            by_module.setdefault(unit.module if unit.at.kind == "linear" else None, []).append(unit)
+        layers = {name: layer for name, layer in linear_layers(module).items() if name in by_module}
+        for names in groups(layers, operator.wanted, len(self._sources.names)):
+            some = {name: layers[name] for name in names}
+            experts = [self._of_expert(operator, name, module, some) for name in self._sources.names]
+            for name in names:
+                yield from ((unit, known_of(unit, experts, operator.wanted)) for unit in by_module.pop(name))
+        yield from ((unit, None) for some_units in by_module.values() for unit in some_units)
 
-    def _of_expert(self, operator: FromData, name: str, module: nn.Module) -> Gathered:
-        """The statistics of an expert over its own data."""
-        layers, tasks, batch = linear_layers(module), self._data[name], operator.batch
+    def _of_expert(self, operator: FromData, name: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> Gathered:
+        """The statistics of an expert's layers over its own data."""
+        tasks, batch = self._data[name], operator.batch
         assert self._backend is not None
         self._backend.expert(name)
         moments = inputs_over(module, layers, tasks, batch)
@@ -301,6 +309,8 @@ def replace_tensors(known: Known, device: torch.device, kind: torch.dtype) -> Kn
 def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
     """The basis of a worker's operator, made now unless it lies in this machine's cache; None where it prepares none.
 
+    After one was made, others beyond the spec's limit are removed, unless they are in use.
+
     Raises:
         EcotoneError: The models cannot be opened, data are lacking, the vectors cannot be prepared, or the disk is
             full.
@@ -312,6 +322,7 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
     preparation = _preparation(spec, operator)
     with bases.alone(preparation.key):
         basis = bases.find(preparation.key)
+        made = basis is None
         if basis is None:
             layout, columns = preparation.shape
             _log.info("%s: preparing %s vectors ...", operator.name, len(columns))
@@ -320,6 +331,9 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
             basis = bases.find(preparation.key)
             assert basis is not None
             _log.info("%s: prepared in %.1f s.", operator.name, basis.record["seconds"])
+    if made and spec.cache_bytes is not None:
+        for one in bases.prune(spec.cache_bytes, preparation.key):
+            _log.info("The vectors of %s in %s were removed: runtime.cache_bytes.", one.record["operator"], one.folder)
     return basis
 
 

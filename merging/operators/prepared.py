@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class PreparedVectors(TaskArithmetic):
     """
 
     changes = True
+    published: ClassVar[float | None] = None
+    """The coefficient of every vector in the paper's own merge; None where the paper leaves a factor open."""
 
     def weights(self, coefficients: Floats, grams: Floats | None = None) -> Floats:
         """(S, K+1): one for the base, then the coefficients."""
