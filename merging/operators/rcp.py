@@ -9,7 +9,8 @@ model that is named, each element counts by itself:
     theta = theta_R + m (theta_D - theta_0)
 
 So ``v_R = tau_R`` and ``v_D = m tau_D``, and c = 1 is the published merge. As in the paper, examples have labels. Over
-labels that a model draws from its own predictions the mean gradient is zero, so the sign of g_D would be random.
+labels that a model draws from its own predictions the mean gradient is zero, so the sign of g_D would be random. Of an
+element that no example reaches, such as the embedding of a token that is in none, all v_i are 0: its change is taken.
 """
 
 from __future__ import annotations
