@@ -13,6 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, names_of
 from ecotone.merging.operators.whole import FromData, Known, Report, WholeMatrices
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import EcotoneError, InputError, sentence, told
 
 if TYPE_CHECKING:
     from ecotone.fitness.specs import WorkerSpec
@@ -292,7 +293,7 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
         if basis is None:
             layout, columns = preparation.shape
             _log.info("%s: preparing %s vectors ...", operator.name, len(columns))
-            with bases.writer(preparation.key, layout, columns) as writer:
+            with bases.writer(preparation.key, layout, columns) as writer, _told(operator):
                 preparation.write(writer)
             basis = bases.find(preparation.key)
             assert basis is not None
@@ -301,6 +302,20 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
         for one in bases.prune(spec.cache_bytes, preparation.key):
             _log.info("The vectors of %s in %s were removed: runtime.cache_bytes.", one.record["operator"], one.folder)
     return basis
+
+
+@contextmanager
+def _told(operator: WholeMatrices) -> Iterator[None]:
+    """Turn what models, heads and data raise into words."""
+    try:
+        yield
+    except (EcotoneError, OSError):
+        raise
+    except Exception as error:
+        raise InputError(
+            sentence(f"merge.operator: {operator.name} could not be prepared: {told(error)}"),
+            "Check what the calibration tasks' data functions return, their heads, and the memory that is free.",
+        ) from error
 
 
 def _preparation(spec: WorkerSpec, operator: WholeMatrices) -> Preparation:
