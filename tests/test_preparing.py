@@ -228,6 +228,43 @@ def test_only_so_many_examples_are_read(spec):
     torch.testing.assert_close(found["blocks.0.first.weight"], expected[:, :-1], rtol=1e-8, atol=1e-10)
 
 
+def images(name):
+    return torch.randn(30, 2, 5, 5, generator=torch.Generator().manual_seed(NAMES.index(name))).double()
+
+
+def pictures():
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3)).double()
+
+
+def test_a_convolution_is_the_least_squares_over_its_patches(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECOTONE_CACHE", str(tmp_path / "cache"))
+    states = []
+    for number, name in enumerate(("base", *NAMES)):
+        torch.manual_seed(number)
+        states.append(pictures().state_dict())
+        save_file(states[-1], tmp_path / f"{name}.safetensors")
+    tasks = [
+        EntropyLossSettings(name=name, data=Call(call=f"{__file__}:images", arguments={"name": name})) for name in NAMES
+    ]
+    experts = tuple(str(tmp_path / f"{name}.safetensors") for name in NAMES)
+    chosen = WorkerSpec(
+        experts,
+        str(tmp_path / "base.safetensors"),
+        "regmean",
+        {"targets": "weights"},
+        architecture=Call(call=f"{__file__}:pictures"),
+        calibration=tuple(tasks),
+    )
+    vectors = basis_of(chosen).models()
+    found = states[0]["0.weight"] + sum(one.tensor("0.weight") for one in vectors)
+    grams, matrices = [], []
+    for name, state in zip(NAMES, states[1:], strict=True):
+        patches = nn.functional.unfold(images(name), 3).movedim(1, 2).reshape(-1, 18)
+        grams.append(gram_of(torch.cat([patches, torch.ones(len(patches), 1).double()], 1)))
+        matrices.append(torch.cat([state["0.weight"].flatten(1), state["0.bias"].unsqueeze(1)], 1))
+    torch.testing.assert_close(found.flatten(1), least_squares(grams, matrices)[:, :-1], rtol=1e-8, atol=1e-10)
+
+
 # -- the worker --------------------------------------------------------------------------------------------------
 
 

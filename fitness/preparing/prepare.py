@@ -39,7 +39,7 @@ from ecotone.fitness.preparing.layers import Unit, units
 from ecotone.fitness.preparing.likeness import Likeness
 from ecotone.fitness.statistics.gather import digest_of_examples, digest_of_head
 from ecotone.fitness.statistics.kinds import Data
-from ecotone.fitness.statistics.layers import linear_layers
+from ecotone.fitness.statistics.layers import observable_layers
 from ecotone.fitness.statistics.moments import together
 from ecotone.merging import operators
 from ecotone.merging.basis import Bases, Basis, Writer
@@ -174,8 +174,8 @@ class Preparation:
         """Units with the statistics of the experts as they are."""
         by_module: dict[str | None, list[Unit]] = {}
         for unit in found:
-            by_module.setdefault(unit.module if unit.at.kind == "linear" else None, []).append(unit)
-        layers = {name: layer for name, layer in linear_layers(module).items() if name in by_module}
+            by_module.setdefault(unit.module if unit.at.kind in ("linear", "convolution") else None, []).append(unit)
+        layers = {name: layer for name, layer in observable_layers(module).items() if name in by_module}
         for names in groups(layers, operator.wanted, len(self._sources.names)):
             some = {name: layers[name] for name in names}
             experts = [self._of_expert(operator, name, module, some) for name in self._sources.names]
