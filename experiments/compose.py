@@ -80,7 +80,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         experts=tuple(_located(path, prepared) for path in models.experts),
         base=None if models.base is None else _located(models.base, prepared),
         operator=recipe.merge.operator,
-        settings=recipe.merge.settings,
+        settings=recipe.merge.with_paths(located).settings,
         names=models.names,
         vocabulary=models.vocabulary,
         treatment=Treatment(models.unused, recipe.merge.freeze, recipe.merge.only, architecture == "auto"),

@@ -380,6 +380,8 @@ def _in_words(operator: Mapping[str, Any]) -> str:
 
 
 def _setting(value: Any) -> str:
+    if isinstance(value, Mapping):  # files, by name
+        return ", ".join(f"{key}: {Path(str(one)).name}" for key, one in value.items()) or "none"
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 

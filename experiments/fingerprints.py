@@ -229,7 +229,8 @@ def readers(recipe: Recipe, spec: WorkerSpec) -> Iterator[Reader]:
         yield Reader(f"calibration.{task.name}", [named.call for named in task.calls()], task.reads(), type(task))
     if isinstance(spec.architecture, Call):
         yield Reader("models.architecture", [spec.architecture])
-    yield Reader("merge.operator", kind=type(operators.get(spec.operator, spec.settings)))
+    files = operators.files(spec.operator, spec.settings)
+    yield Reader("merge.operator", files=files, kind=type(operators.get(spec.operator, spec.settings)))
     yield Reader("scoring.backend", kind=type(spec.backend))
     for number, part in enumerate(recipe.searches):
         yield Reader(f"search[{number}]" if recipe.chain is not None else "search", kind=type(part))

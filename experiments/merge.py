@@ -11,7 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from ecotone.populations.errors import EcotoneError, InputError, nearest
-from ecotone.settings import MoreField, Part, refused
+from ecotone.settings import Located, MoreField, Part, refused
 
 if TYPE_CHECKING:
     from ecotone.merging.operators.declared import Setting
@@ -105,6 +105,14 @@ class Merge(Part):
         from ecotone.merging.operators.whole import FromData
 
         return issubclass(operators.OPERATORS.get(self.operator, "merge.operator"), FromData)
+
+    def with_paths(self, resolve: Located) -> Merge:
+        """The same with the files that the operator's settings name put through ``resolve``."""
+        from ecotone.merging import operators
+
+        settings = self.settings
+        changed = operators.with_paths(self.operator, settings, resolve)
+        return self if changed == settings else self.model_copy(update=changed)
 
     @property
     def _given(self) -> dict[str, Any]:

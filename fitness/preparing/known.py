@@ -228,4 +228,4 @@ def known_of(unit: Unit, experts: Sequence[Gathered], wanted: Sequence[Wanted]) 
         if any(name not in one for one in by_expert):
             return None
         found[kind] = [one[name][cuts[kind]] for one in by_expert]
-    return Known(**found, rows=[one.rows.get(name, 0) for one in experts])
+    return Known(**found, rows=[one.rows.get(name, 0) for one in experts], thresholds=())

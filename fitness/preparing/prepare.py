@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,23 @@ from ecotone.fitness.preparing.known import (
     outputs_over,
     slopes_and_fisher,
 )
-from ecotone.fitness.preparing.layers import Unit, units
+from ecotone.fitness.preparing.layers import Unit, units, whole_tensors
 from ecotone.fitness.preparing.likeness import Likeness
+from ecotone.fitness.preparing.second_moments import SecondMoments
+from ecotone.fitness.preparing.votes import Votes
+from ecotone.fitness.statistics.cache import digest_of
 from ecotone.fitness.statistics.gather import digest_of_examples, digest_of_head
 from ecotone.fitness.statistics.kinds import Data
 from ecotone.fitness.statistics.layers import observable_layers
 from ecotone.fitness.statistics.moments import together
 from ecotone.merging import operators
 from ecotone.merging.basis import Bases, Basis, Writer
+from ecotone.merging.kernel.lazy import Source
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, names_of
-from ecotone.merging.operators.whole import FromData, Known, Report, WholeMatrices
+from ecotone.merging.operators.rcp import Rcp
+from ecotone.merging.operators.task_vectors import Pieces
+from ecotone.merging.operators.whole import FromData, Known, Report, Wanted, WholeMatrices
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, sentence, told
 
@@ -80,6 +86,8 @@ class Preparation:
         device: torch.device,
     ) -> None:
         self._sources, self._operator, self._data = sources, operator, data
+        wants = "second_moments" in operator.wanted
+        self._moments = SecondMoments(sources, operator) if wants else None
         self._make, self._about, self._device = make, about, device
         self._likeness = Likeness(sources.names)
         self._columns = operator.columns(sources.names)
@@ -97,8 +105,9 @@ class Preparation:
         """All that the vectors depend on, as 32 hexadecimal digits."""
         sources, operator = self._sources, self._operator
         layout = sources.layout
+        settings = replace(operator, **{name: type(getattr(operator, name))() for name in operator.paths})
         parts = {
-            "operator": [operator.name, operator.version, repr(operator)],
+            "operator": [operator.name, operator.version, repr(settings)],
             "models": sources.files().contents,
             "names": sources.names,
             "layout": [[name, str(info.dtype), list(info.shape)] for name, info in layout.parameters.items()],
@@ -108,6 +117,11 @@ class Preparation:
                 for name, tasks in self._data.items()
             },
         }
+        if self._moments is not None:
+            parts["second_moments"] = self._moments.digests
+        if "votes" in operator.wanted:
+            labels = [one.examples.labels for tasks in self._data.values() for one in tasks]
+            parts["labels"] = [None if one is None else digest_of({"": one}) for one in labels]
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -126,7 +140,10 @@ class Preparation:
         module = model if isinstance(model, nn.Module) else None
         names = None if module is None else names_of(module, self._sources.layout)
         folds, observes = self._operator.folds, isinstance(self._operator, FromData)
-        found = units(self._sources.layout, module, names, folds=folds, observes=observes)
+        if self._operator.elementwise:
+            found = whole_tensors(self._sources.layout)
+        else:
+            found = units(self._sources.layout, module, names, folds=folds, observes=observes)
         for number, (unit, known) in enumerate(self._in_turn(found, module, names), 1):
             self._prepare(unit, known, writer)
             if time.perf_counter() - began > number:  # a line for each layer where layers take seconds
@@ -154,12 +171,17 @@ class Preparation:
         """All units, each with what is known of it."""
         operator = self._operator
         if not isinstance(operator, FromData):
-            yield from ((unit, Known()) for unit in found)
+            thresholds = operator.surveyed(self._pieces())
+            yield from ((unit, Known(second_moments=self._moments_of(unit), thresholds=thresholds)) for unit in found)
         elif module is None or names is None:
             raise InputError(
                 f"merge.operator: {operator.name} gathers statistics of layers, found a dict of tensors.",
                 "Name an architecture.",
             )
+        elif isinstance(operator, Rcp):
+            assert self._backend is not None
+            votes = Votes(operator, self._sources.names, self._data, self._backend, module, names)
+            yield from ((unit, Known(votes=votes.of(unit.at.name, unit.at.shape))) for unit in found)
         elif operator.order == "depth":
             assert self._backend is not None
             depth = Depth(operator, self._sources, self._data, self._backend, module, names, self._merged)
@@ -167,6 +189,20 @@ class Preparation:
                 yield from depth.turns(found)
         else:
             yield from self._at_once(operator, found, module)
+
+    def _pieces(self) -> Pieces:
+        """The base, the experts and the second moments, if there are any, streamed."""
+        assert self._sources.base is not None
+        models = (self._sources.base, *self._sources.experts)
+
+        def read(name: str) -> list[Source]:
+            moments = () if self._moments is None else self._moments.of(name)
+            return [*(model.flat(name) for model in models), *(one.reshape(-1) for one in moments)]
+
+        return Pieces(self._sources.layout, read)
+
+    def _moments_of(self, unit: Unit) -> Sequence[Tensor]:
+        return () if self._moments is None else self._moments.of(unit.at.name)
 
     def _at_once(
         self, operator: FromData, found: Sequence[Unit], module: nn.Module
@@ -208,7 +244,10 @@ class Preparation:
         stored = [[model.tensor(name).to(self._device, kind) for name in unit.names] for model in models]
         for tensors in zip(*stored, strict=True):
             self._likeness.add(tensors[0], tensors[1:])
-        if unit.at.kind in ("embedding", "rest") or known is None:
+        if operator.elementwise and known is not None:
+            moved = replace_tensors(known, self._device, kind)
+            parts = [operator.layer(unit.at, stored[0][0], [one[0] for one in stored[1:]], moved, report)]
+        elif unit.at.kind in ("embedding", "rest") or known is None:
             if known is None and unit.at.kind in ("linear", "convolution"):
                 report.warnings.append("layers that the data do not reach have the mean of their task vectors")
             elif unit.at.kind == "rest" and len(unit.at.shape) > 1:
@@ -255,19 +294,14 @@ class Preparation:
             self._merged[name] = sum(vectors, start=base).to(self._sources.layout.parameters[name].dtype)
 
     def _kind(self, unit: Unit) -> torch.dtype:
-        large = max(unit.at.shape, default=1) > DOUBLE
+        large = max(unit.at.shape, default=1) > DOUBLE and not self._operator.elementwise
         return torch.float32 if large and self._device.type != "cpu" else torch.float64
 
 
 def replace_tensors(known: Known, device: torch.device, kind: torch.dtype) -> Known:
     """The same statistics on a device, in a type."""
-    return Known(
-        **{
-            name: [one.to(device, kind) for one in getattr(known, name)]
-            for name in ("inputs", "slopes", "fisher", "outputs")
-        },
-        rows=known.rows,
-    )
+    moved = {name: [one.to(device, kind) for one in getattr(known, name)] for name in get_args(Wanted)}
+    return replace(known, **moved)
 
 
 # -- from a worker's spec --------------------------------------------------------------------------------------
@@ -350,11 +384,12 @@ def check_data(operator: str, by_expert: Mapping[str, Sequence[object]]) -> None
     Raises:
         InputError: There is one.
     """
+    labels = getattr(operators.OPERATORS.get(operator, "merge.operator"), "needs_labels", False)
     for name, tasks in by_expert.items():
         if not tasks:
             raise InputError(
                 f"calibration: the operator {operator!r} reads inputs of each expert's own task, found none for "
                 f"{name!r}.",
-                f"Add a calibration task named {name!r} (labels are not needed), or use an operator without data, such "
-                "as iso_c or tsv_m.",
+                f"Add a calibration task named {name!r} ({'with labels' if labels else 'labels are not needed'}), or "
+                "use an operator without data, such as iso_c or tsv_m.",
             )
