@@ -18,6 +18,7 @@ from ecotone.fitness.preparing.prepare import basis_of
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging.basis import Bases
+from ecotone.merging.models.matching import Treatment
 from ecotone.merging.models.names import names_of
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
@@ -173,6 +174,25 @@ def test_own_targets_are_what_the_expert_makes_of_its_own_activations(spec):
         answers.append(models[name](inputs(name)))
     expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(answers)).solution.mT
     torch.testing.assert_close(found["out.weight"], expected[:, :-1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_frozen_is_the_bases_in_the_merge(spec, monkeypatch, alone):
+    if not alone:
+        monkeypatch.setattr("ecotone.fitness.preparing.depth.before_blocks", lambda *_: None)
+    frozen = Treatment(freeze=("blocks.0.*",))
+    basis = basis_of(replace(spec, treatment=frozen, settings={"ridge": 1e-6}))
+    models = states(spec)
+    before = {key: value for key, value in models["base"].state_dict().items() if key.startswith("blocks.0")}
+    grams = []
+    for name in NAMES:
+        hybrid = states(spec)[name]
+        hybrid.load_state_dict(hybrid.state_dict() | before)
+        grams.append(gram_of(seen(hybrid, "blocks.1.first", inputs(name))))
+    expected = least_squares(grams, [folded(models[name], "blocks.1.first") for name in NAMES])
+    base = models["base"].state_dict()["blocks.1.first.weight"]
+    found = base + sum(one.tensor("blocks.1.first.weight") for one in basis.models())
+    torch.testing.assert_close(found, expected[:, :-1], rtol=1e-7, atol=1e-9)
 
 
 def test_the_first_block_is_the_same_in_any_order(spec):

@@ -91,7 +91,8 @@ class Preparation:
         self._make, self._about, self._device = make, about, device
         self._likeness = Likeness(sources.names)
         self._columns = operator.columns(sources.names)
-        self._merged: dict[str, Tensor] = {}  # the tensors of the merge, as far as it is made
+        kept = sources.layout.kept  # what is not merged is the base's in every merge, and not the expert's
+        self._merged: dict[str, Tensor] = {name: sources.giver(name).tensor(name) for name in sorted(kept)}
         self._layers: dict[str, dict[str, float]] = {}
         self._warnings: Counter[str] = Counter()
 
