@@ -99,6 +99,7 @@ def launch(
         composition = _checked(recipe, paths, notify)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
+        _tell_preparing(composition.operator, notify)
         before = fingerprints(recipe, composition.spec)
         pool = compose.make_pool(recipe, replace(composition.spec, try_out=bool(composition.spec.search)))
         with _deaths_told(recipe, place), pool:
@@ -163,6 +164,7 @@ def resume(
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
         composition = compose.Composition(recipe, paths)
+        _tell_preparing(composition.operator, notify)
         compared = changes.Comparison(journal, recipe, composition.spec, accept_changes, "resume", notify)
         compared.check_code()
         with _deaths_told(recipe, place), compose.make_pool(recipe, composition.spec) as pool:
@@ -450,6 +452,11 @@ def _check_numbers(space: Space, notify: Notify) -> None:
 def _tell_unused(recipe: Recipe, notify: Notify) -> None:
     if text := compose.unused_workers(recipe):
         notify(f"Warning: {text}")
+
+
+def _tell_preparing(operator: Operator, notify: Notify) -> None:
+    if isinstance(operator, WholeMatrices):
+        notify(f"Preparing the vectors of {operator.name}, unless they are in the cache ...")
 
 
 def new_directory(name: str) -> Path:

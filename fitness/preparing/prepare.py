@@ -13,6 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, get_args
@@ -41,7 +42,7 @@ from ecotone.fitness.preparing.votes import Votes
 from ecotone.fitness.statistics.cache import digest_of
 from ecotone.fitness.statistics.gather import digest_of_examples, digest_of_head
 from ecotone.fitness.statistics.kinds import Data
-from ecotone.fitness.statistics.layers import linear_layers
+from ecotone.fitness.statistics.layers import observable_layers
 from ecotone.fitness.statistics.moments import together
 from ecotone.merging import operators
 from ecotone.merging.basis import Bases, Basis, Writer
@@ -52,7 +53,7 @@ from ecotone.merging.operators.rcp import Rcp
 from ecotone.merging.operators.task_vectors import Pieces
 from ecotone.merging.operators.whole import FromData, Known, Report, Wanted, WholeMatrices
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import EcotoneError, InputError, sentence, told
 
 if TYPE_CHECKING:
     from ecotone.fitness.specs import WorkerSpec
@@ -90,7 +91,8 @@ class Preparation:
         self._make, self._about, self._device = make, about, device
         self._likeness = Likeness(sources.names)
         self._columns = operator.columns(sources.names)
-        self._merged: dict[str, Tensor] = {}  # the tensors of the merge, as far as it is made
+        kept = sources.layout.kept  # what is not merged is the base's in every merge, and not the expert's
+        self._merged: dict[str, Tensor] = {name: sources.giver(name).tensor(name) for name in sorted(kept)}
         self._layers: dict[str, dict[str, float]] = {}
         self._warnings: Counter[str] = Counter()
 
@@ -209,8 +211,8 @@ class Preparation:
         """Units with the statistics of the experts as they are."""
         by_module: dict[str | None, list[Unit]] = {}
         for unit in found:
-            by_module.setdefault(unit.module if unit.at.kind == "linear" else None, []).append(unit)
-        layers = {name: layer for name, layer in linear_layers(module).items() if name in by_module}
+            by_module.setdefault(unit.module if unit.at.kind in ("linear", "convolution") else None, []).append(unit)
+        layers = {name: layer for name, layer in observable_layers(module).items() if name in by_module}
         for names in groups(layers, operator.wanted, len(self._sources.names)):
             some = {name: layers[name] for name in names}
             experts = [self._of_expert(operator, name, module, some) for name in self._sources.names]
@@ -326,7 +328,7 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
         if basis is None:
             layout, columns = preparation.shape
             _log.info("%s: preparing %s vectors ...", operator.name, len(columns))
-            with bases.writer(preparation.key, layout, columns) as writer:
+            with bases.writer(preparation.key, layout, columns) as writer, _told(operator):
                 preparation.write(writer)
             basis = bases.find(preparation.key)
             assert basis is not None
@@ -335,6 +337,20 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
         for one in bases.prune(spec.cache_bytes, preparation.key):
             _log.info("The vectors of %s in %s were removed: runtime.cache_bytes.", one.record["operator"], one.folder)
     return basis
+
+
+@contextmanager
+def _told(operator: WholeMatrices) -> Iterator[None]:
+    """Turn what models, heads and data raise into words."""
+    try:
+        yield
+    except (EcotoneError, OSError):
+        raise
+    except Exception as error:
+        raise InputError(
+            sentence(f"merge.operator: {operator.name} could not be prepared: {told(error)}"),
+            "Check what the calibration tasks' data functions return, their heads, and the memory that is free.",
+        ) from error
 
 
 def _preparation(spec: WorkerSpec, operator: WholeMatrices) -> Preparation:
