@@ -15,7 +15,7 @@ from ecotone.populations.errors import EcotoneError, InputError, nearest
 from ecotone.populations.folders import cache_folder
 from ecotone.populations.parsing import file_bytes, json_object
 
-Sort: TypeAlias = Literal["vectors", "models", "statistics", "hashes"]
+Sort: TypeAlias = Literal["vectors", "unfinished", "models", "statistics", "hashes"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
@@ -27,8 +27,8 @@ class Entry:
     """Something in the cache.
 
     Args:
-        sort: ``vectors`` that an operator has prepared, ``models`` and data of a recipe's preparation step, all
-            ``statistics``, or all remembered ``hashes`` of files.
+        sort: ``vectors`` that an operator has prepared, ``unfinished`` ones that a killed process left, ``models`` and
+            data of a recipe's preparation step, all ``statistics``, or all remembered ``hashes`` of files.
         key: Its name: that of its folder.
         text: What it is, in words.
         nbytes: Bytes on disk.
@@ -56,6 +56,10 @@ def entries(folder: Path | None = None) -> list[Entry]:
     """
     folder = cache_folder() if folder is None else folder
     found = sorted(_bases(folder / "bases"), key=lambda one: one.used)
+    for left in Bases(folder / "bases").leftovers():
+        inside = [file for file in left.rglob("*") if file.is_file()]
+        text = "left by a preparation that was killed"
+        found.append(Entry("unfinished", left.name, text, _size(inside), left.stat().st_mtime))
     found += sorted(_prepared(folder / "prepared"), key=lambda one: one.used)
     for sort, name, what in (("statistics", "statistics", "statistics"), ("hashes", "contents", "remembered hashes")):
         inside = [file for file in _visible(folder / name) if file.is_file()]
@@ -79,10 +83,10 @@ def free(wanted: int, folder: Path | None = None) -> list[Entry]:
         What was removed.
     """
     folder = cache_folder() if folder is None else folder
-    bases, freed, removed = Bases(folder / "bases"), 0, list[Entry]()
-    for one in entries(folder):
-        if one.sort == "vectors" and freed < wanted and not one.in_use:
-            bases.remove(one.key)
+    freed, removed = 0, list[Entry]()
+    for one in sorted(entries(folder), key=lambda one: one.sort != "unfinished"):
+        if one.sort == "unfinished" or (one.sort == "vectors" and freed < wanted and not one.in_use):
+            _remove(one, folder)
             freed += one.nbytes
             removed.append(one)
     return removed
@@ -105,11 +109,16 @@ def remove(keys: Sequence[str], folder: Path | None = None) -> list[Entry]:
     folder = cache_folder() if folder is None else folder
     chosen = list(dict.fromkeys(_chosen(key, entries(folder)) for key in keys))
     for one in chosen:
-        if one.sort == "vectors":
-            Bases(folder / "bases").remove(one.key)
-        else:
-            files.remove(folder / "prepared" / one.key if one.sort == "models" else folder / one.key)
+        _remove(one, folder)
     return chosen
+
+
+def _remove(one: Entry, folder: Path) -> None:
+    if one.sort == "vectors":
+        Bases(folder / "bases").remove(one.key)
+        return
+    parents = {"models": folder / "prepared", "unfinished": folder / "bases"}
+    files.remove(parents.get(one.sort, folder) / one.key)
 
 
 def _chosen(key: str, known: Sequence[Entry]) -> Entry:

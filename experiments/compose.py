@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ecotone.experiments import preparation
+from ecotone.experiments.fingerprints import code_of
 from ecotone.experiments.merge import Range
 from ecotone.experiments.recipe import Models, Recipe
 from ecotone.fitness.callables import put_last
@@ -26,6 +27,7 @@ from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.merging.models.matching import Treatment
 from ecotone.merging.operators.base import Operator
+from ecotone.merging.operators.whole import WholeMatrices
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
@@ -76,7 +78,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
     architecture, objectives = models.architecture, recipe.objectives
     ray = runtime.pool == "ray"
     located = partial(_located, prepared=prepared)
-    return WorkerSpec(
+    spec = WorkerSpec(
         experts=tuple(_located(path, prepared) for path in models.experts),
         base=None if models.base is None else _located(models.base, prepared),
         operator=recipe.merge.operator,
@@ -107,6 +109,9 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         device_share=min(1.0, runtime.gpus_per_worker or 1.0) if ray else 1.0,
         cache_bytes=runtime.cache_bytes,
     )
+    if isinstance(operators.get(recipe.merge.operator, recipe.merge.settings), WholeMatrices):
+        spec = replace(spec, code=code_of(recipe, spec))
+    return spec
 
 
 def check_operator(recipe: Recipe) -> Operator:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -234,6 +235,19 @@ def readers(recipe: Recipe, spec: WorkerSpec) -> Iterator[Reader]:
     yield Reader("scoring.backend", kind=type(spec.backend))
     for number, part in enumerate(recipe.searches):
         yield Reader(f"search[{number}]" if recipe.chain is not None else "search", kind=type(part))
+
+
+def code_of(recipe: Recipe, spec: WorkerSpec) -> str:
+    """A hash of the user's code that prepared vectors depend on: of the architecture, and of calibration tasks.
+
+    Paths do not count, so that the same code in another folder is the same.
+    """
+    parts = {
+        where: sorted(entry["xxh3_128"] for entry in files.values() if entry["sort"] == "code")
+        for where, files in fingerprints(recipe, replace(spec, search=(), held_out=())).items()
+        if where == "models.architecture" or where.startswith("calibration.")
+    }
+    return xxh3_128(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def packages(recipe: Recipe, spec: WorkerSpec) -> dict[str, str]:

@@ -9,12 +9,14 @@ from typing import Any
 
 from ecotone.experiments import compose, marks, preparation
 from ecotone.experiments.changes import same_contents, same_models
+from ecotone.experiments.merge import Merge
 from ecotone.experiments.recipe import Recipe, check_recipe
 from ecotone.experiments.running import Notify, references
 from ecotone.experiments.storage import JOURNAL, on_this_machine
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.statistics.cache import Cache
 from ecotone.fitness.statistics.kinds import chosen
+from ecotone.merging.operators.whole import WholeMatrices
 from ecotone.populations import facts
 from ecotone.populations.birth import born
 from ecotone.populations.errors import InputError, nearest
@@ -84,6 +86,7 @@ def gather(
     """
     out = on_this_machine(out, "out")
     check_recipe(recipe)
+    recipe = _of_models(recipe)
     wants = _checked(recipe, wants)
     own = () if recipe.folder is None else (str(recipe.folder),)
     paths = compose.python_paths(own)
@@ -97,6 +100,14 @@ def gather(
             notify(f"Gathering {wants.kind} of {', '.join(genomes)} ...")
             found = measure(pool, journal, genomes.values(), wants, 1, _held(cache))
     return [_told(name, genome, found[genome.digest], cache) for name, genome in genomes.items()]
+
+
+def _of_models(recipe: Recipe) -> Recipe:
+    """The recipe with task arithmetic for an operator that prepares: statistics are of the models themselves."""
+    if not isinstance(compose.check_operator(recipe), WholeMatrices):
+        return recipe
+    own = {name: getattr(recipe.merge, name) for name in ("dtype", "freeze", "only")}
+    return recipe.model_copy(update={"merge": Merge(operator="task_arithmetic", **own)})
 
 
 def _checked(recipe: Recipe, wants: Statistics) -> Statistics:

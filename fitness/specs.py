@@ -49,6 +49,7 @@ class WorkerSpec:
         try_out: Score the first expert before the space is given, so that an objective that cannot be computed is found
             before any of a budget is spent.
         dense: Put the sources themselves into the space, for evolution from scratch.
+        code: A hash of the user's code that prepared vectors depend on; empty where none are prepared.
         sys_path: Folders put last on the worker's Python path, for the user's own modules.
         sources: The place where mixed models are kept (``ecotone.merging.placement``); no score depends on it.
         batch: The most candidates scored together, which bounds the memory they take; None if it is not known.
@@ -81,6 +82,7 @@ class WorkerSpec:
     threads: int = 1
     try_out: bool = False
     dense: bool = False
+    code: str = ""
     sys_path: tuple[str, ...] = ()
     sources: Wish = "auto"
     batch: int | None = None

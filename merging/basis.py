@@ -172,6 +172,10 @@ class Bases:
                     found.append((folder.stat().st_mtime, basis.nbytes, basis))
         return [basis for _, _, basis in sorted(found, key=lambda one: one[:2])]
 
+    def leftovers(self) -> list[Path]:
+        """What preparations of this machine that were killed have left behind."""
+        return files.abandoned(self.folder) if self.folder.is_dir() else []
+
     def remove(self, key: str) -> None:
         """Remove a basis. Runs that use it make it again when they go on."""
         folder = self.folder / key

@@ -6,7 +6,7 @@ from torch import nn
 
 from ecotone.fitness.data import Examples
 from ecotone.fitness.statistics.kinds import STATISTICS, Data
-from ecotone.fitness.statistics.layers import input_rows, observable_layers, output_rows
+from ecotone.fitness.statistics.layers import input_rows, mask_of, observable_layers, output_rows
 
 
 def net() -> nn.Sequential:
@@ -105,6 +105,24 @@ def test_masked_tokens_count_for_nothing(kind):
     for name, values in plain.items():
         torch.testing.assert_close(padded[name], values, rtol=tolerance, atol=tolerance * float(values.abs().max()))
     assert set(plain) == {"mix", "out"}
+
+
+def test_decoders_have_masks_of_their_own():
+    tokens, decoder = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]])
+    masks = mask_of({"input_ids": tokens, "attention_mask": tokens, "decoder_input_ids": tokens})
+    assert masks.of("decoder.block.0.layer.0.SelfAttention.q") is None
+    masks = mask_of({"attention_mask": tokens, "decoder_input_ids": tokens, "decoder_attention_mask": decoder})
+    for name, expected in (
+        ("encoder.block.0.layer.0.SelfAttention.q", tokens),
+        ("decoder.block.0.layer.0.SelfAttention.k", decoder),
+        ("decoder.block.0.layer.1.EncDecAttention.k", tokens),
+        ("decoder.block.0.layer.1.EncDecAttention.q", decoder),
+        ("model.decoder.layers.0.encoder_attn.v_proj", tokens),
+    ):
+        assert torch.equal(masks.of(name), expected != 0), name
+    alone = mask_of({"input_ids": tokens, "attention_mask": tokens})
+    assert torch.equal(alone.of("model.decoder.layers.0.self_attn.k_proj"), tokens != 0)  # OPT's layers
+    assert torch.equal(alone.predictions, tokens != 0)
 
 
 def test_drawn_labels_tend_to_the_expectation_and_are_the_same_each_time():

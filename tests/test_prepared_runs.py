@@ -13,10 +13,12 @@ from ecotone.experiments import compose
 from ecotone.experiments.exports import export, verify
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.running import launch, resume
+from ecotone.experiments.statistics import gather
 from ecotone.merging.basis import RECORD, Bases
 from ecotone.populations import facts
 from ecotone.populations.contents import contents
 from ecotone.populations.errors import EcotoneError, InputError
+from ecotone.populations.trial import Statistics
 
 TOYS = """
 import torch
@@ -133,4 +135,25 @@ def replace_tasks(recipe: Recipe) -> Recipe:
 def test_a_basis_takes_part_in_nothing_else(tmp_path):
     """Of the same models under another operator nothing is prepared."""
     launch(recipe_of(tmp_path, merge={"operator": "task_arithmetic"}, calibration=[]), tmp_path / "run")
+    assert Bases().all() == []
+
+
+def test_other_code_of_the_user_prepares_again(tmp_path):
+    """The same tensors in a module that computes otherwise."""
+    recipe = recipe_of(tmp_path)
+    keys = set()
+    for text in (TOYS, TOYS.replace("Tanh", "ReLU")):
+        (tmp_path / "prepared_toys.py").write_text(text)
+        spec = compose.worker_spec(recipe, None)
+        keys.add(spec.code)
+    assert len(keys) == 2
+
+
+def test_statistics_are_those_of_the_models(tmp_path):
+    recipe = recipe_of(tmp_path)
+    plain = recipe_of(tmp_path, merge={"operator": "task_arithmetic"}, search={"algorithm": "adamerging", "steps": 1})
+    wants = Statistics("inputs", ())
+    found = [gather(one, wants, tmp_path / name) for name, one in (("prepared", recipe), ("plain", plain))]
+    digests = [[one.evaluation.statistics.digest for one in some] for some in found]
+    assert digests[0] == digests[1]
     assert Bases().all() == []

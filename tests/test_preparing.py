@@ -215,14 +215,14 @@ def test_block_by_block_is_the_same_as_by_whole_passes(spec, monkeypatch, operat
 
 def test_the_number_of_passes_does_not_grow_with_depth(spec, monkeypatch):
     """For each expert a block runs once to find the order, once before the first block, twice by itself, and once for
-    the layer after the blocks; the first one also to see that it makes the same again.
+    the layer after the blocks; and twice to see that blocks make the same alone, and that nothing skips them.
     """
     ran = []
     forward = nn.LayerNorm.forward
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, hidden: ran.append(1) or forward(self, hidden))
     basis_of(replace(spec, settings={"batch": 64}))
     blocks, experts = 2, 2
-    assert len(ran) == experts * (blocks * 5 + 1)
+    assert len(ran) == experts * blocks * 7
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,50 @@ def test_statistics_are_gathered_for_some_layers_at_a_time(spec, monkeypatch, op
     Bases().remove(at_once.key)
     monkeypatch.setattr("ecotone.fitness.preparing.known.GROUP_BYTES", 1)
     assert basis_of(chosen).record["files"] == at_once.record["files"]
+
+
+class Skipping(Net):
+    """The second block gets what the first one made, beside the hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block(), Beside()])
+
+    def forward(self, inputs):
+        early = self.blocks[0](inputs)
+        return self.out(self.blocks[2](self.blocks[1](early), early))
+
+
+class Beside(Block):
+    def forward(self, hidden, early):
+        return super().forward(hidden) + early
+
+
+class Writing(Net):
+    """Something writes into the hidden states between the blocks."""
+
+    def forward(self, inputs):
+        return self.out(self.blocks[1](self.blocks[0](inputs).mul_(2)))
+
+
+def skipping():
+    return Skipping().double()
+
+
+def writing():
+    return Writing().double()
+
+
+@pytest.mark.parametrize("kind", [Skipping, Writing])
+def test_blocks_that_are_more_than_a_chain_are_not_run_alone(spec, tmp_path, monkeypatch, kind):
+    for number, name in enumerate(("base", *NAMES)):
+        torch.manual_seed(number)
+        save_file(kind().double().state_dict(), tmp_path / f"{name}.safetensors")
+    chosen = replace(spec, architecture=Call(call=f"{__file__}:{kind.__name__.lower()}"))
+    found = basis_of(chosen)
+    Bases().remove(found.key)
+    monkeypatch.setattr("ecotone.fitness.preparing.depth.before_blocks", lambda *_: None)
+    assert basis_of(chosen).record["files"] == found.record["files"]
 
 
 def test_only_so_many_examples_are_read(spec):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ecotone.fitness.heads import outputs
 from ecotone.fitness.statistics.kinds import Data
-from ecotone.fitness.statistics.layers import mask_of
+from ecotone.fitness.statistics.layers import Masks, mask_of
 
 HIDDEN = "hidden_states"
 """The keyword under which transformers pass hidden states, where they are no first argument."""
@@ -32,12 +32,12 @@ class _Batch:
     """One batch before a block.
 
     Args:
-        mask: Which tokens count.
+        masks: Which tokens count.
         hidden: The hidden states.
         calls: By block, its other arguments and keywords.
     """
 
-    mask: Tensor | None
+    masks: Masks
     hidden: Tensor
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -56,17 +56,17 @@ class Standing:
     batches: list[_Batch]
     place: int = 0
 
-    def run(self, block: nn.Module, watched: Callable[[Tensor | None], AbstractContextManager[Any]]) -> list[Tensor]:
+    def run(self, block: nn.Module, watched: Callable[[Masks], AbstractContextManager[Any]]) -> list[Tensor]:
         """Run the block that the data stand before: what it makes of each batch.
 
         Args:
             block: The block, with the weights that it is to have.
-            watched: Is entered around each pass, with the batch's mask.
+            watched: Is entered around each pass, with the batch's masks.
         """
         made = []
         for batch in self.batches:
             given, named = batch.calls[self.place]
-            with torch.no_grad(), watched(batch.mask):
+            with torch.no_grad(), watched(batch.masks):
                 if HIDDEN in named:
                     found = block(*given, **{**named, HIDDEN: batch.hidden})
                 else:
@@ -99,18 +99,57 @@ def before_blocks(model: nn.Module, names: Sequence[str], data: Data, batch: int
             return None
         others = [(given, named) for _, _, given, named, _ in calls]
         batches.append(_Batch(mask_of(inputs), calls[0][1], others))
-        if len(batches) == 1 and not _again(Standing(blocks, batches), _hidden(calls[0][-1])):
+        if len(batches) == 1 and not (
+            _again(Standing(blocks, batches), calls) and _steady(model, blocks, inputs, calls)
+        ):
             return None
     return Standing(blocks, batches)
 
 
-def _again(standing: Standing, made: Tensor) -> bool:
-    """Whether the first block makes the same again of what it was given: nothing in it remembers the first time."""
+def _again(standing: Standing, calls: Sequence[Any]) -> bool:
+    """Whether the blocks, run alone one after the other, make the same again: nothing in or between them remembers."""
+    known = standing.batches[0].hidden
     try:
-        (found,) = standing.run(standing.blocks[0], lambda _: nullcontext())
+        for place, block in enumerate(standing.blocks):
+            if place + 1 < len(calls) and not torch.equal(standing.batches[0].hidden, calls[place][1]):
+                return False
+            standing.advance(standing.run(block, lambda _: nullcontext()))
+        return torch.equal(standing.batches[0].hidden, _hidden(calls[-1][-1]))
     except Exception:  # a block of whatever sort may raise whatever it likes; whole passes do without running it alone
         return False
-    return isinstance(found, Tensor) and torch.equal(found, made)
+    finally:
+        standing.batches[0].hidden = known
+
+
+def _steady(model: nn.Module, blocks: Sequence[nn.Module], inputs: Any, calls: Sequence[Any]) -> bool:
+    """Whether what the blocks get beside the hidden states stays the same when these change: nothing skips a block."""
+
+    def changed(_module: nn.Module, _given: Any, made: Any) -> Any:
+        other = _hidden(made) * 1.5 + 0.25
+        return type(made)((other, *made[1:])) if isinstance(made, tuple | list) else other
+
+    handle = blocks[0].register_forward_hook(changed)
+    try:
+        with _recorded(blocks) as again, torch.no_grad():
+            outputs(model, inputs)
+    except Exception:  # as above
+        return False
+    finally:
+        handle.remove()
+    return len(again) == len(calls) and all(
+        _same(before[2:4], after[2:4]) for before, after in zip(calls, again, strict=True)
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two structures hold the same tensors; hidden states that are given by keyword do not count."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return isinstance(other, Mapping) and all(_same(one[key], other.get(key)) for key in one if key != HIDDEN)
+    if isinstance(one, tuple | list):
+        return isinstance(other, tuple | list) and all(map(_same, one, other))
+    return True
 
 
 @contextmanager
@@ -134,10 +173,21 @@ def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
     def seen(number: int, _module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any], made: Any) -> None:
         hidden, rest = (given[0], given[1:]) if given else (named.get(HIDDEN), ())
-        calls.append((number, hidden, rest, dict(named), made))
+        made = _copied(made)  # what comes after may write into it
+        calls.append((number, begun.pop(number, hidden), rest, dict(named), made))
 
+    def begins(number: int, _module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        hidden = given[0] if given else named.get(HIDDEN)
+        begun[number] = hidden.clone() if isinstance(hidden, Tensor) else hidden
+
+    begun: dict[int, Any] = {}
     handles = [
-        block.register_forward_hook(partial(seen, number), with_kwargs=True) for number, block in enumerate(blocks)
+        handle
+        for number, block in enumerate(blocks)
+        for handle in (
+            block.register_forward_pre_hook(partial(begins, number), with_kwargs=True),
+            block.register_forward_hook(partial(seen, number), with_kwargs=True),
+        )
     ]
     try:
         yield calls
@@ -153,10 +203,16 @@ def _in_turn(calls: Sequence[Any], blocks: Sequence[nn.Module]) -> bool:
     if not all(isinstance(hidden, Tensor) and isinstance(_hidden(made), Tensor) for _, hidden, _, _, made in calls):
         return False
     made = [_hidden(call[-1]) for call in calls[:-1]]
-    return all(
-        before is after[1] or (before.data_ptr() == after[1].data_ptr() and before.shape == after[1].shape)
-        for before, after in zip(made, calls[1:], strict=True)
-    )
+    return all(torch.equal(before, after[1]) for before, after in zip(made, calls[1:], strict=True))
+
+
+def _copied(made: Any) -> Any:
+    """The outputs of a block with hidden states of their own."""
+    if isinstance(made, Tensor):
+        return made.clone()
+    if isinstance(made, tuple | list) and made and isinstance(made[0], Tensor):
+        return (made[0].clone(), *made[1:])
+    return made
 
 
 def _hidden(made: Any) -> Any:

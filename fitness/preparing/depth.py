@@ -27,7 +27,7 @@ from ecotone.fitness.preparing.known import (
 )
 from ecotone.fitness.preparing.layers import Unit, stages
 from ecotone.fitness.statistics.kinds import Data
-from ecotone.fitness.statistics.layers import observable_layers, taking
+from ecotone.fitness.statistics.layers import Masks, observable_layers, taking
 from ecotone.fitness.statistics.moments import Moments, together
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Names
@@ -207,10 +207,10 @@ class Depth:
         for number, standing in enumerate(path.merged):
             takes = [squares(moments), *([beside(targets[number], own)] if targets else [])]
 
-            def watched(mask: Tensor | None, takes: Sequence[Any] = takes) -> AbstractContextManager[Any]:
+            def watched(masks: Masks, takes: Sequence[Any] = takes) -> AbstractContextManager[Any]:
                 stack = ExitStack()
                 for take in takes:
-                    stack.enter_context(taking(layers, mask, take))
+                    stack.enter_context(taking(layers, masks, take))
                 return stack
 
             standing.run(block, watched)
@@ -261,14 +261,14 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._model.tensors)
 
 
-def _unwatched(_mask: Tensor | None) -> AbstractContextManager[Any]:
+def _unwatched(_masks: Masks) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
 def _watching(
     watch: Callable[..., AbstractContextManager[Any]], layers: Mapping[str, nn.Module], into: Any
-) -> Callable[[Tensor | None], AbstractContextManager[Any]]:
-    def watched(mask: Tensor | None) -> AbstractContextManager[Any]:
-        return watch(layers, mask, into)
+) -> Callable[[Masks], AbstractContextManager[Any]]:
+    def watched(masks: Masks) -> AbstractContextManager[Any]:
+        return watch(layers, masks, into)
 
     return watched

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ecotone.fitness.heads import outputs
 from ecotone.fitness.preparing.layers import Unit
 from ecotone.fitness.statistics.kinds import Data
-from ecotone.fitness.statistics.layers import Take, mask_of, observable_layers, observe, output_rows
+from ecotone.fitness.statistics.layers import Masks, Take, mask_of, observable_layers, observe, output_rows
 from ecotone.fitness.statistics.moments import (
     Moments,
     SlopeSettings,
@@ -131,13 +131,11 @@ def outputs_by_row(
 
 
 @contextmanager
-def recording(
-    layers: Mapping[str, nn.Module], mask: Tensor | None, found: Mapping[str, list[Tensor]]
-) -> Iterator[None]:
+def recording(layers: Mapping[str, nn.Module], masks: Masks, found: Mapping[str, list[Tensor]]) -> Iterator[None]:
     """Append to ``found`` the (rows, out) outputs of each call of the layers in the passes that are made meanwhile."""
 
     def seen(name: str, layer: nn.Module, _inputs: Any, made: Tensor) -> None:
-        found[name].append(output_rows(layer, made, mask).cpu())
+        found[name].append(output_rows(layer, made, masks.of(name)).cpu())
 
     handles = [layer.register_forward_hook(partial(seen, name), prepend=True) for name, layer in layers.items()]
     try:

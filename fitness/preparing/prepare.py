@@ -150,8 +150,6 @@ class Preparation:
             if time.perf_counter() - began > number:  # a line for each layer where layers take seconds
                 _log.info("%s: prepared %s of %s tensors.", self._operator.name, number, len(found))
         self._warnings.update(dict.fromkeys(self._likeness.warnings(self._operator.unites), 1))
-        for text, count in self._warnings.most_common(_SHOWN):
-            _log.warning("%s: %s%s", self._operator.name, text, f" ({count} layers)" if count > 1 else "")
         writer.finish(
             {
                 "operator": self._operator.name,
@@ -261,6 +259,8 @@ class Preparation:
             parts = [self._of_stack(unit, [one[0] for one in stored], known, report)]
         else:
             matrices = [unit.matrix(one[0], one[1] if len(one) > 1 else None) for one in stored]
+            if known.rows and min(known.rows) < matrices[0].shape[1]:
+                report.warnings.append("fewer rows of data than input channels: give more examples")
             moved = replace_tensors(known, self._device, kind)
             vectors = operator.layer(unit.at, matrices[0], matrices[1:], moved, report)
             parts = list(zip(*(unit.parts(vector) for vector in vectors), strict=True))
@@ -333,6 +333,8 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
             basis = bases.find(preparation.key)
             assert basis is not None
             _log.info("%s: prepared in %.1f s.", operator.name, basis.record["seconds"])
+    for text, count in Counter(basis.record["warnings"]).most_common(_SHOWN):
+        _log.warning("%s: %s%s", operator.name, text, f" ({count} layers)" if count > 1 else "")
     if made and spec.cache_bytes is not None:
         for one in bases.prune(spec.cache_bytes, preparation.key):
             _log.info("The vectors of %s in %s were removed: runtime.cache_bytes.", one.record["operator"], one.folder)
@@ -361,7 +363,9 @@ def _preparation(spec: WorkerSpec, operator: WholeMatrices) -> Preparation:
     make = None if spec.architecture is None else partial(spec.backend.make, context)
     if isinstance(operator, FromData) and make is not None:
         data = _data(spec, operator, sources.names, ObjectiveContext(device, kind))
-    return Preparation(sources, operator, data, make, (str(spec.architecture), str(kind)), device)
+    heads = [task.head.model_dump_json() for task in spec.calibration if task.head is not None]
+    about = (str(spec.architecture), str(kind), spec.code, *heads)
+    return Preparation(sources, operator, data, make, about, device)
 
 
 def _data(

@@ -129,7 +129,7 @@ def loss_of(module: nn.Module, example: Examples, task: Data) -> Tensor:
         return nn.functional.cross_entropy(logits, example.labels.long())
     tokens = inputs.get(TOKENS) if isinstance(inputs, Mapping) else None
     if example.labels is None and tokens is not None and logits.shape[:-1] == tokens.shape:
-        mask = mask_of(inputs)
+        mask = mask_of(inputs).tokens
         kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         said = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
         return -said[kept[:, 1:]].mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,15 +95,15 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], data: Data, batch
             outputs(model, inputs)
 
 
-def taking(layers: Mapping[str, nn.Module], mask: Tensor | None, take: Take) -> contextlib.AbstractContextManager[None]:
+def taking(layers: Mapping[str, nn.Module], masks: Masks, take: Take) -> contextlib.AbstractContextManager[None]:
     """Give ``take`` the inputs of the layers in the passes that are made meanwhile.
 
     Args:
         layers: Modules, by name.
-        mask: Which tokens count; None for all.
+        masks: Which tokens count.
         take: As for ``observe``.
     """
-    return _hooked(layers, mask, take)
+    return _hooked(layers, masks, take)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,18 +130,19 @@ class Observed:
 
 
 @contextmanager
-def observed(layers: Mapping[str, nn.Module], mask: Tensor | None) -> Iterator[list[Observed]]:
+def observed(layers: Mapping[str, nn.Module], masks: Masks) -> Iterator[list[Observed]]:
     """The calls of the layers in the pass that is made meanwhile, in their order.
 
     Args:
         layers: Modules, by name.
-        mask: (n, L) which tokens count; None for all.
+        masks: Which tokens count.
     """
     seen: list[Observed] = []
 
     def called(name: str, layer: nn.Module, given: Sequence[Any], named: Mapping[str, Any], made: Tensor) -> Tensor:
         inputs = given[0] if given else next(iter(named.values()))
         probe = torch.zeros_like(made, requires_grad=True)
+        mask = masks.of(name)
         seen.append(Observed(name, input_rows(layer, inputs, mask), probe, layer, mask))
         return made + probe
 
@@ -153,9 +155,9 @@ def observed(layers: Mapping[str, nn.Module], mask: Tensor | None) -> Iterator[l
 
 
 @contextmanager
-def _hooked(layers: Mapping[str, nn.Module], mask: Tensor | None, take: Take) -> Iterator[None]:
+def _hooked(layers: Mapping[str, nn.Module], masks: Masks, take: Take) -> Iterator[None]:
     def seen(name: str, layer: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
-        take(name, input_rows(layer, inputs[0] if inputs else next(iter(named.values())), mask))
+        take(name, input_rows(layer, inputs[0] if inputs else next(iter(named.values())), masks.of(name)))
 
     handles = [layer.register_forward_pre_hook(partial(seen, name), with_kwargs=True) for name, layer in layers.items()]
     try:
@@ -165,10 +167,44 @@ def _hooked(layers: Mapping[str, nn.Module], mask: Tensor | None, take: Take) ->
             handle.remove()
 
 
-def mask_of(inputs: Inputs) -> Tensor | None:
-    """(n, L) which tokens count, where the inputs say so."""
-    mask = inputs.get(MASK) if isinstance(inputs, Mapping) else None
-    return None if mask is None or mask.ndim != 2 else mask != 0
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """Which tokens of a batch count.
+
+    Args:
+        tokens: (n, L) those of the inputs; None for all.
+        decoder: (n, L) those of a decoder's inputs, where an encoder has inputs of its own; None for all.
+        apart: Whether a decoder has inputs of its own.
+    """
+
+    tokens: Tensor | None = None
+    decoder: Tensor | None = None
+    apart: bool = False
+
+    def of(self, name: str) -> Tensor | None:
+        """The mask of a layer's rows, by the layer's name. Keys and values of cross-attention are the encoder's."""
+        if not self.apart or not _DECODER.search(name) or (_CROSS.search(name) and _KEYS.search(name)):
+            return self.tokens
+        return self.decoder
+
+    @property
+    def predictions(self) -> Tensor | None:
+        """The mask of predictions by token."""
+        return self.decoder if self.apart else self.tokens
+
+
+_DECODER = re.compile(r"(^|\.)decoder(\.|$)")
+_CROSS = re.compile(r"(^|\.)(EncDecAttention|encoder_attn|crossattention|cross_attn)(\.|$)")
+_KEYS = re.compile(r"(^|\.)(k|v|k_proj|v_proj|key|value)$")
+
+
+def mask_of(inputs: Inputs) -> Masks:
+    """Which tokens count, where the inputs say so."""
+    if not isinstance(inputs, Mapping):
+        return Masks()
+    found = [inputs.get(name) for name in (MASK, f"decoder_{MASK}")]
+    tokens, decoder = (None if one is None or one.ndim != 2 else one != 0 for one in found)
+    return Masks(tokens, decoder, any(name.startswith("decoder_") for name in inputs))
 
 
 def rows_of(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -103,8 +103,6 @@ def regularised(
     report.numbers["condition"] = most / least if least > 0 else float("inf")
     if report.numbers["condition"] > 1 / (10 * torch.finfo(total.dtype).eps):
         report.warnings.append("the Gram matrices are nearly singular: raise the ridge, or give more examples")
-    if min(rows, default=width) < width:
-        report.warnings.append("fewer rows of data than input channels: give more examples")
     return damped, eps
 
 
