@@ -25,6 +25,7 @@ from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.merging.models.matching import Treatment
 from ecotone.merging.operators.base import Operator
+from ecotone.merging.operators.published import published
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
@@ -202,7 +203,7 @@ def context_of(
         ),
         affine=operator.affine,
         bounds=getattr(operator, "bounds", None),
-        around=getattr(operator, "around", None),
+        around=tuple(published(operator, len(space.seeds)).values()),
         limits={one.name: one.limits for one in objectives if one.limits is not None},
     )
 

@@ -56,7 +56,8 @@ class Merge(Part):
     Attributes:
         operator: The merge operator. ``linear`` mixes the experts themselves. ``task_arithmetic`` adds task vectors to
             the base. ``ties``, ``dare`` and ``dare_ties`` add thinned task vectors, ``ties_vectors`` those of
-            AdaMerging++. ``slerp`` goes from one of two models to the other. ``ecotone plugins`` lists all operators.
+            AdaMerging++. ``slerp`` goes from one of two models to the other. ``stack`` puts the vectors of several
+            operators side by side. ``ecotone plugins`` lists all operators.
         dtype: The type that merged weights are rounded to, scored in and exported in. None means the type in which the
             experts are stored (float32 when there is an architecture and the experts mix types).
         freeze: Patterns of names of tensors that are not merged: merges have those of ``models.base``, or of the first
@@ -102,9 +103,12 @@ class Merge(Part):
     def reads_data(self) -> bool:
         """Whether the operator prepares its vectors from the data of calibration tasks."""
         from ecotone.merging import operators
+        from ecotone.merging.operators.stack import Stack
         from ecotone.merging.operators.whole import FromData
 
-        return issubclass(operators.OPERATORS.get(self.operator, "merge.operator"), FromData)
+        operator = operators.get(self.operator, self.settings)
+        parts = operator.preparing.values() if isinstance(operator, Stack) else [operator]
+        return any(isinstance(one, FromData) for one in parts)
 
     @property
     def _given(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Pool, ReadsModels
 from ecotone.merging.operators.base import Operator
-from ecotone.merging.operators.whole import WholeMatrices
+from ecotone.merging.operators.published import published
 from ecotone.merging.values import refuse_nan
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, text_of
@@ -308,13 +308,9 @@ def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tup
         yield named("base"), Genome.uniform(space.size, np.zeros(space.dimension))
     for name, row in zip(experts, space.seeds, strict=True):
         yield name, Genome.uniform(space.size, row)
-    if isinstance(operator, WholeMatrices):
-        yield (
-            named(f"at {operator.around:g}{changed}"),
-            Genome.uniform(space.size, np.full(space.dimension, operator.around)),
-        )
-    else:
-        yield named(f"average{changed}"), Genome.uniform(space.size, space.seeds.mean(axis=0))
+    merges = published(operator, len(space.seeds)) or {"average": space.seeds.mean(axis=0)}
+    for name, row in merges.items():
+        yield named(f"{name}{changed}"), Genome.uniform(space.size, row)
 
 
 def _deaths_told(recipe: Recipe, place: Place) -> contextlib.AbstractContextManager[None]:

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from ecotone.fitness.kinds import CalibrationSettings
 from ecotone.populations.errors import InputError
-from ecotone.populations.genome import Genome, Integers
+from ecotone.populations.genome import Floats, Genome, Integers
 from ecotone.populations.population import Population
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
@@ -52,7 +52,8 @@ class Context:
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
         bounds: The bounds of coefficients that suit the operator; None for those of the algorithm.
-        around: The coefficient of every source in the operator's published merge; None where there is no such merge.
+        around: (K,) coefficients of the operator's published merges, the one to begin with first; empty where there
+            is no such merge.
         limits: For objectives whose score is the mean over examples: the lowest and the highest score of an example.
     """
 
@@ -65,7 +66,7 @@ class Context:
     searched: tuple[Setting, ...] = ()
     affine: bool = True
     bounds: tuple[float, float] | None = None
-    around: float | None = None
+    around: tuple[Floats, ...] = ()
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -325,9 +326,8 @@ class ModelsFirstBox(FrontBox):
             return points[np.sort(np.unique(points, axis=0, return_index=True)[1])]
         if not self.models_first:
             return None
-        if context.around is not None:  # of what was prepared, a part alone is no model
-            return np.array([box.point(Genome.uniform(space.size, np.full(space.dimension, context.around)))])
-        rows = [*space.seeds, space.seeds.mean(axis=0)]
+        # Of what was prepared, a part alone is no model.
+        rows = context.around or [*space.seeds, space.seeds.mean(axis=0)]
         return np.array([box.point(Genome.uniform(space.size, row)) for row in rows])
 
 

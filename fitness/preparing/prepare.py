@@ -38,9 +38,10 @@ from ecotone.fitness.statistics.kinds import Data
 from ecotone.fitness.statistics.layers import linear_layers
 from ecotone.fitness.statistics.moments import together
 from ecotone.merging import operators
-from ecotone.merging.basis import Bases, Basis, Writer
+from ecotone.merging.basis import Bases, Basis, SideBySide, Writer
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, names_of
+from ecotone.merging.operators.stack import Stack
 from ecotone.merging.operators.whole import FromData, Known, Report, WholeMatrices
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
@@ -313,16 +314,25 @@ def replace_tensors(known: Known, device: torch.device, kind: torch.dtype) -> Kn
 # -- from a worker's spec --------------------------------------------------------------------------------------
 
 
-def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
+def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | SideBySide | None:
     """The basis of a worker's operator, made now unless it lies in this machine's cache; None where it prepares none.
+
+    Of a stack those of its methods, each one as it is where the method is used alone.
 
     Raises:
         EcotoneError: The models cannot be opened, data are lacking, the vectors cannot be prepared, or the disk is
             full.
     """
     operator = operators.get(spec.operator, spec.settings)
-    if not isinstance(operator, WholeMatrices):
-        return None
+    if isinstance(operator, Stack):
+        methods = zip(operator.members, operator.methods, strict=True)
+        alone = {label: replace(spec, operator=one.operator, settings=one.settings) for label, one in methods}
+        found = {label: _basis_of(alone[label], one, bases) for label, one in operator.preparing.items()}
+        return SideBySide(found) if found else None
+    return _basis_of(spec, operator, bases) if isinstance(operator, WholeMatrices) else None
+
+
+def _basis_of(spec: WorkerSpec, operator: WholeMatrices, bases: Bases | None) -> Basis:
     bases = Bases() if bases is None else bases
     preparation = _preparation(spec, operator)
     with bases.alone(preparation.key):

@@ -38,6 +38,7 @@ _OURS = {
     "opcm": "ecotone.merging.operators.opcm:Opcm",
     "star": "ecotone.merging.operators.star:Star",
     "knots": "ecotone.merging.operators.knots:Knots",
+    "stack": "ecotone.merging.operators.stack:Stack",
 }
 OPERATORS: Registry[type[Operator]] = Registry("operator", "ecotone.operators", _OURS, declared.check_declared)
 
