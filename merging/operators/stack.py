@@ -1,6 +1,7 @@
 """Methods side by side: the vectors of several operators as columns of one merge.
 
-Nearly all methods are linear in their coefficients, ``base + sum_k c_k v_k``, each with its own vectors. So is their sum:
+Nearly all methods are linear in their coefficients, ``base + sum_k c_k v_k``, each with its own vectors. So is their
+sum:
 
     theta = base + sum_m sum_k c_mk v_mk
 
@@ -13,8 +14,10 @@ with runs that use it alone. One that changes task vectors piece by piece, as TI
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Annotated, Any, ClassVar, TypeAlias
@@ -295,7 +298,7 @@ def _spans_of(stack: Stack, experts: int) -> tuple[int, tuple[slice, ...]]:
     """
     names = [str(number) for number in range(experts)]
     ends = np.cumsum([0, *(len(one.columns(names)) for one in stack.members.values())]).tolist()
-    return ends[-1], tuple(slice(low, high) for low, high in zip(ends[:-1], ends[1:], strict=True))
+    return ends[-1], tuple(slice(low, high) for low, high in itertools.pairwise(ends))
 
 
 @cache
@@ -305,16 +308,9 @@ def _spans(stack: Stack, columns: int) -> tuple[slice, ...]:
     Raises:
         InputError: No number of experts has so many.
     """
-    for width, spans in _all_spans(stack, columns):
-        if width == columns:
-            return spans
+    for experts in range(1, columns + 1):
+        with contextlib.suppress(InputError):  # a method does not merge so many
+            width, spans = _spans_of(stack, experts)
+            if width == columns:
+                return spans
     raise InputError(f"genome: expected columns of {', '.join(stack.members)}, found {columns} in all.")
-
-
-def _all_spans(stack: Stack, most: int) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """``_spans_of`` for every number of experts that may have at most ``most`` columns."""
-    for experts in range(1, most + 1):
-        try:
-            yield _spans_of(stack, experts)
-        except InputError:  # a method does not merge so many
-            continue
