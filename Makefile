@@ -44,7 +44,7 @@ $(MERGEKIT): $(INSTALLED)
 	touch $@
 
 mergekit: $(MERGEKIT)
-	ECOTONE_MERGEKIT=.venv-mergekit/bin/python $(BIN)/python -m pytest tests/test_mergekit_program.py
+	ECOTONE_MERGEKIT=.venv-mergekit/bin/python $(BIN)/python -m pytest tests/test_mergekit_program.py tests/test_starts_mergekit.py
 
 # Every field of a recipe on one page, from the declarations themselves.
 docs: $(INSTALLED)

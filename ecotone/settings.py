@@ -118,20 +118,20 @@ def _holds_truth(value: Any) -> bool:
 @cache
 def _is_of_numbers(cls: type[Part], name: str) -> bool:
     """Whether a field holds numbers, or lists of them, and nothing that true or false may be."""
-    leaves = set(_leaves(cls.model_fields[name].annotation))
-    return bool(leaves & {int, float}) and leaves <= {int, float, str, type(None), type(...)}
+    held = set(leaves(cls.model_fields[name].annotation))
+    return bool(held & {int, float}) and held <= {int, float, str, type(None), type(...)}
 
 
-def _leaves(annotation: Any) -> Iterator[Any]:
+def leaves(annotation: Any) -> Iterator[Any]:
     """The types in an annotation that hold no others; of literals the values' types."""
     inner = get_args(annotation)
     if get_origin(annotation) is Literal:
         yield from map(type, inner)
     elif get_origin(annotation) is Annotated:
-        yield from _leaves(inner[0])
+        yield from leaves(inner[0])
     elif inner:
         for one in inner:
-            yield from _leaves(one)
+            yield from leaves(one)
     else:
         yield type(...) if annotation is ... else annotation
 

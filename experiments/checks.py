@@ -361,8 +361,17 @@ def _search(composition: compose.Composition) -> Iterator[Finding]:
     if chain is not None:
         for index, one in enumerate(found):
             yield Finding(f"search[{index}]", f"{one.text}; {chain.placed(index)}")
-    elif found[0].text != found[0].settings.algorithm:
+            yield from _start(one, f"search[{index}].start")
+        return
+    if found[0].text != found[0].settings.algorithm:
         yield Finding("search", found[0].text)
+    yield from _start(found[0], "search.start")
+
+
+def _start(found: compose.Outlined, field: str) -> Iterator[Finding]:
+    """The merges that a search begins with because they are solved from inner products."""
+    if found.begins:
+        yield Finding(field, f"begins with {'; '.join(found.begins)}")
 
 
 def _memory(recipe: Recipe, spec: WorkerSpec, sources: Sources) -> Iterator[Finding]:

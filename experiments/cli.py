@@ -337,7 +337,8 @@ def front(
     out.print(report.front_table(opened, members, None if choice is None else choice.member.id))
     for part in report.search_report(opened.report() or {}, opened.goals):
         out.print(part)
-    for text in (*report.front_lines(opened, volume, choice), *report.accepted_lines(opened)):
+    notes = (*report.start_lines(opened), *report.accepted_lines(opened))
+    for text in (*report.front_lines(opened, volume, choice), *notes):
         out.print(text, soft_wrap=True)
 
 
@@ -699,7 +700,8 @@ def _drive(recipe: Recipe, place: str, work: Callable[[Watcher], Run], log: LogF
         return
     out = report.console()
     out.print(report.closing_table(finished))
-    for text in (*report.search_warnings(finished.report() or {}), *report.accepted_lines(finished)):
+    warnings = report.search_warnings(finished.report() or {})
+    for text in (*report.start_lines(finished), *warnings, *report.accepted_lines(finished)):
         out.print(text, soft_wrap=True)
     out.print(f"\nThe run is in {finished.where}. What next:", soft_wrap=True)
     for command, text in (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from ecotone.search.chain import ChainSettings, of_stage
 from ecotone.search.coefficients import Setting
 from ecotone.search.kinds import Context, Pair, SearchSettings
 from ecotone.search.manager import Schedule
+from ecotone.search.starts import placing
 from ecotone.settings import PREPARED, Call
 
 
@@ -204,6 +206,7 @@ def context_of(
         affine=operator.affine,
         bounds=getattr(operator, "bounds", None),
         around=tuple(published(operator, len(space.seeds)).values()),
+        weighs="prepared" if operator.changes else "task_vectors" if operator.needs_base else "models",
         limits={one.name: one.limits for one in objectives if one.limits is not None},
     )
 
@@ -221,7 +224,14 @@ def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = (), ope
         InputError: The algorithm does not fit the objectives or the number of coefficients, or is not installed; or the
             segments of a stage's merges do not fit those of the next.
     """
-    return recipe.search.make(context_of(recipe, space, starts, operator))
+    context, search = context_of(recipe, space, starts, operator), recipe.search
+    return search.make(context if isinstance(search, ChainSettings) else placing.begun(search, context))
+
+
+def solved_starts(recipe: Recipe, space: Space, operator: Operator) -> list[dict[str, Any]]:
+    """The merges that searches begin with because their ``start`` solves them, in the order of the stages."""
+    context = context_of(recipe, space, operator=operator)
+    return [one.record(stage) for stage, part in enumerate(recipe.searches) for one in placing.solved(part, context)]
 
 
 @dataclass(frozen=True)
@@ -234,6 +244,7 @@ class Outlined:
         context: The context it is made for.
         coefficients: (segments, models) of its merges; None where they are not known yet.
         components: The names of the parts that have coefficients, where they are components and not segments.
+        begins: The merges that it begins with because its ``start`` solves them, in words.
     """
 
     settings: SearchSettings
@@ -241,10 +252,12 @@ class Outlined:
     context: Context
     coefficients: tuple[int, int] | None
     components: tuple[str, ...] = ()
+    begins: tuple[str, ...] = ()
 
     def suits(self, space: Space) -> bool:
         """Whether the search is what ``space`` would give, and can be carried out."""
-        return self.pair is not None and not self.settings.needs().geometry and self.context.space.like(space)
+        geometry = self.settings.needs().geometry or bool(self.settings.solvers)
+        return self.pair is not None and not geometry and self.context.space.like(space)
 
     @property
     def text(self) -> str:
@@ -296,12 +309,14 @@ def _outlined(
     outline = _outline(recipe, operator, groups) if sources is None else _outline_of(sources)
     context = context_of(recipe, outline, operator=operator)
     context = context if chain is None else chain.contexts(context)[index]
+    begins = tuple(placing.texts(settings, None if sources is None else outline))
     if settings.needs().vectors or (sources is None and not settings.reads_only_names()):
-        return Outlined(settings, None, context, None)
+        return Outlined(settings, None, context, None, begins=begins)
     segments = settings.segments(outline)
     coefficients = None if segments is None else (segments, outline.dimension)
     names = () if segments is None else settings.parts(outline).names
-    return Outlined(settings, settings.make(context), context, coefficients, names)
+    pair = settings.make(placing.begun(settings, context, known=False))
+    return Outlined(settings, pair, context, coefficients, names, begins)
 
 
 def _outline_of(sources: Sources) -> Space:

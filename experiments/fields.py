@@ -21,10 +21,14 @@ from ecotone.experiments.words import UNWRITTEN, parts_in
 from ecotone.populations.errors import InputError, closest
 from ecotone.populations.files import written_whole
 from ecotone.search.chain import ChainSettings, StageSettings
+from ecotone.search.starts.registry import Solvers
 from ecotone.settings import Part, chosen_of
 
 STAGE = ("stage",)
 """Stands as the kind of the keys of a stage, which lie beside those of its search."""
+
+NESTED = (StageSettings, Solvers)
+"""Parts whose own parts may stand without them, too: the search of a stage, solvers in a list. They are told once."""
 
 _RANGE = "a mapping of bounds (low, high, scale)"
 _TOLD = re.compile(r"\bBy default (.+?)\.(?: |$)")
@@ -82,8 +86,8 @@ def fields_of(
             text = part.texts().get(name, "")
             default = "required" if name == needed else _default(field, text)
             yield FieldText(place, kinds, in_words(shape, shapes.get("$defs", {})), default, text)
-        elif part is StageSettings:
-            continue  # the search of a stage has the fields of any search
+        if part in NESTED:
+            continue
         for nested, own, tag in inside(part, name):
             below = path if part is ChainSettings else place
             yield from fields_of(nested, below, STAGE if nested in (ChainSettings, StageSettings) else own, tag)
@@ -238,7 +242,11 @@ def page() -> str:
         "Written by `make docs` from the declarations. `ecotone recipe --explain FIELD` says the same of one field.",
         "",
     ]
+    told = set()
     for title, summary, fields in sections(Recipe, "recipe"):
+        if (title, summary) in told:  # what several kinds have
+            continue
+        told.add((title, summary))
         lines += [f"## {title}", "", summary, "", "| field | takes | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [
             f"| `{one.path}` | {_cell(one.type)} | `{_cell(one.default)}` | {_cell(one.text)} |" for one in fields
@@ -258,8 +266,8 @@ def sections(
     ]
     if part is not ChainSettings:
         yield title, part.summary(), own
-    if part is StageSettings:
-        return  # the sections of its search are there already
+    if part in NESTED:
+        return
     for name in part.model_fields:
         place = f"{path}.{name}".lstrip(".") if (part, name) not in UNWRITTEN else path
         for nested, kinds, tag in inside(part, name):

@@ -9,6 +9,7 @@ from ecotone.registry import Origin, Registry
 
 REGISTRIES = {
     "searches": "ecotone.search.registry:SEARCHES",
+    "starts": "ecotone.search.starts.registry:SOLVERS",
     "operators": "ecotone.merging.operators:OPERATORS",
     "objectives": "ecotone.fitness.registry:OBJECTIVES",
     "losses": "ecotone.fitness.registry:LOSSES",

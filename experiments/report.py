@@ -21,6 +21,7 @@ from rich.tree import Tree
 from ecotone.experiments.accepted import accepted_texts
 from ecotone.experiments.consoles import PlainConsole
 from ecotone.experiments.runs import Run, Scored, points_of
+from ecotone.populations import facts
 from ecotone.populations.fronts import hypervolume
 from ecotone.populations.ranking import Scale
 from ecotone.populations.trial import Goal, oriented
@@ -122,6 +123,20 @@ def closing_table(run: Run) -> Table:
     for member in spread(front, SHOWN):
         table.add_row(*score_row(f"front (member {member.id})", member, scales))
     return table
+
+
+def start_lines(run: Run) -> list[str]:
+    """The merges that the run's searches began with because they were solved from inner products, a line each."""
+    with run.journal() as journal:
+        found, names = journal.fact(facts.STARTS) or [], journal.fact(facts.MODELS) or ()
+    several = len({one["stage"] for one in found}) > 1 or any(one["stage"] for one in found)
+    lines = []
+    for one in found:
+        stage = f"Stage {one['stage']} began" if several else "Began"
+        columns = names if len(names) == len(one["means"]) else range(len(one["means"]))
+        means = ", ".join(f"{name} {value:.4g}" for name, value in zip(columns, one["means"], strict=True))
+        lines.append(f"{stage} with {one['solver']['solve']}: {one['text']}. Means: {means}.")
+    return lines
 
 
 def accepted_lines(run: Run) -> list[str]:

@@ -108,7 +108,7 @@ def launch(
             beginning.make_room(recipe.text())
             _write_recipe(recipe, directory, new=True)
             notes = [
-                *_notes(recipe, space, paths),
+                *_notes(composition, space, paths),
                 *changes.opening(recipe, composition.spec, space, before),
                 *_credentials(recipe, place, notify),
             ]
@@ -180,7 +180,7 @@ def resume(
                 for note in _credentials(recipe, place, notify, secret):
                     journal.note(facts.CREDENTIALS, facts.CREDENTIALS.read(note.text))
                 versions = facts.VERSIONS.note(compared.versions)
-                journal.complete([*_notes(recipe, space, present), versions])  # what a repaired journal has lost
+                journal.complete([*_notes(composition, space, present), versions])  # what a repaired journal has lost
                 marks.mark_journal(journal)
             if standing != "own" and marks.has_mark(journal):
                 notify("The run is marked as yours from now on.")
@@ -379,9 +379,11 @@ def _tracked(recipe: Recipe, place: Place, notify: Notify) -> Iterator[Followers
     followers.wait(60)
 
 
-def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
+def _notes(composition: compose.Composition, space: Space, paths: tuple[str, ...]) -> list[facts.Note]:
     """The facts that open the journal of a new run."""
+    recipe = composition.recipe
     objectives = recipe.objectives
+    starts = compose.solved_starts(recipe, space, composition.operator)
     components = [found for one in recipe.searches if (found := one.parts(space)).names]
     return [
         facts.NAME.note(recipe.name),
@@ -397,6 +399,7 @@ def _notes(recipe: Recipe, space: Space, paths: tuple[str, ...]) -> list[facts.N
         facts.SYS_PATH.note(paths),
         facts.GEOMETRY.note(space.gram.prefix[-1].tolist()),
         *(facts.COMPONENTS.note(parts.record()) for parts in components[-1:]),
+        *([facts.STARTS.note(starts)] if starts else []),
         facts.STATE.note("running"),
     ]
 

@@ -15,6 +15,7 @@ from ecotone.populations.errors import nearest, sentence
 from ecotone.populations.journal import Journal
 from ecotone.populations.yaml_texts import Steps, Written, hint
 from ecotone.search.chain import ChainSettings, StageSettings
+from ecotone.search.starts.registry import Solvers
 from ecotone.settings import NO_NUMBER, UNKNOWN_KIND, Part, chosen_of
 
 MOST = 5  # errors that are told
@@ -25,7 +26,7 @@ _WANTED: Mapping[str, type] = {
 }
 """Errors of pydantic after which a hint helps, and whether text or a number was expected."""
 UNWRITTEN = ((ChainSettings, "stages"), (StageSettings, "search"))  # fields that a user does not write
-MEMBERS: dict[int | str, type[Part]] = {"stages": ChainSettings}  # of unions, by tag
+MEMBERS: dict[int | str, type[Part]] = {"stages": ChainSettings, "several": Solvers}  # of unions, by tag
 
 
 def wrote(journal: Journal) -> str:

@@ -117,6 +117,12 @@ COMPONENTS = _object(
     "components",
     "Of a search by components: borders in the flat vector, the component of each segment, and the components' names.",
 )
+STARTS: Fact[list[dict[str, Any]]] = Fact(
+    "starts",
+    "Of a search that begins with solved merges: the solver, how fine, and each source's mean coefficient.",
+    json_value,
+    _json,
+)
 BUDGET = _object("budget", "Evaluations and seconds after which the search ends; null for no limit.")
 TRACKING = _object("tracking", "The trackers that the run is mirrored to, by name, each with its settings.")
 CONTENTS: Fact[Mapping[str, Any]] = Fact(
@@ -152,7 +158,7 @@ REPORT = _object("report", "The search's own report at its end.")
 FACTS: tuple[Fact[Any], ...] = (
     *(FORMAT_OF, CREATED, NAME, RECIPE, SIGNATURE, ALGORITHM, SEED, GOALS, HELD_OUT_GOALS, MODELS, GEOMETRY),
     *(CONTENTS, FINGERPRINTS, ACCEPTED),
-    *(COMPONENTS, BUDGET, TRACKING, CREDENTIALS, VERSIONS, SYS_PATH, MARK),
+    *(COMPONENTS, STARTS, BUDGET, TRACKING, CREDENTIALS, VERSIONS, SYS_PATH, MARK),
     *(STATE, ERROR, STOP_REASON, ELAPSED, REPORT),
 )
 """All facts, in the order of reports."""

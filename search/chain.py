@@ -21,9 +21,10 @@ from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.space import Space
 from ecotone.search.coefficients import Parts
-from ecotone.search.kinds import APART, Context, Fineness, Pair, beyond
+from ecotone.search.kinds import APART, Context, Fineness, Pair, beyond, takes_number
 from ecotone.search.registry import SEARCHES, AnySearch
 from ecotone.search.stages import Stage, StagedSearch, Start, stage_seed
+from ecotone.search.starts.placing import begun
 from ecotone.settings import Part
 
 
@@ -35,9 +36,10 @@ class StageSettings(Part):
         evaluations: Evaluations that the stage may spend of the budget. The last stage may leave them out and has the
             rest.
         start: The merges of the stage before that this stage begins with: its ``front``, its ``best`` merge, its
-            ``archive`` (the members of its population) or ``none``. By default ``front``, where the algorithm can begin
-            with given merges. They are not scored again. M2N2, NSGA and Optuna's samplers begin with them in place of
-            the models. CMA-ES takes the best of them as its mean.
+            ``archive`` (the members of its population) or ``none``. A mapping, ``{solve: ...}``, is the search's own
+            ``start``. By default ``front``, where the algorithm can begin with given merges. Merges of the stage before
+            are not scored again. M2N2, NSGA and Optuna's samplers begin with them in place of the models. CMA-ES takes
+            the best of them as its mean.
         starts: The most merges to begin with: the best merge, and others spread over the scores. By default 4 for
             searches by gradient, which learn from each, and all merges for others.
     """
@@ -50,10 +52,17 @@ class StageSettings(Part):
     @model_validator(mode="before")
     @classmethod
     def _sorted(cls, value: Any) -> Any:
-        """Tell the stage's keys from the search's; a number as ``start`` is the algorithm's own, where it has one."""
+        """Tell the stage's keys from the search's.
+
+        A ``start`` that is a mapping is the search's own, as it is where the search stands alone. So is a number, where
+        the algorithm takes one.
+        """
         if not isinstance(value, Mapping) or "search" in value:
             return value
-        placed = isinstance(value.get("start"), int | float) and _has_start(value.get("algorithm"))
+        start = value.get("start")
+        placed = isinstance(start, Mapping | Part) or (
+            isinstance(start, int | float) and _takes_number(value.get("algorithm"))
+        )
         of_stage = {"evaluations", "starts"} | (set() if placed else {"start"})
         rest = {key: setting for key, setting in value.items() if key not in of_stage}
         return {"search": rest, **{key: value[key] for key in of_stage if key in value}}
@@ -89,7 +98,7 @@ class StageSettings(Part):
         if self.start is not None:
             return self.start
         begins = self.search.begins()
-        return "none" if begins.placed or begins.refusal else "front"
+        return "none" if begins.placed or begins.refusal or self.search.solvers else "front"
 
     @property
     def most(self) -> int | None:
@@ -208,7 +217,8 @@ class ChainSettings(Part):
 
     def _begun(self, index: int, context: Context, starts: Sequence[Genome]) -> Pair:
         with of_stage(index):
-            return self.stages[index].search.make(replace(context, starts=tuple(starts)))
+            search, given = self.stages[index].search, replace(context, starts=tuple(starts))
+            return search.make(given if self.starts[index] != "none" else begun(search, given))
 
     def check_segments(self, space: Space) -> None:
         """Refuse a stage whose segments lack borders that the merges of the stage before it may have.
@@ -256,5 +266,5 @@ def of_stage(index: int) -> Iterator[None]:
         raise InputError(named(error.message), named(error.remedy)) from error
 
 
-def _has_start(algorithm: Any) -> bool:
-    return algorithm in SEARCHES and "start" in SEARCHES.get(algorithm, "search").model_fields
+def _takes_number(algorithm: Any) -> bool:
+    return algorithm in SEARCHES and takes_number(SEARCHES.get(algorithm, "search"))

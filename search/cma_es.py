@@ -22,6 +22,7 @@ from ecotone.search.coefficients import CoefficientBox
 from ecotone.search.kinds import Begins, Box, Context, Needs, Pair
 from ecotone.search.protocol import Search
 from ecotone.search.racing import RaceSettings, raced
+from ecotone.search.starts.registry import NumberOrBeginning
 
 
 class CmaEsSettings(Box):
@@ -31,7 +32,8 @@ class CmaEsSettings(Box):
         algorithm: ``cma_es``: evolution with a learned covariance matrix; ``sep_cma_es``: the same with a diagonal
             matrix, for many coefficients.
         start: The first mean of every coefficient. None means 1/K for K models, the plain average; halfway for
-            operators that go from one model to another. Searched settings of the operator begin at their defaults.
+            operators that go from one model to another. Searched settings of the operator begin at their defaults. A
+            solver, such as ``{solve: model_stock}``, gives the first mean by its merge.
         sigma: The first step size, in units of the coefficients.
         population_size: Candidates in a generation. None means ``4 + floor(3 ln D)`` for D coefficients.
         race: Score every candidate on some of the examples first, and only the promising candidates on all
@@ -39,16 +41,22 @@ class CmaEsSettings(Box):
     """
 
     algorithm: Literal["cma_es", "sep_cma_es"] = "cma_es"
-    start: float | None = None
+    start: NumberOrBeginning | None = None  # type: ignore[assignment]
     sigma: float = Field(default=0.2, gt=0)
     population_size: int | None = Field(default=None, ge=2)
     race: RaceSettings | None = None
 
     @model_validator(mode="after")
     def _start_inside(self) -> CmaEsSettings:
-        if self.start is not None and not self.low <= self.start <= self.high:
-            raise ValueError(f"start: expected between {self.low} and {self.high}, found {self.start}")
+        number = self._number
+        if number is not None and not self.low <= number <= self.high:
+            raise ValueError(f"start: expected between {self.low} and {self.high}, found {number}")
         return self
+
+    @property
+    def _number(self) -> float | None:
+        """The first mean of every coefficient, where ``start`` is a number."""
+        return self.start if isinstance(self.start, int | float) else None
 
     def needs(self) -> Needs:
         """It needs no more than one objective."""
@@ -56,7 +64,7 @@ class CmaEsSettings(Box):
 
     def begins(self) -> Begins:
         """It can begin with the best merge, which is its first mean."""
-        return Begins(most=1, fixed=True, placed=self.start is not None)
+        return Begins(most=1, fixed=True, placed=self._number is not None)
 
     def describe(self, search: Search | None, context: Context) -> str:
         """The bounds, and what it climbs where directions differ."""
@@ -65,7 +73,7 @@ class CmaEsSettings(Box):
     def make(self, context: Context) -> Pair:
         """The search, and an archive of the best."""
         box = self.box(context)
-        start: ArrayLike | None = box.point(context.starts[0]) if context.starts else self.start
+        start: ArrayLike | None = box.point(context.starts[0]) if context.starts else self._number
         if start is None and context.around:
             start = box.point(Genome.uniform(context.space.size, context.around[0]))
         if start is None and not context.affine:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ecotone.fitness.kinds import CalibrationSettings
 from ecotone.populations.errors import InputError
@@ -25,7 +25,9 @@ from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
 from ecotone.search.coefficients import CoefficientBox, Granularity, Parts, Setting, parts_of
 from ecotone.search.protocol import Search
-from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Kind, check_kind
+from ecotone.search.starts.base import Solver, Weighs
+from ecotone.search.starts.registry import Beginning, Solvers, listed
+from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Kind, check_kind, leaves
 
 Pair: TypeAlias = tuple[Search, Population]
 Fineness: TypeAlias = Literal["model", "groups", "components", "block", "tensor", "element"]
@@ -54,6 +56,9 @@ class Context:
         bounds: The bounds of coefficients that suit the operator; None for those of the algorithm.
         around: (K,) coefficients of the operator's published merges, the one to begin with first; empty where there
             is no such merge.
+        weighs: What coefficients weigh under the operator.
+        joined: Whether ``starts`` come before what the search begins with anyway, such as the models. Otherwise they
+            take its place: they were scored before.
         limits: For objectives whose score is the mean over examples: the lowest and the highest score of an example.
     """
 
@@ -67,7 +72,14 @@ class Context:
     affine: bool = True
     bounds: tuple[float, float] | None = None
     around: tuple[Floats, ...] = ()
+    weighs: Weighs = "models"
+    joined: bool = False
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def published(self) -> tuple[Genome, ...]:
+        """The operator's published merges, the one to begin with first; empty where there is none."""
+        return tuple(Genome.uniform(self.space.size, row) for row in self.around)
 
 
 @dataclass(frozen=True)
@@ -130,10 +142,14 @@ class SearchSettings(Kind):
     Attributes:
         algorithm: The name of the search algorithm.
         archive: The most merges that the population keeps.
+        start: Merges to begin with, solved from the models' inner products: a solver with its settings, such as
+            ``{solve: model_stock}``, or several, ``{solve: [model_stock, average]}``. They come first among the
+            candidates, before those that the search begins with anyway. None begins without.
     """
 
     algorithm: str
     archive: int = Field(default=20, ge=1)
+    start: Beginning | None = None
 
     searches_settings: ClassVar[bool] = False
     """Whether settings of the merge operator can be searched beside the coefficients."""
@@ -155,6 +171,29 @@ class SearchSettings(Kind):
     @property
     def _subject(self) -> str:
         return f"search.algorithm: the search {self.algorithm!r}"
+
+    @property
+    def solvers(self) -> tuple[Solver, ...]:
+        """The solvers of the merges that it begins with; empty for none."""
+        return listed(self.start)
+
+    @model_validator(mode="after")
+    def _can_begin_so(self) -> SearchSettings:
+        count = len(self.solvers)
+        begins = self.begins() if count else Begins()
+        if begins.refusal:
+            raise ValueError(f"start: {begins.refusal}; leave start out")
+        if begins.fixed and begins.most == 1 and count > 1:
+            raise ValueError(f"start: {self.algorithm} begins with one merge, found {count} to solve; name one")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_start(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a ``start`` that is None: records and signatures are those of recipes without the field."""
+        fields: dict[str, Any] = handler(self)
+        if fields.get("start", 0) is None and not takes_number(type(self)):
+            del fields["start"]
+        return fields
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -319,16 +358,22 @@ class ModelsFirstBox(FrontBox):
     models_first: bool = True
 
     def first(self, box: CoefficientBox, context: Context) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """(n, D) points to score first: the starts, moved into the box, or else the models and their average."""
+        """(n, D) points to score first: the starts, moved into the box, or else the models and their average.
+
+        Starts that were not scored before come before the models, and do not take their place.
+        """
         space, starts = context.space, context.starts
-        if starts:
-            points = box.clip(np.array([box.point(start) for start in starts]))
-            return points[np.sort(np.unique(points, axis=0, return_index=True)[1])]
-        if not self.models_first:
+        alone = self.models_first and (context.joined or not starts)
+        rows = [*space.seeds, space.seeds.mean(axis=0)] if alone else []
+        if alone and context.around:  # of what was prepared, a part alone is no model
+            rows = [*context.around]
+        begun = [box.point(start) for start in (*starts, *(Genome.uniform(space.size, row) for row in rows))]
+        if not begun:
             return None
-        # Of what was prepared, a part alone is no model.
-        rows = context.around or [*space.seeds, space.seeds.mean(axis=0)]
-        return np.array([box.point(Genome.uniform(space.size, row)) for row in rows])
+        if not starts:
+            return np.array(begun)
+        points = box.clip(np.array(begun))
+        return points[np.sort(np.unique(points, axis=0, return_index=True)[1])]
 
 
 def beyond(reached: Collection[Fineness], own: Fineness) -> Fineness | None:
@@ -356,11 +401,20 @@ def check_declared(name: str, kind: Any) -> None:
         raise InputError(
             f"{kind.__name__}: expected fields with other names than the keys of a stage ({keys}), found "
             f"{', '.join(taken)}.",
-            "Rename the field. Only a field `start` that holds a number may stay.",
+            "Rename the field. Only a field `start` that may hold a number may stay.",
         )
 
 
 def _is_own_start(kind: type[SearchSettings], field: str) -> bool:
-    """Whether a field is a ``start`` that holds a number: a stage tells it from its own ``start``, which is text."""
-    annotation = kind.model_fields[field].annotation
-    return field == "start" and {*(get_args(annotation) or (annotation,))} <= {int, float, type(None)}
+    """Whether a field is a ``start`` of solvers, or a number: a stage tells both from its own, which is text."""
+    return field == "start" and _held(kind) <= {int, float, type(None), Solver, Solvers}
+
+
+def takes_number(kind: type[SearchSettings]) -> bool:
+    """Whether the ``start`` of a search may be a number."""
+    return bool(_held(kind) & {int, float})
+
+
+def _held(kind: type[SearchSettings]) -> set[Any]:
+    """The types that a search's ``start`` may hold."""
+    return set(leaves(kind.model_fields["start"].annotation))

@@ -123,7 +123,12 @@ class M2N2Settings(SearchSettings):
     def make(self, context: Context) -> Pair:
         """The search, and its archive of niches."""
         archive = NicheArchive(context.goals, self.archive, self.alpha, self.resource)
-        search = M2N2(context.space, archive, self, context.seed, context.starts)
+        space, starts = context.space, context.starts
+        published = not starts and self.mutation == 0
+        starts = context.published if published else starts
+        if starts and (context.joined or published):  # these alone lack what sets the models apart
+            starts = tuple(dict.fromkeys([*starts, *(Genome.uniform(space.size, row) for row in space.seeds)]))
+        search = M2N2(space, archive, self, context.seed, starts)
         if self.refine is not None:
             return Refined(search, context.tasks, self.refine), archive
         return raced((search, archive), context, self.race, whole=search.first_child)

@@ -83,7 +83,8 @@ class MapSettings(SurrogateSettings):
         """The search, and an archive of the best."""
         box, space = self.box(context), context.space
         starts = self.first(box, context)
-        search = MapSearch(box, context.goals, context.seed, self, context.evaluations, space.seeds, starts)
+        budget, counted = context.evaluations, context.joined or not context.starts
+        search = MapSearch(box, context.goals, context.seed, self, budget, space.seeds, starts, counted)
         return search, ElitistArchive(context.goals, self.archive)
 
     def describe(self, search: Search | None, context: Context) -> str:
@@ -108,8 +109,8 @@ class MapSearch:
         settings: The design, the surrogates' links, and how the predicted front is found; None means the defaults.
         evaluations: The budget, which must leave room beyond the design; None means no limit.
         seeds: (J, K) coefficients of the models themselves, for the mixed design; None means one-hot vectors.
-        starts: (n, D) points to measure before the design, besides ``samples`` and ``evaluations``; those outside
-            the box are left out.
+        starts: (n, D) points to measure before the design, besides ``samples``; those outside the box are left out.
+        counted: Whether the starts are measured within ``evaluations``, not besides them.
         generations: Generations of NSGA-III.
         filling: Rounds that fill the gaps in NSGA-III's front; with none, predicted hypervolumes are percents short.
 
@@ -146,18 +147,20 @@ class MapSearch:
         evaluations: int | None = None,
         seeds: Floats | None = None,
         starts: ArrayLike | None = None,
+        counted: bool = False,
         generations: int = GENERATIONS,
         filling: int = FILLING,
     ) -> None:
         self.box, self.goals, self.seed = box, tuple(goals), seed
         self.settings = settings = settings or MapSettings()
-        self.samples: int = enough_samples(box, goals, settings.samples, evaluations)
+        first = box.inside(starts)
+        spent = len(first) if counted else 0
+        self.samples: int = enough_samples(box, goals, settings.samples, evaluations, spent)
         self.links: dict[str, str] = checked_links(settings.links, goals)
         self.generations, self.filling = generations, filling
-        rest = FRONT if evaluations is None else evaluations - self.samples
+        rest = FRONT if evaluations is None else evaluations - self.samples - spent
         self.front: int = rest if settings.front is None else settings.front
         self._again = min(self.samples, max(0, rest // 2))  # the most points to add to the design
-        first = box.inside(starts)
         self._design = np.vstack([first, planned(settings.design, self.samples, box, seed, seeds)])
         self._points: list[Floats] = []  # by trial number
         self._scores: dict[int, Floats | None] = {}  # (M,) as measured, by trial number; None is a failure
@@ -264,8 +267,10 @@ def copied(scores: Mapping[int, Floats | None]) -> dict[int, Floats | None]:
 # -- refusals ------------------------------------------------------------------------------------------------
 
 
-def enough_samples(box: CoefficientBox, goals: Sequence[Goal], samples: int | None, evaluations: int | None) -> int:
-    """The number of samples, by default twice the fewest.
+def enough_samples(
+    box: CoefficientBox, goals: Sequence[Goal], samples: int | None, evaluations: int | None, spent: int = 0
+) -> int:
+    """The number of samples, by default twice the fewest; ``spent`` evaluations are taken before them.
 
     Raises:
         InputError: One objective only, too many variables, or too few samples or evaluations.
@@ -283,9 +288,10 @@ def enough_samples(box: CoefficientBox, goals: Sequence[Goal], samples: int | No
             f"found {count}.",
             f"Use {2 * fewest} or more; the error of the surrogates is then known too.",
         )
-    if evaluations is not None and evaluations <= count:
+    if evaluations is not None and evaluations <= count + spent:
+        begins = f" and the {spent} merges to begin with" if spent else ""
         raise InputError(
-            f"budget.evaluations: expected more than the {count} samples of the design, found {evaluations}.",
+            f"budget.evaluations: expected more than the {count} samples of the design{begins}, found {evaluations}.",
             f"Raise the budget, or lower search.samples to no less than {fewest}: members of the predicted front "
             "are evaluated with what is left.",
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ecotone.fitness.heads import outputs
 from ecotone.fitness.preparing.layers import Unit
 from ecotone.fitness.statistics.kinds import Data
-from ecotone.fitness.statistics.layers import linear_layers, mask_of, observe, rows_of
+from ecotone.fitness.statistics.layers import Take, linear_layers, mask_of, observe, rows_of
 from ecotone.fitness.statistics.moments import (
     Moments,
     SlopeSettings,
@@ -91,23 +91,28 @@ def outputs_by_row(
 ) -> dict[str, list[Tensor]]:
     """(rows, out) outputs of each call of each layer, in the order of the calls, on the CPU."""
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with _ending(model, ends), torch.no_grad():
+        for inputs in task.examples.batches(batch):
+            with recording(layers, mask_of(inputs), found):
+                outputs(model, inputs)
+    return found
 
-    def seen(name: str, mask: Tensor | None, _module: nn.Module, _inputs: Any, made: Tensor) -> None:
+
+@contextmanager
+def recording(
+    layers: Mapping[str, nn.Module], mask: Tensor | None, found: Mapping[str, list[Tensor]]
+) -> Iterator[None]:
+    """Append to ``found`` the (rows, out) outputs of each call of the layers in the passes that are made meanwhile."""
+
+    def seen(name: str, _module: nn.Module, _inputs: Any, made: Tensor) -> None:
         found[name].append(rows_of(made, mask).cpu())
 
-    with _ending(model, ends):
-        for inputs in task.examples.batches(batch):
-            handles = [
-                layer.register_forward_hook(partial(seen, name, mask_of(inputs)), prepend=True)
-                for name, layer in layers.items()
-            ]
-            try:
-                with torch.no_grad():
-                    outputs(model, inputs)
-            finally:
-                for handle in handles:
-                    handle.remove()
-    return found
+    handles = [layer.register_forward_hook(partial(seen, name), prepend=True) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def outputs_over(
@@ -119,15 +124,31 @@ def outputs_over(
     ends: str | None = None,
 ) -> Moments:
     """Sums of x yᵀ, (in + 1, out): x what reaches the layers in this model, y the expert's own outputs by row."""
-    found, turns = Moments(), {name: iter(rows) for name, rows in own.items()}
+    found = Moments()
+    with _ending(model, ends):
+        observe(model, layers, task, batch, beside(own, found))
+    return found
+
+
+def beside(own: Mapping[str, list[Tensor]], found: Moments) -> Take:
+    """Takes rows of inputs x, and adds up x yᵀ, (in + 1, out), with the rows y of ``own`` in their turn."""
+    turns = {name: iter(rows) for name, rows in own.items()}
 
     def take(name: str, rows: Tensor) -> None:
         targets = next(turns[name]).to(rows.device)
         found.add(name, with_one(rows).mT @ targets.double(), len(rows))
 
-    with _ending(model, ends):
-        observe(model, layers, task, batch, take)
-    return found
+    return take
+
+
+def squares(found: Moments) -> Take:
+    """Takes rows of inputs x, and adds up x xᵀ, (in + 1, in + 1)."""
+
+    def take(name: str, rows: Tensor) -> None:
+        whole = with_one(rows)
+        found.add(name, whole.mT @ whole, len(whole))
+
+    return take
 
 
 @contextmanager

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from ecotone.fitness.backends.base import Backend, BackendContext
 from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.opening import device_of, kind_of, open_sources
+from ecotone.fitness.preparing.depth import Depth
 from ecotone.fitness.preparing.known import (
     Gathered,
-    called,
     inputs_over,
     known_of,
     outputs_by_row,
     outputs_over,
     slopes_and_fisher,
 )
-from ecotone.fitness.preparing.layers import Unit, stages, units
+from ecotone.fitness.preparing.layers import Unit, units
 from ecotone.fitness.statistics.gather import digest_of_examples, digest_of_head
 from ecotone.fitness.statistics.kinds import Data
 from ecotone.fitness.statistics.layers import linear_layers
@@ -150,7 +150,10 @@ class Preparation:
                 "Name an architecture.",
             )
         elif operator.order == "depth":
-            yield from self._in_depth(operator, found, module, names)
+            assert self._backend is not None
+            yield from Depth(operator, self._sources, self._data, self._backend, module, names, self._merged).turns(
+                found
+            )
         else:
             yield from self._at_once(operator, found, module)
 
@@ -165,7 +168,8 @@ class Preparation:
     def _of_expert(self, operator: FromData, name: str, module: nn.Module) -> Gathered:
         """The statistics of an expert over its own data."""
         layers, tasks, batch = linear_layers(module), self._data[name], operator.batch
-        self._show(name)
+        assert self._backend is not None
+        self._backend.expert(name)
         moments = inputs_over(module, layers, tasks, batch)
         own = together(
             outputs_over(module, layers, task, outputs_by_row(module, layers, task, batch), batch)
@@ -174,73 +178,6 @@ class Preparation:
         slopes, fisher = slopes_and_fisher(module, layers, tasks, operator.wanted, batch)
         rows = {layer: one.rows for layer, one in moments.sums.items()}
         return Gathered(moments.means(), slopes, fisher, own.means(), rows)
-
-    def _in_depth(
-        self, operator: FromData, found: Sequence[Unit], module: nn.Module, names: Names
-    ) -> Iterator[tuple[Unit, Known | None]]:
-        """Units in the order of depth, with the statistics of the experts behind the merge of the blocks before."""
-        experts, layers = self._sources.names, linear_layers(module)
-        order = dict.fromkeys(name for one in experts for name in self._called(one, module))
-        by_module: dict[str | None, list[Unit]] = {}
-        for unit in found:
-            by_module.setdefault(unit.module if unit.at.kind == "linear" else None, []).append(unit)
-        reached = {name: by_module.pop(name) for name in order if name in by_module}
-        yield from ((unit, None) for some in by_module.values() for unit in some)
-        curved = {name: self._curvature(operator, name, module) for name in experts}
-        for ends, members in stages(module, list(reached)):
-            some = {name: layers[name] for name in members}
-            gathered = []
-            for name in experts:
-                targets = self._targets(operator, name, module, some, ends)
-                self._show(name)
-                self._put_merged(module, names, ends)
-                moments = inputs_over(module, some, self._data[name], operator.batch, ends)
-                own = together(
-                    outputs_over(module, some, task, rows, operator.batch, ends)
-                    for task, rows in zip(self._data[name], targets, strict=False)
-                )
-                rows_of = {layer: one.rows for layer, one in moments.sums.items()}
-                gathered.append(Gathered(moments.means(), *curved[name], own.means(), rows_of))
-            for name in members:
-                yield from ((unit, known_of(unit, gathered, operator.wanted)) for unit in reached[name])
-
-    def _called(self, expert: str, module: nn.Module) -> list[str]:
-        self._show(expert)
-        return [name for task in self._data[expert] for name in called(module, task)]
-
-    def _curvature(
-        self, operator: FromData, expert: str, module: nn.Module
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if not {"slopes", "fisher"} & set(operator.wanted):
-            return {}, {}
-        self._show(expert)
-        return slopes_and_fisher(module, linear_layers(module), self._data[expert], operator.wanted, operator.batch)
-
-    def _targets(
-        self, operator: FromData, expert: str, module: nn.Module, some: Mapping[str, nn.Module], ends: str
-    ) -> list[dict[str, list[Tensor]]]:
-        """By task, what the layers make of the expert's own activations."""
-        if "outputs" not in operator.wanted:
-            return []
-        self._show(expert)
-        return [outputs_by_row(module, some, task, operator.batch, ends) for task in self._data[expert]]
-
-    # -- the module ------------------------------------------------------------------------------------------
-
-    def _show(self, expert: str) -> None:
-        assert self._backend is not None
-        self._backend.expert(expert)
-
-    def _put_merged(self, module: nn.Module, names: Names, ends: str) -> None:
-        """Put what is merged already into the module, but for the block that ends at ``ends``: it is the expert's."""
-        state = {name: tensor.data for name, tensor in module.state_dict(keep_vars=True).items()}
-        for name, values in self._merged.items():
-            place, scattered = names.places.get(name), names.scattered.get(name)
-            if place is not None and not place.target.startswith(f"{ends}."):
-                into = place.of(state[place.target])
-                into.copy_(values.view(into.shape))
-            if scattered is not None and not any(one.startswith(f"{ends}.") for one in scattered.targets):
-                scattered.put(values.to(self._device), state)
 
     # -- one unit --------------------------------------------------------------------------------------------
 

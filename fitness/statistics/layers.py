@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,8 +45,19 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], data: Data, batch
         take: Called where a layer is, with rows in the model's type.
     """
     for inputs in data.examples.batches(batch):
-        with torch.no_grad(), _hooked(layers, partial(_take_rows, take, mask_of(inputs))):
+        with torch.no_grad(), taking(layers, mask_of(inputs), take):
             outputs(model, inputs)
+
+
+def taking(layers: Mapping[str, nn.Module], mask: Tensor | None, take: Take) -> contextlib.AbstractContextManager[None]:
+    """Give ``take`` the inputs of the layers in the passes that are made meanwhile.
+
+    Args:
+        layers: Modules, by name.
+        mask: Which tokens count; None for all.
+        take: As for ``observe``.
+    """
+    return _hooked(layers, partial(_take_rows, take, mask))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,259 @@
+"""The layers of a model in the order of depth, each with its statistics behind the merge of the layers before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from ecotone.fitness.backends.base import Backend
+from ecotone.fitness.preparing.blocks import Standing, before_blocks
+from ecotone.fitness.preparing.known import (
+    Gathered,
+    beside,
+    called,
+    inputs_over,
+    known_of,
+    outputs_by_row,
+    outputs_over,
+    recording,
+    slopes_and_fisher,
+    squares,
+)
+from ecotone.fitness.preparing.layers import Unit, stages
+from ecotone.fitness.statistics.kinds import Data
+from ecotone.fitness.statistics.layers import linear_layers, taking
+from ecotone.fitness.statistics.moments import Moments, together
+from ecotone.merging.models.model import Model
+from ecotone.merging.models.names import Names
+from ecotone.merging.operators.whole import FromData, Known
+from ecotone.merging.sources import Sources
+
+Turn: TypeAlias = tuple[Unit, Known | None]
+Stage: TypeAlias = tuple[str, list[str]]
+"""A block, or a layer that lies in none, and the linear layers in it."""
+
+
+@dataclass
+class _Path:
+    """The data of one expert before a block: in the merge, and in the expert itself where its outputs are wanted."""
+
+    expert: str
+    merged: list[Standing]
+    own: list[Standing]
+
+
+class Depth:
+    """Goes through the layers of a model in the order in which it calls them.
+
+    While a block is observed it has the weights of one expert, and everything before it those of the merge. What is
+    taken from the iterator must be merged, and its weights put into ``merged``, before the next is asked for.
+
+    Args:
+        operator: The operator.
+        sources: The base and the experts.
+        data: By expert, its calibration data.
+        backend: Shows the experts in ``module``.
+        module: The module.
+        names: The correspondence of the checkpoints' tensors and the module's.
+        merged: By the checkpoints' names, the tensors that are merged already.
+    """
+
+    def __init__(
+        self,
+        operator: FromData,
+        sources: Sources,
+        data: Mapping[str, Sequence[Data]],
+        backend: Backend,
+        module: nn.Module,
+        names: Names,
+        merged: Mapping[str, Tensor],
+    ) -> None:
+        self._operator, self._sources, self._data = operator, sources, data
+        self._backend, self._module, self._names, self._merged = backend, module, names, merged
+        self._layers = linear_layers(module)
+        self._curved: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._reached: dict[str, list[Unit]] = {}
+
+    def turns(self, found: Sequence[Unit]) -> Iterator[Turn]:
+        """All units, each with what is known of it: first what no data reach, then the layers in their order."""
+        experts, by_module = self._sources.names, dict[str | None, list[Unit]]()
+        order = dict.fromkeys(name for one in experts for name in self._called(one))
+        for unit in found:
+            by_module.setdefault(unit.module if unit.at.kind == "linear" else None, []).append(unit)
+        self._reached = {name: by_module.pop(name) for name in order if name in by_module}
+        yield from ((unit, None) for some in by_module.values() for unit in some)
+        self._curved = {name: self._curvature(name) for name in experts}
+        for container, group in groupby(stages(self._module, list(self._reached)), self._container):
+            some = list(group)
+            paths = self._paths(container, some) if container else None
+            yield from self._by_passes(some) if paths is None else self._by_blocks(container, some, paths)
+
+    def _called(self, expert: str) -> list[str]:
+        self._backend.expert(expert)
+        return [name for task in self._data[expert] for name in called(self._module, task)]
+
+    def _curvature(self, expert: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        wanted = self._operator.wanted
+        if not {"slopes", "fisher"} & set(wanted):
+            return {}, {}
+        self._backend.expert(expert)
+        return slopes_and_fisher(self._module, self._layers, self._data[expert], wanted, self._operator.batch)
+
+    def _container(self, stage: Stage) -> str:
+        """The name of the ``ModuleList`` whose member a stage is; empty for none."""
+        parent = stage[0].rpartition(".")[0]
+        return parent if parent and isinstance(self._module.get_submodule(parent), nn.ModuleList) else ""
+
+    def _known(self, members: Sequence[str], gathered: Sequence[Gathered]) -> Iterator[Turn]:
+        for name in members:
+            yield from ((unit, known_of(unit, gathered, self._operator.wanted)) for unit in self._reached[name])
+
+    def _statistics(self, expert: str, moments: Moments, own: Moments) -> Gathered:
+        rows = {layer: one.rows for layer, one in moments.sums.items()}
+        return Gathered(moments.means(), *self._curved[expert], own.means(), rows)
+
+    # -- whole passes ------------------------------------------------------------------------------------------
+
+    def _by_passes(self, some: Sequence[Stage]) -> Iterator[Turn]:
+        """Stages whose data come through the whole model, up to the stage."""
+        batch = self._operator.batch
+        for ends, members in some:
+            layers = {name: self._layers[name] for name in members}
+            gathered = []
+            for expert in self._sources.names:
+                tasks = self._data[expert]
+                self._backend.expert(expert)
+                wanted = tasks if "outputs" in self._operator.wanted else ()
+                targets = [outputs_by_row(self._module, layers, task, batch, ends) for task in wanted]
+                self._put(self._merged, besides=ends)
+                moments = inputs_over(self._module, layers, tasks, batch, ends)
+                own = together(
+                    outputs_over(self._module, layers, task, rows, batch, ends)
+                    for task, rows in zip(wanted, targets, strict=True)
+                )
+                gathered.append(self._statistics(expert, moments, own))
+            yield from self._known(members, gathered)
+
+    # -- block by block ------------------------------------------------------------------------------------------
+
+    def _paths(self, container: str, some: Sequence[Stage]) -> list[_Path] | None:
+        """The experts' data before the first block of a list; None where they do not pass from block to block."""
+        blocks = [f"{container}.{name}" for name, _ in self._module.get_submodule(container).named_children()]
+        if [name for name, _ in some] != [name for name in blocks if name in dict(some)]:
+            return None
+        paths = []
+        for expert in self._sources.names:
+            self._backend.expert(expert)
+            own = self._before(blocks, expert) if "outputs" in self._operator.wanted else []
+            self._put(self._merged)
+            merged = self._before(blocks, expert)
+            if own is None or merged is None:
+                return None
+            paths.append(_Path(expert, merged, own))
+        return paths
+
+    def _before(self, blocks: Sequence[str], expert: str) -> list[Standing] | None:
+        found = []
+        for task in self._data[expert]:
+            standing = before_blocks(self._module, blocks, task, self._operator.batch)
+            if standing is None:
+                return None
+            found.append(standing)
+        return found
+
+    def _by_blocks(self, container: str, some: Sequence[Stage], paths: Sequence[_Path]) -> Iterator[Turn]:
+        """Stages whose data stand before each block in turn."""
+        members_of = dict(some)
+        for name, block in self._module.get_submodule(container).named_children():
+            ends = f"{container}.{name}"
+            members = members_of.get(ends, [])
+            layers = {layer: self._layers[layer] for layer in members}
+            gathered = [self._observed(path, ends, block, layers) for path in paths]
+            yield from self._known(members, gathered)
+            self._put(self._merged, only=ends)
+            for path in paths:
+                for standing in path.merged:
+                    standing.advance(standing.run(block, _unwatched))
+
+    def _observed(self, path: _Path, ends: str, block: nn.Module, layers: Mapping[str, nn.Module]) -> Gathered:
+        """The statistics of a block with an expert's weights; the expert's own data go on to the next block."""
+        self._put(_Tensors(self._expert(path.expert)), only=ends)
+        moments, own = Moments(), Moments()
+        targets = []
+        for standing in path.own:
+            rows: dict[str, list[Tensor]] = {name: [] for name in layers}
+            standing.advance(standing.run(block, _watching(recording, layers, rows)))
+            targets.append(rows)
+        for number, standing in enumerate(path.merged):
+            takes = [squares(moments), *([beside(targets[number], own)] if targets else [])]
+
+            def watched(mask: Tensor | None, takes: Sequence[Any] = takes) -> AbstractContextManager[Any]:
+                stack = ExitStack()
+                for take in takes:
+                    stack.enter_context(taking(layers, mask, take))
+                return stack
+
+            standing.run(block, watched)
+        return self._statistics(path.expert, moments, own)
+
+    # -- weights -----------------------------------------------------------------------------------------------
+
+    def _expert(self, name: str) -> Model:
+        return self._sources.experts[self._sources.names.index(name)]
+
+    def _put(self, tensors: Mapping[str, Tensor], besides: str | None = None, only: str | None = None) -> None:
+        """Put tensors into the module.
+
+        Args:
+            tensors: By the checkpoints' names; those that the mapping lacks are left.
+            besides: Leave this block as it is.
+            only: Put those of this block alone.
+        """
+
+        def counts(targets: Sequence[str]) -> bool:
+            within = [any(one.startswith(f"{block}.") for one in targets) for block in (besides, only) if block]
+            return not within or within[0] is (only is not None)
+
+        state = {name: tensor.data for name, tensor in self._module.state_dict(keep_vars=True).items()}
+        for name, place in self._names.places.items():
+            if name in tensors and counts([place.target]):
+                into = place.of(state[place.target])
+                into.copy_(tensors[name].view(into.shape))
+        for name, scattered in self._names.scattered.items():
+            if name in tensors and counts(scattered.targets):
+                device = state[scattered.targets[0]].device
+                scattered.put(tensors[name].to(device, state[scattered.targets[0]].dtype), state)
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a model, read when they are asked for."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._model.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._model.tensors)
+
+    def __len__(self) -> int:
+        return len(self._model.tensors)
+
+
+def _unwatched(_mask: Tensor | None) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def _watching(
+    watch: Callable[..., AbstractContextManager[Any]], layers: Mapping[str, nn.Module], into: Any
+) -> Callable[[Tensor | None], AbstractContextManager[Any]]:
+    def watched(mask: Tensor | None) -> AbstractContextManager[Any]:
+        return watch(layers, mask, into)
+
+    return watched
