@@ -204,7 +204,6 @@ def context_of(
             for name, bounds in recipe.merge.ranges.items()
         ),
         affine=operator.affine,
-        bounds=getattr(operator, "bounds", None),
         around=tuple(published(operator, len(space.seeds)).values()),
         weighs="prepared" if operator.changes else "task_vectors" if operator.needs_base else "models",
         limits={one.name: one.limits for one in objectives if one.limits is not None},

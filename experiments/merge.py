@@ -100,6 +100,14 @@ class Merge(Part):
         return {name: value for name, value in self._given.items() if isinstance(value, Range)}
 
     @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The bounds of coefficients that suit the operator; None where it has none of its own."""
+        from ecotone.merging import operators
+
+        found: tuple[float, float] | None = getattr(operators.get(self.operator, self.settings), "bounds", None)
+        return found
+
+    @property
     def reads_data(self) -> bool:
         """Whether the operator prepares its vectors from the data of calibration tasks."""
         from ecotone.merging import operators

@@ -23,6 +23,7 @@ from pydantic import (
     Tag,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -198,6 +199,14 @@ class Recipe(Part):
     runtime: Runtime = Runtime()
     tracking: TrackingSettings = TrackingSettings()
     _folder: Path | None = PrivateAttr(default=None)
+
+    @field_validator("search")
+    @classmethod
+    def _within_bounds(cls, search: SearchSettings | ChainSettings, info: ValidationInfo) -> Any:
+        """Give searches the bounds that suit the operator, unless they have others. The record then has them, too."""
+        merge = info.data.get("merge")
+        bounds = None if merge is None else merge.bounds
+        return search if bounds is None else search.within(bounds)
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Recipe:

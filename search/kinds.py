@@ -53,7 +53,6 @@ class Context:
         starts: Merges to begin with, best first; empty for none.
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
-        bounds: The bounds of coefficients that suit the operator; None for those of the algorithm.
         around: (K,) coefficients of the operator's published merges, the one to begin with first; empty where there
             is no such merge.
         weighs: What coefficients weigh under the operator.
@@ -70,7 +69,6 @@ class Context:
     starts: tuple[Genome, ...] = ()
     searched: tuple[Setting, ...] = ()
     affine: bool = True
-    bounds: tuple[float, float] | None = None
     around: tuple[Floats, ...] = ()
     weighs: Weighs = "models"
     joined: bool = False
@@ -171,6 +169,10 @@ class SearchSettings(Kind):
     @property
     def _subject(self) -> str:
         return f"search.algorithm: the search {self.algorithm!r}"
+
+    def within(self, bounds: tuple[float, float]) -> SearchSettings:
+        """With these bounds of coefficients, where it has bounds and the recipe gives none."""
+        return self
 
     @property
     def solvers(self) -> tuple[Solver, ...]:
@@ -321,19 +323,18 @@ class Box(Segmented):
 
     def box(self, context: Context) -> CoefficientBox:
         """The box of the coefficients and of the operator's settings that are searched."""
-        low, high = self.bounds(context)
-        return CoefficientBox.of(context.space, self.granularity, low, high, self.groups, context.searched)
+        return CoefficientBox.of(context.space, self.granularity, self.low, self.high, self.groups, context.searched)
 
-    def bounds(self, context: Context) -> tuple[float, float]:
-        """The smallest and the largest coefficient: the recipe's, or else those that suit the operator."""
-        if context.bounds is None or {"low", "high"} & self.model_fields_set:
-            return self.low, self.high
-        return context.bounds
+    def within(self, bounds: tuple[float, float]) -> Box:
+        """With these bounds, unless one was given."""
+        if {"low", "high"} & self.model_fields_set:
+            return self
+        low, high = bounds
+        return self.model_copy(update={"low": low, "high": high})
 
     def describe(self, search: Search | None, context: Context) -> str:
         """The bounds."""
-        low, high = self.bounds(context)
-        return f", each from {low:g} to {high:g}"
+        return f", each from {self.low:g} to {self.high:g}"
 
 
 class FrontBox(Box):
