@@ -23,7 +23,7 @@ from functools import cache, cached_property
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 import numpy as np
-from pydantic import ConfigDict, PlainValidator, WithJsonSchema, model_serializer
+from pydantic import ConfigDict, PlainSerializer, PlainValidator, WithJsonSchema, model_serializer
 from torch import Tensor
 
 from ecotone.merging import operators
@@ -88,6 +88,11 @@ def methods_of(given: Any) -> tuple[Method, ...]:
     return found
 
 
+def as_given(methods: Sequence[Method]) -> list[Any]:
+    """Methods as recipes have them; ``methods_of`` takes them back."""
+    return [method.model_dump() for method in methods]
+
+
 def _method(given: Any) -> Method:
     """One method, its settings checked by the operator's declarations. None stands for the default."""
     record = {"operator": given} if isinstance(given, str) else given
@@ -138,6 +143,7 @@ def _one_a_column(operator: Operator) -> bool:
 Methods: TypeAlias = Annotated[
     tuple[Method, ...],
     PlainValidator(methods_of),
+    PlainSerializer(as_given),
     WithJsonSchema(
         {
             "type": "array",
