@@ -195,6 +195,14 @@ def recipe_of(folder, merge, search, evaluations=12):
     return Recipe.from_yaml(folder / "recipe.yaml")
 
 
+def stopping_at(evaluations):
+    def observe(progress):
+        if progress.evaluations >= evaluations:
+            raise KeyboardInterrupt
+
+    return observe
+
+
 STACK = {"operator": "stack", "methods": ["task_arithmetic", {"operator": "iso_c", "cut": 1e-4}]}
 EQUAL, AVERAGE, ISO_C = [0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 0, 0], [0, 0, 1, 1]
 
@@ -250,8 +258,9 @@ def test_bounds_of_an_operator_are_those_of_a_run_that_is_resumed(folder):
 def test_a_run_is_resumed_exported_and_verified(folder):
     recipe = recipe_of(folder, STACK, {"algorithm": "nsga2"}, 14)
     whole = launch(recipe, folder / "whole")
-    launch(recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"evaluations": 5})}), folder / "run")
-    run = resume(folder / "run", {"budget.evaluations": 14})
+    with pytest.raises(KeyboardInterrupt):
+        launch(recipe, folder / "run", observe=stopping_at(6))
+    run = resume(folder / "run")
     digests = [[one.trial(number).genome.digest for number in range(14)] for one in (whole, run)]
     assert digests[0] == digests[1]
     target = run.export("best", folder / "best")
@@ -389,11 +398,11 @@ def test_digits_search_goes_from_task_arithmetic_to_kfac(tmp_path, monkeypatch):
     }
     recipe = Recipe.from_yaml("digits-adamerging", changes)
     whole = launch(recipe, tmp_path / "whole")
-    shorter = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"evaluations": 26})})
-    launch(shorter, tmp_path / "run")
-    run = resume(tmp_path / "run", {"budget.evaluations": 32})
+    with pytest.raises(KeyboardInterrupt):
+        launch(recipe, tmp_path / "run", observe=stopping_at(24))
+    run = resume(tmp_path / "run")
     assert [run.trial(n).genome.digest for n in range(32)] == [whole.trial(n).genome.digest for n in range(32)]
-    scores = {one.name: np.mean(list(one.scores.values())) for one in run.references()}
+    scores = {one.id: np.mean(list(one.scores.values())) for one in run.references()}
     with run.journal() as journal:
         best = max(np.mean(list(row.scores.values())) for row in journal.rows())
     assert scores["kfac (stack)"] > scores["methods in equal parts (stack)"] > scores["task_arithmetic (stack)"]
