@@ -172,6 +172,7 @@ def test_no_merged_copy_is_held(tmp_path, monkeypatch):
     for module in (kernel, ecotone.merging.inner_products, ecotone.merging.gradient):
         monkeypatch.setattr(module, "CHUNK", 9000)
     monkeypatch.setattr("ecotone.merging.operators.task_vectors.SPAN", 9000)
+    monkeypatch.setattr("ecotone.merging.operators.task_vectors.BLOCK", 9000)
     for operator in OPERATORS:
         sources = Sources.open(paths, tmp_path / "base.safetensors", operator)
         assert sources.experts[0].nbytes == 4 * 2 * (rows + columns)

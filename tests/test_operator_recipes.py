@@ -81,6 +81,16 @@ def test_settings_are_searched_and_exported_as_they_were_scored(folder, operator
     assert all(one.difference == 0 for one in verify(target))
 
 
+def test_two_settings_of_an_operator_are_searched(folder):
+    merge = {"operator": "breadcrumbs", "density": {"low": 0.2, "high": 1.0}, "gamma": {"low": 0.0, "high": 0.3}}
+    run = launch(recipe_of(folder, merge), folder / "run")
+    target = run.export("best", folder / "best")
+    record = json.loads((target / "ecotone.json").read_text())
+    assert set(run.trial(0).genome.parameters) == {"density", "gamma"}
+    assert 0.2 <= record["operator"]["density"] <= 1.0
+    assert all(one.difference == 0 for one in verify(target))
+
+
 @pytest.mark.parametrize("merge", [{"operator": "slerp"}, {"operator": "slerp", "per": "tensor"}, {"operator": "ties"}])
 @pytest.mark.parametrize("algorithm", ["cma_es", "bayesian_map"])
 def test_operators_with_settings_in_words_are_exported(folder, merge, algorithm):

@@ -28,6 +28,14 @@ SIZE = sum(math.prod(shape) for shape in SHAPES.values())
 CHANGING = sorted(name for name in operators.OPERATORS if operators.get(name).searchable)
 
 
+def setting_of(operator, share):
+    """A setting that a genome may have, at a share of the way between its bounds: the density, where there is one."""
+    bounds = operators.get(operator).searchable
+    name = "density" if "density" in bounds else next(iter(bounds))
+    low, high = bounds[name]
+    return {name: low + share * (high - low)}
+
+
 def bits(tensor):
     return tensor.flatten().contiguous().view(torch.uint8)
 
@@ -55,7 +63,7 @@ def opened(paths, operator, **settings):
 def test_a_genomes_settings_are_the_operators(paths, operator, kept, monkeypatch, tmp_path):
     monkeypatch.setattr(ecotone.merging.memory, "RESIDENT_BYTES", kept)
     sources, row = opened(paths, operator), [0.3, -0.2, 0.8]
-    genomes = [Genome.uniform(SIZE, row, density=density) for density in (0.1, 0.4, 0.1, 0.9)]
+    genomes = [Genome.uniform(SIZE, row, **setting_of(operator, share)) for share in (0.1, 0.4, 0.1, 0.9)]
     genomes.insert(2, Genome.uniform(SIZE, row))
     out = [{name: torch.empty(shape) for name, shape in SHAPES.items()} for _ in genomes]
     sources.materialise(genomes, out)
@@ -74,9 +82,10 @@ def test_a_genomes_settings_are_the_operators(paths, operator, kept, monkeypatch
 @pytest.mark.parametrize("operator", CHANGING)
 def test_gradients_are_along_the_vectors_of_a_genomes_settings(paths, operator):
     gradient = {name: torch.randn(shape, generator=torch.manual_seed(1)) for name, shape in SHAPES.items()}
-    genome, plain = Genome.uniform(SIZE, [0.1, 0.2, 0.3], density=0.7), Genome.uniform(SIZE, [0.1, 0.2, 0.3])
+    setting, plain = setting_of(operator, 0.7), Genome.uniform(SIZE, [0.1, 0.2, 0.3])
+    genome = Genome.uniform(SIZE, [0.1, 0.2, 0.3], **setting)
     found = Slopes(opened(paths, operator), genome)
-    expected = Slopes(opened(paths, operator, density=0.7), plain)
+    expected = Slopes(opened(paths, operator, **setting), plain)
     other = Slopes(opened(paths, operator), plain)
     for name, values in gradient.items():
         for slopes in (found, expected, other):

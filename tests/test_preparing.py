@@ -195,14 +195,14 @@ def test_block_by_block_is_the_same_as_by_whole_passes(spec, monkeypatch, operat
 
 def test_the_number_of_passes_does_not_grow_with_depth(spec, monkeypatch):
     """For each expert a block runs once to find the order, once before the first block, twice by itself, and once for
-    the layer after the blocks.
+    the layer after the blocks; the first one also to see that it makes the same again.
     """
     ran = []
     forward = nn.LayerNorm.forward
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, hidden: ran.append(1) or forward(self, hidden))
     basis_of(replace(spec, settings={"batch": 64}))
     blocks, experts = 2, 2
-    assert len(ran) == experts * blocks * 5
+    assert len(ran) == experts * (blocks * 5 + 1)
 
 
 def test_only_so_many_examples_are_read(spec):
@@ -313,6 +313,34 @@ def test_the_least_recently_used_goes_first(spec):
     each = made[0.1].nbytes
     assert [one.key for one in bases.prune(2 * each, keep=made[0.1].key)] == [made[0.3].key]
     assert {one.key for one in bases.all()} == {made[0.1].key, made[0.2].key}
+
+
+# -- warnings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"two": 1.001}, "one and two are nearly the same (cosine 1.00 of their task vectors): they count twice"),
+        ({"two": 0.0}, "two is the base itself"),
+        ({"two": 90.0}, "the task vector of two is "),
+    ],
+)
+def test_what_a_practitioner_would_warn_of(spec, tmp_path, changes, expected):
+    base, one = (Sources.open([path]).experts[0] for path in (spec.base, spec.experts[0]))
+    for name, factor in changes.items():
+        state = {key: base.tensor(key) + factor * (one.tensor(key) - base.tensor(key)) for key in base.tensors}
+        save_file(state, tmp_path / f"{name}-changed.safetensors")
+        paths = (spec.experts[0], str(tmp_path / f"{name}-changed.safetensors"))
+    found = basis_of(replace(spec, experts=paths, names=NAMES)).record
+    assert any(expected in text for text in found["warnings"]), found["warnings"]
+    assert found["cosines"][0][0] == pytest.approx(1)
+
+
+def test_what_is_amplified_is_told(spec):
+    twice = replace(spec, operator="iso_c", experts=(spec.experts[0],) * 2, names=NAMES)
+    assert any("amplifies what they share" in text for text in basis_of(twice).record["warnings"])
+    assert not any("nearly the same" in text for text in basis_of(replace(spec, operator="iso_c")).record["warnings"])
 
 
 # -- refused -----------------------------------------------------------------------------------------------------

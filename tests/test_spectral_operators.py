@@ -466,17 +466,13 @@ def test_experts_all_alike_give_the_expert(operator, shape):
 
 
 @pytest.mark.parametrize("operator", [TsvM(), IsoC(), IsoCts(), Star(), Star(combine="sum")], ids=str)
-def test_near_duplicates_are_amplified_and_warned_of(operator):
+def test_near_duplicates_are_amplified_and_their_cosine_is_told(operator):
     rng = np.random.default_rng(0)
     one = rng.normal(size=(48, 32))
     found, report = run(operator, [one + 1e-3 * rng.normal(size=one.shape) for _ in range(3)])
     assert np.linalg.norm(found.sum(axis=0) - one) > 0.9 * np.linalg.norm(one)
     assert np.linalg.norm(found.sum(axis=0)) > 1.3 * np.linalg.norm(one)
     assert report.numbers["cosine"] > 0.999
-    assert report.warnings == [
-        f"the task vectors of experts {pair} have cosine 1.00: what they share is counted twice."
-        for pair in ("1 and 2", "1 and 3", "2 and 3")
-    ]
     assert run(operator, rng.normal(size=(3, 48, 32)))[1].warnings == []
 
 

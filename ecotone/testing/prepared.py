@@ -71,7 +71,7 @@ def prepared(sources: Sources, operator: WholeMatrices, folder: Path) -> tuple[M
         operator: The operator.
         folder: The folder that the basis is written to.
     """
-    preparation = _Invented(sources, operator, {}, None, "", torch.device("cpu"))
+    preparation = _Invented(sources, operator, {}, None, (), torch.device("cpu"))
     layout, columns = preparation.shape
     basis = Bases(folder).find(preparation.key)
     if basis is None:

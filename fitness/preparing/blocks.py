@@ -11,7 +11,7 @@ hidden states of the one before it as first argument. Whether they are is found 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -99,7 +99,32 @@ def before_blocks(model: nn.Module, names: Sequence[str], data: Data, batch: int
             return None
         others = [(given, named) for _, _, given, named, _ in calls]
         batches.append(_Batch(mask_of(inputs), calls[0][1], others))
+        if len(batches) == 1 and not _again(Standing(blocks, batches), _hidden(calls[0][-1])):
+            return None
     return Standing(blocks, batches)
+
+
+def _again(standing: Standing, made: Tensor) -> bool:
+    """Whether the first block makes the same again of what it was given: nothing in it remembers the first time."""
+    try:
+        (found,) = standing.run(standing.blocks[0], lambda _: nullcontext())
+    except Exception:  # a block of whatever sort may raise whatever it likes; whole passes do without running it alone
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, made)
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Decoders keep no keys and values of the tokens before, which a second run of a block would add to."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    changed = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in changed:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.use_cache = True
 
 
 @contextmanager

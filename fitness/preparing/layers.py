@@ -59,7 +59,9 @@ class Unit:
         return (shaped,) if self.bias is None else (shaped, matrix[:, -1])
 
 
-def units(layout: Layout, model: Any = None, names: Names | None = None, *, folds: bool = False) -> list[Unit]:
+def units(
+    layout: Layout, model: Any = None, names: Names | None = None, *, folds: bool = False, observes: bool = False
+) -> list[Unit]:
     """All tensors of a layout as units, in its order.
 
     Args:
@@ -67,6 +69,7 @@ def units(layout: Layout, model: Any = None, names: Names | None = None, *, fold
         model: The module that shows merges, if there is one. Without it sorts of layers are told by shapes and names.
         names: The correspondence of the checkpoints' tensors and the module's.
         folds: Whether biases are prepared with their weights.
+        observes: Whether only layers of the module count as matrices, because they are to be observed.
     """
     of_modules = {} if names is None or not isinstance(model, nn.Module) else _of_modules(layout, model, names, folds)
     taken = {name for unit in of_modules.values() for name in unit.names}
@@ -75,13 +78,13 @@ def units(layout: Layout, model: Any = None, names: Names | None = None, *, fold
         if name in of_modules:
             found.append(of_modules[name])
         elif name not in taken:
-            found.append(_by_shape(layout, name, info.shape, folds and not of_modules, known=bool(of_modules)))
+            found.append(_by_shape(layout, name, info.shape, folds and not of_modules, observes=observes))
     biases = {unit.bias for unit in found}
     return [unit for unit in found if unit.at.name not in biases]
 
 
-def _by_shape(layout: Layout, name: str, shape: Sequence[int], folds: bool, known: bool) -> Unit:
-    """A unit as its shape and name tell. Of a module that is known, linear layers are known, too."""
+def _by_shape(layout: Layout, name: str, shape: Sequence[int], folds: bool, observes: bool) -> Unit:
+    """A unit as its shape and name tell. What is to be observed is a layer of the module."""
     kind: LayerKind = "rest"
     if len(shape) >= 2 and _TABLES.search(name):
         kind = "embedding"
@@ -89,7 +92,7 @@ def _by_shape(layout: Layout, name: str, shape: Sequence[int], folds: bool, know
         return Unit(Layer(name, "linear", tuple(shape)), stacked=True)
     elif len(shape) >= 3 and name.endswith("weight"):
         kind = "convolution"
-    elif len(shape) == 2 and not known:
+    elif len(shape) == 2 and not observes:
         kind = "linear"
     bias = f"{name.removesuffix('weight')}bias" if name.endswith("weight") else ""
     known_bias = layout.parameters.get(bias)

@@ -12,9 +12,9 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ecotone.fitness.backends.base import Backend, BackendContext
 from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.opening import device_of, kind_of, open_sources
+from ecotone.fitness.preparing.blocks import uncached
 from ecotone.fitness.preparing.depth import Depth
 from ecotone.fitness.preparing.known import (
     Gathered,
@@ -33,6 +34,7 @@ from ecotone.fitness.preparing.known import (
     slopes_and_fisher,
 )
 from ecotone.fitness.preparing.layers import Unit, units
+from ecotone.fitness.preparing.likeness import Likeness
 from ecotone.fitness.statistics.gather import digest_of_examples, digest_of_head
 from ecotone.fitness.statistics.kinds import Data
 from ecotone.fitness.statistics.layers import linear_layers
@@ -62,8 +64,8 @@ class Preparation:
         sources: The base and the experts, as task vectors.
         operator: The operator.
         data: By expert, its calibration data; empty where the operator wants none.
-        backend: Shows models; None where nothing is to be shown.
-        about: What else the vectors depend on, as text: the architecture.
+        make: Makes what shows models in a module; None where there is no module.
+        about: What else the vectors depend on, as texts: the architecture and the type of the module.
         device: The device on which matrices are worked on.
     """
 
@@ -72,12 +74,13 @@ class Preparation:
         sources: Sources,
         operator: WholeMatrices,
         data: Mapping[str, Sequence[Data]],
-        backend: Backend | None,
-        about: str,
+        make: Callable[[], Backend] | None,
+        about: Sequence[str],
         device: torch.device,
     ) -> None:
         self._sources, self._operator, self._data = sources, operator, data
-        self._backend, self._about, self._device = backend, about, device
+        self._make, self._about, self._device = make, about, device
+        self._likeness = Likeness(sources.names)
         self._columns = operator.columns(sources.names)
         self._merged: dict[str, Tensor] = {}  # the tensors of the merge, as far as it is made
         self._layers: dict[str, dict[str, float]] = {}
@@ -98,7 +101,7 @@ class Preparation:
             "models": sources.files().contents,
             "names": sources.names,
             "layout": [[name, str(info.dtype), list(info.shape)] for name, info in layout.parameters.items()],
-            "about": [self._about, None if self._backend is None else str(self._backend.dtype)],
+            "about": list(self._about),
             "data": {
                 name: [[digest_of_examples(one.examples), digest_of_head(one.head)] for one in tasks]
                 for name, tasks in self._data.items()
@@ -106,6 +109,10 @@ class Preparation:
         }
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def _backend(self) -> Backend | None:
+        return None if self._make is None else self._make()
 
     def write(self, writer: Writer) -> None:
         """Prepare all vectors and finish the basis.
@@ -117,11 +124,13 @@ class Preparation:
         model = None if self._backend is None else self._backend.model
         module = model if isinstance(model, nn.Module) else None
         names = None if module is None else names_of(module, self._sources.layout)
-        found = units(self._sources.layout, module, names, folds=self._operator.folds)
+        folds, observes = self._operator.folds, isinstance(self._operator, FromData)
+        found = units(self._sources.layout, module, names, folds=folds, observes=observes)
         for number, (unit, known) in enumerate(self._in_turn(found, module, names), 1):
             self._prepare(unit, known, writer)
             if time.perf_counter() - began > number:  # a line for each layer where layers take seconds
                 _log.info("%s: prepared %s of %s tensors.", self._operator.name, number, len(found))
+        self._warnings.update(dict.fromkeys(self._likeness.warnings(self._operator.unites), 1))
         for text, count in self._warnings.most_common(_SHOWN):
             _log.warning("%s: %s%s", self._operator.name, text, f" ({count} layers)" if count > 1 else "")
         writer.finish(
@@ -130,6 +139,7 @@ class Preparation:
                 "settings": repr(self._operator),
                 "experts": list(self._sources.names),
                 "seconds": round(time.perf_counter() - began, 3),
+                "cosines": self._likeness.cosines.tolist(),
                 "layers": self._layers,
                 "warnings": dict(self._warnings),
             }
@@ -151,9 +161,9 @@ class Preparation:
             )
         elif operator.order == "depth":
             assert self._backend is not None
-            yield from Depth(operator, self._sources, self._data, self._backend, module, names, self._merged).turns(
-                found
-            )
+            depth = Depth(operator, self._sources, self._data, self._backend, module, names, self._merged)
+            with uncached(module):
+                yield from depth.turns(found)
         else:
             yield from self._at_once(operator, found, module)
 
@@ -188,9 +198,13 @@ class Preparation:
         models = (sources.base, *sources.experts)
         kind = self._kind(unit)
         stored = [[model.tensor(name).to(self._device, kind) for name in unit.names] for model in models]
+        for tensors in zip(*stored, strict=True):
+            self._likeness.add(tensors[0], tensors[1:])
         if unit.at.kind in ("embedding", "rest") or known is None:
             if known is None and unit.at.kind in ("linear", "convolution"):
                 report.warnings.append("layers that the data do not reach have the mean of their task vectors")
+            elif unit.at.kind == "rest" and len(unit.at.shape) > 1:
+                report.warnings.append("matrices that are no linear layers have the mean of their task vectors")
             parts = [
                 operator.rest(replace(unit.at, name=name), stored[0][place], [one[place] for one in stored[1:]], report)
                 for place, name in enumerate(unit.names)
@@ -288,12 +302,12 @@ def _basis_of(spec: WorkerSpec, operator: WholeMatrices, bases: Bases | None) ->
 def _preparation(spec: WorkerSpec, operator: WholeMatrices) -> Preparation:
     plain = replace(spec, operator="task_arithmetic", settings={}, rank=None)
     sources, device = open_sources(plain), device_of(spec.device)
-    backend, data = None, dict[str, Sequence[Data]]()
-    if spec.architecture is not None:
-        backend = spec.backend.make(BackendContext(sources, spec.architecture, device, kind_of(plain, sources)))
-    if isinstance(operator, FromData) and backend is not None:
-        data = _data(spec, operator, sources.names, ObjectiveContext(device, backend.dtype))
-    return Preparation(sources, operator, data, backend, str(spec.architecture), device)
+    kind, data = kind_of(plain, sources), dict[str, Sequence[Data]]()
+    context = BackendContext(sources, spec.architecture, device, kind)
+    make = None if spec.architecture is None else partial(spec.backend.make, context)
+    if isinstance(operator, FromData) and make is not None:
+        data = _data(spec, operator, sources.names, ObjectiveContext(device, kind))
+    return Preparation(sources, operator, data, make, (str(spec.architecture), str(kind)), device)
 
 
 def _data(

@@ -38,6 +38,15 @@ _OURS = {
     "opcm": "ecotone.merging.operators.opcm:Opcm",
     "star": "ecotone.merging.operators.star:Star",
     "knots": "ecotone.merging.operators.knots:Knots",
+    "della": "ecotone.merging.operators.della:Della",
+    "breadcrumbs": "ecotone.merging.operators.breadcrumbs:Breadcrumbs",
+    "consensus": "ecotone.merging.operators.consensus:Consensus",
+    "pcb": "ecotone.merging.operators.pcb:Pcb",
+    "sce": "ecotone.merging.operators.sce:Sce",
+    "emr": "ecotone.merging.operators.emr:Emr",
+    "localize_and_stitch": "ecotone.merging.operators.localize_and_stitch:LocalizeAndStitch",
+    "widen": "ecotone.merging.operators.widen:Widen",
+    "arcee_fusion": "ecotone.merging.operators.arcee_fusion:ArceeFusion",
     "stack": "ecotone.merging.operators.stack:Stack",
 }
 OPERATORS: Registry[type[Operator]] = Registry("operator", "ecotone.operators", _OURS, declared.check_declared)

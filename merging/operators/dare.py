@@ -69,9 +69,13 @@ class Masks:
         return vectors
 
     def _key(self, number: int) -> int:
-        """The start of the generator of one expert's mask, a signed integer of 64 bits."""
-        words = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
-        return int(words.view(np.int64)[0])
+        return mask_key(self.seed, number)
+
+
+def mask_key(seed: int, number: int) -> int:
+    """The start of the generator of one expert's mask, a signed integer of 64 bits."""
+    words = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
+    return int(words.view(np.int64)[0])
 
 
 def uniform_bits(key: int, start: int, size: int, device: torch.device) -> Tensor:

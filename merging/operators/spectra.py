@@ -16,9 +16,6 @@ from torch import Tensor
 from ecotone.merging.operators.whole import Layer, Report
 from ecotone.populations.errors import InputError
 
-ALIKE = 0.9
-"""The cosine of two task vectors above which a warning says that what they share is counted twice."""
-
 Cut: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 """A share of the largest singular value; those that are not above it count as zero."""
 
@@ -83,7 +80,7 @@ def polar(matrix: Tensor) -> Tensor:
 
 
 def report_alike(vectors: Sequence[Tensor], report: Report) -> None:
-    """Report the largest cosine of two task vectors of a layer, and warn of those above ``ALIKE``."""
+    """Report the largest cosine of two task vectors of a layer."""
     norms = [float(torch.linalg.vector_norm(vector)) for vector in vectors]
     moved = [k for k, norm in enumerate(norms) if norm]
     flat = [vector.flatten() for vector in vectors]
@@ -91,8 +88,3 @@ def report_alike(vectors: Sequence[Tensor], report: Report) -> None:
     if not cosines:
         return
     report.numbers["cosine"] = max(cosines.values())
-    report.warnings += [
-        f"the task vectors of experts {j + 1} and {k + 1} have cosine {cosine:.2f}: what they share is counted twice."
-        for (j, k), cosine in cosines.items()
-        if cosine > ALIKE
-    ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 from typing import TypeAlias, TypeVar
@@ -17,11 +19,14 @@ from ecotone.merging.models.layout import Layout
 from ecotone.populations.genome import Integers
 
 SPAN = 262_144  # elements of a model read at a time
+BLOCK = 262_144  # elements of whole rows read at a time; bits of sums over tensors depend on it
 DIGITS = 16  # bits a pass of the search for a threshold
 
 Read: TypeAlias = Callable[[str], Sequence[Source]]
 """By tensor name, J flat tensors as the checkpoints hold them: memory-mapped, or formed a piece at a time."""
 Result = TypeVar("Result")
+Visit: TypeAlias = Callable[[Sequence[Tensor], int], Result]
+"""A function of J flat pieces and their position in the flat vector."""
 
 
 def task_vectors(pieces: Sequence[Tensor], kind: torch.dtype) -> list[Tensor]:
@@ -35,6 +40,69 @@ def chunks(pieces: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     span = CHUNK if pieces[0].device.type == "cpu" else DEVICE_SPAN
     for low in range(0, pieces[0].numel(), span):
         yield [piece[low : low + span] for piece in pieces]
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """One tensor of the base and the K experts, for operators that look at whole tensors before they change pieces.
+
+    It is a matrix, or a stack of matrices. A row is what lies along the last axis. A tensor of four axes or more (a
+    convolution's weight) has a row for each output. One of a single axis, or none, is one row.
+
+    Args:
+        name: Its name.
+        shape: Its shape.
+        start: Its position in the flat vector.
+        stored: J flat tensors, the base's first.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stored: Sequence[Source]
+
+    @property
+    def size(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """The length of a row."""
+        if len(self.shape) < 2:
+            return self.size
+        return math.prod(self.shape[1:]) if len(self.shape) > 3 else self.shape[-1]
+
+    @property
+    def height(self) -> int:
+        """The number of rows of one matrix."""
+        if len(self.shape) < 2:
+            return 1
+        return self.shape[0] if len(self.shape) > 3 else self.shape[-2]
+
+    @property
+    def block(self) -> int:
+        """Elements of a block: as many whole rows as ``BLOCK`` elements hold, at least one."""
+        return max(1, BLOCK // self.width) * self.width
+
+    def rows(self, low: int, count: int, device: torch.device) -> Tensor:
+        """(count,) the numbers of the rows that elements from ``low`` on lie in."""
+        return torch.arange(low, low + count, device=device).div_(self.width, rounding_mode="floor")
+
+    def columns(self, low: int, count: int, device: torch.device) -> Tensor:
+        """(count,) the numbers of the columns that elements from ``low`` on lie in; each matrix has its own."""
+        places = torch.arange(low, low + count, device=device)
+        matrices = places.div(self.width * self.height, rounding_mode="floor")
+        return places.remainder_(self.width).add_(matrices, alpha=self.width)
+
+    def read(self, low: int) -> list[Tensor]:
+        """J flat pieces: the block of whole rows that begins at element ``low`` of the tensor."""
+        part = slice(low, min(low + self.block, self.size))
+        return [formed(tensor[part]) for tensor in self.stored]
+
+    def map(self, work: Visit[Result]) -> list[Result]:
+        """The results of ``work`` for every block of whole rows, in their order."""
+        return [work(self.read(low), self.start + low) for low in range(0, self.size, self.block)]
 
 
 class Pieces:
@@ -53,21 +121,37 @@ class Pieces:
         self._layout, self._read = layout, read
 
     @cached_property
+    def tensors(self) -> tuple[Whole, ...]:
+        """The T tensors, in flat order."""
+        names, shapes = self._layout.tensors, self._layout.shapes
+        starts = self._layout.tensor_borders[:-1].tolist()
+        return tuple(Whole(*each, self._read(each[0])) for each in zip(names, shapes, starts, strict=True))
+
+    @cached_property
     def _places(self) -> list[tuple[Sequence[Source], int, slice]]:
         """Stored tensors, the position of a piece of them in the flat vector, and its place in them."""
-        starts = self._layout.tensor_borders[:-1].tolist()
         return [
-            (stored, start + low, slice(low, low + SPAN))
-            for stored, start in zip(map(self._read, self._layout.tensors), starts, strict=True)
-            for low in range(0, stored[0].numel(), SPAN)
+            (whole.stored, whole.start + low, slice(low, low + SPAN))
+            for whole in self.tensors
+            for low in range(0, whole.size, SPAN)
         ]
 
     @property
     def vectors(self) -> int:
         """K."""
-        return len(self._places[0][0]) - 1
+        return len(self.tensors[0].stored) - 1
 
-    def map(self, work: Callable[[Sequence[Tensor], int], Result]) -> list[Result]:
+    def each(self, work: Callable[[Whole], Result]) -> list[Result]:
+        """The results of ``work`` for every tensor, in flat order. Uses torch's threads."""
+        results: dict[int, Result] = {}
+
+        def do(whole: Whole) -> None:
+            results[whole.start] = work(whole)
+
+        over_threads(do, self.tensors, torch.get_num_threads())
+        return [results[whole.start] for whole in self.tensors]
+
+    def map(self, work: Visit[Result]) -> list[Result]:
         """The results of ``work`` for every piece and its position, in any order. Uses torch's threads."""
         results: list[Result] = []
 
