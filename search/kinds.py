@@ -303,8 +303,8 @@ class Box(Segmented):
     """Coefficients of segments, each between two bounds.
 
     Attributes:
-        low: The smallest value that a coefficient may take. Where neither bound is given, an operator that prepares its
-            vectors has its own: 0 to 2.
+        low: The smallest value that a coefficient may take. Where neither bound is given, an operator whose published
+            merge lies at 1 has its own: 0 to 2. A ``stack`` shares them out among its methods.
         high: The largest value that a coefficient may take.
     """
 

@@ -147,6 +147,7 @@ def test_published_merges_of_a_stack_are_the_methods_own_and_their_equal_parts()
     np.testing.assert_array_equal(rows, [[0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 0, 0], [0, 0, 1, 1]])
     assert {name: row.tolist() for name, row in published(stack("kfac"), 2).items()} == {"kfac": [1, 1]}
     assert {name: row.tolist() for name, row in published(operators.get("iso_cts"), 3).items()} == {"at 1": [1]}
+    assert {name: row.tolist() for name, row in published(operators.get("emr"), 2).items()} == {"at 1": [1, 1]}
     assert published(operators.get("task_arithmetic"), 2) == {}
 
 

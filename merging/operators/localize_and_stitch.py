@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ecotone.merging.kernel.materialise import Transform
-from ecotone.merging.operators.prepared import Density, PreparedVectors, keep, prepared, shared
+from ecotone.merging.operators.prepared import Density, PublishedVectors, keep, prepared, shared
 from ecotone.merging.operators.task_vectors import Pieces, largest, task_vectors
 
 
 @dataclass(frozen=True)
-class LocalizeAndStitch(PreparedVectors):
+class LocalizeAndStitch(PublishedVectors):
     """``theta = base + sum_k c_k v_k`` with v_k of Localize-and-Stitch; zero coefficients give the base.
 
     Args:

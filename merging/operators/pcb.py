@@ -24,7 +24,7 @@ from torch import Tensor
 from ecotone.merging.kernel.materialise import Transform
 from ecotone.merging.operators.elementary import exp, summed, tanh
 from ecotone.merging.operators.order_statistics import magnitudes, order_statistics
-from ecotone.merging.operators.prepared import Density, PreparedVectors, prepared
+from ecotone.merging.operators.prepared import Density, PublishedVectors, prepared
 from ecotone.merging.operators.task_vectors import Pieces, task_vectors
 
 Limits: TypeAlias = tuple[float, ...]
@@ -32,7 +32,7 @@ Limits: TypeAlias = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Pcb(PreparedVectors):
+class Pcb(PublishedVectors):
     """``theta = base + sum_k c_k v_k`` with v_k of PCB-Merging; zero coefficients give the base.
 
     Args:

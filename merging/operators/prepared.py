@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -42,6 +42,16 @@ class PreparedVectors(TaskArithmetic):
         """(S, K+1): one for the base, then the coefficients."""
         table = np.asarray(coefficients, np.float64)
         return np.column_stack([np.ones(len(table)), table])
+
+
+@dataclass(frozen=True)
+class PublishedVectors(PreparedVectors):
+    """Prepared vectors of which ``base + sum_k v_k`` is the published merge. Searches over them begin there."""
+
+    around: ClassVar[float] = 1.0
+    """The coefficient of every vector in the published merge."""
+    bounds: ClassVar[tuple[float, float]] = (0.0, 2.0)
+    """The bounds of coefficients in searches whose recipe gives none."""
 
 
 def prepared(
