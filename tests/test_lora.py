@@ -12,7 +12,6 @@ import ecotone.merging.models.lora
 import ecotone.merging.models.low_rank
 import ecotone.merging.sources
 from ecotone.fitness.backends.resident import Resident
-from ecotone.merging import operators
 from ecotone.merging.export import export_directory, export_file
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.kernel import compiled
@@ -22,8 +21,9 @@ from ecotone.merging.models.low_rank import LowRank
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import CheckpointError, InputError
 from ecotone.populations.genome import Genome
+from ecotone.testing.operators import streamed
 
-OPERATORS = sorted(operators.OPERATORS)
+OPERATORS = streamed()
 LINEAR, EMBEDDING = "layers.0.weight", "embed_tokens.weight"
 SHAPES = {EMBEDDING: (40, 6), "layers.0.bias": (7,), LINEAR: (7, 6), "layers.1.weight": (6, 7), "norm.weight": (6,)}
 

@@ -12,7 +12,6 @@ import ecotone.merging.kernel.compiled
 import ecotone.merging.kernel.materialise as kernel
 import ecotone.merging.memory
 import ecotone.merging.sources
-from ecotone.merging import operators
 from ecotone.merging.inner_products import gram_table, region_borders
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.operators.base import directions
@@ -20,6 +19,7 @@ from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
 from ecotone.populations.gram import GramTable
+from ecotone.testing.operators import streamed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = {"head.bias": (11,), "layers.0.weight": (300, 257), "layers.1.weight": (13, 17), "scale": ()}
@@ -84,7 +84,7 @@ def reference(sources, genome):
     return torch.from_numpy(merged), torch.from_numpy(terms)
 
 
-@pytest.fixture(params=sorted(operators.OPERATORS))
+@pytest.fixture(params=streamed())
 def operator(request):
     return request.param
 

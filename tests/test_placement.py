@@ -15,12 +15,13 @@ from ecotone.fitness.backends import resident
 from ecotone.fitness.backends.resident import STACK_BYTES, stack_of
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
-from ecotone.merging import operators, placement
+from ecotone.merging import placement
 from ecotone.merging.gradient import Slopes
 from ecotone.merging.placement import Bytes, Free, Needs, chosen, settled
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
+from ecotone.testing.operators import streamed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLACEMENTS = ["device", "host", "mapped"]
@@ -94,7 +95,7 @@ def slopes(sources, device=CPU):
 # -- the same bits -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", sorted(operators.OPERATORS))
+@pytest.mark.parametrize("operator", streamed())
 @pytest.mark.parametrize("adapters", [False, True], ids=["checkpoints", "adapters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_bits_do_not_depend_on_the_placement(tmp_path, monkeypatch, operator, adapters, dtype):
@@ -111,7 +112,7 @@ def test_bits_do_not_depend_on_the_placement(tmp_path, monkeypatch, operator, ad
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("operator", sorted(operators.OPERATORS))
+@pytest.mark.parametrize("operator", streamed())
 @pytest.mark.parametrize("adapters", [False, True], ids=["checkpoints", "adapters"])
 @pytest.mark.parametrize("place", [*PLACEMENTS, "auto"])
 def test_bits_do_not_depend_on_the_placement_on_a_gpu(tmp_path, monkeypatch, operator, adapters, place):
@@ -360,7 +361,8 @@ import numpy as np
 from ecotone.fitness.callables import call
 from ecotone.fitness.objectives import CallSettings
 from ecotone.fitness.specs import WorkerSpec
-from ecotone.fitness.worker import Worker, needs_of, open_sources
+from ecotone.fitness.opening import open_sources
+from ecotone.fitness.worker import Worker, needs_of
 from ecotone.populations.genome import Genome
 from ecotone.populations.trial import Trial
 import torch

@@ -55,6 +55,12 @@ def model(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
+def streamed() -> list[str]:
+    """The names of the operators that can be used and prepare nothing: they work on pieces as these are mixed."""
+    usable = sorted(operators.OPERATORS.usable())
+    return [name for name in usable if not isinstance(operators.get(name), WholeMatrices)]
+
+
 def opened_under(operator: Operator, experts: Sequence[Path], base: Path | None, folder: Path) -> Sources:
     """The sources of some models; of an operator that prepares its vectors, with vectors of invented statistics."""
     settings = {field.name: getattr(operator, field.name) for field in _fields(operator)}
