@@ -27,17 +27,20 @@ class Solved:
         genome: The merge, in the search's own segments.
         text: How fine it was solved, and what became of it in the search's segments and bounds; a clause.
         means: (K,) the mean of each source's coefficients, weighted by length.
+        sources: K names of the sources.
     """
 
     solver: Solver
     genome: Genome
     text: str
     means: tuple[float, ...]
+    sources: tuple[str, ...]
 
     def record(self, stage: int) -> dict[str, Any]:
         """Plain values, for the journal; ``stage`` is the number of the search in its chain."""
         plain = self.solver.model_dump(mode="json")
-        return {"stage": stage, "solver": plain, "text": self.text, "means": list(self.means)}
+        means = list(self.means)
+        return {"stage": stage, "solver": plain, "text": self.text, "means": means, "sources": list(self.sources)}
 
 
 def begun(settings: SearchSettings, context: Context, known: bool = True) -> Context:
@@ -86,7 +89,7 @@ def solved(settings: SearchSettings, context: Context) -> list[Solved]:
         table = np.round(table / STEP) * STEP if solver.by == "tensor" else table
         genome, moved = _bounded(settings, placed(Genome.per_tensor(space, table).simplified(), parts))
         text = "; ".join(filter(None, [described(solver, space.borders(solver.by), parts), moved]))
-        found.append(Solved(solver, genome, text, tuple((weights @ table).tolist())))
+        found.append(Solved(solver, genome, text, tuple((weights @ table).tolist()), tuple(space.sources)))
     return found
 
 
