@@ -80,8 +80,8 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
     return WorkerSpec(
         experts=tuple(_located(path, prepared) for path in models.experts),
         base=None if models.base is None else _located(models.base, prepared),
-        operator=recipe.merge.operator,
-        settings=recipe.merge.settings,
+        operator=recipe.merge.combined[0],
+        settings=recipe.merge.combined[1],
         names=models.names,
         vocabulary=models.vocabulary,
         treatment=Treatment(models.unused, recipe.merge.freeze, recipe.merge.only, architecture == "auto"),
@@ -118,11 +118,13 @@ def check_operator(recipe: Recipe) -> Operator:
     """
     merge = recipe.merge
     try:
-        operator = operators.get(merge.operator, merge.settings)
+        used, settings = merge.combined
+        operator = operators.get(used, settings)
         for name, bounds in merge.ranges.items():
             for bound in (bounds.low, bounds.high):
                 value = int(bound) if bounds.scale == "integer" else bound
-                operators.tuned(operators.get(merge.operator, {**merge.settings, name: value}), {name: value})
+                tuned = operators.tuned(operators.get(used, {**settings, name: value}), {name: value})
+                tuned.columns([str(number) for number in range(len(recipe.models.experts))])
     except InputError as error:
         raise InputError(f"merge.{error.message.removeprefix('genome: ')}", error.remedy) from error
     for part in recipe.searches:
@@ -204,7 +206,11 @@ def context_of(
             for name, bounds in recipe.merge.ranges.items()
         ),
         affine=operator.affine,
-        around=tuple(published(operator, len(space.seeds)).values()),
+        published=tuple(
+            one
+            for one in published(operator, len(space.seeds), space.size).values()
+            if one.parameters.keys() <= recipe.merge.ranges.keys()
+        ),
         weighs="prepared" if operator.changes else "task_vectors" if operator.needs_base else "models",
         limits={one.name: one.limits for one in objectives if one.limits is not None},
     )

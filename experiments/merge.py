@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -43,6 +44,21 @@ class Range(Part):
         return self
 
 
+class Choices(Part):
+    """Values of a setting that an operator prepares its vectors with. Each merge has one of them.
+
+    Vectors are prepared once for every combination of the values that settings may have.
+
+    Attributes:
+        choices: The values.
+        most: The most combinations that all choices of the operator may make.
+    """
+
+    choices: tuple[Any, ...] = Field(min_length=2)
+    most: int = Field(default=8, ge=2, le=64)
+
+
+_CHOICES: TypeAdapter[dict[str, Choices]] = TypeAdapter(dict[str, Choices])
 _RANGES: TypeAdapter[dict[str, Range]] = TypeAdapter(dict[str, Range])
 
 
@@ -51,13 +67,15 @@ class Merge(Part):
 
     Beside its own fields it takes the settings of the operator, each by its name (``density: 0.2``). A setting that the
     operator lets a search choose may be given bounds (``density: {low: 0.1, high: 0.9}``): then it is searched beside
-    the coefficients.
+    the coefficients. A setting that an operator prepares its vectors with may be given choices (``ridge: {choices:
+    [1e-6, 1e-4, 1e-2]}``): then vectors are prepared for each of them, and the search chooses.
 
     Attributes:
         operator: The merge operator. ``linear`` mixes the experts themselves. ``task_arithmetic`` adds task vectors to
             the base. ``ties``, ``dare`` and ``dare_ties`` add thinned task vectors, ``ties_vectors`` those of
             AdaMerging++. ``slerp`` goes from one of two models to the other. ``stack`` puts the vectors of several
-            operators side by side. ``ecotone plugins`` lists all operators.
+            operators side by side, and ``one_of`` takes those of one of several. ``ecotone plugins`` lists all
+            operators.
         dtype: The type that merged weights are rounded to, scored in and exported in. None means the type in which the
             experts are stored (float32 when there is an architecture and the experts mix types).
         freeze: Patterns of names of tensors that are not merged: merges have those of ``models.base``, or of the first
@@ -92,19 +110,56 @@ class Merge(Part):
     @property
     def settings(self) -> dict[str, Any]:
         """The operator's settings that are given and the same for all merges."""
-        return {name: value for name, value in self._given.items() if not isinstance(value, Range)}
+        return {name: value for name, value in self._given.items() if not isinstance(value, Range | Choices)}
+
+    @property
+    def choices(self) -> dict[str, Choices]:
+        """The settings of which each merge has one of several values."""
+        return {name: value for name, value in self._given.items() if isinstance(value, Choices)}
+
+    @property
+    def combinations(self) -> list[dict[str, Any]]:
+        """The settings of each combination of the choices; empty without any."""
+        values = [one.choices for one in self.choices.values()]
+        return [dict(zip(self.choices, each, strict=True)) for each in itertools.product(*values)] if values else []
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """The settings that are searched, with their bounds."""
-        return {name: value for name, value in self._given.items() if isinstance(value, Range)}
+        """The settings that are searched, with their bounds. Of choices it is the number of a combination."""
+        found = {name: value for name, value in self._given.items() if isinstance(value, Range)}
+        count = len(self.combinations)
+        return {**found, **({"chosen": Range(low=0, high=count - 1, scale="integer")} if count else {})}
+
+    @property
+    def combined(self) -> tuple[str, dict[str, Any]]:
+        """The operator that merges, and its settings: with choices ``one_of`` for all their combinations."""
+        from ecotone.merging import operators
+
+        made = [{"operator": self.operator, **self.settings, **each} for each in self.combinations]
+        return ("one_of", operators.checked("one_of", {"methods": made})) if made else (self.operator, self.settings)
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> Merge:
+        for name, one in self.choices.items():
+            if len(self.ranges) > 1:
+                raise ValueError(f"{name}: expected choices or bounds of other settings, found both")
+            if len(self.combinations) > one.most:
+                raise ValueError(
+                    f"{name}: expected at most {one.most} combinations, each of which is prepared, found "
+                    f"{len(self.combinations)}; leave some out, or raise most"
+                )
+        try:
+            self.combined  # noqa: B018
+        except EcotoneError as error:
+            raise ValueError(f"{next(iter(self.choices))}: {error}") from error
+        return self
 
     @property
     def bounds(self) -> tuple[float, float] | None:
         """The bounds of coefficients that suit the operator; None where it has none of its own."""
         from ecotone.merging import operators
 
-        found: tuple[float, float] | None = getattr(operators.get(self.operator, self.settings), "bounds", None)
+        found: tuple[float, float] | None = getattr(operators.get(*self.combined), "bounds", None)
         return found
 
     @property
@@ -114,7 +169,7 @@ class Merge(Part):
         from ecotone.merging.operators.stack import Stack
         from ecotone.merging.operators.whole import FromData
 
-        operator = operators.get(self.operator, self.settings)
+        operator = operators.get(*self.combined)
         parts = operator.preparing.values() if isinstance(operator, Stack) else [operator]
         return any(isinstance(one, FromData) for one in parts)
 
@@ -131,12 +186,15 @@ class Merge(Part):
     def more_fields(cls) -> Iterator[MoreField]:
         """The settings of every operator that can be used."""
         from ecotone.merging import operators
+        from ecotone.merging.operators.whole import WholeMatrices
 
         for name in operators.OPERATORS.usable():
             for setting in operators.settings_of(name).values():
                 shape = setting.adapter.json_schema()
                 if setting.bounds is not None:
-                    shape = {"anyOf": [shape, {"type": "object", "title": "Range"}]}
+                    shape = {"anyOf": [shape, {"type": "object", "title": Range.__name__}]}
+                if issubclass(operators.OPERATORS.get(name, "operator"), WholeMatrices):
+                    shape = {"anyOf": [*shape.get("anyOf", [shape]), {"type": "object", "title": Choices.__name__}]}
                 yield MoreField(setting.name, (name,), shape, setting.default, setting.text)
 
     @classmethod
@@ -190,14 +248,28 @@ def _checked(operator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 def _value(operator: str, key: str, value: Any) -> Any:
     from ecotone.merging import operators
 
-    if isinstance(value, Range):
+    if isinstance(value, Range | Choices):
         return value
+    if isinstance(value, Mapping) and "choices" in value:
+        return _of_choices(operator, key, value)
     if isinstance(value, Mapping) and operators.settings_of(operator)[key].bounds is not None:
         return _RANGES.validate_python({key: value})[key]
     try:
         return operators.checked(operator, {key: value})[key]
     except EcotoneError as error:
         raise refused(key, value, f"{error.message.removeprefix(f'merge.{key}: ')} {error.remedy}".strip()) from error
+
+
+def _of_choices(operator: str, key: str, value: Mapping[str, Any]) -> Choices:
+    from ecotone.merging import operators
+    from ecotone.merging.operators.whole import WholeMatrices
+
+    if not issubclass(operators.OPERATORS.get(operator, "operator"), WholeMatrices):
+        bounds = operators.settings_of(operator)[key].bounds
+        instead = "give bounds (low, high)" if bounds is not None else "give one value"
+        raise refused(key, value, f"choices are for operators that prepare their vectors, found {operator}; {instead}")
+    found = _CHOICES.validate_python({key: value})[key]
+    return found.model_copy(update={"choices": tuple(_value(operator, key, one) for one in found.choices)})
 
 
 def _unknown(operator: str, key: str, known: Mapping[str, Setting]) -> str:

@@ -256,7 +256,8 @@ class Recipe(Part):
     def _check_ranges(self, part: SearchSettings) -> None:
         if self.merge.ranges and not part.searches_settings:
             raise ValueError(
-                f"merge.{next(iter(self.merge.ranges))}: {part.algorithm} searches coefficients alone, found bounds; "
+                f"merge.{next(iter({**self.merge.choices, **self.merge.ranges}))}: {part.algorithm} searches "
+                f"coefficients alone, found {'choices' if self.merge.choices else 'bounds'}; "
                 "give one value, or use random, cma_es, map, bayesian_map, nsga2 or optuna"
             )
 

@@ -294,7 +294,7 @@ def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tup
     """
     merge = recipe.merge
     marks = [
-        *([operator.name] if operator.changes else []),
+        *([merge.operator] if operator.changes else []),
         *(["frozen"] if merge.freeze or merge.only else []),
         *([] if merge.rank is None else [f"rank {merge.rank}"]),
     ]
@@ -308,9 +308,9 @@ def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tup
         yield named("base"), Genome.uniform(space.size, np.zeros(space.dimension))
     for name, row in zip(experts, space.seeds, strict=True):
         yield name, Genome.uniform(space.size, row)
-    merges = published(operator, len(space.seeds)) or {"average": space.seeds.mean(axis=0)}
-    for name, row in merges.items():
-        yield named(f"{name}{changed}"), Genome.uniform(space.size, row)
+    average = {"average": Genome.uniform(space.size, space.seeds.mean(axis=0))}
+    for name, genome in (published(operator, len(space.seeds), space.size) or average).items():
+        yield named(f"{name}{changed}"), genome
 
 
 def _deaths_told(recipe: Recipe, place: Place) -> contextlib.AbstractContextManager[None]:

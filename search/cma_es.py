@@ -14,7 +14,6 @@ from cmaes import CMA, SepCMA
 from numpy.typing import ArrayLike
 from pydantic import Field, model_validator
 
-from ecotone.populations.genome import Genome
 from ecotone.populations.population import ElitistArchive, climbed
 from ecotone.populations.ranking import Extremes
 from ecotone.populations.trial import Evaluation, Goal, Outcome, Trial, oriented
@@ -74,8 +73,8 @@ class CmaEsSettings(Box):
         """The search, and an archive of the best."""
         box = self.box(context)
         start: ArrayLike | None = box.point(context.starts[0]) if context.starts else self._number
-        if start is None and context.around:
-            start = box.point(Genome.uniform(context.space.size, context.around[0]))
+        if start is None and context.published:
+            start = box.point(context.published[0])
         if start is None and not context.affine:
             start = (self.low + self.high) / 2  # halfway from one model to the other
         search = CmaEs(box, context.goals, context.seed, self, start)

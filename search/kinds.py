@@ -19,7 +19,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from ecotone.fitness.kinds import CalibrationSettings
 from ecotone.populations.errors import InputError
-from ecotone.populations.genome import Floats, Genome, Integers
+from ecotone.populations.genome import Genome, Integers
 from ecotone.populations.population import Population
 from ecotone.populations.space import Space
 from ecotone.populations.trial import Goal
@@ -53,8 +53,7 @@ class Context:
         starts: Merges to begin with, best first; empty for none.
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
-        around: (K,) coefficients of the operator's published merges, the one to begin with first; empty where there
-            is no such merge.
+        published: The operator's published merges, the one to begin with first; empty where there is none.
         weighs: What coefficients weigh under the operator.
         joined: Whether ``starts`` come before what the search begins with anyway, such as the models. Otherwise they
             take its place: they were scored before.
@@ -69,15 +68,10 @@ class Context:
     starts: tuple[Genome, ...] = ()
     searched: tuple[Setting, ...] = ()
     affine: bool = True
-    around: tuple[Floats, ...] = ()
+    published: tuple[Genome, ...] = ()
     weighs: Weighs = "models"
     joined: bool = False
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-    @property
-    def published(self) -> tuple[Genome, ...]:
-        """The operator's published merges, the one to begin with first; empty where there is none."""
-        return tuple(Genome.uniform(self.space.size, row) for row in self.around)
 
 
 @dataclass(frozen=True)
@@ -366,9 +360,10 @@ class ModelsFirstBox(FrontBox):
         space, starts = context.space, context.starts
         alone = self.models_first and (context.joined or not starts)
         rows = [*space.seeds, space.seeds.mean(axis=0)] if alone else []
-        if alone and context.around:  # of what was prepared, a part alone is no model
-            rows = [*context.around]
-        begun = [box.point(start) for start in (*starts, *(Genome.uniform(space.size, row) for row in rows))]
+        models = [Genome.uniform(space.size, row) for row in rows]
+        if alone and context.published:  # of what was prepared, a part alone is no model
+            models = [*context.published]
+        begun = [box.point(start) for start in (*starts, *models)]
         if not begun:
             return None
         if not starts:

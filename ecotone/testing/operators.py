@@ -26,6 +26,7 @@ from ecotone.merging import operators
 from ecotone.merging.export import export_file
 from ecotone.merging.kernel.materialise import accumulator
 from ecotone.merging.operators.base import Operator
+from ecotone.merging.operators.one_of import OneOf
 from ecotone.merging.operators.stack import Stack
 from ecotone.merging.operators.whole import WholeMatrices
 from ecotone.merging.sources import Sources
@@ -206,7 +207,8 @@ class OperatorConformance:
         columns = len(operator.columns(["0", "1", "2"]))
         a, b = rng.normal(size=(2, 5, columns))
         zero = operator.weights(np.zeros((5, columns)))
-        assert zero.shape == (5, columns + operator.needs_base)
+        mixed = columns * len(operator.members) if isinstance(operator, OneOf) else columns
+        assert zero.shape == (5, mixed + operator.needs_base)
         np.testing.assert_allclose(
             operator.weights(a + b) - zero, operator.weights(a) - zero + operator.weights(b) - zero, atol=1e-12
         )

@@ -48,6 +48,7 @@ _OURS = {
     "widen": "ecotone.merging.operators.widen:Widen",
     "arcee_fusion": "ecotone.merging.operators.arcee_fusion:ArceeFusion",
     "stack": "ecotone.merging.operators.stack:Stack",
+    "one_of": "ecotone.merging.operators.one_of:OneOf",
 }
 OPERATORS: Registry[type[Operator]] = Registry("operator", "ecotone.operators", _OURS, declared.check_declared)
 

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ecotone.merging.operators.base import Operator
-from ecotone.merging.operators.stack import Stack
-from ecotone.populations.genome import Floats
+from ecotone.merging.operators.one_of import OneOf
+from ecotone.merging.operators.stack import Stack, own_merge
+from ecotone.populations.genome import Genome
 
 
-def published(operator: Operator, experts: int) -> dict[str, Floats]:
-    """By name, (K,) coefficients of published merges, the one that searches begin with first; empty without any.
+def published(operator: Operator, experts: int, size: int) -> dict[str, Genome]:
+    """By name, published merges, the one that searches begin with first; empty without any.
 
     Args:
-        operator: The operator: one that says where its published merge lies (``around``), or a stack of several.
+        operator: The operator: one that says where its published merge lies (``around``), a stack of several, or one of
+            several; these have a parameter but for the one that is chosen where a merge has none.
         experts: E, how many experts are merged.
+        size: n, the length of the flat vector.
 
     Raises:
         InputError: The operator does not merge so many.
     """
+    if isinstance(operator, OneOf):
+        alone = operator.alone(experts).items()
+        chosen = {name: {} if number == operator.chosen else {"chosen": number} for name, (number, _) in alone}
+        return {name: Genome.uniform(size, row, **chosen[name]) for name, (_, row) in alone}
     if isinstance(operator, Stack):
-        return operator.published(experts)
+        return {name: Genome.uniform(size, row) for name, row in operator.published(experts).items()}
     around = getattr(operator, "around", None)
-    if around is None:
-        return {}
-    columns = operator.columns([str(number) for number in range(experts)])
-    return {f"at {around:g}": np.full(len(columns), float(around))}
+    return {} if around is None else {f"at {around:g}": Genome.uniform(size, own_merge(operator, experts))}

@@ -19,7 +19,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -61,9 +61,13 @@ class Method(Part):
         """As recipes have it: the name alone where no setting is given."""
         return {"operator": self.operator, **self.settings} if self.settings else self.operator
 
+    @property
+    def told(self) -> str:
+        """The settings in words."""
+        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
+
     def __str__(self) -> str:
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return f"{self.operator} ({settings})" if settings else self.operator
+        return f"{self.operator} ({self.told})" if self.settings else self.operator
 
 
 def methods_of(given: Any) -> tuple[Method, ...]:
@@ -140,19 +144,41 @@ def _one_a_column(operator: Operator) -> bool:
     return True
 
 
+SHAPE = {
+    "type": "array",
+    "items": {"anyOf": [{"type": "string"}, {"type": "object", "required": ["operator"]}]},
+    "minItems": 1,
+}
+"""The JSON Schema of methods."""
+LISTED = "a list of operators, each a name or a mapping of operator and its settings"
+"""Methods in words."""
+
 Methods: TypeAlias = Annotated[
     tuple[Method, ...],
     PlainValidator(methods_of),
     PlainSerializer(as_given),
-    WithJsonSchema(
-        {
-            "type": "array",
-            "items": {"anyOf": [{"type": "string"}, {"type": "object", "required": ["operator"]}]},
-            "minItems": 1,
-        }
-    ),
-    InWords("a list of operators, each a name or a mapping of operator and its settings"),
+    WithJsonSchema(SHAPE),
+    InWords(LISTED),
 ]
+
+
+@cache
+def members_of(methods: tuple[Method, ...]) -> Mapping[str, Operator]:
+    """The operators of methods, by label: the operator's name, and a number for the second of one name and on."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for method in methods:
+        name = method.operator
+        seen[name] += 1
+        found[f"{name}-{seen[name]}" if seen[name] > 1 else name] = operators.get(name, method.settings)
+    return found
+
+
+def own_merge(operator: Operator, experts: int) -> Floats:
+    """(K,) coefficients of an operator's published merge, or else of the average of the experts."""
+    rows = operator.seeds(experts)
+    around = getattr(operator, "around", None)
+    return rows.mean(axis=0) if around is None else np.full(rows.shape[1], float(around))
 
 
 @dataclass(frozen=True)
@@ -177,16 +203,10 @@ class Stack:
     geometry = None
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
-    @cached_property
+    @property
     def members(self) -> Mapping[str, Operator]:
         """The operators, by the labels of their columns."""
-        seen: Counter[str] = Counter()
-        found = {}
-        for method in self.methods:
-            name = method.operator
-            seen[name] += 1
-            found[f"{name}-{seen[name]}" if seen[name] > 1 else name] = operators.get(name, method.settings)
-        return found
+        return members_of(self.methods)
 
     @property
     def preparing(self) -> dict[str, WholeMatrices]:
@@ -229,9 +249,8 @@ class Stack:
         width, spans = _spans_of(self, experts)
         alone = {}
         for (label, one), span in zip(self.members.items(), spans, strict=True):
-            around = getattr(one, "around", None)
             alone[label] = np.zeros(width)
-            alone[label][span] = one.seeds(experts).mean(axis=0) if around is None else around
+            alone[label][span] = own_merge(one, experts)
         return alone if len(alone) == 1 else {EQUAL: np.mean([*alone.values()], axis=0), **alone}
 
     def weights(self, coefficients: Floats, grams: Floats | None = None) -> Floats:
@@ -274,11 +293,11 @@ class Stack:
         found = [one.transform(pieces.part(span)) for one, span in zip(self.members.values(), spans, strict=True)]
         if all(transform is unchanged for transform in found):
             return unchanged
-        return _SideBySide(tuple(zip(spans, found, strict=True)))
+        return SideBySide(tuple(zip(spans, found, strict=True)))
 
 
 @dataclass(frozen=True)
-class _SideBySide:
+class SideBySide:
     """Changes pieces of the base and K others, method by method.
 
     Args:

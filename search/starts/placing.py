@@ -143,7 +143,8 @@ def _checked(settings: SearchSettings, context: Context) -> Geometry:
             f"{FIELD}: expected merges that are linear in their coefficients, found a merge.operator that has others.",
             "Use merge.operator linear or task_arithmetic; solve: nuslerp is SLERP by tensor.",
         )
-    models = Geometry(context.space, context.weighs, next(iter(context.around), None))
+    own = context.published[0].coefficients[0] if context.published else None
+    models = Geometry(context.space, context.weighs, own)
     for solver in settings.solvers:
         solver.check_operator(context.weighs)
         solver.check(models)
