@@ -47,7 +47,8 @@ class Range(Part):
 class Choices(Part):
     """Values of a setting that an operator prepares its vectors with. Each merge has one of them.
 
-    Vectors are prepared once for every combination of the values that settings may have.
+    Vectors are prepared once for every combination of the values that settings may have. Each combination takes the
+    disk space of a model for every coefficient.
 
     Attributes:
         choices: The values.
@@ -105,7 +106,9 @@ class Merge(Part):
         own = {key: one for key, one in value.items() if key in cls.model_fields}
         name = own.get("operator", cls.model_fields["operator"].default)
         given = {key: one for key, one in value.items() if key not in own and one is not None}
-        return {**own, **_checked(name, given)}
+        found = _checked(name, given)
+        _check_choices(found)
+        return {**own, **found}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -118,41 +121,16 @@ class Merge(Part):
         return {name: value for name, value in self._given.items() if isinstance(value, Choices)}
 
     @property
-    def combinations(self) -> list[dict[str, Any]]:
-        """The settings of each combination of the choices; empty without any."""
-        values = [one.choices for one in self.choices.values()]
-        return [dict(zip(self.choices, each, strict=True)) for each in itertools.product(*values)] if values else []
-
-    @property
     def ranges(self) -> dict[str, Range]:
         """The settings that are searched, with their bounds. Of choices it is the number of a combination."""
         found = {name: value for name, value in self._given.items() if isinstance(value, Range)}
-        count = len(self.combinations)
+        count = len(_combinations(self.choices))
         return {**found, **({"chosen": Range(low=0, high=count - 1, scale="integer")} if count else {})}
 
     @property
     def combined(self) -> tuple[str, dict[str, Any]]:
         """The operator that merges, and its settings: with choices ``one_of`` for all their combinations."""
-        from ecotone.merging import operators
-
-        made = [{"operator": self.operator, **self.settings, **each} for each in self.combinations]
-        return ("one_of", operators.checked("one_of", {"methods": made})) if made else (self.operator, self.settings)
-
-    @model_validator(mode="after")
-    def _choices_fit(self) -> Merge:
-        for name, one in self.choices.items():
-            if len(self.ranges) > 1:
-                raise ValueError(f"{name}: expected choices or bounds of other settings, found both")
-            if len(self.combinations) > one.most:
-                raise ValueError(
-                    f"{name}: expected at most {one.most} combinations, each of which is prepared, found "
-                    f"{len(self.combinations)}; leave some out, or raise most"
-                )
-        try:
-            self.combined  # noqa: B018
-        except EcotoneError as error:
-            raise ValueError(f"{next(iter(self.choices))}: {error}") from error
-        return self
+        return _combined(self.operator, self.settings, self.choices)
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -260,6 +238,39 @@ def _value(operator: str, key: str, value: Any) -> Any:
         raise refused(key, value, f"{error.message.removeprefix(f'merge.{key}: ')} {error.remedy}".strip()) from error
 
 
+def _combinations(choices: Mapping[str, Choices]) -> list[dict[str, Any]]:
+    """The settings of each combination of choices; empty without any."""
+    values = [one.choices for one in choices.values()]
+    return [dict(zip(choices, each, strict=True)) for each in itertools.product(*values)] if values else []
+
+
+def _combined(operator: str, settings: dict[str, Any], choices: Mapping[str, Choices]) -> tuple[str, dict[str, Any]]:
+    """The operator for all combinations of choices, and its settings; the operator itself without any."""
+    from ecotone.merging import operators
+
+    made = [{"operator": operator, **settings, **each} for each in _combinations(choices)]
+    return ("one_of", operators.checked("one_of", {"methods": made})) if made else (operator, settings)
+
+
+def _check_choices(given: Mapping[str, Any]) -> None:
+    """Refuse choices that are too many, or stand beside bounds.
+
+    Raises:
+        ValidationError: They are; it names the place.
+    """
+    choices = {key: one for key, one in given.items() if isinstance(one, Choices)}
+    count = len(_combinations(choices))
+    for key, one in given.items():
+        if choices and isinstance(one, Range):
+            raise refused(key, one, f"expected one value beside choices of {next(iter(choices))}, found bounds")
+    for key, one in choices.items():
+        if count > one.most:
+            said = f"expected at most {one.most} combinations of choices, each of which is prepared, found {count}"
+            raise refused(key, one, f"{said}. Leave some out, or raise most.")
+        if len(set(map(repr, one.choices))) < len(one.choices):
+            raise refused(key, one, f"expected different choices, found {', '.join(map(str, one.choices))}")
+
+
 def _of_choices(operator: str, key: str, value: Mapping[str, Any]) -> Choices:
     from ecotone.merging import operators
     from ecotone.merging.operators.whole import WholeMatrices
@@ -268,6 +279,11 @@ def _of_choices(operator: str, key: str, value: Mapping[str, Any]) -> Choices:
         bounds = operators.settings_of(operator)[key].bounds
         instead = "give bounds (low, high)" if bounds is not None else "give one value"
         raise refused(key, value, f"choices are for operators that prepare their vectors, found {operator}; {instead}")
+    for name in value:
+        if name not in Choices.model_fields:
+            raise refused(
+                key, value, f"{name}: unknown key beside choices. {nearest(str(name), [*Choices.model_fields])}"
+            )
     found = _CHOICES.validate_python({key: value})[key]
     return found.model_copy(update={"choices": tuple(_value(operator, key, one) for one in found.choices)})
 

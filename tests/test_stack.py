@@ -1,4 +1,4 @@
-"""Methods side by side: columns, sums, where searches begin, bases that runs share, and what is refused."""
+"""Methods side by side, and one of several: columns, sums, beginnings, bases that runs share, and what is refused."""
 
 import json
 from dataclasses import replace
@@ -388,6 +388,106 @@ def test_without_its_bases_a_stack_can_be_looked_at_and_not_merged(spec):
     assert rows == 7 * sources.layout.size * 8
     with pytest.raises(InputError, match="operator 'stack': expected the vectors that it prepares, found none"):
         sources.space()
+
+
+# -- one of several ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", [0, 1, 2, 3])
+def test_one_of_several_is_the_chosen_method_bit_for_bit(tmp_path, chosen):
+    methods = ("ties", "task_arithmetic", REGMEAN, {"operator": "regmean", "targets": "weights"})
+    plain = opened(alone(methods[chosen]), tmp_path, torch.bfloat16)
+    fixed = opened(operators.get("one_of", {"methods": methods, "chosen": chosen}), tmp_path, torch.bfloat16)
+    other = opened(operators.get("one_of", {"methods": methods, "chosen": (chosen + 1) % 4}), tmp_path, torch.bfloat16)
+    genome = genome_of(plain)
+    own = Genome(genome.boundaries, genome.coefficients, {"chosen": chosen})
+    expected = materialised(plain, genome, torch.bfloat16)
+    for sources, merge in ((fixed, genome), (other, own)):
+        for name, values in materialised(sources, merge, torch.bfloat16).items():
+            assert torch.equal(bits(values), bits(expected[name]))
+    assert other.names == plain.names
+    assert fixed.space().sources == plain.space().sources
+    np.testing.assert_array_equal(fixed.space().gram.prefix, plain.space().gram.prefix)
+    with pytest.raises(InputError, match="chosen: expected the number of a method, 0 to 3, found 4"):
+        materialised(fixed, Genome(genome.boundaries, genome.coefficients, {"chosen": 4}), torch.bfloat16)
+
+
+CHOICES = {"operator": "iso_c", "cut": {"choices": [1e-6, 0.5]}}
+
+
+@pytest.mark.parametrize(
+    ("search", "rows"),
+    [
+        ({"algorithm": "nsga2"}, [([1, 1], 0), ([1, 1], 1)]),
+        ({"algorithm": "bayesian_map"}, [([1, 1], 0), ([1, 1], 1)]),
+        ({"algorithm": "cma_es", "sigma": 1e-9}, [([1, 1], 0)]),
+    ],
+    ids=str,
+)
+def test_searches_begin_with_the_merge_of_each_choice(folder, search, rows):
+    recipe = recipe_of(folder, CHOICES, search, 60)
+    made, _ = compose.make_search(recipe, space_of(recipe))
+    for coefficients, chosen in rows:
+        [trial] = made.ask(1)
+        np.testing.assert_allclose(trial.genome.coefficients[0], coefficients, atol=1e-6)
+        assert trial.genome.parameters == {"chosen": chosen}
+
+
+def test_each_combination_of_choices_is_prepared_once_and_searched(folder):
+    recipe = recipe_of(folder, CHOICES, {"algorithm": "random"}, 10)
+    assert recipe.record()["merge"]["cut"] == {"choices": [1e-6, 0.5], "most": 8}
+    again = Recipe.from_record(yaml.safe_load(recipe.text()))
+    assert (again.merge, again.signature) == (recipe.merge, recipe.signature)
+    run = launch(recipe, folder / "run")
+    assert len(Bases().all()) == 2
+    assert {run.trial(number).genome.parameters["chosen"] for number in range(10)} == {0, 1}
+    target = run.export("best", folder / "best")
+    assert all(one.difference == 0 for one in verify(target))
+    assert [one.id for one in run.references()][-2:] == ["cut 1e-06 (iso_c)", "cut 0.5 (iso_c)"]
+
+
+def test_choices_of_several_settings_are_combined():
+    merge = Merge.model_validate(
+        {"operator": "regmean", "ridge": {"choices": [1e-6, 1]}, "targets": {"choices": ["own", "weights"]}, "batch": 8}
+    )
+    operator, settings = merge.combined
+    made = [one.settings for one in settings["methods"]]
+    assert operator == "one_of"
+    assert [(one["ridge"], one["targets"], one["batch"]) for one in made] == [
+        *((1e-6, "own", 8), (1e-6, "weights", 8), (1.0, "own", 8), (1.0, "weights", 8))
+    ]
+    assert merge.ranges["chosen"].high == 3
+    assert merge.reads_data
+    assert merge.bounds == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("merge", "said"),
+    [
+        ({**CHOICES, "cut": {"choices": [0.1]}}, "merge.cut: expected a list of 2 or more"),
+        ({**CHOICES, "cut": {"choices": [0.1, 2]}}, "merge.cut: expected .*, found 2"),
+        ({**CHOICES, "cut": {"choices": [0.1, 0.1]}}, "merge.cut: expected different choices, found 0.1, 0.1"),
+        ({**CHOICES, "cut": {"choices": [0.1, 0.2], "mots": 3}}, "merge.cut: mots: .*Did you mean 'most'"),
+        (
+            {**CHOICES, "cut": {"choices": [n / 100 for n in range(1, 10)]}},
+            "merge.cut: expected at most 8 combinations",
+        ),
+        ({"operator": "ties", "density": {"choices": [0.1, 0.2]}}, r"merge.density: .* found ties; give bounds"),
+        ({"operator": "one_of", "methods": ["ties", "iso_cts"]}, "merge.methods: .*as many coefficients as each other"),
+        (
+            {"operator": "one_of", "methods": ["ties", "iso_c"], "chosen": {"low": 0, "high": 2, "scale": "integer"}},
+            "merge.chosen: expected the number of a method, 0 to 1, found 2",
+        ),
+    ],
+)
+def test_choices_that_do_not_fit_are_refused_in_words(folder, merge, said):
+    with pytest.raises(InputError, match=said):
+        compose.check_operator(recipe_of(folder, merge, {"algorithm": "random"}))
+
+
+def test_a_search_over_coefficients_alone_takes_no_choices(folder):
+    with pytest.raises(InputError, match=r"merge\.cut: m2n2 searches coefficients alone, found choices"):
+        recipe_of(folder, CHOICES, {"algorithm": "m2n2"})
 
 
 # -- digits --------------------------------------------------------------------------------------------------
