@@ -133,14 +133,6 @@ class Merge(Part):
         return _combined(self.operator, self.settings, self.choices)
 
     @property
-    def bounds(self) -> tuple[float, float] | None:
-        """The bounds of coefficients that suit the operator; None where it has none of its own."""
-        from ecotone.merging import operators
-
-        found: tuple[float, float] | None = getattr(operators.get(*self.combined), "bounds", None)
-        return found
-
-    @property
     def reads_data(self) -> bool:
         """Whether the operator prepares its vectors from the data of calibration tasks."""
         from ecotone.merging import operators

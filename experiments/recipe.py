@@ -23,7 +23,6 @@ from pydantic import (
     Tag,
     ValidationError,
     ValidationInfo,
-    field_validator,
     model_validator,
 )
 
@@ -165,6 +164,19 @@ class Budget(Part):
         return self
 
 
+def _suited(merge: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str, float]:
+    """The fields of a search, as a recipe writes it, that suit the operator; none where one of them is given."""
+    from ecotone.merging import operators
+
+    try:
+        operator = operators.get(*Merge.model_validate(merge).combined)
+        settings = SEARCHES.get(search.get("algorithm", USUAL), "search.algorithm")
+    except (InputError, ValidationError):  # it is told better where the field is read
+        return {}
+    fields = settings.suited(operator)
+    return {} if fields.keys() & search.keys() else fields
+
+
 class Recipe(Part):
     """A search, whole: models, merge operator, objectives, algorithm, scoring, budget, seed, runtime, tracking.
 
@@ -200,13 +212,20 @@ class Recipe(Part):
     tracking: TrackingSettings = TrackingSettings()
     _folder: Path | None = PrivateAttr(default=None)
 
-    @field_validator("search")
+    @model_validator(mode="before")
     @classmethod
-    def _within_bounds(cls, search: SearchSettings | ChainSettings, info: ValidationInfo) -> Any:
-        """Give searches the bounds that suit the operator, unless they have others. The record then has them, too."""
-        merge = info.data.get("merge")
-        bounds = None if merge is None else merge.bounds
-        return search if bounds is None else search.within(bounds)
+    def _suit_the_operator(cls, value: Any) -> Any:
+        """Write the bounds and first values that suit an operator into searches that give none.
+
+        So they are recorded, and a run goes on with them whatever later versions think.
+        """
+        merge = value.get("merge") if isinstance(value, Mapping) else None
+        search = value.get("search", {}) if isinstance(value, Mapping) else None
+        if isinstance(merge, Mapping) and isinstance(search, Mapping | list | tuple):
+            parts = [search] if isinstance(search, Mapping) else list(search)
+            parts = [{**_suited(merge, part), **part} if isinstance(part, Mapping) else part for part in parts]
+            return {**value, "search": parts[0] if isinstance(search, Mapping) else parts}
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Recipe:

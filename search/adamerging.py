@@ -15,7 +15,7 @@ then, and the report warns when loss and score fell together. ``ecotone.search.d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from ecotone.populations.population import ElitistArchive
 from ecotone.populations.trial import Goal
 from ecotone.search.descent import Descent, GradientSettings, Line
 from ecotone.search.kinds import Context, Pair
+
+if TYPE_CHECKING:
+    from ecotone.merging.operators.base import Operator
 
 
 class AdaMergingSettings(GradientSettings):
@@ -50,6 +53,12 @@ class AdaMergingSettings(GradientSettings):
     rate: float = Field(default=1e-3, gt=0)
     spread: float = Field(default=0.1, ge=0)
     clamp: bool = False
+
+    @classmethod
+    def suited(cls, operator: Operator) -> dict[str, float]:
+        """The published merge, where all its coefficients are the same."""
+        around = getattr(operator, "around", None)
+        return {} if around is None else {"init": around}
 
     def make(self, context: Context) -> Pair:
         """The search, and an archive of the best merges of its checks."""

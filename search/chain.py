@@ -131,11 +131,6 @@ class ChainSettings(Part):
         shape |= {"title": cls.__name__, "description": cls.summary(), **stages, "minItems": 1}
         return whole
 
-    def within(self, bounds: tuple[float, float]) -> ChainSettings:
-        """With these bounds of coefficients in the searches that have bounds and are given none."""
-        stages = [stage.model_copy(update={"search": stage.search.within(bounds)}) for stage in self.stages]
-        return self.model_copy(update={"stages": tuple(stages)})
-
     @model_serializer(mode="wrap")
     def _listed(self, handler: SerializerFunctionWrapHandler) -> list[dict[str, Any]]:
         stages: list[dict[str, Any]] = handler(self)["stages"]

@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -28,6 +28,9 @@ from ecotone.search.protocol import Search
 from ecotone.search.starts.base import Solver, Weighs
 from ecotone.search.starts.registry import Beginning, Solvers, listed
 from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Kind, check_kind, leaves
+
+if TYPE_CHECKING:
+    from ecotone.merging.operators.base import Operator
 
 Pair: TypeAlias = tuple[Search, Population]
 Fineness: TypeAlias = Literal["model", "groups", "components", "block", "tensor", "element"]
@@ -164,10 +167,6 @@ class SearchSettings(Kind):
     def _subject(self) -> str:
         return f"search.algorithm: the search {self.algorithm!r}"
 
-    def within(self, bounds: tuple[float, float]) -> SearchSettings:
-        """With these bounds of coefficients, where it has bounds and the recipe gives none."""
-        return self
-
     @property
     def solvers(self) -> tuple[Solver, ...]:
         """The solvers of the merges that it begins with; empty for none."""
@@ -190,6 +189,15 @@ class SearchSettings(Kind):
         if fields.get("start", 0) is None and not takes_number(type(self)):
             del fields["start"]
         return fields
+
+    @classmethod
+    def suited(cls, operator: Operator) -> dict[str, float]:  # noqa: ARG003 - for those that have such fields
+        """Fields that suit an operator, where the recipe gives none of them.
+
+        Args:
+            operator: The operator.
+        """
+        return {}
 
     @abstractmethod
     def needs(self) -> Needs:
@@ -319,12 +327,11 @@ class Box(Segmented):
         """The box of the coefficients and of the operator's settings that are searched."""
         return CoefficientBox.of(context.space, self.granularity, self.low, self.high, self.groups, context.searched)
 
-    def within(self, bounds: tuple[float, float]) -> Box:
-        """With these bounds, unless one was given."""
-        if {"low", "high"} & self.model_fields_set:
-            return self
-        low, high = bounds
-        return self.model_copy(update={"low": low, "high": high})
+    @classmethod
+    def suited(cls, operator: Operator) -> dict[str, float]:
+        """The operator's bounds, if it has any."""
+        bounds = getattr(operator, "bounds", None)
+        return {} if bounds is None else {"low": bounds[0], "high": bounds[1]}
 
     def describe(self, search: Search | None, context: Context) -> str:
         """The bounds."""

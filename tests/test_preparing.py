@@ -205,6 +205,17 @@ def test_the_number_of_passes_does_not_grow_with_depth(spec, monkeypatch):
     assert len(ran) == experts * (blocks * 5 + 1)
 
 
+@pytest.mark.parametrize(
+    ("operator", "settings"), [("fisher", {}), ("kfac", {}), ("kfac", {"sequential": False}), ("regmean", {})]
+)
+def test_statistics_are_gathered_for_some_layers_at_a_time(spec, monkeypatch, operator, settings):
+    chosen = replace(spec, operator=operator, settings=settings)
+    at_once = basis_of(chosen)
+    Bases().remove(at_once.key)
+    monkeypatch.setattr("ecotone.fitness.preparing.known.GROUP_BYTES", 1)
+    assert basis_of(chosen).record["files"] == at_once.record["files"]
+
+
 def test_only_so_many_examples_are_read(spec):
     some = replace(spec, operator="regmean", settings={"targets": "weights", "examples": 10})
     found, models = merged(spec, basis_of(some)), states(spec)

@@ -458,7 +458,6 @@ def test_choices_of_several_settings_are_combined():
     ]
     assert merge.ranges["chosen"].high == 3
     assert merge.reads_data
-    assert merge.bounds == (0, 2)
 
 
 @pytest.mark.parametrize(

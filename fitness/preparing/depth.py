@@ -16,6 +16,7 @@ from ecotone.fitness.preparing.known import (
     Gathered,
     beside,
     called,
+    groups,
     inputs_over,
     known_of,
     outputs_by_row,
@@ -30,7 +31,7 @@ from ecotone.fitness.statistics.layers import linear_layers, taking
 from ecotone.fitness.statistics.moments import Moments, together
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Names
-from ecotone.merging.operators.whole import FromData, Known
+from ecotone.merging.operators.whole import FromData, Known, Wanted
 from ecotone.merging.sources import Sources
 
 Turn: TypeAlias = tuple[Unit, Known | None]
@@ -76,7 +77,7 @@ class Depth:
         self._operator, self._sources, self._data = operator, sources, data
         self._backend, self._module, self._names, self._merged = backend, module, names, merged
         self._layers = linear_layers(module)
-        self._curved: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._curved: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # of some layers, by expert
         self._reached: dict[str, list[Unit]] = {}
 
     def turns(self, found: Sequence[Unit]) -> Iterator[Turn]:
@@ -87,7 +88,6 @@ class Depth:
             by_module.setdefault(unit.module if unit.at.kind == "linear" else None, []).append(unit)
         self._reached = {name: by_module.pop(name) for name in order if name in by_module}
         yield from ((unit, None) for some in by_module.values() for unit in some)
-        self._curved = {name: self._curvature(name) for name in experts}
         for container, group in groupby(stages(self._module, list(self._reached)), self._container):
             some = list(group)
             paths = self._paths(container, some) if container else None
@@ -97,12 +97,23 @@ class Depth:
         self._backend.expert(expert)
         return [name for task in self._data[expert] for name in called(self._module, task)]
 
-    def _curvature(self, expert: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        wanted = self._operator.wanted
-        if not {"slopes", "fisher"} & set(wanted):
-            return {}, {}
-        self._backend.expert(expert)
-        return slopes_and_fisher(self._module, self._layers, self._data[expert], wanted, self._operator.batch)
+    def _curve(self, stage: Sequence[str]) -> None:
+        """Have the slopes and the Fisher information of a stage's layers, and of as many after it as there is room for.
+
+        They are the experts' own, and so do not wait for the merge.
+        """
+        kinds: list[Wanted] = [kind for kind in self._operator.wanted if kind in ("slopes", "fisher")]
+        known = next(iter(self._curved.values()), ({}, {}))
+        if not kinds or all(name in known[0] or name in known[1] for name in stage):
+            return
+        order = list(self._reached)
+        left = {name: self._layers[name] for name in order[order.index(stage[0]) :]}
+        names = {*groups(left, kinds, len(self._sources.names))[0], *stage}
+        some = {name: layer for name, layer in left.items() if name in names}
+        for expert in self._sources.names:
+            self._backend.expert(expert)
+            tasks, batch = self._data[expert], self._operator.batch
+            self._curved[expert] = slopes_and_fisher(self._module, some, tasks, kinds, batch)
 
     def _container(self, stage: Stage) -> str:
         """The name of the ``ModuleList`` whose member a stage is; empty for none."""
@@ -115,7 +126,8 @@ class Depth:
 
     def _statistics(self, expert: str, moments: Moments, own: Moments) -> Gathered:
         rows = {layer: one.rows for layer, one in moments.sums.items()}
-        return Gathered(moments.means(), *self._curved[expert], own.means(), rows)
+        slopes, fisher = self._curved.get(expert, ({}, {}))
+        return Gathered(moments.means(), slopes, fisher, own.means(), rows)
 
     # -- whole passes ------------------------------------------------------------------------------------------
 
@@ -124,6 +136,7 @@ class Depth:
         batch = self._operator.batch
         for ends, members in some:
             layers = {name: self._layers[name] for name in members}
+            self._curve(members)
             gathered = []
             for expert in self._sources.names:
                 tasks = self._data[expert]
@@ -173,6 +186,8 @@ class Depth:
             ends = f"{container}.{name}"
             members = members_of.get(ends, [])
             layers = {layer: self._layers[layer] for layer in members}
+            if members:
+                self._curve(members)
             gathered = [self._observed(path, ends, block, layers) for path in paths]
             yield from self._known(members, gathered)
             self._put(self._merged, only=ends)

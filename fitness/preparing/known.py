@@ -50,6 +50,37 @@ class Gathered:
     rows: Mapping[str, int]
 
 
+GROUP_BYTES = 4 * 2**30
+"""Bytes of the statistics of all experts that are held at a time; layers beyond that are observed in another pass."""
+
+
+def groups(
+    layers: Mapping[str, nn.Module], wanted: Sequence[Wanted], experts: int, limit: int | None = None
+) -> list[list[str]]:
+    """Layers in runs whose statistics take at most ``limit`` bytes together, or one layer.
+
+    Args:
+        layers: Linear layers, by name.
+        wanted: The statistics.
+        experts: How many experts there are.
+        limit: Bytes; None is ``GROUP_BYTES``.
+    """
+    found: list[list[str]] = []
+    total, most = 0, GROUP_BYTES if limit is None else limit
+    for name, layer in layers.items():
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        rows, columns = weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1]
+        sizes = {"inputs": (columns + 1) ** 2, "slopes": rows**2, "fisher": rows * (columns + 1)}
+        taken = 8 * experts * sum(sizes.get(kind, rows * (columns + 1)) for kind in wanted)
+        if not found or total + taken > most:
+            found.append([])
+            total = 0
+        found[-1].append(name)
+        total += taken
+    return found
+
+
 def called(model: nn.Module, data: Data) -> list[str]:
     """The linear layers that a pass over an example reaches, in the order of their first calls."""
     seen: dict[str, None] = {}

@@ -27,6 +27,7 @@ from ecotone.fitness.preparing.blocks import uncached
 from ecotone.fitness.preparing.depth import Depth
 from ecotone.fitness.preparing.known import (
     Gathered,
+    groups,
     inputs_over,
     known_of,
     outputs_by_row,
@@ -171,13 +172,20 @@ class Preparation:
         self, operator: FromData, found: Sequence[Unit], module: nn.Module
     ) -> Iterator[tuple[Unit, Known | None]]:
         """Units with the statistics of the experts as they are."""
-        experts = [self._of_expert(operator, name, module) for name in self._sources.names]
+        by_module: dict[str | None, list[Unit]] = {}
         for unit in found:
-            yield unit, known_of(unit, experts, operator.wanted)
+            by_module.setdefault(unit.module if unit.at.kind == "linear" else None, []).append(unit)
+        layers = {name: layer for name, layer in linear_layers(module).items() if name in by_module}
+        for names in groups(layers, operator.wanted, len(self._sources.names)):
+            some = {name: layers[name] for name in names}
+            experts = [self._of_expert(operator, name, module, some) for name in self._sources.names]
+            for name in names:
+                yield from ((unit, known_of(unit, experts, operator.wanted)) for unit in by_module.pop(name))
+        yield from ((unit, None) for some_units in by_module.values() for unit in some_units)
 
-    def _of_expert(self, operator: FromData, name: str, module: nn.Module) -> Gathered:
-        """The statistics of an expert over its own data."""
-        layers, tasks, batch = linear_layers(module), self._data[name], operator.batch
+    def _of_expert(self, operator: FromData, name: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> Gathered:
+        """The statistics of an expert's layers over its own data."""
+        tasks, batch = self._data[name], operator.batch
         assert self._backend is not None
         self._backend.expert(name)
         moments = inputs_over(module, layers, tasks, batch)

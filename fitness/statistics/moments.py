@@ -142,7 +142,7 @@ def _each_slope(model: nn.Module, layers: Layers, data: Data, settings: SlopeSet
         with torch.enable_grad(), observed(layers, mask_of(inputs)) as seen:
             made = outputs(model, inputs)
             logits = logits_of(made, inputs, data.head, tokens=data.head is None)
-            losses = list(_losses(logits, mask_of(inputs), settings, generator))
+            losses = list(_losses(logits, mask_of(inputs), settings, generator)) if seen else []
             for turn, loss in enumerate(losses):
                 probes = [one.probe for one in seen]
                 slopes = torch.autograd.grad(loss, probes, retain_graph=turn + 1 < len(losses), allow_unused=True)
