@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import typer
 
-from ecotone.experiments import check_cli, jobs_cli, logs, statistics_cli
+from ecotone.experiments import caching_cli, check_cli, jobs_cli, logs, one_shot_cli, statistics_cli
 from ecotone.experiments.options import (
     JsonOption,
     RecipeArgument,
@@ -138,6 +138,11 @@ def run(
             f"--address: expected that of a Ray cluster, found a dashboard's, {address}.", "ecotone submit"
         )
     chosen = recipe_of(recipe, settings, workers, address)
+    if not chosen.objectives.search:
+        raise InputError(
+            "objectives.search: a run scores merges, found no objective to score by.",
+            f"Without scores: ecotone merge {shlex.quote(str(recipe))} --to DIR",
+        )
     target = str(new_directory(chosen.name)) if out is None else secrets.take(out) if "://" in out else out
 
     def work(watcher: Watcher) -> Run:
@@ -569,7 +574,10 @@ def verify(
         ]
         out = report.console()
         out.print(report.lines(rows))
-        out.print("The scores equal the recorded ones." if equal else "The scores differ.")
+        if compared:
+            out.print("The scores equal the recorded ones." if equal else "The scores differ.")
+        else:
+            out.print("It has no recorded scores to compare with. Its weights can be loaded.")
     if not equal:
         raise typer.Exit(1)
 
@@ -645,7 +653,9 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 jobs_cli.register(app)
 statistics_cli.register(app)
+one_shot_cli.register(app)
 check_cli.register(app)
+caching_cli.register(app)
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.merging.models.matching import Treatment
 from ecotone.merging.operators.base import Operator
-from ecotone.merging.operators.published import published
+from ecotone.merging.operators.own import own_merges
+from ecotone.merging.operators.stack import published
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
@@ -106,6 +107,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         batch=recipe.scoring.batch,
         neighbours=runtime.workers if ray else 1,
         device_share=min(1.0, runtime.gpus_per_worker or 1.0) if ray else 1.0,
+        cache_bytes=runtime.cache_bytes,
     )
 
 
@@ -206,11 +208,12 @@ def context_of(
             for name, bounds in recipe.merge.ranges.items()
         ),
         affine=operator.affine,
-        published=tuple(
+        own=tuple(
             one
-            for one in published(operator, len(space.seeds), space.size).values()
+            for one in own_merges(operator, len(space.seeds), space.size).values()
             if one.parameters.keys() <= recipe.merge.ranges.keys()
         ),
+        published=published(operator),
         weighs="prepared" if operator.changes else "task_vectors" if operator.needs_base else "models",
         limits={one.name: one.limits for one in objectives if one.limits is not None},
     )

@@ -136,12 +136,10 @@ class Merge(Part):
     def reads_data(self) -> bool:
         """Whether the operator prepares its vectors from the data of calibration tasks."""
         from ecotone.merging import operators
-        from ecotone.merging.operators.stack import Stack
+        from ecotone.merging.operators.stack import preparing
         from ecotone.merging.operators.whole import FromData
 
-        operator = operators.get(*self.combined)
-        parts = operator.preparing.values() if isinstance(operator, Stack) else [operator]
-        return any(isinstance(one, FromData) for one in parts)
+        return any(isinstance(one, FromData) for one in preparing(operators.get(*self.combined)).values())
 
     @property
     def _given(self) -> dict[str, Any]:

@@ -120,11 +120,11 @@ class Objectives(Part):
     """The objectives that guide the search, and the objectives that judge its results.
 
     Attributes:
-        search: The objectives that guide the search.
+        search: The objectives that guide the search. Only the algorithm ``one_shot`` goes without.
         held_out: The objectives that score the front and the models on data that the search has not seen.
     """
 
-    search: tuple[AnyObjective, ...] = Field(min_length=1)
+    search: tuple[AnyObjective, ...]
     held_out: tuple[AnyObjective, ...] = ()
 
     @model_validator(mode="after")
@@ -233,6 +233,8 @@ class Recipe(Part):
             self._check_objectives(part)
             self._check_ranges(part)
             self._check_rank(part)
+        if self.objectives.held_out and not self.objectives.search:
+            raise ValueError("objectives.search: expected objectives beside those of held_out, found none")
         self._check_calibration(spare=bool((info.context or {}).get("spare_tasks")))
         self._check_shares()
         for field, value in self.model_dump(warnings=False).items():
@@ -266,7 +268,11 @@ class Recipe(Part):
                 f"objectives.search: {part.algorithm} takes scores to maximise, found direction minimize for "
                 f"{minimised}; give a score in which more is better, such as exp(-loss), or of texts their likelihood"
             )
-        if (count := len(self.objectives.search)) < needs.objectives:
+        if (count := len(self.objectives.search)) == 0 and needs.objectives:
+            raise ValueError(
+                "objectives.search: expected a list of 1 or more, found 0. Only the algorithm one_shot goes without"
+            )
+        if count < needs.objectives:
             raise ValueError(
                 f"objectives.search: {part.algorithm} looks for a front of two objectives or more, found "
                 f"{count}; for one use algorithm cma_es, or optuna with sampler tpe or gp"

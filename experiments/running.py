@@ -36,7 +36,8 @@ from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Pool, ReadsModels
 from ecotone.merging.operators.base import Operator
-from ecotone.merging.operators.published import published
+from ecotone.merging.operators.own import own_merges
+from ecotone.merging.operators.stack import preparing
 from ecotone.merging.values import refuse_nan
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, text_of
@@ -99,8 +100,9 @@ def launch(
         composition = _checked(recipe, paths, notify)
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
+        _tell_preparing(composition.operator, notify)
         before = fingerprints(recipe, composition.spec)
-        pool = compose.make_pool(recipe, replace(composition.spec, try_out=True))
+        pool = compose.make_pool(recipe, replace(composition.spec, try_out=bool(composition.spec.search)))
         with _deaths_told(recipe, place), pool:
             space = pool.start()
             _check_numbers(space, notify)
@@ -163,6 +165,7 @@ def resume(
         notify("Starting the workers ...")
         _tell_unused(recipe, notify)
         composition = compose.Composition(recipe, paths)
+        _tell_preparing(composition.operator, notify)
         compared = changes.Comparison(journal, recipe, composition.spec, accept_changes, "resume", notify)
         compared.check_code()
         with _deaths_told(recipe, place), compose.make_pool(recipe, composition.spec) as pool:
@@ -275,8 +278,9 @@ def _judge(composition: compose.Composition, journal: Journal, pool: Pool, space
     """Score the front, the best and the reference merges on held-out data, and the references on search data too."""
     recipe = composition.recipe
     batch = recipe.scoring.batch
-    for name, genome in references(recipe, composition.operator, space):
-        journal.refer(name, genome)
+    if any(part.compares for part in recipe.searches):
+        for name, genome in references(recipe, composition.operator, space):
+            journal.refer(name, genome)
     merges = [genome for _, genome in journal.references()]
     measure(pool, journal, merges, Scores(), batch)
     if recipe.objectives.held_out:
@@ -309,7 +313,7 @@ def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tup
     for name, row in zip(experts, space.seeds, strict=True):
         yield name, Genome.uniform(space.size, row)
     average = {"average": Genome.uniform(space.size, space.seeds.mean(axis=0))}
-    for name, genome in (published(operator, len(space.seeds), space.size) or average).items():
+    for name, genome in (own_merges(operator, len(space.seeds), space.size) or average).items():
         yield named(f"{name}{changed}"), genome
 
 
@@ -445,6 +449,11 @@ def _check_numbers(space: Space, notify: Notify) -> None:
 def _tell_unused(recipe: Recipe, notify: Notify) -> None:
     if text := compose.unused_workers(recipe):
         notify(f"Warning: {text}")
+
+
+def _tell_preparing(operator: Operator, notify: Notify) -> None:
+    if found := preparing(operator):
+        notify(f"Preparing the vectors of {', '.join(found)}, unless they are in the cache ...")
 
 
 def new_directory(name: str) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from ecotone.fitness.specs import WorkerSpec
@@ -21,8 +23,12 @@ def open_sources(spec: WorkerSpec, basis: Basis | SideBySide | None = None) -> S
         EcotoneError: As for ``Sources.open``.
     """
     models = (spec.experts, spec.base, spec.operator, spec.names, spec.settings, spec.vocabulary)
-    vectors = () if basis is None else basis.models()
-    return Sources.open(*models, spec.sources, spec.treatment, spec.config, spec.rank, vectors)
+    if basis is None:
+        return Sources.open(*models, spec.sources, spec.treatment, spec.config, spec.rank)
+    held = basis.hold()
+    sources = Sources.open(*models, spec.sources, spec.treatment, spec.config, spec.rank, basis.models())
+    weakref.finalize(sources, held.close)
+    return sources
 
 
 def device_of(name: str) -> torch.device:

@@ -40,6 +40,9 @@ class Runtime(Part):
             with a GPU), or ``mapped`` from their files. ``auto`` is the first of these three with enough free memory.
             On a CPU, where copies gain nothing, ``auto`` is ``mapped``, unless models are small and computing their
             tensors takes work.
+        cache_bytes: The bytes of disk that the vectors of operators which prepare may take in ``$ECOTONE_CACHE``. When
+            new ones are made, those that were not used for longest are removed beyond this, unless a process of the
+            machine uses them. Runs make them again. ``ecotone cache`` lists them.
         grace: Seconds that a run waits for evaluations in progress when it is told to end.
         mirror_every: The least number of seconds between two uploads of the run directory, where it is a URL.
         lease: Seconds without renewal after which the manager of a run counts as dead, where the run directory is a
@@ -58,6 +61,7 @@ class Runtime(Part):
     time_limit: float | None = Field(default=None, gt=0)
     idle_timeout: float | None = Field(default=None, gt=0)
     sources: Literal["auto", "device", "host", "mapped"] = "auto"
+    cache_bytes: int = Field(default=200_000_000_000, ge=0)
     grace: float = Field(default=30.0, ge=0)
     mirror_every: float = Field(default=30.0, gt=0)
     lease: float = Field(default=60.0, gt=0)

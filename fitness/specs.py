@@ -54,6 +54,7 @@ class WorkerSpec:
         batch: The most candidates scored together, which bounds the memory they take; None if it is not known.
         neighbours: How many workers, this one among them, may share main memory: ``auto`` leaves the others theirs.
         device_share: The share of a GPU's memory that ``auto`` may plan with.
+        cache_bytes: The bytes that prepared vectors in this machine's cache may take; None for no limit.
     """
 
     experts: tuple[str, ...]
@@ -85,3 +86,4 @@ class WorkerSpec:
     batch: int | None = None
     neighbours: int = 1
     device_share: float = 1.0
+    cache_bytes: int | None = None

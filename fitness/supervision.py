@@ -25,7 +25,13 @@ def is_foreign(kind: type, *heads: Any) -> bool:
         kind: The class of an objective, a task or a statistic.
         heads: Its heads, if it has any.
     """
-    return issubclass(kind, CallableObjective) or not is_ours(kind) or any(head is not None for head in heads)
+    others = [getattr(head, "function", head) for head in heads if head is not None]
+    return issubclass(kind, CallableObjective) or not is_ours(kind) or not all(map(_is_own, others))
+
+
+def _is_own(head: Any) -> bool:
+    """Whether a head is a function of this layer, which changes nothing; those of examples are like the user's."""
+    return str(getattr(head, "__module__", "")).startswith("ecotone.fitness.")
 
 
 class Supervisor:

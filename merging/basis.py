@@ -69,6 +69,22 @@ class Basis:
         """K files of weights."""
         return tuple(self.folder / f"v-{number}.safetensors" for number in range(1, len(self.columns) + 1))
 
+    def hold(self) -> BinaryIO:
+        """A file with a lock: while it is open nobody on this machine removes the basis to make room.
+
+        Raises:
+            InputError: It is gone.
+        """
+        try:
+            handle = (self.folder / RECORD).open("rb")
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: the prepared vectors cannot be read ({error.strerror or error}).",
+                "If they were removed meanwhile, do it again: they are made anew.",
+            ) from error
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        return handle
+
     def models(self) -> tuple[Model, ...]:
         """K models whose tensors are the vectors, memory-mapped."""
         return tuple(Checkpoint.open(path).named(name) for path, name in zip(self.paths, self.columns, strict=True))
@@ -83,6 +99,17 @@ class SideBySide:
     """
 
     bases: Mapping[str, Basis]
+
+    def hold(self) -> contextlib.ExitStack:
+        """The locks of all bases; each is as ``Basis.hold`` returns it.
+
+        Raises:
+            InputError: One is gone.
+        """
+        with contextlib.ExitStack() as held:
+            for basis in self.bases.values():
+                held.enter_context(basis.hold())
+            return held.pop_all()
 
     def models(self) -> tuple[Model, ...]:
         """The vectors of all methods, method by method, called ``label:column``."""
@@ -129,6 +156,10 @@ class Bases:
         with (self.folder / f".{key}.lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+
+    def in_use(self, key: str) -> bool:
+        """Whether it is being prepared on this machine, or a process there has models open that are mixed with it."""
+        return any(map(_locked, (self.folder / f".{key}.lock", self.folder / key / RECORD)))
 
     @contextlib.contextmanager
     def writer(self, key: str, layout: Layout, columns: Sequence[str]) -> Iterator[Writer]:
@@ -180,19 +211,21 @@ class Bases:
     def prune(self, limit: int, keep: str) -> list[Basis]:
         """Remove the bases that were not used for longest until all take at most ``limit`` bytes.
 
+        Those that are in use stay.
+
         Args:
             limit: Bytes.
-            keep: The key of one that stays.
+            keep: The key of another one that stays.
 
         Returns:
             Those that were removed.
         """
-        known = self.all()
-        total, removed = sum(basis.nbytes for basis in known), []
-        for basis in known:
-            if total > limit and basis.key != keep:
-                total -= basis.nbytes
+        known = [(basis, basis.nbytes) for basis in self.all()]
+        total, removed = sum(size for _, size in known), []
+        for basis, size in known:
+            if total > limit and basis.key != keep and not self.in_use(basis.key):
                 self.remove(basis.key)
+                total -= size
                 removed.append(basis)
         return removed
 
@@ -273,6 +306,18 @@ class Writer:
             files.remove(self._target)
         files.moved(self._draft, self._target, exclusive=True)
         files.synchronised(self._target.parent)
+
+
+def _locked(file: Path) -> bool:
+    """Whether somebody holds a lock of a file."""
+    try:
+        with file.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def _header(parameters: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:

@@ -324,6 +324,17 @@ def _renamed(target: Path, nbytes: int, folder: bool = True) -> Iterator[Path]:
         ) from error
 
 
+def check_target(target: Path) -> None:
+    """Refuse a place that an export may not be written to: a file that exists, or a folder that is not empty.
+
+    Raises:
+        InputError: It is one.
+    """
+    if target.suffix == ".safetensors" and target.exists():
+        raise InputError(f"{target}: the file exists.", "Choose another name, or remove it.")
+    _empty(target)
+
+
 def _empty(directory: str | Path) -> Path:
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -114,5 +114,5 @@ class ElitistArchive:
         self._means = self._measured(self._points)
 
     def _measured(self, points: Sequence[Sequence[float]]) -> list[float]:
-        means: list[float] = self._offered.scale.means(np.array(points).reshape(-1, len(self.goals))).tolist()
+        means: list[float] = self._offered.scale.means(np.array(points).reshape(len(points), len(self.goals))).tolist()
         return means

@@ -93,9 +93,9 @@ class Scale:
         return f"Mean of ranges: each score as a share of its range over {over}, 0 the worst and 1 the best."
 
     def means(self, points: Floats) -> Floats:
-        """(N,) means of oriented scores (N, M), larger is better; all 0 where the scale is not ``known``."""
+        """(N,) means of oriented scores (N, M), larger is better; all 0 where the scale is not ``known``, or M is 0."""
         if self.unit != "ranges":
-            return np.array([sum(point) / len(point) for point in points.tolist()])
+            return np.array([sum(point) / (len(point) or 1) for point in points.tolist()])
         differ = self.low < self.high
         if not differ.any():
             return np.zeros(len(points))

@@ -56,7 +56,8 @@ class Context:
         starts: Merges to begin with, best first; empty for none.
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
-        published: The operator's published merges, the one to begin with first; empty where there is none.
+        own: The operator's own merges that searches begin with, the first one first; empty for none.
+        published: The coefficient of every source in the operator's published merge; None where there is no such merge.
         weighs: What coefficients weigh under the operator.
         joined: Whether ``starts`` come before what the search begins with anyway, such as the models. Otherwise they
             take its place: they were scored before.
@@ -71,7 +72,8 @@ class Context:
     starts: tuple[Genome, ...] = ()
     searched: tuple[Setting, ...] = ()
     affine: bool = True
-    published: tuple[Genome, ...] = ()
+    own: tuple[Genome, ...] = ()
+    published: float | None = None
     weighs: Weighs = "models"
     joined: bool = False
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -148,6 +150,9 @@ class SearchSettings(Kind):
 
     searches_settings: ClassVar[bool] = False
     """Whether settings of the merge operator can be searched beside the coefficients."""
+
+    compares: ClassVar[bool] = True
+    """Whether the models themselves and their average are scored beside its merges, to compare with."""
 
     _answers: ClassVar[Answers] = {
         "needs": (lambda answer: isinstance(answer, Needs), "Needs"),
@@ -368,8 +373,8 @@ class ModelsFirstBox(FrontBox):
         alone = self.models_first and (context.joined or not starts)
         rows = [*space.seeds, space.seeds.mean(axis=0)] if alone else []
         models = [Genome.uniform(space.size, row) for row in rows]
-        if alone and context.published:  # of what was prepared, a part alone is no model
-            models = [*context.published]
+        if alone and context.own:  # of what was prepared, a part alone is no model
+            models = [*context.own]
         begun = [box.point(start) for start in (*starts, *models)]
         if not begun:
             return None

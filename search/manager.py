@@ -344,7 +344,7 @@ class Manager:
         if not evaluation.ok:
             progress.failures += 1
             progress.last_failure = evaluation.failure
-        if not (evaluation.ok and trial.scored):
+        if not (evaluation.ok and trial.scored and self.goals):
             return False
         point = oriented(evaluation.scores, self.goals)
         on_front = self.front.add(trial.number, point)

@@ -24,6 +24,7 @@ SEARCHES: Registry[type[SearchSettings]] = Registry(
         "optuna": "ecotone.search.optuna_search:OptunaSettings",
         "adamerging": "ecotone.search.adamerging:AdaMergingSettings",
         "expert_merging": "ecotone.search.expert_merging:ExpertMergingSettings",
+        "one_shot": "ecotone.search.one_shot:OneShotSettings",
     },
     check_declared,
 )

@@ -145,7 +145,7 @@ def in_words(said: Said, *parts: str, code: int = 1) -> None:
 COMMANDS = (
     *("run", "resume", "validate", "recipe", "plugins", "status", "front", "compare"),
     *("check", "export", "import-mergekit", "verify", "ui", "sync"),
-    *("submit", "jobs", "logs", "stop", "statistics"),
+    *("submit", "jobs", "logs", "stop", "statistics", "merge", "cache"),
 )
 
 

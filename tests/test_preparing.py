@@ -367,6 +367,23 @@ def test_a_dict_of_tensors_has_no_layers_to_observe(spec):
         basis_of(replace(spec, architecture=None))
 
 
+class Broken(nn.Module):
+    def forward(self, outputs, inputs):
+        raise ValueError("no such head")
+
+
+def broken():
+    return Broken()
+
+
+def test_what_a_head_raises_is_told_in_words_and_leaves_nothing(spec):
+    tasks = [task.model_copy(update={"head": Call(call=f"{__file__}:broken")}) for task in spec.calibration]
+    with pytest.raises(InputError, match=r"merge\.operator: kfac could not be prepared: ValueError: no such head"):
+        basis_of(replace(spec, operator="kfac", calibration=tuple(tasks)))
+    assert Bases().all() == []
+    assert [one for one in Bases().folder.iterdir() if one.name.endswith(".partial")] == []
+
+
 def test_operators_without_data_need_no_module(spec):
     plain = basis_of(replace(spec, operator="iso_c", architecture=None, calibration=()))
     shown = basis_of(replace(spec, operator="iso_c"))

@@ -46,7 +46,7 @@ PLAIN: dict[str, Any] = {
     "budget": {"evaluations": 100},
 }
 ALGORITHMS = ("m2n2", "random", "cma_es", "sep_cma_es", "map", "bayesian_map", "nested_map", "nsga2", "nsga3", "optuna")
-LISTED = ", ".join((*ALGORITHMS, "adamerging", "expert_merging"))
+LISTED = ", ".join((*ALGORITHMS, "adamerging", "expert_merging", "one_shot"))
 TYPES = ", ".join(OBJECTIVES)
 
 

@@ -24,7 +24,7 @@ from ecotone.fitness.worker import Worker
 from ecotone.merging import operators
 from ecotone.merging.basis import Bases
 from ecotone.merging.gradient import Slopes
-from ecotone.merging.operators.published import published
+from ecotone.merging.operators.own import own_merges
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Genome
@@ -141,8 +141,8 @@ def test_columns_that_no_number_of_experts_has_are_refused():
 
 
 def rows_of(operator, experts=2):
-    """By name, the coefficients of published merges."""
-    found = published(operator, experts, 10)
+    """By name, the coefficients of an operator's own merges."""
+    found = own_merges(operator, experts, 10)
     assert all(one.boundaries.tolist() == [0, 10] for one in found.values())
     return {name: one.coefficients[0].tolist() for name, one in found.items()}
 
@@ -153,7 +153,8 @@ def test_published_merges_of_a_stack_are_the_methods_own_and_their_equal_parts()
     assert next(iter(found.values())) == EQUAL
     assert rows_of(stack("kfac")) == {"kfac": [1, 1]}
     assert rows_of(operators.get("iso_cts"), 3) == {"at 1": [1]}
-    assert rows_of(operators.get("emr")) == {"at 1": [1, 1]}
+    assert rows_of(stack("dare", "ties"))["dare"] == AVERAGE
+    assert rows_of(stack("dare", "ties"))["ties"] == [0, 0, 1, 1]
     assert rows_of(operators.get("task_arithmetic")) == {}
 
 
@@ -365,6 +366,15 @@ def test_methods_share_their_bases_with_runs_that_use_them_alone(spec):
     assert regmean.key == found.bases["regmean"].key
     plain = {"methods": operators.checked("stack", {"methods": ["task_arithmetic", "ties"]})["methods"]}
     assert basis_of(replace(spec, settings=plain)) is None
+
+
+def test_making_room_for_one_method_removes_no_other_of_the_stack(spec):
+    basis_of(replace(spec, operator="fisher", settings={}))
+    found = basis_of(replace(spec, cache_bytes=1))
+    assert {one.key for one in Bases().all()} == {one.key for one in found.bases.values()}
+    with found.hold():
+        assert all(Bases().in_use(one.key) for one in found.bases.values())
+    assert not any(Bases().in_use(one.key) for one in found.bases.values())
 
 
 def test_a_worker_mixes_the_prepared_vectors_of_all_methods(spec):

@@ -27,7 +27,7 @@ from ecotone.merging.export import export_file
 from ecotone.merging.kernel.materialise import accumulator
 from ecotone.merging.operators.base import Operator
 from ecotone.merging.operators.one_of import OneOf
-from ecotone.merging.operators.stack import Stack
+from ecotone.merging.operators.stack import preparing
 from ecotone.merging.operators.whole import WholeMatrices
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
@@ -65,12 +65,11 @@ def streamed() -> list[str]:
 def opened_under(operator: Operator, experts: Sequence[Path], base: Path | None, folder: Path) -> Sources:
     """The sources of some models; of an operator that prepares its vectors, with vectors of invented statistics."""
     settings = {field.name: getattr(operator, field.name) for field in _fields(operator)}
-    parts = operator.preparing.values() if isinstance(operator, Stack) else [operator]
-    preparing = [one for one in parts if isinstance(one, WholeMatrices)]
-    if not preparing:
+    parts = preparing(operator).values()
+    if not parts:
         return Sources.open(experts, base, operator.name, settings=settings)
     plain = Sources.open(experts, base, "task_arithmetic")
-    vectors = [vector for one in preparing for vector in prepared(plain, one, folder / "bases")]
+    vectors = [vector for one in parts for vector in prepared(plain, one, folder / "bases")]
     return Sources.open(experts, base, operator.name, settings=settings, basis=vectors)
 
 

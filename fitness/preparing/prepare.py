@@ -13,6 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -44,10 +45,10 @@ from ecotone.merging import operators
 from ecotone.merging.basis import Bases, Basis, SideBySide, Writer
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, names_of
-from ecotone.merging.operators.stack import Stack
+from ecotone.merging.operators.stack import Stack, preparing
 from ecotone.merging.operators.whole import FromData, Known, Report, WholeMatrices
 from ecotone.merging.sources import Sources
-from ecotone.populations.errors import InputError
+from ecotone.populations.errors import EcotoneError, InputError, sentence, told
 
 if TYPE_CHECKING:
     from ecotone.fitness.specs import WorkerSpec
@@ -277,6 +278,7 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | SideBySide
     """The basis of a worker's operator, made now unless it lies in this machine's cache; None where it prepares none.
 
     Of a stack those of its methods, each one as it is where the method is used alone.
+    After one was made, others beyond the spec's limit are removed, unless they are in use.
 
     Raises:
         EcotoneError: The models cannot be opened, data are lacking, the vectors cannot be prepared, or the disk is
@@ -286,8 +288,12 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | SideBySide
     if isinstance(operator, Stack):
         methods = zip(operator.members, operator.methods, strict=True)
         alone = {label: replace(spec, operator=one.operator, settings=one.settings) for label, one in methods}
-        found = {label: _basis_of(alone[label], one, bases) for label, one in operator.preparing.items()}
-        return SideBySide(found) if found else None
+        with ExitStack() as held:  # what is made for one method is not to be removed for the next
+            found = dict[str, Basis]()
+            for label, one in preparing(operator).items():
+                found[label] = _basis_of(alone[label], one, bases)
+                held.callback(found[label].hold().close)
+            return SideBySide(found) if found else None
     return _basis_of(spec, operator, bases) if isinstance(operator, WholeMatrices) else None
 
 
@@ -296,15 +302,33 @@ def _basis_of(spec: WorkerSpec, operator: WholeMatrices, bases: Bases | None) ->
     preparation = _preparation(spec, operator)
     with bases.alone(preparation.key):
         basis = bases.find(preparation.key)
+        made = basis is None
         if basis is None:
             layout, columns = preparation.shape
             _log.info("%s: preparing %s vectors ...", operator.name, len(columns))
-            with bases.writer(preparation.key, layout, columns) as writer:
+            with bases.writer(preparation.key, layout, columns) as writer, _told(operator):
                 preparation.write(writer)
             basis = bases.find(preparation.key)
             assert basis is not None
             _log.info("%s: prepared in %.1f s.", operator.name, basis.record["seconds"])
+    if made and spec.cache_bytes is not None:
+        for one in bases.prune(spec.cache_bytes, preparation.key):
+            _log.info("The vectors of %s in %s were removed: runtime.cache_bytes.", one.record["operator"], one.folder)
     return basis
+
+
+@contextmanager
+def _told(operator: WholeMatrices) -> Iterator[None]:
+    """Turn what models, heads and data raise into words."""
+    try:
+        yield
+    except (EcotoneError, OSError):
+        raise
+    except Exception as error:
+        raise InputError(
+            sentence(f"merge.operator: {operator.name} could not be prepared: {told(error)}"),
+            "Check what the calibration tasks' data functions return, their heads, and the memory that is free.",
+        ) from error
 
 
 def _preparation(spec: WorkerSpec, operator: WholeMatrices) -> Preparation:

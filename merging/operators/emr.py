@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from ecotone.merging.kernel.materialise import Transform
-from ecotone.merging.operators.prepared import PublishedVectors, keep, prepared, shared
+from ecotone.merging.operators.prepared import PreparedVectors, keep, prepared, shared
 from ecotone.merging.operators.task_vectors import Pieces, task_vectors
 from ecotone.merging.operators.ties_vectors import sign_of_sum
 
 
 @dataclass(frozen=True)
-class Emr(PublishedVectors):
+class Emr(PreparedVectors):
     """``theta = base + sum_k c_k v_k`` with v_k that add up to the unified vector; zero coefficients give the base."""
 
     name = "emr"
+    published = 1.0
 
     def transform(self, pieces: Pieces) -> Transform:
         """Reads nothing beforehand: an entry depends on those of its position."""

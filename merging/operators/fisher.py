@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ecotone.merging.operators.whole import FromData, Known, Layer, Report
+from ecotone.merging.operators.whole import FromData, Known, Layer, Report, Wanted
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Fisher(FromData):
     normalise: bool = False
 
     name = "fisher"
-    statistics = ("fisher",)
+    statistics: ClassVar[tuple[Wanted, ...]] = ("fisher",)
     folds = True
 
     def layer(

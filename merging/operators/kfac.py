@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ecotone.merging.operators.whole import FromData, Known, Layer, Report
+from ecotone.merging.operators.whole import FromData, Known, Layer, Report, Wanted
 
 TOLERANCE = 1e-8
 """The relative residual at which conjugate gradients stop."""
@@ -45,7 +45,7 @@ class KFac(FromData):
     steps: Annotated[int, Field(ge=1)] = 200
 
     name = "kfac"
-    statistics = ("inputs", "slopes")
+    statistics: ClassVar[tuple[Wanted, ...]] = ("inputs", "slopes")
     folds = True
 
     @property

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ecotone.merging.kernel.materialise import Transform
-from ecotone.merging.operators.prepared import Density, PublishedVectors, keep, prepared, shared
+from ecotone.merging.operators.prepared import Density, PreparedVectors, keep, prepared, shared
 from ecotone.merging.operators.task_vectors import Pieces, largest, task_vectors
 
 
 @dataclass(frozen=True)
-class LocalizeAndStitch(PublishedVectors):
+class LocalizeAndStitch(PreparedVectors):
     """``theta = base + sum_k c_k v_k`` with v_k of Localize-and-Stitch; zero coefficients give the base.
 
     Args:
@@ -33,6 +33,7 @@ class LocalizeAndStitch(PublishedVectors):
     density: Density = 0.1
 
     name = "localize_and_stitch"
+    published = 1.0
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
 
     def transform(self, pieces: Pieces) -> Transform:

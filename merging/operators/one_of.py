@@ -94,6 +94,12 @@ class OneOf(Stack):
         return members[self.chosen]
 
     @property
+    def around(self) -> float | None:
+        """The coefficient of every vector in the published merge of the method that counts; None without one."""
+        found: float | None = getattr(self.method, "around", None)
+        return found
+
+    @property
     def bounds(self) -> tuple[float, float] | None:
         """The bounds of coefficients in searches whose recipe gives none: the widest of the methods."""
         own = [one for one in (getattr(member, "bounds", None) for member in self.members.values()) if one is not None]

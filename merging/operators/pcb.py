@@ -24,7 +24,7 @@ from torch import Tensor
 from ecotone.merging.kernel.materialise import Transform
 from ecotone.merging.operators.elementary import exp, summed, tanh
 from ecotone.merging.operators.order_statistics import magnitudes, order_statistics
-from ecotone.merging.operators.prepared import Density, PublishedVectors, prepared
+from ecotone.merging.operators.prepared import Density, PreparedVectors, prepared
 from ecotone.merging.operators.task_vectors import Pieces, task_vectors
 
 Limits: TypeAlias = tuple[float, ...]
@@ -32,7 +32,7 @@ Limits: TypeAlias = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Pcb(PublishedVectors):
+class Pcb(PreparedVectors):
     """``theta = base + sum_k c_k v_k`` with v_k of PCB-Merging; zero coefficients give the base.
 
     Args:
@@ -46,6 +46,7 @@ class Pcb(PublishedVectors):
     outliers: Annotated[float, Field(ge=0, lt=0.5)] = 1e-4
 
     name = "pcb"
+    published = 1.0
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
 
     def transform(self, pieces: Pieces) -> Transform:

@@ -37,21 +37,13 @@ class PreparedVectors(TaskArithmetic):
     """
 
     changes = True
+    published: ClassVar[float | None] = None
+    """The coefficient of every vector in the paper's own merge; None where the paper leaves a factor open."""
 
     def weights(self, coefficients: Floats, grams: Floats | None = None) -> Floats:
         """(S, K+1): one for the base, then the coefficients."""
         table = np.asarray(coefficients, np.float64)
         return np.column_stack([np.ones(len(table)), table])
-
-
-@dataclass(frozen=True)
-class PublishedVectors(PreparedVectors):
-    """Prepared vectors of which ``base + sum_k v_k`` is the published merge. Searches over them begin there."""
-
-    around: ClassVar[float] = 1.0
-    """The coefficient of every vector in the published merge."""
-    bounds: ClassVar[tuple[float, float]] = (0.0, 2.0)
-    """The bounds of coefficients in searches whose recipe gives none."""
 
 
 def prepared(

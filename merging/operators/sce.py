@@ -27,7 +27,7 @@ from ecotone.merging.kernel.materialise import Transform
 from ecotone.merging.operators.by_tensor import ByTensor
 from ecotone.merging.operators.elementary import summed
 from ecotone.merging.operators.order_statistics import order_statistics
-from ecotone.merging.operators.prepared import Density, PublishedVectors, prepared
+from ecotone.merging.operators.prepared import Density, PreparedVectors, prepared
 from ecotone.merging.operators.task_vectors import Pieces, Whole, chunks, task_vectors
 from ecotone.merging.operators.ties_vectors import sign_of_sum
 
@@ -36,7 +36,7 @@ Chosen: TypeAlias = tuple[float, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
-class Sce(PublishedVectors):
+class Sce(PreparedVectors):
     """``theta = base + sum_k c_k v_k`` with v_k of SCE; zero coefficients give the base.
 
     Args:
@@ -50,6 +50,7 @@ class Sce(PublishedVectors):
     merges: Literal["selected", "all"] = "selected"
 
     name = "sce"
+    published = 1.0
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
 
     def transform(self, pieces: Pieces) -> Transform:

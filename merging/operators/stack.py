@@ -174,11 +174,23 @@ def members_of(methods: tuple[Method, ...]) -> Mapping[str, Operator]:
     return found
 
 
+def published(operator: Operator) -> float | None:
+    """The coefficient of every source in an operator's published merge; None where there is no such merge."""
+    found: float | None = getattr(operator, "around", getattr(operator, "published", None))
+    return found
+
+
+def preparing(operator: Operator) -> dict[str, WholeMatrices]:
+    """The operators that prepare their vectors, by label: the operator itself, or methods of a stack."""
+    parts = operator.members if isinstance(operator, Stack) else {operator.name: operator}
+    return {label: one for label, one in parts.items() if isinstance(one, WholeMatrices)}
+
+
 def own_merge(operator: Operator, experts: int) -> Floats:
     """(K,) coefficients of an operator's published merge, or else of the average of the experts."""
     rows = operator.seeds(experts)
-    around = getattr(operator, "around", None)
-    return rows.mean(axis=0) if around is None else np.full(rows.shape[1], float(around))
+    at = published(operator)
+    return rows.mean(axis=0) if at is None else np.full(rows.shape[1], at)
 
 
 @dataclass(frozen=True)
@@ -209,11 +221,6 @@ class Stack:
         return members_of(self.methods)
 
     @property
-    def preparing(self) -> dict[str, WholeMatrices]:
-        """Those of the operators that prepare their vectors, by label."""
-        return {label: one for label, one in self.members.items() if isinstance(one, WholeMatrices)}
-
-    @property
     def bounds(self) -> tuple[float, float] | None:
         """The bounds of coefficients in searches whose recipe gives none; None where no method has any.
 
@@ -222,7 +229,7 @@ class Stack:
         own = [one for one in (getattr(member, "bounds", None) for member in self.members.values()) if one is not None]
         if not own:
             return None
-        most = max(getattr(member, "around", 0.0) for member in self.members.values())
+        most = max(published(member) or 0.0 for member in self.members.values())
         return min(low for low, _ in own) / len(self.members), max(
             most, max(high for _, high in own) / len(self.members)
         )
@@ -244,7 +251,7 @@ class Stack:
         rows[:, spans[chosen]] = members[chosen].seeds(experts)
         return rows
 
-    def published(self, experts: int) -> dict[str, Floats]:
+    def own_merges(self, experts: int) -> dict[str, Floats]:
         """By name, (K,) coefficients of the methods' own merges; before them those that share them out evenly."""
         width, spans = _spans_of(self, experts)
         alone = {}

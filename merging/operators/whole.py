@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ecotone.merging.kernel.materialise import Transform, unchanged
-from ecotone.merging.operators.prepared import PublishedVectors
+from ecotone.merging.operators.prepared import PreparedVectors
 from ecotone.merging.operators.task_vectors import Pieces
 
 LayerKind: TypeAlias = Literal["linear", "convolution", "embedding", "rest"]
@@ -79,7 +79,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class WholeMatrices(PublishedVectors):
+class WholeMatrices(PreparedVectors):
     """``theta = base + sum_k c_k v_k``, where the ``v_k`` are made of whole matrices. The base of such operators.
 
     A subclass writes ``layer``. Matrices come in float64 (float32 on an accelerator), with the bias as a last column
@@ -88,6 +88,10 @@ class WholeMatrices(PublishedVectors):
 
     statistics: ClassVar[tuple[Wanted, ...]] = ()
     """The statistics that ``layer`` reads. Without any the operator needs no data."""
+    around: ClassVar[float] = 1.0
+    """The coefficient of every vector in the published merge: searches begin there."""
+    bounds: ClassVar[tuple[float, float]] = (0.0, 2.0)
+    """The bounds of coefficients in searches whose recipe gives none."""
     unites: ClassVar[bool] = True
     """Whether experts that are all the same give that expert at c = 1. Others amplify what experts have in common."""
     folds: ClassVar[bool] = False

@@ -32,7 +32,7 @@ from ecotone.merging.kernel.materialise import Transform
 from ecotone.merging.models.ties import INPUT_EMBEDDINGS
 from ecotone.merging.operators.by_tensor import ByTensor
 from ecotone.merging.operators.elementary import exp, summed
-from ecotone.merging.operators.prepared import PublishedVectors, prepared
+from ecotone.merging.operators.prepared import PreparedVectors, prepared
 from ecotone.merging.operators.task_vectors import Pieces, Whole, task_vectors
 from ecotone.populations.genome import Floats
 
@@ -43,7 +43,7 @@ _ROUNDING = 1e-12  # a share of a column's squared move below which a change of 
 
 
 @dataclass(frozen=True)
-class Widen(PublishedVectors):
+class Widen(PreparedVectors):
     """``theta = base + sum_k c_k v_k`` with v_k of WIDEN; zero coefficients give the base.
 
     A score for each column and expert is kept in memory: some 10 MB an expert for a model of 7 billion parameters.
@@ -57,6 +57,7 @@ class Widen(PublishedVectors):
     calibration: Annotated[float, Field(ge=0, le=10)] = 1.0
 
     name = "widen"
+    published = 1.0
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"ratio": (0.0, 10.0), "calibration": (0.0, 10.0)}
 
     def transform(self, pieces: Pieces) -> Transform:

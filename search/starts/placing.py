@@ -143,7 +143,7 @@ def _checked(settings: SearchSettings, context: Context) -> Geometry:
             f"{FIELD}: expected merges that are linear in their coefficients, found a merge.operator that has others.",
             "Use merge.operator linear or task_arithmetic; solve: nuslerp is SLERP by tensor.",
         )
-    own = context.published[0].coefficients[0] if context.published else None
+    own = context.own[0].coefficients[0] if context.own else None
     models = Geometry(context.space, context.weighs, own)
     for solver in settings.solvers:
         solver.check_operator(context.weighs)
