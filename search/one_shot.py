@@ -80,7 +80,8 @@ class OneShotSettings(SearchSettings):
         """
         space = context.space
         if self.at is None and context.own:
-            return context.own[0].coefficients[0]
+            own: Floats = context.own[0].coefficients[0]
+            return own
         given = context.published if self.at is None else self.at
         if given is None:
             average: Floats = space.seeds.mean(axis=0)
