@@ -376,7 +376,7 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
 
 
 def _in_words(operator: Mapping[str, Any]) -> str:
-    given = {key: value for key, value in operator.items() if key != "name"}
+    given = {key: value for key, value in operator.items() if key != "name" and value is not None}
     settings = ", ".join(f"{key} {_value_in_words(value)}" for key, value in given.items())
     return f"`{operator['name']}`" + (f" ({settings})" if settings else "")
 
@@ -387,7 +387,7 @@ def _value_in_words(value: Any) -> str:
         return " and ".join(map(_value_in_words, value))
     if isinstance(value, Mapping):
         return _in_words({"name": value.get("operator", ""), **{k: v for k, v in value.items() if k != "operator"}})
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _score_lines(scored: Scored) -> list[str]:
