@@ -228,6 +228,15 @@ def expert_merging_plus(case: Case) -> list[Found]:
     ]
 
 
+def expert_merging_free(case: Case) -> list[Found]:
+    """The same in chunks with free coefficients: no sigmoid, no clip, no regulariser."""
+    own = {"coefficients": "free", "chunks": 16}
+    return [
+        searched(case, {"hidden": hidden}, distilled(case, descent(case, share=0.5), hidden=hidden, **own))
+        for hidden in (0.0, 1.0)
+    ]
+
+
 def distilled(case: Case, search: Mapping[str, Any], hidden: float, **own: Any) -> dict[str, Any]:
     """Settings of a recipe for Expert Merging."""
     losses: dict[str, Any] = {}
@@ -280,6 +289,7 @@ METHODS = {
     "supervised": Method("cross-entropy of labels, layer-wise", supervised, True),
     "expert_merging": Method("Expert Merging", expert_merging, True),
     "expert_merging_plus": Method("Expert Merging++", expert_merging_plus, True),
+    "expert_merging_free": Method("Expert Merging++, free coefficients", expert_merging_free, True),
     "map_tensor": Method("MAP, then AdaMerging layer-wise", then_adamerging(MAP), True),
     "bayesian_map_tensor": Method("Bayesian MAP, then AdaMerging layer-wise", then_adamerging(BAYESIAN_MAP), True),
 }

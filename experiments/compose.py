@@ -78,11 +78,12 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
     architecture, objectives = models.architecture, recipe.objectives
     ray = runtime.pool == "ray"
     located = partial(_located, prepared=prepared)
+    operator, settings = recipe.merge.with_paths(located).combined
     return WorkerSpec(
         experts=tuple(_located(path, prepared) for path in models.experts),
         base=None if models.base is None else _located(models.base, prepared),
-        operator=recipe.merge.combined[0],
-        settings=recipe.merge.combined[1],
+        operator=operator,
+        settings=settings,
         names=models.names,
         vocabulary=models.vocabulary,
         treatment=Treatment(models.unused, recipe.merge.freeze, recipe.merge.only, architecture == "auto"),

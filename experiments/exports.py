@@ -385,9 +385,11 @@ def _value_in_words(value: Any) -> str:
     """A setting of an operator, or of a method of it."""
     if isinstance(value, list):
         return " and ".join(map(_value_in_words, value))
-    if isinstance(value, Mapping):
-        return _in_words({"name": value.get("operator", ""), **{k: v for k, v in value.items() if k != "operator"}})
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, Mapping) and "operator" in value:
+        return _in_words({"name": value["operator"], **{k: v for k, v in value.items() if k != "operator"}})
+    if isinstance(value, Mapping):  # files, by name
+        return ", ".join(f"{key}: {Path(str(one)).name}" for key, one in value.items()) or "none"
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def _score_lines(scored: Scored) -> list[str]:

@@ -230,8 +230,8 @@ def readers(recipe: Recipe, spec: WorkerSpec) -> Iterator[Reader]:
         yield Reader(f"calibration.{task.name}", [named.call for named in task.calls()], task.reads(), type(task))
     if isinstance(spec.architecture, Call):
         yield Reader("models.architecture", [spec.architecture])
-    operator = operators.get(spec.operator, spec.settings)
-    yield Reader("merge.operator", kind=type(operator))
+    operator, files = operators.get(spec.operator, spec.settings), operators.files(spec.operator, spec.settings)
+    yield Reader("merge.operator", files=files, kind=type(operator))
     for label, method in operator.members.items() if isinstance(operator, Stack) else ():
         yield Reader(f"merge.methods.{label}", kind=type(method))
     yield Reader("scoring.backend", kind=type(spec.backend))

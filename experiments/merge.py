@@ -12,7 +12,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from ecotone.populations.errors import EcotoneError, InputError, nearest
-from ecotone.settings import MoreField, Part, refused
+from ecotone.settings import Located, MoreField, Part, refused
 
 if TYPE_CHECKING:
     from ecotone.merging.operators.declared import Setting
@@ -140,6 +140,14 @@ class Merge(Part):
         from ecotone.merging.operators.whole import FromData
 
         return any(isinstance(one, FromData) for one in preparing(operators.get(*self.combined)).values())
+
+    def with_paths(self, resolve: Located) -> Merge:
+        """The same with the files that the operator's settings name put through ``resolve``."""
+        from ecotone.merging import operators
+
+        settings = self.settings
+        changed = operators.with_paths(self.operator, settings, resolve)
+        return self if changed == settings else self.model_copy(update=changed)
 
     @property
     def _given(self) -> dict[str, Any]:

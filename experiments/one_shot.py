@@ -290,7 +290,7 @@ def _calibration(operator: FromData, models: Models, names: Sequence[str]) -> li
                 f"--calibration FILE for all, or {name}=FILE; a FILE has a text a line, or {{'text': ...}} in .jsonl. "
                 f"Operators that read none: {', '.join(without_data())}.",
             )
-    needs_logits = bool({"slopes", "fisher"} & set(operator.wanted))
+    needs_logits = bool({"slopes", "fisher", "votes"} & set(operator.wanted))
     head = {} if needs_logits or _has_logits(models) else {"head": {"call": f"{_TEXTS}:answering"}}
     return [
         {"name": name, "loss": "distillation", "hidden": 0.0, "data": _data(models, places), **head}

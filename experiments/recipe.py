@@ -496,7 +496,8 @@ class Recipe(Part):
             search=tuple(objective.with_paths(resolved) for objective in self.objectives.search),
             held_out=tuple(objective.with_paths(resolved) for objective in self.objectives.held_out),
         )
-        return with_files(self.model_copy(update={"models": models, "objectives": objectives}), resolved)
+        changed = {"models": models, "objectives": objectives, "merge": self.merge.with_paths(resolved)}
+        return with_files(self.model_copy(update=changed), resolved)
 
 
 def check_recipe(recipe: Any) -> None:

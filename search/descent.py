@@ -65,7 +65,7 @@ class GradientSettings(Segmented):
     restarts: int = Field(default=1, ge=1)
     check_every: int = Field(default=25, ge=1)
     patience: int | None = Field(default=None, ge=1)
-    init: float
+    init: float | None
     rate: float
     spread: float
 
@@ -607,11 +607,11 @@ def problem(evaluation: Evaluation, tasks: Sequence[str], shape: tuple[int, ...]
 # -- arguments -----------------------------------------------------------------------------------------------
 
 
-def _starts(starts: Sequence[Floats] | None, init: float, shape: tuple[int, int]) -> list[Floats]:
+def _starts(starts: Sequence[Floats] | None, init: float | None, shape: tuple[int, int]) -> list[Floats]:
     """Coefficients (S, K) of each start."""
-    if starts is None:
+    if starts is None and init is not None:
         return [np.full(shape, init)]
-    tables = [np.array(start, np.float64) for start in starts]
+    tables = [np.array(start, np.float64) for start in starts or ()]
     if not tables:
         raise InputError("search.start: expected one start or more, found none.")
     for table in tables:

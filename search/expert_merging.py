@@ -8,8 +8,19 @@ Chunking" (arXiv:2509.25712). In
 each tensor has an alpha of its own for each expert. Norms, embeddings, biases and heads have none: they stay as the
 base has them. Adam moves raw against the gradient of
 
-    mean over tasks of the distance to the expert's logits and hidden layers (``ecotone.fitness.gradients.calibration``)
+    mean over tasks of the distance to the expert's logits and hidden layers
+        (``ecotone.fitness.gradients.distillation``)
         + regulariser * mean |alpha - alpha at the start|
+
+With ``coefficients: free`` Adam moves alpha itself, without bounds, regulariser or limit on the gradient's length
+unless they are given. That is not the paper's method. It suits prepared sources, whose published merge has alpha = 1.
+
+The authors' code differs from this in three ways. It divides the sum of |alpha - alpha at the start| by the number of
+coefficients of one expert, so for K experts its regulariser r is K r here: its 5 is 20 here on four experts. Its
+optimiser is AdamW with a decay of 1e-5, whose rate follows a cosine from ``rate`` down to a tenth of it, with restarts
+after 50 steps, then after 100, 200 and so on. Here it is Adam at a constant rate. It takes gradients of one example
+at a time and adds up 8 of them for a step, in one pass over about five examples a task. Here ``accumulate`` batches of
+every task make a step.
 
 Expert Merging++ then cuts the tensors that matter most into chunks. It shares a number of coefficients out among the
 tensors by importance, and learns on. ``ecotone.search.descent`` has lines, steps, checks and restarts.
@@ -18,14 +29,15 @@ tensors by importance, and learns on. ``ecotone.search.descent`` has lines, step
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ecotone.fitness.kinds import CalibrationSettings
 from ecotone.populations.errors import InputError, nearest
@@ -49,24 +61,38 @@ EXCLUDED = (
 _EDGE = 1e-3  # the least distance of starts from 0 and 1, where the sigmoid is flat
 
 
+FREE: Mapping[str, Any] = MappingProxyType(
+    {"init": None, "rate": 0.02, "spread": 0.1, "regulariser": 0.0, "clip": None, "exclude": ()}
+)
+"""The defaults of free coefficients where they differ from those of bounded ones."""
+FIRST = 0.3
+"""Free coefficients' first value where the operator publishes no merge: AdaMerging's."""
+
+
 class ExpertMergingSettings(GradientSettings):
-    """Expert Merging: coefficients between 0 and 1, learned from the experts; with ``chunks``, Expert Merging++.
+    """Expert Merging: coefficients learned from the experts' outputs; with ``chunks``, Expert Merging++.
 
     Attributes:
-        algorithm: ``expert_merging``: coefficients between 0 and 1, learned from the experts' outputs.
+        algorithm: ``expert_merging``: coefficients learned from the experts' outputs.
+        coefficients: ``bounded`` keeps coefficients between 0 and 1, as the paper does: Adam moves their logits.
+            ``free`` lets Adam move the coefficients themselves. Then the defaults are init null, rate 0.02, spread 0.1,
+            regulariser 0, clip null, and exclude [].
         granularity: Always ``tensor``: each tensor has its own coefficients.
         groups: Always 1: this search has no groups of blocks.
         steps: Steps of Adam. Each step uses ``accumulate`` batches of every calibration task. With ``chunks`` there are
             up to as many steps again.
         weights: For each calibration task, the weight of its loss, relative to the sum of all; 1 where not given. A
             task of weight 0 is left out.
-        init: The first value of every coefficient, unless the search begins with given merges.
-        rate: Adam's step size, in logits of the coefficients.
-        spread: Standard deviation, in logits of the coefficients, of the normal noise added to the start of every
-            restart but the first.
+        init: The first value of every coefficient, unless the search begins with given merges. Bounded coefficients
+            begin above 0 and below 1. None, for free ones alone, means that of the operator's published merge, such as
+            1 of ``kfac``, and 0.3 for operators that have none.
+        rate: Adam's step size, in logits of the coefficients; in the coefficients where they are free.
+        spread: Standard deviation of the normal noise added to the start of every restart but the first, in the units
+            of ``rate``.
         regulariser: Weight of the mean distance between the coefficients and their starts, which is added to the loss.
-        clip: The greatest length of a gradient (Euclidean, over the logits of all coefficients). A longer gradient is
-            scaled down to it.
+            The authors' code has K times as much for K experts: its 5 is 20 here on four experts.
+        clip: The greatest length of a gradient (Euclidean, over all coefficients, in the units of ``rate``). A longer
+            gradient is scaled down to it. None scales none.
         exclude: Patterns of names of tensors that keep the base's weights, such as ``*norm*``; upper and lower case
             count as equal. None excludes norms, embeddings, biases and heads.
         chunks: The mean number of chunks that a tensor is cut into, each with its own coefficients (Expert Merging++).
@@ -76,17 +102,39 @@ class ExpertMergingSettings(GradientSettings):
     """
 
     algorithm: Literal["expert_merging"] = "expert_merging"
+    coefficients: Literal["bounded", "free"] = "bounded"
     granularity: Literal["tensor"] = "tensor"
     groups: Literal[1] = 1
     steps: int = Field(default=100, ge=1)
-    init: float = Field(default=0.1, gt=0, lt=1)
+    init: float | None = 0.1
     rate: float = Field(default=0.5, gt=0)
     spread: float = Field(default=0.5, ge=0)
     regulariser: float = Field(default=5.0, ge=0)
-    clip: float = Field(default=1.0, gt=0)
+    clip: float | None = Field(default=1.0, gt=0)
     exclude: tuple[str, ...] | None = None
     chunks: float | None = Field(default=None, gt=0)
     steepness: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _free_defaults(cls, given: Any) -> Any:
+        free = isinstance(given, Mapping) and given.get("coefficients") == "free"
+        return {**FREE, **given} if free else given
+
+    @model_validator(mode="after")
+    def _begins_between(self) -> ExpertMergingSettings:
+        if self.coefficients == "bounded" and (self.init is None or not 0 < self.init < 1):
+            found = "null" if self.init is None else f"{self.init:g}"
+            raise ValueError(f"init: expected more than 0 and less than 1, found {found}; or use coefficients: free")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out ``bounded``: records and signatures are those of recipes without the field."""
+        fields = super()._without_no_start(handler)
+        if fields.get("coefficients") == "bounded":
+            del fields["coefficients"]
+        return fields
 
     @property
     def most_steps(self) -> int:
@@ -131,12 +179,14 @@ class ExpertMergingSettings(GradientSettings):
         """The search, and an archive of the best merges of its checks."""
         space = context.space
         starts = [start.refined(space.tensor_borders) for start in context.starts] or None
+        if starts is None and self.init is None and context.around is not None:
+            starts = [np.full((len(space.tensors), space.dimension), context.around)]
         search = ExpertMerging(space, context.tasks, context.goals, context.seed, self, starts)
         return search, ElitistArchive(context.goals, self.archive)
 
 
 class ExpertMerging(Descent[ExpertMergingSettings]):
-    """Adam on the logits of coefficients, one a tensor and expert; ``Descent`` says how lines, steps and checks go.
+    """Adam on coefficients or their logits, one a tensor and expert; ``Descent`` says how lines, steps and checks go.
 
     With ``chunks`` (Expert Merging++), S tensors are cut into ``chunks`` S in all. Tensor l gets
 
@@ -152,8 +202,8 @@ class ExpertMerging(Descent[ExpertMergingSettings]):
         goals: The objectives of the checks.
         seed: The recipe's seed, for restarts.
         settings: Step size, regulariser, chunks and so on; None for the defaults.
-        starts: (S, K) coefficients of the S tensors for each merge to start from, moved to between 0.001 and 0.999, and
-            to 0 where a tensor is excluded. None for ``settings.init`` everywhere.
+        starts: (S, K) coefficients of the S tensors for each merge to start from, moved to between 0.001 and 0.999
+            unless they are free, and to 0 where a tensor is excluded. None for ``settings.init`` everywhere.
 
     Raises:
         InputError: As for ``Descent``; or a pattern matches no tensor, or no tensor is left to learn on.
@@ -188,36 +238,44 @@ class ExpertMerging(Descent[ExpertMergingSettings]):
         starts: Sequence[Floats] | None = None,
     ) -> None:
         settings = settings or ExpertMergingSettings()
+        if starts is None and settings.init is None:
+            starts = [np.full((len(space.tensors), space.dimension), FIRST)]
         self._space = space
         self._excluded = _excluded(space.tensors, settings.exclude)
         super().__init__(space.tensor_borders, space.dimension, tasks, goals, seed, settings, starts)
 
-    # -- what Adam moves: logits, minus infinity where the coefficient is 0 and stays so ------------------------
+    # -- what Adam moves: coefficients or logits, minus infinity where the coefficient is 0 and stays so ---------
+
+    @property
+    def _free(self) -> bool:
+        return self.settings.coefficients == "free"
 
     def _point(self, coefficients: Floats) -> Floats:
         inside = np.clip(coefficients, _EDGE, 1 - _EDGE)
-        raw = np.log(inside / (1 - inside))
+        raw = np.array(coefficients, np.float64) if self._free else np.log(inside / (1 - inside))
         raw[self._excluded] = -math.inf
         return raw
 
     def _exact(self, coefficients: Floats) -> Floats | None:
+        if self._free:
+            return None
         exact: Floats = np.clip(coefficients, _EDGE, 1 - _EDGE)
         exact[self._excluded] = 0.0
         return exact
 
     def _used(self, point: Floats) -> Floats:
-        return sigmoid(point)
+        return np.where(np.isfinite(point), point, 0.0) if self._free else sigmoid(point)
 
     def _pulled(self, line: Line, gradient: Floats) -> Floats:
-        """The gradient by the logits of the mean task loss and the regulariser, at most ``clip`` long."""
-        alpha = self._used(line.adam.point)
+        """The gradient by Adam's point of the mean task loss and the regulariser, at most ``clip`` long."""
+        alpha, clip = self._used(line.adam.point), self.settings.clip
         learned = np.isfinite(line.adam.point)
         learned[line.held] = False
         away = np.sign(alpha - self._used(line.start)) / np.count_nonzero(learned)  # of mean |alpha - alpha at start|
-        # The gradient by alpha, times alpha (1 - alpha), which is d alpha / d raw.
-        pulled: Floats = (gradient / line.weights.sum() + self.settings.regulariser * away) * alpha * (1 - alpha)
+        slope = 1.0 if self._free else alpha * (1 - alpha)  # d alpha / d raw
+        pulled: Floats = (gradient / line.weights.sum() + self.settings.regulariser * away) * slope
         pulled[~learned] = 0.0
-        pulled *= min(1.0, self.settings.clip / max(float(np.linalg.norm(pulled)), 1e-300))
+        pulled *= 1.0 if clip is None else min(1.0, clip / max(float(np.linalg.norm(pulled)), 1e-300))
         return pulled
 
     # -- Expert Merging++ ----------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ class TestEach:
         base, experts = models(shape)
         known = own_outputs(invented(NAMES, shape), experts)
         order = [2, 0, 1]
-        turned = Known(**{name: [getattr(known, name)[i] for i in order] for name in vars(known)})
+        turned = Known(**{name: [one[i] for i in order] for name, one in vars(known).items() if one})
         found = vectors(operator, base, [experts[i] for i in order], turned)
         close(found, vectors(operator, base, experts, known)[order])
 

@@ -486,6 +486,52 @@ def test_its_steps_are_those_of_torchs_adam_on_logits(settings):
     assert np.abs(expected[-1] - expected[0])[LEARNED].max() > 0.01
 
 
+@pytest.mark.parametrize("settings", [{}, {"regulariser": 0.4, "clip": 0.05, "init": 1.5, "rate": 0.1}])
+def test_steps_of_free_coefficients_are_those_of_torchs_adam_on_the_coefficients(settings):
+    """Beyond 1 and below 0, too: there is neither sigmoid nor bound."""
+    search = search_of(coefficients="free", exclude=["*bias", "norm*"], steps=60, **settings)
+    run(search)
+    values = torch.full((2, 2), settings.get("init", 0.3), dtype=torch.float64, requires_grad=True)
+    adam, start = torch.optim.Adam([values], lr=settings.get("rate", 0.02)), values.detach().clone()
+    lengths = torch.tensor([8.0, 10.0]).double()[:, None] / 24
+    for step in range(60):
+        noises = [0.2 * np.random.default_rng([step, number]).standard_normal(2) for number in range(2)]
+        away = [values - torch.tensor(TARGETS[n]) + torch.tensor(e) for n, e in zip(NAMES, noises, strict=True)]
+        loss = sum(0.25 * (lengths * one**2).sum() for one in away)
+        loss = loss + settings.get("regulariser", 0.0) * (values - start).abs().mean()
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([values], settings.get("clip", math.inf))
+        adam.step()
+    found = search.report()["lines"][0]["coefficients"]
+    assert found[LEARNED] == pytest.approx(values.detach().numpy(), abs=1e-4)
+    assert (found[~LEARNED] == 0).all()
+    assert np.abs(found[LEARNED] - settings.get("init", 0.3)).max() > 0.05
+
+
+def test_free_coefficients_begin_with_the_published_merge_and_exclude_nothing():
+    free = ExpertMergingSettings(coefficients="free")
+    for around, expected in ((1.0, 1.0), (None, 0.3)):
+        search, _ = free.make(Context(space_of(), GOALS, 0, tasks=NAMES, around=around))
+        assert (search.ask(1)[0].genome.refined(BORDERS) == expected).all()
+    far = [np.array([[-0.5, 1.7]] * 4)]
+    assert np.array_equal(search_of(coefficients="free", starts=far).ask(1)[0].genome.coefficients, far[0])
+    again = ExpertMergingSettings.model_validate(free.model_dump())
+    assert again == free
+    assert (again.init, again.clip, again.exclude) == (None, None, ())
+    frozen = search_of(coefficients="free", exclude=["*bias", "norm*"], restarts=2, chunks=2.0)
+    assert all(
+        (one.genome.refined(np.union1d(BORDERS, one.genome.boundaries))[in_frozen(one)] == 0).all()
+        for one in run(frozen)
+    )
+
+
+def test_bounded_coefficients_are_not_told_of_in_records():
+    """So signatures of recipes without the field stay."""
+    assert "coefficients" not in ExpertMergingSettings().model_dump()
+    assert ExpertMergingSettings(coefficients="free").model_dump()["coefficients"] == "free"
+
+
 def test_an_init_of_a_tenth_comes_back_through_the_logit():
     search = search_of()
     (first,) = search.ask(1)
@@ -792,8 +838,10 @@ def test_batches_may_be_accumulated_in_adamerging_too():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"init": 0.0}, "init\n  Input should be greater than 0"),
-        ({"init": 1.0}, "init\n  Input should be less than 1"),
+        ({"init": 0.0}, "init: expected more than 0 and less than 1, found 0; or use coefficients: free"),
+        ({"init": 1.0}, "init: expected more than 0 and less than 1, found 1; or use coefficients: free"),
+        ({"init": None}, "init: expected more than 0 and less than 1, found null; or use coefficients: free"),
+        ({"coefficients": "loose"}, "coefficients\n  Input should be 'bounded' or 'free'"),
         ({"regulariser": -1.0}, "regulariser\n  Input should be greater than or equal to 0"),
         ({"clip": 0.0}, "clip\n  Input should be greater than 0"),
         ({"chunks": 0.0}, "chunks\n  Input should be greater than 0"),
@@ -1011,7 +1059,7 @@ def test_a_recipe_becomes_specs_and_a_search(folder):
         ),
         ({"search": {"algorithm": "expert_merging", "clamp": True}}, "search.clamp: unknown key"),
         ({"search": {"algorithm": "expert_merging", "granularity": "block"}}, "search.granularity"),
-        ({"search": {"algorithm": "expert_merging", "init": 1.0}}, "search.init"),
+        ({"search": {"algorithm": "expert_merging", "init": 1.0}}, "init: expected more than 0"),
     ],
 )
 def test_recipes_that_do_not_fit_are_refused(changes, words):

@@ -6,6 +6,7 @@ from torch import nn
 
 from ecotone.fitness.data import Examples
 from ecotone.fitness.statistics.kinds import STATISTICS, Data
+from ecotone.fitness.statistics.layers import input_rows, observable_layers, output_rows
 
 
 def net() -> nn.Sequential:
@@ -124,3 +125,30 @@ def test_the_model_is_as_before():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(3, 4, 2, stride=2), (5, 3, 7)),
+        (nn.Conv2d(3, 4, (2, 3), stride=(1, 2), padding=(1, 0)), (5, 3, 6, 7)),
+        (nn.Conv3d(2, 4, 2, padding=1), (3, 2, 3, 4, 5)),
+    ],
+    ids=["1d", "2d", "3d"],
+)
+def test_convolutions_are_matrices_on_patches(layer, shape):
+    layer = layer.double().eval().requires_grad_(False)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    patches = input_rows(layer, values, None)
+    made = output_rows(layer, layer(values), None)
+    torch.testing.assert_close(patches @ layer.weight.flatten(1).mT + layer.bias, made)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(layer(values).flatten(1).shape[1], 3).double())
+    found = {kind: gathered(kind, model.eval(), Data("t", Examples(values), None)) for kind in ("inputs", "slopes")}
+    whole = torch.cat([patches, torch.ones(len(patches), 1, dtype=torch.float64)], 1)
+    torch.testing.assert_close(found["inputs"]["0"], whole.mT @ whole / len(whole))
+    assert found["slopes"]["0"].shape == (4, 4)
+
+
+def test_other_convolutions_are_not_observed():
+    layers = [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding="same")]
+    assert observable_layers(nn.Sequential(*layers, nn.Conv2d(4, 4, 3))).keys() == {"3"}

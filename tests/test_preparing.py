@@ -18,6 +18,7 @@ from ecotone.fitness.preparing.prepare import basis_of
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker
 from ecotone.merging.basis import Bases
+from ecotone.merging.models.matching import Treatment
 from ecotone.merging.models.names import names_of
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
@@ -175,6 +176,25 @@ def test_own_targets_are_what_the_expert_makes_of_its_own_activations(spec):
     torch.testing.assert_close(found["out.weight"], expected[:, :-1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_frozen_is_the_bases_in_the_merge(spec, monkeypatch, alone):
+    if not alone:
+        monkeypatch.setattr("ecotone.fitness.preparing.depth.before_blocks", lambda *_: None)
+    frozen = Treatment(freeze=("blocks.0.*",))
+    basis = basis_of(replace(spec, treatment=frozen, settings={"ridge": 1e-6}))
+    models = states(spec)
+    before = {key: value for key, value in models["base"].state_dict().items() if key.startswith("blocks.0")}
+    grams = []
+    for name in NAMES:
+        hybrid = states(spec)[name]
+        hybrid.load_state_dict(hybrid.state_dict() | before)
+        grams.append(gram_of(seen(hybrid, "blocks.1.first", inputs(name))))
+    expected = least_squares(grams, [folded(models[name], "blocks.1.first") for name in NAMES])
+    base = models["base"].state_dict()["blocks.1.first.weight"]
+    found = base + sum(one.tensor("blocks.1.first.weight") for one in basis.models())
+    torch.testing.assert_close(found, expected[:, :-1], rtol=1e-7, atol=1e-9)
+
+
 def test_the_first_block_is_the_same_in_any_order(spec):
     at_once = merged(spec, basis_of(replace(spec, operator="regmean", settings={"targets": "weights"})))
     in_depth = merged(spec, basis_of(spec))
@@ -226,6 +246,43 @@ def test_only_so_many_examples_are_read(spec):
     matrices = [folded(models[name], "blocks.0.first") for name in NAMES]
     expected = sum(w @ g for w, g in zip(matrices, each, strict=True)) @ torch.linalg.inv(sum(each))
     torch.testing.assert_close(found["blocks.0.first.weight"], expected[:, :-1], rtol=1e-8, atol=1e-10)
+
+
+def images(name):
+    return torch.randn(30, 2, 5, 5, generator=torch.Generator().manual_seed(NAMES.index(name))).double()
+
+
+def pictures():
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3)).double()
+
+
+def test_a_convolution_is_the_least_squares_over_its_patches(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECOTONE_CACHE", str(tmp_path / "cache"))
+    states = []
+    for number, name in enumerate(("base", *NAMES)):
+        torch.manual_seed(number)
+        states.append(pictures().state_dict())
+        save_file(states[-1], tmp_path / f"{name}.safetensors")
+    tasks = [
+        EntropyLossSettings(name=name, data=Call(call=f"{__file__}:images", arguments={"name": name})) for name in NAMES
+    ]
+    experts = tuple(str(tmp_path / f"{name}.safetensors") for name in NAMES)
+    chosen = WorkerSpec(
+        experts,
+        str(tmp_path / "base.safetensors"),
+        "regmean",
+        {"targets": "weights"},
+        architecture=Call(call=f"{__file__}:pictures"),
+        calibration=tuple(tasks),
+    )
+    vectors = basis_of(chosen).models()
+    found = states[0]["0.weight"] + sum(one.tensor("0.weight") for one in vectors)
+    grams, matrices = [], []
+    for name, state in zip(NAMES, states[1:], strict=True):
+        patches = nn.functional.unfold(images(name), 3).movedim(1, 2).reshape(-1, 18)
+        grams.append(gram_of(torch.cat([patches, torch.ones(len(patches), 1).double()], 1)))
+        matrices.append(torch.cat([state["0.weight"].flatten(1), state["0.bias"].unsqueeze(1)], 1))
+    torch.testing.assert_close(found.flatten(1), least_squares(grams, matrices)[:, :-1], rtol=1e-8, atol=1e-10)
 
 
 # -- the worker --------------------------------------------------------------------------------------------------

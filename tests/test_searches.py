@@ -251,6 +251,7 @@ MAKERS: dict[str, Callable[[int], Pair]] = {
     "adamerging-together": adamerging("block", ("odd", "even"), restarts=3, together=2, accumulate=2),
     "adamerging-sweep": adamerging("tensor", ("odd", "even"), sweep=3, restarts=2, clamp=True, check_every=2),
     "expert_merging": expert_merging(("odd",), restarts=2),
+    "expert_merging-free": expert_merging(("odd",), coefficients="free", restarts=2),
     "expert_merging-chunks": expert_merging(("odd",), restarts=3, steps=8, check_every=3, chunks=2.0, accumulate=2),
     "random-settings": with_settings(RandomSearch),
     "cma_es-settings": with_settings(lambda box, seed: CmaEs(box, TWO_GOALS, seed)),

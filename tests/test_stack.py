@@ -294,6 +294,15 @@ def test_a_recipe_keeps_its_methods(folder):
     assert kinds["merge.methods.iso_c"] is operators.OPERATORS.get("iso_c", "operator")
 
 
+def test_files_that_a_methods_settings_name_are_those_of_the_stack():
+    methods = ["kfac", {"operator": "ota", "second_moments": {"one": "prepared:one.safetensors"}}]
+    merge = Merge.model_validate({"operator": "stack", "methods": methods})
+    spec = merge.with_paths(lambda path: path.replace("prepared:", "/there/"))
+    assert [str(path) for path in operators.files("stack", spec.settings)] == ["/there/one.safetensors"]
+    assert spec.settings["methods"][0] == merge.settings["methods"][0]
+    assert Merge.model_validate(spec.model_dump(mode="json")) == spec
+
+
 def test_reading_data_is_what_a_method_does():
     assert not Merge.model_validate(STACK).reads_data
     assert Merge.model_validate({**STACK, "methods": ["task_arithmetic", "kfac"]}).reads_data

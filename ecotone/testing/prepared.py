@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ecotone.fitness.preparing.layers import Unit
@@ -44,13 +46,38 @@ def own_outputs(known: Known, experts: Sequence[Tensor]) -> Known:
     return Known(known.inputs, known.slopes, known.fisher, outputs, known.rows)
 
 
+def invented_moments(sources: Sources, folder: Path) -> dict[str, str]:
+    """Files of second moments of the experts, by their names: tiny, and drawn from seeds that the names give.
+
+    Args:
+        sources: The models.
+        folder: The folder that they are written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name in sources.names:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        parameters = sources.layout.parameters
+        moments = {key: 1e-18 * torch.rand(info.shape, generator=generator) for key, info in parameters.items()}
+        paths[name] = str(folder / f"{name}.safetensors")
+        save_file(moments, paths[name])
+    return paths
+
+
 class _Invented(Preparation):
     """Prepares with invented statistics."""
 
     def _in_turn(
         self, found: Sequence[Unit], module: nn.Module | None, names: Names | None
     ) -> Iterator[tuple[Unit, Known | None]]:
+        if self._moments is not None:  # read from files
+            yield from super()._in_turn(found, module, names)
+            return
         for unit in found:
+            if self._operator.elementwise:
+                draws = torch.Generator().manual_seed(zlib.crc32(unit.at.name.encode()))
+                yield unit, Known(votes=[torch.zeros(0), torch.randn(unit.at.shape, generator=draws)])
+                continue
             if unit.at.kind not in ("linear", "convolution") or unit.stacked:
                 yield unit, Known()
                 continue
@@ -71,6 +98,9 @@ def prepared(sources: Sources, operator: WholeMatrices, folder: Path) -> tuple[M
         operator: The operator.
         folder: The folder that the basis is written to.
     """
+    if "second_moments" in operator.wanted:
+        paths = invented_moments(sources, folder.with_name(f"{folder.name}-moments"))
+        operator = replace(operator, second_moments=paths)  # type: ignore[call-arg]
     preparation = _Invented(sources, operator, {}, None, (), torch.device("cpu"))
     layout, columns = preparation.shape
     basis = Bases(folder).find(preparation.key)

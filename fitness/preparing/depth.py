@@ -27,7 +27,7 @@ from ecotone.fitness.preparing.known import (
 )
 from ecotone.fitness.preparing.layers import Unit, stages
 from ecotone.fitness.statistics.kinds import Data
-from ecotone.fitness.statistics.layers import linear_layers, taking
+from ecotone.fitness.statistics.layers import observable_layers, taking
 from ecotone.fitness.statistics.moments import Moments, together
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Names
@@ -76,7 +76,7 @@ class Depth:
     ) -> None:
         self._operator, self._sources, self._data = operator, sources, data
         self._backend, self._module, self._names, self._merged = backend, module, names, merged
-        self._layers = linear_layers(module)
+        self._layers = observable_layers(module)
         self._curved: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # of some layers, by expert
         self._reached: dict[str, list[Unit]] = {}
 
@@ -85,7 +85,7 @@ class Depth:
         experts, by_module = self._sources.names, dict[str | None, list[Unit]]()
         order = dict.fromkeys(name for one in experts for name in self._called(one))
         for unit in found:
-            by_module.setdefault(unit.module if unit.at.kind == "linear" else None, []).append(unit)
+            by_module.setdefault(unit.module if unit.at.kind in ("linear", "convolution") else None, []).append(unit)
         self._reached = {name: by_module.pop(name) for name in order if name in by_module}
         yield from ((unit, None) for some in by_module.values() for unit in some)
         for container, group in groupby(stages(self._module, list(self._reached)), self._container):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ecotone.fitness.heads import outputs
 from ecotone.fitness.preparing.layers import Unit
 from ecotone.fitness.statistics.kinds import Data
-from ecotone.fitness.statistics.layers import Take, linear_layers, mask_of, observe, rows_of
+from ecotone.fitness.statistics.layers import Take, mask_of, observable_layers, observe, output_rows
 from ecotone.fitness.statistics.moments import (
     Moments,
     SlopeSettings,
@@ -70,7 +70,8 @@ def groups(
     for name, layer in layers.items():
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        rows, columns = weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1]
+        turned = weight.ndim == 2 and not isinstance(layer, nn.Linear)
+        rows, columns = weight.shape[::-1] if turned else (len(weight), weight[0].numel())
         sizes = {"inputs": (columns + 1) ** 2, "slopes": rows**2, "fisher": rows * (columns + 1)}
         taken = 8 * experts * sum(sizes.get(kind, rows * (columns + 1)) for kind in wanted)
         if not found or total + taken > most:
@@ -85,7 +86,7 @@ def called(model: nn.Module, data: Data) -> list[str]:
     """The linear layers that a pass over an example reaches, in the order of their first calls."""
     seen: dict[str, None] = {}
     example = Data(data.name, data.examples.rows(torch.arange(1)), data.head)
-    observe(model, linear_layers(model), example, 1, lambda name, _: seen.setdefault(name))
+    observe(model, observable_layers(model), example, 1, lambda name, _: seen.setdefault(name))
     return list(seen)
 
 
@@ -135,8 +136,8 @@ def recording(
 ) -> Iterator[None]:
     """Append to ``found`` the (rows, out) outputs of each call of the layers in the passes that are made meanwhile."""
 
-    def seen(name: str, _module: nn.Module, _inputs: Any, made: Tensor) -> None:
-        found[name].append(rows_of(made, mask).cpu())
+    def seen(name: str, layer: nn.Module, _inputs: Any, made: Tensor) -> None:
+        found[name].append(output_rows(layer, made, mask).cpu())
 
     handles = [layer.register_forward_hook(partial(seen, name), prepend=True) for name, layer in layers.items()]
     try:
@@ -227,4 +228,4 @@ def known_of(unit: Unit, experts: Sequence[Gathered], wanted: Sequence[Wanted]) 
         if any(name not in one for one in by_expert):
             return None
         found[kind] = [one[name][cuts[kind]] for one in by_expert]
-    return Known(**found, rows=[one.rows.get(name, 0) for one in experts])
+    return Known(**found, rows=[one.rows.get(name, 0) for one in experts], thresholds=())

@@ -59,6 +59,11 @@ class Unit:
         return (shaped,) if self.bias is None else (shaped, matrix[:, -1])
 
 
+def whole_tensors(layout: Layout) -> list[Unit]:
+    """All tensors of a layout as units by themselves, for operators that prepare every element by itself."""
+    return [Unit(Layer(name, "rest", tuple(info.shape))) for name, info in layout.parameters.items()]
+
+
 def units(
     layout: Layout, model: Any = None, names: Names | None = None, *, folds: bool = False, observes: bool = False
 ) -> list[Unit]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +35,24 @@ from ecotone.fitness.preparing.known import (
     outputs_over,
     slopes_and_fisher,
 )
-from ecotone.fitness.preparing.layers import Unit, units
+from ecotone.fitness.preparing.layers import Unit, units, whole_tensors
 from ecotone.fitness.preparing.likeness import Likeness
+from ecotone.fitness.preparing.second_moments import SecondMoments
+from ecotone.fitness.preparing.votes import Votes
+from ecotone.fitness.statistics.cache import digest_of
 from ecotone.fitness.statistics.gather import digest_of_examples, digest_of_head
 from ecotone.fitness.statistics.kinds import Data
-from ecotone.fitness.statistics.layers import linear_layers
+from ecotone.fitness.statistics.layers import observable_layers
 from ecotone.fitness.statistics.moments import together
 from ecotone.merging import operators
 from ecotone.merging.basis import Bases, Basis, SideBySide, Writer
+from ecotone.merging.kernel.lazy import Source
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, names_of
+from ecotone.merging.operators.rcp import Rcp
 from ecotone.merging.operators.stack import Stack, preparing
-from ecotone.merging.operators.whole import FromData, Known, Report, WholeMatrices
+from ecotone.merging.operators.task_vectors import Pieces
+from ecotone.merging.operators.whole import FromData, Known, Report, Wanted, WholeMatrices
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, sentence, told
 
@@ -81,10 +87,13 @@ class Preparation:
         device: torch.device,
     ) -> None:
         self._sources, self._operator, self._data = sources, operator, data
+        wants = "second_moments" in operator.wanted
+        self._moments = SecondMoments(sources, operator) if wants else None
         self._make, self._about, self._device = make, about, device
         self._likeness = Likeness(sources.names)
         self._columns = operator.columns(sources.names)
-        self._merged: dict[str, Tensor] = {}  # the tensors of the merge, as far as it is made
+        kept = sources.layout.kept  # what is not merged is the base's in every merge, and not the expert's
+        self._merged: dict[str, Tensor] = {name: sources.giver(name).tensor(name) for name in sorted(kept)}
         self._layers: dict[str, dict[str, float]] = {}
         self._warnings: Counter[str] = Counter()
 
@@ -98,8 +107,9 @@ class Preparation:
         """All that the vectors depend on, as 32 hexadecimal digits."""
         sources, operator = self._sources, self._operator
         layout = sources.layout
+        settings = replace(operator, **{name: type(getattr(operator, name))() for name in operator.paths})
         parts = {
-            "operator": [operator.name, operator.version, repr(operator)],
+            "operator": [operator.name, operator.version, repr(settings)],
             "models": sources.files().contents,
             "names": sources.names,
             "layout": [[name, str(info.dtype), list(info.shape)] for name, info in layout.parameters.items()],
@@ -109,6 +119,11 @@ class Preparation:
                 for name, tasks in self._data.items()
             },
         }
+        if self._moments is not None:
+            parts["second_moments"] = self._moments.digests
+        if "votes" in operator.wanted:
+            labels = [one.examples.labels for tasks in self._data.values() for one in tasks]
+            parts["labels"] = [None if one is None else digest_of({"": one}) for one in labels]
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -127,7 +142,10 @@ class Preparation:
         module = model if isinstance(model, nn.Module) else None
         names = None if module is None else names_of(module, self._sources.layout)
         folds, observes = self._operator.folds, isinstance(self._operator, FromData)
-        found = units(self._sources.layout, module, names, folds=folds, observes=observes)
+        if self._operator.elementwise:
+            found = whole_tensors(self._sources.layout)
+        else:
+            found = units(self._sources.layout, module, names, folds=folds, observes=observes)
         for number, (unit, known) in enumerate(self._in_turn(found, module, names), 1):
             self._prepare(unit, known, writer)
             if time.perf_counter() - began > number:  # a line for each layer where layers take seconds
@@ -155,12 +173,17 @@ class Preparation:
         """All units, each with what is known of it."""
         operator = self._operator
         if not isinstance(operator, FromData):
-            yield from ((unit, Known()) for unit in found)
+            thresholds = operator.surveyed(self._pieces())
+            yield from ((unit, Known(second_moments=self._moments_of(unit), thresholds=thresholds)) for unit in found)
         elif module is None or names is None:
             raise InputError(
                 f"merge.operator: {operator.name} gathers statistics of layers, found a dict of tensors.",
                 "Name an architecture.",
             )
+        elif isinstance(operator, Rcp):
+            assert self._backend is not None
+            votes = Votes(operator, self._sources.names, self._data, self._backend, module, names)
+            yield from ((unit, Known(votes=votes.of(unit.at.name, unit.at.shape))) for unit in found)
         elif operator.order == "depth":
             assert self._backend is not None
             depth = Depth(operator, self._sources, self._data, self._backend, module, names, self._merged)
@@ -169,14 +192,28 @@ class Preparation:
         else:
             yield from self._at_once(operator, found, module)
 
+    def _pieces(self) -> Pieces:
+        """The base, the experts and the second moments, if there are any, streamed."""
+        assert self._sources.base is not None
+        models = (self._sources.base, *self._sources.experts)
+
+        def read(name: str) -> list[Source]:
+            moments = () if self._moments is None else self._moments.of(name)
+            return [*(model.flat(name) for model in models), *(one.reshape(-1) for one in moments)]
+
+        return Pieces(self._sources.layout, read)
+
+    def _moments_of(self, unit: Unit) -> Sequence[Tensor]:
+        return () if self._moments is None else self._moments.of(unit.at.name)
+
     def _at_once(
         self, operator: FromData, found: Sequence[Unit], module: nn.Module
     ) -> Iterator[tuple[Unit, Known | None]]:
         """Units with the statistics of the experts as they are."""
         by_module: dict[str | None, list[Unit]] = {}
         for unit in found:
-            by_module.setdefault(unit.module if unit.at.kind == "linear" else None, []).append(unit)
-        layers = {name: layer for name, layer in linear_layers(module).items() if name in by_module}
+            by_module.setdefault(unit.module if unit.at.kind in ("linear", "convolution") else None, []).append(unit)
+        layers = {name: layer for name, layer in observable_layers(module).items() if name in by_module}
         for names in groups(layers, operator.wanted, len(self._sources.names)):
             some = {name: layers[name] for name in names}
             experts = [self._of_expert(operator, name, module, some) for name in self._sources.names]
@@ -209,7 +246,10 @@ class Preparation:
         stored = [[model.tensor(name).to(self._device, kind) for name in unit.names] for model in models]
         for tensors in zip(*stored, strict=True):
             self._likeness.add(tensors[0], tensors[1:])
-        if unit.at.kind in ("embedding", "rest") or known is None:
+        if operator.elementwise and known is not None:
+            moved = replace_tensors(known, self._device, kind)
+            parts = [operator.layer(unit.at, stored[0][0], [one[0] for one in stored[1:]], moved, report)]
+        elif unit.at.kind in ("embedding", "rest") or known is None:
             if known is None and unit.at.kind in ("linear", "convolution"):
                 report.warnings.append("layers that the data do not reach have the mean of their task vectors")
             elif unit.at.kind == "rest" and len(unit.at.shape) > 1:
@@ -256,19 +296,14 @@ class Preparation:
             self._merged[name] = sum(vectors, start=base).to(self._sources.layout.parameters[name].dtype)
 
     def _kind(self, unit: Unit) -> torch.dtype:
-        large = max(unit.at.shape, default=1) > DOUBLE
+        large = max(unit.at.shape, default=1) > DOUBLE and not self._operator.elementwise
         return torch.float32 if large and self._device.type != "cpu" else torch.float64
 
 
 def replace_tensors(known: Known, device: torch.device, kind: torch.dtype) -> Known:
     """The same statistics on a device, in a type."""
-    return Known(
-        **{
-            name: [one.to(device, kind) for one in getattr(known, name)]
-            for name in ("inputs", "slopes", "fisher", "outputs")
-        },
-        rows=known.rows,
-    )
+    moved = {name: [one.to(device, kind) for one in getattr(known, name)] for name in get_args(Wanted)}
+    return replace(known, **moved)
 
 
 # -- from a worker's spec --------------------------------------------------------------------------------------
@@ -363,11 +398,12 @@ def check_data(operator: str, by_expert: Mapping[str, Sequence[object]]) -> None
     Raises:
         InputError: There is one.
     """
+    labels = getattr(operators.OPERATORS.get(operator, "merge.operator"), "needs_labels", False)
     for name, tasks in by_expert.items():
         if not tasks:
             raise InputError(
                 f"calibration: the operator {operator!r} reads inputs of each expert's own task, found none for "
                 f"{name!r}.",
-                f"Add a calibration task named {name!r} (labels are not needed), or use an operator without data, such "
-                "as iso_c or tsv_m.",
+                f"Add a calibration task named {name!r} ({'with labels' if labels else 'labels are not needed'}), or "
+                "use an operator without data, such as iso_c or tsv_m.",
             )

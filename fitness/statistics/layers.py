@@ -1,8 +1,9 @@
-"""Linear layers of a model, and the rows that reach them."""
+"""Linear layers and convolutions of a model, and the rows that reach them."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,50 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def observable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers, and convolutions that map each patch of their inputs by one matrix, by name."""
+    linear = linear_layers(model)
+    return {name: module for name, module in model.named_modules() if name in linear or _is_plain(module)}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a convolution of one group, without dilation, padded with zeros by numbers."""
+    return (
+        isinstance(module, _CONVOLUTIONS)
+        and module.groups == 1
+        and set(module.dilation) == {1}
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
+
+
+def input_rows(layer: nn.Module, values: Tensor, mask: Tensor | None) -> Tensor:
+    """(rows, in) of a layer's inputs. A convolution has a row for each patch: (channels * kernel) numbers."""
+    if not isinstance(layer, _CONVOLUTIONS):
+        return rows_of(values, mask)
+    kernel, stride = layer.kernel_size, layer.stride
+    batched = values.detach() if values.ndim == len(kernel) + 2 else values.detach().unsqueeze(0)
+    padding = [side for side in reversed(layer.padding) if isinstance(side, int)]
+    sides = [side for one in padding for side in (one, one)]
+    patches = nn.functional.pad(batched, sides)
+    for place, (size, step) in enumerate(zip(kernel, stride, strict=True), 2):
+        patches = patches.unfold(place, size, step)
+    spatial = list(range(2, 2 + len(kernel)))
+    order = [0, *spatial, 1, *range(2 + len(kernel), 2 + 2 * len(kernel))]
+    return patches.permute(order).reshape(-1, batched.shape[1] * math.prod(kernel))
+
+
+def output_rows(layer: nn.Module, values: Tensor, mask: Tensor | None) -> Tensor:
+    """(rows, out) of a layer's outputs, or of what has their shape."""
+    if not isinstance(layer, _CONVOLUTIONS):
+        return rows_of(values, mask)
+    batched = values.detach() if values.ndim == len(layer.kernel_size) + 2 else values.detach().unsqueeze(0)
+    return batched.movedim(1, -1).reshape(-1, batched.shape[1])
+
+
 def observe(model: nn.Module, layers: Mapping[str, nn.Module], data: Data, batch: int, take: Take) -> None:
     """Give ``take`` the inputs of each layer for all examples, one pass after the other.
 
@@ -57,7 +102,7 @@ def taking(layers: Mapping[str, nn.Module], mask: Tensor | None, take: Take) -> 
         mask: Which tokens count; None for all.
         take: As for ``observe``.
     """
-    return _hooked(layers, partial(_take_rows, take, mask))
+    return _hooked(layers, mask, take)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +113,19 @@ class Observed:
         name: The layer's name.
         inputs: (rows, in) its inputs.
         probe: Zeros that were added to its outputs: a loss's gradient by them is that by the outputs.
+        layer: The layer.
         mask: Which tokens count; None for all.
     """
 
     name: str
     inputs: Tensor
     probe: Tensor
+    layer: nn.Module
     mask: Tensor | None
 
     def rows(self, values: Tensor) -> Tensor:
-        """(rows, features) of the rows that count, of what has the shape of the layer's inputs or outputs."""
-        return rows_of(values, self.mask)
+        """(rows, out) of the rows that count, of what has the shape of the layer's outputs."""
+        return output_rows(self.layer, values, self.mask)
 
 
 @contextmanager
@@ -91,10 +138,10 @@ def observed(layers: Mapping[str, nn.Module], mask: Tensor | None) -> Iterator[l
     """
     seen: list[Observed] = []
 
-    def called(name: str, _module: nn.Module, given: Sequence[Any], named: Mapping[str, Any], made: Tensor) -> Tensor:
+    def called(name: str, layer: nn.Module, given: Sequence[Any], named: Mapping[str, Any], made: Tensor) -> Tensor:
         inputs = given[0] if given else next(iter(named.values()))
         probe = torch.zeros_like(made, requires_grad=True)
-        seen.append(Observed(name, rows_of(inputs, mask), probe, mask))
+        seen.append(Observed(name, input_rows(layer, inputs, mask), probe, layer, mask))
         return made + probe
 
     handles = [layer.register_forward_hook(partial(called, name), with_kwargs=True) for name, layer in layers.items()]
@@ -106,9 +153,9 @@ def observed(layers: Mapping[str, nn.Module], mask: Tensor | None) -> Iterator[l
 
 
 @contextmanager
-def _hooked(layers: Mapping[str, nn.Module], take: Take) -> Iterator[None]:
-    def seen(name: str, _module: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
-        take(name, inputs[0] if inputs else next(iter(named.values())))
+def _hooked(layers: Mapping[str, nn.Module], mask: Tensor | None, take: Take) -> Iterator[None]:
+    def seen(name: str, layer: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
+        take(name, input_rows(layer, inputs[0] if inputs else next(iter(named.values())), mask))
 
     handles = [layer.register_forward_pre_hook(partial(seen, name), with_kwargs=True) for name, layer in layers.items()]
     try:
@@ -132,7 +179,3 @@ def rows_of(values: Tensor, mask: Tensor | None) -> Tensor:
     rows = values.detach().reshape(-1, values.shape[-1])
     tokens = mask is not None and (values.shape[:-1] == mask.shape or (values.ndim == 2 and len(rows) == mask.numel()))
     return rows[mask.reshape(-1)] if mask is not None and tokens else rows
-
-
-def _take_rows(take: Take, mask: Tensor | None, name: str, values: Tensor) -> None:
-    take(name, rows_of(values, mask))

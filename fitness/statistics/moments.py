@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ecotone.fitness.heads import logits_of, outputs
 from ecotone.fitness.statistics.kinds import Data, Gathering
-from ecotone.fitness.statistics.layers import Observed, linear_layers, mask_of, observe, observed
+from ecotone.fitness.statistics.layers import Observed, mask_of, observable_layers, observe, observed
 
 Layers: TypeAlias = Mapping[str, nn.Module]
 
@@ -202,7 +202,7 @@ class InputMoments:
 
     def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
         """The moments of ``model`` by the names of its layers, on the CPU."""
-        layers = linear_layers(model)
+        layers = observable_layers(model)
         return together([inputs_of(model, layers, task, self._settings.batch) for task in tasks]).means()
 
 
@@ -221,7 +221,7 @@ class SlopeMoments:
 
     def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
         """The moments of ``model`` by the names of its layers, on the CPU."""
-        layers = linear_layers(model)
+        layers = observable_layers(model)
         return together([slopes_of(model, layers, task, self._settings) for task in tasks]).means()
 
 
@@ -240,5 +240,5 @@ class DiagonalFisher:
 
     def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
         """The Fisher information of ``model`` by the names of its layers, on the CPU."""
-        layers = linear_layers(model)
+        layers = observable_layers(model)
         return together([fisher_of(model, layers, task, self._settings) for task in tasks]).means()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ecotone.merging.operators import declared
@@ -18,6 +19,7 @@ from ecotone.merging.operators.declared import Setting
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Scalar
 from ecotone.registry import Registry
+from ecotone.settings import Located, expanded
 
 _OURS = {
     "linear": "ecotone.merging.operators.linear:Linear",
@@ -31,6 +33,8 @@ _OURS = {
     "regmean": "ecotone.merging.operators.regmean:RegMean",
     "regmean_pp": "ecotone.merging.operators.regmean_pp:RegMeanPlusPlus",
     "fisher": "ecotone.merging.operators.fisher:Fisher",
+    "ota": "ecotone.merging.operators.ota:Ota",
+    "rcp": "ecotone.merging.operators.rcp:Rcp",
     "wudi": "ecotone.merging.operators.wudi:Wudi",
     "tsv_m": "ecotone.merging.operators.tsv_m:TsvM",
     "iso_c": "ecotone.merging.operators.iso_c:IsoC",
@@ -92,6 +96,28 @@ def checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         return declared.checked(kind, given, strict=False)
     except InputError as error:
         raise InputError(f"merge.{error.message}", error.remedy) from error
+
+
+def with_paths(name: str, settings: Mapping[str, Any], resolve: Located) -> dict[str, Any]:
+    """The settings of the operator called ``name``, with the paths of files in them put through ``resolve``."""
+    kind = OPERATORS.get(name, "merge.operator")
+    if hasattr(kind, "with_paths"):
+        found: dict[str, Any] = kind.with_paths(settings, resolve)
+        return found
+    paths = tuple(getattr(kind, "paths", ()))
+    return {key: expanded(value, resolve) if key in paths else value for key, value in settings.items()}
+
+
+def files(name: str, settings: Mapping[str, Any]) -> list[Path]:
+    """The files that the settings of the operator called ``name`` name: its vectors depend on them."""
+    found: list[Path] = []
+
+    def noted(path: str) -> str:
+        found.append(Path(path).expanduser())
+        return path
+
+    with_paths(name, settings, noted)
+    return found
 
 
 def tuned(operator: Operator, parameters: Mapping[str, Scalar]) -> Operator:

@@ -226,6 +226,9 @@ def _in_words(annotation: Any) -> str:
     if get_origin(annotation) in (Union, UnionType) and NoneType in get_args(annotation):
         others = [_in_words(one) for one in get_args(annotation) if one is not NoneType]
         return f"{' or '.join(others)} or null" if all(others) else ""
+    if get_origin(annotation) is Mapping:
+        kind = _in_words(get_args(annotation)[1])
+        return f"a mapping of names to {kind}" if kind else ""
     if get_origin(annotation) is not Annotated:
         return _KINDS.get(annotation, "")
     kind, *notes = get_args(annotation)

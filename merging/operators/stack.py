@@ -35,7 +35,7 @@ from ecotone.merging.operators.task_vectors import Pieces
 from ecotone.merging.operators.whole import WholeMatrices
 from ecotone.populations.errors import InputError
 from ecotone.populations.genome import Floats
-from ecotone.settings import Part
+from ecotone.settings import Located, Part
 
 EQUAL = "methods in equal parts"
 """The name of the merge that shares the methods' own merges out evenly."""
@@ -214,6 +214,15 @@ class Stack:
     affine = True
     geometry = None
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {}
+
+    @staticmethod
+    def with_paths(settings: Mapping[str, Any], resolve: Located) -> dict[str, Any]:
+        """The settings, with the paths of files in those of the methods put through ``resolve``."""
+        found = tuple(
+            Method(operator=one.operator, **operators.with_paths(one.operator, one.settings, resolve))
+            for one in settings.get("methods", ())
+        )
+        return {**settings, **({"methods": found} if found else {})}
 
     @property
     def members(self) -> Mapping[str, Operator]:

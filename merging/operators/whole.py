@@ -24,7 +24,7 @@ from ecotone.merging.operators.task_vectors import Pieces
 
 LayerKind: TypeAlias = Literal["linear", "convolution", "embedding", "rest"]
 """A linear layer's weight; a convolution's, as a matrix (out, in * kernel); a table of rows by token; anything else."""
-Wanted: TypeAlias = Literal["inputs", "slopes", "fisher", "outputs"]
+Wanted: TypeAlias = Literal["inputs", "slopes", "fisher", "outputs", "second_moments", "votes"]
 """The statistics of a layer that an operator may want, as the fields of ``Known``."""
 
 
@@ -56,6 +56,11 @@ class Known:
         fisher: K matrices (out, in): the diagonal of the Fisher information of the weight.
         outputs: K matrices (in, out): E[x yᵀ], x the layer's inputs in the merge, y the expert's outputs for its own.
         rows: K numbers of rows.
+        second_moments: K tensors of the weight's shape: Adam's running means of squared gradients at the end of each
+            expert's training.
+        votes: K tensors of the weight's shape: by element, the examples that want the expert's change less the others.
+            Empty for an expert that is not voted on. For ``rcp`` alone.
+        thresholds: What ``surveyed`` found in the whole models.
     """
 
     inputs: Sequence[Tensor] = ()
@@ -63,6 +68,9 @@ class Known:
     fisher: Sequence[Tensor] = ()
     outputs: Sequence[Tensor] = ()
     rows: Sequence[int] = ()
+    second_moments: Sequence[Tensor] = ()
+    votes: Sequence[Tensor] = ()
+    thresholds: Sequence[float] = ()
 
 
 @dataclass
@@ -96,6 +104,10 @@ class WholeMatrices(PreparedVectors):
     """Whether experts that are all the same give that expert at c = 1. Others amplify what experts have in common."""
     folds: ClassVar[bool] = False
     """Whether a layer's bias is prepared with its weight. Otherwise it is prepared by ``rest``."""
+    elementwise: ClassVar[bool] = False
+    """Whether every element is prepared by itself. Then ``layer`` gets every tensor, in the checkpoints' shape."""
+    paths: ClassVar[tuple[str, ...]] = ()
+    """The settings that name files, at any depth. Recipes give them relative to their folder."""
     version: ClassVar[int] = 1
     """To be raised when the same models, settings and statistics give other vectors: older ones are in caches."""
 
@@ -108,6 +120,14 @@ class WholeMatrices(PreparedVectors):
     def order(self) -> Literal["any", "depth"]:
         """``depth`` where the statistics of a layer are those of the merge of the layers before it."""
         return "any"
+
+    def surveyed(self, pieces: Pieces) -> Sequence[float]:
+        """Numbers of the whole models that ``layer`` gets as ``known.thresholds``; none where they are not needed.
+
+        Args:
+            pieces: The base, the K experts and, where they are wanted, their K second moments.
+        """
+        return ()
 
     def layer(
         self, at: Layer, base: Tensor, experts: Sequence[Tensor], known: Known, report: Report
@@ -141,7 +161,9 @@ class WholeMatrices(PreparedVectors):
 
 @dataclass(frozen=True)
 class FromData(WholeMatrices):
-    """Operators whose vectors depend on data: the calibration tasks that bear the experts' names. No label is read.
+    """Operators whose vectors depend on data: the calibration tasks that bear the experts' names.
+
+    No label is read, unless the operator says so (``needs_labels``).
 
     Args:
         examples: The most examples of each calibration task that statistics are gathered over.
@@ -150,3 +172,6 @@ class FromData(WholeMatrices):
 
     examples: Annotated[int, Field(ge=1)] = 512
     batch: Annotated[int, Field(ge=1)] = 32
+
+    needs_labels: ClassVar[bool] = False
+    """Whether examples must have labels, unless they are texts."""
