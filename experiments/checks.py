@@ -32,7 +32,8 @@ from ecotone.merging.models.layout import Layout, natural
 from ecotone.merging.models.lora import adapters_in
 from ecotone.merging.models.matching import Renamed
 from ecotone.merging.models.names import names_of
-from ecotone.merging.operators.whole import FromData, WholeMatrices
+from ecotone.merging.operators.stack import preparing
+from ecotone.merging.operators.whole import FromData
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
 from ecotone.merging.sources import Sources
 from ecotone.merging.values import refuse_nan, with_nan
@@ -450,13 +451,12 @@ def _needs(recipe: Recipe, sources: Sources) -> Iterator[Finding]:
         dense = 4 * layout.size * (max(part.archive for part in breeders) + recipe.scoring.window)
         yield Finding("dense archive", f"{readable(dense)} in the manager: mutation breeds whole vectors")
     operator = sources.operator
-    if isinstance(operator, WholeMatrices):
-        columns, folder = len(operator.columns(sources.names)), Bases().folder
+    for label, one in preparing(operator).items():
+        columns, folder = len(one.columns(sources.names)), Bases().folder
         wanted = readable(columns * sum(info.nbytes for info in layout.parameters.values()))
-        data = " from the calibration tasks of the experts," if isinstance(operator, FromData) else ""
+        data = " from the calibration tasks of the experts," if isinstance(one, FromData) else ""
         yield Finding(
-            "prepared vectors",
-            f"{columns} of {operator.name},{data} made once before the search; {wanted} in {folder}",
+            "prepared vectors", f"{columns} of {label},{data} made once before the search; {wanted} in {folder}"
         )
     free = shutil.disk_usage(Path.cwd()).free
     yield Finding("export", f"{readable(resident)} of disk; {readable(free)} are free here")

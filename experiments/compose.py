@@ -27,7 +27,8 @@ from ecotone.merging import operators
 from ecotone.merging.models.hub import is_repository
 from ecotone.merging.models.matching import Treatment
 from ecotone.merging.operators.base import Operator
-from ecotone.merging.operators.whole import WholeMatrices
+from ecotone.merging.operators.own import own_merges
+from ecotone.merging.operators.stack import preparing, published
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError, nearest
 from ecotone.populations.genome import Genome
@@ -78,11 +79,12 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
     architecture, objectives = models.architecture, recipe.objectives
     ray = runtime.pool == "ray"
     located = partial(_located, prepared=prepared)
+    operator, settings = recipe.merge.with_paths(located).combined
     spec = WorkerSpec(
         experts=tuple(_located(path, prepared) for path in models.experts),
         base=None if models.base is None else _located(models.base, prepared),
-        operator=recipe.merge.operator,
-        settings=recipe.merge.with_paths(located).settings,
+        operator=operator,
+        settings=settings,
         names=models.names,
         vocabulary=models.vocabulary,
         treatment=Treatment(models.unused, recipe.merge.freeze, recipe.merge.only, architecture == "auto"),
@@ -109,7 +111,7 @@ def worker_spec(recipe: Recipe, prepared: Path | None, sys_path: Sequence[str] =
         device_share=min(1.0, runtime.gpus_per_worker or 1.0) if ray else 1.0,
         cache_bytes=runtime.cache_bytes,
     )
-    if isinstance(operators.get(recipe.merge.operator, recipe.merge.settings), WholeMatrices):
+    if preparing(operators.get(operator, settings)):
         spec = replace(spec, code=code_of(recipe, spec))
     return spec
 
@@ -123,11 +125,13 @@ def check_operator(recipe: Recipe) -> Operator:
     """
     merge = recipe.merge
     try:
-        operator = operators.get(merge.operator, merge.settings)
+        used, settings = merge.combined
+        operator = operators.get(used, settings)
         for name, bounds in merge.ranges.items():
             for bound in (bounds.low, bounds.high):
                 value = int(bound) if bounds.scale == "integer" else bound
-                operators.tuned(operators.get(merge.operator, {**merge.settings, name: value}), {name: value})
+                tuned = operators.tuned(operators.get(used, {**settings, name: value}), {name: value})
+                tuned.columns([str(number) for number in range(len(recipe.models.experts))])
     except InputError as error:
         raise InputError(f"merge.{error.message.removeprefix('genome: ')}", error.remedy) from error
     for part in recipe.searches:
@@ -209,17 +213,15 @@ def context_of(
             for name, bounds in recipe.merge.ranges.items()
         ),
         affine=operator.affine,
-        around=getattr(operator, "around", None),
+        own=tuple(
+            one
+            for one in own_merges(operator, len(space.seeds), space.size).values()
+            if one.parameters.keys() <= recipe.merge.ranges.keys()
+        ),
         published=published(operator),
         weighs="prepared" if operator.changes else "task_vectors" if operator.needs_base else "models",
         limits={one.name: one.limits for one in objectives if one.limits is not None},
     )
-
-
-def published(operator: Operator) -> float | None:
-    """The coefficient of every source in an operator's published merge; None where there is no such merge."""
-    found: float | None = getattr(operator, "around", getattr(operator, "published", None))
-    return found
 
 
 def make_search(recipe: Recipe, space: Space, starts: Sequence[Genome] = (), operator: Operator | None = None) -> Pair:

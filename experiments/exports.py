@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +33,7 @@ from ecotone.merging.export import (
 from ecotone.merging.models.checkpoint import Checkpoint, is_adapter
 from ecotone.merging.models.matching import MERGED
 from ecotone.merging.operators.base import Operator
+from ecotone.merging.operators.declared import settings_of
 from ecotone.merging.sources import Sources
 from ecotone.populations import facts, files
 from ecotone.populations.errors import CheckpointError, InputError, SearchError
@@ -270,8 +270,10 @@ def _opened(run: Run, recipe: Recipe, paths: Sequence[str], accept: bool) -> tup
 
 
 def operator_record(operator: Operator) -> dict[str, Any]:
-    """An operator's name and all its settings, defaults included."""
-    return {"name": operator.name, **dataclasses.asdict(operator)}  # type: ignore[call-overload]
+    """An operator's name and all its settings as recipes give them, defaults included."""
+    settings = settings_of(type(operator)).values()
+    values = {one.name: one.adapter.dump_python(getattr(operator, one.name), mode="json") for one in settings}
+    return {"name": operator.name, **values}
 
 
 def models_record(sources: Sources) -> dict[str, Any]:
@@ -375,11 +377,16 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
 
 def _in_words(operator: Mapping[str, Any]) -> str:
     given = {key: value for key, value in operator.items() if key != "name" and value is not None}
-    settings = ", ".join(f"{key} {_setting(value)}" for key, value in given.items())
+    settings = ", ".join(f"{key} {_value_in_words(value)}" for key, value in given.items())
     return f"`{operator['name']}`" + (f" ({settings})" if settings else "")
 
 
-def _setting(value: Any) -> str:
+def _value_in_words(value: Any) -> str:
+    """A setting of an operator, or of a method of it."""
+    if isinstance(value, list):
+        return " and ".join(map(_value_in_words, value))
+    if isinstance(value, Mapping) and "operator" in value:
+        return _in_words({"name": value["operator"], **{k: v for k, v in value.items() if k != "operator"}})
     if isinstance(value, Mapping):  # files, by name
         return ", ".join(f"{key}: {Path(str(one)).name}" for key, one in value.items()) or "none"
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

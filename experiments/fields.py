@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
-from ecotone.experiments.merge import Range
+from ecotone.experiments.merge import Choices, Range
 from ecotone.experiments.recipe import Recipe
 from ecotone.experiments.words import UNWRITTEN, parts_in
 from ecotone.populations.errors import InputError, closest
@@ -31,6 +31,7 @@ NESTED = (StageSettings, Solvers)
 """Parts whose own parts may stand without them, too: the search of a stage, solvers in a list. They are told once."""
 
 _RANGE = "a mapping of bounds (low, high, scale)"
+_CHOICES = "a mapping of choices (choices, most)"
 _TOLD = re.compile(r"\bBy default (.+?)\.(?: |$)")
 _WORDS = {
     **{"string": "text", "boolean": "true or false", "null": "none"},
@@ -138,7 +139,8 @@ def explained_path(path: str) -> list[FieldText]:
     """
     steps = [step for step in re.sub(r"\[(\d+)\]", r".\1", path).split(".") if not step.isdigit()]
     every = list(fields_of(Recipe))
-    every += [bound for one in every if _RANGE in one.type for bound in fields_of(Range, one.path, one.kinds)]
+    for words, part in ((_RANGE, Range), (_CHOICES, Choices)):
+        every += [inner for one in every if words in one.type for inner in fields_of(part, one.path, one.kinds)]
     found = [one for one in every if _is(one, steps)]
     if not found:
         raise InputError(f"{path}: no field of a recipe has that path.", _nearest(steps, every))
@@ -216,6 +218,8 @@ def in_words(shape: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
     if kind == "object":
         if shape.get("title") == Range.__name__:
             return _RANGE
+        if shape.get("title") == Choices.__name__:
+            return _CHOICES
         return "a mapping of the fields below" if "properties" in shape else "a mapping"
     return _WORDS.get(str(kind), "any value") + _bounds(shape)
 

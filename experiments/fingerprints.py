@@ -45,6 +45,7 @@ from ecotone.experiments.recipe import Recipe
 from ecotone.fitness.callables import is_installed
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.merging import operators
+from ecotone.merging.operators.stack import Stack
 from ecotone.populations.contents import Content, Record, Stamp, content, contents, entry
 from ecotone.populations.errors import InputError
 from ecotone.populations.folders import cache_folder
@@ -230,8 +231,10 @@ def readers(recipe: Recipe, spec: WorkerSpec) -> Iterator[Reader]:
         yield Reader(f"calibration.{task.name}", [named.call for named in task.calls()], task.reads(), type(task))
     if isinstance(spec.architecture, Call):
         yield Reader("models.architecture", [spec.architecture])
-    files = operators.files(spec.operator, spec.settings)
-    yield Reader("merge.operator", files=files, kind=type(operators.get(spec.operator, spec.settings)))
+    operator, files = operators.get(spec.operator, spec.settings), operators.files(spec.operator, spec.settings)
+    yield Reader("merge.operator", files=files, kind=type(operator))
+    for label, method in operator.members.items() if isinstance(operator, Stack) else ():
+        yield Reader(f"merge.methods.{label}", kind=type(method))
     yield Reader("scoring.backend", kind=type(spec.backend))
     for number, part in enumerate(recipe.searches):
         yield Reader(f"search[{number}]" if recipe.chain is not None else "search", kind=type(part))

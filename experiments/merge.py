@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -43,6 +44,22 @@ class Range(Part):
         return self
 
 
+class Choices(Part):
+    """Values of a setting that an operator prepares its vectors with. Each merge has one of them.
+
+    Vectors are prepared once for every combination of the values that settings may have. Each combination takes the
+    disk space of a model for every coefficient.
+
+    Attributes:
+        choices: The values.
+        most: The most combinations that all choices of the operator may make.
+    """
+
+    choices: tuple[Any, ...] = Field(min_length=2)
+    most: int = Field(default=8, ge=2, le=64)
+
+
+_CHOICES: TypeAdapter[dict[str, Choices]] = TypeAdapter(dict[str, Choices])
 _RANGES: TypeAdapter[dict[str, Range]] = TypeAdapter(dict[str, Range])
 
 
@@ -51,12 +68,15 @@ class Merge(Part):
 
     Beside its own fields it takes the settings of the operator, each by its name (``density: 0.2``). A setting that the
     operator lets a search choose may be given bounds (``density: {low: 0.1, high: 0.9}``): then it is searched beside
-    the coefficients.
+    the coefficients. A setting that an operator prepares its vectors with may be given choices (``ridge: {choices:
+    [1e-6, 1e-4, 1e-2]}``): then vectors are prepared for each of them, and the search chooses.
 
     Attributes:
         operator: The merge operator. ``linear`` mixes the experts themselves. ``task_arithmetic`` adds task vectors to
             the base. ``ties``, ``dare`` and ``dare_ties`` add thinned task vectors, ``ties_vectors`` those of
-            AdaMerging++. ``slerp`` goes from one of two models to the other. ``ecotone plugins`` lists all operators.
+            AdaMerging++. ``slerp`` goes from one of two models to the other. ``stack`` puts the vectors of several
+            operators side by side, and ``one_of`` takes those of one of several. ``ecotone plugins`` lists all
+            operators.
         dtype: The type that merged weights are rounded to, scored in and exported in. None means the type in which the
             experts are stored (float32 when there is an architecture and the experts mix types).
         freeze: Patterns of names of tensors that are not merged: merges have those of ``models.base``, or of the first
@@ -86,25 +106,40 @@ class Merge(Part):
         own = {key: one for key, one in value.items() if key in cls.model_fields}
         name = own.get("operator", cls.model_fields["operator"].default)
         given = {key: one for key, one in value.items() if key not in own and one is not None}
-        return {**own, **_checked(name, given)}
+        found = _checked(name, given)
+        _check_choices(found)
+        return {**own, **found}
 
     @property
     def settings(self) -> dict[str, Any]:
         """The operator's settings that are given and the same for all merges."""
-        return {name: value for name, value in self._given.items() if not isinstance(value, Range)}
+        return {name: value for name, value in self._given.items() if not isinstance(value, Range | Choices)}
+
+    @property
+    def choices(self) -> dict[str, Choices]:
+        """The settings of which each merge has one of several values."""
+        return {name: value for name, value in self._given.items() if isinstance(value, Choices)}
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """The settings that are searched, with their bounds."""
-        return {name: value for name, value in self._given.items() if isinstance(value, Range)}
+        """The settings that are searched, with their bounds. Of choices it is the number of a combination."""
+        found = {name: value for name, value in self._given.items() if isinstance(value, Range)}
+        count = len(_combinations(self.choices))
+        return {**found, **({"chosen": Range(low=0, high=count - 1, scale="integer")} if count else {})}
+
+    @property
+    def combined(self) -> tuple[str, dict[str, Any]]:
+        """The operator that merges, and its settings: with choices ``one_of`` for all their combinations."""
+        return _combined(self.operator, self.settings, self.choices)
 
     @property
     def reads_data(self) -> bool:
         """Whether the operator prepares its vectors from the data of calibration tasks."""
         from ecotone.merging import operators
+        from ecotone.merging.operators.stack import preparing
         from ecotone.merging.operators.whole import FromData
 
-        return issubclass(operators.OPERATORS.get(self.operator, "merge.operator"), FromData)
+        return any(isinstance(one, FromData) for one in preparing(operators.get(*self.combined)).values())
 
     def with_paths(self, resolve: Located) -> Merge:
         """The same with the files that the operator's settings name put through ``resolve``."""
@@ -127,12 +162,15 @@ class Merge(Part):
     def more_fields(cls) -> Iterator[MoreField]:
         """The settings of every operator that can be used."""
         from ecotone.merging import operators
+        from ecotone.merging.operators.whole import WholeMatrices
 
         for name in operators.OPERATORS.usable():
             for setting in operators.settings_of(name).values():
                 shape = setting.adapter.json_schema()
                 if setting.bounds is not None:
-                    shape = {"anyOf": [shape, {"type": "object", "title": "Range"}]}
+                    shape = {"anyOf": [shape, {"type": "object", "title": Range.__name__}]}
+                if issubclass(operators.OPERATORS.get(name, "operator"), WholeMatrices):
+                    shape = {"anyOf": [*shape.get("anyOf", [shape]), {"type": "object", "title": Choices.__name__}]}
                 yield MoreField(setting.name, (name,), shape, setting.default, setting.text)
 
     @classmethod
@@ -186,14 +224,66 @@ def _checked(operator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 def _value(operator: str, key: str, value: Any) -> Any:
     from ecotone.merging import operators
 
-    if isinstance(value, Range):
+    if isinstance(value, Range | Choices):
         return value
+    if isinstance(value, Mapping) and "choices" in value:
+        return _of_choices(operator, key, value)
     if isinstance(value, Mapping) and operators.settings_of(operator)[key].bounds is not None:
         return _RANGES.validate_python({key: value})[key]
     try:
         return operators.checked(operator, {key: value})[key]
     except EcotoneError as error:
         raise refused(key, value, f"{error.message.removeprefix(f'merge.{key}: ')} {error.remedy}".strip()) from error
+
+
+def _combinations(choices: Mapping[str, Choices]) -> list[dict[str, Any]]:
+    """The settings of each combination of choices; empty without any."""
+    values = [one.choices for one in choices.values()]
+    return [dict(zip(choices, each, strict=True)) for each in itertools.product(*values)] if values else []
+
+
+def _combined(operator: str, settings: dict[str, Any], choices: Mapping[str, Choices]) -> tuple[str, dict[str, Any]]:
+    """The operator for all combinations of choices, and its settings; the operator itself without any."""
+    from ecotone.merging import operators
+
+    made = [{"operator": operator, **settings, **each} for each in _combinations(choices)]
+    return ("one_of", operators.checked("one_of", {"methods": made})) if made else (operator, settings)
+
+
+def _check_choices(given: Mapping[str, Any]) -> None:
+    """Refuse choices that are too many, or stand beside bounds.
+
+    Raises:
+        ValidationError: They are; it names the place.
+    """
+    choices = {key: one for key, one in given.items() if isinstance(one, Choices)}
+    count = len(_combinations(choices))
+    for key, one in given.items():
+        if choices and isinstance(one, Range):
+            raise refused(key, one, f"expected one value beside choices of {next(iter(choices))}, found bounds")
+    for key, one in choices.items():
+        if count > one.most:
+            said = f"expected at most {one.most} combinations of choices, each of which is prepared, found {count}"
+            raise refused(key, one, f"{said}. Leave some out, or raise most.")
+        if len(set(map(repr, one.choices))) < len(one.choices):
+            raise refused(key, one, f"expected different choices, found {', '.join(map(str, one.choices))}")
+
+
+def _of_choices(operator: str, key: str, value: Mapping[str, Any]) -> Choices:
+    from ecotone.merging import operators
+    from ecotone.merging.operators.whole import WholeMatrices
+
+    if not issubclass(operators.OPERATORS.get(operator, "operator"), WholeMatrices):
+        bounds = operators.settings_of(operator)[key].bounds
+        instead = "give bounds (low, high)" if bounds is not None else "give one value"
+        raise refused(key, value, f"choices are for operators that prepare their vectors, found {operator}; {instead}")
+    for name in value:
+        if name not in Choices.model_fields:
+            raise refused(
+                key, value, f"{name}: unknown key beside choices. {nearest(str(name), [*Choices.model_fields])}"
+            )
+    found = _CHOICES.validate_python({key: value})[key]
+    return found.model_copy(update={"choices": tuple(_value(operator, key, one) for one in found.choices)})
 
 
 def _unknown(operator: str, key: str, known: Mapping[str, Setting]) -> str:

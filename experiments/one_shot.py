@@ -26,6 +26,8 @@ from ecotone.experiments.storage import on_this_machine
 from ecotone.merging import operators
 from ecotone.merging.export import check_target
 from ecotone.merging.models.checkpoint import located
+from ecotone.merging.operators.base import Operator
+from ecotone.merging.operators.stack import EQUAL, preparing, published
 from ecotone.merging.operators.whole import FromData, WholeMatrices
 from ecotone.populations import facts
 from ecotone.populations.errors import InputError, nearest
@@ -106,8 +108,8 @@ def merge(recipe: Recipe, to: str | Path, *, notify: Notify = lambda text: None)
     target = on_this_machine(to, "to")
     check_target(target)
     operator = compose.check_operator(recipe)
-    if isinstance(operator, WholeMatrices):
-        notify(f"Preparing the vectors of {operator.name}, unless they are in the cache ...")
+    if found := preparing(operator):
+        notify(f"Preparing the vectors of {', '.join(found)}, unless they are in the cache ...")
     folders = () if recipe.folder is None else (str(recipe.folder),)
     with tempfile.TemporaryDirectory(prefix="ecotone-merge-") as folder:
         run = launch(recipe, Path(folder) / "run")
@@ -123,17 +125,19 @@ def merge(recipe: Recipe, to: str | Path, *, notify: Notify = lambda text: None)
         path,
         operator.name,
         dict(zip(columns, row, strict=True)),
-        _taken(recipe.search, compose.published(operator)),
+        _taken(recipe.search, operator),
         {subset: dict(found) for subset, found in both.items() if found},
     )
 
 
-def _taken(search: OneShotSettings, published: float | None) -> str:
+def _taken(search: OneShotSettings, operator: Operator) -> str:
     if search.solvers:
         return f"solved by {search.solvers[0].solve}; by tensor, this is the mean"
     if search.at is not None:
         return "as given"
-    return "the average" if published is None else "the operator's published merge"
+    if operator.name == "stack":
+        return EQUAL
+    return "the average" if published(operator) is None else "the operator's published merge"
 
 
 # -- with a recipe -------------------------------------------------------------------------------------------------

@@ -166,15 +166,14 @@ class Budget(Part):
 
 def _suited(merge: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str, float]:
     """The fields of a search, as a recipe writes it, that suit the operator; none where one of them is given."""
-    from ecotone.merging.operators import OPERATORS
-    from ecotone.merging.operators.whole import WholeMatrices
+    from ecotone.merging import operators
 
     try:
-        operator = OPERATORS.get(merge.get("operator", Merge.model_fields["operator"].default), "merge.operator")
+        operator = operators.get(*Merge.model_validate(merge).combined)
         settings = SEARCHES.get(search.get("algorithm", USUAL), "search.algorithm")
-    except InputError:  # it is told better where the field is read
+    except (InputError, ValidationError):  # it is told better where the field is read
         return {}
-    fields = settings.suited(operator) if issubclass(operator, WholeMatrices) else {}
+    fields = settings.suited(operator)
     return {} if fields.keys() & search.keys() else fields
 
 
@@ -282,7 +281,8 @@ class Recipe(Part):
     def _check_ranges(self, part: SearchSettings) -> None:
         if self.merge.ranges and not part.searches_settings:
             raise ValueError(
-                f"merge.{next(iter(self.merge.ranges))}: {part.algorithm} searches coefficients alone, found bounds; "
+                f"merge.{next(iter({**self.merge.choices, **self.merge.ranges}))}: {part.algorithm} searches "
+                f"coefficients alone, found {'choices' if self.merge.choices else 'bounds'}; "
                 "give one value, or use random, cma_es, map, bayesian_map, nsga2 or optuna"
             )
 

@@ -128,13 +128,12 @@ def closing_table(run: Run) -> Table:
 def start_lines(run: Run) -> list[str]:
     """The merges that the run's searches began with because they were solved from inner products, a line each."""
     with run.journal() as journal:
-        found, names = journal.fact(facts.STARTS) or [], journal.fact(facts.MODELS) or ()
+        found = journal.fact(facts.STARTS) or []
     several = len({one["stage"] for one in found}) > 1 or any(one["stage"] for one in found)
     lines = []
     for one in found:
         stage = f"Stage {one['stage']} began" if several else "Began"
-        columns = names if len(names) == len(one["means"]) else range(len(one["means"]))
-        means = ", ".join(f"{name} {value:.4g}" for name, value in zip(columns, one["means"], strict=True))
+        means = ", ".join(f"{name} {value:.4g}" for name, value in zip(one["sources"], one["means"], strict=True))
         lines.append(f"{stage} with {one['solver']['solve']}: {one['text']}. Means: {means}.")
     return lines
 

@@ -36,7 +36,8 @@ from ecotone.experiments.storage import JOURNAL, Place
 from ecotone.experiments.words import wrote
 from ecotone.fitness.pools import Pool, ReadsModels
 from ecotone.merging.operators.base import Operator
-from ecotone.merging.operators.whole import WholeMatrices
+from ecotone.merging.operators.own import own_merges
+from ecotone.merging.operators.stack import preparing
 from ecotone.merging.values import refuse_nan
 from ecotone.populations import facts
 from ecotone.populations.errors import EcotoneError, InputError, text_of
@@ -297,7 +298,7 @@ def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tup
     """
     merge = recipe.merge
     marks = [
-        *([operator.name] if operator.changes else []),
+        *([merge.operator] if operator.changes else []),
         *(["frozen"] if merge.freeze or merge.only else []),
         *([] if merge.rank is None else [f"rank {merge.rank}"]),
     ]
@@ -311,13 +312,9 @@ def references(recipe: Recipe, operator: Operator, space: Space) -> Iterator[tup
         yield named("base"), Genome.uniform(space.size, np.zeros(space.dimension))
     for name, row in zip(experts, space.seeds, strict=True):
         yield name, Genome.uniform(space.size, row)
-    if isinstance(operator, WholeMatrices):
-        yield (
-            named(f"at {operator.around:g}{changed}"),
-            Genome.uniform(space.size, np.full(space.dimension, operator.around)),
-        )
-    else:
-        yield named(f"average{changed}"), Genome.uniform(space.size, space.seeds.mean(axis=0))
+    average = {"average": Genome.uniform(space.size, space.seeds.mean(axis=0))}
+    for name, genome in (own_merges(operator, len(space.seeds), space.size) or average).items():
+        yield named(f"{name}{changed}"), genome
 
 
 def _deaths_told(recipe: Recipe, place: Place) -> contextlib.AbstractContextManager[None]:
@@ -455,8 +452,8 @@ def _tell_unused(recipe: Recipe, notify: Notify) -> None:
 
 
 def _tell_preparing(operator: Operator, notify: Notify) -> None:
-    if isinstance(operator, WholeMatrices):
-        notify(f"Preparing the vectors of {operator.name}, unless they are in the cache ...")
+    if found := preparing(operator):
+        notify(f"Preparing the vectors of {', '.join(found)}, unless they are in the cache ...")
 
 
 def new_directory(name: str) -> Path:

@@ -16,7 +16,7 @@ from ecotone.experiments.storage import JOURNAL, on_this_machine
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.statistics.cache import Cache
 from ecotone.fitness.statistics.kinds import chosen
-from ecotone.merging.operators.whole import WholeMatrices
+from ecotone.merging.operators.stack import preparing
 from ecotone.populations import facts
 from ecotone.populations.birth import born
 from ecotone.populations.errors import InputError, nearest
@@ -104,7 +104,7 @@ def gather(
 
 def _of_models(recipe: Recipe) -> Recipe:
     """The recipe with task arithmetic for an operator that prepares: statistics are of the models themselves."""
-    if not isinstance(compose.check_operator(recipe), WholeMatrices):
+    if not preparing(compose.check_operator(recipe)):
         return recipe
     own = {name: getattr(recipe.merge, name) for name in ("dtype", "freeze", "only")}
     return recipe.model_copy(update={"merge": Merge(operator="task_arithmetic", **own)})

@@ -7,12 +7,12 @@ import weakref
 import torch
 
 from ecotone.fitness.specs import WorkerSpec
-from ecotone.merging.basis import Basis
+from ecotone.merging.basis import Basis, SideBySide
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 
 
-def open_sources(spec: WorkerSpec, basis: Basis | None = None) -> Sources:
+def open_sources(spec: WorkerSpec, basis: Basis | SideBySide | None = None) -> Sources:
     """The models of a worker, opened; only headers are read.
 
     Args:

@@ -90,6 +90,33 @@ class Basis:
         return tuple(Checkpoint.open(path).named(name) for path, name in zip(self.paths, self.columns, strict=True))
 
 
+@dataclass(frozen=True)
+class SideBySide:
+    """The bases of several methods, beside each other; each stays where it is.
+
+    Args:
+        bases: By the label of its method, each basis.
+    """
+
+    bases: Mapping[str, Basis]
+
+    def hold(self) -> contextlib.ExitStack:
+        """The locks of all bases; each is as ``Basis.hold`` returns it.
+
+        Raises:
+            InputError: One is gone.
+        """
+        with contextlib.ExitStack() as held:
+            for basis in self.bases.values():
+                held.enter_context(basis.hold())
+            return held.pop_all()
+
+    def models(self) -> tuple[Model, ...]:
+        """The vectors of all methods, method by method, called ``label:column``."""
+        every = ((label, vector) for label, basis in self.bases.items() for vector in basis.models())
+        return tuple(vector.named(f"{label}:{vector.name}") for label, vector in every)
+
+
 class Bases:
     """The bases in a folder of this machine.
 

@@ -28,7 +28,7 @@ from ecotone.merging.models.matching import MERGED, NONE_APART, Apart, Treatment
 from ecotone.merging.models.model import Model, declared
 from ecotone.merging.models.vocabulary import Vocabulary, fitted
 from ecotone.merging.operators.base import Operator, directions, weights_of
-from ecotone.merging.operators.whole import WholeMatrices
+from ecotone.merging.operators.stack import Stack, preparing
 from ecotone.merging.placement import Wish
 from ecotone.merging.values import has_nan, refuse_nan
 from ecotone.populations.errors import InputError
@@ -158,6 +158,8 @@ class Sources:
         needs it.
         """
         mixed = self.basis or self.experts
+        if isinstance(self.operator, Stack):
+            mixed = self.operator.mixed(self.experts, self.basis)
         if self.operator.needs_base and self.base is not None:
             return (self.base, *mixed)
         return mixed
@@ -427,7 +429,7 @@ class Sources:
     @cached_property
     def _transform(self) -> Transform:
         """The operator's transform of the stored tensors. It is made at first use, which may stream all tensors."""
-        if isinstance(self.operator, WholeMatrices) and not self.basis:
+        if preparing(self.operator) and not self.basis:
             raise InputError(f"operator {self.operator.name!r}: expected the vectors that it prepares, found none.")
         return self.operator.transform(self.held.pieces)
 

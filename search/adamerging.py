@@ -28,7 +28,7 @@ from ecotone.search.descent import Descent, GradientSettings, Line
 from ecotone.search.kinds import Context, Pair
 
 if TYPE_CHECKING:
-    from ecotone.merging.operators.whole import WholeMatrices
+    from ecotone.merging.operators.base import Operator
 
 
 class AdaMergingSettings(GradientSettings):
@@ -55,9 +55,10 @@ class AdaMergingSettings(GradientSettings):
     clamp: bool = False
 
     @classmethod
-    def suited(cls, operator: type[WholeMatrices]) -> dict[str, float]:
-        """The published merge."""
-        return {"init": operator.around}
+    def suited(cls, operator: Operator) -> dict[str, float]:
+        """The published merge, where all its coefficients are the same."""
+        around = getattr(operator, "around", None)
+        return {} if around is None else {"init": around}
 
     def make(self, context: Context) -> Pair:
         """The search, and an archive of the best merges of its checks."""

@@ -95,7 +95,7 @@ class BayesianMapSettings(SurrogateSettings):
         box = self.box(context)
         starts = self.first(box, context)
         search = BayesianMap(box, context.goals, context.seed, self, context.space.seeds, starts)
-        if starts is None or context.joined:
+        if not context.starts or context.joined:
             _check_budget(search.design, context.evaluations)
         return search, ElitistArchive(context.goals, self.archive)
 

@@ -73,8 +73,8 @@ class CmaEsSettings(Box):
         """The search, and an archive of the best."""
         box = self.box(context)
         start: ArrayLike | None = box.point(context.starts[0]) if context.starts else self._number
-        if start is None:
-            start = context.around
+        if start is None and context.own:
+            start = box.point(context.own[0])
         if start is None and not context.affine:
             start = (self.low + self.high) / 2  # halfway from one model to the other
         search = CmaEs(box, context.goals, context.seed, self, start)

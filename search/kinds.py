@@ -30,7 +30,7 @@ from ecotone.search.starts.registry import Beginning, Solvers, listed
 from ecotone.settings import ANYTHING, TEXT, TRUTH, Answers, Kind, check_kind, leaves
 
 if TYPE_CHECKING:
-    from ecotone.merging.operators.whole import WholeMatrices
+    from ecotone.merging.operators.base import Operator
 
 Pair: TypeAlias = tuple[Search, Population]
 Fineness: TypeAlias = Literal["model", "groups", "components", "block", "tensor", "element"]
@@ -56,8 +56,7 @@ class Context:
         starts: Merges to begin with, best first; empty for none.
         searched: Settings of the merge operator that are searched beside the coefficients.
         affine: Whether merges are linear in their coefficients under the operator.
-        around: The coefficient of every source in the operator's published merge, where searches are to begin there;
-            else None.
+        own: The operator's own merges that searches begin with, the first one first; empty for none.
         published: The coefficient of every source in the operator's published merge; None where there is no such merge.
         weighs: What coefficients weigh under the operator.
         joined: Whether ``starts`` come before what the search begins with anyway, such as the models. Otherwise they
@@ -73,7 +72,7 @@ class Context:
     starts: tuple[Genome, ...] = ()
     searched: tuple[Setting, ...] = ()
     affine: bool = True
-    around: float | None = None
+    own: tuple[Genome, ...] = ()
     published: float | None = None
     weighs: Weighs = "models"
     joined: bool = False
@@ -197,11 +196,11 @@ class SearchSettings(Kind):
         return fields
 
     @classmethod
-    def suited(cls, operator: type[WholeMatrices]) -> dict[str, float]:  # noqa: ARG003 - for those that have such fields
-        """Fields that suit an operator which prepares its vectors, where the recipe gives none of them.
+    def suited(cls, operator: Operator) -> dict[str, float]:  # noqa: ARG003 - for those that have such fields
+        """Fields that suit an operator, where the recipe gives none of them.
 
         Args:
-            operator: The class of the operator.
+            operator: The operator.
         """
         return {}
 
@@ -311,8 +310,8 @@ class Box(Segmented):
     """Coefficients of segments, each between two bounds.
 
     Attributes:
-        low: The smallest value that a coefficient may take. Where neither bound is given, operators that prepare their
-            vectors have 0 to 2.
+        low: The smallest value that a coefficient may take. Where neither bound is given, an operator whose published
+            merge lies at 1 has its own: 0 to 2. A ``stack`` shares them out among its methods.
         high: The largest value that a coefficient may take.
     """
 
@@ -334,9 +333,10 @@ class Box(Segmented):
         return CoefficientBox.of(context.space, self.granularity, self.low, self.high, self.groups, context.searched)
 
     @classmethod
-    def suited(cls, operator: type[WholeMatrices]) -> dict[str, float]:
-        """The operator's bounds."""
-        return {"low": operator.bounds[0], "high": operator.bounds[1]}
+    def suited(cls, operator: Operator) -> dict[str, float]:
+        """The operator's bounds, if it has any."""
+        bounds = getattr(operator, "bounds", None)
+        return {} if bounds is None else {"low": bounds[0], "high": bounds[1]}
 
     def describe(self, search: Search | None, context: Context) -> str:
         """The bounds."""
@@ -372,9 +372,10 @@ class ModelsFirstBox(FrontBox):
         space, starts = context.space, context.starts
         alone = self.models_first and (context.joined or not starts)
         rows = [*space.seeds, space.seeds.mean(axis=0)] if alone else []
-        if alone and context.around is not None:  # of what was prepared, a part alone is no model
-            rows = [np.full(space.dimension, context.around)]
-        begun = [box.point(start) for start in (*starts, *(Genome.uniform(space.size, row) for row in rows))]
+        models = [Genome.uniform(space.size, row) for row in rows]
+        if alone and context.own:  # of what was prepared, a part alone is no model
+            models = [*context.own]
+        begun = [box.point(start) for start in (*starts, *models)]
         if not begun:
             return None
         if not starts:

@@ -124,7 +124,9 @@ class M2N2Settings(SearchSettings):
         """The search, and its archive of niches."""
         archive = NicheArchive(context.goals, self.archive, self.alpha, self.resource)
         space, starts = context.space, context.starts
-        if context.joined:  # a population of solved merges alone lacks what sets the models apart
+        own = not starts and self.mutation == 0
+        starts = context.own if own else starts
+        if starts and (context.joined or own):  # these alone lack what sets the models apart
             starts = tuple(dict.fromkeys([*starts, *(Genome.uniform(space.size, row) for row in space.seeds)]))
         search = M2N2(space, archive, self, context.seed, starts)
         if self.refine is not None:

@@ -83,8 +83,8 @@ class MapSettings(SurrogateSettings):
         """The search, and an archive of the best."""
         box, space = self.box(context), context.space
         starts = self.first(box, context)
-        budget = context.evaluations
-        search = MapSearch(box, context.goals, context.seed, self, budget, space.seeds, starts, context.joined)
+        budget, counted = context.evaluations, context.joined or not context.starts
+        search = MapSearch(box, context.goals, context.seed, self, budget, space.seeds, starts, counted)
         return search, ElitistArchive(context.goals, self.archive)
 
     def describe(self, search: Search | None, context: Context) -> str:

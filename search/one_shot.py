@@ -27,8 +27,8 @@ class OneShotSettings(SearchSettings):
     Attributes:
         algorithm: ``one_shot``: one merge with given coefficients.
         at: The coefficient of every source, or a list with one for each source. None means the operator's published
-            merge where it has one (1, as for TIES and operators that prepare whole matrices), and else the average of
-            the models.
+            merge where it has one (1, as for TIES and operators that prepare whole matrices), all methods of a stack
+            in equal parts, and else the average of the models.
         start: A solver of the coefficients, tensor by tensor, from the models' inner products, in place of ``at``:
             ``{solve: model_stock}``.
     """
@@ -79,6 +79,9 @@ class OneShotSettings(SearchSettings):
             InputError: As for ``make``.
         """
         space = context.space
+        if self.at is None and context.own:
+            own: Floats = context.own[0].coefficients[0]
+            return own
         given = context.published if self.at is None else self.at
         if given is None:
             average: Floats = space.seeds.mean(axis=0)

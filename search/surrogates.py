@@ -60,8 +60,8 @@ class SurrogateSettings(FrontBox):
         return Begins()
 
     def first(self, box: CoefficientBox, context: Context) -> list[Floats] | None:
-        """Points (D,) to score before the design: the merges to begin with; None without any."""
-        return [box.point(start) for start in context.starts] or None
+        """Points (D,) to score before the design: the merges to begin with, or the operator's published; or None."""
+        return [box.point(start) for start in context.starts or context.own] or None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from ecotone.merging import operators
 from ecotone.merging.export import export_file
 from ecotone.merging.kernel.materialise import accumulator
 from ecotone.merging.operators.base import Operator
+from ecotone.merging.operators.one_of import OneOf
+from ecotone.merging.operators.stack import preparing
 from ecotone.merging.operators.whole import WholeMatrices
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
@@ -63,9 +65,11 @@ def streamed() -> list[str]:
 def opened_under(operator: Operator, experts: Sequence[Path], base: Path | None, folder: Path) -> Sources:
     """The sources of some models; of an operator that prepares its vectors, with vectors of invented statistics."""
     settings = {field.name: getattr(operator, field.name) for field in _fields(operator)}
-    if not isinstance(operator, WholeMatrices):
+    parts = preparing(operator).values()
+    if not parts:
         return Sources.open(experts, base, operator.name, settings=settings)
-    vectors = prepared(Sources.open(experts, base, "task_arithmetic"), operator, folder / "bases")
+    plain = Sources.open(experts, base, "task_arithmetic")
+    vectors = [vector for one in parts for vector in prepared(plain, one, folder / "bases")]
     return Sources.open(experts, base, operator.name, settings=settings, basis=vectors)
 
 
@@ -177,12 +181,13 @@ class OperatorConformance:
         order = np.random.default_rng(len(paths)).permutation(len(paths))
         base = None if sources.base is None else sources.base.path
         turned = opened_under(operator, [paths[i] for i in order], base, tmp_path)
-        first = len(sources.checkpoints) - len(sources.experts)
+        base_first, count = int(operator.needs_base), len(sources.experts)
         for name in sources.layout.tensors:
             found, expected = turned.read(name), sources.read(name)
-            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found[:first], expected[:first], strict=True))
-            for place, i in enumerate(order, first):
-                assert torch.equal(bits(found[place]), bits(expected[first + i]))
+            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found[:base_first], expected, strict=False))
+            for first in range(base_first, len(expected), count):  # of a stack, for each of its methods
+                for place, i in enumerate(order, first):
+                    assert torch.equal(bits(found[place]), bits(expected[first + i]))
 
     def test_an_export_holds_what_is_materialised(self, opened: Opened, tmp_path: Path, dtype: torch.dtype) -> None:
         """An exported file has the bits that were materialised."""
@@ -198,9 +203,11 @@ class OperatorConformance:
         if not operator.affine:
             pytest.skip("they depend on the coefficients in another way")
         rng = np.random.default_rng(0)
-        a, b = rng.normal(size=(2, 5, 3))
-        zero = operator.weights(np.zeros((5, 3)))
-        assert zero.shape == (5, 3 + operator.needs_base)
+        columns = len(operator.columns(["0", "1", "2"]))
+        a, b = rng.normal(size=(2, 5, columns))
+        zero = operator.weights(np.zeros((5, columns)))
+        mixed = columns * len(operator.members) if isinstance(operator, OneOf) else columns
+        assert zero.shape == (5, mixed + operator.needs_base)
         np.testing.assert_allclose(
             operator.weights(a + b) - zero, operator.weights(a) - zero + operator.weights(b) - zero, atol=1e-12
         )

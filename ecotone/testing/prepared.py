@@ -103,8 +103,10 @@ def prepared(sources: Sources, operator: WholeMatrices, folder: Path) -> tuple[M
         operator = replace(operator, second_moments=paths)  # type: ignore[call-arg]
     preparation = _Invented(sources, operator, {}, None, (), torch.device("cpu"))
     layout, columns = preparation.shape
-    with Bases(folder).writer(preparation.key, layout, columns) as writer:
-        preparation.write(writer)
     basis = Bases(folder).find(preparation.key)
+    if basis is None:
+        with Bases(folder).writer(preparation.key, layout, columns) as writer:
+            preparation.write(writer)
+        basis = Bases(folder).find(preparation.key)
     assert basis is not None
     return basis.models()

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, get_args
@@ -45,11 +45,12 @@ from ecotone.fitness.statistics.kinds import Data
 from ecotone.fitness.statistics.layers import observable_layers
 from ecotone.fitness.statistics.moments import together
 from ecotone.merging import operators
-from ecotone.merging.basis import Bases, Basis, Writer
+from ecotone.merging.basis import Bases, Basis, SideBySide, Writer
 from ecotone.merging.kernel.lazy import Source
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, names_of
 from ecotone.merging.operators.rcp import Rcp
+from ecotone.merging.operators.stack import Stack, preparing
 from ecotone.merging.operators.task_vectors import Pieces
 from ecotone.merging.operators.whole import FromData, Known, Report, Wanted, WholeMatrices
 from ecotone.merging.sources import Sources
@@ -308,9 +309,10 @@ def replace_tensors(known: Known, device: torch.device, kind: torch.dtype) -> Kn
 # -- from a worker's spec --------------------------------------------------------------------------------------
 
 
-def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
+def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | SideBySide | None:
     """The basis of a worker's operator, made now unless it lies in this machine's cache; None where it prepares none.
 
+    Of a stack those of its methods, each one as it is where the method is used alone.
     After one was made, others beyond the spec's limit are removed, unless they are in use.
 
     Raises:
@@ -318,8 +320,19 @@ def basis_of(spec: WorkerSpec, bases: Bases | None = None) -> Basis | None:
             full.
     """
     operator = operators.get(spec.operator, spec.settings)
-    if not isinstance(operator, WholeMatrices):
-        return None
+    if isinstance(operator, Stack):
+        methods = zip(operator.members, operator.methods, strict=True)
+        alone = {label: replace(spec, operator=one.operator, settings=one.settings) for label, one in methods}
+        with ExitStack() as held:  # what is made for one method is not to be removed for the next
+            found = dict[str, Basis]()
+            for label, one in preparing(operator).items():
+                found[label] = _basis_of(alone[label], one, bases)
+                held.callback(found[label].hold().close)
+            return SideBySide(found) if found else None
+    return _basis_of(spec, operator, bases) if isinstance(operator, WholeMatrices) else None
+
+
+def _basis_of(spec: WorkerSpec, operator: WholeMatrices, bases: Bases | None) -> Basis:
     bases = Bases() if bases is None else bases
     preparation = _preparation(spec, operator)
     with bases.alone(preparation.key):

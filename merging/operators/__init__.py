@@ -51,6 +51,8 @@ _OURS = {
     "localize_and_stitch": "ecotone.merging.operators.localize_and_stitch:LocalizeAndStitch",
     "widen": "ecotone.merging.operators.widen:Widen",
     "arcee_fusion": "ecotone.merging.operators.arcee_fusion:ArceeFusion",
+    "stack": "ecotone.merging.operators.stack:Stack",
+    "one_of": "ecotone.merging.operators.one_of:OneOf",
 }
 OPERATORS: Registry[type[Operator]] = Registry("operator", "ecotone.operators", _OURS, declared.check_declared)
 
@@ -98,7 +100,11 @@ def checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_paths(name: str, settings: Mapping[str, Any], resolve: Located) -> dict[str, Any]:
     """The settings of the operator called ``name``, with the paths of files in them put through ``resolve``."""
-    paths = _paths(name)
+    kind = OPERATORS.get(name, "merge.operator")
+    if hasattr(kind, "with_paths"):
+        found: dict[str, Any] = kind.with_paths(settings, resolve)
+        return found
+    paths = tuple(getattr(kind, "paths", ()))
     return {key: expanded(value, resolve) if key in paths else value for key, value in settings.items()}
 
 
@@ -112,10 +118,6 @@ def files(name: str, settings: Mapping[str, Any]) -> list[Path]:
 
     with_paths(name, settings, noted)
     return found
-
-
-def _paths(name: str) -> tuple[str, ...]:
-    return tuple(getattr(OPERATORS.get(name, "merge.operator"), "paths", ()))
 
 
 def tuned(operator: Operator, parameters: Mapping[str, Scalar]) -> Operator:

@@ -31,6 +31,17 @@ _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 @dataclass(frozen=True)
+class InWords:
+    """A note in the annotation of a setting: its allowed values in words, where its type alone does not say them.
+
+    Args:
+        text: The words.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Setting:
     """A setting of an operator.
 
@@ -221,6 +232,9 @@ def _in_words(annotation: Any) -> str:
     if get_origin(annotation) is not Annotated:
         return _KINDS.get(annotation, "")
     kind, *notes = get_args(annotation)
+    for note in notes:
+        if isinstance(note, InWords):
+            return note.text
     given = {key: value for note in notes for key, value in _bounds_of(note)}
     if {"ge", "le"} <= given.keys():
         bounds = [f"from {given['ge']} to {given['le']}"]

@@ -162,6 +162,15 @@ class Pieces:
         over_threads(do, self._places, torch.get_num_threads())
         return results
 
+    def part(self, span: slice) -> Pieces:
+        """The base and some of the models: those whose numbers ``span`` has, the base's being 0."""
+
+        def read(name: str) -> list[Source]:
+            stored = self._read(name)
+            return [stored[0], *stored[span]]
+
+        return Pieces(self._layout, read)
+
     @cached_property
     def leading(self) -> Integers:
         """(K, 65536) how many magnitudes have each leading 16 bits: where every search for thresholds begins."""

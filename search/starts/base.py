@@ -34,10 +34,12 @@ class Geometry:
     Args:
         space: The models. Its Gram table may lack geometry as long as only names and depths are asked for.
         weighs: What coefficients weigh.
+        published: (K,) coefficients of the operator's published merge; None where it is at 1, or there is none.
     """
 
     space: Space
     weighs: Weighs
+    published: Floats | None = None
 
     @property
     def experts(self) -> tuple[str, ...]:

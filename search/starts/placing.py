@@ -27,17 +27,20 @@ class Solved:
         genome: The merge, in the search's own segments.
         text: How fine it was solved, and what became of it in the search's segments and bounds; a clause.
         means: (K,) the mean of each source's coefficients, weighted by length.
+        sources: K names of the sources.
     """
 
     solver: Solver
     genome: Genome
     text: str
     means: tuple[float, ...]
+    sources: tuple[str, ...]
 
     def record(self, stage: int) -> dict[str, Any]:
         """Plain values, for the journal; ``stage`` is the number of the search in its chain."""
         plain = self.solver.model_dump(mode="json")
-        return {"stage": stage, "solver": plain, "text": self.text, "means": list(self.means)}
+        means = list(self.means)
+        return {"stage": stage, "solver": plain, "text": self.text, "means": means, "sources": list(self.sources)}
 
 
 def begun(settings: SearchSettings, context: Context, known: bool = True) -> Context:
@@ -86,7 +89,7 @@ def solved(settings: SearchSettings, context: Context) -> list[Solved]:
         table = np.round(table / STEP) * STEP if solver.by == "tensor" else table
         genome, moved = _bounded(settings, placed(Genome.per_tensor(space, table).simplified(), parts))
         text = "; ".join(filter(None, [described(solver, space.borders(solver.by), parts), moved]))
-        found.append(Solved(solver, genome, text, tuple((weights @ table).tolist())))
+        found.append(Solved(solver, genome, text, tuple((weights @ table).tolist()), tuple(space.sources)))
     return found
 
 
@@ -140,7 +143,8 @@ def _checked(settings: SearchSettings, context: Context) -> Geometry:
             f"{FIELD}: expected merges that are linear in their coefficients, found a merge.operator that has others.",
             "Use merge.operator linear or task_arithmetic; solve: nuslerp is SLERP by tensor.",
         )
-    models = Geometry(context.space, context.weighs)
+    own = context.own[0].coefficients[0] if context.own else None
+    models = Geometry(context.space, context.weighs, own)
     for solver in settings.solvers:
         solver.check_operator(context.weighs)
         solver.check(models)

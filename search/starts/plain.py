@@ -15,8 +15,11 @@ from ecotone.search.starts.base import FIELD, By, Geometry, Solver, Weighs, know
 class OneShotSettings(Solver):
     """The operator's own merge: every coefficient is 1. With ``task_arithmetic`` it is the sum of the task vectors.
 
+    Of a ``stack`` it is the merge that shares the methods' own merges out evenly.
+
     Attributes:
-        solve: ``one_shot``: every coefficient is 1, as in the published merges of operators on task vectors.
+        solve: ``one_shot``: every coefficient is 1, as in the published merges of operators on task vectors. Of a
+            ``stack``, all methods in equal parts.
     """
 
     solve: Literal["one_shot"]
@@ -25,8 +28,9 @@ class OneShotSettings(Solver):
     of: ClassVar[tuple[Weighs, ...]] = ("task_vectors", "prepared")
 
     def coefficients(self, models: Geometry) -> Floats:
-        """(T, K) ones."""
-        return np.ones((models.tensors, models.space.dimension))
+        """(T, K) ones, or the operator's own."""
+        row = np.ones(models.space.dimension) if models.published is None else models.published
+        return np.tile(row, (models.tensors, 1))
 
 
 class AverageSettings(Solver):
