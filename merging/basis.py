@@ -152,9 +152,14 @@ class Bases:
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:
         """Hold the lock of a key: of several processes of this machine, one prepares and the others wait."""
-        self._made()
-        with (self.folder / f".{key}.lock").open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as held:
+            try:
+                self._made()
+                handle = held.enter_context((self.folder / f".{key}.lock").open("w"))
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except (OSError, InputError) as error:
+                if not (self.folder / key / RECORD).is_file():  # of what is there already nobody has to write
+                    raise self._unwritable(error) from error
             yield
 
     def in_use(self, key: str) -> bool:
@@ -168,7 +173,10 @@ class Bases:
         Raises:
             InputError: The disk is too full, or cannot be written.
         """
-        self._made()
+        try:
+            self._made()
+        except OSError as error:
+            raise self._unwritable(error) from error
         nbytes = len(columns) * sum(info.nbytes for info in layout.parameters.values())
         free = shutil.disk_usage(self.folder).free
         if nbytes > free:
@@ -184,10 +192,7 @@ class Bases:
             with files.drafted(target, folder=True) as draft, Writer(draft, target, layout, columns) as writer:
                 yield writer
         except OSError as error:
-            raise InputError(
-                f"{self.folder}: cannot be written ({error.strerror or error}).",
-                "Prepared vectors are kept there; $ECOTONE_CACHE names another folder.",
-            ) from error
+            raise self._unwritable(error) from error
 
     def all(self) -> list[Basis]:
         """All bases that can be read, the latest used last."""
@@ -204,13 +209,21 @@ class Bases:
         return files.abandoned(self.folder) if self.folder.is_dir() else []
 
     def remove(self, key: str) -> None:
-        """Remove a basis. Runs that use it make it again when they go on."""
+        """Remove a basis. Runs that use it make it again when they go on.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
         folder = self.folder / key
-        if folder.is_dir():
-            away = folder.with_name(f".{key}.removed")
-            with contextlib.suppress(OSError):
-                folder.rename(away)
-            files.remove(away)
+        if not folder.is_dir():
+            return
+        away = folder.with_name(f".{key}.removed")
+        files.remove(away)  # of a removal that was killed
+        try:
+            folder.rename(away)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        files.remove(away)
 
     def prune(self, limit: int, keep: str) -> list[Basis]:
         """Remove the bases that were not used for longest until all take at most ``limit`` bytes.
@@ -234,13 +247,14 @@ class Bases:
         return removed
 
     def _made(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{self.folder}: cannot be made ({error.strerror or error}).",
-                "Prepared vectors are kept there; $ECOTONE_CACHE names another folder.",
-            ) from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _unwritable(self, error: Exception) -> InputError:
+        reason = getattr(error, "strerror", None) or error
+        return InputError(
+            f"{self.folder}: cannot be written ({reason}).",
+            "Prepared vectors are kept there; $ECOTONE_CACHE names another folder.",
+        )
 
 
 class Writer:

@@ -179,8 +179,8 @@ class ExpertMergingSettings(GradientSettings):
         """The search, and an archive of the best merges of its checks."""
         space = context.space
         starts = [start.refined(space.tensor_borders) for start in context.starts] or None
-        if starts is None and self.init is None and context.published is not None:
-            starts = [np.full((len(space.tensors), space.dimension), context.published)]
+        if starts is None and self.init is None and context.own:
+            starts = [np.tile(context.own[0].coefficients[0], (len(space.tensors), 1))]
         search = ExpertMerging(space, context.tasks, context.goals, context.seed, self, starts)
         return search, ElitistArchive(context.goals, self.archive)
 

@@ -512,7 +512,9 @@ def test_steps_of_free_coefficients_are_those_of_torchs_adam_on_the_coefficients
 def test_free_coefficients_begin_with_the_published_merge_and_exclude_nothing():
     free = ExpertMergingSettings(coefficients="free")
     for around, expected in ((1.0, 1.0), (None, 0.3)):
-        search, _ = free.make(Context(space_of(), GOALS, 0, tasks=NAMES, published=around))
+        space = space_of()
+        own = () if around is None else (Genome.uniform(space.size, np.full(space.dimension, around)),)
+        search, _ = free.make(Context(space, GOALS, 0, tasks=NAMES, own=own))
         assert (search.ask(1)[0].genome.refined(BORDERS) == expected).all()
     far = [np.array([[-0.5, 1.7]] * 4)]
     assert np.array_equal(search_of(coefficients="free", starts=far).ask(1)[0].genome.coefficients, far[0])

@@ -413,6 +413,35 @@ class Usage:
     free = 10
 
 
+def test_a_cache_that_cannot_be_written_serves_what_it_has_and_is_told_of_otherwise(spec, monkeypatch):
+    first = basis_of(spec)
+    opened = Path.open
+
+    def refused(self, mode="r", *given, **named):
+        if "w" in mode and "bases" in self.parts:
+            raise OSError(30, "Read-only file system", str(self))
+        return opened(self, mode, *given, **named)
+
+    monkeypatch.setattr(Path, "open", refused)
+    assert basis_of(spec).record == first.record
+    with pytest.raises(InputError, match=r"bases: cannot be written \(Read-only file system\)"):
+        basis_of(replace(spec, settings={"ridge": 0.5}))
+    monkeypatch.setattr(Path, "rename", lambda self, to: refused(self, "w"))
+    with pytest.raises(InputError, match="cannot be written"):
+        Bases().remove(first.key)
+    assert Bases().find(first.key) is not None
+
+
+def test_a_removal_that_was_killed_is_finished_by_the_next(spec):
+    first = basis_of(spec)
+    left = first.folder.with_name(f".{first.key}.removed")
+    left.mkdir()
+    (left / "v-1.safetensors").write_text("")
+    Bases().remove(first.key)
+    assert not left.exists()
+    assert Bases().find(first.key) is None
+
+
 def test_the_least_recently_used_goes_first(spec):
     ages = {0.1: 300, 0.2: 100, 0.3: 200}
     made = {}

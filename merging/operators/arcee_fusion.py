@@ -48,7 +48,7 @@ class ArceeFusion(PreparedVectors):
     spread: Annotated[float, Field(ge=0, le=10)] = 1.5
 
     name = "arcee_fusion"
-    published = 1.0
+    published: ClassVar[float | None] = 1.0
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"spread": (0.0, 10.0)}
 
     def transform(self, pieces: Pieces) -> Transform:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Emr(PreparedVectors):
     """``theta = base + sum_k c_k v_k`` with v_k that add up to the unified vector; zero coefficients give the base."""
 
     name = "emr"
-    published = 1.0
+    published: ClassVar[float | None] = 1.0
 
     def transform(self, pieces: Pieces) -> Transform:
         """Reads nothing beforehand: an entry depends on those of its position."""

@@ -33,7 +33,7 @@ class LocalizeAndStitch(PreparedVectors):
     density: Density = 0.1
 
     name = "localize_and_stitch"
-    published = 1.0
+    published: ClassVar[float | None] = 1.0
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
 
     def transform(self, pieces: Pieces) -> Transform:

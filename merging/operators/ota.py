@@ -34,7 +34,7 @@ from torch import Tensor
 from ecotone.merging.operators.order_statistics import order_statistics
 from ecotone.merging.operators.prepared import Density
 from ecotone.merging.operators.task_vectors import Pieces
-from ecotone.merging.operators.whole import Known, Layer, Report, WholeMatrices
+from ecotone.merging.operators.whole import Known, Layer, Report, Wanted, WholeMatrices
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Ota(WholeMatrices):
     uncovered: Literal["base", "mean"] = "base"
 
     name = "ota"
-    statistics = ("second_moments",)
+    statistics: ClassVar[tuple[Wanted, ...]] = ("second_moments",)
     elementwise = True
     paths: ClassVar[tuple[str, ...]] = ("second_moments",)
 

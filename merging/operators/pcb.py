@@ -46,7 +46,7 @@ class Pcb(PreparedVectors):
     outliers: Annotated[float, Field(ge=0, lt=0.5)] = 1e-4
 
     name = "pcb"
-    published = 1.0
+    published: ClassVar[float | None] = 1.0
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
 
     def transform(self, pieces: Pieces) -> Transform:

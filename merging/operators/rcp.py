@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ecotone.merging.operators.whole import FromData, Known, Layer, Report
+from ecotone.merging.operators.whole import FromData, Known, Layer, Report, Wanted
 from ecotone.populations.errors import InputError
 
 
@@ -46,7 +46,7 @@ class Rcp(FromData):
     threshold: Annotated[int, Field(ge=0)] = 0
 
     name = "rcp"
-    statistics = ("votes",)
+    statistics: ClassVar[tuple[Wanted, ...]] = ("votes",)
     elementwise = True
     unites = False
     needs_labels = True

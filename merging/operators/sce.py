@@ -50,7 +50,7 @@ class Sce(PreparedVectors):
     merges: Literal["selected", "all"] = "selected"
 
     name = "sce"
-    published = 1.0
+    published: ClassVar[float | None] = 1.0
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
 
     def transform(self, pieces: Pieces) -> Transform:

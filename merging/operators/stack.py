@@ -144,7 +144,7 @@ def _one_a_column(operator: Operator) -> bool:
     return True
 
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "type": "array",
     "items": {"anyOf": [{"type": "string"}, {"type": "object", "required": ["operator"]}]},
     "minItems": 1,

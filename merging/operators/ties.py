@@ -41,7 +41,7 @@ class Ties(PreparedVectors):
     combine: Combine = "mean"
 
     name = "ties"
-    published = 1.0
+    published: ClassVar[float | None] = 1.0
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.0, 1.0)}
 
     def transform(self, pieces: Pieces) -> Transform:

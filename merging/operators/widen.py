@@ -57,7 +57,7 @@ class Widen(PreparedVectors):
     calibration: Annotated[float, Field(ge=0, le=10)] = 1.0
 
     name = "widen"
-    published = 1.0
+    published: ClassVar[float | None] = 1.0
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"ratio": (0.0, 10.0), "calibration": (0.0, 10.0)}
 
     def transform(self, pieces: Pieces) -> Transform:
