@@ -360,6 +360,22 @@ def test_what_was_prepared_is_found_again_and_its_bits_are_the_same_each_time(sp
     assert other.key != first.key
 
 
+def test_vectors_are_prepared_with_the_workers_threads_wherever_that_is(spec):
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            basis = basis_of(spec)
+            found.append(basis.record["files"])
+            assert torch.get_num_threads() == threads
+            Bases().remove(basis.key)
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+    assert basis_of(replace(spec, threads=2)).key != basis.key
+
+
 def test_a_damaged_basis_is_made_again(spec, caplog):
     first = basis_of(spec)
     first.paths[0].chmod(0o644)

@@ -46,6 +46,8 @@ def texts(
     loaded = tokenizer_of(folder)
     most = min(tokens, context_of(folder, loaded) or tokens)
     found = [text for name in files for text in _texts(Path(name).expanduser(), field)][:limit]
+    if not found:
+        raise InputError(f"texts: expected text, found none in {', '.join(map(str, files))}.")
     given: list[list[int]] = loaded(found, truncation=True, max_length=most, verbose=False)["input_ids"]
     rows = [row for row in given if row]
     if not rows:

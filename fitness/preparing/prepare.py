@@ -341,7 +341,7 @@ def _basis_of(spec: WorkerSpec, operator: WholeMatrices, bases: Bases | None) ->
         if basis is None:
             layout, columns = preparation.shape
             _log.info("%s: preparing %s vectors ...", operator.name, len(columns))
-            with bases.writer(preparation.key, layout, columns) as writer, _told(operator):
+            with bases.writer(preparation.key, layout, columns) as writer, _told(operator), _threads(spec.threads):
                 preparation.write(writer)
             basis = bases.find(preparation.key)
             assert basis is not None
@@ -352,6 +352,17 @@ def _basis_of(spec: WorkerSpec, operator: WholeMatrices, bases: Bases | None) ->
         for one in bases.prune(spec.cache_bytes, preparation.key):
             _log.info("The vectors of %s in %s were removed: runtime.cache_bytes.", one.record["operator"], one.folder)
     return basis
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Work with as many threads as a worker has, wherever the vectors are prepared: their last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -377,7 +388,7 @@ def _preparation(spec: WorkerSpec, operator: WholeMatrices) -> Preparation:
     if isinstance(operator, FromData) and make is not None:
         data = _data(spec, operator, sources.names, ObjectiveContext(device, kind))
     heads = [task.head.model_dump_json() for task in spec.calibration if task.head is not None]
-    about = (str(spec.architecture), str(kind), spec.code, *heads)
+    about = (str(spec.architecture), str(kind), str(spec.threads), spec.code, *heads)
     return Preparation(sources, operator, data, make, about, device)
 
 
