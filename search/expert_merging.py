@@ -272,8 +272,9 @@ class ExpertMerging(Descent[ExpertMergingSettings]):
         learned = np.isfinite(line.adam.point)
         learned[line.held] = False
         away = np.sign(alpha - self._used(line.start)) / np.count_nonzero(learned)  # of mean |alpha - alpha at start|
-        slope = 1.0 if self._free else alpha * (1 - alpha)  # d alpha / d raw
-        pulled: Floats = (gradient / line.weights.sum() + self.settings.regulariser * away) * slope
+        pulled: Floats = gradient / line.weights.sum() + self.settings.regulariser * away
+        if not self._free:  # times d alpha / d raw, in this order: recorded searches have its rounding
+            pulled = pulled * alpha * (1 - alpha)
         pulled[~learned] = 0.0
         pulled *= 1.0 if clip is None else min(1.0, clip / max(float(np.linalg.norm(pulled)), 1e-300))
         return pulled
