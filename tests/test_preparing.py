@@ -522,6 +522,17 @@ def broken():
     return Broken()
 
 
+@pytest.mark.parametrize("operator", ["kfac", "regmean", "regmean_pp", "fisher"])
+def test_statistics_that_are_no_numbers_are_refused(spec, tmp_path, operator):
+    expert = Sources.open([spec.experts[0]]).experts[0]
+    state = {key: expert.tensor(key) * (1e200 if key == "blocks.0.second.weight" else 1) for key in expert.tensors}
+    save_file(state, tmp_path / "one-large.safetensors")
+    paths = (str(tmp_path / "one-large.safetensors"), spec.experts[1])
+    with pytest.raises(InputError, match=r"merge.operator: .* of one at .*, found NaN or infinity"):
+        basis_of(replace(spec, operator=operator, experts=paths, names=NAMES))
+    assert Bases().all() == []
+
+
 def test_what_a_head_raises_is_told_in_words_and_leaves_nothing(spec):
     tasks = [task.model_copy(update={"head": Call(call=f"{__file__}:broken")}) for task in spec.calibration]
     with pytest.raises(InputError, match=r"merge\.operator: kfac could not be prepared: ValueError: no such head"):

@@ -263,6 +263,7 @@ class Preparation:
             if known.rows and min(known.rows) < matrices[0].shape[1]:
                 report.warnings.append("fewer rows of data than input channels: give more examples")
             moved = replace_tensors(known, self._device, kind)
+            self._check(unit, moved)
             vectors = operator.layer(unit.at, matrices[0], matrices[1:], moved, report)
             parts = list(zip(*(unit.parts(vector) for vector in vectors), strict=True))
         for name, base, vectors in zip(unit.names, stored[0], parts, strict=True):
@@ -270,6 +271,18 @@ class Preparation:
         if report.numbers:
             self._layers[unit.at.name] = report.numbers
         self._warnings.update(dict.fromkeys(report.warnings, 1))
+
+    def _check(self, unit: Unit, known: Known) -> None:
+        """Refuse statistics that are no numbers: the solution would be none, or quietly the mean."""
+        for sort in ("inputs", "slopes", "fisher", "outputs"):
+            for name, values in zip(self._sources.names, getattr(known, sort), strict=False):
+                if not bool(torch.isfinite(values).all()):
+                    raise InputError(
+                        f"merge.operator: {self._operator.name} reads {sort} of {name} at {unit.at.name}, found NaN or "
+                        "infinity.",
+                        "Check the weights and the calibration data, and that activations do not overflow float16 "
+                        "(merge.dtype: float32 or bfloat16).",
+                    )
 
     def _of_stack(self, unit: Unit, stored: Sequence[Tensor], known: Known, report: Report) -> Sequence[Tensor]:
         """The vectors of a stack of matrices, each one made by itself."""
@@ -337,8 +350,8 @@ def _basis_of(spec: WorkerSpec, operator: WholeMatrices, bases: Bases | None) ->
     preparation = _preparation(spec, operator)
     with bases.alone(preparation.key):
         basis = bases.find(preparation.key)
-        made = basis is None
-        if basis is None:
+        made = basis is None or basis.columns != preparation.shape[1]
+        if basis is None or made:
             layout, columns = preparation.shape
             _log.info("%s: preparing %s vectors ...", operator.name, len(columns))
             with bases.writer(preparation.key, layout, columns) as writer, _told(operator), _threads(spec.threads):

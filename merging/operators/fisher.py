@@ -42,6 +42,8 @@ class Fisher(FromData):
     ) -> Sequence[Tensor]:
         """The experts' shares of the weighted mean."""
         weights = torch.stack(list(known.fisher))
+        if not bool(weights.any()):
+            report.warnings.append("no expert has slopes here, so this is the mean of the task vectors")
         if self.normalise:
             weights = weights / weights.flatten(1).norm(dim=1).clamp_min(torch.finfo(weights.dtype).tiny)[:, None, None]
         floor = max(self.floor * float(weights.mean()), torch.finfo(weights.dtype).tiny ** 0.5)
