@@ -528,7 +528,7 @@ def test_statistics_that_are_no_numbers_are_refused(spec, tmp_path, operator):
     state = {key: expert.tensor(key) * (1e200 if key == "blocks.0.second.weight" else 1) for key in expert.tensors}
     save_file(state, tmp_path / "one-large.safetensors")
     paths = (str(tmp_path / "one-large.safetensors"), spec.experts[1])
-    with pytest.raises(InputError, match=r"merge.operator: .* of one at .*, found NaN or infinity"):
+    with pytest.raises(InputError, match=r"merge\.operator: .*NaN or infinity"):
         basis_of(replace(spec, operator=operator, experts=paths, names=NAMES))
     assert Bases().all() == []
 
