@@ -152,18 +152,16 @@ def _same(one: Any, other: Any) -> bool:
     return True
 
 
-@contextmanager
-def uncached(model: nn.Module) -> Iterator[None]:
-    """Decoders keep no keys and values of the tokens before, which a second run of a block would add to."""
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    changed = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    for config in changed:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in changed:
-            config.use_cache = True
+def uncache(model: nn.Module) -> nn.Module:
+    """Have decoders keep no keys and values of the tokens before, which a second run of a block would add to.
+
+    It stays so: the module is one that only prepares.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "use_cache", False):
+            config.use_cache = False
+    return model
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from ecotone.fitness.backends.base import Backend
-from ecotone.fitness.preparing.blocks import Standing, before_blocks
+from ecotone.fitness.preparing.blocks import Standing, before_blocks, uncache
 from ecotone.fitness.preparing.known import (
     Gathered,
     beside,
@@ -94,8 +94,12 @@ class Depth:
             yield from self._by_passes(some) if paths is None else self._by_blocks(container, some, paths)
 
     def _called(self, expert: str) -> list[str]:
-        self._backend.expert(expert)
-        return [name for task in self._data[expert] for name in called(self._module, task)]
+        module = self._own(expert)
+        return [name for task in self._data[expert] for name in called(module, task, self._operator.batch)]
+
+    def _own(self, expert: str) -> nn.Module:
+        """The module of an expert by itself, with its own config where experts keep theirs; its tensors are shared."""
+        return uncache(self._backend.expert(expert))
 
     def _curve(self, stage: Sequence[str]) -> None:
         """Have the slopes and the Fisher information of a stage's layers, and of as many after it as there is room for.
@@ -109,11 +113,10 @@ class Depth:
         order = list(self._reached)
         left = {name: self._layers[name] for name in order[order.index(stage[0]) :]}
         names = {*groups(left, kinds, len(self._sources.names))[0], *stage}
-        some = {name: layer for name, layer in left.items() if name in names}
         for expert in self._sources.names:
-            self._backend.expert(expert)
-            tasks, batch = self._data[expert], self._operator.batch
-            self._curved[expert] = slopes_and_fisher(self._module, some, tasks, kinds, batch)
+            module = self._own(expert)
+            some = {name: module.get_submodule(name) for name in left if name in names}
+            self._curved[expert] = slopes_and_fisher(module, some, self._data[expert], kinds, self._operator.batch)
 
     def _container(self, stage: Stage) -> str:
         """The name of the ``ModuleList`` whose member a stage is; empty for none."""
@@ -139,10 +142,10 @@ class Depth:
             self._curve(members)
             gathered = []
             for expert in self._sources.names:
-                tasks = self._data[expert]
-                self._backend.expert(expert)
+                tasks, alone = self._data[expert], self._own(expert)
+                own_layers = {name: alone.get_submodule(name) for name in members}
                 wanted = tasks if "outputs" in self._operator.wanted else ()
-                targets = [outputs_by_row(self._module, layers, task, batch, ends) for task in wanted]
+                targets = [outputs_by_row(alone, own_layers, task, batch, ends) for task in wanted]
                 self._put(self._merged, besides=ends)
                 moments = inputs_over(self._module, layers, tasks, batch, ends)
                 own = together(
@@ -161,19 +164,19 @@ class Depth:
             return None
         paths = []
         for expert in self._sources.names:
-            self._backend.expert(expert)
-            own = self._before(blocks, expert) if "outputs" in self._operator.wanted else []
+            alone = self._own(expert)
+            own = self._before(alone, blocks, expert) if "outputs" in self._operator.wanted else []
             self._put(self._merged)
-            merged = self._before(blocks, expert)
+            merged = self._before(self._module, blocks, expert)
             if own is None or merged is None:
                 return None
             paths.append(_Path(expert, merged, own))
         return paths
 
-    def _before(self, blocks: Sequence[str], expert: str) -> list[Standing] | None:
+    def _before(self, module: nn.Module, blocks: Sequence[str], expert: str) -> list[Standing] | None:
         found = []
         for task in self._data[expert]:
-            standing = before_blocks(self._module, blocks, task, self._operator.batch)
+            standing = before_blocks(module, blocks, task, self._operator.batch)
             if standing is None:
                 return None
             found.append(standing)
@@ -202,7 +205,9 @@ class Depth:
         targets = []
         for standing in path.own:
             rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-            standing.advance(standing.run(block, _watching(recording, layers, rows)))
+            own_block = standing.blocks[standing.place]
+            own_layers = {name: own_block.get_submodule(name.removeprefix(f"{ends}.")) for name in layers}
+            standing.advance(standing.run(own_block, _watching(recording, own_layers, rows)))
             targets.append(rows)
         for number, standing in enumerate(path.merged):
             takes = [squares(moments), *([beside(targets[number], own)] if targets else [])]

@@ -82,11 +82,10 @@ def groups(
     return found
 
 
-def called(model: nn.Module, data: Data) -> list[str]:
-    """The linear layers that a pass over an example reaches, in the order of their first calls."""
+def called(model: nn.Module, data: Data, batch: int) -> list[str]:
+    """The layers that the data reach, in the order of their first calls."""
     seen: dict[str, None] = {}
-    example = Data(data.name, data.examples.rows(torch.arange(1)), data.head)
-    observe(model, observable_layers(model), example, 1, lambda name, _: seen.setdefault(name))
+    observe(model, observable_layers(model), data, batch, lambda name, _: seen.setdefault(name))
     return list(seen)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ecotone.fitness.backends.base import Backend, BackendContext
 from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.opening import device_of, kind_of, open_sources
-from ecotone.fitness.preparing.blocks import uncached
+from ecotone.fitness.preparing.blocks import uncache
 from ecotone.fitness.preparing.depth import Depth
 from ecotone.fitness.preparing.known import (
     Gathered,
@@ -185,8 +185,8 @@ class Preparation:
         elif operator.order == "depth":
             assert self._backend is not None
             depth = Depth(operator, self._sources, self._data, self._backend, module, names, self._merged)
-            with uncached(module):
-                yield from depth.turns(found)
+            uncache(module)
+            yield from depth.turns(found)
         else:
             yield from self._at_once(operator, found, module)
 
@@ -213,23 +213,23 @@ class Preparation:
             by_module.setdefault(unit.module if unit.at.kind in ("linear", "convolution") else None, []).append(unit)
         layers = {name: layer for name, layer in observable_layers(module).items() if name in by_module}
         for names in groups(layers, operator.wanted, len(self._sources.names)):
-            some = {name: layers[name] for name in names}
-            experts = [self._of_expert(operator, name, module, some) for name in self._sources.names]
+            experts = [self._of_expert(operator, name, names) for name in self._sources.names]
             for name in names:
                 yield from ((unit, known_of(unit, experts, operator.wanted)) for unit in by_module.pop(name))
         yield from ((unit, None) for some_units in by_module.values() for unit in some_units)
 
-    def _of_expert(self, operator: FromData, name: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> Gathered:
-        """The statistics of an expert's layers over its own data."""
+    def _of_expert(self, operator: FromData, name: str, layers: Sequence[str]) -> Gathered:
+        """The statistics of an expert's layers over its own data, computed with the expert's own config."""
         tasks, batch = self._data[name], operator.batch
         assert self._backend is not None
-        self._backend.expert(name)
-        moments = inputs_over(module, layers, tasks, batch)
+        module = self._backend.expert(name)
+        some = {layer: module.get_submodule(layer) for layer in layers}
+        moments = inputs_over(module, some, tasks, batch)
         own = together(
-            outputs_over(module, layers, task, outputs_by_row(module, layers, task, batch), batch)
+            outputs_over(module, some, task, outputs_by_row(module, some, task, batch), batch)
             for task in (tasks if "outputs" in operator.wanted else ())
         )
-        slopes, fisher = slopes_and_fisher(module, layers, tasks, operator.wanted, batch)
+        slopes, fisher = slopes_and_fisher(module, some, tasks, operator.wanted, batch)
         rows = {layer: one.rows for layer, one in moments.sums.items()}
         return Gathered(moments.means(), slopes, fisher, own.means(), rows)
 
@@ -401,7 +401,10 @@ def _preparation(spec: WorkerSpec, operator: WholeMatrices) -> Preparation:
     if isinstance(operator, FromData) and make is not None:
         data = _data(spec, operator, sources.names, ObjectiveContext(device, kind))
     heads = [task.head.model_dump_json() for task in spec.calibration if task.head is not None]
-    about = (str(spec.architecture), str(kind), str(spec.threads), spec.code, *heads)
+    about = (
+        *(str(spec.architecture), str(kind), str(spec.threads), str(spec.config), str(spec.vocabulary)),
+        *(spec.code, *heads),
+    )
     return Preparation(sources, operator, data, make, about, device)
 
 

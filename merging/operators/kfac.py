@@ -32,14 +32,15 @@ class KFac(FromData):
     """``theta = base + sum_k c_k v_k`` with v_k of K-FAC merging; c = 1 is the merge of the closed form.
 
     Args:
-        ridge: The share of the mean curvature that is added to that of every direction.
+        ridge: The share of the mean curvature that is added to that of every direction. The slopes of a softmax add up
+            to zero, so without it the last layer of a classifier has no solution.
         sequential: Prepare blocks in the order of depth, with the inputs that they get in the merge.
         balance: ``trace`` scales each B_k to the same trace, so that experts of small losses count as much as others;
             ``none`` leaves them.
         steps: The most steps of conjugate gradients.
     """
 
-    ridge: Annotated[float, Field(ge=0)] = 1e-3
+    ridge: Annotated[float, Field(ge=1e-8)] = 1e-3
     sequential: bool = True
     balance: Literal["none", "trace"] = "none"
     steps: Annotated[int, Field(ge=1)] = 200
