@@ -36,9 +36,9 @@ os.environ["ECOTONE_KEY_FILE"] = f"{_cache.name}/config/key"
 
 # Of these large grids of cases `make test` runs one in so many, spread evenly; `make test-all` runs all.
 THINNED = {
-    "TestEveryOperator": 9,
-    "test_agrees_with_a_naive_float64_reference": 11,
-    "test_bits_do_not_depend_on_company_threads_chunks_or_stacking": 11,
+    "TestEveryOperator": 16,
+    "test_agrees_with_a_naive_float64_reference": 16,
+    "test_bits_do_not_depend_on_company_threads_chunks_or_stacking": 16,
     "test_a_merge_of_adapters_is_that_of_the_full_checkpoints": 3,
     "test_coarse_gram_agrees_with_direct_products": 5,
     "test_bits_do_not_depend_on_the_placement": 5,

@@ -99,9 +99,9 @@ def texts(padding: int) -> Data:
 @pytest.mark.parametrize("kind", ["inputs", "slopes", "fisher"])
 def test_masked_tokens_count_for_nothing(kind):
     model = Tokens().double().eval().requires_grad_(False)
-    settings = {} if kind == "inputs" else {"draws": 4000, "exact": 0}
+    settings = {} if kind == "inputs" else {"draws": 1000, "exact": 0}
     plain, padded = (gathered(kind, model, texts(padding), **settings) for padding in (0, 3))
-    tolerance = 1e-12 if kind == "inputs" else 0.1  # other labels are drawn
+    tolerance = 1e-12 if kind == "inputs" else 0.2  # other labels are drawn
     for name, values in plain.items():
         torch.testing.assert_close(padded[name], values, rtol=tolerance, atol=tolerance * float(values.abs().max()))
     assert set(plain) == {"mix", "out"}
@@ -128,8 +128,8 @@ def test_decoders_have_masks_of_their_own():
 def test_drawn_labels_tend_to_the_expectation_and_are_the_same_each_time():
     model, task = net(), data(5)
     exact = gathered("slopes", model, task)
-    drawn = gathered("slopes", model, task, exact=0, draws=3000)
-    again = gathered("slopes", model, task, exact=0, draws=3000)
+    drawn = gathered("slopes", model, task, exact=0, draws=1000)
+    again = gathered("slopes", model, task, exact=0, draws=1000)
     for name, values in exact.items():
         torch.testing.assert_close(drawn[name], values, rtol=0.1, atol=0.05 * float(values.abs().max()))
         assert torch.equal(drawn[name], again[name])

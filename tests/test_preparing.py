@@ -388,6 +388,7 @@ def test_a_damaged_basis_is_made_again(spec, caplog):
     assert again.record["files"] == first.record["files"]
 
 
+@pytest.mark.slow
 def test_a_preparation_that_is_killed_leaves_nothing_and_the_next_one_is_the_same(spec, tmp_path):
     expected = basis_of(spec).record["files"]
     Bases().remove(basis_of(spec).key)

@@ -317,7 +317,7 @@ def test_reading_data_is_what_a_method_does():
         ([{"ridge": 1.0}], r"or mappings with the key operator, found \{'ridge': 1.0\}"),
         (["kfac", "regmeen"], r"expected one of .*, found 'regmeen'. Did you mean 'regmean'"),
         (["kfac", {"operator": "kfac"}], r"expected different methods, found kfac twice"),
-        ([{"operator": "kfac", "ridge": -1}], r"kfac: ridge: expected a number at least 0, found -1"),
+        ([{"operator": "kfac", "ridge": -1}], r"kfac: ridge: expected a number at least 1e-08, found -1"),
         ([{"operator": "ties", "densty": 0.1}], r"ties: densty: the operator 'ties' has no such setting. Did you mean"),
         (["kfac", "slerp"], r"found 'slerp': its merges are not linear in their coefficients"),
         (["linear"], r"found 'linear': it adds to no base. Use task_arithmetic"),
@@ -363,6 +363,7 @@ def spec(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_methods_share_their_bases_with_runs_that_use_them_alone(spec):
     kfac = basis_of(replace(spec, operator="kfac", settings={}))
     found = basis_of(spec)
