@@ -206,39 +206,45 @@ class InputMoments:
         return together([inputs_of(model, layers, task, self._settings.batch) for task in tasks]).means()
 
 
-class SlopeMoments:
+class _OfSlopes:
+    """Statistics of slopes.
+
+    Args:
+        settings: How the expectation over labels is taken.
+    """
+
+    settings: ClassVar[type[SlopeSettings]] = SlopeSettings
+    version: ClassVar[int] = 1
+
+    def __init__(self, settings: SlopeSettings) -> None:
+        self._settings = settings
+
+    def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
+        """The statistics of ``model`` by the names of its layers, on the CPU."""
+        layers = observable_layers(model)
+        return together([self._of(model, layers, task) for task in tasks]).means()
+
+    def _of(self, model: nn.Module, layers: Layers, task: Data) -> Moments:
+        raise NotImplementedError
+
+
+class SlopeMoments(_OfSlopes):
     """B = E[g gᵀ]: (out, out) in float64, for each linear layer.
 
     Args:
         settings: How the expectation over labels is taken.
     """
 
-    settings: ClassVar[type[SlopeSettings]] = SlopeSettings
-    version: ClassVar[int] = 1
-
-    def __init__(self, settings: SlopeSettings) -> None:
-        self._settings = settings
-
-    def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
-        """The moments of ``model`` by the names of its layers, on the CPU."""
-        layers = observable_layers(model)
-        return together([slopes_of(model, layers, task, self._settings) for task in tasks]).means()
+    def _of(self, model: nn.Module, layers: Layers, task: Data) -> Moments:
+        return slopes_of(model, layers, task, self._settings)
 
 
-class DiagonalFisher:
+class DiagonalFisher(_OfSlopes):
     """E[g² ⊗ x²]: (out, in + 1) in float64, for each linear layer; the last column is that of the bias.
 
     Args:
         settings: How the expectation over labels is taken.
     """
 
-    settings: ClassVar[type[SlopeSettings]] = SlopeSettings
-    version: ClassVar[int] = 1
-
-    def __init__(self, settings: SlopeSettings) -> None:
-        self._settings = settings
-
-    def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
-        """The Fisher information of ``model`` by the names of its layers, on the CPU."""
-        layers = observable_layers(model)
-        return together([fisher_of(model, layers, task, self._settings) for task in tasks]).means()
+    def _of(self, model: nn.Module, layers: Layers, task: Data) -> Moments:
+        return fisher_of(model, layers, task, self._settings)
