@@ -86,7 +86,7 @@ def test_the_recipe_of_every_search_fits(
     case = multitask.Case(problem, 7, (0.001, 0.01), {"merge.dtype": "bfloat16"}, tmp_path)
     for method in multitask.METHODS.values():
         method.tries(case)
-    assert len({multitask.recipe_key(recipe) for recipe in found}) == len(found) == 22
+    assert len({multitask.recipe_key(recipe) for recipe in found}) == len(found) == 24
     assert {recipe.search.algorithm for recipe in found} >= {"map", "m2n2", "map+adamerging", "expert_merging"}
     for recipe in found:
         assert (recipe.seed, recipe.prepare.arguments["seed"], recipe.merge.dtype) == (7, 7, "bfloat16")
