@@ -116,7 +116,7 @@ class Depth:
         for expert in self._sources.names:
             module = self._own(expert)
             some = {name: module.get_submodule(name) for name in left if name in names}
-            self._curved[expert] = slopes_and_fisher(module, some, self._data[expert], kinds, self._operator.batch)
+            self._curved[expert] = slopes_and_fisher(module, some, self._data[expert], kinds, self._operator)
 
     def _container(self, stage: Stage) -> str:
         """The name of the ``ModuleList`` whose member a stage is; empty for none."""

@@ -24,7 +24,7 @@ from ecotone.fitness.statistics.moments import (
     together,
     with_one,
 )
-from ecotone.merging.operators.whole import Known, Wanted
+from ecotone.merging.operators.whole import FromData, FromSlopes, Known, Wanted
 
 
 class _PassedError(Exception):
@@ -90,10 +90,15 @@ def called(model: nn.Module, data: Data, batch: int) -> list[str]:
 
 
 def slopes_and_fisher(
-    model: nn.Module, layers: Mapping[str, nn.Module], tasks: Sequence[Data], wanted: Sequence[Wanted], batch: int
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    tasks: Sequence[Data],
+    wanted: Sequence[Wanted],
+    operator: FromData,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The means of g gᵀ and the diagonals of the Fisher information of an expert, as far as they are wanted."""
-    settings = SlopeSettings.model_validate({"batch": batch})
+    given = {"batch": operator.batch, **({"exact": operator.exact} if isinstance(operator, FromSlopes) else {})}
+    settings = SlopeSettings.model_validate(given)
     found: list[dict[str, Tensor]] = []
     for kind, of in (("slopes", slopes_of), ("fisher", fisher_of)):
         parts = [of(model, layers, task, settings) for task in tasks] if kind in wanted else []

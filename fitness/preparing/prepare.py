@@ -229,7 +229,7 @@ class Preparation:
             outputs_over(module, some, task, outputs_by_row(module, some, task, batch), batch)
             for task in (tasks if "outputs" in operator.wanted else ())
         )
-        slopes, fisher = slopes_and_fisher(module, some, tasks, operator.wanted, batch)
+        slopes, fisher = slopes_and_fisher(module, some, tasks, operator.wanted, operator)
         rows = {layer: one.rows for layer, one in moments.sums.items()}
         return Gathered(moments.means(), slopes, fisher, own.means(), rows)
 

@@ -17,11 +17,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ecotone.merging.operators.whole import FromData, Known, Layer, Report, Wanted
+from ecotone.merging.operators.whole import FromSlopes, Known, Layer, Report, Wanted
 
 
 @dataclass(frozen=True)
-class Fisher(FromData):
+class Fisher(FromSlopes):
     """``theta = base + sum_k c_k v_k`` with v_k of Fisher merging; c = 1 is the published merge.
 
     Args:

@@ -21,14 +21,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ecotone.merging.operators.whole import FromData, Known, Layer, Report, Wanted
+from ecotone.merging.operators.whole import FromSlopes, Known, Layer, Report, Wanted
 
 TOLERANCE = 1e-8
 """The relative residual at which conjugate gradients stop."""
 
 
 @dataclass(frozen=True)
-class KFac(FromData):
+class KFac(FromSlopes):
     """``theta = base + sum_k c_k v_k`` with v_k of K-FAC merging; c = 1 is the merge of the closed form.
 
     Args:

@@ -175,3 +175,15 @@ class FromData(WholeMatrices):
 
     needs_labels: ClassVar[bool] = False
     """Whether examples must have labels, unless they are texts."""
+
+
+@dataclass(frozen=True)
+class FromSlopes(FromData):
+    """Operators whose vectors depend on the slopes of the experts' own predictions.
+
+    Args:
+        exact: The most classes over which the expectation over labels is exact, at the cost of a backward pass for each
+            class. Where there are more, every row draws one label.
+    """
+
+    exact: Annotated[int, Field(ge=0)] = 64
