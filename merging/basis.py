@@ -23,10 +23,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ecotone.merging.models import headers
 from ecotone.merging.models.checkpoint import Checkpoint
-from ecotone.merging.models.headers import DTYPES
 from ecotone.merging.models.layout import Layout
-from ecotone.merging.models.model import Model, TensorInfo
+from ecotone.merging.models.model import Model
 from ecotone.merging.placement import apart
 from ecotone.populations import files
 from ecotone.populations.contents import contents
@@ -35,7 +35,6 @@ from ecotone.populations.folders import cache_folder
 from ecotone.populations.parsing import file_bytes, json_object
 
 RECORD = "prepared.json"
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _log = logging.getLogger("ecotone")
 
 
@@ -157,7 +156,7 @@ class Bases:
                 self._made()
                 handle = held.enter_context((self.folder / f".{key}.lock").open("w"))
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            except (OSError, InputError) as error:
+            except OSError as error:
                 if not (self.folder / key / RECORD).is_file():  # of what is there already nobody has to write
                     raise self._unwritable(error) from error
             yield
@@ -249,10 +248,9 @@ class Bases:
     def _made(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def _unwritable(self, error: Exception) -> InputError:
-        reason = getattr(error, "strerror", None) or error
+    def _unwritable(self, error: OSError) -> InputError:
         return InputError(
-            f"{self.folder}: cannot be written ({reason}).",
+            f"{self.folder}: cannot be written ({error.strerror or error}).",
             "Prepared vectors are kept there; $ECOTONE_CACHE names another folder.",
         )
 
@@ -269,7 +267,8 @@ class Writer:
 
     def __init__(self, draft: Path, target: Path, layout: Layout, columns: Sequence[str]) -> None:
         self._draft, self._target, self._layout, self._columns = draft, target, layout, tuple(columns)
-        self._header, self._offsets = _header(layout.parameters)
+        wide_first = sorted(layout.parameters.items(), key=lambda item: -item[1].dtype.itemsize)
+        self._header, self._offsets = headers.written(dict(wide_first), {"ecotone": "prepared vectors"})
         self._left = set(layout.parameters)
         self._files: list[BinaryIO] = []
 
@@ -336,16 +335,3 @@ def _locked(file: Path) -> bool:
         return False
     except OSError:
         return True
-
-
-def _header(parameters: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
-    """The header of a safetensors file of the parameters, and where each one begins in the file."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "ecotone": "prepared vectors"}}
-    starts, end = {}, 0
-    for name, info in sorted(parameters.items(), key=lambda item: -item[1].dtype.itemsize):  # so all are aligned
-        starts[name], end = end, end + info.nbytes
-        entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [starts[name], end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    return head, {name: len(head) + start for name, start in starts.items()}

@@ -25,9 +25,8 @@ from ecotone.merging.adapters import MergedAdapter
 from ecotone.merging.companions import Companion, companions
 from ecotone.merging.kernel.lazy import fill, formed
 from ecotone.merging.kernel.materialise import Mixture, mix
-from ecotone.merging.models import tokenizers
+from ecotone.merging.models import headers, tokenizers
 from ecotone.merging.models.checkpoint import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE
-from ecotone.merging.models.headers import DTYPES
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.model import Model, TensorInfo
 from ecotone.merging.models.refused import MERGEABLE
@@ -41,7 +40,6 @@ from ecotone.populations.genome import Genome
 BUFFER_BYTES = 8 * 2**20
 CARD = "README.md"
 RECORD = "ecotone.json"
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _log = logging.getLogger("ecotone")
 
 
@@ -239,20 +237,13 @@ class _Writer:
 
     def write(self, path: Path, names: Sequence[str], metadata: Mapping[str, str]) -> None:
         """Write one safetensors file of some of the tensors."""
-        entries = self.entries
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-        end = 0
-        for name in names:
-            info, start = entries[name], end
-            end += info.nbytes
-            header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        known = self.entries
+        entries = {name: known[name] for name in names}
+        first, _ = headers.written(entries, metadata)
         with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for name in names:
-                self._write_tensor(file, name, entries[name])
+            file.write(first)
+            for name, info in entries.items():
+                self._write_tensor(file, name, info)
 
     def _write_tensor(self, file: BinaryIO, name: str, info: TensorInfo) -> None:
         layout = self.sources.layout

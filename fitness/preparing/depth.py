@@ -23,12 +23,11 @@ from ecotone.fitness.preparing.known import (
     outputs_over,
     recording,
     slopes_and_fisher,
-    squares,
 )
-from ecotone.fitness.preparing.layers import Unit, stages
+from ecotone.fitness.preparing.layers import Unit, sorted_by_module, stages
 from ecotone.fitness.statistics.kinds import Data
 from ecotone.fitness.statistics.layers import Masks, observable_layers, taking
-from ecotone.fitness.statistics.moments import Moments, together
+from ecotone.fitness.statistics.moments import Moments, squares, together
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Names
 from ecotone.merging.operators.whole import FromData, Known, Wanted
@@ -75,17 +74,15 @@ class Depth:
         merged: Mapping[str, Tensor],
     ) -> None:
         self._operator, self._sources, self._data = operator, sources, data
-        self._backend, self._module, self._names, self._merged = backend, module, names, merged
+        self._backend, self._module, self._names, self._merged = backend, uncache(module), names, merged
         self._layers = observable_layers(module)
         self._curved: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # of some layers, by expert
         self._reached: dict[str, list[Unit]] = {}
 
     def turns(self, found: Sequence[Unit]) -> Iterator[Turn]:
         """All units, each with what is known of it: first what no data reach, then the layers in their order."""
-        experts, by_module = self._sources.names, dict[str | None, list[Unit]]()
-        order = dict.fromkeys(name for one in experts for name in self._called(one))
-        for unit in found:
-            by_module.setdefault(unit.module if unit.at.kind in ("linear", "convolution") else None, []).append(unit)
+        order = dict.fromkeys(name for one in self._sources.names for name in self._called(one))
+        by_module = sorted_by_module(found)
         self._reached = {name: by_module.pop(name) for name in order if name in by_module}
         yield from ((unit, None) for some in by_module.values() for unit in some)
         for container, group in groupby(stages(self._module, list(self._reached)), self._container):
@@ -209,7 +206,7 @@ class Depth:
             own_layers = {name: own_block.get_submodule(name.removeprefix(f"{ends}.")) for name in layers}
             standing.advance(standing.run(own_block, _watching(recording, own_layers, rows)))
             targets.append(rows)
-        for number, standing in enumerate(path.merged):
+        for number, standing in enumerate(path.merged if layers else ()):
             takes = [squares(moments), *([beside(targets[number], own)] if targets else [])]
 
             def watched(masks: Masks, takes: Sequence[Any] = takes) -> AbstractContextManager[Any]:

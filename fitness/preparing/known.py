@@ -175,16 +175,6 @@ def beside(own: Mapping[str, list[Tensor]], found: Moments) -> Take:
     return take
 
 
-def squares(found: Moments) -> Take:
-    """Takes rows of inputs x, and adds up x xᵀ, (in + 1, in + 1)."""
-
-    def take(name: str, rows: Tensor) -> None:
-        whole = with_one(rows)
-        found.add(name, whole.mT @ whole, len(whole))
-
-    return take
-
-
 @contextmanager
 def _ending(model: nn.Module, ends: str | None) -> Iterator[None]:
     """Have passes of the model end, without a result, after one of its modules."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecotone.fitness.statistics.layers import linear_layers
+from ecotone.fitness.statistics.layers import CONVOLUTIONS, linear_layers
 from ecotone.merging.models.layout import Layout
 from ecotone.merging.models.names import Names, Place
 from ecotone.merging.operators.whole import Layer, LayerKind
@@ -19,7 +19,6 @@ _TABLES = re.compile(
     r"(^|[._])(embed\w*|wte|wpe|shared|lm_head|embed_out|\w*embeddings?|relative_attention_bias)([._]|$)", re.IGNORECASE
 )
 _EXPERTS = re.compile(r"(^|[._])experts?([._]|$)")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _of_modules(layout: Layout, model: nn.Module, names: Names, folds: bool) -> 
     found: dict[str, Unit] = {}
     for module_name, module in model.named_modules():
         is_linear = module_name in linear
-        if not is_linear and not isinstance(module, _CONVOLUTIONS):
+        if not is_linear and not isinstance(module, CONVOLUTIONS):
             continue
         weight = module.weight
         kind: LayerKind = "embedding" if module is head else "linear" if is_linear else "convolution"
@@ -151,6 +150,14 @@ def _bias(places: Sequence[Place], rows: slice, layout: Layout) -> str | None:
         if place.name in layout.parameters and first == rows.start and place.shape == (rows.stop - rows.start,):
             return place.name
     return None
+
+
+def sorted_by_module(found: Sequence[Unit]) -> dict[str | None, list[Unit]]:
+    """Matrices by the names of the modules that have them; under None all that no module of layers has."""
+    by_module: dict[str | None, list[Unit]] = {}
+    for unit in found:
+        by_module.setdefault(unit.module if unit.at.kind in ("linear", "convolution") else None, []).append(unit)
+    return by_module
 
 
 def stages(model: nn.Module, order: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

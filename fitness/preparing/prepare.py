@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from ecotone.fitness.backends.base import Backend, BackendContext
 from ecotone.fitness.kinds import ObjectiveContext
 from ecotone.fitness.opening import device_of, kind_of, open_sources
-from ecotone.fitness.preparing.blocks import uncache
 from ecotone.fitness.preparing.depth import Depth
 from ecotone.fitness.preparing.known import (
     Gathered,
@@ -35,7 +34,7 @@ from ecotone.fitness.preparing.known import (
     outputs_over,
     slopes_and_fisher,
 )
-from ecotone.fitness.preparing.layers import Unit, units, whole_tensors
+from ecotone.fitness.preparing.layers import Unit, sorted_by_module, units, whole_tensors
 from ecotone.fitness.preparing.likeness import Likeness
 from ecotone.fitness.preparing.second_moments import SecondMoments
 from ecotone.fitness.preparing.votes import Votes
@@ -185,7 +184,6 @@ class Preparation:
         elif operator.order == "depth":
             assert self._backend is not None
             depth = Depth(operator, self._sources, self._data, self._backend, module, names, self._merged)
-            uncache(module)
             yield from depth.turns(found)
         else:
             yield from self._at_once(operator, found, module)
@@ -208,9 +206,7 @@ class Preparation:
         self, operator: FromData, found: Sequence[Unit], module: nn.Module
     ) -> Iterator[tuple[Unit, Known | None]]:
         """Units with the statistics of the experts as they are."""
-        by_module: dict[str | None, list[Unit]] = {}
-        for unit in found:
-            by_module.setdefault(unit.module if unit.at.kind in ("linear", "convolution") else None, []).append(unit)
+        by_module = sorted_by_module(found)
         layers = {name: layer for name, layer in observable_layers(module).items() if name in by_module}
         for names in groups(layers, operator.wanted, len(self._sources.names)):
             experts = [self._of_expert(operator, name, names) for name in self._sources.names]

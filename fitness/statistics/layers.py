@@ -33,7 +33,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""The classes of convolutions."""
 
 
 def observable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -45,7 +46,7 @@ def observable_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _is_plain(module: nn.Module) -> bool:
     """Whether it is a convolution of one group, without dilation, padded with zeros by numbers."""
     return (
-        isinstance(module, _CONVOLUTIONS)
+        isinstance(module, CONVOLUTIONS)
         and module.groups == 1
         and set(module.dilation) == {1}
         and module.padding_mode == "zeros"
@@ -55,7 +56,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def input_rows(layer: nn.Module, values: Tensor, mask: Tensor | None) -> Tensor:
     """(rows, in) of a layer's inputs. A convolution has a row for each patch: (channels * kernel) numbers."""
-    if not isinstance(layer, _CONVOLUTIONS):
+    if not isinstance(layer, CONVOLUTIONS):
         return rows_of(values, mask)
     kernel, stride = layer.kernel_size, layer.stride
     batched = values.detach() if values.ndim == len(kernel) + 2 else values.detach().unsqueeze(0)
@@ -71,7 +72,7 @@ def input_rows(layer: nn.Module, values: Tensor, mask: Tensor | None) -> Tensor:
 
 def output_rows(layer: nn.Module, values: Tensor, mask: Tensor | None) -> Tensor:
     """(rows, out) of a layer's outputs, or of what has their shape."""
-    if not isinstance(layer, _CONVOLUTIONS):
+    if not isinstance(layer, CONVOLUTIONS):
         return rows_of(values, mask)
     batched = values.detach() if values.ndim == len(layer.kernel_size) + 2 else values.detach().unsqueeze(0)
     return batched.movedim(1, -1).reshape(-1, batched.shape[1])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ecotone.fitness.heads import logits_of, outputs
 from ecotone.fitness.statistics.kinds import Data, Gathering
-from ecotone.fitness.statistics.layers import Observed, mask_of, observable_layers, observe, observed
+from ecotone.fitness.statistics.layers import Observed, Take, mask_of, observable_layers, observe, observed
 
 Layers: TypeAlias = Mapping[str, nn.Module]
 
@@ -78,15 +78,20 @@ def together(found: Iterable[Moments]) -> Moments:
     return whole
 
 
-def inputs_of(model: nn.Module, layers: Layers, data: Data, batch: int) -> Moments:
-    """Sums of x xᵀ, (in + 1, in + 1), of the inputs of each layer."""
-    found = Moments()
+def squares(found: Moments) -> Take:
+    """Takes rows of inputs x, and adds up x xᵀ, (in + 1, in + 1)."""
 
     def take(name: str, rows: Tensor) -> None:
         whole = with_one(rows)
         found.add(name, whole.mT @ whole, len(whole))
 
-    observe(model, layers, data, batch, take)
+    return take
+
+
+def inputs_of(model: nn.Module, layers: Layers, data: Data, batch: int) -> Moments:
+    """Sums of x xᵀ, (in + 1, in + 1), of the inputs of each layer."""
+    found = Moments()
+    observe(model, layers, data, batch, squares(found))
     return found
 
 

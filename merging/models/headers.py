@@ -62,6 +62,7 @@ HEADER_LIMIT = 100_000_000
 LONGEST_NAME = 1000
 """The most characters of a tensor's name."""
 
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _KINDS = {name: (dtype, dtype.itemsize) for name, dtype in DTYPES.items()}
 _MINUS_ZERO = re.compile(rb"[\[,:\s]-0[\s,\]}]")
 _LARGEST_SIZE = 2**63 - 1
@@ -230,3 +231,24 @@ def _check_cover(spans: list[tuple[int, int, str]], data: int) -> None:
         end, before = stop, name
     if end < data:
         raise _MisfitError(f"{data - end} bytes follow the last tensor")
+
+
+# -- writing ---------------------------------------------------------------------------------------------------
+
+
+def written(entries: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file, up to the tensors' own, and the position in the file where each tensor begins.
+
+    Args:
+        entries: The tensors in the order of the file. With wide types first all are aligned.
+        metadata: Free text.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    starts, end = {}, 0
+    for name, info in entries.items():
+        starts[name], end = end, end + info.nbytes
+        header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = len(text).to_bytes(8, "little") + text
+    return first, {name: len(first) + start for name, start in starts.items()}
