@@ -103,7 +103,7 @@ def test_kfac_solves_its_normal_equations():
     ridge = 1e-2
     eps = ridge * sum(np.diag(a).mean() * np.diag(b).mean() for a, b in zip(inner, outer, strict=True))
     system = sum(np.kron(b, a.T) for a, b in zip(inner, outer, strict=True)) + eps * np.eye(12)
-    found = vectors(operators.get("kfac", {"ridge": ridge}), base, experts, known)
+    found = vectors(operators.get("kfac", {"ridge": ridge, "tolerance": 1e-10}), base, experts, known)
     for k, expert in enumerate(experts):
         tau = (expert - base).numpy()
         right = outer[k] @ tau @ inner[k] + eps / 3 * tau
@@ -115,12 +115,27 @@ def test_kfac_of_equal_slopes_is_regmean_and_of_equal_inputs_a_left_metric():
     known = invented(NAMES, base.shape)
     alike = replace(known, slopes=[torch.eye(4, dtype=torch.float64)] * 3)
     regmean = operators.get("regmean", {"targets": "weights", "ridge": 1e-9})
-    kfac = KFac(ridge=1e-9)
+    kfac = KFac(ridge=1e-9, tolerance=1e-12)
     close(vectors(kfac, base, experts, alike), vectors(regmean, base, experts, alike))
     alike = replace(known, inputs=[torch.eye(3, dtype=torch.float64)] * 3)
     total = torch.linalg.inv(torch.stack(list(known.slopes)).sum(0))
     left = torch.stack([total @ b @ (e - base) for b, e in zip(known.slopes, experts, strict=True)])
     close(vectors(kfac, base, experts, alike), left)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("ridge", [1e-2, 1e-8])
+def test_kfac_is_as_exact_as_asked_although_it_goes_on_in_float32(ridge, scale):
+    base, experts = models((24, 40))
+    known = invented(NAMES, base.shape)
+    known = replace(known, slopes=[scale * one for one in known.slopes])
+    base, experts = scale * base, [scale * expert for expert in experts]
+    for tolerance in (1e-3, 1e-10):
+        report = Report()
+        settings = KFac(ridge=ridge, tolerance=tolerance, steps=2000)
+        settings.layer(Layer("w", "linear", (24, 40)), base, experts, known, report)
+        assert report.numbers["residual"] <= tolerance
+        assert not report.warnings
 
 
 def test_kfac_says_where_it_has_not_converged():

@@ -129,7 +129,7 @@ class SlopeSettings(Gathering):
         seed: The seed of the draws.
     """
 
-    exact: int = Field(64, ge=0)
+    exact: int = Field(16, ge=0)
     draws: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
 

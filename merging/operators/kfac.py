@@ -7,8 +7,9 @@ Fisher information). The merge W minimises ``sum_k tr B_k (W - W_k) A_k (W - W_k
     L[X] = sum_j B_j X A_j + eps X,     eps = ridge * sum_j mean(diag A_j) mean(diag B_j)
     v_k  = L^-1 [B_k tau_k A_k + (eps / K) tau_k]
 
-L is solved by preconditioned conjugate gradients from tau_k / K. With ``sequential`` (RegMean++'s idea) the A_k of a
-block are those of the inputs that it gets in the merge of the blocks before it; the B_k stay those of the experts.
+L is solved by preconditioned conjugate gradients from tau_k / K, in rounds: each in float32, from the residual that the
+round before left in float64. With ``sequential`` (RegMean++'s idea) the A_k of a block are those of the inputs that it
+gets in the merge of the blocks before it; the B_k stay those of the experts.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import Tensor
 
 from ecotone.merging.operators.whole import FromSlopes, Known, Layer, Report, Wanted
 
-TOLERANCE = 1e-8
-"""The relative residual at which conjugate gradients stop."""
+ROUND = 1e-3
+"""What a round of conjugate gradients leaves of the residual."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,21 @@ class KFac(FromSlopes):
         sequential: Prepare blocks in the order of depth, with the inputs that they get in the merge.
         balance: ``trace`` scales each B_k to the same trace, so that experts of small losses count as much as others;
             ``none`` leaves them.
+        tolerance: The residual at which conjugate gradients stop, as a share of the right-hand side. The vectors' own
+            relative error is about twice that.
         steps: The most steps of conjugate gradients.
     """
 
     ridge: Annotated[float, Field(ge=1e-8)] = 1e-3
     sequential: bool = True
     balance: Literal["none", "trace"] = "none"
+    tolerance: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
     steps: Annotated[int, Field(ge=1)] = 200
 
     name = "kfac"
     statistics: ClassVar[tuple[Wanted, ...]] = ("inputs", "slopes")
     folds = True
+    version: ClassVar[int] = 2
 
     @property
     def order(self) -> Literal["any", "depth"]:
@@ -70,19 +75,18 @@ class KFac(FromSlopes):
         eps = max(self.ridge, torch.finfo(outer.dtype).eps)
         taus = torch.stack([expert - base for expert in experts])
         right = outer @ taus @ inner + eps / len(experts) * taus
-        found, residual, steps = conjugate_gradients(inner, outer, eps, right, taus / len(experts), self.steps)
+        start = taus / len(experts)
+        found, residual, steps = solved(inner, outer, eps, right, start, self.tolerance, self.steps)
         report.numbers |= {"residual": residual, "steps": float(steps)}
-        if residual > 1e-4:
+        if residual > 100 * self.tolerance:
             report.warnings.append("conjugate gradients have not converged: raise the ridge or the steps")
         return list(found)
 
 
-def conjugate_gradients(
-    inner: Tensor, outer: Tensor, eps: float, right: Tensor, start: Tensor, most: int
+def solved(
+    inner: Tensor, outer: Tensor, eps: float, right: Tensor, start: Tensor, tolerance: float, most: int
 ) -> tuple[Tensor, float, int]:
     """X_k with ``sum_j B_j X_k A_j + eps X_k = R_k`` for each k.
-
-    The preconditioner is the inverse of ``X -> (sum_j B_j) X mean_j(A_j) + eps X``: exact where all A_j are the same.
 
     Args:
         inner: (K, in, in) A_j.
@@ -90,6 +94,7 @@ def conjugate_gradients(
         eps: The ridge.
         right: (K, out, in) R_k.
         start: (K, out, in) first X_k.
+        tolerance: The relative residual to stop at.
         most: The most steps.
 
     Returns:
@@ -97,39 +102,73 @@ def conjugate_gradients(
     """
     across, a = torch.linalg.eigh(inner.mean(0))
     along, b = torch.linalg.eigh(outer.sum(0))
+    # In these two bases the preconditioner, which is exact where all A_j are the same, divides element by element.
     curvature = along.clamp_min(0)[:, None] * across.clamp_min(0) + eps
+    inner, outer, right, x = a.mT @ inner @ a, b.mT @ outer @ b, b.mT @ right @ a, b.mT @ start @ a
+    norms = _norms(right).clamp_min(torch.finfo(right.dtype).tiny)
+    residual = right - _applied(inner, outer, eps, x)
+    left, steps, kind = float((_norms(residual) / norms).max()), 0, torch.float32
+    while left > tolerance and steps < most:
+        scale = _norms(residual).clamp_min(torch.finfo(right.dtype).tiny)  # keeps float32 far from its ends
+        factors, goal = (inner.to(kind), outer.to(kind), curvature.to(kind)), max(ROUND, tolerance / left)
+        moved, took = conjugate_gradients(*factors, (residual / scale).to(kind), eps, goal, most - steps)
+        better = x + moved.to(x.dtype) * scale
+        rest = right - _applied(inner, outer, eps, better)
+        now, steps = float((_norms(rest) / norms).max()), steps + took
+        stuck = not now < 0.1 * left  # also where float32 has overflowed
+        if now < left:
+            x, residual, left = better, rest, now
+        if stuck and kind == right.dtype:
+            break
+        kind = right.dtype if stuck else kind
+    return b @ x @ a.mT, left, steps
 
-    def applied(x: Tensor) -> Tensor:
-        total = eps * x
-        for right_factor, left_factor in zip(inner, outer, strict=True):
-            total = total + left_factor @ x @ right_factor
-        return total
 
-    def preconditioned(x: Tensor) -> Tensor:
-        turned: Tensor = (b.mT @ x @ a) / curvature
-        found: Tensor = b @ turned @ a.mT
-        return found
+def conjugate_gradients(
+    inner: Tensor, outer: Tensor, curvature: Tensor, right: Tensor, eps: float, tolerance: float, most: int
+) -> tuple[Tensor, int]:
+    """X_k with ``sum_j B_j X_k A_j + eps X_k = R_k`` for each k, from zero, and the number of steps.
 
+    Args:
+        inner: (K, in, in) A_j.
+        outer: (K, out, out) B_j.
+        curvature: (out, in) the diagonal that preconditions.
+        right: (K, out, in) R_k, of norms about 1.
+        eps: The ridge.
+        tolerance: The relative residual to stop at.
+        most: The most steps.
+    """
     tiny = torch.finfo(right.dtype).tiny
-    norms = _dot(right, right).sqrt().clamp_min(tiny)
-    x = start.clone()
-    residual = right - applied(x)
-    towards = preconditioned(residual)
+    norms = _norms(right).clamp_min(tiny)
+    x, residual = torch.zeros_like(right), right.clone()
+    towards = residual / curvature
     direction, slope = towards.clone(), _dot(residual, towards)
     step = 0
-    while step < most and bool((open_ := _dot(residual, residual).sqrt() / norms > TOLERANCE).any()):
-        moved = applied(direction)
+    while step < most and bool((open_ := _norms(residual) / norms > tolerance).any()):
+        moved = _applied(inner, outer, eps, direction)
         rate = torch.where(open_, slope / _dot(direction, moved).clamp_min(tiny), torch.zeros_like(slope))
-        x = x + rate * direction
-        residual = residual - rate * moved
-        towards = preconditioned(residual)
+        x.addcmul_(rate, direction)
+        residual.addcmul_(rate, moved, value=-1)
+        torch.div(residual, curvature, out=towards)
         before, slope = slope, _dot(residual, towards)
-        direction = towards + slope / before.clamp_min(tiny) * direction
+        direction = torch.addcmul(towards, slope / before.clamp_min(tiny), direction)
         step += 1
-    true = right - applied(x)
-    return x, float((_dot(true, true).sqrt() / norms).max()), step
+    return x, step
+
+
+def _applied(inner: Tensor, outer: Tensor, eps: float, x: Tensor) -> Tensor:
+    """(K, out, in): ``sum_j B_j X_k A_j + eps X_k``."""
+    total = eps * x
+    for right_factor, left_factor in zip(inner, outer, strict=True):
+        total += left_factor @ x @ right_factor
+    return total
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     """(K, 1, 1) inner products."""
     return (one * other).sum((1, 2), keepdim=True)
+
+
+def _norms(matrices: Tensor) -> Tensor:
+    """(K, 1, 1) Frobenius norms."""
+    return _dot(matrices, matrices).sqrt()

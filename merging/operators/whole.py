@@ -186,4 +186,4 @@ class FromSlopes(FromData):
             class. Where there are more, every row draws one label.
     """
 
-    exact: Annotated[int, Field(ge=0)] = 64
+    exact: Annotated[int, Field(ge=0)] = 16
