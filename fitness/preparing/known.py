@@ -97,7 +97,7 @@ def slopes_and_fisher(
     operator: FromData,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The means of g gᵀ and the diagonals of the Fisher information of an expert, as far as they are wanted."""
-    given = {"batch": operator.batch, **({"exact": operator.exact} if isinstance(operator, FromSlopes) else {})}
+    given = {"batch": operator.batch, **({"passes": operator.passes} if isinstance(operator, FromSlopes) else {})}
     settings = SlopeSettings.model_validate(given)
     found: list[dict[str, Tensor]] = []
     for kind, of in (("slopes", slopes_of), ("fisher", fisher_of)):

@@ -5,9 +5,12 @@ its output, the label drawn from the model's own predictions. K-FAC (Martens & G
 layer's Fisher information as the Kronecker product of A = E[x xᵀ] and B = E[g gᵀ]. RegMean (Jin et al. 2023,
 arXiv:2212.09849) needs A alone, Fisher merging (Matena & Raffel 2022, arXiv:2111.09832) the diagonal E[g² ⊗ x²].
 
-Rows are tokens, or examples where there are no tokens. No labels are read. The expectation over labels is exact up to
-``exact`` classes: one backward pass a class, each weighted by its probability. For more classes, and for predictions by
-token, each row draws its labels.
+Rows are tokens, or examples where there are no tokens. No labels are read. The expectation over labels is a sum over the
+classes c, E[g gᵀ] = sum_c p_c g_c g_cᵀ, and not a label drawn by p: a rare label has large slopes, so draws are noisy
+where predictions are sure. It takes ``passes`` backward passes. The classes of a row are dealt out to the passes, the
+most probable ones to a pass each, and those of one pass are added with random signs s: the mean of
+(sum_c s_c sqrt(p_c) g_c)(...)ᵀ is the sum over them. With as many passes as classes nothing is random, unless there are
+predictions by token: those of one example are told apart by the signs.
 """
 
 from __future__ import annotations
@@ -124,13 +127,11 @@ class SlopeSettings(Gathering):
     """Settings of statistics of slopes.
 
     Attributes:
-        exact: The most classes over which the expectation is exact; of more, labels are drawn.
-        draws: Labels that each row draws where labels are drawn.
-        seed: The seed of the draws.
+        passes: The most backward passes a batch; exact where there are no more classes.
+        seed: The seed of the signs.
     """
 
-    exact: int = Field(16, ge=0)
-    draws: int = Field(1, ge=1)
+    passes: int = Field(4, ge=1)
     seed: int = Field(0, ge=0)
 
 
@@ -138,9 +139,9 @@ _Take: TypeAlias = Callable[[str, Tensor, Tensor, int], None]
 
 
 def _each_slope(model: nn.Module, layers: Layers, data: Data, settings: SlopeSettings, take: _Take) -> None:
-    """Give ``take`` (N, out) slopes and (N, in + 1) inputs of each layer, for one label of each row after the other.
+    """Give ``take`` (N, out) slopes and (N, in + 1) inputs of each layer, for one pass after the other.
 
-    Rows are counted with the first label alone, so that means are over rows.
+    Rows are counted with the first pass alone, so that means are over rows.
     """
     for number, inputs in enumerate(data.examples.batches(settings.batch)):
         generator = torch.Generator().manual_seed(settings.seed + number)
@@ -168,23 +169,24 @@ def _losses(
     Args:
         logits: (n, C), or (n, L, C) with a row for each token.
         mask: (n, L) which tokens count; None for all.
-        settings: Up to how many classes every label is taken, and how many labels are drawn otherwise.
-        generator: Draws the labels.
+        settings: How many losses there are at most.
+        generator: Draws the signs.
     """
     likelihoods = logits.log_softmax(-1)
     if mask is not None and mask.shape == logits.shape[:-1]:
         likelihoods = likelihoods * mask.unsqueeze(-1)
-    classes = logits.shape[-1]
-    if classes <= settings.exact and logits.ndim == 2:
-        roots = likelihoods.detach().exp().sqrt()
-        for label in range(classes):
-            yield (roots[:, label] * likelihoods[:, label]).sum()
+    shares = logits.detach().softmax(-1)
+    weighted, classes = shares.sqrt() * likelihoods, logits.shape[-1]
+    count = min(settings.passes, classes)
+    if count == classes and logits.ndim == 2:  # the losses of several tokens need signs to be told apart
+        yield from (weighted[..., label].sum() for label in range(classes))
         return
-    flat = likelihoods.reshape(-1, classes)
-    shares = logits.detach().reshape(-1, classes).softmax(-1).cpu()
-    for _ in range(settings.draws):
-        drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
-        yield flat.gather(1, drawn).sum() / settings.draws**0.5
+    signs = torch.randint(2, logits.shape, generator=generator, dtype=torch.int8).to(logits.device) * 2 - 1
+    turns = (torch.arange(classes, device=logits.device) % count).to(torch.int16)
+    dealt, ranks = turns.expand(logits.shape).contiguous(), turns[:count].expand(*logits.shape[:-1], count)
+    dealt.scatter_(-1, shares.topk(count).indices, ranks)
+    for turn in range(count):
+        yield (weighted * (signs * (dealt == turn))).sum()
 
 
 # -- kinds -----------------------------------------------------------------------------------------------------

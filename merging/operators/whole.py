@@ -182,8 +182,8 @@ class FromSlopes(FromData):
     """Operators whose vectors depend on the slopes of the experts' own predictions.
 
     Args:
-        exact: The most classes over which the expectation over labels is exact, at the cost of a backward pass for each
-            class. Where there are more, every row draws one label.
+        passes: The most backward passes a batch. The slopes are exact where there are no more classes than that. Of
+            more, classes share passes, which adds noise.
     """
 
-    exact: Annotated[int, Field(ge=0)] = 16
+    passes: Annotated[int, Field(ge=1)] = 4
