@@ -111,6 +111,8 @@ class Supervisor:
             self._note()
         if careful and (follows or self._was_careful or not user.foreign):
             self._guards.watch(whole=user.calls == 0 or self._was_careful)
+        if user.foreign:
+            self._surroundings.before()
         try:
             returned = function()
         except BaseException as error:

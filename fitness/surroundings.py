@@ -137,6 +137,11 @@ class Surroundings:
         if os.getpid() != self._pid:
             os._exit(0)
 
+    def before(self) -> None:
+        """User code is about to be called: threads that our own code has started since are not its."""
+        if not self._strays:  # those may have started others
+            self._known.update(threading.enumerate())
+
     def after(self, user: User) -> None:
         """User code has been called: put back what it changed, and tell of it."""
         self._put_back_streams(user)

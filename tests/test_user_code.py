@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 
 from ecotone import Recipe, launch, resume
 from ecotone.fitness.failures import failed
+from ecotone.fitness.guards import User
 from ecotone.fitness.protocol import Score
 from ecotone.fitness.scores import Expected, NotFiniteScoreError, checked, number
 from ecotone.fitness.specs import WorkerSpec
-from ecotone.fitness.surroundings import Signals
+from ecotone.fitness.surroundings import Signals, Surroundings
 from ecotone.fitness.worker import Worker
 from ecotone.populations.errors import EcotoneError, InputError, first_line, shortened, told
 from ecotone.populations.genome import Genome
@@ -416,3 +417,22 @@ def test_a_run_whose_objective_changes_its_number_of_examples_has_failures_and_i
         [*messages] = {row.failure.message for row in journal.rows() if row.failure}
     words = "the evaluation does not fit its candidate: f: expected 3 scores by example, as the candidates before had"
     assert messages == [f"{words}, found 4."]
+
+
+def test_threads_of_our_own_between_two_calls_are_nobodys(caplog):
+    surroundings, user = Surroundings(Signals()), User("objective 'f'", foreign=True)
+    over = threading.Event()
+    threads = [threading.Thread(target=over.wait, name=name, daemon=True) for name in ("merging_0", "left-behind")]
+    try:
+        with caplog.at_level(logging.WARNING, "ecotone"):
+            threads[0].start()  # as the pool that merges large models
+            surroundings.before()
+            surroundings.after(user)
+            assert not caplog.records
+            surroundings.before()
+            threads[1].start()
+            surroundings.after(user)
+    finally:
+        over.set()
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "left threads behind (left-behind)" in said
