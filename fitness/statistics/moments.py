@@ -6,9 +6,9 @@ layer's Fisher information as the Kronecker product of A = E[x xᵀ] and B = E[g
 arXiv:2212.09849) needs A alone, Fisher merging (Matena & Raffel 2022, arXiv:2111.09832) the diagonal E[g² ⊗ x²].
 
 Rows are tokens, or examples where there are no tokens. No labels are read. The expectation over labels is a sum over
-the classes c, E[g gᵀ] = sum_c p_c g_c g_cᵀ, and not a label drawn by p: a rare label has large slopes, so draws are noisy
-where predictions are sure. It takes ``passes`` backward passes. The classes of a row are dealt out to the passes, the
-most probable ones to a pass each, and those of one pass are added with random signs s: the mean of
+the classes c, E[g gᵀ] = sum_c p_c g_c g_cᵀ, and not a label drawn by p: a rare label has large slopes, so draws are
+noisy where predictions are sure. It takes ``passes`` backward passes. The classes of a row are dealt out to the passes,
+the most probable ones to a pass each, and those of one pass are added with random signs s: the mean of
 (sum_c s_c sqrt(p_c) g_c)(...)ᵀ is the sum over them. With as many passes as classes nothing is random, unless there are
 predictions by token: those of one example are told apart by the signs.
 """
