@@ -54,6 +54,15 @@ def recipe_key(recipe: Recipe) -> str:
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
+def cost_of(run: Run, recipe: Recipe) -> float:
+    """Of all trials, in evaluations of the search examples."""
+    passes = 4 if any(task.loss == "distillation" for task in recipe.calibration) else 3
+    with run.journal() as journal:
+        evaluations = [one for _, one in journal.evaluations() if one.ok]
+    whole = next(one.items for one in evaluations if one.gradient is None)
+    return sum(one.items * (1 if one.gradient is None else passes) for one in evaluations) / whole
+
+
 @dataclass(frozen=True, eq=False)
 class Judge:
     """Scores merges of one recipe's models by its objectives, one at a time."""

@@ -46,6 +46,7 @@ from merges import (
     PARTS,
     RECIPES,
     Found,
+    cost_of,
     finished,
     judge_of,
     kept,
@@ -58,7 +59,7 @@ from merges import (
     written,
 )
 
-from ecotone import Recipe, Run
+from ecotone import Recipe
 from ecotone.experiments.recipe import parse_settings
 from ecotone.populations.genome import Genome
 
@@ -331,15 +332,6 @@ def searched(case: Case, setting: Mapping[str, Any], settings: Mapping[str, Any]
         return found | {"cost": cost_of(run, recipe), "seconds": status["seconds"], "digest": status["digest"]}
 
     return {**kept(folder / "found.json", result), "setting": dict(setting)}
-
-
-def cost_of(run: Run, recipe: Recipe) -> float:
-    """Of all trials, in evaluations of the search examples."""
-    passes = 4 if any(task.loss == "distillation" for task in recipe.calibration) else 3
-    with run.journal() as journal:
-        evaluations = [one for _, one in journal.evaluations() if one.ok]
-    whole = next(one.items for one in evaluations if one.gradient is None)
-    return sum(one.items * (1 if one.gradient is None else passes) for one in evaluations) / whole
 
 
 # -- tables --------------------------------------------------------------------------------------------------

@@ -17,7 +17,11 @@ Every operator on task vectors merges ``base + sum_k c_k v_k``. The table has th
 - the best of a search by the same accuracy: Bayesian MAP of 60 evaluations, one coefficient a model, in [0, 2]. The
   merge at c = 1 counts as its first evaluation. ``--set search={...}`` takes another search.
 
-All three are scored on the test part, which guides nothing: means over seeds, standard errors, and the share that is
+- and, with ``--learn``, coefficients by gradient: Expert Merging with free coefficients, 64 chunks a tensor, from the
+  merge at c = 1. It learns from the experts' outputs without labels, and the best of its checks on the search part
+  counts.
+
+All are scored on the test part, which guides nothing: means over seeds, standard errors, and the share that is
 closed of the gap between the experts' average and the experts, each on its own task. ``preparing`` is how many seconds
 longer it takes to make a worker and have its first score than for task arithmetic; nothing is cached then. An
 evaluation is a merge, scored on the search part of all tasks. An operator that refuses a family is listed with its
@@ -39,7 +43,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -51,7 +55,22 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
-from merges import HERE, PARTS, RECIPES, Found, Judge, finished, kept, mean, number, recipe_key, spread, table, written
+from merges import (
+    HERE,
+    PARTS,
+    RECIPES,
+    Found,
+    Judge,
+    cost_of,
+    finished,
+    kept,
+    mean,
+    number,
+    recipe_key,
+    spread,
+    table,
+    written,
+)
 from seeds import numbers
 
 from ecotone import Recipe
@@ -61,6 +80,7 @@ from ecotone.merging import operators
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.folders import cache_folder
 from ecotone.populations.genome import Floats, Genome
+from ecotone.search.starts.registry import SOLVERS
 
 FAMILIES = {
     "digits-adamerging": "digits-adamerging.yaml",
@@ -71,7 +91,10 @@ LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 EVALUATIONS = 60  # of the search, the merge at c = 1 among them
 REACH = 2.0  # the search's highest coefficient
 PLAIN = "task_arithmetic"  # what preparing is compared with
-MERGES = {"one": "c = 1", "tuned": "lambda", "searched": "searched"}
+LEARNING = {"algorithm": "expert_merging", "coefficients": "free", "chunks": 64, "steps": 200, "check_every": 20}
+DISTILLED = {"loss": "distillation", "hidden": 0.0}  # to the experts' logits
+ROWS = {"text": 32}  # in a batch of each task while coefficients are learned
+MERGES = {"one": "c = 1", "tuned": "lambda", "searched": "searched", "learned": "learned"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +108,7 @@ class Case:
         given: Settings of the recipe from the command line.
         kept_in: The folder that keeps results.
         search: Whether a search goes on from the operator's vectors.
+        learning: Settings of the coefficients by gradient; None leaves them out.
     """
 
     family: str
@@ -93,6 +117,7 @@ class Case:
     given: Mapping[str, Any]
     kept_in: Path
     search: bool = True
+    learning: Mapping[str, Any] | None = None
 
     @cached_property
     def merge(self) -> tuple[str, dict[str, Any]]:
@@ -143,6 +168,18 @@ class Case:
                 raise
         return Recipe.from_yaml(self._file, {**changes, "calibration": []})  # nothing has a use for it
 
+    def learner(self) -> Recipe:
+        """The family's recipe with coefficients by gradient, without held-out data.
+
+        Raises:
+            InputError: The operator mixes no vectors that a gradient could weigh.
+        """
+        changes: dict[str, Any] = {"search": dict(self.learning or {}), "budget.evaluations": 1000}
+        for i in range(len(self.tasks)):
+            changes |= {f"calibration.{i}.{key}": value for key, value in DISTILLED.items()}
+            changes[f"calibration.{i}.batch"] = ROWS.get(self.family, 512)
+        return replace(self, given={**changes, **self.given}).recipe(held_out=False)
+
     def judge(self) -> Judge:
         """A judge of the operator's merges. Its worker has the calibration tasks, so it can prepare."""
         recipe = self.recipe()
@@ -158,6 +195,8 @@ def row(case: Case) -> Found:
     try:
         shot = kept(case.folder / "shot.json", lambda: one_shot(case))
         found = kept(case.folder / "searched.json", lambda: searched(case, shot)) if case.search else {}
+        if case.learning is not None:
+            found |= kept(case.folder / f"learned-{recipe_key(case.learner())}.json", lambda: learned(case))
     except EcotoneError as error:
         print(f"{case.family} {case.seed} {case.operator}: {error}", flush=True)
         return {**about, "error": error.message}
@@ -198,11 +237,34 @@ def searched(case: Case, shot: Found) -> Found:
         best = run.trial(int(run.status()["best"]["id"])).genome
         judge = case.judge()
         found = both(judge, best)
-    shutil.rmtree(case.folder / "cache", ignore_errors=True)
+    if case.learning is None:
+        shutil.rmtree(case.folder / "cache", ignore_errors=True)
     coefficients = best.coefficients.tolist()
     if mean(shot["one"]["search"]) >= mean(found["search"]):
         found, coefficients = shot["one"], [case.unit.tolist()]
     return {"searched": found, "coefficients": coefficients, "seconds": passed, "evaluations": 1 + evaluations}
+
+
+def learned(case: Case) -> Found:
+    """The best check of the coefficients by gradient; the first check is the merge that they begin with."""
+    began, recipe = time.perf_counter(), case.learner()
+    with caching_in(case.folder / "cache"):
+        run = finished(recipe, case.folder / f"learning-{recipe_key(recipe)}")
+        passed = time.perf_counter() - began
+        found = both(case.judge(), run.trial(int(run.status()["best"]["id"])).genome)
+    shutil.rmtree(case.folder / "cache", ignore_errors=True)
+    return {"learned": found, "learning": passed, "cost": cost_of(run, recipe)}
+
+
+def begun(case: Case) -> Found:
+    """Merges of task vectors by coefficients that are solved from their inner products, by solver."""
+    judge, found = case.judge(), {}
+    for name in SOLVERS.names():
+        search = {"algorithm": "one_shot", "start": {"solve": name}}
+        recipe = replace(case, given={"search": search, **case.given}).recipe(held_out=False)
+        run = finished(recipe, case.folder / f"begun-{name}-{recipe_key(recipe)}")
+        found[name] = both(judge, run.trial(0).genome)
+    return found
 
 
 def reference(family: str, seed: int, given: Mapping[str, Any], folder: Path) -> Found:
@@ -287,6 +349,7 @@ def line(operator: str, found: Sequence[Found], known: Mapping[int, Found]) -> d
     evaluation = statistics.fmean(one["evaluation"] for one in found)
     merges = [merge for merge in MERGES if merge in found[0]]
     spent = {"one": 0, "tuned": len(LAMBDAS), "searched": max(one.get("evaluations", 0) for one in found)}
+    spent["learned"] = round(statistics.fmean(one.get("cost", 0) for one in found))
     return {
         "operator": operator,
         **{merge: spread([mean(one[merge]["test"]) for one in found]) for merge in merges},
@@ -296,6 +359,7 @@ def line(operator: str, found: Sequence[Found], known: Mapping[int, Found]) -> d
         "evaluation": evaluation,
         "preparing in evaluations": statistics.fmean(preparing) / evaluation,
         "search": statistics.fmean(one.get("seconds", 0) for one in found),
+        "learning": statistics.fmean(one.get("learning", 0) for one in found),
         "evaluations": {merge: spent[merge] for merge in merges},
     }
 
@@ -312,7 +376,7 @@ def told(family: str, found: Mapping[str, Any]) -> str:
     models = ", ".join(f"{name} {number(one)}" for name, one in found["models"].items())
     spent = next((one["evaluations"] for one in found["lines"] if "error" not in one), {})
     header = ["operator", *(cell for merge in spent for cell in (MERGES[merge], "gap closed")), "lambda by seed"]
-    header += ["preparing, s", "in evaluations", "evaluation, s", "search, s"]
+    header += ["preparing, s", "in evaluations", "evaluation, s", "search, s", "learning, s"]
     body = [
         [one["operator"], one["error"].replace("|", "/"), *[""] * (len(header) - 2)] if "error" in one else cells(one)
         for one in found["lines"]
@@ -327,7 +391,9 @@ def cells(one: Mapping[str, Any]) -> list[str]:
     """An operator's line in a table."""
     scores = [cell for merge, gap in one["gaps"].items() for cell in (number(one[merge]), number(gap, 2))]
     lambdas = ", ".join(f"{value:g}" for value in one["lambdas"])
-    seconds = [f"{one[name]:.3g}" for name in ("preparing", "preparing in evaluations", "evaluation", "search")]
+    seconds = [
+        f"{one[name]:.3g}" for name in ("preparing", "preparing in evaluations", "evaluation", "search", "learning")
+    ]
     return [one["operator"], *scores, lambdas, *seconds]
 
 
@@ -342,6 +408,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seeds", type=numbers, default=numbers("0-2"), help="such as 0-23 or 0,3,8-11")
     found.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="of the recipe")
     found.add_argument("--no-search", action="store_false", dest="search", help="leave the searches out")
+    found.add_argument("--learn", action="store_true", help="learn coefficients by gradient, too")
+    found.add_argument("--steps", type=int, default=LEARNING["steps"], help="of the gradient")
     found.add_argument("--cache", type=Path, help="folder that keeps runs, for the next time")
     found.add_argument("--out", type=Path, default=HERE / "results" / "oneshot.json")
     return found
@@ -351,11 +419,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     given = parse_settings(options.settings)
     rows, references = [], []
+    steps = {"steps": options.steps, "check_every": max(1, options.steps // 10)}
+    learning = {**LEARNING, **steps} if options.learn else None
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.cache or Path(temporary)
         for family, seed in product(options.family, options.seeds):
             references.append(reference(family, seed, given, folder))
-            cases = (Case(family, seed, name, given, folder, options.search) for name in options.operators)
+            cases = (Case(family, seed, name, given, folder, options.search, learning) for name in options.operators)
             rows += map(row, cases)
     families = {family: summary(rows, references, family) for family in options.family}
     text = "\n\n".join(told(family, found) for family, found in families.items())
