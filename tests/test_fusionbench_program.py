@@ -6,8 +6,8 @@ FusionBench (Tang et al. 2024, arXiv:2406.03280) is the public implementation of
     vector, Consensus with TALL masks, TSV-M, ISO-C, ISO-CTS, OPCM, KnOTS-TIES, WUDI once its descent has converged,
     RegMean (also with shrunk Gram matrices), RegMean++, Fisher merging (also normalised), Model Stock of two experts
 
-Where defaults differ, the settings of `CASES` say the same to both, and a comment says how. It has none of our other
-operators. Tolerances stand in `NEAR`, by type, as shares of a tensor's largest change.
+Where defaults differ, the settings of `CASES` say the same to both, and a comment says how. FusionBench has none of our
+other operators. Tolerances stand in `NEAR`, by type, as shares of a tensor's largest change.
 
 ECOTONE_FUSIONBENCH is the Python of an environment that FusionBench is installed in (`make fusionbench` makes one).
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -342,11 +342,11 @@ class Case:
 
 
 NEAR = {
-    "sums": {torch.float32: 2e-6, torch.float64: 1e-14},
-    "matrices": {torch.float32: 1e-5, torch.float64: 1e-13},
+    "sums": {torch.float32: 4e-6, torch.float64: 5e-14},
+    "matrices": {torch.float32: 2e-5, torch.float64: 2e-13},
     "solutions": {torch.float32: 1e-4, torch.float64: 1e-12},
     "angles": {torch.float32: 2e-6, torch.float64: 1e-6},  # it takes cosines in float32
-    "descent": {torch.float64: 1e-4},
+    "descent": {torch.float64: 2e-4},
 }
 """The largest differences, as shares of a tensor's largest change. Solutions are of ill-conditioned equations."""
 
@@ -608,18 +608,36 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[dict[str,
     return {key: (load_file(job["out"]), ours[key], places[key]) for key, job in zip(TRIED, jobs, strict=True)}
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), TRIED, ids=[f"{name}, {dtype}".replace("torch.", "") for name, dtype in TRIED]
-)
+def gap(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest difference, as a share of the largest change of its tensor by our merge, and the tensor's name."""
+    found = []
+    for key, tensor in theirs.items():
+        mine = ours[key].double()
+        change = float((mine - base[key].double()).abs().max())
+        found.append((float((tensor.double() - mine).abs().max()) / (change or 1.0), key))
+    return max(found)
+
+
+def labels(tried: Sequence[tuple[str, torch.dtype]]) -> list[str]:
+    return [f"{name}, {dtype}".replace("torch.", "") for name, dtype in tried]
+
+
+@pytest.mark.parametrize(("name", "dtype"), TRIED, ids=labels(TRIED))
 def test_the_merge_is_ours(name: str, dtype: torch.dtype, pairs: Any) -> None:
     theirs, ours, folder = pairs[name, dtype]
+    assert set(theirs) == set(ours)
+    assert {tensor.dtype for tensor in ours.values()} == {dtype}
+    worst, key = gap(theirs, ours, load_file(folder / "base.safetensors"))
+    print(f"{name}, {dtype}: {key} differs most, by {worst:.1e} of its largest change")
+    assert worst <= NEAR[CASES[name].near][dtype], f"{key}: {worst:.2e}"
+
+
+@pytest.mark.parametrize(("name", "dtype"), TRIED, ids=labels(TRIED))
+def test_no_other_method_would_pass(name: str, dtype: torch.dtype, pairs: Any) -> None:
+    """The models tell all methods apart but those that are one merge."""
+    theirs, _, folder = pairs[name, dtype]
     base = load_file(folder / "base.safetensors")
-    assert set(theirs) <= set(ours)
-    far = {}
-    for key, tensor in theirs.items():
-        assert ours[key].dtype == dtype
-        change = float((ours[key].double() - base[key].double()).abs().max())
-        far[key] = float((tensor.double() - ours[key].double()).abs().max()) / (change or 1.0)
-    worst = max(far, key=far.__getitem__)
-    print(f"{name}, {dtype}: {worst} differs most, by {far[worst]:.1e} of its largest change")
-    assert far[worst] <= NEAR[CASES[name].near][dtype], f"{worst}: {far[worst]:.2e}"
+    for other, case in CASES.items():
+        same = other == name or {other, name} == {"ties, a sum", "ties_vectors"}
+        if case.family == CASES[name].family and dtype in case.dtypes and not same:
+            assert gap(theirs, pairs[other, dtype][1], base)[0] > 0.05, other
