@@ -2,9 +2,12 @@
 
 FusionBench (Tang et al. 2024, arXiv:2406.03280) is the public implementation of many one-shot methods. These agree:
 
-    the average, task arithmetic, SLERP, TIES (mean and sum), DARE and DARE with TIES (given our masks), EMR's unified
-    vector, Consensus with TALL masks, TSV-M, ISO-C, ISO-CTS, OPCM, KnOTS-TIES, WUDI once its descent has converged,
-    RegMean (also with shrunk Gram matrices), RegMean++, Fisher merging (also normalised), Model Stock of two experts
+    the average, task arithmetic, SLERP, TIES (mean and sum), EMR's unified vector, Consensus with TALL masks, TSV-M,
+    ISO-C, ISO-CTS, OPCM, KnOTS-TIES, RegMean (also with shrunk Gram matrices), RegMean++, Model Stock of two experts
+
+These agree given the same in between: DARE and DARE with TIES given our masks, Fisher merging (also normalised) given the
+exact Fisher information, which the driver computes by itself. WUDI agrees once its descent has converged; its usual 300
+steps end elsewhere.
 
 Where defaults differ, the settings of `CASES` say the same to both, and a comment says how. FusionBench has none of our
 other operators. Tolerances stand in `NEAR`, by type, as shares of a tensor's largest change.
@@ -397,7 +400,7 @@ CASES = {
         at=1.0,
     ),
     "emr": Case("emr"),
-    # With the weights as its masks' text has them: its algorithm compares task vectors with the base.
+    # By its functions of masks: its algorithm of TALL masks compares task vectors with the base's weights.
     "consensus": Case(
         "consensus",
         {"tall_mask_lambda": 0.4, "prun_thre_k": 2, "scaling_factor": 0.4},
@@ -449,7 +452,7 @@ CASES = {
         family="no biases",
         near="solutions",
     ),
-    # The weights come from the driver: its own square sums of slopes over classes, so they are no Fisher information.
+    # Its own weights square sums of slopes over classes and batches, so they are no Fisher information.
     "fisher": Case(
         "fisher",
         {
