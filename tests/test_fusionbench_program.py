@@ -5,9 +5,9 @@ FusionBench (Tang et al. 2024, arXiv:2406.03280) is the public implementation of
     the average, task arithmetic, SLERP, TIES (mean and sum), EMR's unified vector, Consensus with TALL masks, TSV-M,
     ISO-C, ISO-CTS, OPCM, KnOTS-TIES, RegMean (also with shrunk Gram matrices), RegMean++, Model Stock of two experts
 
-These agree given the same in between: DARE and DARE with TIES given our masks, Fisher merging (also normalised) given the
-exact Fisher information, which the driver computes by itself. WUDI agrees once its descent has converged; its usual 300
-steps end elsewhere.
+These agree given the same in between: DARE and DARE with TIES given our masks, Fisher merging (also normalised) given
+the exact Fisher information, which the driver computes by itself. WUDI agrees once its descent has converged; its usual
+300 steps end elsewhere.
 
 Where defaults differ, the settings of `CASES` say the same to both, and a comment says how. FusionBench has none of our
 other operators. Tolerances stand in `NEAR`, by type, as shares of a tensor's largest change.
