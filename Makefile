@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 MERGEKIT := .venv-mergekit/.installed
+FUSIONBENCH := .venv-fusionbench/.installed
 SITE := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
 
 # Processes that tests run in. All of them, and those that they start, import the same modules, so byte code is kept.
@@ -10,7 +11,7 @@ JOBS ?= logical
 PARALLEL := -n $(JOBS) --dist worksteal
 test test-all: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all faults soak mergekit docs families lint install clean
+.PHONY: demo test test-all faults soak mergekit fusionbench docs families lint install clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -46,6 +47,17 @@ $(MERGEKIT): $(INSTALLED)
 mergekit: $(MERGEKIT)
 	ECOTONE_MERGEKIT=.venv-mergekit/bin/python $(BIN)/python -m pytest tests/test_mergekit_program.py tests/test_starts_mergekit.py
 
+# FusionBench wants many packages, of which the modules that are tried import these and the project's own.
+$(FUSIONBENCH): $(INSTALLED)
+	$(PYTHON) -m venv .venv-fusionbench
+	$(BIN)/python $(SITE) > $$(.venv-fusionbench/bin/python $(SITE))/project.pth
+	.venv-fusionbench/bin/pip install -q --no-deps fusion-bench==0.2.33 lightning==2.6.6 lightning-utilities==0.15.3 \
+	  torchmetrics==1.9.0 hydra-core==1.3.8 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 bidict==0.24.1
+	touch $@
+
+fusionbench: $(FUSIONBENCH)
+	ECOTONE_FUSIONBENCH=.venv-fusionbench/bin/python $(BIN)/python -m pytest tests/test_fusionbench_program.py
+
 # Every field of a recipe on one page, from the declarations themselves.
 docs: $(INSTALLED)
 	$(BIN)/python -m ecotone.experiments.fields docs/fields.md
@@ -62,4 +74,4 @@ lint: $(INSTALLED)
 	PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=$(CURDIR) $(BIN)/pyright --verifytypes ecotone --ignoreexternal
 
 clean:
-	rm -rf .venv .venv-mergekit .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf .venv .venv-mergekit .venv-fusionbench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
