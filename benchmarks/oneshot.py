@@ -80,7 +80,6 @@ from ecotone.merging import operators
 from ecotone.populations.errors import EcotoneError, InputError
 from ecotone.populations.folders import cache_folder
 from ecotone.populations.genome import Floats, Genome
-from ecotone.search.starts.registry import SOLVERS
 
 FAMILIES = {
     "digits-adamerging": "digits-adamerging.yaml",
@@ -93,6 +92,7 @@ REACH = 2.0  # the search's highest coefficient
 PLAIN = "task_arithmetic"  # what preparing is compared with
 LEARNING = {"algorithm": "expert_merging", "coefficients": "free", "chunks": 64, "steps": 200, "check_every": 20}
 DISTILLED = {"loss": "distillation", "hidden": 0.0}  # to the experts' logits
+STARTS = ("average", "lines", "model_stock", "multi_slerp", "karcher")
 ROWS = {"text": 32}  # in a batch of each task while coefficients are learned
 MERGES = {"one": "c = 1", "tuned": "lambda", "searched": "searched", "learned": "learned"}
 
@@ -259,7 +259,7 @@ def learned(case: Case) -> Found:
 def begun(case: Case) -> Found:
     """Merges of task vectors by coefficients that are solved from their inner products, by solver."""
     judge, found = case.judge(), {}
-    for name in SOLVERS.names():
+    for name in STARTS:
         search = {"algorithm": "one_shot", "start": {"solve": name}}
         recipe = replace(case, given={"search": search, **case.given}).recipe(held_out=False)
         run = finished(recipe, case.folder / f"begun-{name}-{recipe_key(recipe)}")

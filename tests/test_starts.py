@@ -669,3 +669,12 @@ def test_records_and_signatures_of_recipes_without_a_start_stay(toys: Path) -> N
 def test_mistakes_are_told_with_the_field(toys: Path, start: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         toy_recipe(toys, BAYES | {"start": start})
+
+
+@pytest.mark.parametrize(
+    ("weighs", "solver"), [("prepared", "one_shot"), ("task_vectors", "model_stock"), ("models", "average")]
+)
+def test_auto_is_the_solver_that_suits_what_is_weighed(weighs, solver):
+    models = Geometry(space_of(vectors_of(3)), weighs, np.full(3, 0.7) if weighs == "prepared" else None)
+    auto, named = (SOLVERS.get(name, "solve").model_validate({"solve": name}) for name in ("auto", solver))
+    assert np.array_equal(auto.coefficients(models), named.coefficients(models))

@@ -17,6 +17,7 @@ SOLVERS: Registry[type[Solver]] = Registry(
     "solver",
     "ecotone.starts",
     {
+        "auto": "ecotone.search.starts.auto:AutoSettings",
         "one_shot": "ecotone.search.starts.plain:OneShotSettings",
         "average": "ecotone.search.starts.plain:AverageSettings",
         "mwa": "ecotone.search.starts.plain:MwaSettings",
