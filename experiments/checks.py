@@ -21,6 +21,7 @@ from ecotone.extras import how_to_install
 from ecotone.fitness.callables import resolve
 from ecotone.fitness.former_names import present_name
 from ecotone.fitness.kinds import NamedCall
+from ecotone.fitness.preparing.likeness import Likeness
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.worker import Worker, needs_of
 from ecotone.merging import companions
@@ -33,7 +34,7 @@ from ecotone.merging.models.lora import adapters_in
 from ecotone.merging.models.matching import Renamed
 from ecotone.merging.models.names import names_of
 from ecotone.merging.operators.stack import preparing
-from ecotone.merging.operators.whole import FromData
+from ecotone.merging.operators.whole import FromData, WholeMatrices
 from ecotone.merging.placement import Bytes, Free, Needs, Placement, readable, settled
 from ecotone.merging.sources import Sources
 from ecotone.merging.values import refuse_nan, with_nan
@@ -68,6 +69,7 @@ def validate(recipe: Recipe, *, headers: bool = False) -> list[Finding]:
     found = list(findings(composition))
     if not headers and composition.prepared and _device(recipe)[1]:
         found += _values(composition.sources)
+        found += _likeness(composition.sources)
         found += _contents(composition)
         found += tried_out(composition)
     return found
@@ -83,6 +85,20 @@ def _values(sources: Sources) -> Iterator[Finding]:
     refuse_nan(with_nan(sources.layout, models))
     sources.check_kept()
     yield Finding("values", "no NaN among the weights")
+
+
+def _likeness(sources: Sources) -> Iterator[Finding]:
+    """How long the task vectors are and how alike, if reading them takes seconds."""
+    models = sources.checkpoints
+    if sources.base is None or sum(model.nbytes for model in models) > READ_BYTES:
+        return
+    operator, likeness = sources.operator, Likeness(sources.names)
+    for name in sources.layout.tensors:
+        values = [model.tensor(name).float() for model in (sources.base, *sources.experts)]
+        likeness.add(values[0], values[1:])
+    yield Finding("task vectors", likeness.summary)
+    for warning in likeness.warnings(not isinstance(operator, WholeMatrices) or operator.unites):
+        yield Finding("task vectors", f"Warning: {warning}")
 
 
 def _contents(composition: compose.Composition) -> Iterator[Finding]:

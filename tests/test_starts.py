@@ -586,6 +586,19 @@ def task_vectors(base: Path, experts: Sequence[Path]) -> list[Vector]:
     ]
 
 
+def test_validate_tells_how_alike_the_task_vectors_are(toys: Path) -> None:
+    recipe = toy_recipe(toys, BAYES)
+    base, *experts = (toys / f"{name}.safetensors" for name in ("base", "left", "middle", "right"))
+    flat = np.concatenate([piece.reshape(3, -1) for piece in task_vectors(base, experts)], axis=1)
+    lengths = np.linalg.norm(flat, axis=1)
+    cosines = ((flat @ flat.T) / np.outer(lengths, lengths))[np.triu_indices(3, 1)]
+    told = next(one.text for one in validate(recipe) if one.subject == "task vectors")
+    assert told.endswith(f"of the base's length, cosines {cosines.min():.2g} to {cosines.max():.2g}")
+    (toys / "middle.safetensors").write_bytes((toys / "left.safetensors").read_bytes())
+    told = [one.text for one in validate(recipe) if one.subject == "task vectors"]
+    assert any(text.startswith("Warning: left and middle are nearly the same (cosine 1.00") for text in told)
+
+
 def test_validate_names_the_start(toys: Path) -> None:
     texts = {one.subject: one.text for one in validate(toy_recipe(toys, BAYES | {"start": SEVERAL}))}
     assert texts["search.start"] == (

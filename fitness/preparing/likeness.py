@@ -42,6 +42,15 @@ class Likeness:
         found: Floats = np.divide(self._products, scale, out=np.zeros_like(scale), where=scale > 0)
         return found
 
+    @property
+    def summary(self) -> str:
+        """Lengths as shares of the base's, and cosines, in words."""
+        shares = np.sqrt(np.diagonal(self._products)) / max(self._base**0.5, 1e-300)
+        text = f"{_between(shares)} of the base's length"
+        if len(self._names) > 1:
+            text += f", cosines {_between(self.cosines[np.triu_indices(len(self._names), 1)])}"
+        return text
+
     def warnings(self, unites: bool) -> Iterator[str]:
         """Sentences about experts that are nearly the same, are the base, or have little to do with it.
 
@@ -61,3 +70,8 @@ class Likeness:
             elif length > FAR * self._base**0.5:
                 share = length / max(self._base**0.5, 1e-300)
                 yield f"the task vector of {name} is {share:.1f} times as long as the base: was it tuned from it?"
+
+
+def _between(values: Floats) -> str:
+    low, high = (f"{value:.2g}" for value in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
