@@ -7,9 +7,9 @@ arXiv:2212.09849) needs A alone, Fisher merging (Matena & Raffel 2022, arXiv:211
 
 Rows are tokens, or examples where there are no tokens. No labels are read. The expectation over labels is a sum over
 the classes c, E[g gᵀ] = sum_c p_c g_c g_cᵀ, and not a label drawn by p: a rare label has large slopes, so draws are
-noisy where predictions are sure. It takes ``passes`` backward passes. The classes of a row are dealt out to the passes, the
-most probable ones to a pass each, and those of one pass are added with random signs s: the mean of
-(sum_c s_c sqrt(p_c) g_c)(...)ᵀ is the sum over them. With as many passes as classes nothing is random, unless there are
+noisy where predictions are sure. It takes ``passes`` backward passes. The classes of a row are dealt out to the
+passes, the most probable ones to a pass each, and those of one pass are added with random signs s: the mean of (sum_c
+s_c sqrt(p_c) g_c)(...)ᵀ is the sum over them. With as many passes as classes nothing is random, unless there are
 predictions by token: those of one example are told apart by the signs.
 """
 
@@ -199,7 +199,8 @@ def _slopes_of_logits(
     exact = count == classes and logits.ndim == 2  # slopes of several tokens need signs to be told apart
     counts = None if mask is None or mask.shape != logits.shape[:-1] else mask.reshape(-1, 1)
     rows, signs, most = logits.reshape(-1, classes), None, torch.empty(0)
-    pieces = list(torch.arange(len(rows)).split(max(1, PIECE // classes)))
+    step = max(1, PIECE // classes)
+    pieces = [slice(low, low + step) for low in range(0, len(rows), step)]
     if not exact:
         signs = torch.randint(2, rows.shape, generator=generator, dtype=torch.int8).to(rows.device).mul_(2).sub_(1)
         most = torch.cat([rows[piece].softmax(-1).topk(count).indices for piece in pieces])
@@ -207,11 +208,12 @@ def _slopes_of_logits(
     for turn in range(count):
         slopes = torch.empty_like(rows)
         for piece in pieces:
-            wanted = (dealt == turn).expand(len(piece), classes)
+            outer = rows[piece].softmax(-1).sqrt_()
+            wanted = (dealt == turn).expand(outer.shape)
             if signs is not None:
-                ranks = (dealt[:count] == turn).expand(len(piece), count)
+                ranks = (dealt[:count] == turn).expand(len(outer), count)
                 wanted = signs[piece] * wanted.scatter(-1, most[piece], ranks)
-            outer = rows[piece].softmax(-1).sqrt_() * wanted
+            outer *= wanted
             if counts is not None:
                 outer *= counts[piece]
             likelihoods = rows[piece].log_softmax(-1)
