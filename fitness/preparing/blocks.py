@@ -202,7 +202,8 @@ class _Record:
     def __init__(self, whole: bool) -> None:
         self.calls: list[_Call] = []
         self.hidden: Tensor | None = None
-        self._whole, self._latest, self._chained = whole, None, True
+        self._whole, self._chained = whole, True
+        self._latest: Tensor | None = None
 
     def begins(self, number: int, _module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """A block is called."""

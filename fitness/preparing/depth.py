@@ -268,8 +268,8 @@ class Depth:
 
     def _forget(self, module: str, *, within: bool) -> None:
         """Leave the merge of what lies in a module, or of all that does not."""
-        targets = {name: (place.target,) for name, place in self._names.places.items()}
-        targets |= {name: tuple(one.targets) for name, one in self._names.scattered.items()}
+        targets: dict[str, Sequence[str]] = {name: (place.target,) for name, place in self._names.places.items()}
+        targets |= {name: one.targets for name, one in self._names.scattered.items()}
         for name in list(self._merged):
             if any(one.startswith(f"{module}.") for one in targets.get(name, ())) is within:
                 del self._merged[name]

@@ -34,7 +34,7 @@ class Likeness:
     def add(self, base: Tensor, experts: Sequence[Tensor]) -> None:
         """Add a tensor of the base and of the K experts."""
         flat = [one.reshape(-1) for one in (base, *experts)]
-        for start, *others in zip(*(one.split(PIECE) for one in flat), strict=True):
+        for start, *others in zip(*(torch.split(one, PIECE) for one in flat), strict=True):
             vectors = torch.stack([other - start for other in others])
             self._products += (vectors @ vectors.mT).double().cpu().numpy()
             self._base += float(start.double().square().sum())

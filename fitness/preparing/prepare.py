@@ -52,7 +52,7 @@ from ecotone.merging.models.names import Names, names_of
 from ecotone.merging.operators.rcp import Rcp
 from ecotone.merging.operators.stack import Stack, preparing
 from ecotone.merging.operators.task_vectors import Pieces
-from ecotone.merging.operators.whole import FromData, Known, Layer, Report, Wanted, WholeMatrices
+from ecotone.merging.operators.whole import FromData, Known, Report, Wanted, WholeMatrices
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import EcotoneError, InputError, sentence, told
 
@@ -247,7 +247,7 @@ class Preparation:
             elif unit.at.kind == "rest" and len(unit.at.shape) > 1:
                 report.warnings.append("matrices that are no linear layers have the mean of their task vectors")
             for name in unit.names:
-                self._prepare_rest(replace(unit.at, name=name), [one.tensor(name) for one in models], report, writer)
+                self._prepare_rest(unit, name, [one.tensor(name) for one in models], report, writer)
             self._told(unit, report)
             return
         kind = self._kind(unit)
@@ -271,16 +271,17 @@ class Preparation:
             self._keep(name, base, vectors, writer)
         self._told(unit, report)
 
-    def _prepare_rest(self, at: Layer, stored: Sequence[Tensor], report: Report, writer: Writer) -> None:
+    def _prepare_rest(self, unit: Unit, name: str, stored: Sequence[Tensor], report: Report, writer: Writer) -> None:
         """Make the vectors of a tensor that is no matrix, and write them: piece by piece, as tables are large."""
         operator, size = self._operator, stored[0].numel()
+        at, kind = replace(unit.at, name=name), self._kind(unit)
         step = PIECE if operator.rest_by_element else max(size, 1)
         flat = [one.reshape(-1) for one in stored] if operator.rest_by_element else stored
         for low in range(0, max(size, 1), step):
             parts = [one[low : low + step] if operator.rest_by_element else one for one in flat]
-            base, *experts = (one.to(self._device, torch.float64) for one in parts)
+            base, *experts = (one.to(self._device, kind) for one in parts)
             self._likeness.add(base, experts)
-            self._keep(at.name, base, operator.rest(at, base, experts, report), writer, low)
+            self._keep(name, base, operator.rest(at, base, experts, report), writer, low)
 
     def _told(self, unit: Unit, report: Report) -> None:
         if report.numbers:
