@@ -10,7 +10,7 @@ process of its own. An evaluation is a forward pass over the texts of all tasks,
 
 Seconds are those of stages: forward passes (``passes``), sums of second moments (``moments``), passes with graphs and
 backward passes (``slopes``), what operators do with matrices (``solves``), and all else (``rest``: models are read and
-vectors written). Bytes are those that no file backs, at their peak, less those before. Large allocations go back to the
+vectors written). Bytes are those that no file backs, at their peak, less those before. What is freed goes back to the
 system at once, which takes some time. The formulas are in ``preparing_costs.py``: operations by stage, and bytes by
 what holds them. By them, what was measured is extended to all 30 blocks, and to a decoder of Llama's kind with 7
 billion weights in bfloat16: each stage keeps the speed that it has here. Writes ``benchmarks/results/preparing.json``
@@ -330,7 +330,7 @@ def in_own_process(arguments: argparse.Namespace, operator: str, directory: str)
     plain = ("experts", "examples", "length", "batch", "passes", "blocks", "threads")
     options = [part for key in plain for part in (f"--{key}", str(getattr(arguments, key)))]
     command = [sys.executable, __file__, *options, "--operator", operator, "--directory", directory]
-    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "MALLOC_MMAP_THRESHOLD_": str(2**22)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads), "MALLOC_MMAP_THRESHOLD_": str(2**16)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told

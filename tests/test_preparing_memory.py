@@ -16,7 +16,9 @@ from ecotone.fitness.preparing.prepare import basis_of
 from ecotone.fitness.specs import WorkerSpec
 from ecotone.fitness.statistics import moments
 from ecotone.fitness.statistics.moments import SlopeSettings
+from ecotone.merging import operators
 from ecotone.merging.basis import Bases
+from ecotone.merging.operators.whole import Layer, Report, WholeMatrices
 from ecotone.merging.sources import Sources
 from ecotone.populations.errors import InputError
 from ecotone.settings import Call
@@ -30,7 +32,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
+        self.peak = self._total = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -38,10 +40,13 @@ class Live(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for one in tree_leaves(made):
             if isinstance(one, Tensor) and (storage := one.untyped_storage())._cdata not in given:
+                self._total -= self._alive.get(storage._cdata, (None, 0))[1]
+                self._total += storage.nbytes()
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        if sum(size for _, size in self._alive.values()) > self.peak:
+        if self._total > self.peak:  # unless some are gone
             self._alive = {key: each for key, each in self._alive.items() if not each[0].expired()}
-            self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+            self._total = sum(size for _, size in self._alive.values())
+            self.peak = max(self.peak, self._total)
         return made
 
 
@@ -176,6 +181,22 @@ def test_pieces_come_one_after_the_other(tmp_path):
             writer.put("scale", parts)
         with pytest.raises(InputError, match=r"found none of embed\.weight, layer\.weight, scale"):
             writer.finish({})
+
+
+PREPARING = [name for name in operators.OPERATORS.usable() if isinstance(operators.get(name), WholeMatrices)]
+
+
+@pytest.mark.parametrize("name", PREPARING)
+def test_what_is_no_matrix_is_made_element_by_element_where_the_operator_says_so(name):
+    operator = operators.get(name)
+    base, *experts = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+    at = Layer("scale", "rest", (4, 5))
+    whole = torch.stack(list(operator.rest(at, base, experts, Report()))).flatten(1)
+    flat = [one.flatten().split(7) for one in (base, *experts)]
+    pieces = [
+        torch.stack(list(operator.rest(at, first, others, Report()))) for first, *others in zip(*flat, strict=True)
+    ]
+    assert torch.equal(torch.cat(pieces, 1), whole) is operator.rest_by_element
 
 
 # -- logits ------------------------------------------------------------------------------------------------------
