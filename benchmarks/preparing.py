@@ -73,8 +73,10 @@ def main(words: Sequence[str] | None = None) -> None:
             rows.append(row(in_own_process(arguments, operator, directory), arguments))
             print(f"{operator}: {rows[-1]['seconds']:.0f} s, {rows[-1]['bytes'] / 1e6:.0f} MB", flush=True)
     settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "directory", "operator")}
-    text = told(rows, arguments)
-    written(arguments.out, {"machine": machine(), "settings": settings, "large": LARGE, "rows": rows}, text)
+    load = os.getloadavg()[-1]
+    text = told(rows, arguments, load)
+    record = {"machine": machine(), "load": load, "settings": settings, "large": LARGE, "rows": rows}
+    written(arguments.out, record, text)
     print(f"\n{text}")
 
 
@@ -369,7 +371,7 @@ def extended(found: dict[str, Any], job: Job, other: Job) -> dict[str, Any]:
     return {"stages": costs.scaled(found["stages"], job, other), "evaluation": evaluated}
 
 
-def told(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> str:
+def told(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace, load: float) -> str:
     """The three tables in Markdown."""
     shown = f"{arguments.blocks} of {SMOLLM2.blocks} blocks" if arguments.blocks < SMOLLM2.blocks else "all blocks"
     texts = f"{arguments.experts} experts with {arguments.examples} texts of {arguments.length} tokens each"
@@ -378,7 +380,8 @@ def told(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> str:
     return "\n\n".join(
         [
             f"Preparing the vectors of models of SmolLM2-135M's shape ({shown}, random weights, float32), {texts}, "
-            f"{cores}. Seconds by stage; the last column is an extension by formulas.",
+            f"{cores}, load average {load:.1f} on {os.cpu_count()} cores: ratios say more than "
+            "seconds. Seconds by stage; the last column is an extension by formulas.",
             table(["operator", *STAGES, "rest", "all, s", "evaluation, s", "evaluations", "of 30 blocks"], times(rows)),
             "Memory that no file backs, in MB: what holds it by the formulas, and what was measured.",
             table(["operator", *PARTS, "sum", "measured", "measured / sum", "basis on disk"], memories(rows)),
@@ -429,7 +432,7 @@ def larges(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         stages, parts, total = large["stages"], large["peak"], sum(large["stages"].values())
         cells = [f"{stages.get(stage, 0) / 3600:.1f}" for stage in STAGES]
         cells += [f"{total / 3600:.1f}", f"{large['evaluation'] / 3600:.1f}", f"{total / large['evaluation']:.0f}"]
-        cells += [f"{sum(large['operations'].values()) / 1e15:.2g}"]
+        cells += [f"{sum(large['operations'].values()) / 1e15:.1f}"]
         cells += [f"{parts[part] / 1e9:.1f}" for part in PARTS]
         found.append([one["operator"], *cells, f"{sum(parts.values()) / 1e9:.1f}", f"{large['basis'] / 1e9:.1f}"])
     return found

@@ -278,6 +278,8 @@ def work_of_layers(job: Job) -> float:
     found = []
     for m, n in job.shape.layers:
         sides = n**2 + (m**2 if job.operator == "kfac" else 0)
+        if job.operator in ("tsv_m", "iso_c"):
+            sides = min(m, n) ** 2
         found.append(DOUBLE * ((job.experts + 1) * m * n + scale * (shaped * m * n + square * sides)))
     return max(found)
 
@@ -300,7 +302,7 @@ def work_of_slopes(job: Job) -> float:
 
 def work_of_tables(job: Job) -> float:
     """A table of embeddings, which is prepared in pieces."""
-    return float(DOUBLE * min(PIECE, job.shape.table) * (4 * job.experts + 2))
+    return float(DOUBLE * min(PIECE, job.shape.table) * (3 * job.experts + 1))
 
 
 def basis_bytes(job: Job) -> int:
