@@ -400,9 +400,9 @@ import test_preparing as here
 from ecotone.fitness.preparing.prepare import Preparation, basis_of
 from ecotone.merging.basis import Writer
 put, count = Writer.put, []
-def killed(self, name, vectors):
+def killed(self, name, vectors, start=0):
     count.append(name)
-    put(self, name, vectors)
+    put(self, name, vectors, start)
     if len(count) == 6:
         os.kill(os.getpid(), 9)
 Writer.put = killed
