@@ -269,7 +269,7 @@ class Writer:
         self._draft, self._target, self._layout, self._columns = draft, target, layout, tuple(columns)
         wide_first = sorted(layout.parameters.items(), key=lambda item: -item[1].dtype.itemsize)
         self._header, self._offsets = headers.written(dict(wide_first), {"ecotone": "prepared vectors"})
-        self._left = set(layout.parameters)
+        self._reached: dict[str, int] = {}  # elements, by tensor
         self._files: list[BinaryIO] = []
 
     def __enter__(self) -> Writer:
@@ -283,21 +283,26 @@ class Writer:
         for file in self._files:
             file.close()
 
-    def put(self, name: str, vectors: Sequence[Tensor]) -> None:
-        """Write a tensor of each of the K vectors, rounded to the models' type.
+    def put(self, name: str, vectors: Sequence[Tensor], start: int = 0) -> None:
+        """Write a tensor of each of the K vectors, or a piece of it, rounded to the models' type.
+
+        Pieces come one after the other: with the last one the tensor is written.
 
         Args:
             name: The tensor.
-            vectors: K tensors of its size.
+            vectors: K tensors of its size, or of the piece's.
+            start: The number of the piece's first element.
         """
         info = self._layout.parameters[name]
+        if start != self._reached.get(name, 0):
+            raise InputError(f"{name}: expected prepared elements from {self._reached.get(name, 0)}, found {start}.")
         for file, vector in zip(self._files, vectors, strict=True):
             values = vector.detach().to(info.dtype).cpu().contiguous().reshape(-1)
-            if values.numel() != info.size:
-                raise InputError(f"{name}: expected {info.size} prepared elements, found {values.numel()}.")
-            file.seek(self._offsets[name])
+            self._reached[name] = start + values.numel()
+            if self._reached[name] > info.size:
+                raise InputError(f"{name}: expected {info.size} prepared elements, found {self._reached[name]}.")
+            file.seek(self._offsets[name] + start * info.dtype.itemsize)
             file.write(values.view(torch.uint8).numpy().data)
-        self._left.discard(name)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Give the folder its name. Everything is on the disk before.
@@ -308,8 +313,9 @@ class Writer:
         Raises:
             InputError: A tensor was not written.
         """
-        if self._left:
-            raise InputError(f"expected vectors of all tensors, found none of {', '.join(sorted(self._left))}.")
+        left = [name for name, info in self._layout.parameters.items() if self._reached.get(name) != info.size]
+        if left:
+            raise InputError(f"expected vectors of all tensors, found none of {', '.join(sorted(left))}.")
         for file in self._files:
             file.close()
         paths = [Path(file.name) for file in self._files]

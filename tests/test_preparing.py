@@ -215,14 +215,15 @@ def test_block_by_block_is_the_same_as_by_whole_passes(spec, monkeypatch, operat
 
 def test_the_number_of_passes_does_not_grow_with_depth(spec, monkeypatch):
     """For each expert a block runs once to find the order, once before the first block, twice by itself, and once for
-    the layer after the blocks; and twice to see that blocks make the same alone, and that nothing skips them.
+    the layer after the blocks; and on two examples three times, to see that blocks make the same alone, and that
+    nothing skips them.
     """
     ran = []
     forward = nn.LayerNorm.forward
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, hidden: ran.append(1) or forward(self, hidden))
     basis_of(replace(spec, settings={"batch": 64}))
     blocks, experts = 2, 2
-    assert len(ran) == experts * blocks * 7
+    assert len(ran) == experts * blocks * 8
 
 
 @pytest.mark.parametrize(
@@ -399,9 +400,9 @@ import test_preparing as here
 from ecotone.fitness.preparing.prepare import Preparation, basis_of
 from ecotone.merging.basis import Writer
 put, count = Writer.put, []
-def killed(self, name, vectors):
+def killed(self, name, vectors, start=0):
     count.append(name)
-    put(self, name, vectors)
+    put(self, name, vectors, start)
     if len(count) == 6:
         os.kill(os.getpid(), 9)
 Writer.put = killed

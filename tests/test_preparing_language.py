@@ -89,7 +89,12 @@ def test_blocks_are_run_alone_with_the_same_bits(tmp_path, monkeypatch, kind):
     spec = made(tmp_path, kind)
     ran = []
     by_blocks = depth.Depth._by_blocks
-    monkeypatch.setattr(depth.Depth, "_by_blocks", lambda self, *given: ran.append(given[0]) or by_blocks(self, *given))
+
+    def watched(self, *given, **named):
+        ran.append(given[0])
+        return by_blocks(self, *given, **named)
+
+    monkeypatch.setattr(depth.Depth, "_by_blocks", watched)
     for operator, settings in (("kfac", {"ridge": 0.01}), ("regmean", {}), ("regmean_pp", {})):
         chosen = replace(spec, operator=operator, settings=settings)
         ran.clear()

@@ -10,7 +10,7 @@ hidden states of the one before it as first argument. Whether they are is found 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,8 @@ from ecotone.fitness.statistics.layers import Masks, mask_of
 
 HIDDEN = "hidden_states"
 """The keyword under which transformers pass hidden states, where they are no first argument."""
+TRIED = 2
+"""Examples on which it is found out whether blocks can be run alone."""
 
 
 @dataclass
@@ -56,14 +58,13 @@ class Standing:
     batches: list[_Batch]
     place: int = 0
 
-    def run(self, block: nn.Module, watched: Callable[[Masks], AbstractContextManager[Any]]) -> list[Tensor]:
-        """Run the block that the data stand before: what it makes of each batch.
+    def passes(self, block: nn.Module, watched: Callable[[Masks], AbstractContextManager[Any]]) -> Iterator[Tensor]:
+        """Run the block that the data stand before: what it makes of one batch after the other, as it is asked for.
 
         Args:
             block: The block, with the weights that it is to have.
             watched: Is entered around each pass, with the batch's masks.
         """
-        made = []
         for batch in self.batches:
             given, named = batch.calls[self.place]
             with torch.no_grad(), watched(batch.masks):
@@ -71,10 +72,9 @@ class Standing:
                     found = block(*given, **{**named, HIDDEN: batch.hidden})
                 else:
                     found = block(batch.hidden, *given, **named)
-            made.append(_hidden(found))
-        return made
+            yield _hidden(found)
 
-    def advance(self, made: Sequence[Tensor]) -> None:
+    def advance(self, made: Iterable[Tensor]) -> None:
         """Go on with what the block made of each batch."""
         for batch, hidden in zip(self.batches, made, strict=True):
             batch.hidden = hidden
@@ -91,37 +91,47 @@ def before_blocks(model: nn.Module, names: Sequence[str], data: Data, batch: int
         batch: Examples in a pass.
     """
     blocks = [model.get_submodule(name) for name in names]
+    if not _passed_on(model, blocks, data):
+        return None
     batches = []
     for inputs in data.examples.batches(batch):
-        with _recorded(blocks) as calls, torch.no_grad():
+        with _recorded(blocks) as record, torch.no_grad():
             outputs(model, inputs)
-        if not _in_turn(calls, blocks):
+        if not record.in_turn(len(blocks)):
             return None
-        others = [(given, named) for _, _, given, named, _ in calls]
-        batches.append(_Batch(mask_of(inputs), calls[0][1], others))
-        if len(batches) == 1 and not (
-            _again(Standing(blocks, batches), calls) and _steady(model, blocks, inputs, calls)
-        ):
-            return None
+        assert record.hidden is not None
+        batches.append(_Batch(mask_of(inputs), record.hidden, [(one.given, one.named) for one in record.calls]))
     return Standing(blocks, batches)
 
 
-def _again(standing: Standing, calls: Sequence[Any]) -> bool:
+def _passed_on(model: nn.Module, blocks: Sequence[nn.Module], data: Data) -> bool:
+    """Whether the model passes a few examples on as is assumed."""
+    inputs = data.examples.rows(torch.arange(min(TRIED, len(data.examples)))).inputs
+    with _recorded(blocks, whole=True) as record, torch.no_grad():
+        outputs(model, inputs)
+    if not record.in_turn(len(blocks)):
+        return False
+    assert record.hidden is not None
+    first = _Batch(mask_of(inputs), record.hidden, [(one.given, one.named) for one in record.calls])
+    return _again(Standing(blocks, [first]), record.calls) and _steady(model, blocks, inputs, record.calls)
+
+
+def _again(standing: Standing, calls: Sequence[_Call]) -> bool:
     """Whether the blocks, run alone one after the other, make the same again: nothing in or between them remembers."""
     known = standing.batches[0].hidden
     try:
-        for place, block in enumerate(standing.blocks):
-            if place + 1 < len(calls) and not torch.equal(standing.batches[0].hidden, calls[place][1]):
+        for block, call in zip(standing.blocks, calls, strict=True):
+            standing.advance(standing.passes(block, lambda _: nullcontext()))
+            if call.made is None or not torch.equal(standing.batches[0].hidden, call.made):
                 return False
-            standing.advance(standing.run(block, lambda _: nullcontext()))
-        return torch.equal(standing.batches[0].hidden, _hidden(calls[-1][-1]))
+        return True
     except Exception:  # a block of whatever sort may raise whatever it likes; whole passes do without running it alone
         return False
     finally:
         standing.batches[0].hidden = known
 
 
-def _steady(model: nn.Module, blocks: Sequence[nn.Module], inputs: Any, calls: Sequence[Any]) -> bool:
+def _steady(model: nn.Module, blocks: Sequence[nn.Module], inputs: Any, calls: Sequence[_Call]) -> bool:
     """Whether what the blocks get beside the hidden states stays the same when these change: nothing skips a block."""
 
     def changed(_module: nn.Module, _given: Any, made: Any) -> Any:
@@ -136,8 +146,9 @@ def _steady(model: nn.Module, blocks: Sequence[nn.Module], inputs: Any, calls: S
         return False
     finally:
         handle.remove()
-    return len(again) == len(calls) and all(
-        _same(before[2:4], after[2:4]) for before, after in zip(calls, again, strict=True)
+    return len(again.calls) == len(calls) and all(
+        _same((before.given, before.named), (after.given, after.named))
+        for before, after in zip(calls, again.calls, strict=True)
     )
 
 
@@ -164,53 +175,78 @@ def uncache(model: nn.Module) -> nn.Module:
     return model
 
 
-@contextmanager
-def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """The calls of the blocks: number, hidden states, other arguments, keywords, outputs."""
-    calls: list[Any] = []
+@dataclass
+class _Call:
+    """A call of a block.
 
-    def seen(number: int, _module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any], made: Any) -> None:
+    Args:
+        number: The block's number.
+        given: Its arguments but the hidden states.
+        named: Its keywords; those hidden states are None.
+        made: The hidden states that it made, where they are kept.
+    """
+
+    number: int
+    given: tuple[Any, ...]
+    named: dict[str, Any]
+    made: Tensor | None = None
+
+
+class _Record:
+    """The calls of blocks in one pass. Of the hidden states it keeps the first and the latest, not those of all blocks.
+
+    Args:
+        whole: Whether what each block made is kept all the same.
+    """
+
+    def __init__(self, whole: bool) -> None:
+        self.calls: list[_Call] = []
+        self.hidden: Tensor | None = None
+        self._whole, self._chained = whole, True
+        self._latest: Tensor | None = None
+
+    def begins(self, number: int, _module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """A block is called."""
         hidden, rest = (given[0], given[1:]) if given else (named.get(HIDDEN), ())
-        made = _copied(made)  # what comes after may write into it
-        calls.append((number, begun.pop(number, hidden), rest, dict(named), made))
+        if not isinstance(hidden, Tensor):
+            self._chained = False
+        elif self.hidden is None:
+            self.hidden = hidden.clone()
+        else:
+            self._chained &= self._latest is not None and torch.equal(self._latest, hidden)
+        others = {key: None if key == HIDDEN else value for key, value in named.items()}
+        self.calls.append(_Call(number, rest, others))
 
-    def begins(number: int, _module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        hidden = given[0] if given else named.get(HIDDEN)
-        begun[number] = hidden.clone() if isinstance(hidden, Tensor) else hidden
+    def ends(self, number: int, _module: nn.Module, _given: Any, made: Any) -> None:
+        """A block has been called."""
+        hidden = _hidden(made)
+        self._chained &= isinstance(hidden, Tensor) and self.calls[-1].number == number
+        self._latest = hidden.clone() if isinstance(hidden, Tensor) else None  # what comes after may write into it
+        if self._whole:
+            self.calls[-1].made = self._latest
 
-    begun: dict[int, Any] = {}
+    def in_turn(self, count: int) -> bool:
+        """Whether each of so many blocks was called once, in order, with what the one before it made."""
+        return self._chained and [call.number for call in self.calls] == list(range(count))
+
+
+@contextmanager
+def _recorded(blocks: Sequence[nn.Module], *, whole: bool = False) -> Iterator[_Record]:
+    """The calls of the blocks in the pass that is made meanwhile."""
+    record = _Record(whole)
     handles = [
         handle
         for number, block in enumerate(blocks)
         for handle in (
-            block.register_forward_pre_hook(partial(begins, number), with_kwargs=True),
-            block.register_forward_hook(partial(seen, number), with_kwargs=True),
+            block.register_forward_pre_hook(partial(record.begins, number), with_kwargs=True),
+            block.register_forward_hook(partial(record.ends, number)),
         )
     ]
     try:
-        yield calls
+        yield record
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _in_turn(calls: Sequence[Any], blocks: Sequence[nn.Module]) -> bool:
-    """Whether each block was called once, in order, with what the one before it made."""
-    if [number for number, *_ in calls] != list(range(len(blocks))):
-        return False
-    if not all(isinstance(hidden, Tensor) and isinstance(_hidden(made), Tensor) for _, hidden, _, _, made in calls):
-        return False
-    made = [_hidden(call[-1]) for call in calls[:-1]]
-    return all(torch.equal(before, after[1]) for before, after in zip(made, calls[1:], strict=True))
-
-
-def _copied(made: Any) -> Any:
-    """The outputs of a block with hidden states of their own."""
-    if isinstance(made, Tensor):
-        return made.clone()
-    if isinstance(made, tuple | list) and made and isinstance(made[0], Tensor):
-        return (made[0].clone(), *made[1:])
-    return made
 
 
 def _hidden(made: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
+from itertools import groupby, zip_longest
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from ecotone.fitness.preparing.known import (
 )
 from ecotone.fitness.preparing.layers import Unit, sorted_by_module, stages
 from ecotone.fitness.statistics.kinds import Data
-from ecotone.fitness.statistics.layers import Masks, observable_layers, taking
+from ecotone.fitness.statistics.layers import Masks, Take, observable_layers, taking
 from ecotone.fitness.statistics.moments import Moments, squares, together
 from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import Names
@@ -60,7 +62,8 @@ class Depth:
         backend: Shows the experts in ``module``.
         module: The module.
         names: The correspondence of the checkpoints' tensors and the module's.
-        merged: By the checkpoints' names, the tensors that are merged already.
+        merged: By the checkpoints' names, the tensors that are merged already. Those that no pass needs any more are
+            taken out, so that beside the module there is no second model in memory.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class Depth:
         backend: Backend,
         module: nn.Module,
         names: Names,
-        merged: Mapping[str, Tensor],
+        merged: MutableMapping[str, Tensor],
     ) -> None:
         self._operator, self._sources, self._data = operator, sources, data
         self._backend, self._module, self._names, self._merged = backend, uncache(module), names, merged
@@ -85,10 +88,15 @@ class Depth:
         by_module = sorted_by_module(found)
         self._reached = {name: by_module.pop(name) for name in order if name in by_module}
         yield from ((unit, None) for some in by_module.values() for unit in some)
-        for container, group in groupby(stages(self._module, list(self._reached)), self._container):
-            some = list(group)
+        grouped = groupby(stages(self._module, list(self._reached)), self._container)
+        left = [(container, list(group)) for container, group in grouped]
+        while left:
+            container, some = left.pop(0)
             paths = self._paths(container, some) if container else None
-            yield from self._by_passes(some) if paths is None else self._by_blocks(container, some, paths)
+            if paths is None:
+                yield from self._by_passes(some)
+            else:
+                yield from self._by_blocks(container, some, paths, last=not left)
 
     def _called(self, expert: str) -> list[str]:
         module = self._own(expert)
@@ -107,13 +115,15 @@ class Depth:
         known = next(iter(self._curved.values()), ({}, {}))
         if not kinds or all(name in known[0] or name in known[1] for name in stage):
             return
+        del known
+        self._curved.clear()  # before the next ones are made
         order = list(self._reached)
         left = {name: self._layers[name] for name in order[order.index(stage[0]) :]}
         names = {*groups(left, kinds, len(self._sources.names))[0], *stage}
         for expert in self._sources.names:
             module = self._own(expert)
             some = {name: module.get_submodule(name) for name in left if name in names}
-            self._curved[expert] = slopes_and_fisher(module, some, self._data[expert], kinds, self._operator)
+            self._curved[expert] = slopes_and_fisher(module, some, self._data[expert], kinds, self._operator)[:2]
 
     def _container(self, stage: Stage) -> str:
         """The name of the ``ModuleList`` whose member a stage is; empty for none."""
@@ -125,7 +135,7 @@ class Depth:
             yield from ((unit, known_of(unit, gathered, self._operator.wanted)) for unit in self._reached[name])
 
     def _statistics(self, expert: str, moments: Moments, own: Moments) -> Gathered:
-        rows = {layer: one.rows for layer, one in moments.sums.items()}
+        rows = moments.rows()
         slopes, fisher = self._curved.get(expert, ({}, {}))
         return Gathered(moments.means(), slopes, fisher, own.means(), rows)
 
@@ -151,6 +161,7 @@ class Depth:
                 )
                 gathered.append(self._statistics(expert, moments, own))
             yield from self._known(members, gathered)
+            del gathered  # before the next ones are made
 
     # -- block by block ------------------------------------------------------------------------------------------
 
@@ -179,9 +190,20 @@ class Depth:
             found.append(standing)
         return found
 
-    def _by_blocks(self, container: str, some: Sequence[Stage], paths: Sequence[_Path]) -> Iterator[Turn]:
-        """Stages whose data stand before each block in turn."""
+    def _by_blocks(
+        self, container: str, some: Sequence[Stage], paths: Sequence[_Path], *, last: bool
+    ) -> Iterator[Turn]:
+        """Stages whose data stand before each block in turn.
+
+        Args:
+            container: The list of blocks.
+            some: The stages.
+            paths: The experts' data before the first block.
+            last: Whether nothing comes after: then the merge of what the data have passed is not needed any more.
+        """
         members_of = dict(some)
+        if last:
+            self._forget(container, within=False)
         for name, block in self._module.get_submodule(container).named_children():
             ends = f"{container}.{name}"
             members = members_of.get(ends, [])
@@ -190,32 +212,30 @@ class Depth:
                 self._curve(members)
             gathered = [self._observed(path, ends, block, layers) for path in paths]
             yield from self._known(members, gathered)
+            del gathered  # before the next ones are made
             self._put(self._merged, only=ends)
             for path in paths:
                 for standing in path.merged:
-                    standing.advance(standing.run(block, _unwatched))
+                    standing.advance(standing.passes(block, _unwatched))
+            if last:
+                self._forget(ends, within=True)
 
     def _observed(self, path: _Path, ends: str, block: nn.Module, layers: Mapping[str, nn.Module]) -> Gathered:
         """The statistics of a block with an expert's weights; the expert's own data go on to the next block."""
         self._put(_Tensors(self._expert(path.expert)), only=ends)
         moments, own = Moments(), Moments()
-        targets = []
-        for standing in path.own:
+        for standing, alone in zip_longest(path.merged, path.own):
             rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-            own_block = standing.blocks[standing.place]
-            own_layers = {name: own_block.get_submodule(name.removeprefix(f"{ends}.")) for name in layers}
-            standing.advance(standing.run(own_block, _watching(recording, own_layers, rows)))
-            targets.append(rows)
-        for number, standing in enumerate(path.merged if layers else ()):
-            takes = [squares(moments), *([beside(targets[number], own)] if targets else [])]
-
-            def watched(masks: Masks, takes: Sequence[Any] = takes) -> AbstractContextManager[Any]:
-                stack = ExitStack()
-                for take in takes:
-                    stack.enter_context(taking(layers, masks, take))
-                return stack
-
-            standing.run(block, watched)
+            takes = [squares(moments), *([beside(rows, own)] if alone else [])]
+            passes = standing.passes(block, partial(_taken, layers, takes)) if layers else iter(())
+            if alone is None:
+                deque(passes, maxlen=0)
+            else:
+                own_block = alone.blocks[alone.place]
+                own_layers = {name: own_block.get_submodule(name.removeprefix(f"{ends}.")) for name in layers}
+                made = alone.passes(own_block, partial(_watching, recording, own_layers, rows))
+                # batch by batch, so that the outputs of one batch are kept, and not those of all
+                alone.advance(hidden for hidden, _ in zip_longest(made, passes))
         return self._statistics(path.expert, moments, own)
 
     # -- weights -----------------------------------------------------------------------------------------------
@@ -246,6 +266,14 @@ class Depth:
                 device = state[scattered.targets[0]].device
                 scattered.put(tensors[name].to(device, state[scattered.targets[0]].dtype), state)
 
+    def _forget(self, module: str, *, within: bool) -> None:
+        """Leave the merge of what lies in a module, or of all that does not."""
+        targets: dict[str, Sequence[str]] = {name: (place.target,) for name, place in self._names.places.items()}
+        targets |= {name: one.targets for name, one in self._names.scattered.items()}
+        for name in list(self._merged):
+            if any(one.startswith(f"{module}.") for one in targets.get(name, ())) is within:
+                del self._merged[name]
+
 
 class _Tensors(Mapping[str, Tensor]):
     """The tensors of a model, read when they are asked for."""
@@ -268,9 +296,15 @@ def _unwatched(_masks: Masks) -> AbstractContextManager[Any]:
 
 
 def _watching(
-    watch: Callable[..., AbstractContextManager[Any]], layers: Mapping[str, nn.Module], into: Any
-) -> Callable[[Masks], AbstractContextManager[Any]]:
-    def watched(masks: Masks) -> AbstractContextManager[Any]:
-        return watch(layers, masks, into)
+    watch: Callable[..., AbstractContextManager[Any]], layers: Mapping[str, nn.Module], into: Any, masks: Masks
+) -> AbstractContextManager[Any]:
+    return watch(layers, masks, into)
 
-    return watched
+
+@contextmanager
+def _taken(layers: Mapping[str, nn.Module], takes: Sequence[Take], masks: Masks) -> Iterator[None]:
+    """Give each of ``takes`` the inputs of the layers in the pass that is made meanwhile."""
+    with ExitStack() as stack:
+        for take in takes:
+            stack.enter_context(taking(layers, masks, take))
+        yield

@@ -95,15 +95,21 @@ def slopes_and_fisher(
     tasks: Sequence[Data],
     wanted: Sequence[Wanted],
     operator: FromData,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The means of g gᵀ and the diagonals of the Fisher information of an expert, as far as they are wanted."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+    """The means of g gᵀ and the diagonals of the Fisher information of an expert, as far as they are wanted.
+
+    Returns:
+        Both, by layer, and the number of rows of each layer.
+    """
     given = {"batch": operator.batch, **({"passes": operator.passes} if isinstance(operator, FromSlopes) else {})}
     settings = SlopeSettings.model_validate(given)
     found: list[dict[str, Tensor]] = []
+    rows: dict[str, int] = {}
     for kind, of in (("slopes", slopes_of), ("fisher", fisher_of)):
-        parts = [of(model, layers, task, settings) for task in tasks] if kind in wanted else []
-        found.append(together(parts).means())
-    return found[0], found[1]
+        whole = together(of(model, layers, task, settings) for task in (tasks if kind in wanted else ()))
+        rows |= whole.rows()
+        found.append(whole.means())
+    return found[0], found[1], rows
 
 
 def inputs_over(
@@ -119,7 +125,7 @@ def inputs_over(
         ends: The module after which a pass is broken off; None makes whole passes.
     """
     with _ending(model, ends):
-        return together([inputs_of(model, layers, task, batch) for task in tasks])
+        return together(inputs_of(model, layers, task, batch) for task in tasks)
 
 
 def outputs_by_row(
@@ -165,11 +171,10 @@ def outputs_over(
 
 
 def beside(own: Mapping[str, list[Tensor]], found: Moments) -> Take:
-    """Takes rows of inputs x, and adds up x yᵀ, (in + 1, out), with the rows y of ``own`` in their turn."""
-    turns = {name: iter(rows) for name, rows in own.items()}
+    """Takes rows of inputs x, and adds up x yᵀ, (in + 1, out), with the rows y that it takes out of ``own`` in turn."""
 
     def take(name: str, rows: Tensor) -> None:
-        targets = next(turns[name]).to(rows.device)
+        targets = own[name].pop(0).to(rows.device)
         found.add(name, with_one(rows).mT @ targets.double(), len(rows))
 
     return take

@@ -15,6 +15,9 @@ ALIKE = 0.9
 FAR = 1.0
 """The length of a task vector, as a share of the base's, above which an expert counts as unrelated to the base."""
 
+PIECE = 2**20
+"""Elements of a tensor that are worked on at a time, so that a table takes no more memory than a layer."""
+
 
 class Likeness:
     """Inner products of task vectors, added up tensor by tensor.
@@ -30,9 +33,11 @@ class Likeness:
 
     def add(self, base: Tensor, experts: Sequence[Tensor]) -> None:
         """Add a tensor of the base and of the K experts."""
-        vectors = torch.stack([(expert - base).reshape(-1) for expert in experts])
-        self._products += (vectors @ vectors.mT).double().cpu().numpy()
-        self._base += float(base.double().square().sum())
+        flat = [one.reshape(-1) for one in (base, *experts)]
+        for start, *others in zip(*(torch.split(one, PIECE) for one in flat), strict=True):
+            vectors = torch.stack([other - start for other in others])
+            self._products += (vectors @ vectors.mT).double().cpu().numpy()
+            self._base += float(start.double().square().sum())
 
     @property
     def cosines(self) -> Floats:

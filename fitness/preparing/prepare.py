@@ -8,6 +8,7 @@ after the other, and the passes of each expert's data run through the blocks tha
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -35,7 +36,7 @@ from ecotone.fitness.preparing.known import (
     slopes_and_fisher,
 )
 from ecotone.fitness.preparing.layers import Unit, sorted_by_module, units, whole_tensors
-from ecotone.fitness.preparing.likeness import Likeness
+from ecotone.fitness.preparing.likeness import PIECE, Likeness
 from ecotone.fitness.preparing.second_moments import SecondMoments
 from ecotone.fitness.preparing.votes import Votes
 from ecotone.fitness.statistics.cache import digest_of
@@ -145,8 +146,11 @@ class Preparation:
             found = whole_tensors(self._sources.layout)
         else:
             found = units(self._sources.layout, module, names, folds=folds, observes=observes)
-        for number, (unit, known) in enumerate(self._in_turn(found, module, names), 1):
+        numbers = itertools.count(1)
+        for unit, known in self._in_turn(found, module, names):
             self._prepare(unit, known, writer)
+            del known  # its statistics, before the next ones are gathered
+            number = next(numbers)
             if time.perf_counter() - began > number:  # a line for each layer where layers take seconds
                 _log.info("%s: prepared %s of %s tensors.", self._operator.name, number, len(found))
         self._warnings.update(dict.fromkeys(self._likeness.warnings(self._operator.unites), 1))
@@ -212,6 +216,7 @@ class Preparation:
             experts = [self._of_expert(operator, name, names) for name in self._sources.names]
             for name in names:
                 yield from ((unit, known_of(unit, experts, operator.wanted)) for unit in by_module.pop(name))
+            del experts  # before the next ones are made
         yield from ((unit, None) for some_units in by_module.values() for unit in some_units)
 
     def _of_expert(self, operator: FromData, name: str, layers: Sequence[str]) -> Gathered:
@@ -220,13 +225,13 @@ class Preparation:
         assert self._backend is not None
         module = self._backend.expert(name)
         some = {layer: module.get_submodule(layer) for layer in layers}
-        moments = inputs_over(module, some, tasks, batch)
+        moments = inputs_over(module, some, tasks if "inputs" in operator.wanted else (), batch)
         own = together(
             outputs_over(module, some, task, outputs_by_row(module, some, task, batch), batch)
             for task in (tasks if "outputs" in operator.wanted else ())
         )
-        slopes, fisher = slopes_and_fisher(module, some, tasks, operator.wanted, operator)
-        rows = {layer: one.rows for layer, one in moments.sums.items()}
+        slopes, fisher, rows = slopes_and_fisher(module, some, tasks, operator.wanted, operator)
+        rows |= moments.rows()
         return Gathered(moments.means(), slopes, fisher, own.means(), rows)
 
     # -- one unit --------------------------------------------------------------------------------------------
@@ -236,22 +241,22 @@ class Preparation:
         sources, operator, report = self._sources, self._operator, Report()
         assert sources.base is not None
         models = (sources.base, *sources.experts)
-        kind = self._kind(unit)
-        stored = [[model.tensor(name).to(self._device, kind) for name in unit.names] for model in models]
-        for tensors in zip(*stored, strict=True):
-            self._likeness.add(tensors[0], tensors[1:])
-        if operator.elementwise and known is not None:
-            moved = replace_tensors(known, self._device, kind)
-            parts = [operator.layer(unit.at, stored[0][0], [one[0] for one in stored[1:]], moved, report)]
-        elif unit.at.kind in ("embedding", "rest") or known is None:
+        if known is None or (unit.at.kind in ("embedding", "rest") and not operator.elementwise):
             if known is None and unit.at.kind in ("linear", "convolution"):
                 report.warnings.append("layers that the data do not reach have the mean of their task vectors")
             elif unit.at.kind == "rest" and len(unit.at.shape) > 1:
                 report.warnings.append("matrices that are no linear layers have the mean of their task vectors")
-            parts = [
-                operator.rest(replace(unit.at, name=name), stored[0][place], [one[place] for one in stored[1:]], report)
-                for place, name in enumerate(unit.names)
-            ]
+            for name in unit.names:
+                self._prepare_rest(unit, name, [one.tensor(name) for one in models], report, writer)
+            self._told(unit, report)
+            return
+        kind = self._kind(unit)
+        stored = [[model.tensor(name).to(self._device, kind) for name in unit.names] for model in models]
+        for tensors in zip(*stored, strict=True):
+            self._likeness.add(tensors[0], tensors[1:])
+        if operator.elementwise:
+            moved = replace_tensors(known, self._device, kind)
+            parts = [operator.layer(unit.at, stored[0][0], [one[0] for one in stored[1:]], moved, report)]
         elif unit.stacked:
             parts = [self._of_stack(unit, [one[0] for one in stored], known, report)]
         else:
@@ -264,6 +269,21 @@ class Preparation:
             parts = list(zip(*(unit.parts(vector) for vector in vectors), strict=True))
         for name, base, vectors in zip(unit.names, stored[0], parts, strict=True):
             self._keep(name, base, vectors, writer)
+        self._told(unit, report)
+
+    def _prepare_rest(self, unit: Unit, name: str, stored: Sequence[Tensor], report: Report, writer: Writer) -> None:
+        """Make the vectors of a tensor that is no matrix, and write them: piece by piece, as tables are large."""
+        operator, size = self._operator, stored[0].numel()
+        at, kind = replace(unit.at, name=name), self._kind(unit)
+        step = PIECE if operator.rest_by_element else max(size, 1)
+        flat = [one.reshape(-1) for one in stored] if operator.rest_by_element else stored
+        for low in range(0, max(size, 1), step):
+            parts = [one[low : low + step] if operator.rest_by_element else one for one in flat]
+            base, *experts = (one.to(self._device, kind) for one in parts)
+            self._likeness.add(base, experts)
+            self._keep(name, base, operator.rest(at, base, experts, report), writer, low)
+
+    def _told(self, unit: Unit, report: Report) -> None:
         if report.numbers:
             self._layers[unit.at.name] = report.numbers
         self._warnings.update(dict.fromkeys(report.warnings, 1))
@@ -288,7 +308,8 @@ class Preparation:
         ]
         return [torch.stack(list(vectors)) for vectors in zip(*made, strict=True)]
 
-    def _keep(self, name: str, base: Tensor, vectors: Sequence[Tensor], writer: Writer) -> None:
+    def _keep(self, name: str, base: Tensor, vectors: Sequence[Tensor], writer: Writer, start: int = 0) -> None:
+        """Write the vectors of a tensor, or of its elements from ``start`` on."""
         if len(vectors) != len(self._columns):
             raise InputError(
                 f"operator {self._operator.name!r}: {name}: expected {len(self._columns)} vectors, "
@@ -300,9 +321,12 @@ class Preparation:
                     f"merge.operator: {self._operator.name} made NaN or infinity of {name}.",
                     "Raise its ridge, or leave the tensor out with merge.freeze.",
                 )
-        writer.put(name, vectors)
+        writer.put(name, vectors, start)
         if self._operator.order == "depth":
-            self._merged[name] = sum(vectors, start=base).to(self._sources.layout.parameters[name].dtype)
+            info = self._sources.layout.parameters[name]
+            if not start:
+                self._merged[name] = torch.empty(info.shape, dtype=info.dtype, device=self._device)
+            self._merged[name].view(-1)[start : start + base.numel()] = sum(vectors, start=base).reshape(-1)
 
     def _kind(self, unit: Unit) -> torch.dtype:
         large = max(unit.at.shape, default=1) > DOUBLE and not self._operator.elementwise

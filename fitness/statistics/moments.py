@@ -23,11 +23,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ecotone.fitness.heads import logits_of, outputs
+from ecotone.fitness.data import Inputs
+from ecotone.fitness.heads import Head, logits_of, outputs
 from ecotone.fitness.statistics.kinds import Data, Gathering
 from ecotone.fitness.statistics.layers import Observed, Take, mask_of, observable_layers, observe, observed
 
 Layers: TypeAlias = Mapping[str, nn.Module]
+PIECE = 2**22
+"""Elements of logits that are worked on at a time."""
 
 
 @dataclass
@@ -41,11 +44,6 @@ class Moment:
 
     total: Tensor
     rows: int
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean over rows."""
-        return self.total / max(self.rows, 1)
 
 
 @dataclass
@@ -62,9 +60,14 @@ class Moments:
         else:
             self.sums[name] = Moment(total, rows)
 
+    def rows(self) -> dict[str, int]:
+        """Numbers of rows."""
+        return {name: one.rows for name, one in self.sums.items()}
+
     def means(self) -> dict[str, Tensor]:
-        """The means over rows, on the CPU, of layers that a row has reached."""
-        return {name: one.mean.cpu() for name, one in self.sums.items() if one.rows}
+        """The means over rows, on the CPU, of layers that a row has reached. The sums become them, and are gone."""
+        sums, self.sums = self.sums, {}
+        return {name: one.total.div_(one.rows).cpu() for name, one in sums.items() if one.rows}
 
 
 def with_one(rows: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ def fisher_of(model: nn.Module, layers: Layers, data: Data, settings: SlopeSetti
     found = Moments()
 
     def take(name: str, slopes: Tensor, inputs: Tensor, rows: int) -> None:
-        found.add(name, slopes.square().mT @ inputs.square(), rows)
+        found.add(name, slopes.square().mT @ with_one(inputs).square(), rows)
 
     _each_slope(model, layers, data, settings, take)
     return found
@@ -139,54 +142,84 @@ _Take: TypeAlias = Callable[[str, Tensor, Tensor, int], None]
 
 
 def _each_slope(model: nn.Module, layers: Layers, data: Data, settings: SlopeSettings, take: _Take) -> None:
-    """Give ``take`` (N, out) slopes and (N, in + 1) inputs of each layer, for one pass after the other.
+    """Give ``take`` (N, out) slopes and (N, in) inputs of each layer, for one pass after the other.
 
     Rows are counted with the first pass alone, so that means are over rows.
     """
     for number, inputs in enumerate(data.examples.batches(settings.batch)):
-        generator = torch.Generator().manual_seed(settings.seed + number)
-        with torch.enable_grad(), observed(layers, mask_of(inputs)) as seen:
-            made = outputs(model, inputs)
-            logits = logits_of(made, inputs, data.head, tokens=data.head is None)
-            losses = list(_losses(logits, mask_of(inputs).predictions, settings, generator)) if seen else []
-            for turn, loss in enumerate(losses):
-                probes = [one.probe for one in seen]
-                slopes = torch.autograd.grad(loss, probes, retain_graph=turn + 1 < len(losses), allow_unused=True)
-                for one, slope in zip(seen, slopes, strict=True):
-                    rows = _double(one, slope)
-                    take(one.name, rows, with_one(one.inputs), 0 if turn else len(rows))
+        _slopes_of_batch(model, layers, inputs, data.head, settings, number, take)
+
+
+def _slopes_of_batch(
+    model: nn.Module,
+    layers: Layers,
+    inputs: Inputs,
+    head: Head | None,
+    settings: SlopeSettings,
+    number: int,
+    take: _Take,
+) -> None:
+    """One batch of ``_each_slope``. What it has made is freed at its end."""
+    generator = torch.Generator().manual_seed(settings.seed + number)
+    with torch.enable_grad(), observed(layers, mask_of(inputs)) as seen:
+        logits = logits_of(outputs(model, inputs), inputs, head, tokens=head is None)
+        if not seen:
+            return
+        probes = [one.probe for one in seen]
+        turns = _slopes_of_logits(logits.detach(), mask_of(inputs).predictions, settings, generator)
+        count = min(settings.passes, logits.shape[-1])
+        for turn, at_logits in enumerate(turns):
+            slopes = torch.autograd.grad(logits, probes, at_logits, retain_graph=turn + 1 < count, allow_unused=True)
+            del at_logits  # before the next one is made
+            for one, slope in zip(seen, slopes, strict=True):
+                rows = _double(one, slope)
+                take(one.name, rows, one.inputs, 0 if turn else len(rows))
 
 
 def _double(one: Observed, slope: Tensor | None) -> Tensor:
     return one.rows(torch.zeros_like(one.probe) if slope is None else slope).double()
 
 
-def _losses(
+def _slopes_of_logits(
     logits: Tensor, mask: Tensor | None, settings: SlopeSettings, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Losses, the squares of whose slopes add up to the expectation over labels.
+    """Slopes at the logits, pass by pass: the squares of what they lead to add up to the expectation over labels.
+
+    They are those of ``sum_c s_c sqrt(p_c) log p_c`` over the classes c of a pass, the factors taken as given. Logits
+    of texts are large, so all else is made by pieces of rows.
 
     Args:
         logits: (n, C), or (n, L, C) with a row for each token.
         mask: (n, L) which tokens count; None for all.
-        settings: How many losses there are at most.
+        settings: How many passes there are at most.
         generator: Draws the signs.
     """
-    likelihoods = logits.log_softmax(-1)
-    if mask is not None and mask.shape == logits.shape[:-1]:
-        likelihoods = likelihoods * mask.unsqueeze(-1)
-    shares = logits.detach().softmax(-1)
-    weighted, classes = shares.sqrt() * likelihoods, logits.shape[-1]
+    classes = logits.shape[-1]
     count = min(settings.passes, classes)
-    if count == classes and logits.ndim == 2:  # the losses of several tokens need signs to be told apart
-        yield from (weighted[..., label].sum() for label in range(classes))
-        return
-    signs = torch.randint(2, logits.shape, generator=generator, dtype=torch.int8).to(logits.device) * 2 - 1
-    turns = (torch.arange(classes, device=logits.device) % count).to(torch.int16)
-    dealt, ranks = turns.expand(logits.shape).contiguous(), turns[:count].expand(*logits.shape[:-1], count)
-    dealt.scatter_(-1, shares.topk(count).indices, ranks)
+    exact = count == classes and logits.ndim == 2  # slopes of several tokens need signs to be told apart
+    counts = None if mask is None or mask.shape != logits.shape[:-1] else mask.reshape(-1, 1)
+    rows, signs, most = logits.reshape(-1, classes), None, torch.empty(0)
+    step = max(1, PIECE // classes)
+    pieces = [slice(low, low + step) for low in range(0, len(rows), step)]
+    if not exact:
+        signs = torch.randint(2, rows.shape, generator=generator, dtype=torch.int8).to(rows.device).mul_(2).sub_(1)
+        most = torch.cat([rows[piece].softmax(-1).topk(count).indices for piece in pieces])
+    dealt = torch.arange(classes, device=rows.device) % count
     for turn in range(count):
-        yield (weighted * (signs * (dealt == turn))).sum()
+        slopes = torch.empty_like(rows)
+        for piece in pieces:
+            outer = rows[piece].softmax(-1).sqrt_()
+            wanted = (dealt == turn).expand(outer.shape)
+            if signs is not None:
+                ranks = (dealt[:count] == turn).expand(len(outer), count)
+                wanted = signs[piece] * wanted.scatter(-1, most[piece], ranks)
+            outer *= wanted
+            if counts is not None:
+                outer *= counts[piece]
+            likelihoods = rows[piece].log_softmax(-1)
+            slopes[piece] = torch.ops.aten._log_softmax_backward_data(outer, likelihoods, -1, rows.dtype)
+        yield slopes.view(logits.shape)
+        del slopes
 
 
 # -- kinds -----------------------------------------------------------------------------------------------------
@@ -210,7 +243,7 @@ class InputMoments:
     def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
         """The moments of ``model`` by the names of its layers, on the CPU."""
         layers = observable_layers(model)
-        return together([inputs_of(model, layers, task, self._settings.batch) for task in tasks]).means()
+        return together(inputs_of(model, layers, task, self._settings.batch) for task in tasks).means()
 
 
 class _OfSlopes:
@@ -229,7 +262,7 @@ class _OfSlopes:
     def gather(self, model: nn.Module, tasks: Sequence[Data]) -> Mapping[str, Tensor]:
         """The statistics of ``model`` by the names of its layers, on the CPU."""
         layers = observable_layers(model)
-        return together([self._of(model, layers, task) for task in tasks]).means()
+        return together(self._of(model, layers, task) for task in tasks).means()
 
     def _of(self, model: nn.Module, layers: Layers, task: Data) -> Moments:
         raise NotImplementedError

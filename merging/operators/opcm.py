@@ -48,6 +48,7 @@ class Opcm(WholeMatrices):
 
     name = "opcm"
     unites = False
+    rest_by_element = False
 
     def layer(
         self, at: Layer, base: Tensor, experts: Sequence[Tensor], known: Known, report: Report

@@ -106,6 +106,8 @@ class WholeMatrices(PreparedVectors):
     """Whether a layer's bias is prepared with its weight. Otherwise it is prepared by ``rest``."""
     elementwise: ClassVar[bool] = False
     """Whether every element is prepared by itself. Then ``layer`` gets every tensor, in the checkpoints' shape."""
+    rest_by_element: ClassVar[bool] = True
+    """Whether ``rest`` makes every element by itself. Then it gets tensors in flat pieces, as tables are large."""
     paths: ClassVar[tuple[str, ...]] = ()
     """The settings that name files, at any depth. Recipes give them relative to their folder."""
     version: ClassVar[int] = 1
@@ -148,8 +150,8 @@ class WholeMatrices(PreparedVectors):
 
         Args:
             at: The tensor.
-            base: The base's tensor, in its own shape.
-            experts: K tensors.
+            base: The base's tensor in its own shape, or with ``rest_by_element`` some of its elements.
+            experts: K tensors of that shape.
             report: Takes figures and warnings.
         """
         return [(expert - base) / len(experts) for expert in experts]
