@@ -96,6 +96,9 @@ STARTS = ("average", "lines", "model_stock", "multi_slerp", "karcher")
 ROWS = {"text": 32}  # in a batch of each task while coefficients are learned
 MERGES = {"one": "c = 1", "tuned": "lambda", "searched": "searched", "learned": "learned"}
 
+SECONDS = {"preparing": "", "in evaluations": "", "evaluation": "", "search": "searched", "learning": "learned"}
+"""Columns of a table after the scores, and the merge without which a column is left out."""
+
 
 @dataclass(frozen=True, eq=False)
 class Case:
@@ -376,9 +379,12 @@ def told(family: str, found: Mapping[str, Any]) -> str:
     models = ", ".join(f"{name} {number(one)}" for name, one in found["models"].items())
     spent = next((one["evaluations"] for one in found["lines"] if "error" not in one), {})
     header = ["operator", *(cell for merge in spent for cell in (MERGES[merge], "gap closed")), "lambda by seed"]
-    header += ["preparing, s", "in evaluations", "evaluation, s", "search, s", "learning, s"]
+    timed = [name for name, merge in SECONDS.items() if merge in ("", *spent)]
+    header += [name if name.startswith("in ") else f"{name}, s" for name in timed]
     body = [
-        [one["operator"], one["error"].replace("|", "/"), *[""] * (len(header) - 2)] if "error" in one else cells(one)
+        [one["operator"], one["error"].replace("|", "/"), *[""] * (len(header) - 2)]
+        if "error" in one
+        else cells(one, timed)
         for one in found["lines"]
     ]
     title = f"{family}: mean test accuracy, seeds {seeds} ({models})."
@@ -387,8 +393,8 @@ def told(family: str, found: Mapping[str, Any]) -> str:
     return f"{title}\n\n{table(header, body)}"
 
 
-def cells(one: Mapping[str, Any]) -> list[str]:
-    """An operator's line in a table."""
+def cells(one: Mapping[str, Any], timed: Sequence[str]) -> list[str]:
+    """An operator's line in a table, with the columns of ``SECONDS`` that are named."""
     scores = [cell for merge, gap in one["gaps"].items() for cell in (number(one[merge]), number(gap, 2))]
     lambdas = ", ".join(f"{value:g}" for value in one["lambdas"])
     seconds = [

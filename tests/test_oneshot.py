@@ -112,8 +112,13 @@ def test_means_and_errors_are_over_seeds(oneshot: Any) -> None:
 
     unsearched = [{key: one[key] for key in one if key not in ("searched", "seconds", "evaluations")} for one in rows]
     text = oneshot.told("digits-apart", oneshot.summary([*unsearched, refused], references, "digits-apart"))
-    assert f"| kfac | {cells} {cells} 0.8, 0.8 | 1.5 | 3 | 0.5 | 0 |" in text
-    assert {len(row.strip("|").split("|")) for row in text.splitlines()[2:]} == {10}
+    assert f"| kfac | {cells} {cells} 0.8, 0.8 | 1.5 | 3 | 0.5 |" in text
+    assert {len(row.strip("|").split("|")) for row in text.splitlines()[2:]} == {9}
+
+    learned = [{**one, "learned": one["one"], "learning": 7.0, "cost": 90.4} for one in unsearched]
+    text = oneshot.told("digits-apart", oneshot.summary(learned, references, "digits-apart"))
+    assert "11 for lambda, 90 for learned." in text
+    assert f"| kfac | {cells} {cells} {cells} 0.8, 0.8 | 1.5 | 3 | 0.5 | 7 |" in text
 
 
 def test_lambda_is_chosen_on_the_search_part_near_one(oneshot: Any, tmp_path: Path) -> None:
