@@ -397,10 +397,8 @@ def cells(one: Mapping[str, Any], timed: Sequence[str]) -> list[str]:
     """An operator's line in a table, with the columns of ``SECONDS`` that are named."""
     scores = [cell for merge, gap in one["gaps"].items() for cell in (number(one[merge]), number(gap, 2))]
     lambdas = ", ".join(f"{value:g}" for value in one["lambdas"])
-    seconds = [
-        f"{one[name]:.3g}" for name in ("preparing", "preparing in evaluations", "evaluation", "search", "learning")
-    ]
-    return [one["operator"], *scores, lambdas, *seconds]
+    figures = [one["preparing in evaluations" if name == "in evaluations" else name] for name in timed]
+    return [one["operator"], *scores, lambdas, *(f"{figure:.3g}" for figure in figures)]
 
 
 # -- command line --------------------------------------------------------------------------------------------
