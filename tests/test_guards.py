@@ -261,3 +261,17 @@ def test_tied_weights_stay_tied():
     model.third.weight = torch.nn.Parameter(torch.zeros(6, 4))
     assert [change.place for change in structure.mend()] == ["third.weight"]
     assert model.third.weight is model.first.weight
+
+
+def test_hooks_that_transformers_adds_when_hidden_states_are_asked_for_are_told_to_nobody():
+    transformers = pytest.importorskip("transformers", minversion="5")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=5, **sizes)).eval()
+    structure = Structure(model)
+    model(torch.zeros(1, 2, dtype=torch.int64), output_hidden_states=True)
+    assert not structure.same()
+    model.register_forward_hook(lambda *_: None)
+    assert [change.kind for change in structure.mend() if change.kind] == ["hooks"]
+    assert structure.same()
+    found = model(torch.zeros(1, 2, dtype=torch.int64), output_hidden_states=True)
+    assert len(found.hidden_states) == 2
