@@ -273,7 +273,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         "before": before,
         "basis": basis.nbytes,
         "steps": statistics.fmean(steps) if steps else None,
-        "residual": max((one["residual"] for one in layers if "residual" in one), default=None),
+        "error": max((one["error"] for one in layers if "error" in one), default=None),
     }
 
 
