@@ -602,3 +602,11 @@ def test_stacks_of_experts_are_prepared_matrix_by_matrix(tmp_path, monkeypatch):
     for number in range(3):
         for one, alone in zip(whole, vectors(tmp_path / str(number)), strict=True):
             assert torch.equal(one.tensor("mlp.experts.up")[number], alone.tensor("w.weight"))
+
+
+def test_what_is_warned_of_is_told_once(spec, caplog):
+    twice = replace(spec, operator="iso_c", experts=(spec.experts[0],) * 2, names=NAMES)
+    with caplog.at_level("WARNING", "ecotone"):
+        for _ in range(2):
+            basis_of(twice)
+    assert len([one for one in caplog.records if "amplifies what they share" in one.getMessage()]) == 1

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 DOUBLE = 2048
 """Rows or columns up to which matrices are float64 on an accelerator, too; larger ones are float32 there."""
 _SHOWN = 8  # warnings that are logged
+_warned: set[str] = set()  # keys of bases that this process has warned of
 _log = logging.getLogger("ecotone")
 
 
@@ -379,7 +380,9 @@ def _basis_of(spec: WorkerSpec, operator: WholeMatrices, bases: Bases | None) ->
             basis = bases.find(preparation.key)
             assert basis is not None
             _log.info("%s: prepared in %.1f s.", operator.name, basis.record["seconds"])
-    for text, count in Counter(basis.record["warnings"]).most_common(_SHOWN):
+    warnings = () if basis.key in _warned else Counter(basis.record["warnings"]).most_common(_SHOWN)
+    _warned.add(basis.key)  # an export opens once more what a worker has opened
+    for text, count in warnings:
         _log.warning("%s: %s%s", operator.name, text, f" ({count} layers)" if count > 1 else "")
     if made and spec.cache_bytes is not None:
         for one in bases.prune(spec.cache_bytes, preparation.key):
@@ -408,7 +411,8 @@ def _told(operator: WholeMatrices) -> Iterator[None]:
     except Exception as error:
         raise InputError(
             sentence(f"merge.operator: {operator.name} could not be prepared: {told(error)}"),
-            "Check what the calibration tasks' data functions return, their heads, and the memory that is free.",
+            "Check what the calibration tasks' data functions return (an encoder-decoder needs decoder_input_ids), "
+            "their heads, and the memory that is free.",
         ) from error
 
 
