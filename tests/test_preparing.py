@@ -604,7 +604,8 @@ def test_stacks_of_experts_are_prepared_matrix_by_matrix(tmp_path, monkeypatch):
             assert torch.equal(one.tensor("mlp.experts.up")[number], alone.tensor("w.weight"))
 
 
-def test_what_is_warned_of_is_told_once(spec, caplog):
+def test_what_is_warned_of_is_told_once(spec, caplog, monkeypatch):
+    monkeypatch.setattr("ecotone.fitness.preparing.prepare._warned", set())
     twice = replace(spec, operator="iso_c", experts=(spec.experts[0],) * 2, names=NAMES)
     with caplog.at_level("WARNING", "ecotone"):
         for _ in range(2):
