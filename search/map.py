@@ -289,7 +289,7 @@ def enough_samples(
             f"Use {2 * fewest} or more; the error of the surrogates is then known too.",
         )
     if evaluations is not None and evaluations <= count + spent:
-        begins = f" and the {spent} merges to begin with" if spent else ""
+        begins = f" and the {spent} merge{'s' * (spent > 1)} to begin with" if spent else ""
         raise InputError(
             f"budget.evaluations: expected more than the {count} samples of the design{begins}, found {evaluations}.",
             f"Raise the budget, or lower search.samples to no less than {fewest}: members of the predicted front "
