@@ -92,7 +92,6 @@ REACH = 2.0  # the search's highest coefficient
 PLAIN = "task_arithmetic"  # what preparing is compared with
 LEARNING = {"algorithm": "expert_merging", "coefficients": "free", "chunks": 64, "steps": 200, "check_every": 20}
 DISTILLED = {"loss": "distillation", "hidden": 0.0}  # to the experts' logits
-STARTS = ("average", "lines", "model_stock", "multi_slerp", "karcher")
 ROWS = {"text": 32}  # in a batch of each task while coefficients are learned
 MERGES = {"one": "c = 1", "tuned": "lambda", "searched": "searched", "learned": "learned"}
 
@@ -257,17 +256,6 @@ def learned(case: Case) -> Found:
         found = both(case.judge(), run.trial(int(run.status()["best"]["id"])).genome)
     shutil.rmtree(case.folder / "cache", ignore_errors=True)
     return {"learned": found, "learning": passed, "cost": cost_of(run, recipe)}
-
-
-def begun(case: Case) -> Found:
-    """Merges of task vectors by coefficients that are solved from their inner products, by solver."""
-    judge, found = case.judge(), {}
-    for name in STARTS:
-        search = {"algorithm": "one_shot", "start": {"solve": name}}
-        recipe = replace(case, given={"search": search, **case.given}).recipe(held_out=False)
-        run = finished(recipe, case.folder / f"begun-{name}-{recipe_key(recipe)}")
-        found[name] = both(judge, run.trial(0).genome)
-    return found
 
 
 def reference(family: str, seed: int, given: Mapping[str, Any], folder: Path) -> Found:

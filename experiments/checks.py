@@ -32,6 +32,7 @@ from ecotone.merging.models.checkpoint import located, unread
 from ecotone.merging.models.layout import Layout, natural
 from ecotone.merging.models.lora import adapters_in
 from ecotone.merging.models.matching import Renamed
+from ecotone.merging.models.model import Model
 from ecotone.merging.models.names import names_of
 from ecotone.merging.operators.stack import preparing
 from ecotone.merging.operators.whole import FromData, WholeMatrices
@@ -69,14 +70,13 @@ def validate(recipe: Recipe, *, headers: bool = False) -> list[Finding]:
     found = list(findings(composition))
     if not headers and composition.prepared and _device(recipe)[1]:
         found += _values(composition.sources)
-        found += _likeness(composition.sources)
         found += _contents(composition)
         found += tried_out(composition)
     return found
 
 
 def _values(sources: Sources) -> Iterator[Finding]:
-    """Look for NaN among the weights, if reading them takes seconds."""
+    """Look for NaN among the weights, and tell how alike the task vectors are, if reading them takes seconds."""
     models = sources.checkpoints
     size = sum(model.nbytes for model in models)
     if size > READ_BYTES:
@@ -85,17 +85,15 @@ def _values(sources: Sources) -> Iterator[Finding]:
     refuse_nan(with_nan(sources.layout, models))
     sources.check_kept()
     yield Finding("values", "no NaN among the weights")
+    if sources.base is not None:
+        yield from _likeness(sources, sources.base)
 
 
-def _likeness(sources: Sources) -> Iterator[Finding]:
-    """How long the task vectors are and how alike, if reading them takes seconds."""
-    models = sources.checkpoints
-    if sources.base is None or sum(model.nbytes for model in models) > READ_BYTES:
-        return
+def _likeness(sources: Sources, base: Model) -> Iterator[Finding]:
+    """How long the task vectors are and how alike."""
     operator, likeness = sources.operator, Likeness(sources.names)
     for name in sources.layout.tensors:
-        values = [model.tensor(name).float() for model in (sources.base, *sources.experts)]
-        likeness.add(values[0], values[1:])
+        likeness.add(base.tensor(name).float(), [expert.tensor(name).float() for expert in sources.experts])
     yield Finding("task vectors", likeness.summary)
     for warning in likeness.warnings(not isinstance(operator, WholeMatrices) or operator.unites):
         yield Finding("task vectors", f"Warning: {warning}")

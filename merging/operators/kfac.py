@@ -123,7 +123,7 @@ def solved(
     norms = _norms(right / curvature).clamp_min(torch.finfo(right.dtype).tiny)
     allowed = torch.stack([norms * tolerance, norms * eps * BOUND * tolerance])
     residual = right - _applied(inner, outer, eps, x)
-    left, steps, kind = float(_excess(residual, curvature, allowed).max()), 0, torch.float32
+    left, steps, kind = float(_excess(residual / curvature, residual, allowed).max()), 0, torch.float32
     while left > 1 and steps < most:
         scale = _norms(residual).clamp_min(torch.finfo(right.dtype).tiny)  # keeps float32 far from its ends
         goal = allowed / scale * max(1.0, ROUND * left)
@@ -132,7 +132,7 @@ def solved(
         moved, took = conjugate_gradients(*factors, (residual / scale).to(kind), eps, goal.to(kind), limit)
         better = x + moved.to(x.dtype) * scale
         rest = right - _applied(inner, outer, eps, better)
-        now, steps = float(_excess(rest, curvature, allowed).max()), steps + took
+        now, steps = float(_excess(rest / curvature, rest, allowed).max()), steps + took
         stuck = not now < 0.1 * left  # also where float32 has overflowed
         if now < left:
             x, residual, left = better, rest, now
@@ -161,7 +161,7 @@ def conjugate_gradients(
     towards = residual / curvature
     direction, slope = towards.clone(), _dot(residual, towards)
     step = 0
-    while step < most and bool((open_ := _excess(residual, curvature, allowed) > 1).any()):
+    while step < most and bool((open_ := _excess(towards, residual, allowed) > 1).any()):
         moved = _applied(inner, outer, eps, direction)
         rate = torch.where(open_, slope / _dot(direction, moved).clamp_min(tiny), torch.zeros_like(slope))
         x.addcmul_(rate, direction)
@@ -173,10 +173,10 @@ def conjugate_gradients(
     return x, step
 
 
-def _excess(residual: Tensor, curvature: Tensor, allowed: Tensor) -> Tensor:
+def _excess(towards: Tensor, residual: Tensor, allowed: Tensor) -> Tensor:
     """(K, 1, 1) preconditioned residuals, or residuals, over those that are ``allowed``: the larger ratio."""
     tiny = torch.finfo(residual.dtype).tiny
-    return (torch.stack([_norms(residual / curvature), _norms(residual)]) / allowed.clamp_min(tiny)).amax(0)
+    return (torch.stack([_norms(towards), _norms(residual)]) / allowed.clamp_min(tiny)).amax(0)
 
 
 def _applied(inner: Tensor, outer: Tensor, eps: float, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The start that measured best for what coefficients weigh (``benchmarks/oneshot.py``)."""
+"""The start that measured best for what coefficients weigh, on two families of digit encoders."""
 
 from __future__ import annotations
 
