@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from programs import drive
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -599,15 +599,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[dict[str,
             found = merged(case, folder, root / f"{number}-scaled", opcm_scale(folder, found))
         ours[name, dtype], places[name, dtype] = found, folder
     (root / "jobs.json").write_text(json.dumps(jobs))
-    answer = subprocess.run(
-        [Path(PROGRAM).absolute(), "-c", DRIVER, root / "jobs.json", next(iter(places.values()))],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=800,
-        cwd=root,
-    )
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    drive(PROGRAM, DRIVER, root / "jobs.json", next(iter(places.values())), folder=root)
     return {key: (load_file(job["out"]), ours[key], places[key]) for key, job in zip(TRIED, jobs, strict=True)}
 
 

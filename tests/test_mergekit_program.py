@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from programs import drive
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -188,17 +188,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str
         jobs.append((str(config), str(out)))
         target = export_directory(case.sources, merge.genome, folder / f"ours-{number}", "", {}, case.dtype)
         ours[name] = load_file(target / "model.safetensors")
-    program = Path(PROGRAM).absolute()
-    python = program if program.name.startswith("python") else program.with_name("python")
-    answer = subprocess.run(
-        [python, "-c", DRIVER, json.dumps(jobs), str(folder / "adapters")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=800,
-        cwd=folder,
-    )
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    drive(PROGRAM, DRIVER, json.dumps(jobs), folder / "adapters", folder=folder)
     results = {}
     for name, (_, out) in zip(ours, jobs, strict=True):
         tensors: dict[str, Tensor] = {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from programs import drive
 from safetensors.torch import load_file, save_file
 from test_mergekit_program import DRIVER, PROGRAM, llamas, pytestmark  # noqa: F401  # the mark is this module's, too
 from torch import Tensor
@@ -79,11 +79,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, 
         config.write_text(yaml.safe_dump(record))
         jobs.append((str(config), str(out)))
         mine[case] = ours(case, paths, folder / f"ours-{number}")
-    program = Path(PROGRAM).absolute()
-    python = program if program.name.startswith("python") else program.with_name("python")
-    command = [python, "-c", DRIVER, json.dumps(jobs), str(folder / "adapters")]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=800, cwd=folder)
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    drive(PROGRAM, DRIVER, json.dumps(jobs), folder / "adapters", folder=folder)
     found = {}
     for case, (_, out) in zip(CASES, jobs, strict=True):
         tensors: dict[str, Tensor] = {}
